@@ -1,0 +1,70 @@
+"""The names of the environment, and how both sides read it. Nobody else touches ``os.environ``.
+
+``RunEnvironment`` is what the launcher hands to the machine (seam 1); SkyPilot's own names are
+read on the machine's side only, see ``guard/machine.py``.
+"""
+
+import getpass
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from spotune.contracts.errors import InputError
+
+BUCKET = "SPOTUNE_BUCKET"
+HOME = "SPOTUNE_HOME"
+RUN_ID = "SPOTUNE_RUN_ID"
+CONFIG = "SPOTUNE_CONFIG"
+PROFILE = "SPOTUNE_PROFILE"
+PYTHON = "SPOTUNE_PYTHON"  # the interpreter that a task runs; default: the checkout's .venv
+STATUS_FILE = "SPOTUNE_STATUS_FILE"  # a local file that the guard keeps current: progress without a bucket's delay
+SAVE_EVERY = "SPOTUNE_SAVE_EVERY"  # `50` steps or `5m`; for a bare launch, `train --save-every` freezes it in run.json
+NUM_PROCESSES = "SPOTUNE_NUM_PROCESSES"  # ranks on this machine; default one per GPU, 1 on CPU
+
+
+@dataclass(frozen=True)
+class RunEnvironment:
+    """Where a run's state lives and what it is called, as the environment says."""
+
+    home: Path
+    bucket: str
+    run_id: str
+    config: str
+    profile: str
+    save_every: str
+    status_file: str
+    user: str
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str]) -> "RunEnvironment":
+        home = Path(environ.get(HOME) or "~/.spotune").expanduser().absolute()
+        bucket = environ.get(BUCKET) or f"file://{home}/bucket"
+        return cls(
+            home=home,
+            bucket=check_bucket(bucket),
+            run_id=environ.get(RUN_ID, ""),
+            config=environ.get(CONFIG, ""),
+            profile=environ.get(PROFILE, ""),
+            save_every=environ.get(SAVE_EVERY, ""),
+            status_file=environ.get(STATUS_FILE, ""),
+            user=user_name(environ),
+        )
+
+
+def user_name(environ: Mapping[str, str]) -> str:
+    """Who submits: SkyPilot's user on a machine, else the login name."""
+    try:
+        return environ.get("SPOTUNE_USER") or environ.get("SKYPILOT_USER") or getpass.getuser()
+    except (OSError, KeyError):  # a container's user id without a name
+        return "unknown"
+
+
+def check_bucket(url: str) -> str:
+    """Returns the bucket's URL without a trailing slash; raises InputError when it cannot be one."""
+    remedy = "file:///absolute/path, s3://bucket/prefix or gs://bucket/prefix"
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme not in ("file", "s3", "gs", "gcs"):
+        raise InputError(BUCKET, f"{url!r} is not a bucket", remedy=remedy)
+    if not rest.strip("/") or (scheme == "file" and not rest.startswith("/")):
+        raise InputError(BUCKET, f"{url!r} names no place", remedy=remedy)
+    return url.rstrip("/")

@@ -1,0 +1,51 @@
+"""The whole tree of errors.
+
+    SpotuneError            exit 1   something failed; one line says what
+    ├── InputError          exit 2   what the user gave is wrong: FILE: KEY or ROW: what (remedy)
+    ├── InfraError          exit 3   the infrastructure failed: launcher side only
+    ├── StoreError          exit 75  the bucket cannot be reached or answers wrongly: another machine may
+    └── Fenced              exit 75  a later attempt has taken the run over: this one must stop
+"""
+
+from spotune.contracts import exits
+
+
+class SpotuneError(Exception):
+    """Base of all. ``str(error)`` is one line, fit for stderr; ``exit_code`` is the process's."""
+
+    exit_code = exits.FAILED
+
+
+class InputError(SpotuneError):
+    """Bad input, as ``WHERE: KEY: WHAT (REMEDY)``.
+
+    Args:
+        where: the file, flag or record that holds the fault, e.g. ``config/x.yaml``.
+        what: what is wrong, in a few words.
+        key: the key or row inside ``where``, if there is one.
+        remedy: what to do about it.
+    """
+
+    exit_code = exits.BAD_INPUT
+
+    def __init__(self, where: object, what: str, *, key: str = "", remedy: str = "") -> None:
+        parts = [str(where), key, " ".join(what.split())]
+        super().__init__(": ".join(part for part in parts if part) + (f" ({remedy})" if remedy else ""))
+
+
+class InfraError(SpotuneError):
+    """The infrastructure (SkyPilot, the local queue) refused or failed."""
+
+    exit_code = exits.INFRA_FAILED
+
+
+class StoreError(SpotuneError):
+    """The bucket could not be reached, or what it holds is not what was written."""
+
+    exit_code = exits.PREEMPTED
+
+
+class Fenced(SpotuneError):
+    """A newer attempt owns the run; whatever this one still does must not be committed."""
+
+    exit_code = exits.PREEMPTED

@@ -1,0 +1,44 @@
+"""The event log: what a machine says while it runs. One JSON object per line, in order of time.
+
+Every line has ``t`` (epoch seconds) and ``event``:
+
+    start    {attempt, host, world_size}                       the guard has claimed the attempt
+    phase    {phase}                                           this phase lasts until the next one
+    restored {step, commit or null, rejected: [text], restore_s}
+    step     {step, tokens, data_wait_s}                       a step ended; tokens since step 0, all ranks
+    log      {step, epoch, loss, learning_rate, ...}           Trainer's own log line, numbers only
+    save     {step, stall_s}                                   the worker staged a checkpoint
+    commit   {step, upload_s, bytes}                           it is committed in the bucket
+    notice   {source, grace_s or null}                         the machine is about to be taken
+    end      {reason, exit_code, step, message}                the attempt's last line, when it had time
+
+Phases are those of the cost report that a machine can know: ``load`` (imports, model, tokenizing),
+``restore``, ``train`` (split into useful, replayed and data_wait by its steps), ``eval``, ``save``,
+``idle``, ``teardown`` (uploading the result, leaving).
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+Phase = Literal["setup", "load", "restore", "train", "eval", "save", "idle", "teardown"]
+EndReason = Literal["completed", "preempted", "failed", "cancelled", "paused", "lost"]
+
+
+class EventLog:
+    """Appends events to a local file; each line is whole and on its way to disk when ``write`` returns."""
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        self._file = open(path, "a", buffering=1)
+        self._clock = clock
+
+    def write(self, event: str, **fields: Any) -> None:
+        self._file.write(json.dumps({"t": round(self._clock(), 4), "event": event, **fields}) + "\n")
+
+    def phase(self, phase: Phase) -> None:
+        self.write("phase", phase=phase)
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,0 +1,104 @@
+"""Seam 2, guard | worker: one local folder.
+
+The worker knows torch and no store; the guard knows the store and no torch.
+
+    job.json               guard -> worker   what to do (Job), before the worker starts
+    trainer/checkpoint-N/  both              restored there by the guard; saved there by Trainer
+    restored.json          guard -> worker   {"checkpoint": path or null, "tokens": n, "error": text or null}
+    staged/<step 8d>.json  worker -> guard   a complete local checkpoint (Staged); from then on the guard's
+    control.json           guard -> worker   {"stop": bool, "save": n}: stop at the next step boundary; save once per n
+    events-<rank>.jsonl    worker -> guard   append-only, one JSON object per line (see events.py)
+    outcome-<rank>.json    worker -> guard   how the rank ended (Outcome), last
+    output/                worker -> guard   the result, complete once rank 0's outcome says "completed"
+
+Every file but the event logs appears by an atomic rename, so that a reader sees all of it or nothing.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+JOB = "job.json"
+TRAINER = "trainer"
+RESTORED = "restored.json"
+STAGED = "staged"
+CONTROL = "control.json"
+OUTPUT = "output"
+
+How = Literal["completed", "stopped", "bad_input", "retry", "failed"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the worker is to do.
+
+    Attributes:
+        config: the resolved flat config, with ``data`` and without ``profiles``.
+        config_path: for messages.
+        save_steps, save_seconds: when to save, whichever is set; both None: as the config says.
+        threads: torch threads that the restored commit was made with; None: torch's default.
+        cache: a folder of this machine for data sets, kept between attempts.
+    """
+
+    run_id: str
+    attempt: int
+    config: dict[str, Any]
+    config_path: str
+    cache: str
+    save_steps: int | None = None
+    save_seconds: float | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A local checkpoint that is complete on disk; tokens are counted over all ranks since step 0."""
+
+    step: int
+    checkpoint: str
+    epoch: float
+    tokens: int
+    world_size: int
+    threads: int
+    best_step: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a rank ended. ``message`` is one line for people; for bad_input it is the whole error."""
+
+    how: How
+    step: int = 0
+    message: str = ""
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON so that it appears whole, by rename. Accepts a dataclass or plain data."""
+    data = asdict(value) if hasattr(value, "__dataclass_fields__") else value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(data, default=str))
+    part.replace(path)
+
+
+def read_json(path: Path) -> Any | None:
+    """What ``write_json`` wrote, or None when it is not there."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def events_path(folder: Path, rank: int) -> Path:
+    return folder / f"events-{rank}.jsonl"
+
+
+def outcome_path(folder: Path, rank: int) -> Path:
+    return folder / f"outcome-{rank}.json"
+
+
+def staged_path(folder: Path, step: int) -> Path:
+    return folder / STAGED / f"{step:08d}.json"

@@ -1,0 +1,111 @@
+"""What data a run trains on, as a fingerprint that any machine can take again.
+
+Local files count by their content, objects by size and the store's own checksum (etag, md5 or
+generation), hub data sets by name and revision.
+"""
+
+import glob
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spotune.contracts.errors import InputError
+from spotune.contracts.records import fingerprint
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+_CHECKSUMS = ("ETag", "etag", "md5Hash", "generation", "checksum")
+
+
+def resolve_source(source: str, where: object, key: str) -> list[str]:
+    """The files that a source names, sorted: globs and folders resolved, on disk and in stores.
+
+    Raises InputError when it names none. ``hf://`` sources are returned as they are.
+    """
+    if source.startswith(("hf://", "http://", "https://")):
+        return [source]
+    local = source.removeprefix("file://")
+    if "://" not in local:
+        path = Path(local).expanduser()
+        pattern = str(path / "**" / "*") if path.is_dir() else str(path)
+        found = sorted(name for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
+    else:
+        found = _resolve_remote(source, where, key)
+    if not Path(local).is_file():  # a folder or a pattern: only what is data
+        found = [name for name in found if is_data_file(name)]
+    if not found:
+        raise InputError(where, f"no file matches {source}", key=key, remedy="JSONL, JSON, CSV or Parquet, also gzipped")
+    return found
+
+
+def is_data_file(name: str) -> bool:
+    return name.removesuffix(".gz").endswith(SUFFIXES)
+
+
+def _resolve_remote(source: str, where: object, key: str) -> list[str]:
+    import fsspec
+
+    protocol = source.split("://", 1)[0]
+    try:
+        fs, path = fsspec.core.url_to_fs(source, **({"use_listings_cache": False} if protocol in ("s3", "gs", "gcs") else {}))
+        if not any(mark in path for mark in "*?["):
+            path = f"{path.rstrip('/')}/**" if fs.isdir(path) else path
+        found = fs.glob(path) if any(mark in path for mark in "*?[") else [path] * fs.exists(path)
+    except (OSError, ImportError, ValueError) as error:
+        raise InputError(where, f"cannot reach {source}: {error}", key=key) from error
+    return sorted(f"{protocol}://{name}" for name in found)
+
+
+def data_files(config: Mapping[str, Any], where: object) -> list[dict[str, Any]]:
+    """What the config trains on: one ``{source, url, size, sha256 | checksum}`` a file. Raises InputError."""
+    found: list[dict[str, Any]] = []
+    for index, source in enumerate(config.get("data") or []):
+        for url in resolve_source(source["source"], where, f"data[{index}].source"):
+            found.append({"source": source["source"], **_file_facts(url, where)})
+    for key in ("dataset_name", "datasets"):
+        if config.get(key):
+            found += _trl_facts(config[key], where)
+    return found
+
+
+def data_sha256(config: Mapping[str, Any], files: list[dict[str, Any]]) -> str:
+    """The fingerprint of the data: the files and how the config mixes them."""
+    keys = ("data", "data_limit", "datasets", "dataset_name", "dataset_config", "dataset_train_split")
+    facts = [{key: value for key, value in file.items() if key != "url"} | {"name": Path(file["url"]).name} for file in files]
+    return fingerprint({"files": facts, "mix": {key: config.get(key) for key in keys}})
+
+
+def _trl_facts(named: Any, where: object) -> list[dict[str, Any]]:
+    facts: list[dict[str, Any]] = []
+    for entry in named if isinstance(named, list) else [{"path": named}]:
+        name = str(entry.get("path", "")) if isinstance(entry, dict) else str(entry)
+        path = Path(name).expanduser()
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+            facts += [{"source": name, **_file_facts(str(file), where)} for file in inside]
+        else:
+            facts.append({"source": name, "url": f"hf://{name}"})
+    return facts
+
+
+def _file_facts(url: str, where: object) -> dict[str, Any]:
+    if url.startswith(("hf://", "http://", "https://")):
+        return {"url": url}
+    local = url.removeprefix("file://")
+    if "://" not in local:
+        return {"url": url, "size": Path(local).stat().st_size, "sha256": file_sha256(Path(local))}
+    import fsspec
+
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+        info = fs.info(path)
+    except (OSError, ImportError, ValueError) as error:
+        raise InputError(where, f"cannot reach {url}: {error}") from error
+    checksum = next((str(info[name]) for name in _CHECKSUMS if info.get(name)), "")
+    return {"url": url, "size": info.get("size"), "checksum": checksum.strip('"')}
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 (hex) of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

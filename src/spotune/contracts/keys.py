@@ -1,0 +1,119 @@
+"""Run identity and the layout of the bucket: the one place that knows where anything is.
+
+    runs/<run_id>/run.json                              what was submitted; create-only
+    runs/<run_id>/code/                                 commit, and the diff when dirty
+    runs/<run_id>/attempts/<4d>/attempt.json            claims the attempt (the fence); create-only
+    runs/<run_id>/attempts/<4d>/events-<rank>-<n>.jsonl phase changes, steps, losses; never rewritten
+    runs/<run_id>/attempts/<4d>/bill.json               price row and paid interval; create-only
+    runs/<run_id>/progress.json                         latest step, phase, loss, heartbeat; overwritten
+    runs/<run_id>/checkpoints/<step 8d>-<attempt 4d>/   Trainer's checkpoint-N layout; never rewritten
+    runs/<run_id>/commits/<attempt 4d>-<step 8d>.json   the commit, create-only, last
+    runs/<run_id>/output/  output/completed.json        the result and its certificate
+    runs/<run_id>/paused.json failed.json cancelled.json
+"""
+
+import re
+from dataclasses import dataclass
+from random import Random
+
+from spotune.contracts.errors import InputError
+
+RUN_ID = re.compile(r"[a-z][a-z0-9-]{1,23}[a-z0-9]")
+RUNS = "runs"
+
+
+def check_run_id(run_id: str, where: str = "--name") -> str:
+    """Returns ``run_id`` when it is one, else raises InputError."""
+    if not RUN_ID.fullmatch(run_id):
+        remedy = "3 to 25 of a-z, 0-9 and '-', a letter first, no '-' at the end"
+        raise InputError(where, f"{run_id!r} is not a run id", remedy=remedy)
+    return run_id
+
+
+def new_run_id(name: str, rng: Random) -> str:
+    """A run id from a config's name and a short random part, e.g. ``demo-orders-k3x9``."""
+    stem = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    stem = re.sub(r"^[^a-z]+", "", stem)[:20].rstrip("-") or "run"
+    return f"{stem}-{''.join(rng.choices('abcdefghijkmnpqrstuvwxyz23456789', k=4))}"
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys of one run, relative to the bucket's root."""
+
+    run_id: str
+
+    @property
+    def root(self) -> str:
+        return f"{RUNS}/{self.run_id}"
+
+    @property
+    def run(self) -> str:
+        return f"{self.root}/run.json"
+
+    @property
+    def code(self) -> str:
+        return f"{self.root}/code"
+
+    @property
+    def progress(self) -> str:
+        return f"{self.root}/progress.json"
+
+    @property
+    def attempts(self) -> str:
+        return f"{self.root}/attempts"
+
+    @property
+    def commits(self) -> str:
+        return f"{self.root}/commits"
+
+    @property
+    def checkpoints(self) -> str:
+        return f"{self.root}/checkpoints"
+
+    @property
+    def output(self) -> str:
+        return f"{self.root}/output"
+
+    @property
+    def completed(self) -> str:
+        return f"{self.output}/completed.json"
+
+    @property
+    def failed(self) -> str:
+        return f"{self.root}/failed.json"
+
+    @property
+    def paused(self) -> str:
+        return f"{self.root}/paused.json"
+
+    @property
+    def cancelled(self) -> str:
+        return f"{self.root}/cancelled.json"
+
+    def attempt(self, attempt: int) -> str:
+        return f"{self.attempts}/{attempt:04d}/attempt.json"
+
+    def bill(self, attempt: int) -> str:
+        return f"{self.attempts}/{attempt:04d}/bill.json"
+
+    def events(self, attempt: int, rank: int, part: int) -> str:
+        return f"{self.attempts}/{attempt:04d}/events-{rank}-{part}.jsonl"
+
+    def checkpoint(self, step: int, attempt: int) -> str:
+        return f"{self.checkpoints}/{step:08d}-{attempt:04d}"
+
+    def commit(self, attempt: int, step: int) -> str:
+        return f"{self.commits}/{attempt:04d}-{step:08d}.json"
+
+
+def attempt_of(key: str) -> int | None:
+    """The attempt number in a key below ``attempts/``, None for any other key."""
+    found = re.search(r"/attempts/(\d{4,})/", key)
+    return int(found[1]) if found else None
+
+
+def commit_of(key: str) -> tuple[int, int] | None:
+    """(attempt, step) of a commit's key, None for any other key; the highest is the newest."""
+    found = re.search(r"/commits/(\d{4,})-(\d{8,})\.json$", key)
+    return (int(found[1]), int(found[2])) if found else None

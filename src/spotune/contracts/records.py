@@ -1,0 +1,199 @@
+"""The JSON records in the bucket. A reader takes what it knows and ignores the rest, so that a
+launcher of today reads a run that started last week.
+
+Times are epoch seconds (``*_at``), durations seconds (``*_s``), money US dollars (``*_usd``).
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Self
+
+from spotune.contracts.errors import StoreError
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """Base of all records: to and from JSON bytes."""
+
+    schema_version: int = SCHEMA_VERSION
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(asdict(self), indent=1, sort_keys=True, default=str).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, key: str = "record") -> Self:
+        """Reads a record; raises StoreError naming ``key`` when it is not one."""
+        try:
+            return cls.from_dict(json.loads(data))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise StoreError(f"{key}: not a {cls.__name__}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        known = {f.name for f in fields(cls)}
+        return cls(**{name: value for name, value in data.items() if name in known})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriceRow(Record):
+    """A price as it was when the run was submitted; ``*`` in region or zone matches any.
+
+    Attributes:
+        accelerators: e.g. ``L4:1``; empty for CPU machines.
+        price_usd_per_hour: of one node.
+        source: where the figure comes from, e.g. ``local price table``.
+    """
+
+    infra: str
+    region: str = "*"
+    zone: str = "*"
+    instance_type: str = ""
+    accelerators: str = ""
+    use_spot: bool
+    price_usd_per_hour: float
+    source: str
+    at: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord(Record):
+    """``run.json``: what was submitted. Once it is there, no config file is read again.
+
+    Attributes:
+        config: resolved and flat: profile and overrides applied, ``profiles`` gone.
+        data_files: what the fingerprint was taken over: one ``{source, url, size, sha256 | etag}`` a file.
+        save_every: ``50`` (steps), ``5m``, or empty for the default.
+        prices: a row for every candidate that the run may land on.
+        kind: ``prod`` for managed jobs, ``dev`` for interactive runs.
+    """
+
+    run_id: str
+    created_at: float
+    user: str
+    team: str = ""
+    kind: str = "prod"
+    config_path: str
+    profile: str = ""
+    overrides: list[str] = field(default_factory=list)
+    config: dict[str, Any]
+    config_sha256: str
+    data_sha256: str
+    data_files: list[dict[str, Any]] = field(default_factory=list)
+    infra: str = ""
+    priority: int = 0
+    save_every: str = ""
+    prices: list[dict[str, Any]] = field(default_factory=list)
+    code: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def price_rows(self) -> list[PriceRow]:
+        return [PriceRow.from_dict(row) for row in self.prices]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptRecord(Record):
+    """``attempt.json``: an attempt's claim. Its key is the fence: created once, never rewritten."""
+
+    run_id: str
+    attempt: int
+    claimed_at: float
+    claim_id: str
+    host: str = ""
+    infra: str = ""
+    region: str = ""
+    zone: str = ""
+    cluster_name: str = ""
+    engine_job_id: str = ""
+    num_nodes: int = 1
+    ranks_per_node: int = 1
+    gpu: str = ""
+    preempted_earlier: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit(Record):
+    """``commits/<attempt>-<step>.json``: the checkpoint exists because this does.
+
+    Attributes:
+        parent: key of the commit that this attempt started from, empty for a fresh start.
+        tokens: non-padding tokens trained since step 0, all ranks.
+        files: relative path -> {size: bytes, sha256: hex}, below ``checkpoints/<step>-<attempt>/``.
+        best_step: step of the best checkpoint so far, where the config asks for the best model.
+    """
+
+    run_id: str
+    step: int
+    attempt: int
+    parent: str = ""
+    epoch: float = 0.0
+    tokens: int = 0
+    world_size: int = 1
+    threads: int = 1
+    config_sha256: str = ""
+    data_sha256: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    committed_at: float = 0.0
+    best_step: int | None = None
+    files: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate(Record):
+    """``output/completed.json``: the result is whole and was read back. Only this makes a run SUCCEEDED."""
+
+    run_id: str
+    attempt: int
+    step: int
+    weights_sha256: str
+    completed_at: float = 0.0
+    files: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress(Record):
+    """``progress.json``: what can be seen while it runs. ``at`` is the heartbeat."""
+
+    run_id: str
+    attempt: int
+    step: int = 0
+    max_steps: int = 0
+    phase: str = ""
+    loss: float | None = None
+    tokens: int = 0
+    committed_step: int = 0
+    at: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark(Record):
+    """``failed.json``, ``paused.json``, ``cancelled.json``: why a run stands still until ``resume``."""
+
+    run_id: str
+    attempt: int
+    at: float
+    reason: str
+    exit_code: int
+    step: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bill(Record):
+    """``bill.json``: the paid interval of an attempt and the frozen price of where it landed."""
+
+    run_id: str
+    attempt: int
+    started_at: float
+    ended_at: float
+    price: dict[str, Any]
+    nodes: int = 1
+    paid_s: float = 0.0
+    cost_usd: float = 0.0
+    end_reason: str = "lost"
+
+
+def fingerprint(value: Any) -> str:
+    """sha256 (hex) of a value's canonical JSON: the same for the same content, whatever the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), default=str).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""The launcher: settings + config + task YAML -> plan (pure, printable) -> an infrastructure runs it."""
