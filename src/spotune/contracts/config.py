@@ -17,7 +17,9 @@ from spotune.contracts.errors import InputError
 OVERRIDE = "--set"
 
 
-def load_config(path: str | Path, profile: str = "", overrides: Iterable[str] = (), default_profile: str = "") -> dict[str, Any]:
+def load_config(
+    path: str | Path, profile: str = "", overrides: Iterable[str] = (), default_profile: str = ""
+) -> dict[str, Any]:
     """Reads, overlays and checks a config.
 
     Args:
@@ -79,7 +81,9 @@ def _unique_loader() -> type:
                 key = getattr(key_node, "value", None)
                 if key_node.tag != "tag:yaml.org,2002:merge" and isinstance(key, str):
                     if key in seen:
-                        raise yaml.constructor.ConstructorError(None, None, f"key {key!r} given twice", key_node.start_mark)
+                        raise yaml.constructor.ConstructorError(
+                            None, None, f"key {key!r} given twice", key_node.start_mark
+                        )
                     seen.add(key)
             return super().construct_mapping(node, deep)
 
@@ -155,7 +159,9 @@ def _check_value(where: object, key: str, value: Any, rule: Mapping[str, Any]) -
     low, above = rule.get("minimum"), rule.get("exclusiveMinimum")
     number = _number(value)
     if number is not None and ((low is not None and number < low) or (above is not None and number <= above)):
-        raise InputError(where, f"{value!r} is too small", key=key, remedy=f"at least {low}" if low is not None else f"above {above}")
+        raise InputError(
+            where, f"{value!r} is too small", key=key, remedy=f"at least {low}" if low is not None else f"above {above}"
+        )
 
 
 def _number(value: Any) -> float | None:
@@ -171,10 +177,14 @@ def _is_kind(value: Any, kind: str) -> bool:
     """Whether a value fits; numbers may come as text, since YAML 1.1 reads ``1e-4`` as text and TRL takes it."""
     match kind:
         case "boolean":
-            return isinstance(value, bool) or (isinstance(value, str) and value.lower() in ("true", "false", "yes", "no"))
+            return isinstance(value, bool) or (
+                isinstance(value, str) and value.lower() in ("true", "false", "yes", "no")
+            )
         case "integer":
             number = _number(value)
-            return number is not None and number == int(number) if number not in (float("inf"), float("-inf")) else False
+            return (
+                number is not None and number == int(number) if number not in (float("inf"), float("-inf")) else False
+            )
         case "number":
             return _number(value) is not None
         case "string":
@@ -220,7 +230,12 @@ def check_sources(config: Mapping[str, Any], where: object) -> None:
         for key in source:
             if key not in SOURCE_KEYS:
                 near = difflib.get_close_matches(str(key), SOURCE_KEYS, n=1)
-                raise InputError(where, "unknown key", key=f"{row}.{key}", remedy=f"did you mean {near[0]}?" if near else _one_of(SOURCE_KEYS))
+                raise InputError(
+                    where,
+                    "unknown key",
+                    key=f"{row}.{key}",
+                    remedy=f"did you mean {near[0]}?" if near else _one_of(SOURCE_KEYS),
+                )
         for key, low in (("weight", 0.0), ("limit", 0.0), ("split", 0.0)):
             value = source.get(key)
             if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= low):
@@ -230,4 +245,9 @@ def check_sources(config: Mapping[str, Any], where: object) -> None:
         if source.get("format") is not None and source["format"] not in FORMATS:
             raise InputError(where, f"{source['format']!r} is no format", key=f"{row}.format", remedy=_one_of(FORMATS))
         if source.get("columns") is not None and not isinstance(source["columns"], dict):
-            raise InputError(where, "must map our names to the file's", key=f"{row}.columns", remedy="columns: {prompt: question, completion: answer}")
+            raise InputError(
+                where,
+                "must map our names to the file's",
+                key=f"{row}.columns",
+                remedy="columns: {prompt: question, completion: answer}",
+            )

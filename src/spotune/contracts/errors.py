@@ -1,10 +1,10 @@
 """The whole tree of errors.
 
-    SpotuneError            exit 1   something failed; one line says what
-    ├── InputError          exit 2   what the user gave is wrong: FILE: KEY or ROW: what (remedy)
-    ├── InfraError          exit 3   the infrastructure failed: launcher side only
-    ├── StoreError          exit 75  the bucket cannot be reached or answers wrongly: another machine may
-    └── Fenced              exit 75  a later attempt has taken the run over: this one must stop
+SpotuneError            exit 1   something failed; one line says what
+├── InputError          exit 2   what the user gave is wrong: FILE: KEY or ROW: what (remedy)
+├── InfraError          exit 3   the infrastructure failed: launcher side only
+├── StoreError          exit 75  the bucket cannot be reached or answers wrongly: another machine may
+└── Fenced              exit 75  a later attempt has taken the run over: this one must stop
 """
 
 from spotune.contracts import exits

@@ -31,7 +31,7 @@ class EventLog:
     """Appends events to a local file; each line is whole and on its way to disk when ``write`` returns."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
-        self._file = open(path, "a", buffering=1)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - held open for the process's life
         self._clock = clock
 
     def write(self, event: str, **fields: Any) -> None:

@@ -34,7 +34,9 @@ def resolve_source(source: str, where: object, key: str) -> list[str]:
     if not Path(local).is_file():  # a folder or a pattern: only what is data
         found = [name for name in found if is_data_file(name)]
     if not found:
-        raise InputError(where, f"no file matches {source}", key=key, remedy="JSONL, JSON, CSV or Parquet, also gzipped")
+        raise InputError(
+            where, f"no file matches {source}", key=key, remedy="JSONL, JSON, CSV or Parquet, also gzipped"
+        )
     return found
 
 
@@ -47,7 +49,9 @@ def _resolve_remote(source: str, where: object, key: str) -> list[str]:
 
     protocol = source.split("://", 1)[0]
     try:
-        fs, path = fsspec.core.url_to_fs(source, **({"use_listings_cache": False} if protocol in ("s3", "gs", "gcs") else {}))
+        fs, path = fsspec.core.url_to_fs(
+            source, **({"use_listings_cache": False} if protocol in ("s3", "gs", "gcs") else {})
+        )
         if not any(mark in path for mark in "*?["):
             path = f"{path.rstrip('/')}/**" if fs.isdir(path) else path
         found = fs.glob(path) if any(mark in path for mark in "*?[") else [path] * fs.exists(path)
@@ -71,7 +75,9 @@ def data_files(config: Mapping[str, Any], where: object) -> list[dict[str, Any]]
 def data_sha256(config: Mapping[str, Any], files: list[dict[str, Any]]) -> str:
     """The fingerprint of the data: the files and how the config mixes them."""
     keys = ("data", "data_limit", "datasets", "dataset_name", "dataset_config", "dataset_train_split")
-    facts = [{key: value for key, value in file.items() if key != "url"} | {"name": Path(file["url"]).name} for file in files]
+    facts = [
+        {key: value for key, value in file.items() if key != "url"} | {"name": Path(file["url"]).name} for file in files
+    ]
     return fingerprint({"files": facts, "mix": {key: config.get(key) for key in keys}})
 
 

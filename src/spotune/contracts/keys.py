@@ -1,15 +1,15 @@
 """Run identity and the layout of the bucket: the one place that knows where anything is.
 
-    runs/<run_id>/run.json                              what was submitted; create-only
-    runs/<run_id>/code/                                 commit, and the diff when dirty
-    runs/<run_id>/attempts/<4d>/attempt.json            claims the attempt (the fence); create-only
-    runs/<run_id>/attempts/<4d>/events-<rank>-<n>.jsonl phase changes, steps, losses; never rewritten
-    runs/<run_id>/attempts/<4d>/bill.json               price row and paid interval; create-only
-    runs/<run_id>/progress.json                         latest step, phase, loss, heartbeat; overwritten
-    runs/<run_id>/checkpoints/<step 8d>-<attempt 4d>/   Trainer's checkpoint-N layout; never rewritten
-    runs/<run_id>/commits/<attempt 4d>-<step 8d>.json   the commit, create-only, last
-    runs/<run_id>/output/  output/completed.json        the result and its certificate
-    runs/<run_id>/paused.json failed.json cancelled.json
+runs/<run_id>/run.json                              what was submitted; create-only
+runs/<run_id>/code/                                 commit, and the diff when dirty
+runs/<run_id>/attempts/<4d>/attempt.json            claims the attempt (the fence); create-only
+runs/<run_id>/attempts/<4d>/events-<rank>-<n>.jsonl phase changes, steps, losses; never rewritten
+runs/<run_id>/attempts/<4d>/bill.json               price row and paid interval; create-only
+runs/<run_id>/progress.json                         latest step, phase, loss, heartbeat; overwritten
+runs/<run_id>/checkpoints/<step 8d>-<attempt 4d>/   Trainer's checkpoint-N layout; never rewritten
+runs/<run_id>/commits/<attempt 4d>-<step 8d>.json   the commit, create-only, last
+runs/<run_id>/output/  output/completed.json        the result and its certificate
+runs/<run_id>/paused.json failed.json cancelled.json
 """
 
 import re

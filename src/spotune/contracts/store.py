@@ -16,9 +16,6 @@ from uuid import uuid4
 from spotune.contracts.environment import check_bucket
 from spotune.contracts.errors import StoreError
 
-# fsspec's filesystems map what a store says to these; everything else is a bug and travels as it is.
-STORE_FAULTS = (OSError, TimeoutError)
-
 
 class Store:
     """One bucket. Keys are relative to ``url``; a key is written whole or not at all.
@@ -50,7 +47,9 @@ class Store:
             yield
         except FileNotFoundError:
             raise
-        except (*STORE_FAULTS, *_client_faults()) as error:
+        except Exception as error:
+            if not isinstance(error, (OSError, *_client_faults())):
+                raise
             raise StoreError(f"{self.url}/{key}: cannot {verb}: {' '.join(str(error).split())[:300]}") from error
 
     def read(self, key: str) -> bytes | None:
@@ -154,7 +153,9 @@ class Store:
                 entries = fs.ls(self._path(prefix), detail=True)
             except FileNotFoundError:
                 return []
-            return sorted(entry["name"].rstrip("/").rsplit("/", 1)[1] for entry in entries if entry["type"] == "directory")
+            return sorted(
+                entry["name"].rstrip("/").rsplit("/", 1)[1] for entry in entries if entry["type"] == "directory"
+            )
 
     def delete(self, keys: Iterable[str]) -> None:
         """Removes the objects; those that are gone already are no error."""
@@ -225,10 +226,10 @@ def _write_part(path: Path, data: bytes) -> Path:
     while True:
         part = _part_path(path)
         try:
-            file = open(part, "xb")
+            descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileNotFoundError:  # the folder was pruned by another process in between
             continue
-        with file:
+        with open(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

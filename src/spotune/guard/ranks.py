@@ -1,0 +1,102 @@
+"""The ranks: training's processes, started and ended by the guard, one per GPU."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from spotune.contracts import exchange
+from spotune.contracts.exchange import Outcome
+from spotune.guard.machine import Machine
+
+PEER_GRACE_S = 20.0  # once one rank has failed, the others may hang in a collective: this long to end by themselves
+
+
+class Ranks:
+    """The worker processes of this node. Each leads a process group of its own, with its data loaders in it."""
+
+    def __init__(self, folder: Path, machine: Machine, master_port: int, environ: Mapping[str, str]) -> None:
+        self._folder = folder
+        self._first_rank = machine.node_rank * machine.ranks
+        self._processes = [
+            subprocess.Popen(
+                # -P: the user's folder may hold a `datasets/`; it must not shadow the library.
+                [sys.executable, "-P", "-m", "spotune.sft.worker", str(folder)],
+                env={**environ, **rank_environ(machine, local_rank, master_port)},
+                stdin=subprocess.DEVNULL,
+                process_group=0,
+            )
+            for local_rank in range(machine.ranks)
+        ]
+        self._failed_at: float | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether any rank runs. A rank that ended badly takes the others with it, after a grace."""
+        codes = [process.poll() for process in self._processes]
+        if None not in codes:
+            return False
+        if any(code not in (None, 0) for code in codes):
+            self._failed_at = self._failed_at or time.monotonic()
+            if time.monotonic() - self._failed_at > PEER_GRACE_S:
+                self.kill()
+        return True
+
+    def kill(self) -> None:
+        """SIGKILL to every rank and its children; returns when the ranks are gone."""
+        for process in self._processes:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):  # macOS says the latter of a zombie
+                continue
+        for process in self._processes:
+            process.wait()
+
+    def outcome(self) -> Outcome:
+        """How training ended: the worst of what the ranks say, and of those that could not say anything."""
+        outcomes = [self._outcome_of(index, process) for index, process in enumerate(self._processes)]
+        order = ("bad_input", "failed", "retry", "stopped", "completed")
+        return min(outcomes, key=lambda outcome: order.index(outcome.how))
+
+    def _outcome_of(self, index: int, process: "subprocess.Popen[bytes]") -> Outcome:
+        rank = self._first_rank + index
+        data = exchange.read_json(exchange.outcome_path(self._folder, rank))
+        if data is not None:
+            return Outcome(**data)
+        code = process.returncode
+        died = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit code {code}"
+        return Outcome(how="retry", message=f"rank {rank} {died} without a word")
+
+
+def rank_environ(machine: Machine, local_rank: int, master_port: int) -> dict[str, str]:
+    """What a rank must find in its environment; as ``torchrun`` and ``accelerate`` name it."""
+    rank = machine.node_rank * machine.ranks + local_rank
+    found = {
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_DISABLE_TELEMETRY": os.environ.get("HF_HUB_DISABLE_TELEMETRY", "1"),
+        "DO_NOT_TRACK": os.environ.get("DO_NOT_TRACK", "1"),
+    }
+    if machine.world_size > 1:
+        threads = str(max(1, (os.cpu_count() or 1) // machine.ranks))
+        found |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(local_rank),
+            "WORLD_SIZE": str(machine.world_size),
+            "LOCAL_WORLD_SIZE": str(machine.ranks),
+            "MASTER_ADDR": machine.node_ips[0],
+            "MASTER_PORT": str(master_port),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
+        }
+    return found
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        port: int = listener.getsockname()[1]
+        return port
