@@ -1,0 +1,68 @@
+# Everything is a line or two over `spotune`, `sky` or pytest. `make setup` is part of every target that needs it.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# What a machine with its own build of torch (a CPU wheel, another CUDA) wants instead:  make setup TORCH='torch==2.13.0 --index-url …'
+TORCH ?= torch==2.13.0
+UV := uv==0.13.9
+CONFIG ?= config/runs/demo.yaml
+RUN ?=
+ARGS ?=
+
+.PHONY: help setup demo demo-undisturbed test lint lock schema train queue logs cancel cost clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
+
+$(VENV)/.ready: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || { echo 'Python 3.11 or 3.12 is needed (make setup PYTHON=python3.11)' >&2; exit 2; }
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV)
+	@# pip, not uv, for torch alone: pip also takes a wheel that lies on disk (find-links), and it brings the CUDA that fits.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --requirement requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+setup: $(VENV)/.ready ## the environment, in .venv, from the lock
+
+demo: setup ## the main job in miniature: dev run, preempted job, scores, cost report in .demo/
+	@$(BIN)/python examples/demo/demo.py
+
+demo-undisturbed: setup ## the same job with nothing taken away: .demo/undisturbed.json
+	@$(BIN)/python examples/demo/demo.py --undisturbed
+
+test: setup ## all tests that need no cloud
+	@$(BIN)/python -m pytest
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+train: setup ## CONFIG=… ARGS='--infra … -y': submit a job
+	@$(BIN)/spotune train $(CONFIG) $(ARGS)
+
+queue: setup ## what runs and what waits
+	@$(BIN)/spotune queue $(ARGS)
+
+logs: setup ## RUN=…: a run's log
+	@$(BIN)/spotune logs $(RUN) $(ARGS)
+
+cancel: setup ## RUN=…: stop a run, keep its checkpoints
+	@$(BIN)/spotune cancel $(RUN) -y
+
+cost: setup ## RUN=…: what a run cost, or all of them
+	@$(BIN)/spotune cost $(RUN) $(ARGS)
+
+lock: setup ## resolve anew what pyproject.toml asks for
+	$(BIN)/uv pip compile pyproject.toml --quiet --universal --all-extras --python-version 3.11 --no-header --no-annotate \
+	  | grep -vE '^(torch|triton|nvidia-|cuda-|setuptools|pip|#)' > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+
+schema: setup ## the keys of a config, from the pinned TRL
+	$(BIN)/python -m spotune.sft.schema
+
+clean: ## what targets have made, but not the environment
+	rm -rf .demo
