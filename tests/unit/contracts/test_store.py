@@ -1,0 +1,64 @@
+"""The bucket means the same on a disk, on S3 and on GCS."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from spotune.contracts.errors import InputError, StoreError
+from spotune.contracts.store import Store
+
+
+def test_objects_are_written_read_listed_and_deleted(store: Store, tmp_path: Path) -> None:
+    assert store.read("runs/a/none") is None
+    assert not store.exists("runs/a/none")
+    assert store.keys("runs") == []
+    assert store.folders("runs") == []
+    store.write("runs/a/x", b"1")
+    store.write("runs/a/x", b"22")
+    store.write("runs/b/deep/y", b"3")
+    assert store.read("runs/a/x") == b"22"
+    assert store.exists("runs/a/x")
+    assert store.keys("runs") == ["runs/a/x", "runs/b/deep/y"]
+    assert store.folders("runs") == ["a", "b"]
+    store.delete(["runs/a/x", "runs/a/never"])
+    assert store.keys("runs") == ["runs/b/deep/y"]
+
+
+def test_create_happens_once(store: Store) -> None:
+    assert store.create("runs/a/claim", b"first")
+    assert not store.create("runs/a/claim", b"second")
+    assert store.read("runs/a/claim") == b"first"
+
+
+def test_of_many_creators_on_a_disk_one_wins(local_store: Store) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        won = list(pool.map(lambda n: local_store.create("runs/a/claim", b"%d" % n), range(64)))
+    assert won.count(True) == 1
+    assert local_store.read("runs/a/claim") == b"%d" % won.index(True)
+    assert local_store.keys("runs") == ["runs/a/claim"]
+
+
+def test_files_go_up_and_come_back(store: Store, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(6_000_000))
+    store.upload(source, "runs/a/big")
+    store.download("runs/a/big", tmp_path / "new" / "back")
+    assert (tmp_path / "new" / "back").read_bytes() == source.read_bytes()
+    with pytest.raises(FileNotFoundError):
+        store.download("runs/a/gone", tmp_path / "gone")
+
+
+def test_an_unreachable_store_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    store = Store(f"file://{tmp_path}/file/bucket")
+    with pytest.raises(StoreError, match="cannot create") as error:
+        store.create("runs/a/x", b"1")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["bucket", "file://relative", "s3://", "ftp://x/y", "file:///", ""])
+def test_what_is_no_bucket_is_refused(url: str) -> None:
+    with pytest.raises(InputError, match="SPOTUNE_BUCKET"):
+        Store(url)
