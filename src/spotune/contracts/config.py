@@ -146,22 +146,41 @@ def check_keys(config: Mapping[str, Any], where: object) -> None:
             raise InputError(where, "unknown key", key=key, remedy=remedy)
         if value is not None:
             _check_value(where, key, value, known[key])
+            if key == "datasets":
+                _check_datasets(where, value, known[key]["items"])
 
 
 def _check_value(where: object, key: str, value: Any, rule: Mapping[str, Any]) -> None:
     kinds = rule.get("type")
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if kinds and not any(_is_kind(value, kind) for kind in kinds):
-        raise InputError(where, f"{value!r} is not {_spell(kinds)}", key=key)
+        is_bare_no = value is False and "no" in rule.get("enum", ())  # YAML 1.1 reads a bare no as false
+        raise InputError(
+            where, f"{value!r} is not {_spell(kinds)}", key=key, remedy='write it in quotes: "no"' if is_bare_no else ""
+        )
     choices = rule.get("enum")
     if choices and value not in choices:
-        raise InputError(where, f"{value!r} is none of {', '.join(map(str, choices))}", key=key)
+        near = difflib.get_close_matches(str(value), map(str, choices), n=1)
+        named = f"did you mean {near[0]}?" if near else _one_of(str(choice) for choice in choices if choice is not None)
+        raise InputError(where, f"{value!r} is not known", key=key, remedy=named)
     low, above = rule.get("minimum"), rule.get("exclusiveMinimum")
     number = _number(value)
     if number is not None and ((low is not None and number < low) or (above is not None and number <= above)):
         raise InputError(
             where, f"{value!r} is too small", key=key, remedy=f"at least {low}" if low is not None else f"above {above}"
         )
+
+
+def _check_datasets(where: object, entries: Any, rule: Mapping[str, Any]) -> None:
+    for index, entry in enumerate(entries):
+        row = f"datasets[{index}]"
+        if not isinstance(entry, dict) or not entry.get("path"):
+            raise InputError(where, "needs a path", key=row, remedy="{path: json, data_files: rows.jsonl}")
+        for key, value in entry.items():
+            if key not in rule["properties"]:
+                raise InputError(where, "unknown key", key=f"{row}.{key}", remedy=_one_of(rule["properties"]))
+            if value is not None:
+                _check_value(where, f"{row}.{key}", value, rule["properties"][key])
 
 
 def _number(value: Any) -> float | None:
@@ -182,24 +201,25 @@ def _is_kind(value: Any, kind: str) -> bool:
             )
         case "integer":
             number = _number(value)
-            return (
-                number is not None and number == int(number) if number not in (float("inf"), float("-inf")) else False
-            )
+            return number is not None and number.is_integer()
         case "number":
-            return _number(value) is not None
+            number = _number(value)
+            return number is not None and number == number  # NaN is no setting
         case "string":
             return isinstance(value, (str, int, float)) and not isinstance(value, bool)
         case "array":
             return isinstance(value, list)
         case "object":
             return isinstance(value, dict)
+        case "null":
+            return value is None
     return True
 
 
 def _spell(kinds: Iterable[str]) -> str:
     words = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
     words |= {"array": "a list", "object": "a mapping"}
-    return " or ".join(words.get(kind, kind) for kind in kinds)
+    return " or ".join(words.get(kind, kind) for kind in kinds if kind != "null")
 
 
 def _one_of(names: Iterable[str]) -> str:
@@ -240,6 +260,11 @@ def check_sources(config: Mapping[str, Any], where: object) -> None:
             value = source.get(key)
             if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= low):
                 raise InputError(where, f"{value!r} is not a number above 0", key=f"{row}.{key}")
+        if (source.get("split") or 0) >= 1 and source["split"] != int(source["split"]):
+            remedy = "below 1 a share, from 1 on a number of rows"
+            raise InputError(
+                where, f"{source['split']!r} is neither a share nor a number of rows", key=f"{row}.split", remedy=remedy
+            )
         if source.get("limit") is not None and not isinstance(source["limit"], int):
             raise InputError(where, f"{source['limit']!r} is not a whole number", key=f"{row}.limit")
         if source.get("format") is not None and source["format"] not in FORMATS:

@@ -1,1 +1,1 @@
-"""The script: ``python -m spotune.sft CONFIG``. The guard enters first; torch is imported by the worker only."""
+"""The SFT script proper: the worker behind seam 2, one process per rank. It knows torch and TRL, and no store."""

@@ -1,0 +1,118 @@
+"""Config -> TRL's own dataclasses, read exactly as ``trl sft --config`` reads them."""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spotune.contracts.errors import InputError
+from spotune.contracts.exchange import TRAINER, Job
+
+OURS = ("data", "data_limit", "profiles", "num_processes")
+DEFAULT_SAVE_SECONDS = 300.0
+# transformers' names of trackers whose module has another name
+_TRACKER_MODULES = {"azure_ml": "azureml", "dagshub": "dagshub", "flyte": "flytekit", "dvclive": "dvclive"}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The four dataclasses of TRL's script."""
+
+    script: Any
+    training: Any
+    model: Any
+    datasets: Any
+
+
+@dataclass(frozen=True)
+class SaveRule:
+    """When to save; all None and False: only at the end."""
+
+    steps: int | None = None
+    seconds: float | None = None
+    as_config: bool = False
+
+
+def parse(job: Job, folder: Path, rank: int) -> Arguments:
+    """The config as TRL's dataclasses, with what is the guard's taken out of it. Raises InputError."""
+    import yaml
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+    class Parser(TrlParser):
+        def error(self, message: str) -> Any:  # argparse would print a usage of 500 lines and exit
+            raise InputError(job.config_path, message)
+
+    path = folder / f"config-{rank}.yaml"
+    path.write_text(yaml.safe_dump(effective(job, folder), sort_keys=False))
+    parser = Parser((ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig), prog="spotune")
+    try:
+        found = parser.parse_args_and_config(["--config", str(path)])
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(job.config_path, str(error)) from error
+    script, training, model, datasets = found
+    training.report_to = usable_trackers(training.report_to, os.environ)
+    return Arguments(script, training, model, datasets)
+
+
+def effective(job: Job, folder: Path) -> dict[str, Any]:
+    """The config as TRL gets it."""
+    config = {key: value for key, value in job.config.items() if key not in OURS}
+    config |= {"output_dir": str(folder / TRAINER), "save_total_limit": None, "resume_from_checkpoint": None}
+    config |= {"push_to_hub": False, "enable_jit_checkpoint": False, "save_only_model": False}
+    if "disable_tqdm" not in config and not sys.stdout.isatty():
+        config["disable_tqdm"] = True
+    if config.get("env") is None:
+        config.pop("env", None)
+    return config
+
+
+def notices(config: Mapping[str, Any]) -> list[str]:
+    """One line for each wish of the config that is not followed."""
+    lines = []
+    if config.get("push_to_hub"):
+        lines.append("push_to_hub: not done here; the result is in the bucket under output/")
+    if config.get("save_only_model"):
+        lines.append("save_only_model: not followed, since a run could not be continued from such a checkpoint")
+    if config.get("resume_from_checkpoint"):
+        lines.append("resume_from_checkpoint: not followed; a run continues from its own newest checkpoint")
+    return lines
+
+
+def save_rule(job: Job) -> SaveRule:
+    """The job's rule, else the config's, else every five minutes."""
+    if job.save_steps or job.save_seconds:
+        return SaveRule(steps=job.save_steps, seconds=job.save_seconds)
+    if "save_steps" in job.config or "save_strategy" in job.config:
+        return SaveRule(as_config=True)
+    return SaveRule(seconds=DEFAULT_SAVE_SECONDS)
+
+
+def usable_trackers(wanted: list[str], environ: Mapping[str, str]) -> list[str]:
+    """The trackers that can be used here: installed, and wandb only where it can reach its server.
+
+    wandb's offline files are lost on a kill and double the steps of a resumed run, so offline runs are
+    rebuilt from our own events instead.
+    """
+    usable = []
+    for name in wanted:
+        if importlib.util.find_spec(_TRACKER_MODULES.get(name, name)) is None and name not in (
+            "tensorboard",
+            "codecarbon",
+        ):
+            print(f"report_to: {name} is not installed, left out", file=sys.stderr)
+        elif name == "wandb" and not _is_wandb_online(environ):
+            print("report_to: wandb left out (no WANDB_API_KEY, or WANDB_MODE is not online)", file=sys.stderr)
+        elif name == "tensorboard" and not (
+            importlib.util.find_spec("tensorboard") or importlib.util.find_spec("tensorboardX")
+        ):
+            print("report_to: tensorboard is not installed, left out", file=sys.stderr)
+        else:
+            usable.append(name)
+    return usable
+
+
+def _is_wandb_online(environ: Mapping[str, str]) -> bool:
+    return bool(environ.get("WANDB_API_KEY")) and environ.get("WANDB_MODE", "online") in ("online", "run", "")

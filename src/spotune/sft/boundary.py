@@ -1,0 +1,208 @@
+"""What happens on a step's end: the decisions (stop, save), made common to all ranks, and the events.
+
+Trainer's flags in ``control`` are the means: DefaultFlowCallback has set them as the config says, this
+callback comes after it and has the last word.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_pt_utils import get_model_param_count
+
+from spotune.contracts.events import EventLog, Phase
+from spotune.contracts.exchange import Staged, staged_path, write_json
+from spotune.sft.arguments import SaveRule
+from spotune.sft.control import Control, Wish
+from spotune.sft.faults import Stopped
+from spotune.sft.snapshot import Extra
+
+
+class EvaluationInterrupted(Exception):
+    """The guard asked to leave while an evaluation ran; it is to be run again after the restore."""
+
+
+class Boundary(TrainerCallback):
+    """Keeps the boundaries of one rank's training.
+
+    Args:
+        folder: the exchange folder.
+        rule: when to save.
+        events: rank 0's log, None on the others.
+        resumed_from: the restored checkpoint, None for a fresh start.
+        extra: what ``snapshot`` kept with it.
+        versions: of the libraries, for the commit.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rule: SaveRule,
+        events: EventLog | None,
+        *,
+        versions: dict[str, str],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.folder = folder
+        self.rule = rule
+        self.events = events
+        self.versions = versions
+        self.control_file = Control(folder)
+        self.trainer: Any = None
+        self.resumed_from: Path | None = None
+        self.restored: Extra | None = None
+        self.leaving = False
+        self.saved_step = -1
+        self.evaluation_owed = False
+        self._clock = clock
+        self._last_save = clock()
+        self._phase: Phase = "load"
+        self._data_wait_s = 0.0
+        self._is_saving_due = False
+
+    # -- Trainer's events -------------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = self.trainer.model
+        if self.restored is not None:
+            self.trainer.restore_extra(self.restored)
+        if self.events:
+            trainable, total = (get_model_param_count(model, trainable_only=only) for only in (True, False))
+            self.events.write("plan", max_steps=state.max_steps, num_train_epochs=state.num_train_epochs,
+                              trainable_parameters=trainable, total_parameters=total)  # fmt: skip
+        self._enter("train")
+        self._last_save = self._clock()
+        if self._common(self.control_file.look()).stop:
+            raise Stopped(state.global_step)
+        if self.restored is not None and self.restored.evaluation_owed:
+            try:
+                self.trainer.evaluate_owed()
+            except EvaluationInterrupted as interruption:
+                raise Stopped(state.global_step) from interruption
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.events:
+            tokens = int(self.trainer._total_train_tokens)
+            self.events.write("step", step=state.global_step, tokens=tokens, data_wait_s=round(self._data_wait_s, 6))
+        self._data_wait_s = 0.0
+        self.evaluation_owed = False
+        self._is_saving_due = self._is_due(state.global_step, control.should_save)
+        if control.should_training_stop or state.epoch == int(state.epoch):
+            control.should_save = False  # the epoch's end follows at once and is this step's boundary
+        else:
+            self._decide(state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_save and self.rule.as_config:
+            self._is_saving_due = True
+        self._decide(state, control)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.is_in_train and self._common(self.control_file.look()).stop:
+            self.leaving = True
+            raise EvaluationInterrupted
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if self.events:
+            numbers = {name: _finite(value) for name, value in (logs or {}).items() if _is_number(value)}
+            self.events.write("log", **{**numbers, "step": state.global_step, "epoch": state.epoch})
+
+    # -- decisions --------------------------------------------------------------------------------------------------
+
+    def _is_due(self, step: int, as_config: bool) -> bool:
+        if self.rule.as_config:
+            return as_config
+        by_steps = self.rule.steps is not None and step % self.rule.steps == 0
+        by_time = self.rule.seconds is not None and self._clock() - self._last_save >= self.rule.seconds
+        return by_steps or (by_time and self.trainer.args.process_index == 0)  # rank 0's clock, made common below
+
+    def _decide(self, state: Any, control: Any) -> None:
+        is_last = state.global_step >= state.max_steps
+        seen = self.control_file.look()
+        wish = self._common(Wish(stop=seen.stop, save=seen.save or self._is_saving_due))
+        is_new = self.saved_step != state.global_step
+        control.should_save = (wish.save or wish.stop or is_last) and is_new
+        self._is_saving_due = False
+        if wish.stop:
+            self.leaving = True
+            if control.should_evaluate:  # it may outlast the grace: run after the restore instead
+                self.evaluation_owed = True
+                control.should_evaluate = False
+
+    def _common(self, wish: Wish) -> Wish:
+        """What any rank wants, all do; one all-reduce."""
+        if self.trainer.args.world_size <= 1:
+            return wish
+        flags = torch.tensor([wish.stop, wish.save], dtype=torch.int32, device=self.trainer.args.device)
+        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+        stop, save = flags.tolist()
+        return Wish(stop=bool(stop), save=bool(save))
+
+    def owe_evaluation(self) -> None:
+        self.evaluation_owed = True
+
+    # -- records ----------------------------------------------------------------------------------------------------
+
+    def stage(self, checkpoint: Path, stall_s: float) -> None:
+        """Hands a complete checkpoint to the guard; after a barrier, since every rank has files in it."""
+        trainer, state = self.trainer, self.trainer.state
+        if trainer.args.world_size > 1:
+            torch.distributed.barrier()
+        self.saved_step = state.global_step
+        self._last_save = self._clock()
+        self.control_file.answered()
+        if trainer.args.process_index != 0:
+            return
+        staged = Staged(
+            step=state.global_step,
+            checkpoint=str(checkpoint),
+            epoch=float(state.epoch or 0.0),
+            tokens=int(trainer._total_train_tokens),
+            world_size=trainer.args.world_size,
+            threads=torch.get_num_threads(),
+            best_step=state.best_global_step if trainer.args.load_best_model_at_end else None,
+            versions=self.versions,
+        )
+        write_json(staged_path(self.folder, state.global_step), staged)
+        if self.events:
+            self.events.write("save", step=state.global_step, stall_s=round(stall_s, 4))
+
+    @contextmanager
+    def phase(self, phase: Phase) -> Iterator[None]:
+        """A phase within training; the one before goes on after it."""
+        before = self._phase
+        self._enter(phase)
+        try:
+            yield
+        finally:
+            self._enter(before)
+
+    def _enter(self, phase: Phase) -> None:
+        self._phase = phase
+        if self.events:
+            self.events.phase(phase)
+
+    def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The same batches; the time that training waits for them is added up."""
+        while True:
+            began = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self._data_wait_s += time.perf_counter() - began
+            yield batch
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

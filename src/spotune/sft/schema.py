@@ -1,0 +1,171 @@
+"""``python -m spotune.sft.schema`` writes contracts/schema.json from the pinned TRL's dataclasses.
+
+JSON Schema draft-07: editors complete and check configs with it, the launcher refuses typos with it
+without importing TRL. A test keeps the file true to the TRL that is installed.
+"""
+
+import dataclasses
+import json
+import re
+import types
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import spotune.contracts
+from spotune.contracts.config import FORMATS
+
+Schema = dict[str, Any]
+_KINDS = {bool: "boolean", int: "integer", float: "number", str: "string", dict: "object", list: "array"}
+
+# Keys whose annotation is narrower or wider than what TRL really takes.
+_TYPES: Schema = {
+    "max_steps": {"type": "integer"},
+    "report_to": {"type": ["string", "array", "null"]},
+    "fsdp": {"type": ["boolean", "string", "array", "null"]},
+    "debug": {"type": ["string", "array", "null"]},
+    "lora_target_modules": {"type": ["string", "array", "null"]},
+    "lora_modules_to_save": {"type": ["string", "array", "null"]},
+    "accelerator_config": {"type": ["object", "string", "null"]},
+}
+_LIMITS: dict[str, Schema] = {
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), {"minimum": 1}
+    ),
+    **dict.fromkeys(("lora_r", "lora_alpha", "max_length", "dataset_num_proc"), {"minimum": 1}),
+    **dict.fromkeys(("learning_rate", "weight_decay", "lora_dropout", "warmup_steps"), {"minimum": 0}),
+    **dict.fromkeys(("max_grad_norm", "dataloader_num_workers", "eval_delay", "seed", "data_seed"), {"minimum": 0}),
+    **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps", "eval_steps"), {"exclusiveMinimum": 0}),
+}
+_CHOICES: dict[str, list[str]] = {
+    "packing_strategy": ["bfd", "bfd_split", "bfd-requeue", "wrapped"],
+    "truncation_mode": ["keep_start", "keep_end"],
+    "loss_type": ["nll", "dft", "chunked_nll"],
+}
+
+
+def build() -> Schema:
+    """The schema of a config: TRL's keys and ours."""
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
+
+    properties: Schema = {}
+    for dataclass in (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig):
+        hints = get_type_hints(dataclass)
+        for entry in dataclasses.fields(dataclass):
+            if entry.init:
+                properties[entry.name] = _property(entry, hints[entry.name])
+    properties["datasets"]["items"] = _dataset_item()
+    properties.update(_own_keys())
+    return {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "spotune run config",
+        "description": "Keys of `trl sft --config`, and spotune's data, data_limit and profiles.",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": dict(sorted(properties.items())),
+    }
+
+
+def _property(entry: Any, hint: Any) -> Schema:
+    found = dict(_TYPES.get(entry.name) or _type(hint))
+    choices = _CHOICES.get(entry.name) or list(entry.metadata.get("choices") or [])
+    if choices:
+        found["enum"] = choices
+    found.update(_LIMITS.get(entry.name, {}))
+    default = _default(entry)
+    if default is not None:
+        found["default"] = default
+    if help := _first_sentence(entry.metadata.get("help", "")):
+        found["description"] = help
+    return found
+
+
+def _type(hint: Any) -> Schema:
+    """A type hint as a schema."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        parts = [_type(part) for part in get_args(hint) if part is not type(None)]
+        kinds = [kind for part in parts for kind in _as_list(part.get("type"))]
+        if not kinds:
+            return {}
+        merged: Schema = {"type": list(dict.fromkeys(kinds))}
+        enums = [part["enum"] for part in parts if "enum" in part]
+        if enums and merged["type"] == ["string"]:  # `Enum | str`: the text is one of the enum's all the same
+            merged["enum"] = enums[0]
+        if type(None) in get_args(hint):
+            merged["type"].append("null")
+            if "enum" in merged:
+                merged["enum"] = [*merged["enum"], None]
+        merged["type"] = merged["type"][0] if len(merged["type"]) == 1 else merged["type"]
+        return merged
+    if origin is Literal:
+        return {"type": "string", "enum": list(get_args(hint))}
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return {"type": "string", "enum": sorted(member.value for member in hint)}
+    kind = _KINDS.get(origin or hint)
+    return {"type": kind} if kind else {}
+
+
+def _default(entry: Any) -> Any:
+    default = entry.default
+    if default is dataclasses.MISSING:
+        default = entry.default_factory() if entry.default_factory is not dataclasses.MISSING else None
+    if isinstance(default, Enum):
+        default = default.value
+    return default if isinstance(default, (str, int, float, bool)) else None
+
+
+def _first_sentence(help: str) -> str:
+    text = " ".join(str(help).split())
+    first = re.split(r"(?<=[.!?])\s+(?=[A-Z`'\"(])", text, maxsplit=1)[0]
+    return first if len(first) <= 240 else first[:237].rsplit(" ", 1)[0] + " …"
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value] if value else []
+
+
+def _dataset_item() -> Schema:
+    from trl.scripts.utils import DatasetConfig
+
+    hints = get_type_hints(DatasetConfig)
+    keys = {entry.name: _property(entry, hints[entry.name]) for entry in dataclasses.fields(DatasetConfig)}
+    return {"type": "object", "additionalProperties": False, "required": ["path"], "properties": keys}
+
+
+def _own_keys() -> Schema:
+    source: Schema = {
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["source"],
+        "properties": {
+            "source": {"type": "string", "description": "Path, glob, folder or URL: hf://org/name[@rev], s3://, gs://, https://."},
+            "weight": {"type": "number", "exclusiveMinimum": 0, "description": "Share of the mixture, in proportion to the others' weights."},
+            "format": {"type": "string", "enum": list(FORMATS), "description": "Told from the columns when not given."},
+            "columns": {"type": "object", "description": "Our column names to the file's, e.g. {prompt: question, completion: answer}."},
+            "limit": {"type": "integer", "minimum": 1, "description": "Use the first so many rows only."},
+            "split": {"type": "number", "exclusiveMinimum": 0, "description": "Held out for evaluation: a share below 1, or a number of rows."},
+            "dataset_config": {"type": "string", "description": "hf:// only: the data set's configuration."},
+            "dataset_split": {"type": "string", "description": "hf:// only: the data set's split, default train."},
+        },
+    }  # fmt: skip
+    profile = {"type": "object", "description": "Keys that this profile overlays."}
+    return {
+        "data": {"type": ["array", "null"], "items": source, "description": "What to train on, mixed by weight; instead of TRL's datasets."},
+        "data_limit": {"type": ["integer", "null"], "minimum": 1, "description": "At most so many training rows, and so many held-out rows."},
+        "profiles": {"type": "object", "additionalProperties": profile, "description": "Overlays by name: dev and prod differ here."},
+        "env": {"type": ["object", "null"], "description": "Environment variables to set before anything is loaded."},
+        "num_processes": {"type": ["integer", "null"], "minimum": 1, "description": "Ranks on one machine; default one per GPU."},
+    }  # fmt: skip
+
+
+def path() -> Path:
+    return Path(spotune.contracts.__file__).with_name("schema.json")
+
+
+def main() -> None:
+    path().write_text(json.dumps(build(), indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

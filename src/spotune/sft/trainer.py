@@ -1,0 +1,114 @@
+"""TRL's SFTTrainer with step boundaries: where a run can be stopped, saved and resumed bit for bit.
+
+    step end ─▶ log ─▶ evaluate ─▶ save ─▶ leave?     (Trainer's order; ``Boundary`` says which of these)
+
+The last step of an epoch has its boundary at the epoch's end, since Trainer logs, evaluates and saves
+there once more: a checkpoint taken before that could not say that it still has to be done.
+"""
+
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.trainer_utils import SaveStrategy
+from trl import SFTTrainer
+
+from spotune.sft.boundary import Boundary, EvaluationInterrupted
+from spotune.sft.faults import Stopped
+from spotune.sft.snapshot import Extra
+
+
+class SpotTrainer(SFTTrainer):
+    """An SFTTrainer whose boundaries are kept by ``boundary``, which is also its callback."""
+
+    def __init__(self, *args: Any, boundary: Boundary, **kwargs: Any) -> None:
+        super().__init__(*args, callbacks=[boundary], **kwargs)
+        self.boundary = boundary
+        boundary.trainer = self
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        return super().get_batch_samples(self.boundary.timed(epoch_iterator), num_batches, device)
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed at the end: Trainer would train one step more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except EvaluationInterrupted:
+            self.boundary.owe_evaluation()
+            self._save_checkpoint(self.model, trial=None)
+        if self.boundary.leaving:
+            if self.boundary.saved_step != self.state.global_step:
+                self._save_checkpoint(self.model, trial=None)
+            raise Stopped(self.state.global_step)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best = super()._determine_best_metric(metrics, trial)
+        keeps_best = self.args.load_best_model_at_end or self.args.save_strategy == SaveStrategy.BEST
+        if is_best and keeps_best:  # whatever rule is in force, the best model must be there to load
+            self.control.should_save = True
+        return bool(is_best or self.control.should_save)  # Trainer puts this into should_save for save_strategy best
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluates without moving training's randomness: the DataLoader of an evaluation draws a seed."""
+        with self.boundary.phase("eval"), _unmoved_rng():
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self.boundary.phase("save"):
+            began = time.monotonic()
+            super()._save_checkpoint(model, trial)
+            checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            self.extra().write(checkpoint, self.args.process_index)
+            self.boundary.stage(checkpoint, time.monotonic() - began)
+
+    def extra(self) -> Extra:
+        """This rank's state beside Trainer's own."""
+        return Extra(
+            tokens=int(self._total_train_tokens),
+            evaluation_owed=self.boundary.evaluation_owed,
+            loss_sum=self._tr_loss.item(),
+            loss_total=self._total_loss_scalar,
+            logged_step=self._globalstep_last_logged,
+            metrics={name: list(values) for name, values in self._metrics["train"].items()},
+        )
+
+    def restore_extra(self, extra: Extra) -> None:
+        """The opposite of ``extra``; to be called when training begins."""
+        self._total_train_tokens = extra.tokens
+        self._tr_loss += extra.loss_sum
+        self._total_loss_scalar = extra.loss_total
+        self._globalstep_last_logged = extra.logged_step
+        for name, values in extra.metrics.items():
+            self._metrics["train"][name] = list(values)
+
+    def evaluate_owed(self) -> None:
+        """Runs the evaluation that the run was stopped before, as if it had not been."""
+        metrics = self._evaluate(None, None)
+        self._determine_best_metric(metrics=metrics, trial=None)
+        self.control.should_save = False  # the step that it belongs to is the checkpoint that was restored
+        if self.state.best_global_step == self.state.global_step and self.boundary.resumed_from:
+            self.state.best_model_checkpoint = str(self.boundary.resumed_from)
+
+
+@contextmanager
+def _unmoved_rng() -> Iterator[None]:
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    cuda = torch.cuda.random.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.random.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.random.set_rng_state_all(cuda)

@@ -1,0 +1,158 @@
+"""One rank: ``python -m spotune.sft.worker FOLDER``, started by the guard (seam 2, see contracts/exchange.py).
+
+Reads top to bottom: deaf to signals, check, load, wait for the restore, train, save the result. It always
+leaves an outcome.
+"""
+
+from spotune.sft.lifeline import die_with_parent, ignore_signals
+
+if __name__ == "__main__":
+    ignore_signals()  # before anything else is imported
+
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from spotune.contracts.errors import InputError
+from spotune.contracts.events import EventLog
+from spotune.contracts.exchange import (
+    CONTROL,
+    JOB,
+    OUTPUT,
+    RESTORED,
+    Job,
+    Outcome,
+    events_path,
+    outcome_path,
+    read_json,
+    write_json,
+)
+from spotune.sft.faults import Stopped, outcome_of, print_traceback
+
+LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "spotune")
+
+
+@dataclass
+class Rank:
+    """What this process works on, and how far it came."""
+
+    folder: Path
+    rank: int
+    job: Job
+    events: EventLog | None
+    step: int = 0
+    trainer: Any = field(default=None, repr=False)
+
+
+def main(argv: list[str]) -> None:
+    """Runs the rank and ends the process; never returns."""
+    die_with_parent()
+    folder = Path(argv[1]).absolute()
+    rank = int(os.environ.get("RANK", "0"))
+    outcome = run(folder, rank)
+    write_json(outcome_path(folder, rank), outcome)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0 if outcome.how in ("completed", "stopped") else 1)  # unwinding DataLoader workers takes seconds
+
+
+def run(folder: Path, rank: int) -> Outcome:
+    """Does the whole job and says how it ended."""
+    step = 0
+    try:
+        events = EventLog(events_path(folder, rank)) if rank == 0 else None
+        this = Rank(folder, rank, Job(**read_json(folder / JOB)), events)
+        try:
+            return _run(this)
+        finally:
+            step = this.trainer.state.global_step if this.trainer is not None else 0
+    except BaseException as error:  # the process's edge: whatever it is, the guard must hear of it
+        outcome = outcome_of(error, step)
+        if outcome.how in ("failed", "retry"):
+            print_traceback(error)
+        return outcome
+
+
+def _run(this: Rank) -> Outcome:
+    if this.events:
+        this.events.phase("load")
+    _set_environment(this.job, os.environ)
+    from spotune.sft.preflight import check
+
+    check(this.job.config, this.job.config_path)
+    this.trainer = trainer = _load(this)
+    checkpoint = _wait_for_restore(this)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if this.events:
+        this.events.phase("teardown")
+    from spotune.sft.result import save_result
+
+    save_result(trainer, this.folder / OUTPUT)
+    return Outcome("completed", trainer.state.global_step)
+
+
+def _set_environment(job: Job, environ: Any) -> None:
+    """What libraries read from the environment when they are imported; what the user set stays."""
+    for key, value in (job.config.get("env") or {}).items():
+        environ[key] = str(value)
+    environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    if not environ.get("HF_HOME") and job.cache:
+        environ.setdefault("HF_DATASETS_CACHE", job.cache)
+    environ.setdefault("WANDB_RUN_ID", job.run_id)  # one run of wandb across all attempts
+    environ.setdefault("WANDB_RESUME", "allow")
+
+
+def _load(this: Rank) -> Any:
+    """Everything that does not need the checkpoint: imports, model, tokenized data."""
+    import torch
+
+    from spotune.sft import arguments
+    from spotune.sft.boundary import Boundary
+    from spotune.sft.model import build_trainer
+
+    if this.job.threads:
+        torch.set_num_threads(this.job.threads)
+    args = arguments.parse(this.job, this.folder, this.rank)
+    if this.rank == 0:
+        for line in arguments.notices(this.job.config):
+            print(line, file=sys.stderr)
+    boundary = Boundary(this.folder, arguments.save_rule(this.job), this.events, versions=_versions())
+    return build_trainer(args, this.job, boundary)
+
+
+def _wait_for_restore(this: Rank) -> str | None:
+    """The restored checkpoint's folder, None for a fresh start; raises Stopped when the guard says so."""
+    from spotune.sft.resume import prepare
+
+    if this.events and not (this.folder / RESTORED).exists():
+        this.events.phase("restore")
+    while (restored := read_json(this.folder / RESTORED)) is None:
+        if (read_json(this.folder / CONTROL) or {}).get("stop"):
+            raise Stopped(0)
+        time.sleep(0.02)
+    if restored.get("error"):
+        raise Stopped(0)
+    return prepare(this.trainer, restored)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit(
+            str(InputError("command line", "needs the exchange folder", remedy="python -m spotune.sft.worker FOLDER"))
+        )
+    main(sys.argv)
