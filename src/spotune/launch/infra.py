@@ -33,6 +33,9 @@ class JobStatus:
     exit_code: int | None = None
     step: int | None = None
     max_steps: int | None = None
+    loss: float | None = None
+    phase: str = ""
+    bucket: str = ""  # where the run keeps its state; it need not be the one of the verb that asks
 
 
 @dataclass(frozen=True)

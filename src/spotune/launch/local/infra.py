@@ -1,0 +1,207 @@
+"""What the verbs call: LocalInfra writes to the queue, sees to it that a supervisor runs, and waits where it must."""
+
+import codecs
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from spotune.contracts import environment
+from spotune.contracts.errors import InfraError, InputError
+from spotune.contracts.exchange import read_json
+from spotune.launch.infra import JobStatus, PaidInterval, Submission
+from spotune.launch.local import daemon
+from spotune.launch.local.gpus import find_gpus
+from spotune.launch.local.layout import Layout
+from spotune.launch.local.machine import REGION, keep_environment
+from spotune.launch.local.queue import Queue
+from spotune.launch.local.rows import Job
+from spotune.launch.task import demand_of
+
+POLL_S = 0.1
+TAKE_UP_S = 30.0  # a supervisor that starts on a busy machine
+CANCEL_S = 60.0
+
+
+class LocalInfra:
+    """Managed jobs on this machine, in the queue of one SPOTUNE_HOME.
+
+    Args:
+        home: SPOTUNE_HOME.
+        environ: the environment that jobs inherit.
+        slots: jobs at a time; default one per GPU, one on CPU.
+    """
+
+    name = "local"
+
+    def __init__(
+        self,
+        home: Path,
+        environ: Mapping[str, str],
+        slots: int | None = None,
+        clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.layout = Layout(home)
+        self._environ, self._slots, self._clock, self._sleep = environ, slots, clock, sleep
+        self.layout.make()
+        self._queue = Queue(self.layout.database)
+        self._queue.create()
+
+    def submit(self, submission: Submission) -> None:
+        """Puts the job into the queue and returns; nothing of it is left behind when it is refused."""
+        demand = demand_of(submission.task)
+        if demand.num_nodes > 1:
+            raise InputError("--num-nodes", f"local is one machine, not {demand.num_nodes}", remedy="--num-nodes 1")
+        gpus = find_gpus(self._environ)
+        slots = self._slots or len(gpus) or 1
+        if gpus and demand.gpus > slots:
+            remedy = f"--gpus {gpus[0].name}:{slots}"
+            raise InputError("--gpus", f"{demand.gpu}:{demand.gpus} on a machine with {slots}", remedy=remedy)
+        self._queue.note("slots", slots)
+        self._queue.note("gpus", [vars(gpu) for gpu in gpus])
+        bucket = submission.task.get("envs", {}).get(environment.BUCKET) or f"file://{self.layout.home}/bucket"
+        keep_environment(self.layout.environment(submission.run_id), self._environ, submission.secrets)
+        self._queue.add(submission, bucket)
+        daemon.ensure_running(self.layout)
+
+    def resume(self, run_id: str) -> None:
+        job = self._job(run_id)
+        missing = [name for name in job.secrets if name not in self._environ]
+        if missing:
+            raise InputError(run_id, f"secret {missing[0]} is not set here", remedy=f"export {missing[0]}=… first")
+        secrets = {name: self._environ[name] for name in job.secrets}
+        keep_environment(self.layout.environment(run_id), self._environ, secrets)
+        self._queue.requeue(run_id)
+        daemon.ensure_running(self.layout)
+
+    def cancel(self, run_id: str) -> None:
+        if not self._job(run_id).is_active:
+            return
+        self._ask(run_id, "cancel")
+        deadline = self._clock() + CANCEL_S
+        while self._job(run_id).is_active:
+            daemon.ensure_running(self.layout)
+            if self._clock() > deadline:
+                raise InfraError(f"{run_id}: not cancelled within {CANCEL_S:g} s, see {self.layout.supervisor_log}")
+            self._sleep(POLL_S)
+
+    def preempt(self, run_id: str, notice_s: float) -> None:
+        job = self._job(run_id)
+        if not any(attempt.ended_at is None for attempt in self._queue.attempts(run_id)):
+            raise InputError(run_id, f"is {job.state}: it has no machine to take away")
+        self._ask(run_id, "preempt", notice_s)
+
+    def _ask(self, run_id: str, kind: str, notice_s: float = 0.0) -> None:
+        """Leaves a request and waits until the supervisor has taken it up."""
+        request = self._queue.ask(run_id, kind, notice_s)
+        deadline = self._clock() + TAKE_UP_S
+        daemon.ensure_running(self.layout)
+        while not self._queue.is_done(request):
+            if self._clock() > deadline:
+                raise InfraError(f"{run_id}: the supervisor does not answer, see {self.layout.supervisor_log}")
+            self._sleep(POLL_S)
+            daemon.ensure_running(self.layout)
+
+    def jobs(self, run_ids: list[str] | None = None) -> list[JobStatus]:
+        jobs = self._queue.jobs()
+        if any(job.is_active for job in jobs):
+            daemon.ensure_running(self.layout)
+        return [self._status(job) for job in jobs if run_ids is None or job.run_id in run_ids]
+
+    def _status(self, job: Job) -> JobStatus:
+        seen = self._guard_status(job)
+        return JobStatus(
+            run_id=job.run_id,
+            state=job.state,
+            priority=job.priority,
+            user=job.user,
+            infra=self.name,
+            submitted_at=job.submitted_at,
+            started_at=job.started_at,
+            ended_at=job.ended_at,
+            attempt=job.attempt,
+            recoveries=max(0, job.attempt - 1),
+            reason=job.reason,
+            exit_code=job.exit_code,
+            step=seen.get("step"),
+            max_steps=seen.get("max_steps"),
+            loss=seen.get("loss"),
+            phase=seen.get("phase") or "",
+            bucket=job.bucket,
+        )
+
+    def _guard_status(self, job: Job) -> dict[str, Any]:
+        """What the guard said last; that of the machine before while a new one has not said anything."""
+        for attempt in range(job.attempt, max(0, job.attempt - 3), -1):
+            if status := read_json(self.layout.attempt(job.run_id, attempt).status):
+                return dict(status)
+        return {}
+
+    def logs(self, run_id: str, follow: bool) -> Iterator[str]:
+        self._job(run_id)
+        tail, checked = _Tail(self.layout.log(run_id)), 0.0
+        while True:
+            # Asked before reading: when it has ended by now, all that it wrote is there.
+            is_active = follow and self._job(run_id).is_active
+            if is_active and self._clock() - checked > 1.0:
+                daemon.ensure_running(self.layout)
+                checked = self._clock()
+            yield from tail.lines()
+            if not is_active:
+                break
+            self._sleep(POLL_S)
+        yield from tail.last()
+
+    def history(self, run_id: str) -> list[PaidInterval]:
+        return [
+            PaidInterval(
+                run_id=run_id,
+                started_at=attempt.started_at,
+                ended_at=attempt.ended_at,
+                infra=self.name,
+                region=REGION,
+                zone=f"local-{attempt.slots[0]}" if attempt.slots else "local-dev",
+                instance_type="local",
+                accelerators=attempt.accelerators,
+                use_spot=attempt.use_spot,
+                setup_s=attempt.setup_s,
+                end_reason=attempt.end_reason,
+                exit_code=attempt.exit_code,
+            )
+            for attempt in self._queue.attempts(run_id)
+        ]
+
+    def supervisor_pid(self) -> int | None:
+        """For those who want to see who watches the jobs, or to kill it in a test."""
+        return daemon.supervisor_pid(self.layout)
+
+    def _job(self, run_id: str) -> Job:
+        job = self._queue.job(run_id)
+        if job is None:
+            raise InputError(run_id, "no such run in this machine's queue")
+        return job
+
+
+class _Tail:
+    """A growing text file: what it has that was not read yet, as whole lines."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._position, self._rest = path, 0, ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may come in two pieces
+
+    def lines(self) -> Iterator[str]:
+        if not self._path.exists():
+            return
+        with open(self._path, "rb") as file:
+            file.seek(self._position)
+            while piece := file.read(1 << 20):
+                self._position += len(piece)
+                lines = (self._rest + self._decoder.decode(piece)).split("\n")
+                self._rest = lines.pop()
+                yield from lines
+
+    def last(self) -> Iterator[str]:
+        """A last line that was never ended."""
+        if self._rest:
+            yield self._rest

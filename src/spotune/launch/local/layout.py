@@ -1,0 +1,75 @@
+"""Where the local infrastructure keeps what, below ``$SPOTUNE_HOME/local``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Paths below one SPOTUNE_HOME."""
+
+    home: Path
+
+    @property
+    def root(self) -> Path:
+        return self.home / "local"
+
+    @property
+    def database(self) -> Path:
+        return self.root / "queue.db"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / "supervisor.lock"
+
+    @property
+    def supervisor_log(self) -> Path:
+        return self.root / "supervisor.log"
+
+    def job(self, run_id: str) -> Path:
+        return self.root / "jobs" / run_id
+
+    def log(self, run_id: str) -> Path:
+        return self.job(run_id) / "log.txt"
+
+    def environment(self, run_id: str) -> Path:
+        """The submitter's environment and the secrets: mode 0600, removed when the job ends."""
+        return self.job(run_id) / "environment.json"
+
+    def attempt(self, run_id: str, attempt: int) -> "AttemptFiles":
+        return AttemptFiles(self.job(run_id) / f"{attempt:04d}")
+
+    def make(self) -> None:
+        """Creates the folder, for its owner only: the queue holds what people train on."""
+        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
+@dataclass(frozen=True)
+class AttemptFiles:
+    """What a machine writes for the supervisor; each file appears whole, by rename."""
+
+    folder: Path
+
+    @property
+    def machine(self) -> Path:
+        return self.folder / "machine.json"
+
+    @property
+    def heartbeat(self) -> Path:
+        return self.folder / "heartbeat"
+
+    @property
+    def running(self) -> Path:
+        return self.folder / "running.json"
+
+    @property
+    def exit(self) -> Path:
+        return self.folder / "exit.json"
+
+    @property
+    def status(self) -> Path:
+        return self.folder / "status.json"
+
+    @property
+    def look(self) -> Path:
+        return self.folder / "look.json"

@@ -1,0 +1,63 @@
+"""What the bucket says of a run, as far as the engine needs it: certificate, marks, newest commit.
+
+For a bucket far away it runs as a process of its own (``python -m spotune.launch.local.look``), with the job's
+environment: the supervisor was started by another shell and may lack this bucket's credentials, and it never waits.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from spotune.contracts.errors import SpotuneError
+from spotune.contracts.exchange import write_json
+from spotune.contracts.keys import Keys, commit_of
+from spotune.contracts.records import Mark
+from spotune.contracts.store import Store
+
+
+@dataclass(frozen=True)
+class Look:
+    """``failed`` and ``paused`` are the marks' reasons, None when there is none; ``commit`` the newest one's key."""
+
+    completed: bool = False
+    failed: str | None = None
+    failed_code: int = 1
+    paused: str | None = None
+    commit: str = ""
+    error: str = ""
+    at: float = 0.0
+
+
+def look(bucket: str, run_id: str, clock: Callable[[], float] = time.time) -> Look:
+    """Reads the bucket; a bucket that does not answer is a Look with ``error``."""
+    store, keys = Store(bucket), Keys(run_id)
+    try:
+        if store.exists(keys.completed):
+            return Look(completed=True, at=clock())
+        failed, paused = _mark(store, keys.failed), _mark(store, keys.paused)
+        commits = [found for key in store.keys(keys.commits) if (found := commit_of(key))]
+    except SpotuneError as error:
+        return Look(error=str(error), at=clock())
+    return Look(
+        failed=failed.reason if failed else None,
+        failed_code=failed.exit_code if failed else 1,
+        paused=paused.reason if paused else None,
+        commit=keys.commit(*max(commits)) if commits else "",
+        at=clock(),
+    )
+
+
+def _mark(store: Store, key: str) -> Mark | None:
+    data = store.read(key)
+    return Mark.from_bytes(data, key) if data else None
+
+
+def main(arguments: list[str]) -> None:
+    bucket, run_id, output = arguments
+    write_json(Path(output), look(bucket, run_id))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

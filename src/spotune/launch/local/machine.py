@@ -1,0 +1,101 @@
+"""A machine for one attempt: its environment as SkyPilot makes it, its files, and its start."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+
+from spotune.contracts import environment
+from spotune.contracts.exchange import read_json, write_json
+from spotune.launch.local.layout import Layout
+from spotune.launch.local.processes import MARKER
+from spotune.launch.local.rows import Attempt, Job
+
+REGION = "local"
+# Those of the submitter's own run or machine would be wrong on this one.
+_NOT_INHERITED = ("SKYPILOT_", "SPOTUNE_", "SLURM_")
+_INHERITED = (environment.NUM_PROCESSES, "SPOTUNE_USER")
+
+
+def keep_environment(path: Path, environ: Mapping[str, str], secrets: Mapping[str, str]) -> None:
+    """Keeps what a job gets from its submitter's shell, for its owner's eyes only, until the job ends.
+
+    Like any local process, a local job sees the environment of the shell that started it. It has to outlive
+    the supervisor, so it is on disk (0600); the queue's database and the bucket never see it.
+    """
+    kept = {name: value for name, value in environ.items() if name in _INHERITED or not name.startswith(_NOT_INHERITED)}
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        json.dump({"environ": kept, "secrets": dict(secrets)}, file)
+    part.replace(path)
+
+
+def kept_environment(layout: Layout, run_id: str) -> dict[str, str]:
+    """What ``keep_environment`` kept, secrets included; empty when it is gone."""
+    kept: dict[str, dict[str, str]] = read_json(layout.environment(run_id)) or {}
+    return {**kept.get("environ", {}), **kept.get("secrets", {})}
+
+
+def machine_environment(layout: Layout, job: Job, attempt: Attempt, devices: Sequence[str]) -> dict[str, str]:
+    """Everything that a program on this machine sees: SkyPilot's names as on a real managed job."""
+    files = layout.attempt(job.run_id, attempt.attempt)
+    cluster = f"{job.run_id}-{job.id}"
+    submitted = time.strftime("%Y-%m-%d-%H-%M-%S", time.gmtime(job.submitted_at))
+    task_id = f"sky-managed-{submitted}-{int(job.submitted_at * 1e6) % 1_000_000:06d}_{job.run_id}_{job.id}-0"
+    zone = f"local-{attempt.slots[0]}" if attempt.slots else "local-dev"
+    place = {"cluster_name": cluster, "cloud": "local", "region": REGION, "zone": zone}
+    gpus = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
+    kept: dict[str, dict[str, str]] = read_json(layout.environment(job.run_id)) or {}
+    return {
+        **kept.get("environ", {}),
+        "PYTHONUNBUFFERED": "1",
+        environment.PYTHON: sys.executable,
+        **job.task.get("envs", {}),
+        **kept.get("secrets", {}),
+        **gpus,
+        environment.HOME: str(layout.home),
+        environment.BUCKET: job.bucket,
+        environment.RUN_ID: job.run_id,
+        environment.STATUS_FILE: str(files.status),
+        MARKER: attempt.marker,
+        "SKYPILOT_TASK_ID": task_id,
+        "SKYPILOT_TASK_IDS": task_id,
+        "SKYPILOT_MANAGED_JOB_ID": str(job.id),
+        "SKYPILOT_INTERNAL_JOB_ID": "1",
+        "SKYPILOT_JOB_RANK": "0",
+        "SKYPILOT_NUM_JOBS": "1",
+        "SKYPILOT_NODE_RANK": "0",
+        "SKYPILOT_NODE_IPS": "127.0.0.1",
+        "SKYPILOT_NUM_NODES": "1",
+        "SKYPILOT_NUM_GPUS_PER_NODE": str(len(devices)),
+        "SKYPILOT_CLUSTER_INFO": json.dumps(place),
+        "SKYPILOT_USER": job.user,
+    }
+
+
+def start_machine(layout: Layout, job: Job, attempt: Attempt, devices: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Starts the node in a session of its own; its output goes to the job's log."""
+    files = layout.attempt(job.run_id, attempt.attempt)
+    files.folder.mkdir(parents=True, exist_ok=True)
+    setup, run = job.task.get("setup") or "", job.task["run"]
+    wanted = sha256(f"{job.workdir}\n{setup}".encode()).hexdigest()[:16]
+    marker = layout.job(job.run_id) / f"setup-{wanted}"
+    write_json(files.machine, {"setup": setup, "run": run, "setup_marker": str(marker)})
+    with open(layout.log(job.run_id), "ab") as log:
+        log.write(f"[spotune] attempt {attempt.attempt}\n".encode())
+        log.flush()
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "spotune.launch.local.node", str(files.folder)],
+            cwd=job.workdir,
+            env=machine_environment(layout, job, attempt, devices),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )

@@ -1,0 +1,81 @@
+"""What follows when a machine is gone: look at the bucket, decide, write it down."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+from spotune.contracts.exchange import read_json
+from spotune.launch.local.layout import Layout
+from spotune.launch.local.look import Look, look
+from spotune.launch.local.machine import kept_environment
+from spotune.launch.local.queue import Queue
+from spotune.launch.local.rows import Attempt, Job
+from spotune.launch.local.verdict import Ending, Patience, Verdict, decide
+
+LOOK_TIMEOUT_S = 120.0
+RETRY_S = 5.0  # between two tries at a bucket that does not answer
+
+
+class Settler:
+    """Decides about jobs whose machine has ended; never waits for a bucket."""
+
+    def __init__(self, layout: Layout, queue: Queue, clock: Callable[[], float] = time.time) -> None:
+        self._layout, self._queue, self._clock = layout, queue, clock
+        self._helpers: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
+        self._not_before: dict[str, float] = {}
+
+    def settle(self, job: Job, attempt: Attempt) -> Verdict | None:
+        """The job's next state, None while the bucket has not answered."""
+        seen = self._look(job, attempt)
+        if seen is None:
+            return None
+        ending = Ending(
+            exit_code=attempt.exit_code,
+            phase=attempt.phase,
+            preempted=attempt.taking == "preempted",
+            cancelled=job.cancelling,
+        )
+        demand = job.demand
+        patience = Patience(
+            max_restarts=demand.max_restarts,
+            recover_codes=demand.recover_codes,
+            restarts=job.restarts,
+            faults=job.faults,
+            commit=job.last_commit,
+            interactive=job.interactive,
+        )
+        verdict = decide(ending, seen, patience)
+        self._queue.settle(job.run_id, verdict, seen.commit, self._clock())
+        return verdict
+
+    def _look(self, job: Job, attempt: Attempt) -> Look | None:
+        if job.bucket.startswith("file://"):
+            return look(job.bucket, job.run_id)
+        files = self._layout.attempt(attempt.run_id, attempt.attempt)
+        if self._is_helper_busy(attempt):
+            return None
+        found = read_json(files.look)
+        seen = Look(**found) if found else None
+        if seen and not seen.error:
+            return seen
+        if self._clock() >= self._not_before.get(attempt.marker, 0.0):
+            if seen:
+                print(f"{job.run_id}: {seen.error}; trying again", flush=True)
+            self._not_before[attempt.marker] = self._clock() + RETRY_S
+            command = [sys.executable, "-P", "-m", "spotune.launch.local.look", job.bucket, job.run_id, str(files.look)]
+            environ = kept_environment(self._layout, job.run_id) | job.task.get("envs", {})
+            helper = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL)
+            self._helpers[attempt.marker] = (helper, self._clock() + LOOK_TIMEOUT_S)
+        return None
+
+    def _is_helper_busy(self, attempt: Attempt) -> bool:
+        helper, deadline = self._helpers.get(attempt.marker, (None, 0.0))
+        if helper is None:
+            return False
+        if helper.poll() is None:
+            if self._clock() > deadline:
+                helper.kill()
+            return True
+        del self._helpers[attempt.marker]
+        return False

@@ -1,0 +1,137 @@
+"""A task is a plain SkyPilot YAML, as data: found, read, checked as far as we rely on it, and filled in."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spotune.contracts import exits
+from spotune.contracts.config import read_yaml
+from spotune.contracts.errors import InputError
+
+TRAIN = "tasks/train.yaml"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the command line changes in a task's ``resources``; None leaves what the task says."""
+
+    gpus: str | None = None
+    num_nodes: int | None = None
+    use_spot: bool | None = None
+    priority: int | None = None
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a job asks of an infrastructure, read from its task.
+
+    Attributes:
+        gpu: name of the accelerator, empty for none; ``gpus`` of them on each node.
+        max_restarts: ``max_restarts_on_errors``.
+        recover_codes: ``recover_on_exit_codes``.
+    """
+
+    gpu: str = ""
+    gpus: int = 0
+    num_nodes: int = 1
+    use_spot: bool = False
+    priority: int = 0
+    max_restarts: int = 0
+    recover_codes: tuple[int, ...] = (exits.PREEMPTED,)
+
+
+def shipped_file(name: str, cwd: Path) -> Path | None:
+    """A file of the project: here, else in spotune's own checkout, else as installed with the package."""
+    import spotune
+
+    package = Path(spotune.__file__).parent
+    places = (cwd / name, package.parents[1] / name, package / "shipped" / name)
+    return next((place for place in places if place.is_file()), None)
+
+
+def load_task(cwd: Path, name: str = TRAIN) -> tuple[Path, dict[str, Any]]:
+    """Where the task YAML is, and what it says; raises InputError when it cannot be used."""
+    path = shipped_file(name, cwd)
+    if path is None:
+        raise InputError(name, "no such file", remedy="run from a checkout of the project")
+    task = read_yaml(path)
+    if not isinstance(task.get("run"), str) or not task["run"].strip():
+        raise InputError(path, "a task needs commands", key="run", remedy="run: exec python -m spotune.sft …")
+    if not isinstance(task.get("setup") or "", str):
+        raise InputError(path, "must be text", key="setup")
+    for section in ("envs", "resources", "secrets"):
+        if not isinstance(task.get(section) or {}, dict):
+            raise InputError(path, "must be a mapping", key=section)
+    demand_of(task, path)
+    return path, task
+
+
+def fill_in(task: Mapping[str, Any], envs: Mapping[str, str], resources: Resources, run_id: str) -> dict[str, Any]:
+    """A copy of the task with its name, environment and resources as this run wants them."""
+    filled = {**task, "name": run_id, "envs": {**_texts(task.get("envs")), **envs}}
+    wanted = dict(task.get("resources") or {})
+    if resources.gpus is not None:
+        parse_gpus(resources.gpus, "--gpus")
+        wanted["accelerators"] = resources.gpus
+        for alternatives in ("any_of", "ordered"):
+            wanted.pop(alternatives, None)
+    if resources.use_spot is not None:
+        wanted["use_spot"] = resources.use_spot
+    if resources.priority is not None:
+        wanted["priority"] = resources.priority
+    if wanted:
+        filled["resources"] = wanted
+    if resources.num_nodes is not None:
+        filled["num_nodes"] = resources.num_nodes
+    return filled
+
+
+def demand_of(task: Mapping[str, Any], where: object = "task") -> Demand:
+    """What the task asks for; raises InputError naming what cannot be read."""
+    resources = dict(task.get("resources") or {})
+    for alternatives in ("any_of", "ordered"):
+        first = (resources.get(alternatives) or [None])[0]
+        if isinstance(first, dict):
+            resources = {**first, **resources}
+    recovery = resources.get("job_recovery") or {}
+    recovery = recovery if isinstance(recovery, dict) else {}
+    gpu, gpus = _first_accelerator(resources.get("accelerators"), where)
+    codes = recovery.get("recover_on_exit_codes", [])
+    codes = [codes] if isinstance(codes, int) else codes
+    try:
+        return Demand(
+            gpu=gpu,
+            gpus=gpus,
+            num_nodes=int(task.get("num_nodes") or 1),
+            use_spot=bool(resources.get("use_spot", False)),
+            priority=int(resources.get("priority") or 0),
+            max_restarts=int(recovery.get("max_restarts_on_errors") or 0),
+            recover_codes=tuple(int(code) for code in codes or []),
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(where, f"not a whole number: {error}", key="resources") from error
+
+
+def parse_gpus(text: str, where: object) -> tuple[str, int]:
+    """``L4:1`` or ``L4`` -> (name, count). Raises InputError."""
+    found = re.fullmatch(r"([A-Za-z][A-Za-z0-9-]*)(?::(\d+))?", text.strip())
+    if not found or found[2] == "0":
+        raise InputError(where, f"{text!r} is no accelerator", remedy="L4:1")
+    return found[1], int(found[2] or 1)
+
+
+def _first_accelerator(wanted: Any, where: object) -> tuple[str, int]:
+    """The first of SkyPilot's spellings: ``L4:1``, ``{L4: 1, A10G: 1}``, ``[L4:1, A10G:1]``."""
+    if not wanted:
+        return "", 0
+    if isinstance(wanted, dict):
+        name, count = next(iter(wanted.items()))
+        return parse_gpus(f"{name}:{int(count or 1)}", f"{where}: resources.accelerators")
+    first = wanted[0] if isinstance(wanted, list) else wanted
+    return parse_gpus(str(first), f"{where}: resources.accelerators")
+
+
+def _texts(envs: Any) -> dict[str, str]:
+    return {str(name): "" if value is None else str(value) for name, value in (envs or {}).items()}
