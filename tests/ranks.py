@@ -1,0 +1,167 @@
+"""Worker processes for tests, forked from one that has imported TRL: 6 s of imports once, not once a process.
+
+The parent of all ("nursery") imports and computes nothing, so that a fork of it is as good as a fresh
+interpreter. ``python tests/ranks.py`` is its main program.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from spotune.contracts.exchange import JOB, OUTPUT, RESTORED, Job, outcome_path, read_json, write_json
+
+DEADLINE_S = 90.0
+
+
+class Nursery:
+    """Starts ranks and TRL's own script as forks of one process."""
+
+    def __init__(self) -> None:
+        environ = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "1"}
+        environ |= {"PYTHONPATH": str(Path(__file__).parent)}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ
+        )
+
+    def start(self, folder: Path, *, log: str = "log", kind: str = "rank", **environ: str) -> int:
+        """Starts a rank in the exchange folder, or with kind ``trl`` TRL's script on ``folder/config.yaml``."""
+        assert self._process.stdin
+        assert self._process.stdout
+        order = {"folder": str(folder), "log": str(folder / log), "kind": kind, "environ": environ}
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def run(self, folder: Path, world_size: int = 1, **environ: str) -> list[dict[str, Any]]:
+        """Runs all ranks to their end; returns their outcomes."""
+        for rank in range(world_size):
+            self.start(folder, log=f"log-{rank}", **rank_environment(rank, world_size), **environ)
+        return [wait_for(outcome_path(folder, rank), folder) for rank in range(world_size)]
+
+    def close(self) -> None:
+        assert self._process.stdin
+        with self._process:  # closes both pipes and waits
+            self._process.stdin.close()
+
+
+def rank_environment(rank: int, world_size: int) -> dict[str, str]:
+    if world_size == 1:
+        return {}
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    return {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def wait_for(path: Path, folder: Path, deadline_s: float = DEADLINE_S) -> Any:
+    """The JSON of a file that is to appear."""
+    end = time.monotonic() + deadline_s
+    while not path.exists():
+        if time.monotonic() > end:
+            logs = "\n".join(log.read_text()[-3000:] for log in folder.glob("log*"))
+            raise AssertionError(f"{path.name} did not appear\n{logs}")
+        time.sleep(0.01)
+    return read_json(path)
+
+
+def kill(pid: int) -> None:
+    """As the kernel's out-of-memory killer does it; returns when the process is gone."""
+    os.kill(pid, signal.SIGKILL)
+    while Path(f"/proc/{pid}").exists():
+        time.sleep(0.005)
+
+
+def make_folder(folder: Path, config: dict[str, Any], **job: Any) -> Path:
+    """An exchange folder for a fresh start."""
+    folder.mkdir(parents=True)
+    settings = {"run_id": "test", "attempt": 1, "config_path": "config.yaml", "cache": str(folder.parent / "cache")}
+    write_json(folder / JOB, Job(config=config, **(settings | job)))
+    restore(folder)
+    return folder
+
+
+def restore(folder: Path, checkpoint: Path | None = None, tokens: int = 0, best: Path | None = None) -> None:
+    found = {"checkpoint": checkpoint and str(checkpoint), "tokens": tokens, "error": None}
+    write_json(folder / RESTORED, {**found, "best_checkpoint": best and str(best)})
+
+
+def events(folder: Path, kind: str = "") -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "events-0.jsonl").read_text().splitlines()]
+    return [line for line in lines if not kind or line["event"] == kind]
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """The result's tensors, as bytes."""
+    from safetensors import safe_open
+
+    (file,) = (folder / OUTPUT).glob("*.safetensors")
+    with safe_open(file, "pt") as tensors:
+        return {name: tensors.get_tensor(name).numpy().tobytes() for name in tensors.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def nursery() -> Iterator[Nursery]:
+    made = Nursery()
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def _child(order: dict[str, Any]) -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.environ.update(order["environ"])
+    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if order["kind"] == "trl":
+        from trl.scripts.sft import main, make_parser
+
+        main(*make_parser().parse_args_and_config(["--config", f"{order['folder']}/config.yaml"]))
+        sys.stdout.flush()
+        Path(order["folder"], "done").write_text("true")
+        os._exit(0)
+    from spotune.sft.lifeline import ignore_signals
+    from spotune.sft.worker import main as work
+
+    ignore_signals()
+    work(["worker", order["folder"]])
+
+
+def _serve() -> None:
+    import peft  # noqa: F401
+    import trl
+    from transformers import PreTrainedTokenizerFast, Trainer  # noqa: F401
+
+    import spotune.sft.trainer
+
+    assert trl.SFTTrainer
+    assert spotune.sft.trainer
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are not waited for
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _child(json.loads(line))
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+            os._exit(1)
+        print(pid, flush=True)
+
+
+if __name__ == "__main__":
+    _serve()
