@@ -85,6 +85,9 @@ class Infra(Protocol):
 
     def submit(self, submission: Submission) -> None: ...
 
+    def check_resumable(self, run_id: str) -> None:
+        """Raises InputError when ``resume`` would; nothing is changed."""
+
     def resume(self, run_id: str) -> None:
         """Puts a run that has ended back into the queue, at its old priority."""
 
@@ -111,7 +114,8 @@ def infra_of(name: str) -> str:
     """The backend that serves ``--infra NAME``; raises InputError for one that is not there."""
     backend = name.split("/", 1)[0]
     if backend not in BACKENDS:
-        raise InputError("--infra", f"no infrastructure {name!r}", remedy=f"one of {', '.join(BACKENDS)}")
+        what = f"{name!r} comes with SkyPilot's infrastructure, which is not in this version"
+        raise InputError("--infra", what, remedy=f"one of {', '.join(BACKENDS)}")
     return backend
 
 

@@ -45,7 +45,7 @@ def _visible(listing: str, visible: str | None) -> list[Gpu]:
 
 
 def _sky_name(name: str, memory_mib: str) -> str:
-    """``NVIDIA A100-SXM4-80GB`` -> ``A100-80GB``, ``Tesla T4`` -> ``T4``, ``NVIDIA GeForce RTX 4090`` -> ``RTX4090``."""
+    """``NVIDIA A100-SXM4-80GB`` -> ``A100-80GB``, ``Tesla T4`` -> ``T4``, ``GeForce RTX 4090`` -> ``RTX4090``."""
     bare = re.sub(r"\b(NVIDIA|Tesla|GeForce|Graphics Device)\b", "", name).strip()
     bare = re.sub(r"^RTX\s+", "RTX", bare)
     model = re.split(r"[\s-]", bare)[0] if bare else "GPU"

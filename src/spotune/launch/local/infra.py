@@ -65,11 +65,14 @@ class LocalInfra:
         self._queue.add(submission, bucket)
         daemon.ensure_running(self.layout)
 
+    def check_resumable(self, run_id: str) -> None:
+        missing = [name for name in self._job(run_id).secrets if name not in self._environ]
+        if missing:  # their values were forgotten when the run ended
+            raise InputError(run_id, f"secret {missing[0]} is not set here", remedy=f"export {missing[0]}=… first")
+
     def resume(self, run_id: str) -> None:
         job = self._job(run_id)
-        missing = [name for name in job.secrets if name not in self._environ]
-        if missing:
-            raise InputError(run_id, f"secret {missing[0]} is not set here", remedy=f"export {missing[0]}=… first")
+        self.check_resumable(run_id)
         secrets = {name: self._environ[name] for name in job.secrets}
         keep_environment(self.layout.environment(run_id), self._environ, secrets)
         self._queue.requeue(run_id)

@@ -1,0 +1,82 @@
+"""The command line: one verb, one file. A verb's module is imported when it is called, its engine even later.
+
+A verb ``x`` is the click command ``x`` in ``spotune/cli/x.py``. Only click is imported at the top of these files.
+"""
+
+import os
+import sys
+from importlib import import_module
+from typing import Any, NoReturn
+
+import click
+
+from spotune.contracts.errors import SpotuneError
+
+VERBS = {
+    "check": "Check a config, or this machine and project, without running anything.",
+    "dev": "Work interactively: `dev run`.",
+    "train": "Submit a job that survives the loss of its machine.",
+    "queue": "Show what runs, what waits and what has ended.",
+    "logs": "Print a run's log.",
+    "cancel": "Stop a run and keep its checkpoints.",
+    "resume": "Go on with a run that failed, was cancelled or is paused.",
+    "preempt": "Take a run's machine away, as a cloud does.",
+    "cost": "Show where the time and the money went.",
+}
+INTERRUPTED = 130
+
+
+class Verbs(click.Group):
+    """Lists the verbs without importing them; every error is one line on stderr and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        command: click.Command = getattr(import_module(f"spotune.cli.{cmd_name}"), cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except click.exceptions.Exit as left:
+            sys.exit(left.exit_code)
+        except click.ClickException as error:
+            fail(" ".join(error.format_message().split()), error.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            fail("interrupted", INTERRUPTED)
+        except SpotuneError as error:
+            fail(str(error), error.exit_code)
+        except BrokenPipeError:  # the reader of our output has left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Ends the process with one line on stderr."""
+    click.echo(" ".join(message.split()), err=True)
+    sys.exit(code)
+
+
+def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from spotune import __version__
+
+        click.echo(f"spotune {__version__}")
+        ctx.exit()
+
+
+@click.command(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Print the version."
+)
+def main() -> None:
+    """Fine-tune LLMs on spot GPUs: the same config on this machine, on a cluster, and as a managed job that
+    loses nothing when its machine is taken away."""

@@ -1,0 +1,27 @@
+"""``spotune check``."""
+
+import click
+
+from spotune.cli.options import config_options, format_option, open_workspace
+
+
+@click.command()
+@click.argument("config", required=False)
+@config_options
+@format_option()
+def check(config: str | None, profile: str, overrides: tuple[str, ...], output: str) -> None:
+    """Check CONFIG, its data and its model as far as that goes without running anything.
+
+    Without CONFIG: this machine and project: settings, bucket, infrastructures, GPUs.
+    """
+    from spotune.cli.options import print_json
+    from spotune.launch.survey import survey_config, survey_machine
+
+    workspace = open_workspace()
+    found = survey_config(config, profile, overrides) if config else survey_machine(workspace)
+    if output == "json":
+        print_json(found)
+        return
+    for name, value in found.items():
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        click.echo(f"{name:<16}{text or '-'}")

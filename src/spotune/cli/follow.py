@@ -1,0 +1,96 @@
+"""Following a run: its log as it is written, its state as it changes, and the exit code that it comes to."""
+
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from spotune.contracts import exits
+
+if TYPE_CHECKING:
+    from spotune.launch.infra import JobStatus
+    from spotune.launch.workspace import Workspace
+
+REFRESH_S = 0.5
+_END = None
+Show = Callable[["JobStatus"], None]
+Say = Callable[[str], None]
+
+
+def follow(workspace: "Workspace", run_id: str) -> int:
+    """Streams until the run has ended; returns the exit code of ``train``. Ctrl-C is the caller's."""
+    from spotune.launch.status import find_run
+
+    status = find_run(workspace, run_id)
+    lines: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+    logs = workspace.infra(status.infra).logs(run_id, follow=True)
+    threading.Thread(target=_pump, args=(logs, lines), daemon=True).start()
+    shown_at = 0.0
+    with _view(run_id) as (say, show):
+        while True:
+            try:
+                line = lines.get(timeout=REFRESH_S)
+            except queue.Empty:
+                line = ""
+            else:
+                if line is _END:
+                    break
+                if isinstance(line, BaseException):
+                    raise line
+                say(line)
+            if time.monotonic() - shown_at >= REFRESH_S:
+                show(workspace.infra(status.infra).jobs([run_id])[0])
+                shown_at = time.monotonic()
+    ended = find_run(workspace, run_id)
+    step = f" at step {ended.step}" if ended.step is not None else ""
+    reason = f": {ended.reason}" if ended.reason else ""
+    click.echo(f"{run_id}: {ended.state}{step}, {ended.attempt} attempt(s){reason}", err=True)
+    return exit_code_of(ended)
+
+
+def exit_code_of(status: "JobStatus") -> int:
+    """What an attached ``train`` exits with."""
+    match status.state:
+        case "SUCCEEDED":
+            return exits.SUCCEEDED
+        case "PAUSED":
+            return exits.PAUSED
+        case "FAILED" if status.exit_code in (exits.BAD_INPUT, exits.PREEMPTED):
+            return status.exit_code
+    return exits.FAILED
+
+
+def _pump(logs: Iterator[str], lines: "queue.SimpleQueue[str | BaseException | None]") -> None:
+    """Moves lines to where the main thread can wait for them; an error travels the same way."""
+    from spotune.contracts.errors import SpotuneError
+
+    try:
+        for line in logs:
+            lines.put(line)
+    except SpotuneError as error:
+        lines.put(error)
+    lines.put(_END)
+
+
+@contextmanager
+def _view(run_id: str) -> Iterator[tuple[Say, Show]]:
+    """How lines and states are shown: a live line below the log on a terminal, plain lines elsewhere."""
+    if sys.stdout.isatty():
+        from spotune.cli.live import live_view
+
+        with live_view(run_id) as view:
+            yield view
+        return
+    last: list[tuple[str, str]] = []
+
+    def show(status: "JobStatus") -> None:
+        if last != [(status.state, status.reason)]:
+            last[:] = [(status.state, status.reason)]
+            click.echo(f"{run_id}: {status.state}{f': {status.reason}' if status.reason else ''}", err=True)
+
+    yield click.echo, show

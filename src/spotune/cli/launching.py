@@ -1,0 +1,60 @@
+"""From options to a run under way: what ``train`` and ``dev run`` share."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from spotune.contracts.errors import InputError
+
+if TYPE_CHECKING:
+    from spotune.launch.plan import Plan, Wish
+    from spotune.launch.submit import Submitted
+    from spotune.launch.workspace import Workspace
+
+_RESOURCES = ("gpus", "num_nodes", "use_spot", "priority")
+
+
+def plan_of(options: Mapping[str, Any], source: str, workspace: "Workspace") -> "Plan":
+    """The plan of ``train``'s options; with ``source`` that of a run to promote."""
+    from spotune.launch.plan import Wish
+    from spotune.launch.promote import promote
+    from spotune.launch.task import Resources
+
+    resources = Resources(**{name: options[name] for name in _RESOURCES})
+    config = options["config"] or ""
+    if bool(config) == bool(source):
+        raise InputError("train", "needs a config or --from RUN, and not both", remedy="spotune train CONFIG")
+    rest = {name: value for name, value in options.items() if name not in (*_RESOURCES, "config")}
+    wish = Wish(config_path=config, resources=resources, **rest)
+    return promote(source, wish, workspace) if source else plan_wish(wish, workspace)
+
+
+def plan_wish(wish: "Wish", workspace: "Workspace") -> "Plan":
+    import time
+    from random import SystemRandom
+
+    from spotune.launch.plan import make_plan
+
+    return make_plan(wish, workspace, time.time, SystemRandom())
+
+
+def agree_to(plan: "Plan", yes: bool) -> None:
+    """Shows the plan on stderr, where it is in nobody's way, and asks unless told not to."""
+    from spotune.cli.options import agree
+    from spotune.cli.render import plan_text
+
+    click.echo(plan_text(plan), err=True)
+    agree(f"Launch {plan.run_id}. Proceed?", yes)
+
+
+def submit_plan(plan: "Plan", workspace: "Workspace") -> "Submitted":
+    """Submits, and says so when the very same run is there already."""
+    from spotune.launch.submit import submit
+
+    outcome = submit(plan, workspace)
+    if outcome == "succeeded":
+        click.echo(f"{plan.run_id}: SUCCEEDED already, nothing to do", err=True)
+    elif outcome == "active":
+        click.echo(f"{plan.run_id}: submitted already", err=True)
+    return outcome

@@ -1,0 +1,55 @@
+"""What several verbs have in common: options, and the workspace that a verb is run in."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from spotune.launch.workspace import Workspace
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def open_workspace() -> "Workspace":
+    """This directory, this environment. The one place where the command line reads them."""
+    from spotune.launch.workspace import Workspace
+
+    return Workspace.open(dict(os.environ), Path.cwd())
+
+
+def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How a config is overlaid."""
+    for option in (
+        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the config."),
+        click.option("--profile", default="", metavar="NAME", help="Overlay this profile of the config."),
+    ):
+        command = option(command)
+    return command
+
+
+def format_option(help_text: str = "Output format.") -> Decorator:
+    return click.option(
+        "--format", "output", type=click.Choice(["table", "json"]), default="table", show_default=True, help=help_text
+    )
+
+
+def print_json(value: Any) -> None:
+    import json
+
+    click.echo(json.dumps(value, default=str))
+
+
+def agree(question: str, yes: bool) -> None:
+    """Asks on stderr, yes by default; raises InputError when nobody answers, leaves with 1 on a no."""
+    if yes:
+        return
+    try:
+        if not click.confirm(question, default=True, err=True):
+            raise click.exceptions.Exit(1)
+    except click.Abort as error:  # end of input: not a terminal
+        from spotune.contracts.errors import InputError
+
+        raise InputError("stdin", "nobody to ask", remedy="add -y") from error

@@ -1,0 +1,27 @@
+"""``spotune queue``."""
+
+import click
+
+from spotune.cli.options import format_option, open_workspace
+
+
+@click.command()
+@click.option("-a", "--all", "everything", is_flag=True, help="Also those that ended more than a day ago or elsewhere.")
+@format_option()
+def queue(everything: bool, output: str) -> None:
+    """Show what runs, what waits and what has ended.
+
+    In the order that they would run: highest priority first, then order of submission. Without -a: runs that have
+    not ended, and those that ended within a day.
+    """
+    import time
+
+    from spotune.cli.options import print_json
+    from spotune.cli.render import queue_text
+    from spotune.launch.status import as_row, list_runs
+
+    runs = list_runs(open_workspace(), everything)
+    if output == "json":
+        print_json([as_row(run) for run in runs])
+    else:
+        click.echo(queue_text(runs, time.time()) if runs else "No runs. Start one: spotune train CONFIG")

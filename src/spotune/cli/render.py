@@ -1,0 +1,84 @@
+"""Tables and words for people."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from spotune.launch.infra import JobStatus
+    from spotune.launch.plan import Plan
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded to their widest cell, two spaces apart."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def plan_text(plan: "Plan") -> str:
+    """A plan as SkyPilot shows one: what would run, and the priced offers."""
+    record = plan.record
+    offers = [
+        [
+            offer.infra,
+            offer.instance_type,
+            offer.accelerators or "-",
+            "spot" if offer.use_spot else "on-demand",
+            f"{offer.price_usd_per_hour:.3f}",
+            "✔" if offer == plan.chosen else "",
+        ]
+        for offer in plan.offers
+    ]
+    facts = [
+        ("run", plan.run_id),
+        ("config", f"{record.config_path} (profile {record.profile or 'prod if it has one'})"),
+        ("model", str(record.config["model_name_or_path"])),
+        ("data", f"{len(record.data_files)} file(s), {record.data_sha256[:12]}"),
+        ("task", str(plan.task_path)),
+        ("bucket", plan.bucket),
+        ("priority", str(record.priority)),
+    ]
+    if plan.submission.preemptions:
+        facts.append(("preemptions", f"{len(plan.submission.preemptions)} planned"))
+    text = "\n".join(f"{name:<12}{value}" for name, value in facts)
+    return f"{text}\n\n{table(['INFRA', 'INSTANCE', 'ACCELERATORS', 'KIND', '$/HOUR', 'CHOSEN'], offers)}"
+
+
+def queue_text(runs: "Sequence[JobStatus]", now: float) -> str:
+    """The queue for people."""
+    header = ["RUN", "STATE", "PRIO", "SUBMITTED", "RUNS FOR", "ATTEMPT", "STEP", "INFRA", "USER", "REASON"]
+    rows = [
+        [
+            run.run_id,
+            run.state,
+            str(run.priority),
+            f"{duration(now - run.submitted_at)} ago",
+            duration((run.ended_at or now) - run.started_at) if run.started_at else "-",
+            str(run.attempt or "-"),
+            progress(run),
+            run.infra,
+            run.user,
+            run.reason,
+        ]
+        for run in runs
+    ]
+    return table(header, rows)
+
+
+def progress(run: "JobStatus") -> str:
+    if run.step is None:
+        return "-"
+    return f"{run.step}/{run.max_steps}" if run.max_steps else str(run.step)
+
+
+def duration(seconds: float) -> str:
+    """``45s``, ``12m 3s``, ``5h 2m``, ``3d 4h``: the two largest units."""
+    left = max(0, int(seconds))
+    parts: list[str] = []
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
+        amount, left = divmod(left, size)
+        if amount or (unit == "s" and not parts):
+            parts.append(f"{amount}{unit}")
+    return " ".join(parts[:2])

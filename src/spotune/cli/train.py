@@ -1,0 +1,60 @@
+"""``spotune train``."""
+
+import sys
+from typing import Any
+
+import click
+
+from spotune.cli.options import config_options, format_option, open_workspace
+
+
+@click.command()
+@click.argument("config", required=False)
+@config_options
+@click.option("--infra", default="", metavar="NAME", help="Where to run it; default as in config/spotune.yaml (local).")
+@click.option("--gpus", metavar="L4:1", help="GPUs of each machine; default as in the task.")
+@click.option("--num-nodes", type=int, metavar="N", help="Machines; default as in the task.")
+@click.option("--use-spot/--no-use-spot", default=None, help="Preemptible machines or not; default as in the task.")
+@click.option("--priority", type=int, metavar="N", help="-1000 to 1000, higher first.")
+@click.option("--name", default="", metavar="ID", help="Run id; default from the config's name.")
+@click.option("--from", "source", default="", metavar="RUN", help="Promote RUN: its config, data and code, unchanged.")
+@click.option("--save-every", default="", metavar="50|5m", help="Save every so many steps, or so often.")
+@click.option("--preemptions", default="", metavar="FILE", help="Planned preemptions, JSONL (local only).")
+@click.option("--env", "envs", multiple=True, metavar="K=V", help="Environment of the run.")
+@click.option("--secret", "secrets", multiple=True, metavar="K", help="Pass K on with its value here; not recorded.")
+@click.option("--dryrun", is_flag=True, help="Show the plan and stop.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@click.option("-d", "--detach", is_flag=True, help="Print the run id and return instead of following the run.")
+@format_option("json: print the run id as JSON; implies -d and -y. With --dryrun: the plan.")
+def train(source: str, dryrun: bool, yes: bool, detach: bool, output: str, **given: Any) -> None:
+    """Submit CONFIG as a job that survives the loss of its machine, and follow it.
+
+    Uses the config's profile `prod` if it has one. Shows the plan and asks, as `sky` does; without anybody to ask
+    it needs -y. Ctrl-C stops following, the run goes on. Exit codes: 0 finished and certified, 1 failed, 2 bad
+    input, 3 infrastructure failed, 76 paused. A secret's value is kept on this machine alone, readable by you
+    alone, until the run has ended.
+    """
+    from spotune.cli.follow import follow
+    from spotune.cli.launching import agree_to, plan_of, submit_plan
+    from spotune.cli.options import print_json
+    from spotune.cli.render import plan_text
+    from spotune.launch.plan import as_json
+
+    workspace = open_workspace()
+    plan = plan_of(given, source, workspace)
+    if dryrun:
+        print_json(as_json(plan)) if output == "json" else click.echo(plan_text(plan))
+        return
+    agree_to(plan, yes or output == "json")
+    outcome = submit_plan(plan, workspace)
+    if output == "json":
+        print_json({"run_id": plan.run_id})
+    elif detach:
+        click.echo(plan.run_id)
+    elif outcome != "succeeded":
+        try:
+            sys.exit(follow(workspace, plan.run_id))
+        except KeyboardInterrupt:
+            ways = f"follow it: spotune logs -f {plan.run_id}; stop it: spotune cancel {plan.run_id}"
+            click.echo(f"\n{plan.run_id} goes on ({ways})", err=True)
+            sys.exit(130)

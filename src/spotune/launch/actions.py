@@ -1,0 +1,62 @@
+"""What is done to a run that exists: cancel, resume, preempt. Marks in the bucket first, then the engine."""
+
+import time
+from collections.abc import Callable
+
+from spotune.contracts.errors import InputError
+from spotune.contracts.exits import FAILED
+from spotune.contracts.keys import Keys
+from spotune.contracts.records import Mark
+from spotune.launch.infra import ACTIVE, JobStatus
+from spotune.launch.status import find_run
+from spotune.launch.workspace import Workspace
+
+RESUMABLE = ("FAILED", "CANCELLED", "PAUSED")
+
+
+def cancel(workspace: Workspace, run_id: str, clock: Callable[[], float] = time.time) -> JobStatus:
+    """Stops a run and keeps its checkpoints; returns once nothing of it runs. Nothing happens to an ended one."""
+    status = engine_run(workspace, run_id)
+    if status.state not in ACTIVE:
+        return status
+    keys, store = Keys(run_id), workspace.store(status.bucket)
+    # Before any signal: a machine that the engine cannot reach any more must find it.
+    by = f"cancelled by {workspace.env.user}"
+    mark = Mark(run_id=run_id, attempt=status.attempt, at=clock(), reason=by, exit_code=FAILED, step=status.step or 0)
+    store.create(keys.cancelled, mark.to_bytes())
+    workspace.infra(status.infra).cancel(run_id)
+    ended = find_run(workspace, run_id)
+    if ended.state == "SUCCEEDED":  # it was certified before the signal came
+        store.delete([keys.cancelled])
+    return ended
+
+
+def resume(workspace: Workspace, run_id: str) -> None:
+    """Puts a run that FAILED, was CANCELLED or is PAUSED back into the queue, with nothing held against it."""
+    status = engine_run(workspace, run_id)
+    if status.state not in RESUMABLE:
+        remedy = "it is finished" if status.state == "SUCCEEDED" else f"spotune logs -f {run_id}"
+        raise InputError(run_id, f"is {status.state}: only {', '.join(RESUMABLE)} can be resumed", remedy=remedy)
+    keys = Keys(run_id)
+    store = workspace.store(status.bucket)
+    infra = workspace.infra(status.infra)
+    infra.check_resumable(run_id)
+    store.delete([keys.failed, keys.cancelled, keys.paused])
+    infra.resume(run_id)
+
+
+def preempt(workspace: Workspace, run_id: str, notice_s: float) -> None:
+    """Takes the run's machine away as a cloud does."""
+    status = engine_run(workspace, run_id)
+    if status.state not in ACTIVE:
+        raise InputError(run_id, f"is {status.state}: it has no machine to take away")
+    workspace.infra(status.infra).preempt(run_id, notice_s)
+
+
+def engine_run(workspace: Workspace, run_id: str) -> JobStatus:
+    """A run that an engine within reach has; raises InputError for one that is only in the bucket."""
+    status = find_run(workspace, run_id)
+    if status.infra not in workspace.known_infras() or not workspace.infra(status.infra).jobs([run_id]):
+        what = "is in the bucket, but not in this machine's queue"
+        raise InputError(run_id, what, remedy=f"spotune train --from {run_id}, or go where it was submitted")
+    return status

@@ -1,0 +1,24 @@
+"""What can be told about a config's model and folders before anything runs; the machine checks the rest."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spotune.contracts.errors import InputError
+
+_MODEL_FILES = ("config.json", "adapter_config.json")
+
+
+def check_model(config: Mapping[str, Any], where: object) -> str:
+    """``local`` or ``hub``: where the model comes from. Raises InputError for a folder that is not one."""
+    name = str(config["model_name_or_path"])
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not any((path / file).is_file() for file in _MODEL_FILES):
+            raise InputError(where, f"{name} holds no model", key="model_name_or_path", remedy="it needs a config.json")
+        return "local"
+    if path.is_file():
+        raise InputError(where, f"{name} is a file", key="model_name_or_path", remedy="a hub id or a folder")
+    if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
+        raise InputError(where, f"no such folder {name}", key="model_name_or_path", remedy="a hub id or a local folder")
+    return "hub"

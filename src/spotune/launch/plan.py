@@ -1,0 +1,177 @@
+"""What would run, where and at what price: made from a wish without doing anything, so that it can be shown."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from spotune import __version__
+from spotune.contracts import environment
+from spotune.contracts.config import load_config
+from spotune.contracts.durations import parse_save_every
+from spotune.contracts.errors import InputError
+from spotune.contracts.fingerprint import data_files, data_sha256
+from spotune.contracts.keys import check_run_id, new_run_id
+from spotune.contracts.records import PriceRow, RunRecord, fingerprint
+from spotune.launch.checks import check_model
+from spotune.launch.code import Code, read_code
+from spotune.launch.infra import Submission, infra_of
+from spotune.launch.local.gpus import find_gpus
+from spotune.launch.preemptions import read_preemptions
+from spotune.launch.prices import local_prices
+from spotune.launch.task import Demand, Resources, demand_of, fill_in, load_task
+from spotune.launch.workspace import Workspace
+
+PRIORITIES = (-1000, 1000)
+_RESERVED = (environment.RUN_ID, environment.CONFIG, environment.PROFILE, environment.HOME, environment.STATUS_FILE)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the command line asks for."""
+
+    config_path: str
+    profile: str = ""
+    default_profile: str = "prod"
+    overrides: tuple[str, ...] = ()
+    name: str = ""
+    infra: str = ""
+    resources: Resources = field(default_factory=Resources)
+    save_every: str = ""
+    preemptions: str = ""
+    envs: tuple[str, ...] = ()
+    secrets: tuple[str, ...] = ()
+    kind: str = "prod"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a submission needs; ``offers`` are the candidates, cheapest first, ``chosen`` among them."""
+
+    record: RunRecord
+    submission: Submission
+    bucket: str
+    infra: str
+    task_path: Path
+    offers: list[PriceRow] = field(default_factory=list)
+    chosen: PriceRow | None = None
+    code: Code = field(default_factory=Code)
+
+    @property
+    def run_id(self) -> str:
+        return self.record.run_id
+
+
+def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng: Random) -> Plan:
+    """Reads and checks everything that a run depends on. Raises InputError, the first thing that is wrong."""
+    infra = wish.infra or workspace.settings.infra
+    backend = infra_of(infra)
+    workspace.check_bucket_reaches(infra)
+    run_id = check_run_id(wish.name) if wish.name else new_run_id(Path(wish.config_path).stem, rng)
+    parse_save_every(wish.save_every)
+    if wish.preemptions and backend != "local":
+        raise InputError("--preemptions", f"{infra} takes machines away by itself", remedy="--infra local")
+    config = load_config(wish.config_path, wish.profile, wish.overrides, wish.default_profile)
+    check_model(config, wish.config_path)
+    files = data_files(config, wish.config_path)
+    task_path, task = load_task(workspace.cwd)
+    task = fill_in(task, _environment(wish, workspace, run_id), wish.resources, run_id)
+    demand = _check_demand(demand_of(task, task_path), wish, task_path)
+    now = clock()
+    offers = local_prices(workspace.settings, find_gpus(workspace.environ), demand, now)
+    code = read_code(workspace.cwd)
+    record = RunRecord(
+        run_id=run_id,
+        created_at=now,
+        user=workspace.env.user,
+        team=workspace.settings.team,
+        kind=wish.kind,
+        config_path=wish.config_path,
+        profile=wish.profile,
+        overrides=list(wish.overrides),
+        config=config,
+        config_sha256=fingerprint(config),
+        data_sha256=data_sha256(config, files),
+        data_files=files,
+        infra=infra,
+        priority=demand.priority,
+        save_every=wish.save_every,
+        prices=[vars(offer) for offer in offers],
+        code=code.facts(),
+        versions={"spotune": __version__},
+    )
+    submission = Submission(
+        run_id=run_id,
+        task=task,
+        workdir=str(workspace.cwd),
+        user=workspace.env.user,
+        priority=demand.priority,
+        secrets=_secrets(wish, workspace.environ),
+        preemptions=read_preemptions(Path(wish.preemptions)) if wish.preemptions else (),
+        interactive=wish.kind == "dev",
+    )
+    chosen = next(offer for offer in offers if offer.use_spot == demand.use_spot)
+    offers = sorted(offers, key=lambda offer: offer.price_usd_per_hour)
+    return Plan(record, submission, workspace.env.bucket, infra, task_path, offers, chosen, code)
+
+
+def _check_demand(demand: Demand, wish: Wish, task_path: Path) -> Demand:
+    where = "--priority" if wish.resources.priority is not None else f"{task_path}: resources.priority"
+    if not PRIORITIES[0] <= demand.priority <= PRIORITIES[1]:
+        raise InputError(where, f"{demand.priority} is out of range", remedy=f"{PRIORITIES[0]} to {PRIORITIES[1]}")
+    where = "--num-nodes" if wish.resources.num_nodes is not None else f"{task_path}: num_nodes"
+    if demand.num_nodes < 1:
+        raise InputError(where, f"{demand.num_nodes} is not a number of machines", remedy="1 or more")
+    if demand.num_nodes > 1 and infra_of(wish.infra or "local") == "local":
+        raise InputError(where, f"local is one machine, not {demand.num_nodes}", remedy="--num-nodes 1")
+    return demand
+
+
+def _environment(wish: Wish, workspace: Workspace, run_id: str) -> dict[str, str]:
+    """What the task's ``envs`` get: seam 1, and what ``--env`` adds."""
+    given: dict[str, str] = {}
+    for pair in wish.envs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise InputError("--env", f"{pair!r} is not NAME=value", remedy="--env NCCL_DEBUG=INFO")
+        if name in (*_RESERVED, environment.BUCKET):
+            raise InputError(
+                "--env", f"{name} is for spotune to set", remedy=f"export {environment.BUCKET}=… for the bucket"
+            )
+        given[name] = value
+    ours = {
+        environment.BUCKET: workspace.env.bucket,
+        environment.RUN_ID: run_id,
+        environment.CONFIG: wish.config_path,
+        environment.PROFILE: wish.profile or wish.default_profile,
+    }
+    return {**given, **ours}
+
+
+def _secrets(wish: Wish, environ: Mapping[str, str]) -> dict[str, str]:
+    for name in wish.secrets:
+        if "=" in name:
+            raise InputError("--secret", "takes a name, not a value", remedy=f"export {name.partition('=')[0]}=… first")
+        if name not in environ:
+            raise InputError("--secret", f"{name} is not set here", remedy=f"export {name}=… first")
+    return {name: environ[name] for name in wish.secrets}
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan as data, for ``--dryrun --format json``; secrets are names."""
+    return {
+        "run_id": plan.run_id,
+        "infra": plan.infra,
+        "bucket": plan.bucket,
+        "priority": plan.record.priority,
+        "task": plan.submission.task,
+        "workdir": plan.submission.workdir,
+        "secrets": sorted(plan.submission.secrets),
+        "preemptions": list(plan.submission.preemptions),
+        "config": plan.record.config,
+        "config_sha256": plan.record.config_sha256,
+        "data_sha256": plan.record.data_sha256,
+        "offers": [vars(offer) for offer in plan.offers],
+        "chosen": plan.chosen and vars(plan.chosen),
+    }

@@ -1,0 +1,37 @@
+"""What machines of this infrastructure cost, as rows that are frozen in ``run.json``."""
+
+from collections.abc import Sequence
+
+from spotune.contracts.records import PriceRow
+from spotune.launch.local.gpus import Gpu
+from spotune.launch.settings import Settings
+from spotune.launch.task import Demand
+
+CPU = "cpu"
+
+
+def local_prices(settings: Settings, gpus: Sequence[Gpu], demand: Demand, at: float) -> list[PriceRow]:
+    """Spot and on-demand price of what a job gets on this machine, from the local price table.
+
+    A task that asks for GPUs runs on the CPU of a machine that has none, and is priced as that.
+    """
+    count = max(1, demand.gpus) if gpus else 1
+    kind = gpus[0].name if gpus else CPU
+    price = settings.local.prices.get(kind)
+    source = "local price table" if price else f"no price for {kind} in the local price table"
+    rows = []
+    for use_spot in (True, False):
+        each = (price.spot if use_spot else price.on_demand) if price else 0.0
+        rows.append(
+            PriceRow(
+                infra="local",
+                region="local",
+                instance_type="local",
+                accelerators=f"{kind}:{count}" if gpus else "",
+                use_spot=use_spot,
+                price_usd_per_hour=round(each * count, 6),
+                source=source,
+                at=at,
+            )
+        )
+    return rows

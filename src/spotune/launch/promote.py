@@ -1,0 +1,57 @@
+"""``train --from RUN``: the run that was tried, as a production job, with nothing changed underneath."""
+
+import time
+from dataclasses import replace
+from random import SystemRandom
+
+from spotune.contracts.config import load_config
+from spotune.contracts.errors import InputError
+from spotune.contracts.keys import Keys
+from spotune.contracts.records import RunRecord, fingerprint
+from spotune.launch.plan import Plan, Wish, make_plan
+from spotune.launch.status import find_run
+from spotune.launch.workspace import Workspace
+
+
+def promote(source: str, wish: Wish, workspace: Workspace) -> Plan:
+    """The plan of a new run from ``source``'s config file and overrides, under the profile that ``wish`` says.
+
+    Raises InputError when the config, the data or the code is not what ``source`` ran with: what was tried is what
+    goes to production. Overrides of the new command line come on top.
+    """
+    record = _record(source, workspace)
+    then = load_config(record.config_path, record.profile, record.overrides, _default_profile(record))
+    if fingerprint(then) != record.config_sha256:
+        raise InputError(source, f"{record.config_path} has changed since", remedy="submit the config itself")
+    overrides = (*record.overrides, *wish.overrides)
+    wish = replace(wish, config_path=record.config_path, overrides=overrides)
+    wish = replace(wish, save_every=wish.save_every or record.save_every)
+    plan = make_plan(wish, workspace, time.time, SystemRandom())
+    if [_content(file) for file in plan.record.data_files] != [_content(file) for file in record.data_files]:
+        raise InputError(source, "its data has changed since", remedy="submit the config itself")
+    if not record.code.get("commit") or not plan.record.code:
+        raise InputError(source, "its code is not known: it was not submitted from a git commit")
+    for fact, what in (("commit", "code"), ("diff_sha256", "uncommitted code")):
+        if record.code.get(fact) != plan.record.code.get(fact):
+            remedy = (
+                f"git checkout {record.code['commit'][:12]}" if fact == "commit" else "runs/…/code/diff.patch has it"
+            )
+            raise InputError(source, f"its {what} has changed since", remedy=remedy)
+    return plan
+
+
+def _record(run_id: str, workspace: Workspace) -> RunRecord:
+    status = find_run(workspace, run_id)
+    key = Keys(run_id).run
+    data = workspace.store(status.bucket).read(key)
+    if data is None:
+        raise InputError(run_id, "has no run.json in its bucket")
+    return RunRecord.from_bytes(data, key)
+
+
+def _default_profile(record: RunRecord) -> str:
+    return "dev" if record.kind == "dev" else "prod"
+
+
+def _content(file: dict[str, object]) -> tuple[object, ...]:
+    return tuple(file.get(name) for name in ("source", "size", "sha256", "checksum"))

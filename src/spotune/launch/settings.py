@@ -1,0 +1,100 @@
+"""Settings of a project and of a person: ``config/spotune.yaml``, overlaid by ``$SPOTUNE_HOME/config.yaml``."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spotune.contracts.config import read_yaml
+from spotune.contracts.environment import check_bucket
+from spotune.contracts.errors import InputError
+from spotune.launch.task import shipped_file
+
+PROJECT = "config/spotune.yaml"
+PERSONAL = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Price:
+    """US dollars an hour."""
+
+    on_demand: float
+    spot: float
+
+
+@dataclass(frozen=True)
+class LocalSettings:
+    """This machine as an infrastructure; ``prices`` by GPU name, and ``cpu`` for the whole machine without one."""
+
+    slots: int | None = None
+    prices: dict[str, Price] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for every run of a project unless the command line says otherwise."""
+
+    infra: str = "local"
+    bucket: str = ""
+    team: str = ""
+    local: LocalSettings = LocalSettings()
+    files: tuple[str, ...] = ()
+
+
+def load_settings(cwd: Path, home: Path) -> Settings:
+    """Reads both files where they exist; raises InputError naming file and key."""
+    settings: dict[str, Any] = {}
+    files: list[str] = []
+    for path in (shipped_file(PROJECT, cwd), home / PERSONAL):
+        if path is not None and path.is_file() and path.stat().st_size:
+            settings = _overlay(settings, _check(read_yaml(path), path))
+            files.append(str(path))
+    local = settings.pop("local", {})
+    prices = {name: Price(**price) for name, price in local.pop("prices", {}).items()}
+    return Settings(**settings, local=LocalSettings(**local, prices=prices), files=tuple(files))
+
+
+def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = {name: _overlay(below[name], above[name]) for name in above if isinstance(below.get(name), dict)}
+    return {**below, **above, **both}
+
+
+def _check(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    _known(raw, ("infra", "bucket", "team", "local"), path, "")
+    for name in ("infra", "bucket", "team"):
+        if not isinstance(raw.get(name, ""), str):
+            raise InputError(path, f"{raw[name]!r} is not text", key=name)
+    if raw.get("bucket"):
+        check_bucket(raw["bucket"])
+    local = _mapping(raw.get("local"), path, "local")
+    _known(local, ("slots", "prices"), path, "local.")
+    slots = local.get("slots", 1)
+    if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
+        raise InputError(path, f"{slots!r} is not a number of jobs", key="local.slots", remedy="slots: 1")
+    prices = _mapping(local.get("prices"), path, "local.prices")
+    for name, price in prices.items():
+        _check_price(_mapping(price, path, f"local.prices.{name}"), path, f"local.prices.{name}")
+    return {**raw, "local": {**local, "prices": prices}}
+
+
+def _check_price(price: dict[str, Any], path: Path, key: str) -> None:
+    _known(price, ("on_demand", "spot"), path, f"{key}.")
+    for kind in ("on_demand", "spot"):
+        amount = price.get(kind)
+        if isinstance(amount, bool) or not isinstance(amount, (int, float)) or amount < 0:
+            raise InputError(path, f"{amount!r} is not dollars an hour", key=f"{key}.{kind}")
+
+
+def _mapping(value: Any, path: Path, key: str) -> dict[str, Any]:
+    if not isinstance(value or {}, dict):
+        raise InputError(path, "must be a mapping", key=key)
+    return dict(value or {})
+
+
+def _known(given: Mapping[str, Any], known: tuple[str, ...], path: Path, prefix: str) -> None:
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            remedy = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
+            raise InputError(path, "unknown key", key=f"{prefix}{key}", remedy=remedy)

@@ -1,0 +1,133 @@
+"""What state a run is in: the engine's word, corrected by what the bucket holds. The certificate rules.
+
+``completed.json`` there: SUCCEEDED whatever the engine says. The engine says SUCCEEDED and there is none:
+FAILED. ``paused.json`` and the engine has ended: PAUSED. Else the engine's state.
+"""
+
+import difflib
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+from spotune.contracts.errors import InputError
+from spotune.contracts.keys import RUN_ID, RUNS, Keys
+from spotune.contracts.records import Mark, Progress, RunRecord
+from spotune.contracts.store import Store
+from spotune.launch.infra import ACTIVE, BACKENDS, JobStatus, State
+from spotune.launch.workspace import Workspace
+
+UNCERTIFIED = "ended without a certificate"
+RECENT_S = 86400.0
+HEARTBEAT_S = 120.0  # progress.json is rewritten at most every 15 s
+_COLUMNS = "run_id state priority submitted_at started_at ended_at attempt recoveries step max_steps infra user reason"
+
+
+def as_row(status: JobStatus) -> dict[str, Any]:
+    """A row of ``queue --format json``."""
+    return {name: getattr(status, name) for name in _COLUMNS.split()}
+
+
+def list_runs(workspace: Workspace, everything: bool, clock: Callable[[], float] = time.time) -> list[JobStatus]:
+    """Runs as ``queue`` shows them, in the order that they would run.
+
+    Args:
+        everything: also those that ended more than a day ago, and those that only the bucket knows.
+    """
+    since = clock() - RECENT_S
+    jobs = [job for name in BACKENDS for job in workspace.infra(name).jobs()]
+    shown = [job for job in jobs if everything or job.state in ACTIVE or (job.ended_at or 0.0) >= since]
+    with ThreadPoolExecutor(16) as pool:
+        rows = list(pool.map(lambda job: certify(job, workspace.store(job.bucket)), shown))
+        if everything:
+            known = {job.run_id for job in jobs if job.bucket == workspace.env.bucket}
+            ids = [name for name in workspace.store().folders(RUNS) if RUN_ID.fullmatch(name) and name not in known]
+            found = pool.map(lambda run_id: read_run(workspace.store(), run_id, clock()), ids)
+            rows += [status for status in found if status]
+    return rows
+
+
+def find_run(workspace: Workspace, run_id: str, clock: Callable[[], float] = time.time) -> JobStatus:
+    """One run; raises InputError, naming the nearest known one, when nobody knows it."""
+    for name in BACKENDS:
+        for job in workspace.infra(name).jobs([run_id]):
+            return certify(job, workspace.store(job.bucket))
+    if RUN_ID.fullmatch(run_id) and (status := read_run(workspace.store(), run_id, clock())):
+        return status
+    known = [job.run_id for name in BACKENDS for job in workspace.infra(name).jobs()]
+    near = difflib.get_close_matches(run_id, [*known, *workspace.store().folders(RUNS)], n=1)
+    raise InputError(run_id, "no such run", remedy=f"did you mean {near[0]}?" if near else "spotune queue -a")
+
+
+def certify(job: JobStatus, store: Store) -> JobStatus:
+    """The engine's word, corrected by the bucket."""
+    keys = Keys(job.run_id)
+    if job.step is None and job.attempt:
+        job = _with_progress(job, store)
+    if data := store.read(keys.completed):
+        done = _read_certificate(data)
+        ended_at = job.ended_at or done.get("completed_at")
+        step = done.get("step") or job.step
+        return replace(job, state="SUCCEEDED", reason="", exit_code=0, ended_at=ended_at, step=step)
+    if job.state == "SUCCEEDED":
+        return replace(job, state="FAILED", reason=UNCERTIFIED)
+    if job.state not in (*ACTIVE, "CANCELLED") and (data := store.read(keys.paused)):
+        return replace(job, state="PAUSED", reason=Mark.from_bytes(data, keys.paused).reason)
+    return job
+
+
+def read_run(store: Store, run_id: str, now: float) -> JobStatus | None:
+    """A run that no engine of this machine knows, as far as the bucket tells; None when it is not there."""
+    keys = Keys(run_id)
+    data = store.read(keys.run)
+    if data is None:
+        return None
+    record = RunRecord.from_bytes(data, keys.run)
+    attempts = len(store.folders(keys.attempts))
+    status = JobStatus(
+        run_id=run_id,
+        state="PENDING",
+        priority=record.priority,
+        user=record.user,
+        infra=record.infra or "by hand",
+        submitted_at=record.created_at,
+        attempt=attempts,
+        recoveries=max(0, attempts - 1),
+        bucket=store.url,
+    )
+    status = certify(_with_progress(status, store), store)
+    if status.state == "SUCCEEDED":
+        return status
+    ends: tuple[tuple[State, str], ...] = (
+        ("FAILED", keys.failed),
+        ("CANCELLED", keys.cancelled),
+        ("PAUSED", keys.paused),
+    )
+    for state, key in ends:
+        if data := store.read(key):
+            mark = Mark.from_bytes(data, key)
+            return replace(status, state=state, reason=mark.reason, ended_at=mark.at, exit_code=mark.exit_code)
+    beat = store.read(keys.progress)
+    if beat and now - Progress.from_bytes(beat, keys.progress).at < HEARTBEAT_S:
+        return replace(status, state="RUNNING", reason="runs outside this machine's queue")
+    return replace(status, state="FAILED", reason="no sign of life, and not in this machine's queue")
+
+
+def _with_progress(job: JobStatus, store: Store) -> JobStatus:
+    keys = Keys(job.run_id)
+    data = store.read(keys.progress)
+    if data is None:
+        return job
+    seen = Progress.from_bytes(data, keys.progress)
+    return replace(job, step=seen.step, max_steps=seen.max_steps or None, loss=seen.loss, phase=seen.phase)
+
+
+def _read_certificate(data: bytes) -> dict[str, Any]:
+    """A certificate is one by being there: of one that cannot be read nothing else is known."""
+    try:
+        found = json.loads(data)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

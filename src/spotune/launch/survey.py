@@ -1,0 +1,52 @@
+"""What ``spotune check`` says: of a config, or of this machine and project."""
+
+from collections.abc import Iterable
+from importlib.util import find_spec
+from typing import Any
+
+from spotune.contracts.config import load_config, read_yaml
+from spotune.contracts.fingerprint import data_files, data_sha256
+from spotune.contracts.keys import RUNS
+from spotune.contracts.records import fingerprint
+from spotune.launch.checks import check_model
+from spotune.launch.infra import BACKENDS
+from spotune.launch.local.gpus import find_gpus
+from spotune.launch.task import load_task
+from spotune.launch.workspace import Workspace
+
+
+def survey_config(path: str, profile: str, overrides: Iterable[str]) -> dict[str, Any]:
+    """Facts about a config that is in order, all of its profiles included; raises InputError for the first fault."""
+    profiles = list(read_yaml(path).get("profiles") or {})
+    for name in profiles:
+        load_config(path, name)
+    config = load_config(path, profile, overrides, default_profile="prod")
+    model = check_model(config, path)
+    files = data_files(config, path)
+    return {
+        "config": path,
+        "profiles": profiles,
+        "profile": profile or ("prod" if "prod" in profiles else ""),
+        "model": f"{config['model_name_or_path']} ({model})",
+        "data_files": [file["url"] for file in files],
+        "data_sha256": data_sha256(config, files),
+        "config_sha256": fingerprint(config),
+    }
+
+
+def survey_machine(workspace: Workspace) -> dict[str, Any]:
+    """Facts about this machine and project; raises SpotuneError when the bucket cannot be reached."""
+    gpus = find_gpus(workspace.environ)
+    task_path, _ = load_task(workspace.cwd)
+    runs = workspace.store().folders(RUNS)
+    return {
+        "settings": list(workspace.settings.files),
+        "home": str(workspace.env.home),
+        "bucket": workspace.env.bucket,
+        "runs_in_bucket": len(runs),
+        "task": str(task_path),
+        "infra": list(BACKENDS),
+        "gpus": [gpu.name for gpu in gpus],
+        "slots": workspace.settings.local.slots or len(gpus) or 1,
+        "trainer": "installed" if find_spec("trl") and find_spec("torch") else "not installed here",
+    }
