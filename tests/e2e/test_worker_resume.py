@@ -20,7 +20,7 @@ from tests.ranks import (
     weights,
 )
 
-from spotune.contracts.exchange import CONTROL, TRAINER, outcome_path, staged_path, write_json
+from spotune.contracts.exchange import CONTROL, OUTPUT, TRAINER, outcome_path, read_json, staged_path, write_json
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +93,85 @@ def test_killed_after_a_checkpoint(ranks: Nursery, base: dict[str, Any], tmp_pat
     assert logs_of(killed, resumed) == logs_of(whole)
     assert [event["step"] for event in events(resumed, "step")] == list(range(5, last["step"] + 1))
     assert events(resumed, "step")[-1]["tokens"] == events(whole, "step")[-1]["tokens"]
+
+
+def stop(folder: Path, save: int = 0) -> None:
+    write_json(folder / CONTROL, {"stop": True, "save": save})
+
+
+def stop_and_resume(ranks: Nursery, config: dict[str, Any], place: Path, after: str, **job: Any) -> tuple[Path, Path]:
+    """Stops a run when an event of this kind is seen, resumes it elsewhere; returns both folders."""
+    stopped = make_folder(place / "stopped", config, **job)
+    ranks.start(stopped)
+    log = stopped / "events-0.jsonl"
+    while not log.exists() or after not in log.read_text():
+        assert not outcome_path(stopped, 0).exists(), "too late"
+    stop(stopped)
+    outcome = wait_for(outcome_path(stopped, 0), stopped)
+    assert outcome["how"] == "stopped", outcome
+    resumed = hand_over(stopped, place / "resumed", config, outcome["step"], **job)
+    assert ranks.run(resumed)[0]["how"] == "completed"
+    return stopped, resumed
+
+
+# The highest loss is an early one: so the best model is one of before the stop.
+BEST = {"load_best_model_at_end": True, "save_steps": 2, "metric_for_best_model": "loss", "greater_is_better": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "after"),
+    [
+        ("on a step", {}, '"step", "step": 3'),
+        ("in an evaluation", {"per_device_eval_batch_size": 1}, '"phase": "eval"'),
+        ("epoch strategies", {"eval_strategy": "epoch", "logging_strategy": "epoch"}, '"step", "step": 7'),
+        ("best model", BEST, '"step", "step": 7'),
+    ],
+    ids=lambda value: value if isinstance(value, str) and '"' not in value else "",
+)
+def test_stopped_by_the_guard(
+    ranks: Nursery, base: dict[str, Any], tmp_path: Path, name: str, changes: dict[str, Any], after: str
+) -> None:
+    config = base | {"save_strategy": "steps"} | changes
+    if changes.get("eval_strategy") == "epoch":
+        config |= {"save_strategy": "epoch"}
+    whole = make_folder(tmp_path / "whole", config)
+    assert ranks.run(whole)[0]["how"] == "completed"
+    stopped, resumed = stop_and_resume(ranks, config, tmp_path, after)
+    assert weights(resumed) == weights(whole)
+    assert logs_of(stopped, resumed) == logs_of(whole)
+    if "load_best_model_at_end" in changes:
+        best = read_json(resumed / OUTPUT / "trainer_state.json")["best_global_step"]
+        assert best < read_json(outcome_path(stopped, 0))["step"]
+
+
+def test_resumed_at_its_last_step(ranks: Nursery, base: dict[str, Any], tmp_path: Path) -> None:
+    """Killed between the last checkpoint and the result: nothing is trained again, and not a step more."""
+    config = base | {"max_steps": 5}
+    whole = make_folder(tmp_path / "whole", config)
+    ranks.run(whole)
+    resumed = hand_over(whole, tmp_path / "resumed", config, 5)
+    assert ranks.run(resumed) == [{"how": "completed", "step": 5, "message": ""}]
+    assert events(resumed, "step") == []
+    assert weights(resumed) == weights(whole)
+
+
+def test_two_ranks(ranks: Nursery, base: dict[str, Any], tmp_path: Path) -> None:
+    """Every rank has its own randomness, and both continue it."""
+    config = base | {"use_peft": True, "lora_dropout": 0.1, "per_device_train_batch_size": 1}
+    whole = make_folder(tmp_path / "whole", config)
+    assert [outcome["how"] for outcome in ranks.run(whole, 2, MASTER_PORT=free_port())] == ["completed"] * 2
+
+    killed = make_folder(tmp_path / "killed", config, save_steps=4)
+    port = free_port()
+    pids = [ranks.start(killed, log=f"log-{rank}", MASTER_PORT=port, **rank_environment(rank, 2)) for rank in (0, 1)]
+    wait_for(staged_path(killed, 4), killed)
+    for pid in pids:
+        kill(pid)
+    resumed = hand_over(killed, tmp_path / "resumed", config, 4, save_steps=4)
+    assert {path.name for path in (resumed / TRAINER / "checkpoint-4").glob("rng*")} == {
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+    }
+    assert [outcome["how"] for outcome in ranks.run(resumed, 2, MASTER_PORT=free_port())] == ["completed"] * 2
+    assert weights(resumed) == weights(whole)
+    assert logs_of(killed, resumed) == logs_of(whole)

@@ -54,7 +54,17 @@ def parse(job: Job, folder: Path, rank: int) -> Arguments:
         raise InputError(job.config_path, str(error)) from error
     script, training, model, datasets = found
     training.report_to = usable_trackers(training.report_to, os.environ)
+    _name_cpu(training)
     return Arguments(script, training, model, datasets)
+
+
+def _name_cpu(training: Any) -> None:
+    """Accelerate numbers the CPU of a distributed run, and ``torch.load`` knows no ``cpu:0``: no resume would work."""
+    import torch
+
+    if training.world_size > 1 and training.device.type == "cpu":
+        training.distributed_state.device = torch.device("cpu")
+        training.__dict__["_setup_devices"] = torch.device("cpu")  # where the cached property ``device`` is kept
 
 
 def effective(job: Job, folder: Path) -> dict[str, Any]:

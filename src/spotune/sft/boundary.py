@@ -156,7 +156,7 @@ class Boundary(TrainerCallback):
         self.saved_step = state.global_step
         self._last_save = self._clock()
         self.control_file.answered()
-        if trainer.args.process_index != 0:
+        if trainer.args.local_process_index != 0:  # the first rank of each machine: its guard uploads its files
             return
         staged = Staged(
             step=state.global_step,

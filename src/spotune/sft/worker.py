@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.errors import InputError
+from spotune.contracts.errors import InputError, SpotuneError
 from spotune.contracts.events import EventLog
 from spotune.contracts.exchange import (
     CONTROL,
@@ -117,7 +117,12 @@ def _load(this: Rank) -> Any:
 
     if this.job.threads:
         torch.set_num_threads(this.job.threads)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1 and not torch.accelerator.is_available():
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # or each rank would train alone, without a word
     args = arguments.parse(this.job, this.folder, this.rank)
+    if args.training.world_size != world_size:
+        raise SpotuneError(f"{world_size} ranks were started, but Accelerate made {args.training.world_size} of it")
     if this.rank == 0:
         for line in arguments.notices(this.job.config):
             print(line, file=sys.stderr)
