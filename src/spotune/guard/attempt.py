@@ -5,7 +5,7 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from spotune.contracts import exchange, exits
@@ -20,10 +20,11 @@ from spotune.guard import admission
 from spotune.guard.committer import Committer, Lineage
 from spotune.guard.faults import is_second_fault
 from spotune.guard.finish import certify, copy_output
+from spotune.guard.gang import Leader, gang_token
 from spotune.guard.journal import Journal
 from spotune.guard.machine import Machine
 from spotune.guard.notices import Notices
-from spotune.guard.ranks import Ranks, free_port
+from spotune.guard.ranks import PEER_GRACE_S, Ranks, free_port, worst
 from spotune.guard.restore import Restored, newest_commit, restore
 from spotune.guard.retention import KEEP
 from spotune.guard.say import say
@@ -65,6 +66,8 @@ class Attempt:
         self.journal = Journal(store, keys, record.attempt, exchange.events_path(self.folder, 0), place.status_file)
         self.journal.write("start", attempt=record.attempt, host=record.host, world_size=machine.world_size)
         self.committer: Committer | None = None
+        token = gang_token(keys.run_id, environ.get("SKYPILOT_TASK_ID", ""))
+        self.leader = Leader(keys.run_id, machine, token)
 
     def run(self) -> int:
         """Trains to an end or to a notice; leaves the attempt's last event and, at a bad end, failed.json."""
@@ -73,7 +76,7 @@ class Attempt:
         except InputError as error:
             code, reason, message = error.exit_code, "failed", str(error)
         except SpotuneError as error:
-            code, reason, message = error.exit_code, "lost" if isinstance(error, Fenced) else "failed", str(error)
+            code, reason, message = error.exit_code, self._reason_of(error), str(error)
         faulted = code == exits.PREEMPTED and reason == "failed"
         if faulted and is_second_fault(self.store, self.keys, self.record.attempt):
             code, message = exits.FAILED, f"two attempts in a row failed and committed nothing: {message}"
@@ -83,6 +86,11 @@ class Attempt:
             say(message)
         self._close(code, reason, message)
         return code
+
+    def _reason_of(self, error: SpotuneError) -> EndReason:
+        if isinstance(error, Fenced):
+            return "lost"
+        return "preempted" if self.notices.given else "failed"
 
     def _train(self) -> tuple[int, EndReason, str]:
         admission.check_data(self.spec)
@@ -100,8 +108,9 @@ class Attempt:
         )
         exchange.write_json(self.folder / exchange.JOB, job)
         exchange.write_json(self.folder / exchange.CONTROL, {"stop": False, "save": 0})
-        environ = {**self.environ, **tracker_environ(self.spec, self.environ)}
-        ranks = Ranks(self.folder, self.machine, free_port(), environ)
+        trackers, port = tracker_environ(self.spec, self.environ), free_port()
+        self.leader.gather(self.notices, job=asdict(job), master_port=port, environ=trackers)
+        ranks = Ranks(self.folder, self.machine, port, {**self.environ, **trackers})
         try:
             self.journal.write("phase", phase="load")
             restoring = threading.Thread(target=self._restore, name="restore", daemon=True)
@@ -125,7 +134,9 @@ class Attempt:
         if commit:
             say(f"resumed from the checkpoint of step {commit.step}, attempt {commit.attempt}")
         keep = int(self.spec.config.get("save_total_limit") or KEEP)
-        lineage = Lineage(self.spec, self.record.attempt, found.key, keep)
+        tokens = commit.tokens if commit else 0
+        self.leader.broadcast(restored=found.key or None, best=found.best_key or None, tokens=tokens)
+        lineage = Lineage(self.spec, self.record.attempt, found.key, keep, self.leader.parts)
         self.committer = Committer(self.store, self.keys, lineage, self.folder, self.journal)
         self.journal.write(
             "restored",
@@ -139,7 +150,7 @@ class Attempt:
             {
                 "checkpoint": found.checkpoint and str(found.checkpoint),
                 "best_checkpoint": found.best and str(found.best),
-                "tokens": commit.tokens if commit else 0,
+                "tokens": tokens,
                 "error": error,
             },
         )
@@ -154,6 +165,11 @@ class Attempt:
             if time.monotonic() - fence_at > FENCE_S:
                 fence_at = time.monotonic()
                 self._look_at_fence()
+            if self.leader.lost:
+                ranks.kill()
+                return Outcome(how="retry", message="a machine of this job is gone")
+            if self.leader.notice:
+                self.notices.give(self.leader.notice)
             if self.notices.wait(POLL_S) and not stopping:
                 stopping = True
                 if not self._ask_to_stop():
@@ -161,7 +177,8 @@ class Attempt:
                     return Outcome(how="stopped")
         restoring.join()
         self._collect()
-        return ranks.outcome()
+        others = self.leader.wait_for_outcomes(PEER_GRACE_S)
+        return worst([ranks.outcome(), *(Outcome(**outcome) for outcome in others)])
 
     def _look_at_fence(self) -> None:
         try:
@@ -245,4 +262,5 @@ class Attempt:
             self.journal.close()
         except StoreError as error:
             say(f"the last events are not recorded: {error}")
+        self.leader.close(code)
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -7,6 +7,7 @@ import hashlib
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +29,13 @@ RETRIES_S = (1.0, 4.0, 15.0)
 
 @dataclass(frozen=True)
 class Lineage:
-    """What every commit of an attempt has in common."""
+    """What every commit of an attempt has in common; ``parts`` waits for other machines' files of a step."""
 
     run: RunRecord
     attempt: int
     parent: str
     keep: int
+    parts: Callable[[int], dict[str, Any]]
 
 
 class Committer:
@@ -109,7 +111,8 @@ class Committer:
     def _commit(self, staged: Staged) -> None:
         started = time.time()
         attempt = self._lineage.attempt
-        files = self._upload(staged)
+        files = upload_checkpoint(self._store, self._keys, staged, attempt)
+        files |= self._lineage.parts(staged.step)  # of the other machines
         check_fence(self._store, self._keys, attempt)
         commit = Commit(
             run_id=self._lineage.run.run_id,
@@ -135,21 +138,6 @@ class Committer:
         self._journal.write("commit", step=staged.step, upload_s=round(time.time() - started, 3), bytes=size)
         self._tidy(staged)
 
-    def _upload(self, staged: Staged) -> dict[str, dict[str, Any]]:
-        source = Path(staged.checkpoint)
-        target = self._keys.checkpoint(staged.step, self._lineage.attempt)
-        paths = sorted(path for path in source.rglob("*") if path.is_file())
-
-        def put(path: Path) -> tuple[str, dict[str, Any]]:
-            name = path.relative_to(source).as_posix()
-            with open(path, "rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            self._store.upload(path, f"{target}/{name}")
-            return name, {"size": path.stat().st_size, "sha256": sha256}
-
-        with ThreadPoolExecutor(THREADS) as pool:
-            return dict(pool.map(put, paths))
-
     def _tidy(self, staged: Staged) -> None:
         """Local checkpoints older than the committed one go, but for the best; so do old commits in the bucket."""
         for folder in (self._folder / TRAINER).glob("checkpoint-*"):
@@ -163,3 +151,20 @@ class Committer:
                 self._swept = True
         except StoreError as error:  # tidying can wait; the checkpoint is safe
             say(f"old checkpoints are not removed yet: {error}")
+
+
+def upload_checkpoint(store: Store, keys: Keys, staged: Staged, attempt: int) -> dict[str, dict[str, Any]]:
+    """Uploads a local checkpoint's files; returns ``{relative path: {size, sha256}}`` as a commit names them."""
+    source = Path(staged.checkpoint)
+    target = keys.checkpoint(staged.step, attempt)
+    paths = sorted(path for path in source.rglob("*") if path.is_file())
+
+    def put(path: Path) -> tuple[str, dict[str, Any]]:
+        name = path.relative_to(source).as_posix()
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        store.upload(path, f"{target}/{name}")
+        return name, {"size": path.stat().st_size, "sha256": sha256}
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return dict(pool.map(put, paths))

@@ -13,6 +13,7 @@ from spotune.contracts.keys import Keys
 from spotune.contracts.store import Store
 from spotune.guard import admission
 from spotune.guard.attempt import Attempt, Place
+from spotune.guard.follower import Follower
 from spotune.guard.machine import Machine
 from spotune.guard.notices import Notices
 from spotune.guard.say import say
@@ -54,11 +55,14 @@ def run_attempt(request: admission.Request, notices: Notices, environ: Mapping[s
     verdict = admission.standing_verdict(store, keys)
     if verdict is not None:
         return verdict
-    run = admission.read_or_create_run(store, keys, env, request)
     if notices.given:
         return exits.PREEMPTED
+    scratch = env.home / "work" / keys.run_id / f"node-{machine.node_rank}"
+    if machine.node_rank:
+        return Follower(store, keys, machine, scratch, notices).run(environ)
+    run = admission.read_or_create_run(store, keys, env, request)
     machine = Machine.read(environ, run.config.get("num_processes"))
     record = admission.claim_attempt(store, keys, machine)
     say(f"{keys.run_id}: attempt {record.attempt} on {machine.host}, records in {env.bucket}/{keys.root}")
-    place = Place(env.home / "work" / keys.run_id, env.home / "cache" / "datasets", env.status_file)
+    place = Place(scratch, env.home / "cache" / "datasets", env.status_file)
     return Attempt(store, keys, run, record, machine, place, notices, environ).run()

@@ -58,9 +58,7 @@ class Ranks:
 
     def outcome(self) -> Outcome:
         """How training ended: the worst of what the ranks say, and of those that could not say anything."""
-        outcomes = [self._outcome_of(index, process) for index, process in enumerate(self._processes)]
-        order = ("bad_input", "failed", "retry", "stopped", "completed")
-        return min(outcomes, key=lambda outcome: order.index(outcome.how))
+        return worst([self._outcome_of(index, process) for index, process in enumerate(self._processes)])
 
     def _outcome_of(self, index: int, process: "subprocess.Popen[bytes]") -> Outcome:
         rank = self._first_rank + index
@@ -70,6 +68,12 @@ class Ranks:
         code = process.returncode
         died = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit code {code}"
         return Outcome(how="retry", message=f"rank {rank} {died} without a word")
+
+
+def worst(outcomes: list[Outcome]) -> Outcome:
+    """The outcome that decides for all ranks: a fault of one is a fault of all."""
+    order = ("bad_input", "failed", "retry", "stopped", "completed")
+    return min(outcomes, key=lambda outcome: order.index(outcome.how))
 
 
 def rank_environ(machine: Machine, local_rank: int, master_port: int) -> dict[str, str]:

@@ -28,6 +28,7 @@ class Restored:
     key: str = ""
     checkpoint: Path | None = None
     best: Path | None = None
+    best_key: str = ""
     rejected: list[str] = field(default_factory=list)
 
 
@@ -112,7 +113,9 @@ def _restore_best(store: Store, keys: Keys, newest: Commit, folder: Path, result
         if data is None:
             continue
         try:
-            return download_checkpoint(store, keys, Commit.from_bytes(data, key), folder)
+            best = download_checkpoint(store, keys, Commit.from_bytes(data, key), folder)
+            result.best_key = key
+            return best
         except (BadCheckpoint, StoreError) as error:
             result.rejected.append(f"best checkpoint, step {newest.best_step}: {error}")
     return None

@@ -1,0 +1,100 @@
+"""The guard of every node but the first: does what the leader says, and uploads its own ranks' files."""
+
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spotune.contracts import exchange, exits
+from spotune.contracts.errors import SpotuneError, StoreError
+from spotune.contracts.exchange import Job
+from spotune.contracts.keys import Keys
+from spotune.contracts.records import Commit
+from spotune.contracts.store import Store
+from spotune.guard.committer import upload_checkpoint
+from spotune.guard.gang import Line, gang_token, join
+from spotune.guard.machine import Machine
+from spotune.guard.notices import Notices
+from spotune.guard.ranks import Ranks
+from spotune.guard.restore import BadCheckpoint, download_checkpoint
+from spotune.guard.say import say
+
+POLL_S = 0.1
+END_S = 900.0  # the leader uploads and certifies the result after the ranks have ended
+
+
+class Follower:
+    """One node's part of an attempt; ``run`` returns the exit code that the leader says."""
+
+    def __init__(self, store: Store, keys: Keys, machine: Machine, scratch: Path, notices: Notices) -> None:
+        self.store, self.keys, self.machine, self.notices = store, keys, machine, notices
+        self.scratch = scratch
+
+    def run(self, environ: Mapping[str, str]) -> int:
+        token = gang_token(self.keys.run_id, environ.get("SKYPILOT_TASK_ID", ""))
+        line, welcome = join(self.keys.run_id, self.machine, token)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        folder = self.scratch / f"{welcome['job']['attempt']:04d}"
+        (folder / exchange.STAGED).mkdir(parents=True)
+        say(f"node {self.machine.node_rank} follows attempt {welcome['job']['attempt']}")
+        exchange.write_json(folder / exchange.JOB, Job(**welcome["job"]))
+        exchange.write_json(folder / exchange.CONTROL, {"stop": False, "save": 0})
+        machine = Machine.read(environ, welcome["job"]["config"].get("num_processes"))
+        ranks = Ranks(folder, machine, int(welcome["master_port"]), {**environ, **welcome["environ"]})
+        try:
+            return self._watch(line, ranks, folder, int(welcome["job"]["attempt"]))
+        finally:
+            ranks.kill()
+            line.close()
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _watch(self, line: Line, ranks: Ranks, folder: Path, attempt: int) -> int:
+        told, ended_at = False, 0.0
+        while True:
+            message = line.next(POLL_S)
+            if message is None and line.gone and line.inbox.empty():
+                say("the leader is gone")
+                return exits.PREEMPTED
+            if message and "restored" in message:
+                self._restore(message, folder)
+            if message and "end" in message:
+                return int(message["end"])
+            if self.notices.given and not told:
+                told = True
+                line.send(notice=self.notices.source)
+            if not ended_at:
+                self._pass_parts(line, folder, attempt)
+                if not ranks.running:
+                    self._pass_parts(line, folder, attempt)
+                    ended_at = time.monotonic()
+                    line.send(ended=vars(ranks.outcome()))
+            elif time.monotonic() - ended_at > END_S:
+                raise StoreError("the leader did not say how the attempt ended")
+
+    def _restore(self, message: dict[str, Any], folder: Path) -> None:
+        """The same commits as the leader's, from the bucket; a fault ends this node's ranks, and so the attempt."""
+        found: dict[str, Any] = {
+            "checkpoint": None,
+            "best_checkpoint": None,
+            "tokens": message["tokens"],
+            "error": None,
+        }
+        try:
+            for name, key in (("checkpoint", message["restored"]), ("best_checkpoint", message["best"])):
+                if key:
+                    commit = Commit.from_bytes(self.store.read(key) or b"", key)
+                    found[name] = str(download_checkpoint(self.store, self.keys, commit, folder / exchange.TRAINER))
+        except (BadCheckpoint, SpotuneError, OSError) as error:
+            found["error"] = str(error)
+        exchange.write_json(folder / exchange.RESTORED, found)
+
+    def _pass_parts(self, line: Line, folder: Path, attempt: int) -> None:
+        for path in sorted((folder / exchange.STAGED).glob("*.json")):
+            staged = exchange.Staged(**exchange.read_json(path) or {})
+            path.unlink()
+            files = upload_checkpoint(self.store, self.keys, staged, attempt)
+            line.send(part=staged.step, files=files)
+            for old in (folder / exchange.TRAINER).glob("checkpoint-*"):
+                if old.name != f"checkpoint-{staged.step}":
+                    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,176 @@
+"""Several machines as one attempt: the guard of node 0 leads, the others follow, over one TCP connection each.
+
+    follower -> leader   {"hello": node, "token"}   {"part": step, "files"}   {"notice": source}   {"ended": outcome}
+    leader -> follower   {"welcome": {...}}   {"restored": key or null}   {"stop": true}   {"end": exit code}
+
+A connection that breaks is a machine that is gone: the whole attempt ends with it.
+"""
+
+import hashlib
+import json
+import queue
+import socket
+import threading
+import time
+import zlib
+from typing import Any
+
+from spotune.contracts.errors import StoreError
+from spotune.guard.machine import Machine
+from spotune.guard.notices import Notices
+
+GATHER_S = 600.0  # machines of one job may start minutes apart
+PART_S = 600.0
+
+
+def gang_port(run_id: str) -> int:
+    """Where the leader listens: the same on all nodes without having spoken."""
+    return 21000 + zlib.crc32(run_id.encode()) % 8000
+
+
+def gang_token(run_id: str, task_id: str) -> str:
+    """What tells this job's guards from another's."""
+    return hashlib.sha256(f"{run_id}/{task_id}".encode()).hexdigest()
+
+
+class Line:
+    """One connection, as a sender and a queue of what came in; None in the queue: it is gone."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._lock = threading.Lock()
+        self.inbox: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self.gone = False
+        threading.Thread(target=self._read, name="gang", daemon=True).start()
+
+    def _read(self) -> None:
+        try:
+            with self._socket.makefile("rb") as lines:
+                for line in lines:
+                    self.inbox.put(json.loads(line))
+        except (OSError, ValueError):
+            pass  # a broken connection and a cut line mean the same: said below
+        self.gone = True
+        self.inbox.put(None)
+
+    def next(self, seconds: float) -> dict[str, Any] | None:
+        """The next message, None when none came in time or the connection is gone."""
+        try:
+            return self.inbox.get(timeout=seconds)
+        except queue.Empty:
+            return None
+
+    def send(self, **message: Any) -> None:
+        """Sends one message; to a machine that is gone it is lost, as the reader will say."""
+        try:
+            with self._lock:
+                self._socket.sendall((json.dumps(message) + "\n").encode())
+        except OSError:
+            self.gone = True
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Leader:
+    """Node 0's side. Thread-safe: the committer waits for parts while the attempt looks at the rest."""
+
+    def __init__(self, run_id: str, machine: Machine, token: str) -> None:
+        self._followers = machine.num_nodes - 1
+        self._token = token
+        self._lines: dict[int, Line] = {}
+        self._changed = threading.Condition()
+        self._parts: dict[tuple[int, int], dict[str, Any]] = {}
+        self.outcomes: dict[int, dict[str, Any]] = {}
+        self.notice = ""
+        self._listener = socket.create_server(("", gang_port(run_id)), reuse_port=False) if self._followers else None
+
+    @property
+    def lost(self) -> bool:
+        """Whether a follower is gone that had not said how its ranks ended."""
+        return any(line.gone and node not in self.outcomes for node, line in self._lines.items())
+
+    def gather(self, notices: Notices, **welcome: Any) -> None:
+        """Waits for all followers and greets them; raises StoreError (worth another machine) when one stays away."""
+        deadline = time.monotonic() + GATHER_S
+        while self._listener and len(self._lines) < self._followers:
+            self._listener.settimeout(1.0)
+            try:
+                connection, _ = self._listener.accept()
+            except TimeoutError as error:
+                if time.monotonic() < deadline and not notices.given:
+                    continue
+                missing = self._followers - len(self._lines)
+                raise StoreError(f"{missing} of {self._followers + 1} machines have not come") from error
+            connection.settimeout(None)
+            line = Line(connection)
+            hello = line.inbox.get() or {}
+            if hello.get("token") != self._token:
+                line.close()
+                continue
+            self._lines[int(hello["hello"])] = line
+        for node, line in self._lines.items():
+            line.send(welcome=welcome)
+            threading.Thread(target=self._listen, args=(node, line), name=f"node {node}", daemon=True).start()
+
+    def _listen(self, node: int, line: Line) -> None:
+        while (message := line.inbox.get()) is not None:
+            with self._changed:
+                if "part" in message:
+                    self._parts[node, message["part"]] = message["files"]
+                if "notice" in message:
+                    self.notice = self.notice or f"{message['notice']} on node {node}"
+                if "ended" in message:
+                    self.outcomes[node] = message["ended"]
+                self._changed.notify_all()
+        with self._changed:
+            self._changed.notify_all()
+
+    def broadcast(self, **message: Any) -> None:
+        for line in self._lines.values():
+            line.send(**message)
+
+    def parts(self, step: int) -> dict[str, Any]:
+        """The files of all followers for a checkpoint, once they are uploaded; raises StoreError if one is gone."""
+        with self._changed:
+            nodes = list(self._lines)
+            done = self._changed.wait_for(
+                lambda: all((node, step) in self._parts for node in nodes) or self.lost, timeout=PART_S
+            )
+            if not done or not all((node, step) in self._parts for node in nodes):
+                raise StoreError(f"step {step}: not all machines have uploaded their part")
+            return {name: facts for node in nodes for name, facts in self._parts[node, step].items()}
+
+    def wait_for_outcomes(self, seconds: float) -> list[dict[str, Any]]:
+        """How the followers' ranks ended, of those that say so in time."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self.outcomes) == len(self._lines) or self.lost, timeout=seconds)
+            return list(self.outcomes.values())
+
+    def close(self, exit_code: int) -> None:
+        """Tells all followers how the attempt ended."""
+        self.broadcast(end=exit_code)
+        for line in self._lines.values():
+            line.close()
+        if self._listener:
+            self._listener.close()
+
+
+def join(run_id: str, machine: Machine, token: str) -> tuple[Line, dict[str, Any]]:
+    """A follower's connection and the leader's welcome; raises StoreError when there is no leader in time."""
+    deadline = time.monotonic() + GATHER_S
+    while time.monotonic() < deadline:
+        try:
+            connection = socket.create_connection((machine.node_ips[0], gang_port(run_id)), timeout=5)
+        except OSError:
+            time.sleep(0.5)
+            continue
+        connection.settimeout(None)
+        line = Line(connection)
+        line.send(hello=machine.node_rank, token=token)
+        message = line.inbox.get()
+        if message and "welcome" in message:
+            return line, message["welcome"]
+        line.close()
+        time.sleep(0.5)
+    raise StoreError(f"the leader on {machine.node_ips[0]} did not answer within {GATHER_S:.0f} s")
