@@ -72,7 +72,17 @@ def gcs_server() -> Iterator[str]:
     """A GCS emulator on loopback with a bucket ``spotune``; yields its endpoint."""
     port = _free_port()
     program = str(Path(sys.executable).with_name("gcp-storage-emulator"))
-    command = [program, "start", "--host", "127.0.0.1", "--port", str(port), "--in-memory", "--default-bucket", "spotune"]
+    command = [
+        program,
+        "start",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--in-memory",
+        "--default-bucket",
+        "spotune",
+    ]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _wait_for(port, server)

@@ -186,3 +186,35 @@ def _children(pid: int) -> list[Any]:
     import psutil
 
     return psutil.Process(pid).children(recursive=True)
+
+
+def _two_nodes(script: Script, home: Path) -> "list[subprocess.Popen[str]]":
+    """The guards of a two-machine job, both on this one: each with a home of its own."""
+    started = []
+    for node in (0, 1):
+        places = {
+            "SKYPILOT_NUM_NODES": "2",
+            "SKYPILOT_NODE_RANK": str(node),
+            "SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.1",
+        }
+        script.environ |= {**places, "SPOTUNE_HOME": f"{home}/node-{node}", "SPOTUNE_STATUS_FILE": ""}
+        if node == 0:
+            script.environ["SPOTUNE_STATUS_FILE"] = str(script.status)
+        started.append(script.start())
+    return started
+
+
+def test_two_machines_are_one_attempt(local_script: Callable[[str], Script], tmp_path: Path) -> None:
+    script = local_script("pair")
+    first, second = _two_nodes(script, tmp_path)
+    script.wait_for_step(first, 8)
+    second.send_signal(signal.SIGTERM)  # a notice to one machine of two ends in one commit by both
+    assert (first.wait(60), second.wait(60)) == (75, 75), script.log()
+    step = script.json(script.keys.progress)["step"]
+    commit = script.json(script.keys.commit(1, step))
+    assert commit["world_size"] == 2
+    assert {"rng_state_0.pth", "rng_state_1.pth", "spotune.json", "spotune_1.json"} <= commit["files"].keys()
+    assert [node.wait(120) for node in _two_nodes(script, tmp_path)] == [0, 0], script.log()
+    other = local_script("pair-undisturbed")
+    assert [node.wait(120) for node in _two_nodes(other, tmp_path)] == [0, 0], other.log()
+    assert script.weights == other.weights

@@ -1,0 +1,190 @@
+"""Commit, restore and retention on every kind of bucket."""
+
+from pathlib import Path
+
+import pytest
+
+from spotune.contracts.errors import Fenced, StoreError
+from spotune.contracts.exchange import Staged
+from spotune.contracts.keys import Keys
+from spotune.contracts.records import Commit, RunRecord
+from spotune.contracts.store import Store
+from spotune.guard.admission import check_fence, claim_attempt, latest_attempt
+from spotune.guard.committer import Committer, Lineage
+from spotune.guard.journal import Journal
+from spotune.guard.machine import Machine
+from spotune.guard.restore import list_commits, newest_commit, restore
+from spotune.guard.retention import prune, sweep_orphans
+
+KEYS = Keys("a-run")
+FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "deep/weights.safetensors")
+
+
+def checkpoint(folder: Path, step: int, leave_out: str = "") -> Path:
+    target = folder / "trainer" / f"checkpoint-{step}"
+    for name in FILES:
+        if name != leave_out:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).write_bytes(f"{name} of step {step}".encode() * 1000)
+    return target
+
+
+def make_committer(store: Store, folder: Path, attempt: int = 1, keep: int = 2) -> Committer:
+    run = RunRecord(
+        run_id="a-run", created_at=0, user="u", config_path="c", config={}, config_sha256="c", data_sha256="d"
+    )
+    journal = Journal(store, KEYS, attempt, folder / "events")
+    return Committer(store, KEYS, Lineage(run, attempt, "", keep, lambda step: {}), folder, journal)
+
+
+def staged(folder: Path, step: int, best_step: int | None = None, leave_out: str = "") -> Staged:
+    path = checkpoint(folder, step, leave_out)
+    return Staged(step, str(path), epoch=0.5, tokens=step * 10, world_size=1, threads=1, best_step=best_step)
+
+
+def commit_steps(store: Store, folder: Path, *steps: int, attempt: int = 1, keep: int = 9) -> Committer:
+    committer = make_committer(store, folder, attempt, keep)
+    for step in steps:
+        committer.submit(staged(folder, step))
+        assert committer.drain(30)
+    committer.close()
+    return committer
+
+
+def test_what_is_committed_is_restored(store: Store, tmp_path: Path) -> None:
+    commit_steps(store, tmp_path, 10, 20)
+    found = restore(store, KEYS, tmp_path / "other")
+    assert found.commit
+    assert found.checkpoint
+    assert (found.commit.step, found.commit.tokens, found.rejected) == (20, 200, [])
+    assert {p.relative_to(found.checkpoint).as_posix() for p in found.checkpoint.rglob("*") if p.is_file()} == set(
+        FILES
+    )
+    assert (found.checkpoint / "optimizer.pt").read_bytes() == b"optimizer.pt of step 20" * 1000
+
+
+def test_nothing_committed_is_a_fresh_start(store: Store, tmp_path: Path) -> None:
+    store.write(f"{KEYS.checkpoint(10, 1)}/optimizer.pt", b"uploaded, never committed")
+    assert restore(store, KEYS, tmp_path).commit is None
+    assert newest_commit(store, KEYS) is None
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing", "unreadable commit"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(local_store: Store, tmp_path: Path, damage: str) -> None:
+    commit_steps(local_store, tmp_path, 10, 20)
+    key = f"{KEYS.checkpoint(20, 1)}/optimizer.pt"
+    whole = local_store.read(key) or b""
+    match damage:
+        case "flipped":
+            local_store.write(key, b"X" + whole[1:])
+        case "cut":
+            local_store.write(key, whole[:-1])
+        case "missing":
+            local_store.delete([key])
+        case _:
+            local_store.write(KEYS.commit(1, 20), b"{")
+    found = restore(local_store, KEYS, tmp_path / "other")
+    assert found.commit
+    assert found.commit.step == 10
+    assert len(found.rejected) == 1
+    assert "step 20 of attempt 1" in found.rejected[0]
+
+
+@pytest.mark.parametrize("needed", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
+def test_a_checkpoint_without_its_state_is_bad(local_store: Store, tmp_path: Path, needed: str) -> None:
+    committer = make_committer(local_store, tmp_path)
+    committer.submit(staged(tmp_path, 10, leave_out=needed))
+    assert committer.drain(30)
+    committer.close()
+    found = restore(local_store, KEYS, tmp_path / "other")
+    assert found.commit is None
+    assert needed.split(".")[0] in found.rejected[0]
+
+
+def test_the_newest_is_the_highest_attempt_then_step(local_store: Store, tmp_path: Path) -> None:
+    commit_steps(local_store, tmp_path, 30, attempt=1)
+    commit_steps(local_store, tmp_path, 20, attempt=2)
+    found = newest_commit(local_store, KEYS)
+    assert found
+    assert (found.attempt, found.step) == (2, 20)
+
+
+def test_of_those_waiting_the_newest_wins(local_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    committer = make_committer(local_store, tmp_path)
+    with committer._changed:  # the thread cannot take the first before the last is there
+        for step in (10, 20, 30):
+            committer.submit(staged(tmp_path, step))
+    assert committer.drain(30)
+    committer.close()
+    assert [number for number, _ in list_commits(local_store, KEYS)] == [(1, 30)]
+    assert not (tmp_path / "trainer" / "checkpoint-10").exists()
+
+
+def test_a_later_attempt_fences_off(local_store: Store, tmp_path: Path) -> None:
+    machine = Machine.read({})
+    first, second = (claim_attempt(local_store, KEYS, machine) for _ in range(2))
+    assert (first.attempt, second.attempt, latest_attempt(local_store, KEYS)) == (1, 2, 2)
+    with pytest.raises(Fenced, match="attempt 2 has taken over"):
+        check_fence(local_store, KEYS, 1)
+    check_fence(local_store, KEYS, 2)
+    committer = make_committer(local_store, tmp_path, attempt=1)
+    committer.submit(staged(tmp_path, 10))
+    assert not committer.drain(30)
+    committer.close()
+    assert committer.fenced
+    assert list_commits(local_store, KEYS) == []
+
+
+def test_a_failing_upload_is_said_and_the_next_one_mends_it(
+    local_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(self: Store, local: Path, key: str) -> None:
+        raise StoreError("the bucket is gone")
+
+    committer = make_committer(local_store, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "upload", refuse)
+        committer.submit(staged(tmp_path, 10))
+        assert not committer.drain(0.5)
+        assert committer.error
+    committer.submit(staged(tmp_path, 20))
+    assert committer.drain(30)
+    committer.close()
+    assert "step 10 is not committed yet: the bucket is gone" in capsys.readouterr().err
+    assert [number for number, _ in list_commits(local_store, KEYS)] == [(1, 20)]
+
+
+def test_retention_keeps_the_last_and_the_best(store: Store, tmp_path: Path) -> None:
+    commit_steps(store, tmp_path, 10, 20, 30, 40)
+    prune(store, KEYS, 2, best_step=10)
+    assert [step for (_, step), _ in list_commits(store, KEYS)] == [40, 30, 10]
+    assert store.folders(KEYS.checkpoints) == ["00000010-0001", "00000030-0001", "00000040-0001"]
+    prune(store, KEYS, 0)
+    assert [step for (_, step), _ in list_commits(store, KEYS)] == [40]
+
+
+def test_orphans_of_earlier_attempts_are_swept(local_store: Store, tmp_path: Path) -> None:
+    commit_steps(local_store, tmp_path, 10)
+    for name in (KEYS.checkpoint(20, 1), KEYS.checkpoint(20, 2), KEYS.checkpoint(30, 3)):
+        local_store.write(f"{name}/optimizer.pt", b"half")
+    sweep_orphans(local_store, KEYS, attempt=3)
+    assert local_store.folders(KEYS.checkpoints) == ["00000010-0001", "00000030-0003"]
+
+
+def test_best_checkpoint_comes_back_too(local_store: Store, tmp_path: Path) -> None:
+    commit_steps(local_store, tmp_path, 10)
+    committer = make_committer(local_store, tmp_path)
+    committer.submit(staged(tmp_path, 20, best_step=10))
+    assert committer.drain(30)
+    committer.close()
+    found = restore(local_store, KEYS, tmp_path / "other")
+    assert found.best
+    assert found.best.name == "checkpoint-10"
+    assert found.best_key == KEYS.commit(1, 10)
+
+
+def test_records_survive_fields_of_tomorrow() -> None:
+    data = b'{"run_id": "r", "step": 1, "attempt": 1, "files": {}, "invented_tomorrow": 1}'
+    assert Commit.from_bytes(data).step == 1
+    with pytest.raises(StoreError, match=r"x\.json: not a Commit"):
+        Commit.from_bytes(b'{"step": 1}', "x.json")

@@ -1,0 +1,173 @@
+"""The guard's small pieces: machine, notices, journal, weights, faults, arguments."""
+
+import hashlib
+import json
+import signal
+import struct
+from pathlib import Path
+
+import pytest
+
+from spotune.contracts.environment import RunEnvironment
+from spotune.contracts.errors import InputError, StoreError
+from spotune.contracts.events import EventLog
+from spotune.contracts.keys import Keys
+from spotune.contracts.records import RunRecord
+from spotune.contracts.store import Store
+from spotune.guard.admission import Request, choose_run_id
+from spotune.guard.faults import is_second_fault, last_event
+from spotune.guard.journal import Journal
+from spotune.guard.machine import Machine
+from spotune.guard.main import main, parse_arguments
+from spotune.guard.notices import SIGNALS, Notices
+from spotune.guard.trackers import surviving_logs, tracker_environ
+from spotune.guard.weights import weights_sha256
+
+KEYS = Keys("a-run")
+MANAGED = {
+    "SKYPILOT_TASK_ID": "sky-managed-2026-11-23-12-42-22-410539_my-tune_75-0",
+    "SKYPILOT_MANAGED_JOB_ID": "75",
+    "SKYPILOT_CLUSTER_INFO": '{"cluster_name": "my-tune-75", "cloud": "Slurm", "region": "lab", "zone": "spot"}',
+}
+
+
+def test_a_machine_is_what_skypilot_says() -> None:
+    environ = {
+        **MANAGED,
+        "SKYPILOT_NUM_NODES": "2",
+        "SKYPILOT_NODE_RANK": "1",
+        "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+    }
+    machine = Machine.read(environ, num_processes=8)
+    assert (machine.node_rank, machine.ranks, machine.world_size) == (1, 4, 8)
+    assert machine.node_ips == ("10.0.0.1", "10.0.0.2")
+    assert (machine.infra, machine.region, machine.zone, machine.cluster_name) == ("slurm", "lab", "spot", "my-tune-75")
+    assert Machine.read({}).world_size == 1
+    with pytest.raises(InputError, match="3 ranks do not spread over 2 machines"):
+        Machine.read(environ, num_processes=3)
+
+
+def test_a_bare_managed_job_keeps_its_run_id_over_recoveries() -> None:
+    request = Request("config/runs/demo.yaml", "", ())
+    env = RunEnvironment.read({})
+    assert choose_run_id(env, Machine.read(MANAGED), request) == "my-tune-j75"
+    long = {**MANAGED, "SKYPILOT_TASK_ID": f"sky-managed-2026-11-23-12-42-22-410539_{'long' * 9}_75-0"}
+    assert len(choose_run_id(env, Machine.read(long), request)) <= 25
+    assert choose_run_id(env, Machine.read({}), request).startswith("demo-")
+    with pytest.raises(InputError, match="SPOTUNE_RUN_ID"):
+        choose_run_id(RunEnvironment.read({"SPOTUNE_RUN_ID": "Not Valid"}), Machine.read({}), request)
+
+
+def test_the_first_notice_counts_and_more_are_harmless() -> None:
+    before = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGURG, signal.SIGINT, signal.SIGHUP)
+    }
+    try:
+        notices = Notices(clock=lambda: 7.0).install()
+        assert not notices.wait(0.01)
+        signal.raise_signal(signal.SIGURG)
+        signal.raise_signal(signal.SIGTERM)
+        assert notices.wait(0)
+        assert (notices.source, notices.at) == ("SIGURG", 7.0)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_the_journal_keeps_order_progress_and_parts(local_store: Store, tmp_path: Path) -> None:
+    log, status = EventLog(tmp_path / "events"), tmp_path / "status.json"
+    journal = Journal(local_store, KEYS, 3, tmp_path / "events", str(status))
+    log.write("plan", max_steps=50)
+    log.phase("train")
+    log.write("step", step=7, tokens=70, data_wait_s=0.0)
+    log.write("log", step=7, loss=1.5)
+    journal.write("commit", step=7, upload_s=0.1, bytes=1)
+    shown = json.loads(status.read_text())
+    assert (shown["step"], shown["max_steps"], shown["loss"], shown["phase"]) == (7, 50, 1.5, "train")
+    with open(tmp_path / "events", "a") as file:
+        file.write('{"t": 1, "event": "st')  # a worker that was killed in mid-write
+    journal.write("end", reason="preempted", exit_code=75, step=7, message="")
+    journal.close()
+    log.close()
+    parts = [key for key in local_store.keys(KEYS.attempts) if "events-0-" in key]
+    events = [json.loads(line) for key in parts for line in (local_store.read(key) or b"").splitlines()]
+    assert [event["event"] for event in events] == ["plan", "phase", "step", "log", "commit", "end"]
+    assert last_event(local_store, KEYS, 3)["reason"] == "preempted"
+    progress = json.loads(local_store.read(KEYS.progress) or b"")
+    assert (progress["phase"], progress["committed_step"]) == ("preempted", 7)
+
+
+@pytest.mark.parametrize(
+    ("end", "commit", "second"),
+    [
+        ({"event": "end", "reason": "failed", "exit_code": 75}, False, True),
+        ({"event": "end", "reason": "failed", "exit_code": 75}, True, False),
+        ({"event": "end", "reason": "preempted", "exit_code": 75}, False, False),
+        ({"event": "step", "step": 3}, False, False),  # vanished: a machine, not a fault
+    ],
+)
+def test_two_faults_without_a_commit(local_store: Store, end: dict[str, object], commit: bool, second: bool) -> None:
+    local_store.write(KEYS.events(1, 0, 0), json.dumps(end).encode())
+    if commit:
+        local_store.write(KEYS.commit(1, 5), b"{}")
+    assert is_second_fault(local_store, KEYS, 2) is second
+    assert not is_second_fault(local_store, KEYS, 1)
+
+
+def _safetensors(path: Path, tensors: dict[str, bytes]) -> Path:
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, raw in tensors.items():
+        header[name] = {"dtype": "U8", "shape": [len(raw)], "data_offsets": [len(data), len(data) + len(raw)]}  # type: ignore[dict-item]
+        data += raw
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+def test_weights_have_one_fingerprint_however_they_are_sharded(tmp_path: Path) -> None:
+    whole = weights_sha256([_safetensors(tmp_path / "a", {"b": b"22", "a": b"1"})])
+    shards = [_safetensors(tmp_path / "s1", {"b": b"22"}), _safetensors(tmp_path / "s2", {"a": b"1"})]
+    assert weights_sha256(shards) == whole == hashlib.sha256(b"a\nU8\n1\n1" + b"b\nU8\n2\n22").hexdigest()
+    assert weights_sha256([_safetensors(tmp_path / "c", {"b": b"23", "a": b"1"})]) != whole
+    (tmp_path / "bad").write_bytes(b"not it")
+    with pytest.raises(StoreError, match="bad: not a safetensors file"):
+        weights_sha256([tmp_path / "bad"])
+
+
+def test_flags_are_trls_own() -> None:
+    argv = ["c.yaml", "--profile", "dev", "--set", "max_steps=5", "--learning_rate", "1e-4", "--packing", "--seed=7"]
+    request = parse_arguments(argv)
+    assert (request.config_path, request.profile) == ("c.yaml", "dev")
+    assert request.overrides == ("learning_rate=1e-4", "packing=true", "seed=7", "max_steps=5")
+    assert parse_arguments(["--config", "c.yaml", "--use_peft"]).config_path == "c.yaml"
+    with pytest.raises(InputError, match="unexpected 'b.yaml'"):
+        parse_arguments(["a.yaml", "b.yaml"])
+
+
+def test_bad_input_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Notices, "install", lambda self: self)
+    assert main([str(tmp_path / "none.yaml")]) == 2
+    assert capsys.readouterr().err == f"{tmp_path}/none.yaml: no such file\n"
+    assert not (tmp_path / "home").exists()
+
+
+def test_wandb_is_one_run(local_store: Store) -> None:
+    run = RunRecord(
+        run_id="a-run",
+        created_at=0,
+        user="u",
+        config_path="c",
+        config={"report_to": "wandb"},
+        config_sha256="",
+        data_sha256="",
+    )
+    live = tracker_environ(run, {"WANDB_API_KEY": "k"})
+    assert live == {"WANDB_RUN_ID": "a-run", "WANDB_RESUME": "allow", "WANDB_NAME": "a-run"}
+    assert tracker_environ(run, {"WANDB_API_KEY": "k", "WANDB_RUN_ID": "mine"})["WANDB_RUN_ID"] == "mine"
+    assert tracker_environ(run, {}) == {}
+    for attempt, losses in ((1, {5: 3.0, 10: 2.0}), (2, {10: 2.5, 15: 1.0})):
+        lines = [json.dumps({"event": "log", "t": 0, "step": step, "loss": loss}) for step, loss in losses.items()]
+        local_store.write(KEYS.events(attempt, 0, 0), "\n".join(lines).encode())
+    assert [(log["step"], log["loss"]) for log in surviving_logs(local_store, KEYS)] == [(5, 3.0), (10, 2.5), (15, 1.0)]
