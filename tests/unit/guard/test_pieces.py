@@ -59,9 +59,7 @@ def test_a_bare_managed_job_keeps_its_run_id_over_recoveries() -> None:
 
 
 def test_the_first_notice_counts_and_more_are_harmless() -> None:
-    before = {
-        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGURG, signal.SIGINT, signal.SIGHUP)
-    }
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         notices = Notices(clock=lambda: 7.0).install()
         assert not notices.wait(0.01)
