@@ -53,10 +53,9 @@ def is_running(layout: Layout) -> bool:
     return False
 
 
-def ensure_running(layout: Layout) -> None:
-    """Starts the supervisor unless there is one. Call it after the queue was written: an idle one that is
+def start(layout: Layout) -> None:
+    """Starts a supervisor; one too many leaves at once. Call it after the queue was written: an idle one that is
     about to leave looks at the queue again once it has let go of the lock."""
-    if not is_running(layout):
-        command = [sys.executable, "-P", "-m", "spotune.launch.local.supervisor", str(layout.home)]
-        shell = ["sh", "-c", _BACKGROUND, str(layout.supervisor_log), *command]
-        subprocess.run(shell, cwd=layout.root, start_new_session=True, check=True)
+    command = [sys.executable, "-P", "-m", "spotune.launch.local.supervisor", str(layout.home)]
+    shell = ["sh", "-c", _BACKGROUND, str(layout.supervisor_log), *command]
+    subprocess.run(shell, cwd=layout.root, start_new_session=True, check=True)

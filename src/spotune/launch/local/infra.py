@@ -19,6 +19,7 @@ from spotune.launch.local.rows import Job
 from spotune.launch.task import demand_of
 
 POLL_S = 0.1
+START_S = 2.0
 TAKE_UP_S = 30.0  # a supervisor that starts on a busy machine
 CANCEL_S = 60.0
 
@@ -44,6 +45,7 @@ class LocalInfra:
     ) -> None:
         self.layout = Layout(home)
         self._environ, self._slots, self._clock, self._sleep = environ, slots, clock, sleep
+        self._woken_at = 0.0
         self.layout.make()
         self._queue = Queue(self.layout.database)
         self._queue.create()
@@ -63,7 +65,7 @@ class LocalInfra:
         bucket = submission.task.get("envs", {}).get(environment.BUCKET) or f"file://{self.layout.home}/bucket"
         keep_environment(self.layout.environment(submission.run_id), self._environ, submission.secrets)
         self._queue.add(submission, bucket)
-        daemon.ensure_running(self.layout)
+        self._wake()
 
     def check_resumable(self, run_id: str) -> None:
         missing = [name for name in self._job(run_id).secrets if name not in self._environ]
@@ -76,7 +78,7 @@ class LocalInfra:
         secrets = {name: self._environ[name] for name in job.secrets}
         keep_environment(self.layout.environment(run_id), self._environ, secrets)
         self._queue.requeue(run_id)
-        daemon.ensure_running(self.layout)
+        self._wake()
 
     def cancel(self, run_id: str) -> None:
         if not self._job(run_id).is_active:
@@ -84,7 +86,7 @@ class LocalInfra:
         self._ask(run_id, "cancel")
         deadline = self._clock() + CANCEL_S
         while self._job(run_id).is_active:
-            daemon.ensure_running(self.layout)
+            self._wake()
             if self._clock() > deadline:
                 raise InfraError(f"{run_id}: not cancelled within {CANCEL_S:g} s, see {self.layout.supervisor_log}")
             self._sleep(POLL_S)
@@ -99,17 +101,17 @@ class LocalInfra:
         """Leaves a request and waits until the supervisor has taken it up."""
         request = self._queue.ask(run_id, kind, notice_s)
         deadline = self._clock() + TAKE_UP_S
-        daemon.ensure_running(self.layout)
+        self._wake()
         while not self._queue.is_done(request):
             if self._clock() > deadline:
                 raise InfraError(f"{run_id}: the supervisor does not answer, see {self.layout.supervisor_log}")
             self._sleep(POLL_S)
-            daemon.ensure_running(self.layout)
+            self._wake()
 
     def jobs(self, run_ids: list[str] | None = None) -> list[JobStatus]:
         jobs = self._queue.jobs()
         if any(job.is_active for job in jobs):
-            daemon.ensure_running(self.layout)
+            self._wake()
         return [self._status(job) for job in jobs if run_ids is None or job.run_id in run_ids]
 
     def _status(self, job: Job) -> JobStatus:
@@ -143,13 +145,12 @@ class LocalInfra:
 
     def logs(self, run_id: str, follow: bool) -> Iterator[str]:
         self._job(run_id)
-        tail, checked = _Tail(self.layout.log(run_id)), 0.0
+        tail = _Tail(self.layout.log(run_id))
         while True:
             # Asked before reading: when it has ended by now, all that it wrote is there.
             is_active = follow and self._job(run_id).is_active
-            if is_active and self._clock() - checked > 1.0:
-                daemon.ensure_running(self.layout)
-                checked = self._clock()
+            if is_active:
+                self._wake()
             yield from tail.lines()
             if not is_active:
                 break
@@ -174,6 +175,12 @@ class LocalInfra:
             )
             for attempt in self._queue.attempts(run_id)
         ]
+
+    def _wake(self) -> None:
+        """Sees to it that a supervisor runs; one that was started a moment ago is given time to say so."""
+        if self._clock() - self._woken_at > START_S and not daemon.is_running(self.layout):
+            daemon.start(self.layout)
+            self._woken_at = self._clock()
 
     def supervisor_pid(self) -> int | None:
         """For those who want to see who watches the jobs, or to kill it in a test."""

@@ -59,7 +59,7 @@ class Supervisor:
                 self._watcher.take(attempt, "cancelled", CANCEL_GRACE_S)
             elif attempt is None:
                 self._end(job, Verdict("CANCELLED", "cancelled"))
-        elif attempt and attempt.ended_at is None and not attempt.taking:
+        elif attempt and attempt.ended_at is None and attempt.taking != "cancelled":
             self._watcher.take(attempt, "preempted", request.notice_s)
         self._queue.finish_request(request.id)
 
@@ -78,8 +78,11 @@ class Supervisor:
     def _fire_planned(self) -> None:
         now = self._clock()
         for job in self._queue.active():
-            if not job.preemptions or job.state != "RUNNING" or job.started_at is None:
+            if len(job.fired) == len(job.preemptions) or job.started_at is None:
                 continue
+            attempt = self._live_attempt(job.run_id)
+            if attempt is None or attempt.running_at is None or attempt.ended_at is not None or attempt.taking:
+                continue  # nothing to take away right now: it fires when something runs
             status = read_json(self._layout.attempt(job.run_id, job.attempt).status) or {}
             ready = due(job.preemptions, job.fired, now - job.started_at, status.get("step"))
             if ready is not None:

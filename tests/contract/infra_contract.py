@@ -1,0 +1,207 @@
+"""What every infrastructure must do: a backend's own test module subclasses ``InfraContract`` and gives a ``bench``.
+
+Jobs are shell commands, so that a test takes as long as the engine takes.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from spotune.contracts.errors import InputError
+from spotune.contracts.keys import Keys
+from spotune.contracts.records import Mark
+from spotune.contracts.store import Store
+from spotune.launch.infra import ACTIVE, Infra, JobStatus, Submission
+
+RUN = '"${SPOTUNE_BUCKET#file://}/runs/$SPOTUNE_RUN_ID"'
+CERTIFY = f'mkdir -p {RUN}/output && echo "{{}}" > {RUN}/output/completed.json'
+WAIT = "while :; do sleep 0.05; done"
+HEEDS = f"trap 'echo told to go; exit 75' TERM; echo up; {WAIT}"
+DEAF = f"trap '' TERM; echo up; {WAIT}"
+SECOND_TIME = "[ -e been ] && ended=1; touch been; "  # sets $ended from the second attempt on
+
+
+@dataclass
+class Bench:
+    """An infrastructure with one slot, and how to use it in few words."""
+
+    infra: Infra
+    store: Store
+    workdir: str
+    patience_s: float = 20.0
+    submitted: list[str] = field(default_factory=list)
+
+    def submit(self, run_id: str, run: str, **options: Any) -> str:
+        setup, resources = options.pop("setup", ""), options.pop("resources", {})
+        envs = {"SPOTUNE_BUCKET": self.store.url, "SPOTUNE_RUN_ID": run_id}
+        task = {"name": run_id, "setup": setup, "run": run, "envs": envs}
+        task["resources"] = {"use_spot": True, "priority": options.get("priority", 0), **resources}
+        workdir = options.pop("workdir", self.workdir)
+        self.infra.submit(Submission(run_id=run_id, task=task, workdir=workdir, user="tester", **options))
+        self.submitted.append(run_id)
+        return run_id
+
+    def job(self, run_id: str) -> JobStatus:
+        return self.infra.jobs([run_id])[0]
+
+    def until(self, what: Callable[[], Any]) -> Any:
+        """Waits for something to be true; fails, saying how things stand, when it takes too long."""
+        deadline = time.monotonic() + self.patience_s
+        while time.monotonic() < deadline:
+            if found := what():
+                return found
+            time.sleep(0.03)
+        return pytest.fail(f"waited {self.patience_s:g} s in vain; jobs: {self.infra.jobs()}")
+
+    def end(self, run_id: str) -> JobStatus:
+        self.until(lambda: self.job(run_id).state not in ACTIVE)
+        return self.job(run_id)
+
+    def says(self, run_id: str, line: str, times: int = 1) -> None:
+        self.until(lambda: list(self.infra.logs(run_id, follow=False)).count(line) >= times)
+
+
+class InfraContract:
+    """Subclass it as ``TestX(InfraContract)``."""
+
+    def test_a_certified_run_succeeds(self, bench: Bench) -> None:
+        bench.submit("run-a", f"echo hello; {CERTIFY}")
+        job = bench.end("run-a")
+        assert (job.state, job.attempt, job.recoveries) == ("SUCCEEDED", 1, 0)
+        assert job.submitted_at <= (job.started_at or 0) <= (job.ended_at or 0)
+
+    def test_exit_0_without_a_certificate_is_no_success(self, bench: Bench) -> None:
+        bench.submit("run-a", "echo nothing done")
+        job = bench.end("run-a")
+        assert (job.state, job.reason) == ("FAILED", "ended without a certificate")
+
+    def test_exit_75_gets_the_next_attempt(self, bench: Bench) -> None:
+        bench.submit("run-a", f"{SECOND_TIME} if [ $ended ]; then {CERTIFY}; else exit 75; fi")
+        job = bench.end("run-a")
+        assert (job.state, job.attempt, job.recoveries) == ("SUCCEEDED", 2, 1)
+
+    def test_a_code_that_the_task_names_is_recovered_from(self, bench: Bench) -> None:
+        recovery = {"job_recovery": {"recover_on_exit_codes": [41]}}
+        bench.submit("run-a", f"{SECOND_TIME} if [ $ended ]; then {CERTIFY}; else exit 41; fi", resources=recovery)
+        assert bench.end("run-a").attempt == 2
+
+    def test_an_error_ends_it(self, bench: Bench) -> None:
+        bench.submit("run-a", "exit 3")
+        job = bench.end("run-a")
+        assert (job.state, job.exit_code, job.attempt) == ("FAILED", 3, 1)
+
+    def test_errors_are_repeated_as_often_as_the_task_says(self, bench: Bench) -> None:
+        bench.submit("run-a", "exit 3", resources={"job_recovery": {"max_restarts_on_errors": 2}})
+        job = bench.end("run-a")
+        assert (job.state, job.exit_code, job.attempt) == ("FAILED", 3, 3)
+
+    def test_a_run_that_failed_for_good_is_not_repeated(self, bench: Bench) -> None:
+        mark = Mark(run_id="run-a", attempt=1, at=time.time(), reason="the data is bad", exit_code=2)
+        bench.store.create(Keys("run-a").failed, mark.to_bytes())
+        bench.submit("run-a", "exit 2", resources={"job_recovery": {"max_restarts_on_errors": 5}})
+        job = bench.end("run-a")
+        assert (job.state, job.reason, job.exit_code, job.attempt) == ("FAILED", "the data is bad", 2, 1)
+
+    def test_a_run_at_its_budget_is_paused(self, bench: Bench) -> None:
+        mark = Mark(run_id="run-a", attempt=1, at=time.time(), reason="budget of $5 used up", exit_code=76)
+        bench.store.create(Keys("run-a").paused, mark.to_bytes())
+        bench.submit("run-a", "exit 76")
+        job = bench.end("run-a")
+        assert (job.state, job.reason) == ("PAUSED", "budget of $5 used up")
+
+    def test_priority_first_then_order_of_submission(self, bench: Bench) -> None:
+        bench.submit("first", f"while [ ! -e go ]; do sleep 0.05; done; {CERTIFY}")
+        bench.until(lambda: bench.job("first").state == "RUNNING")
+        for run_id, priority in (("low-1", 0), ("low-2", 0), ("high", 5), ("lowest", -5)):
+            bench.submit(run_id, f"echo {run_id} >> order; {CERTIFY}", priority=priority)
+        waiting = [job.run_id for job in bench.infra.jobs() if job.state == "PENDING"]
+        assert waiting == ["high", "low-1", "low-2", "lowest"]
+        with open(f"{bench.workdir}/go", "w"):
+            bench.end("lowest")
+        with open(f"{bench.workdir}/order") as order:
+            assert order.read().split() == waiting
+
+    def test_a_pending_run_is_cancelled(self, bench: Bench) -> None:
+        bench.submit("first", HEEDS)
+        bench.submit("second", f"touch ran; {CERTIFY}")
+        bench.infra.cancel("second")
+        assert bench.job("second").state == "CANCELLED"
+        assert bench.infra.history("second") == []
+
+    def test_a_running_run_is_cancelled_and_resumed(self, bench: Bench) -> None:
+        bench.submit("run-a", f"{SECOND_TIME} [ $ended ] && {CERTIFY} && exit 0; {HEEDS}")
+        bench.says("run-a", "up")
+        bench.infra.cancel("run-a")
+        assert bench.job("run-a").state == "CANCELLED"
+        assert bench.infra.history("run-a")[0].end_reason == "cancelled"
+        bench.infra.cancel("run-a")  # no error
+        bench.infra.resume("run-a")
+        job = bench.end("run-a")
+        assert (job.state, job.attempt, job.reason) == ("SUCCEEDED", 2, "")
+
+    def test_preempted_with_notice(self, bench: Bench) -> None:
+        bench.submit("run-a", f"{SECOND_TIME} [ $ended ] && {CERTIFY} && exit 0; {HEEDS}")
+        bench.says("run-a", "up")
+        bench.infra.preempt("run-a", 15)
+        job = bench.end("run-a")
+        assert (job.state, job.recoveries) == ("SUCCEEDED", 1)
+        assert "told to go" in list(bench.infra.logs("run-a", follow=False))
+        assert [row.end_reason for row in bench.infra.history("run-a")] == ["preempted", "exited"]
+
+    def test_preempted_without_notice(self, bench: Bench) -> None:
+        bench.submit("run-a", f"{SECOND_TIME} [ $ended ] && {CERTIFY} && exit 0; {HEEDS}")
+        bench.says("run-a", "up")
+        bench.infra.preempt("run-a", 0)
+        assert bench.end("run-a").state == "SUCCEEDED"
+        assert "told to go" not in list(bench.infra.logs("run-a", follow=False))
+
+    def test_the_notice_has_an_end(self, bench: Bench) -> None:
+        bench.submit("run-a", f"{SECOND_TIME} [ $ended ] && {CERTIFY} && exit 0; {DEAF}")
+        bench.says("run-a", "up")
+        bench.infra.preempt("run-a", 1)
+        assert bench.end("run-a").state == "SUCCEEDED"
+        assert [row.end_reason for row in bench.infra.history("run-a")] == ["preempted", "exited"]
+
+    def test_killed_after_the_certificate_is_a_success(self, bench: Bench) -> None:
+        bench.submit("run-a", f"{CERTIFY}; {DEAF}")
+        bench.says("run-a", "up")
+        bench.infra.preempt("run-a", 0)
+        job = bench.end("run-a")
+        assert (job.state, job.attempt) == ("SUCCEEDED", 1)
+
+    def test_logs_follow_to_the_end_over_all_attempts(self, bench: Bench) -> None:
+        bench.submit("run-a", f"{SECOND_TIME} echo line; [ $ended ] || exit 75; printf 'last, unended'; {CERTIFY}")
+        lines = list(bench.infra.logs("run-a", follow=True))
+        assert lines.count("line") == 2
+        assert lines[-1] == "last, unended"
+        assert bench.job("run-a").state == "SUCCEEDED"
+
+    def test_history_has_a_row_for_each_machine(self, bench: Bench) -> None:
+        bench.submit("run-a", f"{SECOND_TIME} sleep 0.3; [ $ended ] || exit 75; {CERTIFY}", setup="sleep 0.2")
+        bench.end("run-a")
+        first, second = bench.infra.history("run-a")
+        assert first.ended_at is not None and second.ended_at is not None
+        assert first.ended_at - first.started_at >= 0.5
+        assert first.ended_at <= second.started_at
+        assert first.setup_s >= 0.2
+        assert (first.exit_code, second.exit_code) == (75, 0)
+        assert first.use_spot
+
+    def test_a_task_sees_what_a_managed_job_sees(self, bench: Bench) -> None:
+        names = "TASK_ID MANAGED_JOB_ID NODE_RANK NODE_IPS NUM_NODES NUM_GPUS_PER_NODE CLUSTER_INFO USER".split()
+        say = "; ".join(f'echo "{name}=$SKYPILOT_{name}"' for name in names)
+        bench.submit("run-a", f"{SECOND_TIME} {say}; [ $ended ] || exit 75; {CERTIFY}")
+        bench.end("run-a")
+        lines = list(bench.infra.logs("run-a", follow=False))
+        for name in names:
+            values = [line for line in lines if line.startswith(f"{name}=")]
+            assert len(values) == 2 and values[0] == values[1], name
+            assert values[0] != f"{name}="
+
+    def test_an_unknown_run_is_an_input_error(self, bench: Bench) -> None:
+        for verb in (bench.infra.cancel, bench.infra.resume, lambda run_id: bench.infra.preempt(run_id, 0)):
+            with pytest.raises(InputError, match="nobody"):
+                verb("nobody")
