@@ -1,0 +1,102 @@
+"""Who may import whom: the table in docs/architecture.md, held over the source and over a running process."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import spotune
+
+SOURCE = Path(spotune.__file__).parent
+STDLIB = sys.stdlib_module_names
+FSSPEC = {"fsspec", "s3fs", "gcsfs"}
+TRAINING = {
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "datasets",
+    "accelerate",
+    "numpy",
+    "huggingface_hub",
+    "wandb",
+    "yaml",
+}
+# side -> spotune packages it may import, third-party modules it may import
+RULES: dict[str, tuple[set[str], set[str]]] = {
+    "contracts": (set(), {"fsspec", "yaml"}),
+    "guard": ({"contracts"}, {"fsspec"}),
+    "sft": ({"contracts"}, TRAINING | {"fsspec", "safetensors", "pyarrow", "bitsandbytes", "tokenizers", "packaging"}),
+    "launch": ({"contracts"}, {"yaml", "psutil"}),
+    "cost": ({"contracts", "launch"}, set()),
+    "cli": ({"contracts", "launch", "cost"}, {"click", "rich"}),
+}
+EXCEPTIONS = {("sft/__main__.py", "spotune.guard.main")}  # the script's door: the guard enters first
+
+
+def imports(path: Path) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}:{node.lineno}: relative import"
+            yield str(node.module), node.lineno
+
+
+@pytest.mark.parametrize("side", RULES)
+def test_each_side_imports_what_it_may(side: str) -> None:
+    ours, foreign = RULES[side]
+    wrong = []
+    for path in sorted((SOURCE / side).rglob("*.py")):
+        name = path.relative_to(SOURCE).as_posix()
+        for module, line in imports(path):
+            parts = module.split(".")
+            if parts[0] == "spotune":
+                allowed = len(parts) == 1 or parts[1] in ours | {side} or (name, module) in EXCEPTIONS
+            else:
+                allowed = parts[0] in STDLIB or parts[0] in foreign
+            if not allowed:
+                wrong.append(f"{name}:{line} imports {module}")
+    assert not wrong
+
+
+def test_the_cli_imports_only_click_at_the_top() -> None:
+    for path in sorted((SOURCE / "cli").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        top = {name.split(".")[0] for node in tree.body for name, _ in _top(node)}
+        assert top <= STDLIB | {"click", "spotune"}, path
+
+
+def _top(node: ast.stmt) -> Iterator[tuple[str, int]]:
+    if isinstance(node, ast.Import):
+        yield from ((alias.name, 0) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        yield str(node.module), 0
+
+
+def loaded_by(code: str) -> set[str]:
+    script = f"{code}\nimport sys\nprint('\\n'.join(sys.modules), file=sys.__stderr__)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    return {name.split(".")[0] for name in done.stderr.splitlines()}
+
+
+HEAVY = {"sky", "torch", "transformers", "trl", "datasets", "pydantic", "pandas", "numpy"}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import spotune.guard.main",
+        "import spotune.launch.local.infra",
+        "from spotune.cli import main\ntry:\n main(['--help'])\nexcept SystemExit: pass",
+        "from spotune.cli import main\ntry:\n main(['queue', '-a'])\nexcept SystemExit: pass",
+        "from spotune.cli import main\ntry:\n main(['cost'])\nexcept SystemExit: pass",
+    ],
+)
+def test_no_light_process_loads_anything_heavy(code: str) -> None:
+    loaded = loaded_by(code)
+    assert "spotune" in loaded
+    assert not loaded & HEAVY
