@@ -102,6 +102,11 @@ def events(folder: Path, kind: str = "") -> list[dict[str, Any]]:
     return [line for line in lines if not kind or line["event"] == kind]
 
 
+def log_text(folder: Path) -> str:
+    """What the processes of a folder printed."""
+    return "".join(log.read_text() for log in sorted(folder.glob("log*")))
+
+
 def weights(folder: Path) -> dict[str, bytes]:
     """The result's tensors, as bytes."""
     from safetensors import safe_open
@@ -129,9 +134,11 @@ def _child(order: dict[str, Any]) -> None:
     if order["kind"] == "trl":
         from trl.scripts.sft import main, make_parser
 
-        main(*make_parser().parse_args_and_config(["--config", f"{order['folder']}/config.yaml"]))
-        sys.stdout.flush()
-        Path(order["folder"], "done").write_text("true")
+        try:
+            main(*make_parser().parse_args_and_config(["--config", f"{order['folder']}/config.yaml"]))
+        finally:
+            sys.stdout.flush()
+            Path(order["folder"], "done").write_text("true")
         os._exit(0)
     from spotune.sft.lifeline import ignore_signals
     from spotune.sft.worker import main as work
