@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from spotune.contracts.exchange import CONTROL, OUTPUT, TRAINER, outcome_path, read_json, staged_path, write_json
 from tests import tiny
 from tests.ranks import (
     Nursery,
@@ -19,8 +21,6 @@ from tests.ranks import (
     wait_for,
     weights,
 )
-
-from spotune.contracts.exchange import CONTROL, OUTPUT, TRAINER, outcome_path, read_json, staged_path, write_json
 
 
 @pytest.fixture(scope="module")

@@ -95,14 +95,16 @@ def _aligned(datasets: list[Any], where: str) -> list[Any]:
     schema = pa.schema(list(wanted.items()))
     features = Features.from_arrow_schema(schema)
     try:
-        return [
-            dataset if dataset.features == features else dataset.with_format("arrow").map(
-                _fit, batched=True, fn_kwargs={"schema": schema}, features=features, remove_columns=dataset.column_names
-            ).with_format(None)
-            for dataset in datasets
-        ]  # fmt: skip
+        return [_cast(dataset, features, schema) for dataset in datasets]
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
         raise InputError(where, f"the sources' columns differ in kind: {error}", key="data") from error
+
+
+def _cast(dataset: Any, features: Any, schema: Any) -> Any:
+    if dataset.features == features:
+        return dataset
+    options = {"fn_kwargs": {"schema": schema}, "features": features, "remove_columns": dataset.column_names}
+    return dataset.with_format("arrow").map(_fit, batched=True, **options).with_format(None)
 
 
 def _united(known: Any, new: Any) -> Any:
@@ -146,10 +148,10 @@ def _fit_array(array: Any, kind: Any) -> Any:
         return pa.ListArray.from_arrays(pa.array(offsets), inner, type=kind, mask=pc.is_null(array))
     if pa.types.is_struct(kind) and pa.types.is_struct(array.type):
         present = {field.name for field in array.type}
-        parts = [
-            _fit_array(pc.struct_field(array, field.name), field.type) if field.name in present else pa.nulls(len(array), field.type)
-            for field in kind
-        ]  # fmt: skip
+        parts = []
+        for field in kind:
+            known = pc.struct_field(array, field.name) if field.name in present else pa.nulls(len(array))
+            parts.append(_fit_array(known, field.type))
         return pa.StructArray.from_arrays(parts, fields=list(kind), mask=pc.is_null(array))
     return array.cast(kind)
 
@@ -164,6 +166,7 @@ def _load_as_trl(args: Arguments, job: Job, wants_evaluation: bool) -> Data:
     key = "datasets" if args.datasets.datasets else "dataset_name"
     try:
         if args.datasets.datasets:
+            np.random.seed(args.training.seed)  # test_split_size takes its rows by this; a resume must get the same
             found = get_dataset(args.datasets)
         else:
             found = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)

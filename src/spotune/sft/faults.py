@@ -9,11 +9,15 @@ from spotune.contracts.exchange import Outcome
 
 # Faults of a machine or of the way to the hub: another machine may do better.
 _MACHINE_ERRNOS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.ENETUNREACH, errno.EHOSTUNREACH)
-_MACHINE_WORDS = ("CUDA error", "ECC error", "NCCL", "CUDNN_STATUS", "cuDNN error", "CUBLAS_STATUS", "Connection closed by peer",
-                  "Connection reset by peer", "uncorrectable", "No CUDA GPUs are available", "device-side")  # fmt: skip
-_NETWORK_NAMES = ("ConnectionError", "ConnectTimeout", "ReadTimeout", "ConnectError", "ReadError", "RemoteProtocolError",
-                  "OfflineModeIsEnabled", "LocalEntryNotFoundError", "ClientConnectorError", "EndpointConnectionError",
-                  "DistNetworkError", "DistBackendError", "DistStoreError", "AcceleratorError")  # fmt: skip
+_MACHINE_WORDS = (
+    *("CUDA error", "ECC error", "NCCL", "CUDNN_STATUS", "cuDNN error", "CUBLAS_STATUS", "device-side"),
+    *("Connection closed by peer", "Connection reset by peer", "uncorrectable", "No CUDA GPUs are available"),
+)
+_NETWORK_NAMES = (
+    *("ConnectionError", "ConnectTimeout", "ReadTimeout", "ConnectError", "ReadError", "RemoteProtocolError"),
+    *("OfflineModeIsEnabled", "LocalEntryNotFoundError", "ClientConnectorError", "EndpointConnectionError"),
+    *("DistNetworkError", "DistBackendError", "DistStoreError", "AcceleratorError"),
+)
 _MEMORY_REMEDY = "lower per_device_train_batch_size or max_length, or set gradient_checkpointing: true"
 
 
@@ -41,7 +45,7 @@ def outcome_of(error: BaseException, step: int) -> Outcome:
 
 
 def one_line(error: BaseException) -> str:
-    """``Type: message`` on one line, with the innermost place of our own or TRL's code left to the traceback."""
+    """``Type: message`` on one line; where it came from is in the traceback."""
     text = " ".join(str(error).split()) or "no message"
     return f"{type(error).__name__}: {text}"[:500]
 

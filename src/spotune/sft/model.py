@@ -34,10 +34,26 @@ def build_trainer(args: Arguments, job: Job, boundary: Boundary) -> Any:
             peft_config=get_peft_config(args.model),
             boundary=boundary,
         )
-    except ValueError as error:  # TRL's and transformers' word for settings that do not go together
-        raise InputError(job.config_path, str(error)) from error
+    except (ValueError, RuntimeError) as error:
+        raise _as_input_error(error, job.config_path) from error
     if training.fsdp and not trainer.is_fsdp_enabled:
         raise InputError(
             job.config_path, "was asked for, but accelerate would run DDP here", key="fsdp", remedy="FSDP needs GPUs"
         )
     return trainer
+
+
+def _as_input_error(error: Exception, where: str) -> Exception:
+    """TRL's and transformers' word for settings or data that do not go together; other faults as they are."""
+    text = str(error)
+    if "chat_template" in text and "not set" in text:
+        remedy = "chat_template_path: a .jinja file or the id of a model that has one"
+        return InputError(
+            where, "the model has no chat template, which messages need", key="model_name_or_path", remedy=remedy
+        )
+    if isinstance(error, ValueError):
+        return InputError(where, text)
+    if "assistant_only_loss" in text:
+        remedy = "a chat_template_path with {% generation %}, and an assistant's turn in every row"
+        return InputError(where, "a row has no tokens of the assistant", key="assistant_only_loss", remedy=remedy)
+    return error

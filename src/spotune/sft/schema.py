@@ -28,14 +28,19 @@ _TYPES: Schema = {
     "lora_modules_to_save": {"type": ["string", "array", "null"]},
     "accelerator_config": {"type": ["object", "string", "null"]},
 }
+_AT_LEAST_ONE = (
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    *("lora_r", "lora_alpha", "max_length", "dataset_num_proc"),
+)
+_AT_LEAST_ZERO = (
+    *("learning_rate", "weight_decay", "lora_dropout", "warmup_steps", "max_grad_norm"),
+    *("dataloader_num_workers", "eval_delay", "seed", "data_seed"),
+)
+_ABOVE_ZERO = ("num_train_epochs", "logging_steps", "save_steps", "eval_steps")
 _LIMITS: dict[str, Schema] = {
-    **dict.fromkeys(
-        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), {"minimum": 1}
-    ),
-    **dict.fromkeys(("lora_r", "lora_alpha", "max_length", "dataset_num_proc"), {"minimum": 1}),
-    **dict.fromkeys(("learning_rate", "weight_decay", "lora_dropout", "warmup_steps"), {"minimum": 0}),
-    **dict.fromkeys(("max_grad_norm", "dataloader_num_workers", "eval_delay", "seed", "data_seed"), {"minimum": 0}),
-    **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps", "eval_steps"), {"exclusiveMinimum": 0}),
+    **{key: {"minimum": 1} for key in _AT_LEAST_ONE},
+    **{key: {"minimum": 0} for key in _AT_LEAST_ZERO},
+    **{key: {"exclusiveMinimum": 0} for key in _ABOVE_ZERO},
 }
 _CHOICES: dict[str, list[str]] = {
     "packing_strategy": ["bfd", "bfd_split", "bfd-requeue", "wrapped"],
@@ -134,29 +139,35 @@ def _dataset_item() -> Schema:
 
 
 def _own_keys() -> Schema:
-    source: Schema = {
-        "type": "object",
-        "additionalProperties": False,
-        "required": ["source"],
-        "properties": {
-            "source": {"type": "string", "description": "Path, glob, folder or URL: hf://org/name[@rev], s3://, gs://, https://."},
-            "weight": {"type": "number", "exclusiveMinimum": 0, "description": "Share of the mixture, in proportion to the others' weights."},
-            "format": {"type": "string", "enum": list(FORMATS), "description": "Told from the columns when not given."},
-            "columns": {"type": "object", "description": "Our column names to the file's, e.g. {prompt: question, completion: answer}."},
-            "limit": {"type": "integer", "minimum": 1, "description": "Use the first so many rows only."},
-            "split": {"type": "number", "exclusiveMinimum": 0, "description": "Held out for evaluation: a share below 1, or a number of rows."},
-            "dataset_config": {"type": "string", "description": "hf:// only: the data set's configuration."},
-            "dataset_split": {"type": "string", "description": "hf:// only: the data set's split, default train."},
-        },
-    }  # fmt: skip
     profile = {"type": "object", "description": "Keys that this profile overlays."}
     return {
-        "data": {"type": ["array", "null"], "items": source, "description": "What to train on, mixed by weight; instead of TRL's datasets."},
-        "data_limit": {"type": ["integer", "null"], "minimum": 1, "description": "At most so many training rows, and so many held-out rows."},
-        "profiles": {"type": "object", "additionalProperties": profile, "description": "Overlays by name: dev and prod differ here."},
-        "env": {"type": ["object", "null"], "description": "Environment variables to set before anything is loaded."},
-        "num_processes": {"type": ["integer", "null"], "minimum": 1, "description": "Ranks on one machine; default one per GPU."},
-    }  # fmt: skip
+        "data": _key(
+            ["array", "null"], "What to train on, mixed by weight; instead of TRL's datasets.", items=_source()
+        ),
+        "data_limit": _key(["integer", "null"], "At most so many training rows, and held-out rows.", minimum=1),
+        "profiles": _key("object", "Overlays by name: dev and prod differ here.", additionalProperties=profile),
+        "env": _key(["object", "null"], "Environment variables to set before anything is loaded."),
+        "num_processes": _key(["integer", "null"], "Ranks on one machine; default one per GPU.", minimum=1),
+    }
+
+
+def _source() -> Schema:
+    """An entry of ``data``."""
+    keys = {
+        "source": _key("string", "Path, glob, folder or URL: hf://org/name[@rev], s3://, gs://, https://."),
+        "weight": _key("number", "Share of the mixture, in proportion to the other weights.", exclusiveMinimum=0),
+        "format": _key("string", "Told from the columns when not given.", enum=list(FORMATS)),
+        "columns": _key("object", "Our column names to the file's, e.g. {prompt: question, completion: answer}."),
+        "limit": _key("integer", "Use the first so many rows only.", minimum=1),
+        "split": _key("number", "Held out for evaluation: a share below 1, or a number of rows.", exclusiveMinimum=0),
+        "dataset_config": _key("string", "hf:// only: the data set's configuration."),
+        "dataset_split": _key("string", "hf:// only: the data set's split, default train."),
+    }
+    return {"type": "object", "additionalProperties": False, "required": ["source"], "properties": keys}
+
+
+def _key(type: str | list[str], description: str, **rules: Any) -> Schema:
+    return {"type": type, "description": description, **rules}
 
 
 def path() -> Path:
