@@ -223,7 +223,8 @@ def _spell(kinds: Iterable[str]) -> str:
 
 
 def _one_of(names: Iterable[str]) -> str:
-    return ", ".join(names) and f"one of {', '.join(names)}"
+    listed = ", ".join(names)
+    return f"one of {listed}" if listed else ""
 
 
 def _check_needed(config: Mapping[str, Any], where: object) -> None:
