@@ -183,7 +183,8 @@ class InfraContract:
         bench.submit("run-a", f"{SECOND_TIME} sleep 0.3; [ $ended ] || exit 75; {CERTIFY}", setup="sleep 0.2")
         bench.end("run-a")
         first, second = bench.infra.history("run-a")
-        assert first.ended_at is not None and second.ended_at is not None
+        assert first.ended_at
+        assert second.ended_at
         assert first.ended_at - first.started_at >= 0.5
         assert first.ended_at <= second.started_at
         assert first.setup_s >= 0.2
@@ -191,14 +192,15 @@ class InfraContract:
         assert first.use_spot
 
     def test_a_task_sees_what_a_managed_job_sees(self, bench: Bench) -> None:
-        names = "TASK_ID MANAGED_JOB_ID NODE_RANK NODE_IPS NUM_NODES NUM_GPUS_PER_NODE CLUSTER_INFO USER".split()
+        names = ["TASK_ID", "MANAGED_JOB_ID", "NODE_RANK", "NODE_IPS", "NUM_NODES", "NUM_GPUS_PER_NODE", "CLUSTER_INFO"]
         say = "; ".join(f'echo "{name}=$SKYPILOT_{name}"' for name in names)
         bench.submit("run-a", f"{SECOND_TIME} {say}; [ $ended ] || exit 75; {CERTIFY}")
         bench.end("run-a")
         lines = list(bench.infra.logs("run-a", follow=False))
         for name in names:
             values = [line for line in lines if line.startswith(f"{name}=")]
-            assert len(values) == 2 and values[0] == values[1], name
+            assert len(values) == 2, name
+            assert values[0] == values[1], name
             assert values[0] != f"{name}="
 
     def test_an_unknown_run_is_an_input_error(self, bench: Bench) -> None:

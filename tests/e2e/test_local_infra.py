@@ -6,6 +6,7 @@ import signal
 import stat
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ def test_progress_resets_the_slowing_down(bench: Bench) -> None:
         Path(bench.workdir, f"go{step}").touch()
     bench.says("run-a", "started", times=4)
     rows = bench.infra.history("run-a")
-    assert all(after.started_at - (before.ended_at or 0) < 1 for before, after in zip(rows, rows[1:], strict=False))
+    assert all(after.started_at - (before.ended_at or 0) < 1 for before, after in pairwise(rows))
 
 
 def test_what_a_run_leaves_behind_is_killed_with_its_machine(bench: Bench) -> None:
@@ -316,4 +317,29 @@ def test_submission_is_data(bench: Bench) -> None:
     """What the database keeps of a submission is readable JSON, for those who look into it."""
     bench.submit("run-a", CERTIFY)
     job = local(bench)._queue.job("run-a")
-    assert job and json.dumps(job.task)
+    assert job
+    assert json.dumps(job.task)
+
+
+def test_a_bucket_far_away_is_asked_with_the_jobs_credentials(
+    home: Path, bench: Bench, s3_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The supervisor was started without them: it is the job's environment that reaches the bucket."""
+    bench.submit("first", CERTIFY)
+    bench.end("first")
+    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    environ = {**os.environ, **keys, "AWS_ENDPOINT_URL": s3_server}
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    bench.infra, bench.store = LocalInfra(home, environ), Store(f"s3://spotune/{time.time_ns()}")
+    bench.store.write(Keys("run-b").completed, b"{}")
+    bench.submit("run-b", "exit 1")
+    assert bench.end("run-b").state == "SUCCEEDED"
+
+
+def test_a_mark_that_cannot_be_read_is_said_and_not_guessed(bench: Bench) -> None:
+    bench.store.write(Keys("run-a").failed, b"half a rec")
+    bench.submit("run-a", "exit 1")
+    bench.until(lambda: "waiting for its bucket" in bench.job("run-a").reason)
+    bench.store.delete([Keys("run-a").failed])
+    assert bench.end("run-a").state == "FAILED"

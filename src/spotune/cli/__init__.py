@@ -13,9 +13,9 @@ import click
 from spotune.contracts.errors import SpotuneError
 
 VERBS = {
-    "check": "Check a config, or this machine and project, without running anything.",
+    "check": "Check CONFIG, its data and its model, or this machine, without running anything.",
     "dev": "Work interactively: `dev run`.",
-    "train": "Submit a job that survives the loss of its machine.",
+    "train": "Submit CONFIG as a job that survives the loss of its machine, and follow it.",
     "queue": "Show what runs, what waits and what has ended.",
     "logs": "Print a run's log.",
     "cancel": "Stop a run and keep its checkpoints.",

@@ -42,7 +42,7 @@ def follow(workspace: "Workspace", run_id: str) -> int:
                     break
                 if isinstance(line, BaseException):
                     raise line
-                say(line)
+                say(settled(line))
             if time.monotonic() - shown_at >= REFRESH_S:
                 show(workspace.infra(status.infra).jobs([run_id])[0])
                 shown_at = time.monotonic()
@@ -51,6 +51,11 @@ def follow(workspace: "Workspace", run_id: str) -> int:
     reason = f": {ended.reason}" if ended.reason else ""
     click.echo(f"{run_id}: {ended.state}{step}, {ended.attempt} attempt(s){reason}", err=True)
     return exit_code_of(ended)
+
+
+def settled(line: str) -> str:
+    """What a terminal would show in the end of a line that was rewritten, as progress bars do."""
+    return line.rstrip("\r").rpartition("\r")[2]
 
 
 def exit_code_of(status: "JobStatus") -> int:

@@ -12,7 +12,7 @@ from spotune.cli.options import open_workspace
 )
 def logs(run: str, following: bool) -> None:
     """Print a run's log, that of all its attempts."""
-    from spotune.cli.follow import follow
+    from spotune.cli.follow import follow, settled
     from spotune.launch.actions import engine_run
 
     workspace = open_workspace()
@@ -21,4 +21,4 @@ def logs(run: str, following: bool) -> None:
         follow(workspace, run)
         return
     for line in workspace.infra(status.infra).logs(run, follow=False):
-        click.echo(line)
+        click.echo(settled(line))

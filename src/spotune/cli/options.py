@@ -46,10 +46,12 @@ def agree(question: str, yes: bool) -> None:
     """Asks on stderr, yes by default; raises InputError when nobody answers, leaves with 1 on a no."""
     if yes:
         return
-    try:
-        if not click.confirm(question, default=True, err=True):
-            raise click.exceptions.Exit(1)
-    except click.Abort as error:  # end of input: not a terminal
+    click.echo(f"{question} [Y/n] ", err=True, nl=False)  # click's own confirm writes a space to stdout
+    answer = click.get_text_stream("stdin").readline()
+    if not answer:  # end of input: not a terminal
         from spotune.contracts.errors import InputError
 
-        raise InputError("stdin", "nobody to ask", remedy="add -y") from error
+        click.echo(err=True)
+        raise InputError("stdin", "nobody to ask", remedy="add -y")
+    if answer.strip().lower() not in ("", "y", "yes"):
+        raise click.exceptions.Exit(1)

@@ -100,11 +100,12 @@ def demand_of(task: Mapping[str, Any], where: object = "task") -> Demand:
     gpu, gpus = _first_accelerator(resources.get("accelerators"), where)
     codes = recovery.get("recover_on_exit_codes", [])
     codes = [codes] if isinstance(codes, int) else codes
+    nodes = task.get("num_nodes")
     try:
         return Demand(
             gpu=gpu,
             gpus=gpus,
-            num_nodes=int(task.get("num_nodes") or 1),
+            num_nodes=1 if nodes is None else int(nodes),
             use_spot=bool(resources.get("use_spot", False)),
             priority=int(resources.get("priority") or 0),
             max_restarts=int(recovery.get("max_restarts_on_errors") or 0),

@@ -8,7 +8,6 @@ from typing import Any
 
 from spotune.contracts import environment
 from spotune.contracts.errors import InfraError, InputError
-from spotune.contracts.exchange import read_json
 from spotune.launch.infra import JobStatus, PaidInterval, Submission
 from spotune.launch.local import daemon
 from spotune.launch.local.gpus import find_gpus
@@ -138,10 +137,11 @@ class LocalInfra:
 
     def _guard_status(self, job: Job) -> dict[str, Any]:
         """What the guard said last; that of the machine before while a new one has not said anything."""
-        for attempt in range(job.attempt, max(0, job.attempt - 3), -1):
-            if status := read_json(self.layout.attempt(job.run_id, attempt).status):
-                return dict(status)
-        return {}
+        seen: dict[str, Any] = {}
+        for attempt in range(max(1, job.attempt - 2), job.attempt + 1):
+            status = self.layout.attempt(job.run_id, attempt).read_status()
+            seen |= {name: value for name, value in status.items() if value or name == "step"}
+        return seen
 
     def logs(self, run_id: str, follow: bool) -> Iterator[str]:
         self._job(run_id)

@@ -1,7 +1,9 @@
 """Where the local infrastructure keeps what, below ``$SPOTUNE_HOME/local``."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,14 @@ class AttemptFiles:
     @property
     def status(self) -> Path:
         return self.folder / "status.json"
+
+    def read_status(self) -> dict[str, Any]:
+        """What the guard said last; empty when there is nothing that can be read: a task may write it too."""
+        try:
+            status = json.loads(self.status.read_text())
+        except (OSError, ValueError):
+            return {}
+        return status if isinstance(status, dict) else {}
 
     @property
     def look(self) -> Path:

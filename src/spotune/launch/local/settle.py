@@ -4,8 +4,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
-from spotune.contracts.exchange import read_json
+from spotune.contracts.exchange import read_json, write_json
 from spotune.launch.local.layout import Layout
 from spotune.launch.local.look import Look, look
 from spotune.launch.local.machine import kept_environment
@@ -50,24 +51,31 @@ class Settler:
         return verdict
 
     def _look(self, job: Job, attempt: Attempt) -> Look | None:
-        if job.bucket.startswith("file://"):
-            return look(job.bucket, job.run_id)
-        files = self._layout.attempt(attempt.run_id, attempt.attempt)
+        """What the bucket says, None while it is being asked; one that does not answer is asked again."""
         if self._is_helper_busy(attempt):
             return None
-        found = read_json(files.look)
-        seen = Look(**found) if found else None
+        files = self._layout.attempt(attempt.run_id, attempt.attempt)
+        seen = _answer(files.look)
         if seen and not seen.error:
             return seen
-        if self._clock() >= self._not_before.get(attempt.marker, 0.0):
-            if seen:
-                print(f"{job.run_id}: {seen.error}; trying again", flush=True)
-            self._not_before[attempt.marker] = self._clock() + RETRY_S
-            command = [sys.executable, "-P", "-m", "spotune.launch.local.look", job.bucket, job.run_id, str(files.look)]
-            environ = kept_environment(self._layout, job.run_id) | job.task.get("envs", {})
-            helper = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL)
-            self._helpers[attempt.marker] = (helper, self._clock() + LOOK_TIMEOUT_S)
+        if self._clock() < self._not_before.get(attempt.marker, 0.0):
+            return None
+        self._not_before[attempt.marker] = self._clock() + RETRY_S
+        if seen:
+            self._queue.explain(job.run_id, f"waiting for its bucket: {seen.error}")
+        if job.bucket.startswith("file://"):  # answers at once, and needs no credentials
+            seen = look(job.bucket, job.run_id)
+            write_json(files.look, seen)
+            return None if seen.error else seen
+        self._ask(job, attempt, files.look)
         return None
+
+    def _ask(self, job: Job, attempt: Attempt, answer: Path) -> None:
+        """Lets a helper ask, in the job's environment."""
+        command = [sys.executable, "-P", "-m", "spotune.launch.local.look", job.bucket, job.run_id, str(answer)]
+        environ = kept_environment(self._layout, job.run_id) | job.task.get("envs", {})
+        helper = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL)
+        self._helpers[attempt.marker] = (helper, self._clock() + LOOK_TIMEOUT_S)
 
     def _is_helper_busy(self, attempt: Attempt) -> bool:
         helper, deadline = self._helpers.get(attempt.marker, (None, 0.0))
@@ -79,3 +87,8 @@ class Settler:
             return True
         del self._helpers[attempt.marker]
         return False
+
+
+def _answer(path: Path) -> Look | None:
+    found = read_json(path)
+    return Look(**found) if found else None

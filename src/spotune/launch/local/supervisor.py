@@ -10,7 +10,6 @@ from pathlib import Path
 from types import FrameType
 from uuid import uuid4
 
-from spotune.contracts.exchange import read_json
 from spotune.contracts.exits import FAILED
 from spotune.launch.local import daemon, processes
 from spotune.launch.local.gpus import Gpu
@@ -83,7 +82,7 @@ class Supervisor:
             attempt = self._live_attempt(job.run_id)
             if attempt is None or attempt.running_at is None or attempt.ended_at is not None or attempt.taking:
                 continue  # nothing to take away right now: it fires when something runs
-            status = read_json(self._layout.attempt(job.run_id, job.attempt).status) or {}
+            status = self._layout.attempt(job.run_id, job.attempt).read_status()
             ready = due(job.preemptions, job.fired, now - job.started_at, status.get("step"))
             if ready is not None:
                 notice_s = job.preemptions[ready].get("notice_s", 0.0)

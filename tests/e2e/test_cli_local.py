@@ -1,0 +1,120 @@
+"""The command line against the real local infrastructure: attached, detached, interrupted. Tasks are shell commands."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.contract.infra_contract import CERTIFY, WAIT
+
+SPOTUNE = [sys.executable, "-c", "from spotune.cli import main; main()"]
+
+
+class Shell:
+    """A project whose task is a shell command, and spotune in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.home = folder, folder / "home"
+        (folder / "tasks").mkdir(parents=True)
+        (folder / "model").mkdir()
+        (folder / "model/config.json").write_text("{}")
+        (folder / "data.jsonl").write_text('{"text": "a"}\n')
+        (folder / "run.yaml").write_text("model_name_or_path: ./model\ndata: [{source: data.jsonl}]\n")
+        self.environ = {**os.environ, "SPOTUNE_HOME": str(self.home)}
+
+    def task(self, run: str) -> None:
+        (self.folder / "tasks/train.yaml").write_text(json.dumps({"run": run, "resources": {"use_spot": True}}))
+
+    def start(self, *arguments: str) -> "subprocess.Popen[str]":
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            [*SPOTUNE, *arguments], cwd=self.folder, env=self.environ, stdout=pipe, stderr=pipe, text=True
+        )
+
+    def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        command = [*SPOTUNE, *arguments]
+        return subprocess.run(command, cwd=self.folder, env=self.environ, capture_output=True, text=True, timeout=60)
+
+    def state(self, run_id: str) -> str:
+        rows = json.loads(self.run("queue", "--format", "json").stdout)
+        return next(row["state"] for row in rows if row["run_id"] == run_id)
+
+    def processes(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("SPOTUNE_HOME") == str(self.home) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except (psutil.Error, OSError):
+                continue
+        return found
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Iterator[Shell]:
+    shell = Shell(tmp_path / "project")
+    yield shell
+    deadline = time.monotonic() + 20
+    while left := shell.processes():
+        assert time.monotonic() < deadline
+        for process in left:
+            process.kill()
+
+
+def interrupt_after(process: "subprocess.Popen[str]", line: str) -> tuple[str, str]:
+    """Ctrl-C once ``line`` was printed; returns what came on both streams."""
+    assert process.stdout
+    seen = ""
+    while line not in seen:
+        seen += process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    return seen + out, err
+
+
+def test_attached_train_ends_with_the_runs_code(shell: Shell) -> None:
+    shell.task(f"echo 'hello from the task'; {CERTIFY}")
+    good = shell.run("train", "run.yaml", "-y", "--name", "good")
+    assert (good.returncode, good.stdout) == (0, "[spotune] attempt 1\nhello from the task\n")
+    assert "good: SUCCEEDED" in good.stderr
+    shell.task("exit 1")
+    bad = shell.run("train", "run.yaml", "-y", "--name", "bad")
+    assert bad.returncode == 1
+    assert "exited with code 1" in bad.stderr
+
+
+def test_ctrl_c_detaches_from_a_job_and_cancel_stops_it(shell: Shell) -> None:
+    shell.task(f"echo up; {WAIT}")
+    out, err = interrupt_after(shell.start("train", "run.yaml", "-y", "--name", "run-a"), "up")
+    assert "Traceback" not in out + err
+    assert "spotune logs -f run-a" in err
+    assert shell.state("run-a") == "RUNNING"
+    cancelled = shell.run("cancel", "run-a", "-y")
+    assert (cancelled.returncode, cancelled.stderr) == (0, "")
+    assert shell.state("run-a") == "CANCELLED"
+
+
+def test_ctrl_c_stops_a_dev_run(shell: Shell) -> None:
+    shell.task(f"echo up; {WAIT}")
+    process = shell.start("dev", "run", "run.yaml", "--name", "run-a")
+    out, err = interrupt_after(process, "up")
+    assert process.returncode == 130
+    assert "Traceback" not in out + err
+    assert shell.state("run-a") == "CANCELLED"
+    assert not [process for process in shell.processes() if process.name() in ("bash", "sleep")]
+
+
+def test_the_supervisor_leaves_when_there_is_nothing_to_do(shell: Shell) -> None:
+    shell.task(CERTIFY)
+    assert shell.run("train", "run.yaml", "-y").returncode == 0
+    deadline = time.monotonic() + 15
+    while shell.processes() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not shell.processes()

@@ -1,0 +1,146 @@
+"""Every kind of bad input on the launcher's side: one clear line on stderr, nothing on stdout, exit code 2."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.unit.project import Project
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    return Project(tmp_path / "project", monkeypatch)
+
+
+TRAIN = ["train", "run.yaml", "-y", "-d"]
+COMMAND_LINES = {
+    "no verb of that name": (["trian", "x"], "No such command 'trian'"),
+    "unknown option": (["train", "run.yaml", "--spot"], "--spot"),
+    "no config": (["train", "-y"], "needs a config"),
+    "config and --from": ([*TRAIN, "--from", "x"], "not both"),
+    "no such config": (["train", "nothing.yaml", "-y"], "nothing.yaml: no such file"),
+    "unknown profile": ([*TRAIN, "--profile", "prd"], "profiles: no profile 'prd' (one of dev, prod)"),
+    "--set without =": ([*TRAIN, "--set", "max_steps"], "--set: 'max_steps' is not key=value"),
+    "--set of an unknown key": ([*TRAIN, "--set", "max_step=3"], "max_step: unknown key (did you mean max_steps?)"),
+    "--set of the wrong kind": ([*TRAIN, "--set", "max_steps=many"], "max_steps: 'many' is not a whole number"),
+    "bad name": ([*TRAIN, "--name", "Not_An_Id"], "--name: 'Not_An_Id' is not a run id"),
+    "name too long": ([*TRAIN, "--name", "a" * 26], "--name:"),
+    "unknown infra": ([*TRAIN, "--infra", "aws"], "--infra: 'aws' comes with SkyPilot"),
+    "bad --gpus": ([*TRAIN, "--gpus", "4x"], "--gpus: '4x' is no accelerator (L4:1)"),
+    "priority out of range": ([*TRAIN, "--priority", "1001"], "--priority: 1001 is out of range"),
+    "priority not a number": ([*TRAIN, "--priority", "high"], "--priority"),
+    "two machines": ([*TRAIN, "--num-nodes", "2"], "--num-nodes: local is one machine"),
+    "no machine": ([*TRAIN, "--num-nodes", "0"], "--num-nodes: 0 is not a number of machines"),
+    "bad --save-every": ([*TRAIN, "--save-every", "often"], "--save-every: 'often' is neither"),
+    "bad --env": ([*TRAIN, "--env", "HOME"], "--env: 'HOME' is not NAME=value"),
+    "--env of ours": ([*TRAIN, "--env", "SPOTUNE_RUN_ID=x"], "--env: SPOTUNE_RUN_ID is for spotune to set"),
+    "unset secret": ([*TRAIN, "--secret", "NO_SUCH_TOKEN"], "--secret: NO_SUCH_TOKEN is not set here"),
+    "secret with a value": ([*TRAIN, "--secret", "TOKEN=x"], "--secret: takes a name"),
+    "no such preemptions": ([*TRAIN, "--preemptions", "none.jsonl"], "none.jsonl: no such file"),
+    "unknown run to promote": (["train", "--from", "nobody", "-y"], "nobody: no such run"),
+    "unknown run to cancel": (["cancel", "nobody", "-y"], "nobody: no such run"),
+    "unknown run to resume": (["resume", "nobody"], "nobody: no such run"),
+    "unknown run to preempt": (["preempt", "nobody", "--no-notice"], "nobody: no such run"),
+    "unknown run's logs": (["logs", "nobody"], "nobody: no such run"),
+    "preempt without a choice": (["preempt", "x"], "--notice 30s or --no-notice"),
+    "bad notice": (["preempt", "x", "--notice", "soon"], "--notice: 'soon' is not a duration"),
+    "unknown format": (["queue", "--format", "xml"], "'xml' is not one of"),
+    "check of nothing": (["check", "nothing.yaml"], "nothing.yaml: no such file"),
+    "dev run of nothing": (["dev", "run", "nothing.yaml"], "nothing.yaml: no such file"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "says"), COMMAND_LINES.values(), ids=COMMAND_LINES)
+def test_command_lines(project: Project, arguments: list[str], says: str) -> None:
+    assert_one_line(project, arguments, says)
+
+
+FILES = {
+    "not YAML": ("run.yaml", "a: [1", "run.yaml: line"),
+    "not a mapping": ("run.yaml", "- a\n", "run.yaml: must be a mapping"),
+    "empty": ("run.yaml", "", "run.yaml: must be a mapping"),
+    "a key twice": ("run.yaml", "model_name_or_path: a\nmodel_name_or_path: b\n", "given twice"),
+    "no model": ("run.yaml", "data: [{source: data.jsonl}]\n", "run.yaml: model_name_or_path: missing"),
+    "no data": ("run.yaml", "model_name_or_path: ./model\n", "run.yaml: data: no training data"),
+    "data twice": ("run.yaml", "model_name_or_path: a/b\ndata: [{source: x}]\ndataset_name: y\n", "both data and"),
+    "data that is not there": (
+        "run.yaml",
+        "model_name_or_path: a/b\ndata: [{source: x.jsonl}]\n",
+        "data[0].source: no file",
+    ),
+    "unknown key of data": ("run.yaml", "model_name_or_path: a/b\ndata: [{sorce: x}]\n", "data[0]"),
+    "a typo": (
+        "run.yaml",
+        "model_name_or_path: a/b\nlearning_rat: 1\n",
+        "learning_rat: unknown key (did you mean learning_rate?)",
+    ),
+    "a typo in a profile": (
+        "run.yaml",
+        "model_name_or_path: a/b\nprofiles: {prod: {max_step: 1}}\n",
+        "profiles.prod: max_step",
+    ),
+    "no such model": (
+        "run.yaml",
+        "model_name_or_path: ./none\ndata: [{source: data.jsonl}]\n",
+        "no such folder ./none",
+    ),
+    "an empty model": (
+        "run.yaml",
+        "model_name_or_path: ./home\ndata: [{source: data.jsonl}]\n",
+        "./home holds no model",
+    ),
+    "settings: unknown key": (
+        "config/spotune.yaml",
+        "infr: local\n",
+        "config/spotune.yaml: infr: unknown key (did you mean infra?)",
+    ),
+    "settings: slots": ("config/spotune.yaml", "local: {slots: 0}\n", "local.slots: 0 is not a number of jobs"),
+    "settings: price": ("config/spotune.yaml", "local: {prices: {cpu: {spot: 1}}}\n", "local.prices.cpu.on_demand"),
+    "own settings": ("home/config.yaml", "bucket: here\n", "SPOTUNE_BUCKET: 'here' is not a bucket"),
+    "task without run": ("tasks/train.yaml", "name: x\n", "tasks/train.yaml: run: a task needs commands"),
+    "task: accelerators": (
+        "tasks/train.yaml",
+        "run: x\nresources: {accelerators: '4'}\n",
+        "resources.accelerators: '4'",
+    ),
+    "task: not a mapping": ("tasks/train.yaml", "run: x\nenvs: [a]\n", "tasks/train.yaml: envs: must be a mapping"),
+}
+
+
+@pytest.mark.parametrize(("name", "text", "says"), FILES.values(), ids=FILES)
+def test_files(project: Project, name: str, text: str, says: str) -> None:
+    project.home.mkdir(exist_ok=True)
+    project.write(name, text)
+    assert_one_line(project, TRAIN, says)
+
+
+PREEMPTIONS = {
+    "not JSON": "at 20 s",
+    "neither": '{"notice_s": 3}',
+    "both": '{"after_s": 1, "at_step": 1}',
+    "negative": '{"after_s": -1}',
+    "not a number": '{"at_step": "ten"}',
+    "unknown key": '{"after_s": 1, "notice": 3}',
+    "not an object": "[20]",
+}
+
+
+@pytest.mark.parametrize("line", PREEMPTIONS.values(), ids=PREEMPTIONS)
+def test_preemptions(project: Project, line: str) -> None:
+    project.write("plan.jsonl", '{"after_s": 20, "notice_s": 0}\n' + line + "\n")
+    assert_one_line(project, [*TRAIN, "--preemptions", "plan.jsonl"], "plan.jsonl: line 2: ")
+
+
+def test_environment(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    for bucket in ("here", "file://relative/path", "ftp://x/y", "s3://"):
+        monkeypatch.setenv("SPOTUNE_BUCKET", bucket)
+        assert_one_line(project, TRAIN, "SPOTUNE_BUCKET: ")
+
+
+def assert_one_line(project: Project, arguments: list[str], says: str) -> None:
+    result = project.run(*arguments)
+    assert result.exit_code == 2, (result.exit_code, result.stdout, result.stderr, result.exception)
+    assert result.stdout == ""
+    assert says in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not project.infra.submissions

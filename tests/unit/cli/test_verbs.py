@@ -1,0 +1,321 @@
+"""The verbs against an infrastructure that only remembers."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spotune.cli import VERBS
+from spotune.cli.follow import exit_code_of, settled
+from spotune.cli.render import duration, table
+from spotune.contracts.keys import Keys
+from spotune.contracts.records import Certificate, Mark, RunRecord
+from spotune.launch.infra import JobStatus
+from spotune.launch.status import as_row
+from tests.unit.project import Project
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    return Project(tmp_path / "project", monkeypatch)
+
+
+def certify(project: Project, run_id: str) -> None:
+    done = Certificate(run_id=run_id, attempt=2, step=9, weights_sha256="x", completed_at=7.0, files={})
+    project.store.create(Keys(run_id).completed, done.to_bytes())
+
+
+def test_help_lists_every_verb(project: Project) -> None:
+    result = project.run("--help")
+    assert result.exit_code == 0
+    for verb, help_text in VERBS.items():
+        assert f"  {verb} " in result.stdout
+        assert help_text.split()[0] in result.stdout
+
+
+def test_the_list_of_verbs_says_what_they_say_themselves(project: Project) -> None:
+    for verb, help_text in VERBS.items():
+        if verb not in ("check", "cost"):
+            assert " ".join(project.run(verb, "--help").stdout.split()).count(help_text.rstrip(".")) == 1, verb
+
+
+def test_train_d_prints_the_run_id_alone(project: Project) -> None:
+    result = project.run("train", "run.yaml", "--name", "run-a", "-y", "-d")
+    assert result.stdout == "run-a\n"
+    record = RunRecord.from_bytes(project.store.read("runs/run-a/run.json") or b"")
+    assert record.config["max_steps"] == 9  # profile prod
+    assert "profiles" not in record.config
+    assert (record.user, record.kind, record.infra) == ("ada", "prod", "local")
+    assert {(row.use_spot, row.price_usd_per_hour) for row in record.price_rows()} == {(True, 0.04), (False, 0.1)}
+
+
+def test_train_as_json_implies_d_and_y(project: Project) -> None:
+    found = project.json("train", "run.yaml")
+    assert list(found) == ["run_id"]
+    assert found["run_id"].startswith("run-")
+    assert found["run_id"] in project.infra.submissions
+
+
+def test_train_passes_everything_on(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKEN", "s3cret")
+    project.write("plan.jsonl", '{"after_s": 20}\n\n{"at_step": 40, "notice_s": 30}\n')
+    options = "--priority 7 --no-use-spot --gpus L4:2 --env A=b=c --secret TOKEN --save-every 5m --set max_steps=3"
+    project.submit("run-a", *options.split(), "--preemptions", "plan.jsonl")
+    submission = project.infra.submissions["run-a"]
+    assert submission.priority == 7
+    assert submission.secrets == {"TOKEN": "s3cret"}
+    assert submission.preemptions == ({"after_s": 20.0}, {"at_step": 40.0, "notice_s": 30.0})
+    assert submission.workdir == str(project.folder)
+    resources, envs = submission.task["resources"], submission.task["envs"]
+    assert (resources["accelerators"], resources["use_spot"], resources["priority"]) == ("L4:2", False, 7)
+    assert resources["job_recovery"]["recover_on_exit_codes"] == [75]
+    assert envs["A"] == "b=c"
+    assert (envs["SPOTUNE_RUN_ID"], envs["SPOTUNE_CONFIG"]) == ("run-a", "run.yaml")
+    data = project.store.read("runs/run-a/run.json") or b""
+    assert b"s3cret" not in data
+    record = RunRecord.from_bytes(data)
+    assert (record.save_every, record.config["max_steps"]) == ("5m", 3)
+
+
+def test_dryrun_does_nothing(project: Project) -> None:
+    result = project.run("train", "run.yaml", "--dryrun", "--name", "run-a")
+    assert "run-a" in result.stdout
+    assert "0.040" in result.stdout
+    plan = project.json("train", "run.yaml", "--dryrun", "--name", "run-a")
+    assert plan["chosen"]["price_usd_per_hour"] == 0.04
+    assert not project.infra.submissions
+    assert not project.store.keys("runs")
+
+
+def test_the_plan_is_agreed_to_or_not(project: Project) -> None:
+    no = project.run("train", "run.yaml", "-d", "--name", "run-a", input="n\n")
+    assert (no.exit_code, no.stdout) == (1, "")
+    nobody = project.run("train", "run.yaml", "-d", "--name", "run-a", input="")
+    assert nobody.exit_code == 2
+    assert "add -y" in nobody.stderr
+    assert not project.store.keys("runs")
+    yes = project.run("train", "run.yaml", "-d", "--name", "run-a", input="\n")
+    assert yes.stdout == "run-a\n"
+
+
+def test_attached_train_streams_and_ends_with_the_run(project: Project) -> None:
+    project.submit()
+    project.infra.turn("run-a", state="RUNNING", attempt=1)
+    certify(project, "run-a")
+    result = project.run("logs", "run-a", "-f")
+    assert result.stdout == "a line\nbar 100%\n"
+    assert "run-a: SUCCEEDED at step 9" in result.stderr
+
+
+def test_an_existing_run(project: Project) -> None:
+    project.submit()
+    assert project.run("train", "run.yaml", "--name", "run-a", "-y", "-d").stdout == "run-a\n"  # under way: attaches
+    other = project.run("train", "run.yaml", "--name", "run-a", "-y", "--set", "max_steps=4")
+    assert other.exit_code == 2
+    assert "another config" in other.stderr
+    project.infra.turn("run-a", state="FAILED", reason="why")
+    ended = project.run("train", "run.yaml", "--name", "run-a", "-y")
+    assert ended.exit_code == 2
+    assert "spotune resume run-a" in ended.stderr
+    certify(project, "run-a")
+    done = project.run("train", "run.yaml", "--name", "run-a", "-y")
+    assert done.exit_code == 0
+    assert "SUCCEEDED already" in done.stderr
+
+
+def test_a_refused_submission_leaves_nothing_behind(project: Project) -> None:
+    project.infra.refuses.append("no quota")
+    result = project.run("train", "run.yaml", "-y", "-d", "--name", "run-a")
+    assert (result.exit_code, result.stdout, result.stderr.splitlines()[-1]) == (3, "", "no quota")
+    assert not project.store.keys("runs")
+    project.infra.refuses.clear()
+    project.submit("run-a")
+
+
+def test_a_launcher_that_died_after_run_json_is_repaired(project: Project) -> None:
+    project.submit()
+    project.infra.states.clear()
+    project.infra.submissions.clear()
+    project.submit()
+    assert "run-a" in project.infra.submissions
+
+
+def test_code_is_recorded(project: Project) -> None:
+    for command in ("init -q", "add run.yaml", "-c user.name=x -c user.email=x@y commit -qm one"):
+        subprocess.run(["git", *command.split()], cwd=project.folder, check=True)
+    project.write("run.yaml", (project.folder / "run.yaml").read_text() + "seed: 1\n")
+    project.submit()
+    facts = json.loads(project.store.read("runs/run-a/code/commit.json") or b"")
+    assert facts["dirty"]
+    assert len(facts["commit"]) == 40
+    assert b"+seed: 1" in (project.store.read("runs/run-a/code/diff.patch") or b"")
+    promoted = project.run("train", "--from", "run-a", "--name", "run-b", "-y", "-d")
+    assert promoted.stdout == "run-b\n", promoted.stderr
+    project.write("run.yaml", (project.folder / "run.yaml").read_text() + "logging_steps: 1\n")
+    changed = project.run("train", "--from", "run-a", "-y", "-d")
+    assert changed.exit_code == 2
+    assert "has changed since" in changed.stderr
+
+
+def test_promotion_needs_a_commit(project: Project) -> None:
+    project.submit()
+    result = project.run("train", "--from", "run-a", "-y", "-d")
+    assert result.exit_code == 2
+    assert "git commit" in result.stderr
+
+
+def test_queue(project: Project) -> None:
+    assert project.json("queue") == []
+    project.submit("run-a")
+    project.submit("run-b", "--priority", "5")
+    project.infra.turn("run-a", state="SUCCEEDED", ended_at=10.0)  # long ago, and without a certificate
+    assert [row["run_id"] for row in project.json("queue")] == ["run-b"]
+    rows = {row["run_id"]: row for row in project.json("queue", "-a")}
+    assert (rows["run-a"]["state"], rows["run-a"]["reason"]) == ("FAILED", "ended without a certificate")
+    expected = (
+        "run_id state priority submitted_at started_at ended_at attempt recoveries step max_steps infra user reason"
+    )
+    assert list(rows["run-b"]) == expected.split()
+    assert "run-b" in project.run("queue").stdout
+
+
+def test_a_run_that_only_the_bucket_knows(project: Project) -> None:
+    project.submit("run-a")
+    project.infra.states.clear()
+    mark = Mark(run_id="run-a", attempt=1, at=5.0, reason="bad data", exit_code=2)
+    project.store.create(Keys("run-a").failed, mark.to_bytes())
+    (row,) = project.json("queue", "-a")
+    assert (row["state"], row["reason"], row["ended_at"]) == ("FAILED", "bad data", 5.0)
+    assert project.run("resume", "run-a").exit_code == 2
+
+
+def test_cancel_marks_before_it_signals(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.submit()
+    seen: list[bool] = []
+    monkeypatch.setattr(
+        type(project.infra),
+        "cancel",
+        lambda infra, run_id: (
+            seen.append(project.store.exists(Keys(run_id).cancelled)) or infra.turn(run_id, state="CANCELLED")
+        ),
+    )
+    result = project.run("cancel", "run-a", "-y")
+    assert result.exit_code == 0
+    assert seen == [True]
+    assert "CANCELLED" in result.stdout
+
+
+def test_cancel_of_an_ended_run_does_nothing(project: Project) -> None:
+    project.submit()
+    certify(project, "run-a")
+    assert project.run("cancel", "run-a", "-y").stdout == "run-a: SUCCEEDED already\n"
+    assert not project.store.exists(Keys("run-a").cancelled)
+
+
+def test_resume_clears_the_marks(project: Project) -> None:
+    project.submit()
+    active = project.run("resume", "run-a")
+    assert active.exit_code == 2
+    assert "is PENDING" in active.stderr
+    project.run("cancel", "run-a", "-y")
+    assert project.run("resume", "run-a").exit_code == 0
+    assert not project.store.exists(Keys("run-a").cancelled)
+    assert ("resume", "run-a") in project.infra.calls
+
+
+def test_preempt(project: Project) -> None:
+    project.submit()
+    project.infra.turn("run-a", state="RUNNING")
+    assert project.run("preempt", "run-a", "--notice", "2m").exit_code == 0
+    assert project.run("preempt", "run-a", "--no-notice").exit_code == 0
+    assert project.infra.calls == [("preempt", "run-a", 120.0), ("preempt", "run-a", 0.0)]
+
+
+def test_the_nearest_run_is_named(project: Project) -> None:
+    project.submit("run-a")
+    assert "did you mean run-a?" in project.run("logs", "run-b").stderr
+
+
+def test_dev_run_is_interactive_and_cancelled_by_ctrl_c(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spotune.cli.follow.follow", interrupted)
+    result = project.run("dev", "run", "run.yaml", "--name", "run-a")
+    assert result.exit_code == 130
+    submission = project.infra.submissions["run-a"]
+    assert submission.interactive
+    record = RunRecord.from_bytes(project.store.read("runs/run-a/run.json") or b"")
+    assert (record.kind, record.config["max_steps"]) == ("dev", 1)
+    assert ("cancel", "run-a") in project.infra.calls
+
+
+def test_ctrl_c_leaves_a_job_running(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spotune.cli.follow.follow", interrupted)
+    result = project.run("train", "run.yaml", "--name", "run-a", "-y")
+    assert result.exit_code == 130
+    assert "spotune logs -f run-a" in result.stderr
+    assert not project.infra.calls
+
+
+def test_check(project: Project) -> None:
+    found = project.json("check", "run.yaml")
+    assert found["profiles"] == ["dev", "prod"]
+    machine = project.json("check")
+    assert machine["slots"] >= 1
+    assert project.run("check", "run.yaml").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("state", "engine_code", "code"),
+    [
+        ("SUCCEEDED", 0, 0),
+        ("FAILED", 3, 1),
+        ("FAILED", 2, 2),
+        ("FAILED", 75, 75),
+        ("PAUSED", 76, 76),
+        ("CANCELLED", None, 1),
+    ],
+)
+def test_exit_codes(state: str, engine_code: int | None, code: int) -> None:
+    status = JobStatus("run-a", state, 0, "ada", "local", 1.0, exit_code=engine_code)  # type: ignore[arg-type]
+    assert exit_code_of(status) == code
+    assert as_row(status)["state"] == state
+
+
+def test_words() -> None:
+    assert [duration(s) for s in (0, 59, 60, 723, 18_120, 273_600)] == ["0s", "59s", "1m", "12m 3s", "5h 2m", "3d 4h"]
+    assert table(["A", "B"], [["long", "x"]]) == "A     B\nlong  x"
+    assert settled("a\rb\r") == "b"
+
+
+def test_no_verb_imports_an_engine_or_a_trainer(project: Project) -> None:
+    """`--help`, `queue`, `check` and `train -d` stay light: measured in a fresh process each."""
+    script = (
+        "import sys; from spotune.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'sky', 'torch', 'transformers', 'trl', 'pydantic', 'rich', 'numpy', 'fsspec'} & set(sys.modules)\n"
+        "print('HEAVY', sorted(heavy), file=sys.stderr)"
+    )
+    lines = (["--help"], ["train", "--help"], ["queue"], ["check", "run.yaml"], ["train", "run.yaml", "--dryrun"])
+    for arguments in lines:
+        ran = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+        assert ran.stderr.splitlines()[-1] == "HEAVY []", (arguments, ran.stderr)
+
+
+def test_only_click_and_the_contracts_are_imported_at_the_top_of_a_verb() -> None:
+    allowed = ("click", "spotune.cli", "spotune.contracts")
+    standard = sys.stdlib_module_names
+    for path in (Path(__file__).parents[3] / "src/spotune/cli").glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                assert name.startswith(allowed) or name.split(".")[0] in standard, f"{path.name}: {name}"

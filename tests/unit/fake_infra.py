@@ -1,0 +1,69 @@
+"""An infrastructure that only remembers, for tests of what is in front of it."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from spotune.contracts.errors import InfraError, InputError
+from spotune.launch.infra import JobStatus, PaidInterval, Submission
+
+
+class FakeInfra:
+    """Shared by all that a test opens; ``reset`` between tests."""
+
+    name = "local"
+    submissions: ClassVar[dict[str, Submission]] = {}
+    states: ClassVar[dict[str, JobStatus]] = {}
+    calls: ClassVar[list[tuple[Any, ...]]] = []
+    refuses: ClassVar[list[str]] = []
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+
+    @classmethod
+    def reset(cls) -> None:
+        for remembered in (cls.submissions, cls.states, cls.calls, cls.refuses):
+            remembered.clear()
+
+    def submit(self, submission: Submission) -> None:
+        if self.refuses:
+            raise InfraError(self.refuses[0])
+        self.submissions[submission.run_id] = submission
+        self.states[submission.run_id] = JobStatus(
+            run_id=submission.run_id,
+            state="PENDING",
+            priority=submission.priority,
+            user=submission.user,
+            infra="local",
+            submitted_at=1.0,
+            bucket=submission.task["envs"]["SPOTUNE_BUCKET"],
+        )
+
+    def turn(self, run_id: str, **changes: Any) -> None:
+        self.states[run_id] = replace(self.states[run_id], **changes)
+
+    def check_resumable(self, run_id: str) -> None:
+        self.calls.append(("check_resumable", run_id))
+
+    def resume(self, run_id: str) -> None:
+        self.calls.append(("resume", run_id))
+        self.turn(run_id, state="PENDING", reason="")
+
+    def cancel(self, run_id: str) -> None:
+        self.calls.append(("cancel", run_id))
+        self.turn(run_id, state="CANCELLED", reason="cancelled")
+
+    def preempt(self, run_id: str, notice_s: float) -> None:
+        if run_id not in self.states:
+            raise InputError(run_id, "no such run")
+        self.calls.append(("preempt", run_id, notice_s))
+
+    def jobs(self, run_ids: list[str] | None = None) -> list[JobStatus]:
+        return [job for job in self.states.values() if run_ids is None or job.run_id in run_ids]
+
+    def logs(self, run_id: str, follow: bool) -> Iterator[str]:
+        yield "a line"
+        yield "bar 0%\rbar 100%"
+
+    def history(self, run_id: str) -> list[PaidInterval]:
+        return []

@@ -1,0 +1,169 @@
+"""Tasks, settings, GPUs, preemptions, prices: the launcher's small pure parts."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from spotune.contracts.errors import InputError
+from spotune.contracts.keys import Keys
+from spotune.contracts.records import Commit, Mark
+from spotune.contracts.store import Store
+from spotune.launch import task as tasks
+from spotune.launch.infra import infra_of
+from spotune.launch.local import gpus
+from spotune.launch.local.layout import Layout
+from spotune.launch.local.look import look
+from spotune.launch.local.machine import keep_environment, kept_environment
+from spotune.launch.local.processes import Identity, boot_id, members
+from spotune.launch.preemptions import due
+from spotune.launch.prices import local_prices
+from spotune.launch.settings import load_settings
+from spotune.launch.task import Demand, Resources, demand_of, fill_in, load_task
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_the_train_task_is_plain_skypilot(tmp_path: Path) -> None:
+    path, task = load_task(tmp_path)
+    assert path == ROOT / "tasks/train.yaml"
+    assert set(task) <= {"name", "workdir", "resources", "envs", "setup", "run", "num_nodes"}
+    demand = demand_of(task)
+    assert demand.recover_codes == (75,)
+    assert demand.use_spot
+    assert "sky jobs launch" in path.read_text().split("\n\n")[0]
+
+
+def test_a_project_has_its_own_task(tmp_path: Path) -> None:
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/train.yaml").write_text("run: echo mine\n")
+    assert load_task(tmp_path)[1]["run"] == "echo mine"
+
+
+@pytest.mark.parametrize(
+    ("resources", "gpu", "count"),
+    [
+        ({}, "", 0),
+        ({"accelerators": "L4"}, "L4", 1),
+        ({"accelerators": "A100-80GB:8"}, "A100-80GB", 8),
+        ({"accelerators": {"L4": 2, "A10G": 1}}, "L4", 2),
+        ({"accelerators": ["H100:4", "H200:4"]}, "H100", 4),
+        ({"any_of": [{"accelerators": "T4:1"}, {"accelerators": "L4:1"}]}, "T4", 1),
+        ({"ordered": [{"accelerators": {"L40S": None}}]}, "L40S", 1),
+    ],
+)
+def test_demand(resources: dict[str, object], gpu: str, count: int) -> None:
+    demand = demand_of({"run": "x", "resources": resources})
+    assert (demand.gpu, demand.gpus) == (gpu, count)
+
+
+def test_filling_in_leaves_the_original_alone() -> None:
+    task = {"run": "x", "envs": {"A": 1, "B": None}, "resources": {"any_of": [{"accelerators": "T4:1"}], "cpus": 4}}
+    before = yaml.safe_dump(task)
+    filled = fill_in(task, {"A": "2"}, Resources(gpus="L4:1", use_spot=False, priority=3, num_nodes=2), "run-a")
+    assert yaml.safe_dump(task) == before
+    assert filled["envs"] == {"A": "2", "B": ""}
+    assert filled["resources"] == {"cpus": 4, "accelerators": "L4:1", "use_spot": False, "priority": 3}
+    assert (filled["name"], filled["num_nodes"]) == ("run-a", 2)
+
+
+def test_shipped_settings_and_their_overlay(tmp_path: Path) -> None:
+    shipped = load_settings(tmp_path, tmp_path / "home")
+    assert shipped.infra == "local"
+    assert shipped.local.prices["cpu"].spot < shipped.local.prices["cpu"].on_demand
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/config.yaml").write_text("team: nlp\nlocal: {slots: 3, prices: {L4: {on_demand: 9, spot: 8}}}\n")
+    mine = load_settings(tmp_path, tmp_path / "home")
+    assert (mine.team, mine.local.slots, mine.local.prices["L4"].spot) == ("nlp", 3, 8)
+    assert mine.local.prices["cpu"] == shipped.local.prices["cpu"]
+
+
+def test_gpu_names_as_skypilot_spells_them() -> None:
+    names = {
+        "NVIDIA L4": "L4", "Tesla T4": "T4", "NVIDIA A10G": "A10G", "NVIDIA H100 80GB HBM3": "H100",
+        "NVIDIA A100-SXM4-40GB": "A100", "NVIDIA A100-SXM4-80GB": "A100-80GB", "NVIDIA GeForce RTX 4090": "RTX4090",
+    }  # fmt: skip
+    for full, short in names.items():
+        listing = f"0, GPU-1, {full}, {81920 if '80GB' in full else 40960}\n"
+        assert gpus._visible(listing, None) == [gpus.Gpu("0", short)]
+
+
+@pytest.mark.parametrize(
+    ("visible", "devices"),
+    [
+        (None, ["0", "1"]),
+        ("1", ["1"]),
+        ("1,0", ["1", "0"]),
+        ("", []),
+        ("-1", []),
+        ("GPU-b", ["GPU-b"]),
+        ("0,9,1", ["0"]),
+    ],
+)
+def test_visible_gpus(visible: str | None, devices: list[str]) -> None:
+    listing = "0, GPU-a1, NVIDIA L4, 23034\n1, GPU-b2, NVIDIA L4, 23034\n"
+    assert [gpu.device for gpu in gpus._visible(listing, visible)] == devices
+
+
+def test_prices(tmp_path: Path) -> None:
+    settings = load_settings(tmp_path, tmp_path)
+    spot, on_demand = local_prices(settings, [gpus.Gpu("0", "L4")] * 2, Demand(gpu="L4", gpus=2), at=5.0)
+    assert (spot.accelerators, spot.use_spot, on_demand.use_spot, spot.at) == ("L4:2", True, False, 5.0)
+    assert spot.price_usd_per_hour == 2 * settings.local.prices["L4"].spot
+    unknown = local_prices(settings, [gpus.Gpu("0", "XPU")], Demand(), at=0.0)[0]
+    assert unknown.price_usd_per_hour == 0
+    assert "no price for XPU" in unknown.source
+
+
+def test_due_preemptions() -> None:
+    planned = [{"after_s": 20.0}, {"at_step": 40.0, "notice_s": 30.0}]
+    assert due(planned, [], 19.9, 39) is None
+    assert due(planned, [], 20.0, None) == 0
+    assert due(planned, [0], 99.0, None) is None
+    assert due(planned, [0], 99.0, 41) == 1
+    assert due(planned, [0, 1], 99.0, 99) is None
+
+
+def test_look(tmp_path: Path) -> None:
+    store, keys = Store(f"file://{tmp_path}/bucket"), Keys("run-a")
+    assert look(store.url, "run-a", clock=lambda: 1.0).commit == ""
+    for attempt, step in ((1, 50), (2, 10)):
+        store.create(
+            keys.commit(attempt, step), Commit(run_id="run-a", step=step, attempt=attempt, files={}).to_bytes()
+        )
+    store.create(keys.failed, Mark(run_id="run-a", attempt=1, at=0.0, reason="why", exit_code=2).to_bytes())
+    seen = look(store.url, "run-a")
+    assert (seen.commit, seen.failed, seen.failed_code, seen.completed) == (keys.commit(2, 10), "why", 2, False)
+    store.create(keys.completed, b"{}")
+    assert look(store.url, "run-a").completed
+
+
+def test_the_kept_environment_is_private_and_without_another_runs_names(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    path = layout.environment("run-a")
+    environ = {"PATH": "/bin", "SPOTUNE_RUN_ID": "other", "SLURM_JOB_ID": "1", "SPOTUNE_NUM_PROCESSES": "2"}
+    keep_environment(path, environ, {"TOKEN": "x"})
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert kept_environment(layout, "run-a") == {"PATH": "/bin", "SPOTUNE_NUM_PROCESSES": "2", "TOKEN": "x"}
+    assert kept_environment(layout, "run-b") == {}
+
+
+def test_a_recycled_pid_is_not_the_process_that_had_it() -> None:
+    import os
+
+    me = Identity.of(os.getpid())
+    assert me.alive
+    other = Identity(me.pid, me.created - 3600)
+    assert not other.alive
+    assert members(other, "no such marker") == []
+    assert boot_id() == boot_id()
+
+
+def test_only_local_for_now() -> None:
+    assert infra_of("local") == "local"
+    with pytest.raises(InputError, match="SkyPilot"):
+        infra_of("slurm/lab/spot")
+
+
+def test_a_file_beats_a_missing_one(tmp_path: Path) -> None:
+    assert tasks.shipped_file("no/such/file.yaml", tmp_path) is None

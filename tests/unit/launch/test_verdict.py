@@ -1,0 +1,91 @@
+"""What becomes of a job when its machine has ended: every rule, and the order of the rules."""
+
+import pytest
+
+from spotune.launch.local.look import Look
+from spotune.launch.local.verdict import Ending, Patience, backoff_s, decide
+
+CERTIFIED = Look(completed=True)
+FAILED = Look(failed="bad data", failed_code=2)
+PAUSED = Look(paused="budget used up")
+NOTHING = Look()
+
+RULES = {
+    "certified": (Ending(0), CERTIFIED, Patience(), "SUCCEEDED", ""),
+    "certified, then preempted": (Ending(None, preempted=True), CERTIFIED, Patience(), "SUCCEEDED", ""),
+    "certified, then cancelled": (Ending(None, cancelled=True), CERTIFIED, Patience(), "SUCCEEDED", ""),
+    "certified, then an error": (Ending(1), CERTIFIED, Patience(), "SUCCEEDED", ""),
+    "0 without a certificate": (Ending(0), NOTHING, Patience(max_restarts=3), "FAILED", "ended without a certificate"),
+    "0 after a notice": (Ending(0, preempted=True), NOTHING, Patience(), "FAILED", "ended without a certificate"),
+    "cancelled": (Ending(75, cancelled=True), NOTHING, Patience(), "CANCELLED", "cancelled"),
+    "cancelled and failed": (Ending(1, cancelled=True), FAILED, Patience(), "CANCELLED", "cancelled"),
+    "paused": (Ending(76), PAUSED, Patience(), "PAUSED", "budget used up"),
+    "paused, machine gone": (Ending(None), PAUSED, Patience(), "PAUSED", "budget used up"),
+    "76 without paused.json": (Ending(76), NOTHING, Patience(), "FAILED", "exited with code 76"),
+    "failed for good": (Ending(2), FAILED, Patience(max_restarts=3), "FAILED", "bad data"),
+    "failed for good, machine gone": (Ending(None, preempted=True), FAILED, Patience(), "FAILED", "bad data"),
+    "75": (Ending(75), NOTHING, Patience(), "RECOVERING", "exited with code 75"),
+    "named code": (Ending(41), NOTHING, Patience(recover_codes=(41,)), "RECOVERING", "exited with code 41"),
+    "preempted, exits 75": (Ending(75, preempted=True), NOTHING, Patience(), "RECOVERING", "preempted"),
+    "preempted, shell dies": (Ending(143, preempted=True), NOTHING, Patience(), "RECOVERING", "preempted"),
+    "preempted without notice": (Ending(None, preempted=True), NOTHING, Patience(), "RECOVERING", "preempted"),
+    "machine gone": (Ending(None), NOTHING, Patience(), "RECOVERING", "the machine was lost"),
+    "killed": (Ending(137), NOTHING, Patience(), "RECOVERING", "killed (exit code 137)"),
+    "error": (Ending(1), NOTHING, Patience(), "FAILED", "exited with code 1"),
+    "error with restarts left": (
+        Ending(1),
+        NOTHING,
+        Patience(max_restarts=2, restarts=1),
+        "RECOVERING",
+        "restart 2 of 2",
+    ),
+    "error with none left": (Ending(1), NOTHING, Patience(max_restarts=2, restarts=2), "FAILED", "exited with code 1"),
+    "setup": (Ending(5, phase="setup"), NOTHING, Patience(), "FAILED", "setup exited with code 5"),
+    "interactive, 75": (Ending(75), NOTHING, Patience(interactive=True), "FAILED", "exited with code 75"),
+    "interactive, preempted": (
+        Ending(None, preempted=True),
+        NOTHING,
+        Patience(interactive=True),
+        "FAILED",
+        "not recovered",
+    ),
+    "interactive, done": (Ending(0), CERTIFIED, Patience(interactive=True), "SUCCEEDED", ""),
+}
+
+
+@pytest.mark.parametrize(("ending", "seen", "patience", "state", "reason"), RULES.values(), ids=RULES)
+def test_rules(ending: Ending, seen: Look, patience: Patience, state: str, reason: str) -> None:
+    verdict = decide(ending, seen, patience)
+    assert verdict.state == state
+    assert reason in verdict.reason
+    assert bool(reason) == bool(verdict.reason)
+
+
+def test_back_off() -> None:
+    assert [backoff_s(fault) for fault in range(1, 9)] == [0, 1, 2, 4, 8, 16, 30, 30]
+
+
+def test_faults_without_progress_are_slowed_down_and_progress_forgives() -> None:
+    patience, delays = Patience(), []
+    for _ in range(4):
+        verdict = decide(Ending(137), NOTHING, patience)
+        delays.append(verdict.delay_s)
+        patience = Patience(faults=verdict.faults)
+    assert delays == [0, 1, 2, 4]
+    assert decide(Ending(137), Look(commit="runs/a/commits/1"), patience).delay_s == 0
+
+
+def test_75_is_at_once_but_not_for_ever() -> None:
+    assert [decide(Ending(75), NOTHING, Patience(faults=faults)).delay_s for faults in (0, 1, 2, 3, 4, 5)] == [
+        0,
+        0,
+        0,
+        0,
+        1,
+        2,
+    ]
+
+
+def test_a_preemption_is_nobodys_fault() -> None:
+    verdict = decide(Ending(None, preempted=True), NOTHING, Patience(faults=5, restarts=1))
+    assert (verdict.delay_s, verdict.faults, verdict.restarts) == (0, 0, 1)
