@@ -81,7 +81,8 @@ def test_shipped_settings_and_their_overlay(tmp_path: Path) -> None:
 def test_gpu_names_as_skypilot_spells_them() -> None:
     names = {
         "NVIDIA L4": "L4", "Tesla T4": "T4", "NVIDIA A10G": "A10G", "NVIDIA H100 80GB HBM3": "H100",
-        "NVIDIA A100-SXM4-40GB": "A100", "NVIDIA A100-SXM4-80GB": "A100-80GB", "NVIDIA GeForce RTX 4090": "RTX4090",
+        "NVIDIA H200": "H200", "NVIDIA A100-SXM4-40GB": "A100", "NVIDIA A100-SXM4-80GB": "A100-80GB",
+        "NVIDIA GeForce RTX 4090": "RTX4090",
     }  # fmt: skip
     for full, short in names.items():
         listing = f"0, GPU-1, {full}, {81920 if '80GB' in full else 40960}\n"

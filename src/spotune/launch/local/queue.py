@@ -193,14 +193,16 @@ class Queue:
                 (at, setup_s, attempt.run_id, attempt.attempt),
             )
             connection.execute(
-                "UPDATE jobs SET state = 'RUNNING', started_at = COALESCE(started_at, ?), reason = '', exit_code = NULL WHERE run_id = ?",
+                "UPDATE jobs SET state = 'RUNNING', started_at = COALESCE(started_at, ?), reason = '', exit_code = NULL"
+                " WHERE run_id = ?",
                 (at, attempt.run_id),
             )
 
-    def explain(self, run_id: str, reason: str) -> None:
+    def explain(self, job: Job, reason: str) -> None:
         """Says why a job does not move, for those who look at the queue."""
-        with self._transaction() as connection:
-            connection.execute("UPDATE jobs SET reason = ? WHERE run_id = ?", (reason, run_id))
+        if job.reason != reason:
+            with self._transaction() as connection:
+                connection.execute("UPDATE jobs SET reason = ? WHERE run_id = ?", (reason, job.run_id))
 
     def mark_cancelling(self, run_id: str) -> None:
         with self._transaction() as connection:

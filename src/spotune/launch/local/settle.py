@@ -15,7 +15,7 @@ from spotune.launch.local.rows import Attempt, Job
 from spotune.launch.local.verdict import Ending, Patience, Verdict, decide
 
 LOOK_TIMEOUT_S = 120.0
-RETRY_S = 5.0  # between two tries at a bucket that does not answer
+RETRY_S = 3.0  # between two tries at a bucket that does not answer
 
 
 class Settler:
@@ -56,19 +56,19 @@ class Settler:
             return None
         files = self._layout.attempt(attempt.run_id, attempt.attempt)
         seen = _answer(files.look)
-        if seen and not seen.error:
-            return seen
-        if self._clock() < self._not_before.get(attempt.marker, 0.0):
-            return None
-        self._not_before[attempt.marker] = self._clock() + RETRY_S
-        if seen:
-            self._queue.explain(job.run_id, f"waiting for its bucket: {seen.error}")
-        if job.bucket.startswith("file://"):  # answers at once, and needs no credentials
-            seen = look(job.bucket, job.run_id)
+        if (seen is None or seen.error) and self._clock() >= self._not_before.get(attempt.marker, 0.0):
+            self._not_before[attempt.marker] = self._clock() + RETRY_S
+            if not job.bucket.startswith("file://"):
+                self._ask(job, attempt, files.look)
+                return None
+            seen = look(job.bucket, job.run_id)  # answers at once, and needs no credentials
             write_json(files.look, seen)
-            return None if seen.error else seen
-        self._ask(job, attempt, files.look)
-        return None
+        if seen is None:
+            return None
+        if seen.error:
+            self._queue.explain(job, f"waiting for its bucket: {seen.error}")
+            return None
+        return seen
 
     def _ask(self, job: Job, attempt: Attempt, answer: Path) -> None:
         """Lets a helper ask, in the job's environment."""
