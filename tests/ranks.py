@@ -138,7 +138,7 @@ def _child(order: dict[str, Any]) -> None:
             main(*make_parser().parse_args_and_config(["--config", f"{order['folder']}/config.yaml"]))
         finally:
             sys.stdout.flush()
-            Path(order["folder"], "done").write_text("true")
+            write_json(Path(order["folder"], "done"), True)
         os._exit(0)
     from spotune.sft.lifeline import ignore_signals
     from spotune.sft.worker import main as work

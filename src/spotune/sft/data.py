@@ -5,12 +5,14 @@ data sets of rows in one of TRL's formats.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from spotune.contracts.errors import InputError
 from spotune.contracts.exchange import Job
+from spotune.sft.align import aligned
 from spotune.sft.arguments import Arguments
 from spotune.sft.mixture import counts, divide, held_out_count, interleave
 from spotune.sft.sources import Source, load
@@ -45,14 +47,14 @@ def _load_own(args: Arguments, job: Job) -> Data:
     seed = args.training.data_seed if args.training.data_seed is not None else args.training.seed
     text_field = args.training.dataset_text_field
     sources = [Source(entry, job.config_path, f"data[{index}]", text_field) for index, entry in enumerate(entries)]
-    loaded = [load(source) for source in sources]
+    loaded = [load(source, Path(job.cache)) for source in sources]
     formats = list(dict.fromkeys(format for _, format in loaded))
     if len(formats) > 1:
         remedy = "give all of them one format; columns: maps names"
         raise InputError(
             job.config_path, f"the sources have different formats: {', '.join(formats)}", key="data", remedy=remedy
         )
-    datasets = _aligned([dataset for dataset, _ in loaded], job.config_path)
+    datasets = aligned([dataset for dataset, _ in loaded], job.config_path)
     training, held_out = [], []
     for source, dataset in zip(sources, datasets, strict=True):
         kept, out = _held_out(source, dataset, seed)
@@ -81,79 +83,6 @@ def _held_out(source: Source, dataset: Any, seed: int) -> tuple[Any, Any]:
 
 def _first(dataset: Any, limit: int | None) -> Any:
     return dataset if limit is None or len(dataset) <= limit else dataset.select(np.arange(limit))
-
-
-def _aligned(datasets: list[Any], where: str) -> list[Any]:
-    """The same columns and types in all: a message has the fields that any source's messages have."""
-    import pyarrow as pa
-    from datasets import Features
-
-    wanted: dict[str, pa.DataType] = {}
-    for dataset in datasets:
-        for field in dataset.features.arrow_schema:
-            wanted[field.name] = _united(wanted.get(field.name), field.type)
-    schema = pa.schema(list(wanted.items()))
-    features = Features.from_arrow_schema(schema)
-    try:
-        return [_cast(dataset, features, schema) for dataset in datasets]
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-        raise InputError(where, f"the sources' columns differ in kind: {error}", key="data") from error
-
-
-def _cast(dataset: Any, features: Any, schema: Any) -> Any:
-    if dataset.features == features:
-        return dataset
-    options = {"fn_kwargs": {"schema": schema}, "features": features, "remove_columns": dataset.column_names}
-    return dataset.with_format("arrow").map(_fit, batched=True, **options).with_format(None)
-
-
-def _united(known: Any, new: Any) -> Any:
-    import pyarrow as pa
-
-    if known is None or pa.types.is_null(known):
-        return new
-    if pa.types.is_list(known) and pa.types.is_list(new):
-        return pa.list_(_united(known.value_type, new.value_type))
-    if pa.types.is_struct(known) and pa.types.is_struct(new):
-        fields = {field.name: field.type for field in known}
-        for field in new:
-            fields[field.name] = _united(fields.get(field.name), field.type)
-        return pa.struct(list(fields.items()))
-    return known
-
-
-def _fit(table: Any, schema: Any) -> Any:
-    """An Arrow table with the schema's columns; ones that it lacks are null."""
-    import pyarrow as pa
-
-    columns = []
-    for field in schema:
-        if field.name in table.column_names:
-            columns.append(_fit_array(table[field.name].combine_chunks(), field.type))
-        else:
-            columns.append(pa.nulls(table.num_rows, field.type))
-    return pa.table(columns, schema=schema)
-
-
-def _fit_array(array: Any, kind: Any) -> Any:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    if array.type == kind:
-        return array
-    if pa.types.is_list(kind) and pa.types.is_list(array.type):
-        lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        inner = _fit_array(pc.list_flatten(array), kind.value_type)
-        return pa.ListArray.from_arrays(pa.array(offsets), inner, type=kind, mask=pc.is_null(array))
-    if pa.types.is_struct(kind) and pa.types.is_struct(array.type):
-        present = {field.name for field in array.type}
-        parts = []
-        for field in kind:
-            known = pc.struct_field(array, field.name) if field.name in present else pa.nulls(len(array))
-            parts.append(_fit_array(known, field.type))
-        return pa.StructArray.from_arrays(parts, fields=list(kind), mask=pc.is_null(array))
-    return array.cast(kind)
 
 
 def _load_as_trl(args: Arguments, job: Job, wants_evaluation: bool) -> Data:

@@ -114,6 +114,8 @@ def check_row(row: Any, format: str, names: Mapping[str, str], text_field: str) 
     """What is wrong with one row of JSON, None when it fits; ``names`` maps our columns to the file's."""
     if not isinstance(row, dict):
         return "not an object with named columns"
+    if not format:
+        return None
     for name in columns_of(format, text_field):
         theirs = names.get(name, name)
         if row.get(theirs) is None:

@@ -1,13 +1,15 @@
 """One entry of ``data:`` -> one data set with the columns of its format, every row checked."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from spotune.contracts.errors import InputError, SpotuneError
 from spotune.contracts.fingerprint import resolve_source
+from spotune.sft.align import concatenate
+from spotune.sft.fetch import fetch
 from spotune.sft.rows import OPTIONAL, check_row, columns_of, find_misfit
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -40,16 +42,21 @@ class Source:
         return InputError(self.config_path, what, key=f"{self.key}.{key}" if key else self.key, remedy=remedy)
 
 
-def load(source: Source) -> tuple[Any, str]:
+def load(source: Source, cache: Path) -> tuple[Any, str]:
     """(data set, format) of a source. Raises InputError naming file and row for what does not fit."""
     if source.url.startswith("hf://") and not source.url.startswith("hf://datasets/"):
-        dataset, files = _load_hub(source), []
+        files: dict[str, str] = {}
+        parts = [_load_hub(source)]
     else:
-        files = resolve_source(source.url, source.config_path, f"{source.key}.source")
-        dataset = _load_files(source, files)
-    if len(dataset) == 0:
+        urls = resolve_source(source.url, source.config_path, f"{source.key}.source")
+        files = {fetch(url, cache, source.config_path, f"{source.key}.source"): url for url in urls}
+        parts = [_load_group(source, builder, group, files) for builder, group in _by_builder(files).items()]
+    if not any(len(part) for part in parts):
         raise InputError(source.url, "has no rows")
-    dataset, format = _with_columns(source, dataset)
+    shaped = [_with_columns(source, part) for part in parts if len(part)]
+    dataset, format = concatenate([dataset for dataset, _ in shaped], source.config_path), shaped[0][1]
+    if any(other != format for _, other in shaped):
+        raise source.error(f"the files of {source.url} have different formats", "name one with format:")
     if limit := source.entry.get("limit"):
         dataset = dataset.select(range(min(limit, len(dataset))))
     misfit = find_misfit(dataset, format, source.text_field)
@@ -75,35 +82,29 @@ def _load_hub(source: Source) -> Any:
         raise source.error(str(error), key="source") from error
 
 
-def _load_files(source: Source, files: list[str]) -> Any:
-    from datasets import concatenate_datasets
-
+def _by_builder(files: Mapping[str, str]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
-    for file in files:
-        suffix = "." + file.split("?")[0].removesuffix(".gz").rsplit(".", 1)[-1].lower()
-        if suffix not in BUILDERS:
-            raise InputError(file, "is no data file", remedy="JSONL, JSON, CSV or Parquet, also gzipped")
-        groups.setdefault(BUILDERS[suffix], []).append(file)
-    parts = [_load_group(source, builder, group) for builder, group in groups.items()]
-    return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+    for file, url in files.items():
+        if (builder := builder_of(file)) is None:
+            raise InputError(url, "is no data file", remedy="JSONL, JSON, CSV or Parquet, also gzipped")
+        groups.setdefault(builder, []).append(file)
+    return groups
 
 
-def _load_group(source: Source, builder: str, files: list[str]) -> Any:
+def builder_of(file: str) -> str | None:
+    """The reader of ``datasets`` for a file, by its name."""
+    return BUILDERS.get("." + file.removesuffix(".gz").rsplit(".", 1)[-1].lower())
+
+
+def _load_group(source: Source, builder: str, group: list[str], files: Mapping[str, str]) -> Any:
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
-    options: dict[str, Any] = {}
-    if files[0].startswith(("gs://", "gcs://")) and os.environ.get("STORAGE_EMULATOR_HOST"):
-        options["storage_options"] = {"token": "anon"}
     try:
-        return load_dataset(builder, data_files=files, split="train", **options)
-    except FileNotFoundError as error:
-        raise source.error(f"cannot read {source.url}: {error}", key="source") from error
-    except (DatasetGenerationError, ValueError, TypeError) as error:
+        return load_dataset(builder, data_files=group, split="train")
+    except (DatasetGenerationError, ValueError, TypeError, StopIteration) as error:
         cause = error.__cause__ or error
-        if isinstance(cause, (ConnectionError, TimeoutError)):
-            raise
-        _scan(source, files, source.entry.get("format") or "")
+        _scan(source, {file: files[file] for file in group}, source.entry.get("format") or "")
         raise InputError(source.url, f"cannot be read: {cause}") from error
 
 
@@ -133,22 +134,25 @@ def _tell_format(source: Source, present: list[str]) -> str:
     raise InputError(source.url, f"its columns ({', '.join(present)}) fit no format", remedy=remedy)
 
 
-def _scan(source: Source, files: list[str], format: str) -> None:
+def _scan(source: Source, files: Mapping[str, str], format: str) -> None:
     """Reads JSON files row by row, to name the file and row of what a fast reader only says is there."""
-    for file in files:
-        if BUILDERS.get("." + file.removesuffix(".gz").rsplit(".", 1)[-1]) != "json":
-            continue
-        for number, text in _json_rows(file):
+    count = 0
+    for file, url in files.items():
+        if builder_of(file) != "json":
+            return
+        for number, text in _json_rows(file, url):
+            count += 1
             try:
                 row = json.loads(text) if isinstance(text, str) else text
             except ValueError as error:
-                raise InputError(
-                    file, f"not JSON: {error}", key=f"row {number}", remedy="one JSON object per line"
-                ) from error
+                remedy = "one JSON object per line"
+                raise InputError(url, f"not JSON: {error}", key=f"row {number}", remedy=remedy) from error
             told = format or _format_of_row(row, source)
-            fault = check_row(row, told, source.names, source.text_field) if told else None
+            fault = check_row(row, told, source.names, source.text_field)
             if fault:
-                raise InputError(file, fault, key=f"row {number}", remedy=_REMEDY[told])
+                raise InputError(url, fault, key=f"row {number}", remedy=_REMEDY.get(told, ""))
+    if count == 0:
+        raise InputError(source.url, "has no rows")
 
 
 def _format_of_row(row: Any, source: Source) -> str:
@@ -159,7 +163,7 @@ def _format_of_row(row: Any, source: Source) -> str:
     return ""
 
 
-def _json_rows(file: str) -> Iterator[tuple[int, Any]]:
+def _json_rows(file: str, url: str) -> Iterator[tuple[int, Any]]:
     """(number from 1, line or parsed row) of a JSON lines file, or of a JSON file with one list in it."""
     import fsspec
 
@@ -170,20 +174,22 @@ def _json_rows(file: str) -> Iterator[tuple[int, Any]]:
             try:
                 parsed = json.load(lines)
             except ValueError as error:
-                raise InputError(file, f"not JSON: {error}") from error
+                raise InputError(url, f"not JSON: {error}") from error
             yield from enumerate(parsed, 1)
             return
         yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
-def _place(files: list[str], row: int) -> tuple[str, int]:
+def _place(files: Mapping[str, str], row: int) -> tuple[str, int]:
     """The file, and the row in it, of a row of all files together; only the way to an error pays for this."""
-    if len(files) == 1:
-        return files[0], row
-    for file in files:
-        builder = BUILDERS["." + file.removesuffix(".gz").rsplit(".", 1)[-1].lower()]
-        count = len(_load_group(Source({"source": file}, "", "", "text"), builder, [file]))
-        if row < count:
-            return file, row
-        row -= count
+    for group in _by_builder(files).values():
+        for file in group:
+            if len(files) == 1:
+                return files[file], row
+            count = len(
+                _load_group(Source({"source": files[file]}, "", "", "text"), str(builder_of(file)), [file], files)
+            )
+            if row < count:
+                return files[file], row
+            row -= count
     raise SpotuneError(f"row {row} is beyond the files")
