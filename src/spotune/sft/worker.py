@@ -103,6 +103,9 @@ def _set_environment(job: Job, environ: Any) -> None:
     environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     if not environ.get("HF_HOME") and job.cache:
         environ.setdefault("HF_DATASETS_CACHE", job.cache)
+    if not sys.stderr.isatty():  # in a log, bars are lines without end; Trainer's own lines say how far it is
+        environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     environ.setdefault("WANDB_RUN_ID", job.run_id)  # one run of wandb across all attempts
     environ.setdefault("WANDB_RESUME", "allow")
 
@@ -110,11 +113,14 @@ def _set_environment(job: Job, environ: Any) -> None:
 def _load(this: Rank) -> Any:
     """Everything that does not need the checkpoint: imports, model, tokenized data."""
     import torch
+    import transformers
 
     from spotune.sft import arguments
     from spotune.sft.boundary import Boundary
     from spotune.sft.model import build_trainer
 
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     if this.job.threads:
         torch.set_num_threads(this.job.threads)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))

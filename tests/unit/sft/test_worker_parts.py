@@ -1,0 +1,98 @@
+"""The worker's small parts: what a fault means, what the guard asks for, when to save, which trackers."""
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spotune.contracts.errors import InputError
+from spotune.contracts.exchange import CONTROL, Job, write_json
+from spotune.sft.arguments import SaveRule, effective, save_rule, usable_trackers
+from spotune.sft.control import Control, Wish
+from spotune.sft.faults import Stopped, outcome_of
+from spotune.sft.snapshot import Extra
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's."""
+
+
+def wrapped(cause: Exception) -> Exception:
+    error = OSError("cannot load")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "how"),
+    [
+        (InputError("c.yaml", "no"), "bad_input"),
+        (Stopped(3), "stopped"),
+        (ValueError("a bug"), "failed"),
+        (OutOfMemoryError("CUDA out of memory. Tried to allocate"), "failed"),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), "retry"),
+        (RuntimeError("NCCL error: unhandled system error"), "retry"),
+        (OSError(errno.ENOSPC, "No space left on device"), "retry"),
+        (FileNotFoundError(errno.ENOENT, "no file"), "failed"),
+        (ConnectionResetError("reset"), "retry"),
+        (wrapped(ConnectionError("no route")), "retry"),
+        (SystemExit(3), "failed"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_what_a_fault_means(error: BaseException, how: str) -> None:
+    outcome = outcome_of(error, 3)
+    assert outcome.how == how
+    assert "\n" not in outcome.message
+
+
+def test_a_save_is_asked_for_once_per_count(tmp_path: Path) -> None:
+    control = Control(tmp_path)
+    assert control.look() == Wish()
+    write_json(tmp_path / CONTROL, {"stop": False, "save": 1})
+    assert control.look() == Wish(save=True)
+    control.answered()
+    assert control.look() == Wish()
+    write_json(tmp_path / CONTROL, {"stop": True, "save": 3})
+    assert control.look() == Wish(stop=True, save=True)
+
+
+def job(config: dict[str, Any], **settings: Any) -> Job:
+    return Job("r", 1, config, "c.yaml", "cache", **settings)
+
+
+@pytest.mark.parametrize(
+    ("given", "rule"),
+    [
+        (job({}), SaveRule(seconds=300.0)),
+        (job({"save_steps": 5}), SaveRule(as_config=True)),
+        (job({"save_strategy": "epoch"}), SaveRule(as_config=True)),
+        (job({"save_steps": 5}, save_steps=7), SaveRule(steps=7)),
+        (job({}, save_seconds=9.0), SaveRule(seconds=9.0)),
+    ],
+)
+def test_when_to_save(given: Job, rule: SaveRule) -> None:
+    assert save_rule(given) == rule
+
+
+def test_what_is_the_guards_is_taken_out(tmp_path: Path) -> None:
+    config = effective(
+        job({"data": [], "data_limit": 3, "num_processes": 2, "push_to_hub": True, "env": None}), tmp_path
+    )
+    assert not {"data", "data_limit", "num_processes", "env"} & set(config)
+    assert (config["output_dir"], config["push_to_hub"]) == (str(tmp_path / "trainer"), False)
+    assert effective(job({"disable_tqdm": False}), tmp_path)["disable_tqdm"] is False
+
+
+def test_trackers_that_cannot_work_are_left_out() -> None:
+    assert usable_trackers(["wandb", "comet_ml"], {}) == []
+    assert usable_trackers(["wandb"], {"WANDB_API_KEY": "k"}) == ["wandb"]
+    assert usable_trackers(["wandb"], {"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}) == []
+
+
+def test_a_ranks_state_survives(tmp_path: Path) -> None:
+    extra = Extra(tokens=7, loss_sum=0.1, metrics={"entropy": [1 / 3]})
+    extra.write(tmp_path, 0)
+    assert Extra.read(tmp_path, 0, 1, 7) == extra
+    assert Extra.read(tmp_path, 1, 2, 7) == Extra(tokens=7)  # made by one rank, resumed by two
