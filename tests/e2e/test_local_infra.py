@@ -343,3 +343,14 @@ def test_a_mark_that_cannot_be_read_is_said_and_not_guessed(bench: Bench) -> Non
     bench.until(lambda: "waiting for its bucket" in bench.job("run-a").reason)
     bench.store.delete([Keys("run-a").failed])
     assert bench.end("run-a").state == "FAILED"
+
+
+def test_a_verb_called_by_a_job_does_not_die_with_it(bench: Bench, home: Path) -> None:
+    """Its supervisor is nobody's part: it outlives the machine that it was started from."""
+    bench.submit("run-a", f"echo up; {DEAF}")
+    bench.says("run-a", "up")
+    marker = local(bench)._queue.attempts("run-a")[0].marker
+    stop_supervisor(bench)
+    bench.infra = LocalInfra(home, {**os.environ, "SPOTUNE_MACHINE": marker})
+    bench.infra.cancel("run-a")
+    assert bench.job("run-a").state == "CANCELLED"

@@ -1,5 +1,7 @@
 """``spotune queue``."""
 
+import sys
+
 import click
 
 from spotune.cli.options import format_option, open_workspace
@@ -24,4 +26,5 @@ def queue(everything: bool, output: str) -> None:
     if output == "json":
         print_json([as_row(run) for run in runs])
     else:
-        click.echo(queue_text(runs, time.time()) if runs else "No runs. Start one: spotune train CONFIG")
+        width = 40 if sys.stdout.isatty() else None
+        click.echo(queue_text(runs, time.time(), width) if runs else "No runs. Start one: spotune train CONFIG")

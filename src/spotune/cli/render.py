@@ -46,8 +46,8 @@ def plan_text(plan: "Plan") -> str:
     return f"{text}\n\n{table(['INFRA', 'INSTANCE', 'ACCELERATORS', 'KIND', '$/HOUR', 'CHOSEN'], offers)}"
 
 
-def queue_text(runs: "Sequence[JobStatus]", now: float) -> str:
-    """The queue for people."""
+def queue_text(runs: "Sequence[JobStatus]", now: float, reason_width: int | None = None) -> str:
+    """The queue for people; reasons are cut to a width where lines would wrap."""
     header = ["RUN", "STATE", "PRIO", "SUBMITTED", "RUNS FOR", "ATTEMPT", "STEP", "INFRA", "USER", "REASON"]
     rows = [
         [
@@ -60,11 +60,15 @@ def queue_text(runs: "Sequence[JobStatus]", now: float) -> str:
             progress(run),
             run.infra,
             run.user,
-            run.reason,
+            shorten(run.reason, reason_width),
         ]
         for run in runs
     ]
     return table(header, rows)
+
+
+def shorten(text: str, width: int | None) -> str:
+    return text if width is None or len(text) <= width else f"{text[: width - 1]}…"
 
 
 def progress(run: "JobStatus") -> str:

@@ -10,7 +10,8 @@ import pytest
 
 from spotune.cli import VERBS
 from spotune.cli.follow import exit_code_of, settled
-from spotune.cli.render import duration, table
+from spotune.cli.live import live_view
+from spotune.cli.render import duration, shorten, table
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Certificate, Mark, RunRecord
 from spotune.launch.infra import JobStatus
@@ -289,7 +290,16 @@ def test_exit_codes(state: str, engine_code: int | None, code: int) -> None:
     assert as_row(status)["state"] == state
 
 
+def test_the_live_line_takes_any_log_line_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with live_view("run-a") as (say, show):
+        say("a line with [brackets] and [/] in it")
+        show(JobStatus("run-a", "RUNNING", 0, "ada", "local", 1.0, step=3, max_steps=9, loss=1.5))
+        show(JobStatus("run-a", "RECOVERING", 0, "ada", "local", 1.0))
+    assert "a line with [brackets] and [/] in it" in capsys.readouterr().out
+
+
 def test_words() -> None:
+    assert shorten("abcdef", 4) == "abc…"
     assert [duration(s) for s in (0, 59, 60, 723, 18_120, 273_600)] == ["0s", "59s", "1m", "12m 3s", "5h 2m", "3d 4h"]
     assert table(["A", "B"], [["long", "x"]]) == "A     B\nlong  x"
     assert settled("a\rb\r") == "b"

@@ -4,10 +4,11 @@ import fcntl
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from spotune.launch.local.layout import Layout
+from spotune.launch.local.processes import MARKER
 
 # Put in the background by a shell, so that it is nobody's child: no zombie is left in a verb that lives long.
 _BACKGROUND = 'exec </dev/null >>"$0" 2>&1; "$@" &'
@@ -53,9 +54,11 @@ def is_running(layout: Layout) -> bool:
     return False
 
 
-def start(layout: Layout) -> None:
+def start(layout: Layout, environ: Mapping[str, str]) -> None:
     """Starts a supervisor; one too many leaves at once. Call it after the queue was written: an idle one that is
     about to leave looks at the queue again once it has let go of the lock."""
     command = [sys.executable, "-P", "-m", "spotune.launch.local.supervisor", str(layout.home)]
     shell = ["sh", "-c", _BACKGROUND, str(layout.supervisor_log), *command]
-    subprocess.run(shell, cwd=layout.root, start_new_session=True, check=True)
+    # A verb that is called by a job must not make the supervisor a part of that job's machine.
+    own = {name: value for name, value in environ.items() if name != MARKER}
+    subprocess.run(shell, cwd=layout.root, env=own, start_new_session=True, check=True)

@@ -138,9 +138,11 @@ class LocalInfra:
     def _guard_status(self, job: Job) -> dict[str, Any]:
         """What the guard said last; that of the machine before while a new one has not said anything."""
         seen: dict[str, Any] = {}
-        for attempt in range(max(1, job.attempt - 2), job.attempt + 1):
+        for attempt in range(job.attempt, 0, -1):
             status = self.layout.attempt(job.run_id, attempt).read_status()
-            seen |= {name: value for name, value in status.items() if value or name == "step"}
+            seen = {name: value for name, value in status.items() if value} | seen
+            if "step" in seen and "max_steps" in seen:
+                break
         return seen
 
     def logs(self, run_id: str, follow: bool) -> Iterator[str]:
@@ -179,7 +181,7 @@ class LocalInfra:
     def _wake(self) -> None:
         """Sees to it that a supervisor runs; one that was started a moment ago is given time to say so."""
         if self._clock() - self._woken_at > START_S and not daemon.is_running(self.layout):
-            daemon.start(self.layout)
+            daemon.start(self.layout, self._environ)
             self._woken_at = self._clock()
 
     def supervisor_pid(self) -> int | None:
