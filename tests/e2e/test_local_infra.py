@@ -6,7 +6,6 @@ import signal
 import stat
 import time
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +140,6 @@ def test_a_killed_program_is_recovered_without_limit_but_slower_and_slower(bench
     bench.submit("run-a", "echo started; kill -9 $$")
     bench.says("run-a", "started", times=3)  # at once, then after 1 s
     rows = bench.infra.history("run-a")
-    assert rows[1].started_at - (rows[0].ended_at or 0) < 1
     assert rows[2].started_at - (rows[1].ended_at or 0) >= 1
     assert rows[0].exit_code == 137
     assert bench.job("run-a").state in ("RUNNING", "RECOVERING")
@@ -155,8 +153,9 @@ def test_progress_resets_the_slowing_down(bench: Bench) -> None:
         commit(bench, "run-a", step + 1)
         Path(bench.workdir, f"go{step}").touch()
     bench.says("run-a", "started", times=4)
-    rows = bench.infra.history("run-a")
-    assert all(after.started_at - (before.ended_at or 0) < 1 for before, after in pairwise(rows))
+    job = local(bench)._queue.job("run-a")
+    assert job
+    assert job.faults == 1
 
 
 def test_what_a_run_leaves_behind_is_killed_with_its_machine(bench: Bench) -> None:
