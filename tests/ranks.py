@@ -11,8 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +22,9 @@ DEADLINE_S = 90.0
 class Nursery:
     """Starts ranks and TRL's own script as forks of one process."""
 
-    def __init__(self) -> None:
+    def __init__(self, home: Path) -> None:
         environ = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "1"}
-        environ |= {"PYTHONPATH": str(Path(__file__).parent)}
+        environ |= {"HF_HOME": str(home), "HF_DATASETS_CACHE": str(home / "datasets")}  # read when imported, for all
         self._process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ
         )
@@ -114,15 +112,6 @@ def weights(folder: Path) -> dict[str, bytes]:
     (file,) = (folder / OUTPUT).glob("*.safetensors")
     with safe_open(file, "pt") as tensors:
         return {name: tensors.get_tensor(name).numpy().tobytes() for name in tensors.keys()}  # noqa: SIM118
-
-
-@contextmanager
-def nursery() -> Iterator[Nursery]:
-    made = Nursery()
-    try:
-        yield made
-    finally:
-        made.close()
 
 
 def _child(order: dict[str, Any]) -> None:

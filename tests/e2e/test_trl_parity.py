@@ -1,7 +1,6 @@
 """A config in the style of TRL's documentation gives the losses that ``trl sft --config`` gives, digit for digit."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 import yaml
 
 from tests import tiny
-from tests.ranks import Nursery, make_folder, nursery, wait_for
+from tests.ranks import Nursery, make_folder, wait_for
 from tests.ranks import log_text as printed
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -29,12 +28,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "completion only": {"format": "prompt_completion", "completion_only_loss": True, "logging_nan_inf_filter": False},
     "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
 }
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Nursery]:
-    with nursery() as made:
-        yield made
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +56,7 @@ def test_same_losses(ranks: Nursery, model: Path, tmp_path: Path, name: str) -> 
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     (theirs / "config.yaml").write_text(yaml.safe_dump({**config, "output_dir": str(theirs / "out")}))
-    ranks.start(theirs, kind="trl", HF_DATASETS_CACHE=str(tmp_path / "cache"))
+    ranks.start(theirs, kind="trl")
     wait_for(theirs / "done", theirs)
     assert ranks.run(ours)[0]["how"] == "completed"
     expected = losses(printed(theirs))

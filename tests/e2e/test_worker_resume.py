@@ -1,7 +1,6 @@
 """Kill a rank anywhere and resume from what was staged: the end is the same, bit for bit."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,11 @@ from tests.ranks import (
     free_port,
     kill,
     make_folder,
-    nursery,
     rank_environment,
     restore,
     wait_for,
     weights,
 )
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Nursery]:
-    with nursery() as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,14 @@ IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGURG)
 
 
 def ignore_signals() -> None:
-    """Only the guard decides what a signal means. Children (DataLoader workers, tokenizer pools) inherit this."""
+    """Only the guard decides what a signal means; for this process and all that it starts.
+
+    Ignoring is not enough: torch has DataLoader workers install a handler that ends them on SIGTERM. What is
+    blocked is never delivered, and children inherit that, whatever they install.
+    """
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
 
 
 def die_with_parent(period_s: float = 1.0) -> None:

@@ -8,9 +8,8 @@ there once more: a checkpoint taken before that could not say that it still has 
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from trl import SFTTrainer
 
 from spotune.sft.boundary import Boundary, EvaluationInterrupted
 from spotune.sft.faults import Stopped
-from spotune.sft.lifeline import ignore_signals
 from spotune.sft.snapshot import Extra
 
 
@@ -35,12 +33,6 @@ class SpotTrainer(SFTTrainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         return super().get_batch_samples(self.boundary.timed(epoch_iterator), num_batches, device)
-
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        loader = super()._get_dataloader(*args, **kwargs)
-        for holder in {id(one): one for one in (loader, getattr(loader, "base_dataloader", loader))}.values():
-            holder.worker_init_fn = partial(_begin_worker, holder.worker_init_fn)
-        return loader
 
     def _run_epoch(self, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # resumed at the end: Trainer would train one step more
@@ -106,13 +98,6 @@ class SpotTrainer(SFTTrainer):
         self.control.should_save = False  # the step that it belongs to is the checkpoint that was restored
         if self.state.best_global_step == self.state.global_step and self.boundary.resumed_from:
             self.state.best_model_checkpoint = str(self.boundary.resumed_from)
-
-
-def _begin_worker(before: Callable[[int], None] | None, worker: int) -> None:
-    """torch has a DataLoader's worker end on SIGTERM; here it stays, as its rank does."""
-    ignore_signals()
-    if before is not None:
-        before(worker)
 
 
 @contextmanager
