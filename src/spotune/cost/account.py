@@ -1,0 +1,119 @@
+"""What became of one machine: its interval divided, its price, and why it ended."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from spotune.contracts import exits
+from spotune.contracts.events import EndReason
+from spotune.contracts.keys import commit_of
+from spotune.contracts.records import AttemptRecord, PriceRow
+from spotune.cost.eventlog import Event, clean, step_of
+from spotune.cost.evidence import Evidence
+from spotune.cost.join import Machine
+from spotune.cost.money import Place, cost_usd, price_of
+from spotune.cost.phases import Segment, Span, Step, divide
+from spotune.launch.infra import PaidInterval
+
+_REASONS: dict[Any, EndReason] = {
+    "completed": "completed", "preempted": "preempted", "failed": "failed",
+    "cancelled": "cancelled", "paused": "paused", "lost": "lost",
+}  # fmt: skip
+_OF_EXIT_CODE: dict[int | None, EndReason] = {exits.PREEMPTED: "preempted", exits.PAUSED: "paused", None: "lost"}
+
+
+@dataclass(frozen=True)
+class Account:
+    """A machine's share of the report.
+
+    Attributes:
+        steps: those that its events tell of.
+        committed: the steps of which it left a checkpoint, also those known only from who restored it.
+        end_reason: None while it runs.
+    """
+
+    machine: Machine
+    span: Span
+    place: Place
+    price: PriceRow | None
+    nodes: int
+    events: Sequence[Event]
+    segments: Sequence[Segment]
+    steps: Sequence[Step]
+    committed: Sequence[int]
+    end_reason: EndReason | None
+
+    @property
+    def paid_s(self) -> float:
+        return self.span.ended_at - self.span.started_at
+
+    @property
+    def cost_usd(self) -> float | None:
+        return cost_usd(self.paid_s, self.nodes, self.price)
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether nothing follows until somebody resumes the run."""
+        code = next((event.get("exit_code") for event in self.events if event["event"] == "end"), None)
+        code = code if code is not None or not self.machine.interval else self.machine.interval.exit_code
+        is_final = self.end_reason == "failed" and code != exits.PREEMPTED
+        return is_final or self.end_reason in ("cancelled", "paused", "completed")
+
+
+def account_of(machine: Machine, events: Sequence[Event], evidence: Evidence, done_before: int, now: float) -> Account:
+    """Everything about one machine, from its row, its claim and what it wrote."""
+    marks = clean(events)
+    row, record = machine.interval, machine.record
+    span = _span_of_row(row, now) if row else _span_of_events(record, marks)
+    place, nodes = _place(row, record)
+    price = price_of(place, evidence.run.price_rows())
+    segments, steps = divide(span, record.claimed_at if record else None, marks, done_before)
+    certificate = evidence.certificate
+    is_certified = bool(certificate and record and certificate.attempt == record.attempt)
+    reason: EndReason | None = "completed" if is_certified else _end_reason(row, marks)
+    committed = _committed(record.attempt, evidence) if record else []
+    return Account(machine, span, place, price, nodes, marks, segments, steps, committed, reason)
+
+
+def _committed(attempt: int, evidence: Evidence) -> list[int]:
+    """Old commits are deleted, and a lost machine's last events too; what another attempt started from remains."""
+    steps = {commit.step for commit in evidence.commits if commit.attempt == attempt}
+    steps |= {step_of(event) for event in evidence.events.get(attempt, ()) if event.get("event") == "commit"}
+    for events in evidence.events.values():
+        keys = (str(event.get("commit")) for event in events if event.get("event") == "restored")
+        steps |= {found[1] for key in keys if (found := commit_of(key)) and found[0] == attempt}
+    return sorted(steps - {0})
+
+
+def _span_of_row(row: PaidInterval, now: float) -> Span:
+    ended_at = now if row.ended_at is None else row.ended_at
+    return Span(row.started_at, max(row.started_at, ended_at), row.setup_s, is_open=row.ended_at is None)
+
+
+def _span_of_events(record: AttemptRecord | None, marks: Sequence[Event]) -> Span:
+    """By the machine's own clock: from its claim to its last word."""
+    assert record
+    started_at = min([record.claimed_at, *(mark["t"] for mark in marks[:1])])
+    return Span(started_at, max([started_at, *(mark["t"] for mark in marks[-1:])]))
+
+
+def _place(row: PaidInterval | None, record: AttemptRecord | None) -> tuple[Place, int]:
+    if row:
+        where = Place(row.infra, row.region, row.zone, row.instance_type, row.accelerators, row.use_spot)
+        return where, max(1, row.nodes)
+    assert record
+    return Place(record.infra, record.region, record.zone), max(1, record.num_nodes)
+
+
+def _end_reason(row: PaidInterval | None, marks: Sequence[Event]) -> EndReason | None:
+    """The machine's own word, but a cancelled run says what the user did; else the engine's; None while it runs."""
+    said = next((str(mark.get("reason")) for mark in marks if mark["event"] == "end"), "")
+    if row and row.end_reason == "cancelled":
+        return "cancelled"
+    if said in _REASONS:
+        return _REASONS[said]
+    if row is None:
+        return "lost"
+    if row.ended_at is None:
+        return None
+    return _REASONS.get(row.end_reason) or _OF_EXIT_CODE.get(row.exit_code, "failed")

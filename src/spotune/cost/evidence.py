@@ -1,0 +1,28 @@
+"""All that is known of a run, before anything is made of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from spotune.contracts.records import AttemptRecord, Certificate, Commit, RunRecord
+from spotune.cost.bills import MachineBill
+from spotune.cost.eventlog import Event
+from spotune.launch.infra import PaidInterval
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the bucket and the engine hold on one run.
+
+    Attributes:
+        intervals: the engine's rows; empty where its history is not to be had.
+        events: by attempt, as read.
+        certificate: there when the run is certified.
+    """
+
+    run: RunRecord
+    intervals: Sequence[PaidInterval] = ()
+    attempts: Sequence[AttemptRecord] = ()
+    events: Mapping[int, Sequence[Event]] = field(default_factory=dict)
+    commits: Sequence[Commit] = ()
+    certificate: Certificate | None = None
+    bills: Sequence[MachineBill] = ()

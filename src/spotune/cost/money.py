@@ -1,0 +1,66 @@
+"""Prices as they were frozen at submission. Nothing is looked up when a report is read."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from spotune.contracts.records import PriceRow
+
+HOUR_S = 3600.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a machine was and what it was; ``use_spot`` None: not known (the engine's row is missing)."""
+
+    infra: str
+    region: str = ""
+    zone: str = ""
+    instance_type: str = ""
+    accelerators: str = ""
+    use_spot: bool | None = None
+
+
+def price_of(place: Place, rows: Sequence[PriceRow]) -> PriceRow | None:
+    """The frozen row of where a machine was, the most specific one; None when none was frozen for it.
+
+    Where it is not known whether it was a spot machine, the dearer row is taken: a cost is not understated.
+    """
+    fits = [row for row in rows if _fits(row, place)]
+    return max(fits, key=lambda row: (_precision(row, place), row.price_usd_per_hour), default=None)
+
+
+def on_demand_price(accelerators: Iterable[str], rows: Sequence[PriceRow]) -> PriceRow | None:
+    """The cheapest on-demand row with the accelerators that ran."""
+    wanted = set(accelerators)
+    fits = [row for row in rows if not row.use_spot and row.accelerators in wanted]
+    return min(fits, key=lambda row: row.price_usd_per_hour, default=None)
+
+
+def cost_usd(seconds: float, nodes: int, price: PriceRow | None) -> float | None:
+    """Seconds x nodes at the price of one node; None when there is no price."""
+    return None if price is None else seconds / HOUR_S * nodes * price.price_usd_per_hour
+
+
+def _fits(row: PriceRow, place: Place) -> bool:
+    return (
+        _backend(row.infra) == _backend(place.infra)
+        and place.use_spot in (None, row.use_spot)
+        and all(
+            given in ("", "*") or known in ("", given)
+            for given, known in (
+                (row.region, place.region),
+                (row.zone, place.zone),
+                (row.instance_type, place.instance_type),
+                (row.accelerators, place.accelerators),
+            )
+        )
+    )
+
+
+def _precision(row: PriceRow, place: Place) -> int:
+    pairs = ((row.region, place.region), (row.zone, place.zone), (row.instance_type, place.instance_type))
+    return sum(given == known for given, known in (*pairs, (row.accelerators, place.accelerators)))
+
+
+def _backend(infra: str) -> str:
+    return infra.lower().split("/", 1)[0]

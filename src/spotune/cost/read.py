@@ -1,0 +1,69 @@
+"""Reads what the bucket holds on a run; the parts side by side, since each may be a request."""
+
+import json
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from spotune.contracts.errors import InputError
+from spotune.contracts.keys import Keys
+from spotune.contracts.records import AttemptRecord, Certificate, Commit, Record, RunRecord
+from spotune.contracts.store import Store
+from spotune.cost.bills import MachineBill
+from spotune.cost.eventlog import Event, parse_lines
+from spotune.cost.evidence import Evidence
+from spotune.launch.infra import PaidInterval
+
+THREADS = 16
+_FILE = re.compile(r"/attempts/(\d{4,})/(attempt|bill|events-0-(\d+))\.jsonl?$")
+Kind = TypeVar("Kind", bound=Record)
+
+
+def read_evidence(store: Store, run_id: str, intervals: Sequence[PaidInterval] = ()) -> Evidence:
+    """All that is known of a run. Raises InputError when the bucket has no such run, StoreError when it fails.
+
+    A record of an attempt that cannot be read is left out, as if it had never been written.
+    """
+    keys = Keys(run_id)
+    run = store.read(keys.run)
+    if run is None:
+        raise InputError(run_id, f"no such run in {store.url}")
+    names = [key for key in store.keys(keys.attempts) if _FILE.search(key)]
+    commits = [key for key in store.keys(keys.commits) if key.endswith(".json")]
+    wanted = [*names, *commits, keys.completed]
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = dict(zip(wanted, pool.map(store.read, wanted), strict=True))
+    certificate = found[keys.completed]
+    return Evidence(
+        run=RunRecord.from_bytes(run, keys.run),
+        intervals=intervals,
+        attempts=_records(AttemptRecord, [found[key] for key in names if key.endswith("/attempt.json")]),
+        events=_events(names, found),
+        commits=_records(Commit, [found[key] for key in commits]),
+        certificate=next(iter(_records(Certificate, [certificate])), None),
+        bills=_records(MachineBill, [found[key] for key in names if key.endswith("/bill.json")]),
+    )
+
+
+def _events(names: Sequence[str], found: dict[str, bytes | None]) -> dict[int, list[Event]]:
+    """By attempt, its parts in order. Rank 0 speaks for the attempt."""
+    parts = []
+    for key in names:
+        match = _FILE.search(key)
+        if match and match[3] is not None:
+            parts.append((int(match[1]), int(match[3]), found[key] or b""))
+    events: dict[int, list[Event]] = {}
+    for attempt, _, data in sorted(parts):
+        events.setdefault(attempt, []).extend(parse_lines(data))
+    return events
+
+
+def _records(kind: type[Kind], found: Sequence[bytes | None]) -> list[Kind]:
+    records: list[Kind] = []
+    for data in found:
+        try:
+            records.append(kind.from_dict(json.loads(data or b"null")))
+        except (ValueError, TypeError, AttributeError):
+            continue
+    return records

@@ -1,0 +1,165 @@
+"""The report: what the bucket and the engine hold on one run -> the JSON of the contract. Pure.
+
+How the figures are made:
+
+paid_s          wall seconds of the paid intervals (an open one up to now); nodes multiply dollars, not seconds
+cost_usd        sum over intervals of hours x nodes x the frozen price of one node where it landed
+goodput         useful_s / paid_s
+on_demand_usd   the same useful work, undisturbed, at the cheapest frozen on-demand row with the accelerators that
+                ran, x nodes: useful_steps x the mean time of a step (useful + data_wait, first times only), eval
+                and save_stall (first times only), one provision + setup + load (those of the first machine that
+                trained), one teardown (that of the last)
+saved_usd       on_demand_usd - cost_usd
+useful_steps    distinct steps known to be completed; replayed_steps: completions of a step that an earlier
+                attempt had completed already
+unreconciled_s  the part of paid_s that is by the machine's own clock, the engine's row being lost
+
+A figure that cannot be known is null: cost without a frozen price, goodput of nothing paid, GPU use without a GPU.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from spotune.contracts.records import SCHEMA_VERSION, RunRecord
+from spotune.cost.account import Account
+from spotune.cost.eventlog import number, step_of
+from spotune.cost.evidence import Evidence
+from spotune.cost.ledger import build_accounts
+from spotune.cost.money import HOUR_S, on_demand_price
+from spotune.cost.phases import PAID_PHASES, total
+from spotune.cost.thin import rounded, spread, strip
+from spotune.launch.infra import ACTIVE, State
+
+_MAX_POINTS = 400
+
+
+def build_report(evidence: Evidence, state: State, now: float) -> dict[str, Any]:
+    """The report as ``cost RUN --format json`` prints it, and what its page draws."""
+    accounts = build_accounts(evidence, now)
+    run = evidence.run
+    is_over = state not in ACTIVE
+    phases = _phases(run, accounts, state, now)
+    paid_s = sum(account.paid_s for account in accounts)
+    costs = [account.cost_usd for account in accounts if account.cost_usd is not None]
+    cost_usd = sum(costs) if costs or not accounts else None
+    done = _steps_done(evidence, accounts)
+    on_demand = _on_demand(run, accounts, done)
+    report = {
+        "schema_version": SCHEMA_VERSION,
+        "run_id": run.run_id,
+        "state": state,
+        "user": run.user,
+        "team": run.team,
+        "kind": run.kind,
+        "config": run.config_path,
+        "submitted_at": run.created_at,
+        "started_at": accounts[0].span.started_at if accounts else None,
+        "ended_at": max(account.span.ended_at for account in accounts) if accounts and is_over else None,
+        "attempts": [_attempt_row(account) for account in accounts],
+        "phases": phases,
+        "paid_s": paid_s,
+        "cost_usd": cost_usd,
+        "on_demand_usd": on_demand.get("usd"),
+        "saved_usd": None if cost_usd is None or not on_demand else on_demand["usd"] - cost_usd,
+        "on_demand": on_demand or None,
+        "goodput": phases["useful_s"] / paid_s if paid_s > 0 else None,
+        "useful_steps": done,
+        "replayed_steps": sum(step.again for account in accounts for step in account.steps),
+        "tokens": _tokens(evidence),
+        "gpu_utilization": None,
+        "unreconciled_s": sum(account.paid_s for account in accounts if account.machine.interval is None),
+        "unpriced_s": sum(account.paid_s for account in accounts if account.price is None),
+        "reported_at": now,
+    }
+    return {name: rounded(value) for name, value in report.items()}
+
+
+def _attempt_row(account: Account) -> dict[str, Any]:
+    row, record, place = account.machine.interval, account.machine.record, account.place
+    attempt = record.attempt if record else None
+    points = [
+        [step_of(event), event["loss"]]
+        for event in account.events
+        if event["event"] == "log" and step_of(event) and number(event.get("loss")) is not None
+    ]
+    return {
+        "attempt": attempt,
+        "infra": place.infra,
+        "region": place.region,
+        "zone": place.zone,
+        "instance_type": place.instance_type,
+        "accelerators": place.accelerators,
+        "nodes": account.nodes,
+        "use_spot": place.use_spot,
+        "price_usd_per_hour": account.price.price_usd_per_hour if account.price else None,
+        "price_source": account.price.source if account.price else "no price was frozen for this machine",
+        "started_at": account.span.started_at,
+        "ended_at": None if account.span.is_open else account.span.ended_at,
+        "paid_s": account.paid_s,
+        "cost_usd": account.cost_usd,
+        "end_reason": account.end_reason,
+        "first_step": account.steps[0].step if account.steps else None,
+        "last_step": max([*account.committed, *(step.step for step in account.steps)], default=None),
+        "reconciled": row is not None,
+        "phases": {f"{phase}_s": seconds for phase, seconds in total(account.segments).items()},
+        "commits": list(account.committed),
+        "losses": spread(points, _MAX_POINTS),
+        "timeline": strip(account.segments, account.span.started_at, _MAX_POINTS),
+    }
+
+
+def _phases(run: RunRecord, accounts: Sequence[Account], state: State, now: float) -> dict[str, float]:
+    sums = total([segment for account in accounts for segment in account.segments])
+    return {"queue_s": _queue_s(run, accounts, state, now)} | {f"{phase}_s": sums[phase] for phase in PAID_PHASES}
+
+
+def _queue_s(run: RunRecord, accounts: Sequence[Account], state: State, now: float) -> float:
+    """Waiting for a machine, unpaid. A run that stands still until somebody resumes it does not wait for one."""
+    waited, free_at, is_waiting = 0.0, run.created_at, True
+    for account in accounts:
+        if is_waiting:
+            waited += max(0.0, account.span.started_at - free_at)
+        free_at = max(free_at, account.span.ended_at)
+        is_waiting = not account.stands_still
+    if is_waiting and state in ACTIVE and not (accounts and accounts[-1].span.is_open):
+        waited += max(0.0, now - free_at)
+    return waited
+
+
+def _on_demand(run: RunRecord, accounts: Sequence[Account], done: int) -> dict[str, Any]:
+    """The counterfactual: seconds, price and dollars; empty where no price says what it would have cost."""
+    price = on_demand_price({account.place.accelerators for account in accounts}, run.price_rows())
+    if price is None or not accounts:
+        return {}
+    fresh = total([one for account in accounts for one in account.segments if not one.again])
+    steps = sum(not step.again for account in accounts for step in account.steps)
+    # Steps that are known to be done, though the events that would time them are lost, take what the others took.
+    seconds = (fresh["useful"] + fresh["data_wait"]) * (done / steps if steps else 0.0)
+    seconds += fresh["eval"] + fresh["save_stall"]
+    if first := next((account for account in accounts if account.steps), None):
+        once = total(first.segments)
+        seconds += once["provision"] + once["setup"] + once["load"] + total(accounts[-1].segments)["teardown"]
+    nodes = max(account.nodes for account in accounts)
+    usd = seconds / HOUR_S * nodes * price.price_usd_per_hour
+    return {"usd": usd, "seconds": seconds, "nodes": nodes, "price_usd_per_hour": price.price_usd_per_hour,
+            "instance_type": price.instance_type, "infra": price.infra}  # fmt: skip
+
+
+def _steps_done(evidence: Evidence, accounts: Sequence[Account]) -> int:
+    """Distinct steps completed. Steps begin at 1: a commit of step n speaks for all n, also where events are lost."""
+    committed = max((step for account in accounts for step in account.committed), default=0)
+    if evidence.certificate:
+        committed = max(committed, evidence.certificate.step)
+    seen = {step.step for account in accounts for step in account.steps}
+    return committed + sum(step > committed for step in seen)
+
+
+def _tokens(evidence: Evidence) -> int:
+    """Tokens trained up to the certified step, else up to the newest commit, else as the events say."""
+    commits = sorted(evidence.commits, key=lambda commit: (commit.attempt, commit.step))
+    if certificate := evidence.certificate:
+        commits = [commit for commit in commits if commit.step == certificate.step] or commits
+    if commits:
+        return commits[-1].tokens
+    counts = [number(event.get("tokens")) for events in evidence.events.values() for event in events]
+    return int(max((count for count in counts if count is not None), default=0))
