@@ -78,8 +78,11 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
     task_path, task = load_task(workspace.cwd)
     task = fill_in(task, _environment(wish, workspace, run_id), wish.resources, run_id)
     demand = _check_demand(demand_of(task, task_path), wish, task_path)
+    gpus = find_gpus(workspace.environ)
+    if wish.resources.gpus and not gpus:
+        raise InputError("--gpus", f"{wish.resources.gpus} on a machine without a GPU", remedy="leave it out")
     now = clock()
-    offers = local_prices(workspace.settings, find_gpus(workspace.environ), demand, now)
+    offers = local_prices(workspace.settings, gpus, demand, now)
     code = read_code(workspace.cwd)
     record = RunRecord(
         run_id=run_id,

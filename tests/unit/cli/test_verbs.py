@@ -15,6 +15,7 @@ from spotune.cli.render import duration, shorten, table
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Certificate, Mark, RunRecord
 from spotune.launch.infra import JobStatus
+from spotune.launch.local.gpus import Gpu
 from spotune.launch.status import as_row
 from tests.unit.project import Project
 
@@ -50,7 +51,7 @@ def test_train_d_prints_the_run_id_alone(project: Project) -> None:
     assert record.config["max_steps"] == 9  # profile prod
     assert "profiles" not in record.config
     assert (record.user, record.kind, record.infra) == ("ada", "prod", "local")
-    assert {(row.use_spot, row.price_usd_per_hour) for row in record.price_rows()} == {(True, 0.04), (False, 0.1)}
+    assert {(row.use_spot, row.price_usd_per_hour) for row in record.price_rows()} == {(True, 0.04), (False, 0.096)}
 
 
 def test_train_as_json_implies_d_and_y(project: Project) -> None:
@@ -62,6 +63,7 @@ def test_train_as_json_implies_d_and_y(project: Project) -> None:
 
 def test_train_passes_everything_on(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKEN", "s3cret")
+    monkeypatch.setattr("spotune.launch.plan.find_gpus", lambda environ: [Gpu("0", "L4"), Gpu("1", "L4")])
     project.write("plan.jsonl", '{"after_s": 20}\n\n{"at_step": 40, "notice_s": 30}\n')
     options = "--priority 7 --no-use-spot --gpus L4:2 --env A=b=c --secret TOKEN --save-every 5m --set max_steps=3"
     project.submit("run-a", *options.split(), "--preemptions", "plan.jsonl")
