@@ -1,6 +1,7 @@
 """Kill a rank anywhere and resume from what was staged: the end is the same, bit for bit."""
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +92,19 @@ def stop(folder: Path, save: int = 0) -> None:
     write_json(folder / CONTROL, {"stop": True, "save": save})
 
 
+def wait_for_text(folder: Path, text: str) -> None:
+    """Returns when an event with this text was written."""
+    log = folder / "events-0.jsonl"
+    while not log.exists() or text not in log.read_text():
+        assert not outcome_path(folder, 0).exists(), "too late"
+        time.sleep(0.002)
+
+
 def stop_and_resume(ranks: Nursery, config: dict[str, Any], place: Path, after: str, **job: Any) -> tuple[Path, Path]:
     """Stops a run when an event of this kind is seen, resumes it elsewhere; returns both folders."""
     stopped = make_folder(place / "stopped", config, **job)
     ranks.start(stopped)
-    log = stopped / "events-0.jsonl"
-    while not log.exists() or after not in log.read_text():
-        assert not outcome_path(stopped, 0).exists(), "too late"
+    wait_for_text(stopped, after)
     stop(stopped)
     outcome = wait_for(outcome_path(stopped, 0), stopped)
     assert outcome["how"] == "stopped", outcome
@@ -148,7 +155,7 @@ def test_resumed_at_its_last_step(ranks: Nursery, base: dict[str, Any], tmp_path
 
 
 def test_two_ranks(ranks: Nursery, base: dict[str, Any], tmp_path: Path) -> None:
-    """Every rank has its own randomness, and both continue it."""
+    """Every rank has its own randomness, and both continue it, after a kill and after a stop within an evaluation."""
     config = base | {"use_peft": True, "lora_dropout": 0.1, "per_device_train_batch_size": 1}
     whole = make_folder(tmp_path / "whole", config)
     assert [outcome["how"] for outcome in ranks.run(whole, 2, MASTER_PORT=free_port())] == ["completed"] * 2
@@ -167,3 +174,17 @@ def test_two_ranks(ranks: Nursery, base: dict[str, Any], tmp_path: Path) -> None
     assert [outcome["how"] for outcome in ranks.run(resumed, 2, MASTER_PORT=free_port())] == ["completed"] * 2
     assert weights(resumed) == weights(whole)
     assert logs_of(killed, resumed) == logs_of(whole)
+
+    stopped = make_folder(tmp_path / "stopped", config, save_seconds=0.2)
+    port = free_port()
+    for rank in (0, 1):
+        ranks.start(stopped, log=f"log-{rank}", MASTER_PORT=port, **rank_environment(rank, 2))
+    wait_for_text(stopped, '"phase": "eval"')
+    stop(stopped)
+    outcomes = [wait_for(outcome_path(stopped, rank), stopped) for rank in (0, 1)]
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0]["how"] == "stopped"
+    resumed = hand_over(stopped, tmp_path / "resumed again", config, outcomes[0]["step"])
+    assert [outcome["how"] for outcome in ranks.run(resumed, 2, MASTER_PORT=free_port())] == ["completed"] * 2
+    assert weights(resumed) == weights(whole)
+    assert logs_of(stopped, resumed) == logs_of(whole)

@@ -54,15 +54,19 @@ def parse(job: Job, folder: Path, rank: int) -> Arguments:
         raise InputError(job.config_path, str(error)) from error
     script, training, model, datasets = found
     training.report_to = usable_trackers(training.report_to, os.environ)
-    _name_cpu(training)
+    _settle_cpu(training)
     return Arguments(script, training, model, datasets)
 
 
-def _name_cpu(training: Any) -> None:
-    """Accelerate numbers the CPU of a distributed run, and ``torch.load`` knows no ``cpu:0``: no resume would work."""
+def _settle_cpu(training: Any) -> None:
+    """What transformers does not settle where there is no accelerator."""
     import torch
 
-    if training.world_size > 1 and training.device.type == "cpu":
+    if training.device.type != "cpu":
+        return
+    training.dataloader_pin_memory = False  # there is nothing to pin it for, and torch warns about it
+    if training.world_size > 1:
+        # Accelerate numbers the CPU of a distributed run, and torch.load knows no "cpu:0": no resume would work.
         training.distributed_state.device = torch.device("cpu")
         training.__dict__["_setup_devices"] = torch.device("cpu")  # where the cached property ``device`` is kept
 
