@@ -10,7 +10,7 @@ CONFIG ?= config/runs/demo.yaml
 RUN ?=
 ARGS ?=
 
-.PHONY: help setup demo demo-undisturbed test lint lock schema train queue logs cancel cost clean
+.PHONY: help setup demo demo-undisturbed test lint lock schema docs train queue logs cancel cost clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -63,6 +63,9 @@ lock: setup ## resolve anew what pyproject.toml asks for
 
 schema: setup ## the keys of a config, from the pinned TRL
 	$(BIN)/python -m spotune.sft.schema
+
+docs: setup ## docs/cli.md, from the commands' own help
+	$(BIN)/python docs/reference.py
 
 clean: ## what targets have made, but not the environment
 	rm -rf .demo

@@ -12,7 +12,28 @@ CHAT_TEMPLATE = (
     "{% else %}{{ message['content'] }}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-WORDS = ["red", "green", "blue", "small", "large", "old", "new", "quick", "slow", "cat", "dog", "bird", "fish", "tree", "house", "runs", "sleeps", "eats", "sees", "finds"]
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "small",
+    "large",
+    "old",
+    "new",
+    "quick",
+    "slow",
+    "cat",
+    "dog",
+    "bird",
+    "fish",
+    "tree",
+    "house",
+    "runs",
+    "sleeps",
+    "eats",
+    "sees",
+    "finds",
+]
 
 
 def make_model(

@@ -10,6 +10,7 @@ from typing import Any
 
 from spotune.contracts.errors import InputError
 from spotune.contracts.exchange import TRAINER, Job
+from spotune.contracts.trackers import wandb_mode
 
 OURS = ("data", "data_limit", "profiles", "num_processes")
 DEFAULT_SAVE_SECONDS = 300.0
@@ -117,8 +118,11 @@ def usable_trackers(wanted: list[str], environ: Mapping[str, str]) -> list[str]:
             "codecarbon",
         ):
             print(f"report_to: {name} is not installed, left out", file=sys.stderr)
-        elif name == "wandb" and not _is_wandb_online(environ):
-            print("report_to: wandb left out (no WANDB_API_KEY, or WANDB_MODE is not online)", file=sys.stderr)
+        elif name == "wandb" and wandb_mode({"report_to": "wandb"}, environ) != "live":
+            print(
+                "report_to: wandb is written at the end (no WANDB_API_KEY, or WANDB_MODE is not online)",
+                file=sys.stderr,
+            )
         elif name == "tensorboard" and not (
             importlib.util.find_spec("tensorboard") or importlib.util.find_spec("tensorboardX")
         ):
@@ -126,7 +130,3 @@ def usable_trackers(wanted: list[str], environ: Mapping[str, str]) -> list[str]:
         else:
             usable.append(name)
     return usable
-
-
-def _is_wandb_online(environ: Mapping[str, str]) -> bool:
-    return bool(environ.get("WANDB_API_KEY")) and environ.get("WANDB_MODE", "online") in ("online", "run", "")

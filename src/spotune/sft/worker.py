@@ -107,8 +107,6 @@ def _set_environment(job: Job, environ: Any) -> None:
     if not sys.stderr.isatty():  # in a log, bars are lines without end; Trainer's own lines say how far it is
         environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    environ.setdefault("WANDB_RUN_ID", job.run_id)  # one run of wandb across all attempts
-    environ.setdefault("WANDB_RESUME", "allow")
 
 
 def _load(this: Rank) -> Any:

@@ -1,0 +1,52 @@
+"""Documents and the program never disagree."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from spotune.cli import VERBS
+from spotune.contracts.config import schema
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")])
+
+
+def test_the_reference_is_what_help_says() -> None:
+    spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "reference.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs" / "cli.md").read_text() == module.reference(), "run `make docs`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
+    dead = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
+    assert not dead
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_commands_that_are_shown_exist(page: Path) -> None:
+    text = page.read_text()
+    verbs = set(re.findall(r"(?m)(?:^\$ |^|`)spotune ([a-z]+)", text)) - {"is"}
+    assert verbs <= set(VERBS)
+    targets = set(re.findall(r"(?m)(?:^\$ |^|`)make ([a-z-]+)", text))
+    known = set(re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text()))
+    assert targets <= known
+
+
+def test_paths_that_the_readme_names_exist() -> None:
+    named = re.findall(
+        r"`((?:src|config|examples|docs|tasks|tests|benchmarks)/[\w./-]*)`", (ROOT / "README.md").read_text()
+    )
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_keys_that_configs_show_are_known() -> None:
+    page = (ROOT / "docs" / "config.md").read_text()
+    keys = {key for block in re.findall(r"```yaml\n(.*?)```", page, re.S) for key in re.findall(r"(?m)^(\w+):", block)}
+    assert keys <= set(schema()["properties"])
