@@ -92,18 +92,24 @@ def gcs_server() -> Iterator[str]:
         server.wait()
 
 
-@pytest.fixture(params=["file", "s3", "gs"])
-def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """The URL of an empty place in each kind of bucket, with the environment that reaches it."""
-    place = f"{tmp_path.name}-{time.time_ns()}"
-    if request.param == "s3":
+def reach(scheme: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets the environment that leads to the store of ``scheme`` on loopback, which is started when it is not there."""
+    if scheme == "s3":
         monkeypatch.setenv("AWS_ENDPOINT_URL", request.getfixturevalue("s3_server"))
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    if request.param == "gs":
+    if scheme == "gs":
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", request.getfixturevalue("gcs_server"))
-    return f"file://{tmp_path}/bucket" if request.param == "file" else f"{request.param}://spotune/{place}"
+
+
+@pytest.fixture(params=["file", "s3", "gs"])
+def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """The URL of an empty place in each kind of bucket, with the environment that reaches it."""
+    reach(request.param, request, monkeypatch)
+    if request.param == "file":
+        return f"file://{tmp_path}/bucket"
+    return f"{request.param}://spotune/{tmp_path.name}-{time.time_ns()}"
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ objects only (an exception inside ``fs.open`` commits a partial one), create-onl
 
 import errno
 import os
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,14 +14,17 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from spotune.contracts.environment import check_bucket
-from spotune.contracts.errors import StoreError
+from spotune.contracts.environment import BUCKET, check_bucket
+from spotune.contracts.errors import InputError, StoreError
+
+WRITING = ("create", "write", "upload")
 
 
 class Store:
     """One bucket. Keys are relative to ``url``; a key is written whole or not at all.
 
-    Raises StoreError (one line, naming the key) when the bucket cannot be reached or answers wrongly.
+    Raises StoreError (one line, naming the key) when the bucket cannot be reached or answers wrongly, and
+    InputError when there is no such bucket or no access to it.
     Safe to use from several threads of one process; not across a fork.
     """
 
@@ -43,11 +47,17 @@ class Store:
 
     @contextmanager
     def _faults(self, verb: str, key: str) -> Iterator[None]:
+        """Maps what the store's client raises: InputError for what no other machine can mend, else StoreError."""
         try:
             yield
-        except FileNotFoundError:
-            raise
+        except FileNotFoundError as error:
+            if verb not in WRITING or self.is_local:
+                raise
+            raise InputError(BUCKET, f"no such bucket: {self.url}", remedy="create it first") from error
         except Exception as error:
+            if isinstance(error, (PermissionError, *_denials())):
+                what = f"{self.url}: access denied: {' '.join(str(error).split())[:200]}"
+                raise InputError(BUCKET, what, remedy="credentials that may read, list and write it") from error
             if not isinstance(error, (OSError, *_client_faults())):
                 raise
             raise StoreError(f"{self.url}/{key}: cannot {verb}: {' '.join(str(error).split())[:300]}") from error
@@ -190,10 +200,16 @@ def _connect(url: str) -> tuple[Any, str]:
     return filesystem, root.rstrip("/")
 
 
+def _denials() -> tuple[type[Exception], ...]:
+    """What says that there are no credentials, of those clients that are loaded."""
+    botocore = sys.modules.get("botocore.exceptions")
+    google = sys.modules.get("google.auth.exceptions")
+    found = [botocore.NoCredentialsError, botocore.PartialCredentialsError] if botocore else []
+    return (*found, google.DefaultCredentialsError) if google else tuple(found)
+
+
 def _client_faults() -> tuple[type[Exception], ...]:
     """The stores' own exceptions that are not OSErrors, of those clients that are loaded."""
-    import sys
-
     faults: list[type[Exception]] = []
     if botocore := sys.modules.get("botocore.exceptions"):
         faults += [botocore.BotoCoreError, botocore.ClientError]

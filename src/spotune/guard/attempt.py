@@ -250,7 +250,7 @@ class Attempt:
             admission.leave_mark(
                 self.store, self.keys.failed, self.keys.run_id, attempt, reason=message, exit_code=code, step=step
             )
-        except StoreError as error:
+        except SpotuneError as error:
             say(str(error))
 
     def _close(self, code: int, reason: EndReason, message: str) -> None:
@@ -260,7 +260,7 @@ class Attempt:
         self.journal.write("end", reason=reason, exit_code=code, step=step, message=message)
         try:
             self.journal.close()
-        except StoreError as error:
+        except SpotuneError as error:
             say(f"the last events are not recorded: {error}")
         self.leader.close(code)
         shutil.rmtree(self.folder, ignore_errors=True)

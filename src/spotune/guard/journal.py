@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.errors import StoreError
+from spotune.contracts.errors import SpotuneError
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Progress
 from spotune.contracts.store import Store
@@ -76,7 +76,7 @@ class Journal:
                     self._flush()
                 if now - self._beat_at >= HEARTBEAT_S:
                     self._beat()
-            except StoreError as error:
+            except SpotuneError as error:
                 self._flushed_at = self._beat_at = now
                 say(f"progress is not reported for now: {error}")
 
@@ -143,7 +143,7 @@ class Journal:
                 while not self._store.create(self._keys.events(self._attempt, 0, self._part), data):
                     self._part += 1
                 self._part += 1
-            except StoreError:
+            except SpotuneError:
                 with self._lock:
                     self._pending = lines + self._pending
                 raise

@@ -8,6 +8,7 @@ import pytest
 
 from spotune.contracts.errors import InputError, StoreError
 from spotune.contracts.store import Store
+from tests.conftest import reach
 
 
 def test_objects_are_written_read_listed_and_deleted(store: Store, tmp_path: Path) -> None:
@@ -62,3 +63,30 @@ def test_an_unreachable_store_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_what_is_no_bucket_is_refused(url: str) -> None:
     with pytest.raises(InputError, match="SPOTUNE_BUCKET"):
         Store(url)
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_a_bucket_that_is_not_there_is_bad_input(
+    scheme: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reach(scheme, request, monkeypatch)
+    store = Store(f"{scheme}://no-such-bucket/x")
+    assert store.read("runs/a/x") is None
+    with pytest.raises(InputError, match=r"SPOTUNE_BUCKET: no such bucket: .*no-such-bucket/x \(create it first\)"):
+        store.create("runs/a/x", b"1")
+
+
+def test_no_credentials_are_bad_input(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    reach("s3", request, monkeypatch)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(InputError, match="SPOTUNE_BUCKET: .*access denied: Unable to locate credentials"):
+        Store("s3://spotune/x").create("runs/a/x", b"1")
+    s3fs.S3FileSystem.clear_instance_cache()
