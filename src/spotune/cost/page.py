@@ -1,0 +1,196 @@
+"""A report as one self-contained page: no network, no script; whatever a user typed is escaped."""
+
+import os
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from spotune.contracts.errors import InputError
+from spotune.cost import charts, svg, words
+from spotune.cost.table import notes_of
+
+_OPTION = "--html"
+_HEAD = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8"/>
+<meta name="viewport" content="width=device-width, initial-scale=1"/>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'"/>
+<title>{title}</title>
+<style>
+{style}</style>
+</head>
+"""
+
+
+def check_target(name: str) -> Path:
+    """The path of ``--html``; raises InputError when no page can be written there."""
+    path = Path(name)
+    if path.is_dir():
+        raise InputError(_OPTION, f"{name} is a folder", remedy=f"{_OPTION} {path / 'cost.html'}")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise InputError(_OPTION, f"{name}: no such folder", remedy=f"mkdir -p {folder}")
+    if not os.access(folder, os.W_OK) or (path.exists() and not path.is_file()):
+        raise InputError(_OPTION, f"{name} cannot be written")
+    return path
+
+
+def write_page(path: Path, page: str) -> None:
+    """Writes the page whole or not at all; raises InputError when it cannot."""
+    part = ""
+    try:
+        descriptor, part = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.absolute().parent)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(page)
+        os.chmod(part, 0o644)
+        os.replace(part, path)
+    except OSError as error:
+        if part:
+            Path(part).unlink(missing_ok=True)
+        raise InputError(_OPTION, f"{path} cannot be written: {error.strerror}") from error
+
+
+def page_of(report: Mapping[str, Any]) -> str:
+    """The page, as text."""
+    style = resources.files("spotune.cost").joinpath("page.css").read_text(encoding="utf-8")
+    parts = [_HEAD.format(title=f"Cost of {escape(report['run_id'])}", style=style), "<body>", svg.patterns()]
+    parts += [_header(report), "<main>", _figures(report), _notes(report)]
+    if report["attempts"]:
+        parts += _sections(report)
+    else:
+        parts.append("<section><h2>No machine yet</h2><p>Nothing was paid so far.</p></section>")
+    parts += ["</main>", _footer(report), "</body></html>"]
+    return "\n".join(part for part in parts if part) + "\n"
+
+
+def _sections(report: Mapping[str, Any]) -> list[str]:
+    present = [phase for phase in words.PHASES if report["phases"][f"{phase}_s"] > 0]
+    attempts = f"{charts.legend(present)}{charts.strips(report)}"
+    return [
+        _section("time", "Where the paid time went", "", _phases(report, present)) if report["paid_s"] else "",
+        _section(
+            "attempts", "Attempts over time", "From submission on; where a strip is empty, nothing was paid.", attempts
+        ),
+        _section("losses", "Loss over steps", "One line across all attempts.", charts.loss_chart(report)),
+        _section("money", "Cost over time", "", charts.cost_chart(report)),
+        _section("machines", "Machines", "", _machines(report["attempts"])),
+    ]
+
+
+def _section(name: str, title: str, about: str, content: str) -> str:
+    if not content:
+        return ""
+    about = f'<p class="about">{about}</p>' if about else ""
+    return f'<section aria-labelledby="{name}"><h2 id="{name}">{title}</h2>{about}{content}</section>'
+
+
+def _header(report: Mapping[str, Any]) -> str:
+    who = escape(report["user"]) + (f" ({escape(report['team'])})" if report["team"] else "")
+    state = escape(report["state"])
+    facts = [escape(report["config"]), who, f"submitted {_date(report['submitted_at'])}"]
+    if report["ended_at"]:
+        facts.append(f"ended {_date(report['ended_at'])}")
+    return (
+        f'<header><h1>{escape(report["run_id"])}<span class="state {state}">{state}</span></h1>'
+        f'<p class="soft">{" · ".join(facts)}</p></header>'
+    )
+
+
+def _figures(report: Mapping[str, Any]) -> str:
+    saved, base = report["saved_usd"], report["on_demand_usd"]
+    share = f", {words.percent(abs(saved) / base)}" if saved is not None and base else ""
+    against = f"against {words.usd(base)} on demand{share}" if base is not None else "no on-demand price was frozen"
+    again = report["replayed_steps"]
+    tone = "" if saved is None else "good" if saved >= 0 else "bad"
+    cards = [
+        ("Cost", words.usd(report["cost_usd"]), "", f"{words.duration(report['paid_s'])} paid"),
+        ("Saved" if saved is None or saved >= 0 else "More than on demand",
+         words.usd(None if saved is None else abs(saved)), tone, against),
+        ("Goodput", words.percent(report["goodput"]), "", "of the paid time was training that counts"),
+        ("Steps", words.count(report["useful_steps"]), "", f"{words.count(again)} done again; "
+         f"{words.count(report['tokens'])} tokens"),
+    ]  # fmt: skip
+    body = "".join(
+        f'<div><dt>{name}</dt><dd><span class="value {tone}">{value}</span><span class="soft">{escape(more)}</span>'
+        "</dd></div>"
+        for name, value, tone, more in cards
+    )
+    return f'<dl class="figures">{body}</dl>'
+
+
+def _notes(report: Mapping[str, Any]) -> str:
+    notes = "".join(f"<li>{escape(note)}</li>" for note in notes_of(report))
+    return f'<ul class="notes" aria-label="Notes">{notes}</ul>' if notes else ""
+
+
+def _phases(report: Mapping[str, Any], present: Sequence[str]) -> str:
+    rows = ""
+    for phase in present:
+        name, what = words.PHASES[phase]
+        seconds = report["phases"][f"{phase}_s"]
+        share = seconds / report["paid_s"]
+        drawn = f'<svg height="14" aria-hidden="true">{svg.bar(phase, 0, max(share * 100, 0.4), 14)}</svg>'
+        rows += (
+            f'<tr><th scope="row">{svg.swatch(phase)} {name}</th><td class="soft what">{what}</td>'
+            f'<td class="n">{words.duration(seconds)}</td><td class="n">{words.percent(share)}</td>'
+            f'<td class="share">{drawn}</td></tr>'
+        )
+    waited = words.duration(report["phases"]["queue_s"])
+    return (
+        f'{charts.phases_bar(report)}<table class="phases">'
+        f"<caption>{words.duration(report['paid_s'])} paid; another {waited} "
+        'were spent waiting for machines, unpaid.</caption><thead><tr><th scope="col">Phase</th>'
+        '<th scope="col" class="what">What</th><th scope="col" class="n">Time</th><th scope="col" class="n">Share</th>'
+        f'<th scope="col"><span aria-hidden="true"></span></th></tr></thead><tbody>{rows}</tbody></table>'
+    )
+
+
+def _machines(attempts: Sequence[Mapping[str, Any]]) -> str:
+    titles = ("Attempt", "Machine", "Kind", "$/hour", "Paid", "Cost", "Steps", "Ended", "Price from")
+    right = (3, 4, 5, 6)
+    head = "".join(
+        f'<th scope="col"{_right(index in right)}>{title}</th>' for index, title in enumerate(titles)
+    )  # fmt: skip
+    rows = ""
+    for attempt in attempts:
+        price = attempt["price_usd_per_hour"]
+        cells = [
+            words.machine(attempt),
+            words.market(attempt),
+            words.NONE if price is None else f"{price:g}",
+            words.duration(attempt["paid_s"]),
+            words.usd(attempt["cost_usd"]),
+            words.steps(attempt),
+            words.end(attempt),
+            attempt["price_source"],
+        ]
+        body = "".join(
+            f"<td{_right(index in right)}>{escape(cell)}</td>" for index, cell in enumerate(cells[:-1], start=1)
+        )
+        rows += f'<tr><th scope="row">{attempt["attempt"] or words.NONE}</th>{body}<td>{escape(cells[-1])}</td></tr>'
+    return (
+        '<div class="wide" role="region" aria-labelledby="machines" tabindex="0"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _right(is_right: bool) -> str:
+    return ' class="n"' if is_right else ' class="nowrap"'
+
+
+def _footer(report: Mapping[str, Any]) -> str:
+    return (
+        "<footer><p>Paid time and dollars follow the engine's own rows at the prices frozen at submission. What is "
+        "not known is shown as unknown, never spread over the other phases. On demand: the same useful steps, "
+        "undisturbed, at the cheapest frozen on-demand price with these accelerators.</p>"
+        f"<p>spotune, {_date(report['reported_at'])}</p></footer>"
+    )
+
+
+def _date(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at))

@@ -1,0 +1,49 @@
+"""A report as flat rows: csv of a run's attempts, and one row a run where many are listed."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_ATTEMPT = (
+    "attempt", "infra", "region", "zone", "instance_type", "accelerators", "nodes", "use_spot",
+    "price_usd_per_hour", "price_source", "started_at", "ended_at", "paid_s", "cost_usd", "end_reason",
+    "first_step", "last_step",
+)  # fmt: skip
+_RUN = (
+    "run_id", "state", "user", "team", "kind", "config", "submitted_at", "started_at", "ended_at", "attempts",
+    "paid_s", "useful_s", "cost_usd", "on_demand_usd", "saved_usd", "goodput", "useful_steps", "replayed_steps",
+    "tokens", "unreconciled_s",
+)  # fmt: skip
+
+
+def attempt_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row an attempt, its phases as columns."""
+    return [
+        {"run_id": report["run_id"]} | {name: attempt[name] for name in _ATTEMPT} | attempt["phases"]
+        for attempt in report["attempts"]
+    ]
+
+
+def run_row(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A run in one row: its totals."""
+    flat = {**report, "attempts": len(report["attempts"]), "useful_s": report["phases"]["useful_s"]}
+    return {name: flat[name] for name in _RUN}
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """RFC 4180 with a header line; empty for no rows.
+
+    What a user typed may start with a sign that a spreadsheet takes for a formula: such a cell gets a quote.
+    """
+    if not rows:
+        return ""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\r\n")
+    writer.writeheader()
+    writer.writerows({name: _harmless(value) for name, value in row.items()} for row in rows)
+    return text.getvalue()
+
+
+def _harmless(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value

@@ -1,0 +1,122 @@
+"""A report as plain text, 80 columns wide."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from spotune.cost import words
+
+WIDTH = 80
+_BAR = 28
+
+
+def run_text(report: Mapping[str, Any]) -> str:
+    """One run: what it cost, its attempts, its phases."""
+    parts = ["\n".join(_headline(report))]
+    if report["attempts"]:
+        parts += [_attempts(report["attempts"]), _phases(report)]
+    parts += ["\n".join(notes)] if (notes := notes_of(report)) else []
+    return "\n\n".join(parts)
+
+
+def runs_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Many runs, one line each, and their sum."""
+    header = ["RUN", "STATE", "ATTEMPTS", "PAID", "COST", "ON DEMAND", "GOODPUT", "USER"]
+    lines = [
+        [row["run_id"], row["state"], str(row["attempts"]), words.duration(row["paid_s"]), words.usd(row["cost_usd"]),
+         words.usd(row["on_demand_usd"]), words.percent(row["goodput"]), _cut(row["user"], 12)]
+        for row in rows
+    ]  # fmt: skip
+    paid_s = sum(row["paid_s"] for row in rows)
+    useful_s = sum(row["useful_s"] for row in rows)
+    sums = [sum(row[name] or 0.0 for row in rows) for name in ("cost_usd", "on_demand_usd")]
+    lines.append(
+        [f"{len(rows)} runs" if len(rows) != 1 else "1 run", "", str(sum(row["attempts"] for row in rows)),
+         words.duration(paid_s), *map(words.usd, sums), words.percent(useful_s / paid_s if paid_s else None), ""]
+    )  # fmt: skip
+    return _columns(header, lines, right=(2, 3, 4, 5, 6))
+
+
+def notes_of(report: Mapping[str, Any]) -> list[str]:
+    """What a reader must know before he trusts the figures."""
+    notes = []
+    if report["unreconciled_s"]:
+        seconds = words.duration(report["unreconciled_s"])
+        notes.append(f"{seconds} are by the machine's own clock: the engine's history of them is not to be had here.")
+    if report["unpriced_s"]:
+        seconds = words.duration(report["unpriced_s"])
+        notes.append(f"{seconds} are not in the cost: no price was frozen for where they ran.")
+    unknown = report["phases"]["unknown_s"]
+    if report["paid_s"] and unknown / report["paid_s"] >= 0.05:
+        notes.append(f"{words.duration(unknown)} are unknown: a machine that vanishes takes its last events with it.")
+    return notes
+
+
+def _headline(report: Mapping[str, Any]) -> list[str]:
+    who = report["user"] + (f" ({report['team']})" if report["team"] else "")
+    lines = [f"{report['run_id']}  {report['state']}  {_cut(report['config'], 36)}  {who}"]
+    cost = words.usd(report["cost_usd"])
+    if report["on_demand_usd"] is None:
+        lines.append(f"cost {cost}")
+    else:
+        lines.append(f"cost {cost}, {words.saved(report)} ({words.usd(report['on_demand_usd'])})")
+    waited = report["phases"]["queue_s"]
+    lines.append(
+        f"goodput {words.percent(report['goodput'])} of {words.duration(report['paid_s'])} paid; "
+        f"waited {words.duration(waited)} for machines, unpaid"
+    )
+    lines.append(
+        f"{words.count(report['useful_steps'])} steps, {words.count(report['replayed_steps'])} of them done again, "
+        f"{words.count(report['tokens'])} tokens"
+    )
+    return lines
+
+
+def _attempts(attempts: Sequence[Mapping[str, Any]]) -> str:
+    header = ["ATTEMPT", "MACHINE", "KIND", "$/HOUR", "PAID", "COST", "STEPS", "ENDED"]
+    rows = [
+        [
+            str(attempt["attempt"] or words.NONE),
+            _cut(words.machine(attempt), 20),
+            words.market(attempt),
+            words.NONE if attempt["price_usd_per_hour"] is None else f"{attempt['price_usd_per_hour']:.2f}",
+            words.duration(attempt["paid_s"]),
+            words.usd(attempt["cost_usd"]),
+            words.steps(attempt),
+            words.end(attempt),
+        ]
+        for attempt in attempts
+    ]
+    return _columns(header, rows, right=(3, 4, 5, 6))
+
+
+def _phases(report: Mapping[str, Any]) -> str:
+    paid_s = report["paid_s"]
+    rows = []
+    for phase, (name, _) in words.PHASES.items():
+        seconds = report["phases"][f"{phase}_s"]
+        if seconds > 0:
+            share = seconds / paid_s
+            rows.append([name, words.duration(seconds), words.percent(share), _bar(share)])
+    return _columns(["PHASE", "TIME", "SHARE", ""], rows, right=(1, 2))
+
+
+def _bar(share: float) -> str:
+    """Eighths of a block; whatever took time shows at least one."""
+    eighths = max(1, round(share * _BAR * 8))
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def _columns(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(widths[column]) if column in right else cell.ljust(widths[column])
+            for column, cell in enumerate(line)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -1,0 +1,91 @@
+"""Figures and phases as people read them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# Phase -> what it is called, and what it is, in the order in which it is shown.
+PHASES: dict[str, tuple[str, str]] = {
+    "useful": ("training", "steps that count"),
+    "data_wait": ("data wait", "training waited for its next batch"),
+    "eval": ("evaluation", "on held-out data"),
+    "save_stall": ("saving", "training stood still for a checkpoint"),
+    "replayed": ("replayed", "steps that an earlier attempt had done already"),
+    "restore": ("restore", "fetching the checkpoint"),
+    "load": ("loading", "imports, model, tokenizing"),
+    "setup": ("setup", "the task's own setup"),
+    "provision": ("provision", "from the machine's start to our first line on it"),
+    "idle": ("idle", "held, with nothing to do"),
+    "teardown": ("leaving", "last upload, result, exit"),
+    "unknown": ("unknown", "paid, but no record says what for"),
+}
+NONE = "–"
+
+
+def usd(amount: float | None) -> str:
+    """``$1,234.50``, ``$0.42``, ``$0.00042``: cents, and of less than a dime two digits that say something."""
+    if amount is None:
+        return NONE
+    sign, size = ("−" if amount < 0 else ""), abs(amount)
+    if size >= 0.095 or size == 0:
+        return f"{sign}${size:,.2f}"
+    if size < 1e-6:
+        return "$0.00"
+    digits = 2
+    while size < 10 ** (1 - digits):
+        digits += 1
+    return f"{sign}${size:.{digits}f}"
+
+
+def percent(share: float | None) -> str:
+    if share is None:
+        return NONE
+    return f"{share * 100:.0f} %" if share >= 0.0995 or share <= 0 else f"{share * 100:.1f} %"
+
+
+def duration(seconds: float | None) -> str:
+    """``0.4 s``, ``45 s``, ``12m 3s``, ``5h 2m``, ``3d 4h``."""
+    if seconds is None:
+        return NONE
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    left, parts = round(seconds), []
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
+        amount, left = divmod(left, size)
+        if amount:
+            parts.append(f"{amount}{unit}")
+    return " ".join(parts[:2])
+
+
+def count(number: int | None) -> str:
+    return NONE if number is None else f"{number:,}"
+
+
+def machine(attempt: Mapping[str, Any]) -> str:
+    """What ran and where: ``2 x g6.xlarge L4:1, aws us-east-1a``."""
+    kind = " ".join(part for part in (attempt["instance_type"], attempt["accelerators"]) if part)
+    place = [attempt["infra"], attempt["zone"] or attempt["region"]]
+    where = " ".join(part for part in place if part and part != kind)
+    nodes = f"{attempt['nodes']} × " if attempt["nodes"] > 1 else ""
+    return f"{nodes}{kind}, {where}" if kind and where else kind or where or NONE
+
+
+def market(attempt: Mapping[str, Any]) -> str:
+    return {True: "spot", False: "on-demand", None: NONE}[attempt["use_spot"]]
+
+
+def steps(attempt: Mapping[str, Any]) -> str:
+    first, last = attempt["first_step"], attempt["last_step"]
+    return NONE if last is None else f"{first or '?'}–{last}"
+
+
+def end(attempt: Mapping[str, Any]) -> str:
+    return str(attempt["end_reason"] or "running")
+
+
+def saved(report: Mapping[str, Any]) -> str:
+    """``saved $0.12 (31 %)`` in words, a loss said as one."""
+    amount, base = report["saved_usd"], report["on_demand_usd"]
+    if amount is None:
+        return NONE
+    share = f" ({percent(abs(amount) / base)})" if base else ""
+    return f"{usd(abs(amount))}{share} {'less' if amount >= 0 else 'more'} than on demand"
