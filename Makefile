@@ -15,13 +15,15 @@ ARGS ?=
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
 
-$(VENV)/.ready: requirements.lock pyproject.toml
+$(VENV)/.ready: requirements.lock requirements-gpu.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || { echo 'Python 3.11 or 3.12 is needed (make setup PYTHON=python3.11)' >&2; exit 2; }
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV)
 	@# pip, not uv, for torch alone: pip also takes a wheel that lies on disk (find-links), and it brings the CUDA that fits.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --requirement requirements.lock
+	@# QLoRA's and Liger's kernels only where there is an NVIDIA GPU to run them.
+	if command -v nvidia-smi > /dev/null; then $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --no-deps --requirement requirements-gpu.lock; fi
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $@
 
@@ -56,10 +58,14 @@ cancel: setup ## RUN=…: stop a run, keep its checkpoints
 cost: setup ## RUN=…: what a run cost, or all of them
 	@$(BIN)/spotune cost $(RUN) $(ARGS)
 
+RESOLVE = $(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --no-header --no-annotate
+
 lock: setup ## resolve anew what pyproject.toml asks for
-	$(BIN)/uv pip compile pyproject.toml --quiet --universal --all-extras --python-version 3.11 --no-header --no-annotate \
+	$(RESOLVE) --extra launcher --extra trainer --extra dev \
 	  | grep -vE '^(torch|triton|nvidia-|cuda-|setuptools|pip|#)' > requirements.lock.new
 	mv requirements.lock.new requirements.lock
+	$(RESOLVE) --extra gpu --constraint requirements.lock | grep -E '^(bitsandbytes|liger-kernel)=' > requirements-gpu.lock.new
+	mv requirements-gpu.lock.new requirements-gpu.lock
 
 schema: setup ## the keys of a config, from the pinned TRL
 	$(BIN)/python -m spotune.sft.schema

@@ -23,6 +23,7 @@ TRAINING = {
     "numpy",
     "huggingface_hub",
     "wandb",
+    "httpx",
     "yaml",
 }
 # side -> spotune packages it may import, third-party modules it may import

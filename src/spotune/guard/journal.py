@@ -19,7 +19,9 @@ from spotune.contracts.store import Store
 from spotune.guard.say import say
 
 POLL_S = 0.2
-PART_S = 15.0  # a machine that vanishes loses at most this much detail
+# A part is uploaded when it holds a twentieth of the attempt's age, between these: a machine that vanishes loses
+# at most that much detail, and a day's attempt has a few thousand parts, not a hundred thousand.
+PART_S = (1.0, 15.0)
 HEARTBEAT_S = 15.0  # the contract: progress.json at most every 15 s
 
 
@@ -33,7 +35,7 @@ class Journal:
         self._flushing = threading.Lock()
         self._pending: list[str] = []
         self._offset, self._part = 0, 0
-        self._flushed_at = self._beat_at = time.monotonic()
+        self._began = self._flushed_at = self._beat_at = time.monotonic()
         self._shown = Progress(run_id=keys.run_id, attempt=attempt, phase="load", at=time.time())
         self.first_step: int | None = None
         self._stop = threading.Event()
@@ -72,7 +74,7 @@ class Journal:
             self.poll()
             now = time.monotonic()
             try:
-                if now - self._flushed_at >= PART_S:
+                if now - self._flushed_at >= min(max((now - self._began) / 20, PART_S[0]), PART_S[1]):
                     self._flush()
                 if now - self._beat_at >= HEARTBEAT_S:
                     self._beat()
