@@ -64,7 +64,7 @@ def account_of(machine: Machine, events: Sequence[Event], evidence: Evidence, do
     """Everything about one machine, from its row, its claim and what it wrote."""
     marks = clean(events)
     row, record = machine.interval, machine.record
-    span = _span_of_row(row, now) if row else _span_of_events(record, marks)
+    span = _span_of_row(row, now) if row else _span_of_events(record, marks, now)
     place, nodes = _place(row, record)
     price = price_of(place, evidence.run.price_rows())
     segments, steps = divide(span, record.claimed_at if record else None, marks, done_before)
@@ -90,11 +90,11 @@ def _span_of_row(row: PaidInterval, now: float) -> Span:
     return Span(row.started_at, max(row.started_at, ended_at), row.setup_s, is_open=row.ended_at is None)
 
 
-def _span_of_events(record: AttemptRecord | None, marks: Sequence[Event]) -> Span:
-    """By the machine's own clock: from its claim to its last word."""
+def _span_of_events(record: AttemptRecord | None, marks: Sequence[Event], now: float) -> Span:
+    """By the machine's own clock: from its claim to its last word; what is dated in the future is no word."""
     assert record
-    started_at = min([record.claimed_at, *(mark["t"] for mark in marks[:1])])
-    return Span(started_at, max([started_at, *(mark["t"] for mark in marks[-1:])]))
+    spoken = [mark["t"] for mark in marks if mark["t"] <= now]
+    return Span(record.claimed_at, max([record.claimed_at, *spoken[-1:]]))
 
 
 def _place(row: PaidInterval | None, record: AttemptRecord | None) -> tuple[Place, int]:

@@ -71,35 +71,39 @@ def loss_chart(report: Mapping[str, Any]) -> str:
         return [(x(step), y(loss)) for step, loss in points]
 
     lines = "".join(svg.line(place(run), "old") for run in old) + "".join(svg.line(place(run), "main") for run in kept)
-    marks, labels, starts = "", "", []
-    reached = report["attempts"][0]["last_step"] or 0
-    for attempt in report["attempts"][1:]:
-        if attempt["first_step"]:
-            step = attempt["first_step"] - 1
-            starts.append(f"attempt {attempt['attempt']} goes on from step {step}")
-            if step < reached:
-                again = x(min(reached, attempt["last_step"])) - x(step)
-                marks += f'<rect class="band" x="{x(step):.1f}" width="{again:.1f}" height="{svg.SIDE:g}"/>'
-                starts[-1] += f", {min(reached, attempt['last_step']) - step} steps again"
-            marks += f'<path class="mark" d="M{x(step):.1f} 0V{svg.SIDE:g}"/>'
-            anchor = "end" if step > last * 0.9 else "start"
-            shift = -5 if anchor == "end" else 5
-            labels += (
-                f'<text class="halo" x="{x(step) / 10:.2f}%" dx="{shift}" y="12" text-anchor="{anchor}">'
-                f"#{attempt['attempt']}</text>"
-            )
-        reached = max(reached, attempt["last_step"] or 0)
+    marks, labels, starts = _starts(report["attempts"], last)
     unit = _PLOT / svg.SIDE
     axes = svg.y_axis([(y(tick) * unit, f"{tick:.4g}") for tick in number_ticks(low, high, 4)])
     axes += svg.x_axis([(x(tick) / 10, f"{tick:g}") for tick in number_ticks(0, last, 6)], _PLOT + 18)
-    ends = [run for run in kept if run]
-    text = f"Loss over steps: from {ends[0][0][1]:.3f} at step {ends[0][0][0]:g} to {ends[-1][-1][1]:.3f} at step "
-    text += f"{ends[-1][-1][0]:g}" + "".join(f"; {start}" for start in starts)
+    (step, loss), (last_step, last_loss) = (kept or old)[0][0], (kept or old)[-1][-1]
+    text = f"Loss over steps: from {loss:.3f} at step {step:g} to {last_loss:.3f} at step {last_step:g}"
+    text += "".join(f"; {start}" for start in starts)
     key = f"<li>{svg.stroke('main')}what counts</li>"
     key += f"<li>{svg.stroke('old')}done again by a later attempt</li>" if "band" in marks or old else ""
     key += f"<li>{svg.stroke('mark')}an attempt goes on</li>" if marks else ""
     content = axes + svg.plot(_PLOT, marks + lines) + labels
     return f'<ul class="legend">{key}</ul>{svg.picture("loss", text, _PLOT + 24, content)}'
+
+
+def _starts(attempts: Sequence[Mapping[str, Any]], last: float) -> tuple[str, str, list[str]]:
+    """Where attempts go on, with a band over the steps that are done again: marks, their labels, and in words."""
+    x = placer(0, last, svg.SIDE)
+    marks, labels, said = "", "", []
+    reached = attempts[0]["last_step"] or 0
+    for attempt in attempts[1:]:
+        if attempt["first_step"]:
+            step, again = attempt["first_step"] - 1, min(reached, attempt["last_step"])
+            said.append(f"attempt {attempt['attempt']} goes on from step {step}")
+            if step < again:
+                width = x(again) - x(step)
+                marks += f'<rect class="band" x="{x(step):.1f}" width="{width:.1f}" height="{svg.SIDE:g}"/>'
+                said[-1] += f", {again - step} steps again"
+            marks += f'<path class="mark" d="M{x(step):.1f} 0V{svg.SIDE:g}"/>'
+            anchor, shift = ("end", -5) if step > last * 0.9 else ("start", 5)
+            place = f'x="{x(step) / 10:.2f}%" dx="{shift}" y="12" text-anchor="{anchor}"'
+            labels += f'<text class="halo" {place}>#{attempt["attempt"]}</text>'
+        reached = max(reached, attempt["last_step"] or 0)
+    return marks, labels, said
 
 
 def cost_chart(report: Mapping[str, Any]) -> str:

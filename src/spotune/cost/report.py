@@ -66,6 +66,7 @@ def build_report(evidence: Evidence, state: State, now: float) -> dict[str, Any]
         "useful_steps": done,
         "replayed_steps": sum(step.again for account in accounts for step in account.steps),
         "tokens": _tokens(evidence),
+        "weights_sha256": evidence.certificate.weights_sha256 if evidence.certificate else None,
         "gpu_utilization": None,
         "unreconciled_s": sum(account.paid_s for account in accounts if account.machine.interval is None),
         "unpriced_s": sum(account.paid_s for account in accounts if account.price is None),

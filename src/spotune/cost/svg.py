@@ -44,8 +44,9 @@ def swatch(phase: str) -> str:
 
 
 def stroke(kind: str) -> str:
-    """A line's entry in a legend."""
-    return f'<svg class="stroke" aria-hidden="true"><path class="{"" if kind == "mark" else "line "}{kind}" d="{"M14 0v16" if kind == "mark" else "M2 8h24"}"/></svg>'
+    """A line's entry in a legend; a ``mark`` stands upright."""
+    path = '<path class="mark" d="M14 0v16"/>' if kind == "mark" else f'<path class="line {kind}" d="M2 8h24"/>'
+    return f'<svg class="stroke" aria-hidden="true">{path}</svg>'
 
 
 def picture(name: str, text: str, height: float, content: str) -> str:

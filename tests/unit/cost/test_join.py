@@ -1,0 +1,40 @@
+"""Rows and claims are paired by time, in order, though clocks differ and some of either are missing."""
+
+import pytest
+
+from spotune.cost.join import join
+from tests.unit.cost.cases import T, claim, row
+
+Rows = list[tuple[float, float | None]]
+Pairs = list[tuple[bool, int | None]]
+
+
+def pairs(rows: Rows, claims: list[float], now: float = 9999) -> Pairs:
+    machines = join(
+        [row(start, end) for start, end in rows], [claim(index, at) for index, at in enumerate(claims, 1)], T + now
+    )
+    return [(machine.interval is not None, machine.record and machine.record.attempt) for machine in machines]
+
+
+@pytest.mark.parametrize(
+    ("rows", "claims", "expected"),
+    [
+        ([(0, 10), (20, 30)], [1, 21], [(True, 1), (True, 2)]),
+        ([(0, 10), (20, 30), (40, 50)], [1, 41], [(True, 1), (True, None), (True, 2)]),
+        ([(0, 10), (20, 30)], [21], [(True, None), (True, 1)]),
+        ([(20, 30)], [1, 21], [(False, 1), (True, 2)]),
+        ([(0, 10), (20, 30)], [181, 201], [(True, 1), (True, 2)]),  # the machines' clocks are 3 minutes ahead
+        ([(0, 10), (20, 30)], [-100, -80], [(True, 1), (True, 2)]),
+        ([(0, 10)], [5000], [(True, None), (False, 1)]),  # too far apart to belong together
+        ([(0, 10), (20, None)], [1, 500], [(True, 1), (True, 2)]),
+        ([], [1], [(False, 1)]),
+        ([], [], []),
+    ],
+)
+def test_pairs(rows: Rows, claims: list[float], expected: Pairs) -> None:
+    assert pairs(rows, claims) == expected
+
+
+def test_hundreds_of_attempts_are_paired_in_order() -> None:
+    rows: Rows = [(100.0 * n, 100.0 * n + 80) for n in range(300)]
+    assert pairs(rows, [100.0 * n + 5 for n in range(300)], now=1e6) == [(True, n) for n in range(1, 301)]

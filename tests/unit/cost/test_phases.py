@@ -1,0 +1,156 @@
+"""Whatever a machine wrote, its paid seconds are divided and none is lost or invented."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spotune.cost.eventlog import clean, parse_lines
+from spotune.cost.evidence import Evidence
+from spotune.cost.page import page_of
+from spotune.cost.phases import Span, clock_offset_s, divide, total
+from spotune.cost.report import build_report
+from spotune.cost.table import run_text
+from tests.unit.cost.cases import T, claim, event, phase, row, run, step, three_attempts
+
+SPAN = Span(T, T + 20)
+
+
+def seconds(events: list[dict[str, Any]], span: Span = SPAN, done_before: int = 0) -> dict[str, float]:
+    segments, _ = divide(span, None, events, done_before)
+    return {phase: amount for phase, amount in total(segments).items() if amount}
+
+
+def test_a_step_that_the_end_cut_off_is_not_useful() -> None:
+    cut = [phase(0, "load"), phase(2, "train"), step(5, 1)]
+    assert seconds(cut) == pytest.approx({"load": 2, "useful": 3, "unknown": 15})
+    left = [*cut, event(9, "end", reason="preempted", exit_code=75)]
+    assert seconds(left) == pytest.approx({"load": 2, "useful": 3, "teardown": 15})
+    crashed = [*cut, event(9, "end", reason="failed", exit_code=1)]
+    assert seconds(crashed) == pytest.approx({"load": 2, "useful": 3, "unknown": 4, "teardown": 11})
+
+
+def test_waiting_for_data_is_no_longer_than_the_step() -> None:
+    assert seconds([phase(0, "train"), step(4, 1, 99.0), step(20, 2, -5.0)]) == pytest.approx(
+        {"data_wait": 4, "useful": 16}
+    )
+
+
+def test_a_step_may_be_interrupted_by_other_phases() -> None:
+    events = [phase(0, "train"), step(4, 1), phase(5, "eval"), phase(8, "train"), step(20, 2, 2.0)]
+    assert seconds(events) == pytest.approx({"useful": 4 + 11, "data_wait": 2, "eval": 3})
+
+
+def test_steps_that_were_done_before_are_replayed() -> None:
+    events = [phase(0, "train"), step(5, 7, 1.0), step(11, 8), step(20, 9)]
+    assert seconds(events, done_before=8) == pytest.approx({"data_wait": 1, "replayed": 10, "useful": 9})
+
+
+def test_doubled_and_shuffled_lines_change_nothing() -> None:
+    events = three_attempts().events[1]
+    span = Span(T + 10, T + 30, setup_s=3.0)
+    assert seconds([*reversed(events), *events], span) == seconds(list(events), span)
+
+
+def test_a_line_that_was_cut_is_skipped() -> None:
+    lines = json.dumps(step(4, 1)).encode() + b'\n{"t": 17000\n[]\n"x"\n\xff\xfe\n{"event": "step"}\n' + b'{"t": 1'
+    assert parse_lines(lines) == [step(4, 1), {"event": "step"}]
+    assert clean([*parse_lines(lines), {"t": float("nan"), "event": "step"}, {"t": True, "event": "x"}]) == [step(4, 1)]
+
+
+@pytest.mark.parametrize("skew_s", [-240.0, -30.0, 30.0, 240.0])
+def test_a_skewed_clock_keeps_the_machines_own_durations(skew_s: float) -> None:
+    events = [phase(0, "load"), phase(6, "train"), step(14, 1)]
+    segments, steps = divide(SPAN, None, [{**one, "t": one["t"] + skew_s} for one in events], 0)
+    sums = total(segments)
+    assert (sums["load"], sums["useful"]) == pytest.approx((6, 8))
+    assert T <= steps[0].ended_at <= T + 20
+
+
+def test_what_is_hours_off_is_clipped_unless_all_is() -> None:
+    assert clock_offset_s(SPAN, T + 5, T + 5 + 7200) == 0.0
+    assert clock_offset_s(SPAN, T + 7200, T + 7210) == pytest.approx(-7190)
+    assert seconds([phase(5, "load"), phase(7200, "train")]) == pytest.approx({"provision": 5, "load": 15})
+
+
+def test_silence() -> None:
+    assert seconds([], Span(T, T + 20, setup_s=4)) == pytest.approx({"setup": 4, "unknown": 16})
+    assert seconds([], Span(T, T + 20, setup_s=4, is_open=True)) == pytest.approx({"setup": 4, "provision": 16})
+    assert seconds([], Span(T, T)) == {}
+
+
+TIMES = st.floats(-1000, 1000) | st.floats(-1e7, 1e7) | st.floats(allow_nan=True, allow_infinity=True)
+NAMES = st.sampled_from(["start", "phase", "restored", "step", "log", "save", "commit", "notice", "end", "claim", "?"])
+PHASE = st.sampled_from(["setup", "load", "restore", "train", "eval", "save", "idle", "teardown", "new", "", None, 3])
+NUMBERS = st.integers(-2, 12) | st.floats(allow_nan=True) | st.none() | st.text(max_size=2)
+FIELDS: dict[str, st.SearchStrategy[Any]] = {
+    "phase": PHASE,
+    "step": NUMBERS,
+    "data_wait_s": NUMBERS,
+    "loss": NUMBERS,
+    "reason": st.sampled_from(["completed", "preempted", "failed", "lost", "odd", None]),
+    "commit": st.sampled_from([None, "runs/r/commits/0001-00000004.json", "x"]),
+    "tokens": NUMBERS,
+}
+EVENTS = st.lists(
+    st.builds(
+        lambda at, name, fields: {"t": T + at, "event": name, **fields},
+        TIMES, NAMES, st.fixed_dictionaries({}, optional=FIELDS),
+    ),
+    max_size=25,
+)  # fmt: skip
+
+
+@st.composite
+def evidences(draw: st.DrawFn) -> Evidence:
+    """Any sequence of machines, claims and events, with rows and claims missing and clocks that differ."""
+    intervals, at = [], 0.0
+    for _ in range(draw(st.integers(0, 4))):
+        at += draw(st.floats(0, 300))
+        length = draw(st.floats(0, 600))
+        setup_s = draw(st.floats(-5, 700))
+        reason = draw(st.sampled_from(["preempted", "exited", "cancelled", "lost", ""]))
+        intervals.append(row(at, at + length, setup_s=setup_s, end_reason=reason, nodes=draw(st.integers(0, 3))))
+        at += length
+    if draw(st.booleans()):
+        intervals.append(row(at, None))
+    attempts = [claim(n, draw(st.floats(-300, at + 600))) for n in range(1, draw(st.integers(0, 5)) + 1)]
+    events = draw(st.dictionaries(st.integers(1, 5), EVENTS, max_size=5))
+    return Evidence(run(), intervals, attempts, events)
+
+
+@settings(max_examples=150, deadline=None, database=None)
+@given(evidences(), st.floats(0, 5000), st.sampled_from(["RUNNING", "RECOVERING", "FAILED", "CANCELLED"]))
+def test_phases_are_never_negative_and_sum_to_what_was_paid(evidence: Evidence, now: float, state: Any) -> None:
+    report = build_report(evidence, state, T + now)
+    phases = dict(report["phases"])
+    assert phases.pop("queue_s") >= 0
+    assert min(phases.values()) >= 0
+    assert sum(phases.values()) == pytest.approx(report["paid_s"], abs=1e-3)
+    assert len(report["attempts"]) >= max(len(evidence.intervals), len(evidence.attempts))
+    for attempt in report["attempts"]:
+        assert sum(attempt["phases"].values()) == pytest.approx(attempt["paid_s"], abs=1e-3)
+        assert min(attempt["phases"].values()) >= 0
+    rows = [one for one in evidence.intervals if one.ended_at is not None]
+    paid = sum((one.ended_at or 0.0) - one.started_at for one in rows)
+    reconciled = report["paid_s"] - report["unreconciled_s"]
+    still = sum(attempt["paid_s"] for attempt in report["attempts"] if attempt["ended_at"] is None)
+    assert reconciled - still == pytest.approx(paid, abs=1e-3)
+    json.dumps(report, allow_nan=False)
+    assert run_text(report)
+    assert page_of(report)
+
+
+@settings(max_examples=150, deadline=None, database=None)
+@given(EVENTS, st.floats(0, 500), st.floats(0, 500), st.integers(0, 12))
+def test_segments_tile_the_interval(events: list[dict[str, Any]], length: float, setup_s: float, done: int) -> None:
+    span = Span(T, T + length, setup_s)
+    segments, _ = divide(span, None, events, done)
+    at = span.started_at
+    for segment in segments:
+        assert segment.started_at == at
+        assert segment.ended_at > at
+        at = segment.ended_at
+    assert at == span.ended_at

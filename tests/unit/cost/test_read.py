@@ -1,0 +1,93 @@
+"""From records in a bucket to a report, and the bills that are left there."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+
+from spotune.contracts.errors import InputError
+from spotune.contracts.keys import Keys
+from spotune.contracts.records import Bill
+from spotune.contracts.store import Store
+from spotune.cost.evidence import Evidence
+from spotune.cost.ledger import bills_due, write_bills
+from spotune.cost.read import read_evidence
+from spotune.cost.report import build_report
+from tests.unit.cost.cases import RUN_ID, T, three_attempts
+
+KEYS = Keys(RUN_ID)
+
+
+def write(store: Store, evidence: Evidence, lines_a_part: int = 4) -> None:
+    """What a run leaves in its bucket, in many parts."""
+    store.create(KEYS.run, evidence.run.to_bytes())
+    for record in evidence.attempts:
+        store.create(KEYS.attempt(record.attempt), record.to_bytes())
+    for attempt, events in evidence.events.items():
+        for part, start in enumerate(range(0, len(events), lines_a_part)):
+            lines = [json.dumps(event) for event in events[start : start + lines_a_part]]
+            store.create(KEYS.events(attempt, 0, part), "\n".join(lines).encode())
+    for commit in evidence.commits:
+        store.create(KEYS.commit(commit.attempt, commit.step), commit.to_bytes())
+    if evidence.certificate:
+        store.create(KEYS.completed, evidence.certificate.to_bytes())
+
+
+def test_a_report_from_the_bucket_is_that_of_the_records(store: Store) -> None:
+    evidence = three_attempts()
+    write(store, evidence, lines_a_part=1)
+    found = read_evidence(store, RUN_ID, evidence.intervals)
+    assert build_report(found, "SUCCEEDED", T + 1000) == build_report(evidence, "SUCCEEDED", T + 1000)
+
+
+def test_bills_make_the_same_report_where_the_engine_is_out_of_reach(local_store: Store) -> None:
+    evidence = three_attempts()
+    write(local_store, evidence)
+    write_bills(local_store, bills_due(evidence, T + 1000))
+    elsewhere = read_evidence(local_store, RUN_ID)
+    assert build_report(elsewhere, "SUCCEEDED", T + 1000) == build_report(evidence, "SUCCEEDED", T + 1000)
+    both = read_evidence(local_store, RUN_ID, evidence.intervals)
+    assert build_report(both, "SUCCEEDED", T + 1000) == build_report(evidence, "SUCCEEDED", T + 1000)
+    assert bills_due(both, T + 1000) == []
+
+
+def test_a_bill_is_written_once_and_read_by_its_contract(local_store: Store) -> None:
+    evidence = three_attempts()
+    write(local_store, evidence)
+    write_bills(local_store, bills_due(evidence, T + 1000))
+    data = local_store.read(KEYS.bill(2))
+    assert data is not None
+    bill = Bill.from_bytes(data)
+    assert (bill.started_at, bill.ended_at, bill.paid_s) == (T + 40, T + 60, 20)
+    assert bill.cost_usd == pytest.approx(0.002)
+    assert bill.price["price_usd_per_hour"] == 0.36
+    assert bill.end_reason == "preempted"
+    dearer = [{**price, "price_usd_per_hour": 99.0} for price in evidence.run.prices]
+    write_bills(local_store, bills_due(replace(evidence, run=replace(evidence.run, prices=dearer)), T + 1000))
+    assert local_store.read(KEYS.bill(2)) == data
+
+
+def test_no_bill_while_a_machine_is_paid_for() -> None:
+    evidence = three_attempts()
+    open_row = replace(evidence.intervals[-1], ended_at=None)
+    due = bills_due(replace(evidence, intervals=[*evidence.intervals[:-1], open_row]), T + 1000)
+    assert [bill.attempt for bill in due] == [1, 2]
+
+
+def test_records_that_cannot_be_read_are_left_out(local_store: Store) -> None:
+    evidence = three_attempts()
+    write(local_store, evidence)
+    local_store.write(KEYS.attempt(2), b'{"attempt": ')
+    local_store.write(KEYS.events(3, 0, 1), b"\xff\x00 not a line")
+    local_store.write(KEYS.bill(1), b"[]")
+    local_store.write(KEYS.completed, b"")
+    local_store.write(KEYS.commit(9, 9), b"null")
+    local_store.write(f"{KEYS.attempts}/0001/events-1-0.jsonl", json.dumps(asdict(evidence.attempts[0])).encode())
+    report = build_report(read_evidence(local_store, RUN_ID, evidence.intervals), "FAILED", T + 1000)
+    assert [attempt["attempt"] for attempt in report["attempts"]] == [1, None, 3]
+    assert sum(report["phases"].values()) - report["phases"]["queue_s"] == pytest.approx(report["paid_s"]) == 70
+
+
+def test_a_run_that_is_not_there(local_store: Store) -> None:
+    with pytest.raises(InputError, match="no such run"):
+        read_evidence(local_store, "none-such")

@@ -1,0 +1,189 @@
+"""A report by hand: every second and every cent of a small run."""
+
+from dataclasses import replace
+
+import pytest
+
+from spotune.cost.evidence import Evidence
+from spotune.cost.report import build_report
+from tests.unit.cost.cases import RUN_ID, T, claim, commit, event, phase, price, row, run, step, three_attempts
+
+CONTRACT = """run_id state user team config started_at ended_at attempts phases paid_s cost_usd on_demand_usd saved_usd
+goodput useful_steps replayed_steps tokens gpu_utilization unreconciled_s schema_version""".split()
+ATTEMPT = """attempt infra region zone instance_type accelerators nodes use_spot price_usd_per_hour price_source
+started_at ended_at paid_s cost_usd end_reason first_step last_step""".split()
+PHASES = """queue_s provision_s setup_s load_s restore_s useful_s data_wait_s eval_s save_stall_s replayed_s idle_s
+teardown_s unknown_s""".split()
+
+
+def test_every_second_by_hand() -> None:
+    report = build_report(three_attempts(), "SUCCEEDED", T + 1000)
+    assert set(CONTRACT) <= set(report)
+    assert list(report["phases"]) == PHASES
+    assert all(set(ATTEMPT) <= set(attempt) for attempt in report["attempts"])
+    assert report["phases"] == pytest.approx(
+        {
+            "queue_s": 10 + 10 + 5,
+            "provision_s": 2 + 5 + 1,
+            "setup_s": 3,
+            "load_s": 5 + 2 + 4,
+            "restore_s": 1 + 1,
+            "useful_s": 6 + 6 + 6,  # attempt 1: 8 seconds of training, 2 of them waiting for data
+            "data_wait_s": 2,
+            "eval_s": 2 + 2,
+            "save_stall_s": 1 + 2,
+            "replayed_s": 3 + 3,
+            "idle_s": 0,
+            "teardown_s": 1 + 8,
+            "unknown_s": 4,
+        }
+    )
+    assert report["paid_s"] == 20 + 20 + 30
+    assert report["goodput"] == pytest.approx(18 / 70)
+    assert (report["useful_steps"], report["replayed_steps"], report["tokens"]) == (6, 2, 600)
+    assert (report["started_at"], report["ended_at"]) == (T + 10, T + 95)
+    assert report["unreconciled_s"] == 0
+    assert report["gpu_utilization"] is None
+
+
+def test_every_cent_by_hand() -> None:
+    report = build_report(three_attempts(), "SUCCEEDED", T + 1000)
+    assert [attempt["cost_usd"] for attempt in report["attempts"]] == pytest.approx([0.002, 0.002, 0.003])
+    assert report["cost_usd"] == pytest.approx(0.007)
+    # Steps 18 + 2, eval 2 and saves 3 done for the first time, one start 2 + 3 + 5, one leaving 8.
+    assert report["on_demand"]["seconds"] == pytest.approx(20 + 2 + 3 + 10 + 8)
+    assert report["on_demand_usd"] == pytest.approx(43 * 0.72 / 3600)
+    assert report["saved_usd"] == pytest.approx(43 * 0.72 / 3600 - 0.007)
+
+
+def test_attempts() -> None:
+    attempts = build_report(three_attempts(), "SUCCEEDED", T + 1000)["attempts"]
+    assert [attempt["end_reason"] for attempt in attempts] == ["preempted", "preempted", "completed"]
+    assert [(attempt["first_step"], attempt["last_step"]) for attempt in attempts] == [(1, 2), (3, 4), (3, 6)]
+    assert attempts[0]["losses"] == [[1, 3.0], [2, 2.5]]
+    assert attempts[0]["commits"] == [2]
+    assert sum(attempts[2]["phases"].values()) == pytest.approx(30)
+    assert [piece[2] for piece in attempts[1]["timeline"]] == [
+        "provision", "load", "restore", "useful", "eval", "useful", "unknown",
+    ]  # fmt: skip
+
+
+def test_nodes_multiply_dollars_not_seconds() -> None:
+    report = build_report(Evidence(run(), [row(0, 3600, nodes=3)]), "FAILED", T + 9999)
+    assert (report["paid_s"], report["cost_usd"]) == (3600, pytest.approx(3 * 0.36))
+
+
+def test_a_machine_that_never_claimed_is_listed_and_paid() -> None:
+    evidence = replace(
+        three_attempts(), intervals=[*three_attempts().intervals, row(31, 36, setup_s=1.0, end_reason="lost")]
+    )
+    report = build_report(evidence, "SUCCEEDED", T + 1000)
+    assert [attempt["attempt"] for attempt in report["attempts"]] == [1, None, 2, 3]
+    attempt = report["attempts"][1]
+    assert attempt["end_reason"] == "lost"
+    assert attempt["phases"]["setup_s"] == pytest.approx(1)
+    assert attempt["phases"]["unknown_s"] == pytest.approx(4)
+    assert report["paid_s"] == pytest.approx(75)
+
+
+def test_an_attempt_without_a_row_goes_by_its_own_clock() -> None:
+    evidence = replace(three_attempts(), intervals=three_attempts().intervals[1:])
+    report = build_report(evidence, "SUCCEEDED", T + 1000)
+    assert report["unreconciled_s"] == pytest.approx(14.5)
+    assert report["paid_s"] == pytest.approx(50 + 14.5)
+    first = report["attempts"][0]
+    assert (first["reconciled"], first["use_spot"], first["end_reason"]) == (False, None, "preempted")
+
+
+def test_a_running_machine_is_paid_up_to_now() -> None:
+    evidence = Evidence(
+        run(), [row(10, None)], [claim(1, 12)], {1: [phase(13, "load"), phase(14, "train"), step(20, 1)]}
+    )
+    report = build_report(evidence, "RUNNING", T + 25)
+    assert report["paid_s"] == pytest.approx(15)
+    assert report["ended_at"] is None
+    assert report["attempts"][0]["end_reason"] is None
+    assert report["attempts"][0]["ended_at"] is None
+    assert report["phases"]["unknown_s"] == pytest.approx(5)  # not reported yet
+    assert report["tokens"] == 100
+
+
+def test_nothing_paid_yet() -> None:
+    report = build_report(Evidence(run()), "PENDING", T + 7)
+    assert report["attempts"] == []
+    assert report["phases"]["queue_s"] == pytest.approx(7)
+    assert (report["paid_s"], report["cost_usd"], report["goodput"], report["started_at"]) == (0, 0, None, None)
+
+
+def test_without_a_price_cost_is_not_known() -> None:
+    report = build_report(replace(three_attempts(), run=run(prices=[])), "SUCCEEDED", T + 1000)
+    assert report["cost_usd"] is None
+    assert report["on_demand_usd"] is None
+    assert report["saved_usd"] is None
+    assert report["unpriced_s"] == 70
+
+
+def test_a_later_price_changes_nothing_and_the_landing_place_decides() -> None:
+    prices = [
+        price(True, 1.0, infra="aws", region="us-east-1", instance_type="g6.xlarge", accelerators="L4:1"),
+        price(True, 2.0, infra="aws", region="us-west-2", instance_type="g6.xlarge", accelerators="L4:1"),
+        price(False, 3.0, infra="aws", region="us-west-2", instance_type="g6.xlarge", accelerators="L4:1"),
+        price(False, 2.5, infra="gcp", region="*", instance_type="g2-standard-4", accelerators="L4:1"),
+        price(False, 0.1, infra="gcp", region="*", instance_type="e2", accelerators=""),
+    ]
+    place = {"infra": "aws", "region": "us-west-2", "zone": "us-west-2b", "instance_type": "g6.xlarge"}
+    evidence = Evidence(run(prices=[vars(one) for one in prices]), [row(0, 3600, **place, accelerators="L4:1")])
+    report = build_report(evidence, "FAILED", T + 9999)
+    assert report["cost_usd"] == pytest.approx(2.0)
+    assert report["on_demand"]["price_usd_per_hour"] == 2.5  # the cheapest with an L4
+
+
+def test_lost_events_do_not_shrink_the_work_that_is_known_to_be_done() -> None:
+    """Attempt 2 left no event, but attempt 3 went on from its checkpoint."""
+    evidence = three_attempts()
+    third = [
+        phase(66, "load"), event(67, "restored", step=4, commit="runs/r/commits/0002-00000004.json"),
+        phase(70, "train"), step(73, 5), step(76, 6), phase(76, "teardown"), event(94, "end", reason="completed"),
+    ]  # fmt: skip
+    report = build_report(replace(evidence, events={1: evidence.events[1], 3: third}), "SUCCEEDED", T + 1000)
+    assert report["useful_steps"] == 6
+    assert report["replayed_steps"] == 0
+    second = report["attempts"][1]
+    assert (second["first_step"], second["last_step"], second["commits"]) == (None, 4, [4])
+    assert second["phases"]["unknown_s"] == pytest.approx(15)
+    # 4 steps took 8 + 6 seconds, so 6 take 21; save 1, start 10, leaving 19.
+    assert report["on_demand"]["seconds"] == pytest.approx(21 + 1 + 10 + 19)
+
+
+def test_time_while_a_run_stands_still_is_not_waiting() -> None:
+    ended = [phase(1, "load"), event(9, "end", reason="failed", exit_code=1)]
+    evidence = Evidence(run(), [row(0, 10), row(1000, 1010)], [claim(1, 1), claim(2, 1001)], {1: ended})
+    assert build_report(evidence, "SUCCEEDED", T + 2000)["phases"]["queue_s"] == 0
+    ended[-1] = event(9, "end", reason="failed", exit_code=75)
+    assert build_report(evidence, "SUCCEEDED", T + 2000)["phases"]["queue_s"] == pytest.approx(990)
+
+
+@pytest.mark.parametrize(
+    ("row_reason", "exit_code", "said", "expected"),
+    [
+        ("preempted", None, None, "preempted"),
+        ("lost", None, None, "lost"),
+        ("exited", 75, None, "preempted"),
+        ("exited", 76, None, "paused"),
+        ("exited", 1, None, "failed"),
+        ("exited", 75, "failed", "failed"),
+        ("cancelled", 75, "preempted", "cancelled"),
+        ("preempted", 75, "preempted", "preempted"),
+    ],
+)
+def test_why_an_attempt_ended(row_reason: str, exit_code: int | None, said: str | None, expected: str) -> None:
+    events = [event(5, "end", reason=said, exit_code=exit_code)] if said else []
+    evidence = Evidence(run(), [row(0, 10, end_reason=row_reason, exit_code=exit_code)], [claim(1, 1)], {1: events})
+    assert build_report(evidence, "FAILED", T + 99)["attempts"][0]["end_reason"] == expected
+
+
+def test_tokens_are_those_of_the_certified_step() -> None:
+    evidence = replace(three_attempts(), commits=[commit(3, 6), commit(3, 5)])
+    assert build_report(evidence, "SUCCEEDED", T + 1000)["tokens"] == 600
+    assert build_report(replace(evidence, commits=[], certificate=None), "FAILED", T + 1000)["tokens"] == 600
+    assert build_report(evidence, "SUCCEEDED", T + 1000)["run_id"] == RUN_ID

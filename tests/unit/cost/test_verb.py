@@ -1,0 +1,55 @@
+"""``spotune cost`` on a bucket, with no engine that knows its runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from spotune.cli import main
+from spotune.contracts.store import Store
+from tests.unit.cost.cases import RUN_ID, three_attempts
+from tests.unit.cost.test_read import write
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.chdir(tmp_path)
+    store = Store(f"file://{tmp_path}/home/bucket")
+    write(store, three_attempts())
+    return store
+
+
+def cost(*arguments: str) -> Result:
+    return CliRunner(mix_stderr=False).invoke(main, ["cost", *arguments])
+
+
+def test_a_run_as_json_and_page(bucket: Store, tmp_path: Path) -> None:
+    result = cost(RUN_ID, "--format", "json", "--html", "page.html")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert (report["state"], report["useful_steps"]) == ("SUCCEEDED", 6)
+    assert report["unreconciled_s"] == pytest.approx(report["paid_s"])
+    assert "own clock" in (tmp_path / "page.html").read_text()
+
+
+def test_all_runs(bucket: Store) -> None:
+    assert json.loads(cost("--since", "9999d", "--format", "json").stdout)[0]["run_id"] == RUN_ID
+    assert cost("--since", "9999d", "--format", "csv").stdout.startswith("run_id,state,")
+    assert "1 run" in cost("--since", "9999d").stdout
+    assert json.loads(cost("--since", "1s", "--format", "json").stdout) == []
+    assert "No runs within 1s" in cost("--since", "1s").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["orders-k3x8"], f"orders-k3x8: no such run (did you mean {RUN_ID}?)"),
+        (["--html", "page.html"], "--html: shows one run (spotune cost RUN --html FILE)"),
+        ([RUN_ID, "--html", "."], "--html: . is a folder (--html cost.html)"),
+        (["--since", "soon"], "--since: 'soon' is not a duration (30s, 5m, 1.5h or 2d)"),
+    ],
+)
+def test_bad_input_is_one_line(bucket: Store, arguments: list[str], line: str) -> None:
+    result = cost(*arguments)
+    assert (result.exit_code, result.stdout, result.stderr.strip()) == (2, "", line)
