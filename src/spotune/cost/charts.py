@@ -81,6 +81,7 @@ def loss_chart(report: Mapping[str, Any]) -> str:
     key = f"<li>{svg.stroke('main')}what counts</li>"
     key += f"<li>{svg.stroke('old')}done again by a later attempt</li>" if "band" in marks or old else ""
     key += f"<li>{svg.stroke('mark')}an attempt goes on</li>" if marks else ""
+    key += "<li>a gap: no record of these steps</li>" if len(kept) > 1 else ""
     content = axes + svg.plot(_PLOT, marks + lines) + labels
     return f'<ul class="legend">{key}</ul>{svg.picture("loss", text, _PLOT + 24, content)}'
 

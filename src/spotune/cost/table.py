@@ -47,7 +47,9 @@ def notes_of(report: Mapping[str, Any]) -> list[str]:
         notes.append(f"{seconds} are not in the cost: no price was frozen for where they ran.")
     unknown = report["phases"]["unknown_s"]
     if report["paid_s"] and unknown / report["paid_s"] >= 0.05:
-        notes.append(f"{words.duration(unknown)} are unknown: a machine that vanishes takes its last events with it.")
+        is_running = any(attempt["ended_at"] is None for attempt in report["attempts"])
+        why = "events arrive in parts" if is_running else "a machine that vanishes takes its last events with it"
+        notes.append(f"{words.duration(unknown)} are unknown{' so far' if is_running else ''}: {why}.")
     return notes
 
 
