@@ -10,7 +10,7 @@ CONFIG ?= config/runs/demo.yaml
 RUN ?=
 ARGS ?=
 
-.PHONY: help setup demo demo-undisturbed test lint lock schema docs train queue logs cancel cost clean
+.PHONY: help setup demo demo-undisturbed test bench lint lock schema docs train queue logs cancel cost clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -37,6 +37,9 @@ demo-undisturbed: setup ## the same job with nothing taken away: .demo/undisturb
 
 test: setup ## all tests that need no cloud
 	@$(BIN)/python -m pytest
+
+bench: setup ## the figures in benchmarks/README.md
+	$(BIN)/python benchmarks/startup.py
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
