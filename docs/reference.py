@@ -19,7 +19,8 @@ def reference() -> str:
 
 def helps(command: click.Command, parent: click.Context | None, name: str) -> Iterator[tuple[str, str]]:
     """(full name, help text) of a command and of all below it."""
-    context = click.Context(command, parent=parent, info_name=name, terminal_width=WIDTH, max_content_width=WIDTH)
+    settings = {**command.context_settings, "terminal_width": WIDTH, "max_content_width": WIDTH}
+    context = click.Context(command, parent=parent, info_name=name, **settings)
     yield context.command_path, command.get_help(context)
     if isinstance(command, click.Group):
         for below in command.list_commands(context):

@@ -68,7 +68,7 @@ def test_trl_takes_every_key(path: Path, profile: str, tmp_path: Path) -> None:
     assert config["data"]
     _, training, model = parse_by_trl(config, tmp_path)
     assert model.model_name_or_path == config["model_name_or_path"]
-    for key in set(config) - set(OURS) - {"report_to", "fsdp_config", "use_cpu", "lora_target_modules"}:
+    for key in set(config) - set(OURS) - {"env", "report_to", "fsdp_config", "use_cpu", "lora_target_modules"}:
         holder = training if hasattr(training, key) else model
         assert getattr(holder, key) == config[key], key
 
