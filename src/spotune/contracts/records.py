@@ -181,7 +181,10 @@ class Mark(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Bill(Record):
-    """``bill.json``: the paid interval of an attempt and the frozen price of where it landed."""
+    """``bill.json``: the paid interval of an attempt, where it landed, and the frozen price of that place.
+
+    ``end_reason`` is the report's word, ``reason`` and ``exit_code`` are the engine's own.
+    """
 
     run_id: str
     attempt: int
@@ -192,6 +195,15 @@ class Bill(Record):
     paid_s: float = 0.0
     cost_usd: float = 0.0
     end_reason: str = "lost"
+    infra: str = ""
+    region: str = ""
+    zone: str = ""
+    instance_type: str = ""
+    accelerators: str = ""
+    use_spot: bool = False
+    setup_s: float = 0.0
+    reason: str = ""
+    exit_code: int | None = None
 
 
 def fingerprint(value: Any) -> str:

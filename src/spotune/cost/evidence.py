@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from spotune.contracts.records import AttemptRecord, Certificate, Commit, RunRecord
-from spotune.cost.bills import MachineBill
+from spotune.contracts.records import AttemptRecord, Bill, Certificate, Commit, RunRecord
 from spotune.cost.eventlog import Event
 from spotune.launch.infra import PaidInterval
 
@@ -25,4 +24,4 @@ class Evidence:
     events: Mapping[int, Sequence[Event]] = field(default_factory=dict)
     commits: Sequence[Commit] = ()
     certificate: Certificate | None = None
-    bills: Sequence[MachineBill] = ()
+    bills: Sequence[Bill] = ()

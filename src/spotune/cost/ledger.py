@@ -4,9 +4,10 @@ from collections.abc import Iterable
 
 from spotune.contracts.errors import StoreError
 from spotune.contracts.keys import Keys
+from spotune.contracts.records import Bill
 from spotune.contracts.store import Store
 from spotune.cost.account import Account, account_of
-from spotune.cost.bills import MachineBill, with_bills
+from spotune.cost.bills import with_bills
 from spotune.cost.evidence import Evidence
 from spotune.cost.join import join
 
@@ -25,7 +26,7 @@ def build_accounts(evidence: Evidence, now: float) -> list[Account]:
     return accounts
 
 
-def bills_due(evidence: Evidence, now: float) -> list[MachineBill]:
+def bills_due(evidence: Evidence, now: float) -> list[Bill]:
     """The bills that can be written by now: closed intervals of attempts that have none yet."""
     billed = {bill.attempt for bill in evidence.bills}
     bills = []
@@ -33,7 +34,7 @@ def bills_due(evidence: Evidence, now: float) -> list[MachineBill]:
         row, record = account.machine.interval, account.machine.record
         if row and record and row.ended_at is not None and record.attempt not in billed:
             bills.append(
-                MachineBill(
+                Bill(
                     run_id=record.run_id,
                     attempt=record.attempt,
                     started_at=row.started_at,
@@ -57,7 +58,7 @@ def bills_due(evidence: Evidence, now: float) -> list[MachineBill]:
     return bills
 
 
-def write_bills(store: Store, bills: Iterable[MachineBill]) -> None:
+def write_bills(store: Store, bills: Iterable[Bill]) -> None:
     """Writes the bills that are not there yet; whoever may only read the bucket gets the report all the same."""
     for bill in bills:
         try:

@@ -8,9 +8,8 @@ from typing import TypeVar
 
 from spotune.contracts.errors import InputError
 from spotune.contracts.keys import Keys
-from spotune.contracts.records import AttemptRecord, Certificate, Commit, Record, RunRecord
+from spotune.contracts.records import AttemptRecord, Bill, Certificate, Commit, Record, RunRecord
 from spotune.contracts.store import Store
-from spotune.cost.bills import MachineBill
 from spotune.cost.eventlog import Event, parse_lines
 from spotune.cost.evidence import Evidence
 from spotune.launch.infra import PaidInterval
@@ -42,7 +41,7 @@ def read_evidence(store: Store, run_id: str, intervals: Sequence[PaidInterval] =
         events=_events(names, found),
         commits=_records(Commit, [found[key] for key in commits]),
         certificate=next(iter(_records(Certificate, [certificate])), None),
-        bills=_records(MachineBill, [found[key] for key in names if key.endswith("/bill.json")]),
+        bills=_records(Bill, [found[key] for key in names if key.endswith("/bill.json")]),
     )
 
 
