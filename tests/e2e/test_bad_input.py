@@ -48,7 +48,7 @@ def config(material: Path, edit: Edit) -> bytes:
         "bf16": False,
     }
     merged = {key: value for key, value in {**base, **(edit or {})}.items() if value != "DROP"}
-    return yaml.safe_dump(merged).replace("MATERIAL", str(material)).encode()
+    return yaml.safe_dump(merged).replace("MATERIAL", str(material)).replace("DATE", "2026-13-45").encode()
 
 
 # what is wrong: (the config's edit, the one line)
@@ -67,6 +67,28 @@ IN_CONFIG: dict[str, tuple[Edit, str]] = {
     "profiles not a mapping": ({"profiles": ["dev"]}, r"run\.yaml: profiles: must map names to settings \(.*\)"),
     "not a number": ({"max_steps": "many"}, r"run\.yaml: max_steps: 'many' is not a whole number"),
     "not true or false": ({"packing": "maybe"}, r"run\.yaml: packing: 'maybe' is not true or false"),
+    "a date that is none": ({"seed": "DATE"}, r"run\.yaml: not YAML: month must be in 1\.\.12"),
+    "brackets without end": ("[" * 3000, r"run\.yaml: not YAML: .*recursion.*"),
+    "a profile without a name": ({"profiles": {1: {"seed": 3}}}, r"run\.yaml: profiles: the name 1 is not text \(.*\)"),
+    "a profile in a profile": ({"profiles": {"a": {"profiles": {}}}}, r"run\.yaml: profiles\.a\.profiles: .*"),
+    "no end": ({"learning_rate": float("inf")}, r"run\.yaml: learning_rate: inf is not a number"),
+    "no steps": ({"max_steps": 0}, r"run\.yaml: max_steps: 0 steps train nothing \(.*\)"),
+    "a weight without end": (
+        {"data": [{"source": "MATERIAL/good.jsonl", "weight": float("inf")}]},
+        r"run\.yaml: data\[0\]\.weight: inf is not a number above 0",
+    ),
+    "a source without a name": (
+        {"data": [{"source": "hf://"}]},
+        r"run\.yaml: data\[0\]\.source: 'hf://' names .* \(.*\)",
+    ),
+    "nobody's home": (
+        {"data": [{"source": "~no-such-user/x.jsonl"}]},
+        r"run\.yaml: data\[0\]\.source: ~no-such-user/.*",
+    ),
+    "typo in columns": (
+        {"data": [{"source": "MATERIAL/good.jsonl", "columns": {"mesages": "a"}}]},
+        r"run\.yaml: data\[0\]\.columns\.mesages: unknown key \(one of .*\)",
+    ),
     "no choice": ({"lr_scheduler_type": "saw"}, r"run\.yaml: lr_scheduler_type: 'saw' is not known \(.*linear.*\)"),
     "too small": ({"per_device_train_batch_size": 0}, r"run\.yaml: per_device_train_batch_size: 0 is too small \(.*\)"),
     "no model": ({"model_name_or_path": "DROP"}, r"run\.yaml: model_name_or_path: missing \(.*\)"),
@@ -157,6 +179,15 @@ ELSEWHERE: dict[str, tuple[str, list[str], dict[str, str], str]] = {
         {"SPOTUNE_BUCKET": "x"},
         r"SPOTUNE_BUCKET: 'x' is not a bucket \(.*\)",
     ),
+    "a bucket that is a file": ("train", ["run.yaml"], {"SPOTUNE_BUCKET": "file:///etc/hosts"}, r"SPOTUNE_BUCKET: .*"),
+    "a bucket that is a file, script": (
+        "script",
+        ["run.yaml"],
+        {"SPOTUNE_BUCKET": "file:///etc/hosts"},
+        r"SPOTUNE_BUCKET: .*",
+    ),
+    "a bucket where none can be": ("script", ["run.yaml"], {"SPOTUNE_BUCKET": "file:///proc/x"}, r"SPOTUNE_BUCKET: .*"),
+    "a home where none can be": ("train", ["run.yaml"], {"SPOTUNE_HOME": "/proc/x"}, r"SPOTUNE_(HOME|BUCKET): .*"),
     "priority": ("train", ["run.yaml", "--priority", "9999"], {}, r".*priority.*9999.*"),
     "infrastructure": ("train", ["run.yaml", "--infra", "moon"], {}, r"--infra: .*moon.*"),
     "GPUs that are not here": ("train", ["run.yaml", "--gpus", "L4:1"], {"CUDA_VISIBLE_DEVICES": ""}, r"--gpus: .*"),

@@ -39,13 +39,23 @@ def plan_wish(wish: "Wish", workspace: "Workspace") -> "Plan":
     return make_plan(wish, workspace, time.time, SystemRandom())
 
 
-def agree_to(plan: "Plan", yes: bool) -> None:
-    """Shows the plan on stderr, where it is in nobody's way, and asks unless told not to."""
-    from spotune.cli.options import agree
-    from spotune.cli.render import plan_text
+def agree_to(plan: "Plan", workspace: "Workspace", yes: bool) -> None:
+    """Shows the plan on stderr, where it is in nobody's way, and asks unless told not to.
 
+    What would be refused is refused before anything is shown. On this machine nothing is bought, so that without a
+    terminal nobody is asked; elsewhere that needs -y.
+    """
+    from spotune.cli.options import agree, can_ask
+    from spotune.cli.render import plan_text
+    from spotune.launch.infra import infra_of
+    from spotune.launch.submit import check_submittable
+
+    check_submittable(plan, workspace)
+    asks = not yes and can_ask()
+    if not yes and not asks and infra_of(plan.infra) != "local":
+        raise InputError("stdin", "nobody to ask", remedy="add -y")
     click.echo(plan_text(plan), err=True)
-    agree(f"Launch {plan.run_id}. Proceed?", yes)
+    agree(f"Launch {plan.run_id}. Proceed?", not asks)
 
 
 def submit_plan(plan: "Plan", workspace: "Workspace") -> "Submitted":

@@ -42,6 +42,11 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, default=str))
 
 
+def can_ask() -> bool:
+    """Whether somebody sits at a terminal."""
+    return click.get_text_stream("stdin").isatty()
+
+
 def agree(question: str, yes: bool) -> None:
     """Asks on stderr, yes by default; raises InputError when nobody answers, leaves with 1 on a no."""
     if yes:

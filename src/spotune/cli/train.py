@@ -29,10 +29,10 @@ from spotune.cli.options import config_options, format_option, open_workspace
 def train(source: str, dryrun: bool, yes: bool, detach: bool, output: str, **given: Any) -> None:
     """Submit CONFIG as a job that survives the loss of its machine, and follow it.
 
-    Uses the config's profile `prod` if it has one. Shows the plan and asks, as `sky` does; without anybody to ask
-    it needs -y. Ctrl-C stops following, the run goes on. Exit codes: 0 finished and certified, 1 failed, 2 bad
-    input, 3 infrastructure failed, 76 paused. A secret's value is kept on this machine alone, readable by you
-    alone, until the run has ended.
+    Uses the config's profile `prod` if it has one. Shows the plan and asks, as `sky` does; where nobody can be asked
+    it needs -y, unless it runs on this machine. Ctrl-C stops following, the run goes on. Exit codes: 0 finished and
+    certified, 1 failed, 2 bad input, 3 infrastructure failed, 76 paused. A secret's value is kept on this machine
+    alone, readable by you alone, until the run has ended.
     """
     from spotune.cli.follow import follow
     from spotune.cli.launching import agree_to, plan_of, submit_plan
@@ -45,7 +45,7 @@ def train(source: str, dryrun: bool, yes: bool, detach: bool, output: str, **giv
     if dryrun:
         print_json(as_json(plan)) if output == "json" else click.echo(plan_text(plan))
         return
-    agree_to(plan, yes or output == "json")
+    agree_to(plan, workspace, yes or output == "json")
     outcome = submit_plan(plan, workspace)
     if output == "json":
         print_json({"run_id": plan.run_id})

@@ -6,6 +6,7 @@ come from ``schema.json``, generated from the pinned TRL, so that a typo costs m
 
 import difflib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import resources
@@ -36,6 +37,10 @@ def load_config(
     if not isinstance(profiles, dict) or not all(isinstance(overlay, dict) for overlay in profiles.values()):
         raise InputError(path, "must map names to settings", key="profiles", remedy="profiles: {dev: {max_steps: 30}}")
     for name, overlay in profiles.items():
+        if not isinstance(name, str):
+            raise InputError(path, f"the name {name!r} is not text", key="profiles", remedy="write it in quotes")
+        if "profiles" in overlay:
+            raise InputError(path, "profiles do not nest", key=f"profiles.{name}.profiles")
         check_keys(overlay, f"{path}: profiles.{name}")
     if profile and profile not in profiles:
         raise InputError(path, f"no profile {profile!r}", key="profiles", remedy=_one_of(profiles) or "it has none")
@@ -56,6 +61,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise InputError(path, "no such file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(path, f"cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:  # a value that looks like a date and is none; brackets without end
+        raise InputError(path, f"not YAML: {error}") from error
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InputError(path, f"not YAML: {error.problem}", key=line) from error
@@ -101,7 +108,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
             raise InputError(OVERRIDE, f"{override!r} is not key=value", remedy="--set max_steps=50")
         try:
             parsed[key.strip().replace("-", "_")] = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise InputError(OVERRIDE, f"the value {text!r} is not YAML", key=key) from error
     return parsed
 
@@ -142,7 +149,7 @@ def check_keys(config: Mapping[str, Any], where: object) -> None:
     for key, value in config.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            remedy = f"did you mean {near[0]}?" if near else "see config/schema.json for the keys"
+            remedy = f"did you mean {near[0]}?" if near else "see docs/config.md"
             raise InputError(where, "unknown key", key=key, remedy=remedy)
         if value is not None:
             _check_value(where, key, value, known[key])
@@ -204,7 +211,7 @@ def _is_kind(value: Any, kind: str) -> bool:
             return number is not None and number.is_integer()
         case "number":
             number = _number(value)
-            return number is not None and number == number  # NaN is no setting
+            return number is not None and math.isfinite(number)
         case "string":
             return isinstance(value, (str, int, float)) and not isinstance(value, bool)
         case "array":
@@ -228,6 +235,8 @@ def _one_of(names: Iterable[str]) -> str:
 
 
 def _check_needed(config: Mapping[str, Any], where: object) -> None:
+    if _number(config.get("max_steps")) == 0:
+        raise InputError(where, "0 steps train nothing", key="max_steps", remedy="1 or more, or leave it out")
     if not config.get("model_name_or_path"):
         raise InputError(where, "missing", key="model_name_or_path", remedy="a hub id or a local folder")
     given = [key for key in ("data", "datasets", "dataset_name") if config.get(key)]
@@ -240,6 +249,7 @@ def _check_needed(config: Mapping[str, Any], where: object) -> None:
 
 SOURCE_KEYS = ("source", "weight", "format", "columns", "limit", "split", "dataset_config", "dataset_split")
 FORMATS = ("messages", "prompt_completion", "text")
+COLUMNS = ("messages", "prompt", "completion", "text")
 
 
 def check_sources(config: Mapping[str, Any], where: object) -> None:
@@ -248,6 +258,8 @@ def check_sources(config: Mapping[str, Any], where: object) -> None:
         row = f"data[{index}]"
         if not isinstance(source, dict) or not isinstance(source.get("source"), str) or not source["source"].strip():
             raise InputError(where, "needs a source", key=row, remedy="{source: path or URL, weight: 1.0}")
+        if source["source"].partition("://")[2] == "" and "://" in source["source"]:
+            raise InputError(where, f"{source['source']!r} names nothing", key=f"{row}.source", remedy="hf://org/name")
         for key in source:
             if key not in SOURCE_KEYS:
                 near = difflib.get_close_matches(str(key), SOURCE_KEYS, n=1)
@@ -259,7 +271,8 @@ def check_sources(config: Mapping[str, Any], where: object) -> None:
                 )
         for key, low in (("weight", 0.0), ("limit", 0.0), ("split", 0.0)):
             value = source.get(key)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= low):
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if value is not None and (not is_number or value <= low):
                 raise InputError(where, f"{value!r} is not a number above 0", key=f"{row}.{key}")
         if (source.get("split") or 0) >= 1 and source["split"] != int(source["split"]):
             remedy = "below 1 a share, from 1 on a number of rows"
@@ -270,10 +283,14 @@ def check_sources(config: Mapping[str, Any], where: object) -> None:
             raise InputError(where, f"{source['limit']!r} is not a whole number", key=f"{row}.limit")
         if source.get("format") is not None and source["format"] not in FORMATS:
             raise InputError(where, f"{source['format']!r} is no format", key=f"{row}.format", remedy=_one_of(FORMATS))
-        if source.get("columns") is not None and not isinstance(source["columns"], dict):
-            raise InputError(
-                where,
-                "must map our names to the file's",
-                key=f"{row}.columns",
-                remedy="columns: {prompt: question, completion: answer}",
-            )
+        if source.get("columns") is not None:
+            _check_columns(where, f"{row}.columns", source["columns"])
+
+
+def _check_columns(where: object, key: str, columns: Any) -> None:
+    remedy = "columns: {prompt: question, completion: answer}"
+    if not isinstance(columns, dict) or not all(isinstance(name, str) for name in columns.values()):
+        raise InputError(where, "must map our names to the file's", key=key, remedy=remedy)
+    for ours in columns:
+        if ours not in COLUMNS:
+            raise InputError(where, "unknown key", key=f"{key}.{ours}", remedy=_one_of(COLUMNS))

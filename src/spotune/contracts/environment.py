@@ -17,6 +17,7 @@ RUN_ID = "SPOTUNE_RUN_ID"
 CONFIG = "SPOTUNE_CONFIG"
 PROFILE = "SPOTUNE_PROFILE"
 PYTHON = "SPOTUNE_PYTHON"  # the interpreter that a task runs; default: the checkout's .venv
+ATTEMPT = "SPOTUNE_ATTEMPT"  # the engine's count of machines, where it keeps one: claims then have the same numbers
 STATUS_FILE = "SPOTUNE_STATUS_FILE"  # a local file that the guard keeps current: progress without a bucket's delay
 SAVE_EVERY = "SPOTUNE_SAVE_EVERY"  # `50` steps or `5m`; for a bare launch, `train --save-every` freezes it in run.json
 NUM_PROCESSES = "SPOTUNE_NUM_PROCESSES"  # ranks on this machine; default one per GPU, 1 on CPU
@@ -33,11 +34,15 @@ class RunEnvironment:
     profile: str
     save_every: str
     status_file: str
+    attempt: int
     user: str
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> "RunEnvironment":
-        home = Path(environ.get(HOME) or "~/.spotune").expanduser().absolute()
+        try:
+            home = Path(environ.get(HOME) or "~/.spotune").expanduser().absolute()
+        except RuntimeError as error:  # no such user, or none at all
+            raise InputError(HOME, str(error), remedy="an absolute path") from error
         bucket = environ.get(BUCKET) or f"file://{home}/bucket"
         return cls(
             home=home,
@@ -47,6 +52,7 @@ class RunEnvironment:
             profile=environ.get(PROFILE, ""),
             save_every=environ.get(SAVE_EVERY, ""),
             status_file=environ.get(STATUS_FILE, ""),
+            attempt=int(count) if (count := environ.get(ATTEMPT, "")).isdigit() else 1,
             user=user_name(environ),
         )
 

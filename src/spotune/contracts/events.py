@@ -11,6 +11,7 @@ Every line has ``t`` (epoch seconds) and ``event``:
     save     {step, stall_s}                                   the worker staged a checkpoint
     commit   {step, upload_s, bytes}                           it is committed in the bucket
     notice   {source, grace_s or null}                         the machine is about to be taken
+    alive    {}                                                nothing but the time: what was going on still is
     end      {reason, exit_code, step, message}                the attempt's last line, when it had time
 
 Phases are those of the cost report that a machine can know: ``load`` (imports, model, tokenizing),

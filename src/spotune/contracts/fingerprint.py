@@ -26,7 +26,7 @@ def resolve_source(source: str, where: object, key: str) -> list[str]:
         return [source]
     local = source.removeprefix("file://")
     if "://" not in local:
-        path = Path(local).expanduser()
+        path = _local_path(local, where, key)
         pattern = str(path / "**" / "*") if path.is_dir() else str(path)
         found = sorted(name for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
     else:
@@ -38,6 +38,13 @@ def resolve_source(source: str, where: object, key: str) -> list[str]:
             where, f"no file matches {source}", key=key, remedy="JSONL, JSON, CSV or Parquet, also gzipped"
         )
     return found
+
+
+def _local_path(text: str, where: object, key: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # ~name of nobody
+        raise InputError(where, f"{text}: {error}", key=key) from error
 
 
 def is_data_file(name: str) -> bool:
@@ -85,7 +92,7 @@ def _trl_facts(named: Any, where: object) -> list[dict[str, Any]]:
     facts: list[dict[str, Any]] = []
     for entry in named if isinstance(named, list) else [{"path": named}]:
         name = str(entry.get("path", "")) if isinstance(entry, dict) else str(entry)
-        path = Path(name).expanduser()
+        path = _local_path(name, where, "datasets")
         if path.is_dir():
             inside = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
             facts += [{"source": name, **_file_facts(str(file), where)} for file in inside]

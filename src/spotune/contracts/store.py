@@ -6,12 +6,13 @@ objects only (an exception inside ``fs.open`` commits a partial one), create-onl
 
 import errno
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from uuid import uuid4
 
 from spotune.contracts.environment import BUCKET, check_bucket
@@ -51,9 +52,13 @@ class Store:
         try:
             yield
         except FileNotFoundError as error:
-            if verb not in WRITING or self.is_local:
+            if verb not in WRITING:
                 raise
-            raise InputError(BUCKET, f"no such bucket: {self.url}", remedy="create it first") from error
+            remedy = "a folder that can be made" if self.is_local else "create it first"
+            raise InputError(BUCKET, f"no such bucket: {self.url}", remedy=remedy) from error
+        except (NotADirectoryError, FileExistsError) as error:
+            what = f"{self.url}: a file is in the way of its folders: {error.filename}"
+            raise InputError(BUCKET, what, remedy="a folder, or a place where one can be made") from error
         except Exception as error:
             if isinstance(error, (PermissionError, *_denials())):
                 what = f"{self.url}: access denied: {' '.join(str(error).split())[:200]}"
@@ -233,34 +238,35 @@ def _is_precondition_failure(error: BaseException | None) -> bool:
     return False
 
 
-def _part_path(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".part-{uuid4().hex}")
+def _open_part(path: Path) -> tuple[Path, BinaryIO]:
+    """A new file beside ``path``, to be renamed to it; the folder is made, also when somebody just pruned it."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".part-{uuid4().hex}")
+        try:
+            descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileNotFoundError:
+            continue
+        return part, open(descriptor, "wb")
 
 
 def _write_part(path: Path, data: bytes) -> Path:
-    while True:
-        part = _part_path(path)
-        try:
-            descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        except FileNotFoundError:  # the folder was pruned by another process in between
-            continue
-        with open(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        return part
+    part, file = _open_part(path)
+    with file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return part
 
 
 def _copy_part(source: Path, path: Path, durable: bool = True) -> Path:
-    import shutil
-
-    part = _part_path(path)
-    with open(source, "rb") as reader, open(part, "xb") as writer:
-        shutil.copyfileobj(reader, writer, 1 << 20)
-        writer.flush()
-        if durable:
-            os.fsync(writer.fileno())
+    with open(source, "rb") as reader:
+        part, writer = _open_part(path)
+        with writer:
+            shutil.copyfileobj(reader, writer, 1 << 20)
+            writer.flush()
+            if durable:
+                os.fsync(writer.fileno())
     return part
 
 

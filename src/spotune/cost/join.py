@@ -1,7 +1,7 @@
 """Which machine of the engine's history made which attempt in the bucket: by time, in order."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from spotune.contracts.records import AttemptRecord
 from spotune.launch.infra import PaidInterval
@@ -13,11 +13,13 @@ MAX_SKEW_S = 900.0
 class Machine:
     """A machine that was paid for, an attempt that ran, or, as it should be, both in one.
 
-    ``interval`` None: the engine's row is not to be had. ``record`` None: it died before its guard claimed.
+    ``interval`` None: the engine's row is not to be had. ``record`` None: it died before its guard claimed, and
+    ``attempt`` is the number that the claims after it have left free, None where they have left none.
     """
 
     interval: PaidInterval | None
     record: AttemptRecord | None
+    attempt: int | None = None
 
 
 def join(intervals: Sequence[PaidInterval], attempts: Sequence[AttemptRecord], now: float) -> list[Machine]:
@@ -33,7 +35,19 @@ def join(intervals: Sequence[PaidInterval], attempts: Sequence[AttemptRecord], n
     found = dict(pairs)
     machines = [Machine(row, claims[found[i]] if i in found else None) for i, row in enumerate(rows)]
     machines += [Machine(None, claim) for column, claim in enumerate(claims) if column not in paired]
-    return sorted(machines, key=_order)
+    return _numbered(sorted(machines, key=_order))
+
+
+def _numbered(machines: list[Machine]) -> list[Machine]:
+    numbered: list[Machine] = []
+    last = 0
+    for index, machine in enumerate(machines):
+        later = next((one.record.attempt for one in machines[index:] if one.record), None)
+        number = machine.record.attempt if machine.record else last + 1
+        is_free = machine.record is not None or later is None or number < later
+        numbered.append(replace(machine, attempt=number if is_free else None))
+        last = number if is_free else last
+    return numbered
 
 
 def _distance_s(row: PaidInterval, claim: AttemptRecord, now: float) -> float | None:

@@ -18,8 +18,7 @@ def build_accounts(evidence: Evidence, now: float) -> list[Account]:
     accounts: list[Account] = []
     done_before = 0
     for machine in join(intervals, evidence.attempts, now):
-        attempt = machine.record.attempt if machine.record else None
-        events = evidence.events.get(attempt, ()) if attempt is not None else ()
+        events = evidence.events.get(machine.record.attempt, ()) if machine.record else ()
         account = account_of(machine, events, evidence, done_before, now)
         accounts.append(account)
         done_before = max([done_before, *account.committed, *(step.step for step in account.steps)])
@@ -27,16 +26,20 @@ def build_accounts(evidence: Evidence, now: float) -> list[Account]:
 
 
 def bills_due(evidence: Evidence, now: float) -> list[Bill]:
-    """The bills that can be written by now: closed intervals of attempts that have none yet."""
+    """The bills that can be written by now: closed intervals of attempts that have none yet.
+
+    A machine that never claimed is billed once a later one has: until then its number may still be claimed.
+    """
     billed = {bill.attempt for bill in evidence.bills}
+    latest = max((record.attempt for record in evidence.attempts), default=0)
     bills = []
     for account in build_accounts(evidence, now):
-        row, record = account.machine.interval, account.machine.record
-        if row and record and row.ended_at is not None and record.attempt not in billed:
+        row, number = account.machine.interval, account.machine.attempt
+        if row and number is not None and row.ended_at is not None and number <= latest and number not in billed:
             bills.append(
                 Bill(
-                    run_id=record.run_id,
-                    attempt=record.attempt,
+                    run_id=row.run_id,
+                    attempt=number,
                     started_at=row.started_at,
                     ended_at=row.ended_at,
                     price=vars(account.price) if account.price else {},

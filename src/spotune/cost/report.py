@@ -76,15 +76,14 @@ def build_report(evidence: Evidence, state: State, now: float) -> dict[str, Any]
 
 
 def _attempt_row(account: Account) -> dict[str, Any]:
-    row, record, place = account.machine.interval, account.machine.record, account.place
-    attempt = record.attempt if record else None
+    row, place = account.machine.interval, account.place
     points = [
         [step_of(event), event["loss"]]
         for event in account.events
         if event["event"] == "log" and step_of(event) and number(event.get("loss")) is not None
     ]
     return {
-        "attempt": attempt,
+        "attempt": account.machine.attempt,
         "infra": place.infra,
         "region": place.region,
         "zone": place.zone,

@@ -106,9 +106,12 @@ def check_data(run: RunRecord) -> None:
         )
 
 
-def claim_attempt(store: Store, keys: Keys, machine: Machine) -> AttemptRecord:
-    """Claims the next attempt number, create-only: of two machines only one gets it, the other the next."""
-    attempt = latest_attempt(store, keys)
+def claim_attempt(store: Store, keys: Keys, machine: Machine, at_least: int = 1) -> AttemptRecord:
+    """Claims the next attempt number, create-only: of two machines only one gets it, the other the next.
+
+    ``at_least``: the engine's own count, which is ahead where a machine was lost before it could claim.
+    """
+    attempt = max(latest_attempt(store, keys), at_least - 1)
     while True:
         attempt += 1
         record = AttemptRecord(

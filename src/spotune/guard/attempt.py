@@ -32,6 +32,7 @@ from spotune.guard.trackers import rebuild_offline, tracker_environ
 
 POLL_S = 0.1
 FENCE_S = 15.0
+GREET_S = 20.0  # bad input is found by then; until then its one line stands alone
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Attempt:
         self.journal = Journal(store, keys, record.attempt, exchange.events_path(self.folder, 0), place.status_file)
         self.journal.write("start", attempt=record.attempt, host=record.host, world_size=machine.world_size)
         self.committer: Committer | None = None
+        self._greet_at: float | None = time.monotonic() + GREET_S
         token = gang_token(keys.run_id, environ.get("SKYPILOT_TASK_ID", ""))
         self.leader = Leader(keys.run_id, machine, token)
 
@@ -83,7 +85,7 @@ class Attempt:
         if code in (exits.FAILED, exits.BAD_INPUT):
             self._mark_failed(code, message)
         if message:
-            say(message)
+            say(message, bare=True)
         self._close(code, reason, message)
         return code
 
@@ -159,6 +161,7 @@ class Attempt:
         """Until the ranks have ended: passes on checkpoints, notices and the fence."""
         stopping, fence_at = False, time.monotonic()
         while ranks.running:
+            self._greet()
             self._collect()
             if self.committer and self.committer.fenced:
                 raise self.committer.fenced
@@ -180,6 +183,13 @@ class Attempt:
         others = self.leader.wait_for_outcomes(PEER_GRACE_S)
         return worst([ranks.outcome(), *(Outcome(**outcome) for outcome in others)])
 
+    def _greet(self) -> None:
+        """Says where the records are, once it has become clear that there is something to run."""
+        if self._greet_at and (self.journal.progress.max_steps or time.monotonic() > self._greet_at):
+            self._greet_at = None
+            place = f"{self.store.url}/{self.keys.root}"
+            say(f"{self.keys.run_id}: attempt {self.record.attempt} on {self.record.host}, records in {place}")
+
     def _look_at_fence(self) -> None:
         try:
             admission.check_fence(self.store, self.keys, self.record.attempt)
@@ -189,7 +199,7 @@ class Attempt:
     def _ask_to_stop(self) -> bool:
         """Asks for a save at the next step boundary; False when there is nothing new to save."""
         self.journal.write("notice", source=self.notices.source, grace_s=None)
-        say(f"{self.notices.source}: this machine is about to go")
+        say(f"{self.notices.source}: saving at the next step boundary, then leaving")
         progress = self.journal.progress
         if self.journal.first_step is None or progress.phase == "teardown":
             # Not a step made yet, or all are made: the last commit is all there is, or the result is on its way.

@@ -75,6 +75,7 @@ class Journal:
             now = time.monotonic()
             try:
                 if now - self._flushed_at >= min(max((now - self._began) / 20, PART_S[0]), PART_S[1]):
+                    self.write("alive")
                     self._flush()
                 if now - self._beat_at >= HEARTBEAT_S:
                     self._beat()

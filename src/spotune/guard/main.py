@@ -16,7 +16,6 @@ from spotune.guard.attempt import Attempt, Place
 from spotune.guard.follower import Follower
 from spotune.guard.machine import Machine
 from spotune.guard.notices import Notices
-from spotune.guard.say import say
 
 USAGE = "python -m spotune.sft CONFIG [--profile P] [--set key=value]... [TRL's own flags]"
 
@@ -62,7 +61,6 @@ def run_attempt(request: admission.Request, notices: Notices, environ: Mapping[s
         return Follower(store, keys, machine, scratch, notices).run(environ)
     run = admission.read_or_create_run(store, keys, env, request)
     machine = Machine.read(environ, run.config.get("num_processes"))
-    record = admission.claim_attempt(store, keys, machine)
-    say(f"{keys.run_id}: attempt {record.attempt} on {machine.host}, records in {env.bucket}/{keys.root}")
+    record = admission.claim_attempt(store, keys, machine, env.attempt)
     place = Place(scratch, env.home / "cache" / "datasets", env.status_file)
     return Attempt(store, keys, run, record, machine, place, notices, environ).run()

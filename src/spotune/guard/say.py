@@ -3,8 +3,9 @@
 import sys
 
 
-def say(text: str) -> None:
+def say(text: str, bare: bool = False) -> None:
+    """Prints to stderr; ``bare`` for an error, whose line begins with where it is."""
     try:
-        print(f"[spotune] {text}", file=sys.stderr, flush=True)
+        print(text if bare else f"[spotune] {text}", file=sys.stderr, flush=True)
     except (OSError, ValueError):  # broken pipe, closed file
         return

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from spotune.contracts.errors import InputError
+from spotune.contracts.errors import InputError, StoreError
 from spotune.contracts.exits import FAILED
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Mark
@@ -23,7 +23,11 @@ def cancel(workspace: Workspace, run_id: str, clock: Callable[[], float] = time.
     # Before any signal: a machine that the engine cannot reach any more must find it.
     by = f"cancelled by {workspace.env.user}"
     mark = Mark(run_id=run_id, attempt=status.attempt, at=clock(), reason=by, exit_code=FAILED, step=status.step or 0)
-    store.create(keys.cancelled, mark.to_bytes())
+    try:
+        store.create(keys.cancelled, mark.to_bytes())
+    except (InputError, StoreError):  # not reachable from here: what runs on this machine is stopped all the same
+        workspace.infra(status.infra).cancel(run_id)
+        return find_run(workspace, run_id)
     workspace.infra(status.infra).cancel(run_id)
     ended = find_run(workspace, run_id)
     if ended.state == "SUCCEEDED":  # it was certified before the signal came
@@ -31,18 +35,25 @@ def cancel(workspace: Workspace, run_id: str, clock: Callable[[], float] = time.
     return ended
 
 
-def resume(workspace: Workspace, run_id: str) -> None:
-    """Puts a run that FAILED, was CANCELLED or is PAUSED back into the queue, with nothing held against it."""
-    status = engine_run(workspace, run_id)
+def resume(workspace: Workspace, run_id: str) -> bool:
+    """Lets a run that FAILED, was CANCELLED or is PAUSED go on, with nothing held against it.
+
+    Returns whether it is back in a queue; a run that was started by hand or by a bare ``sky`` is only cleared of what
+    held it back, and has to be started again where it was.
+    """
+    status = find_run(workspace, run_id)
     if status.state not in RESUMABLE:
         remedy = "it is finished" if status.state == "SUCCEEDED" else f"spotune logs -f {run_id}"
         raise InputError(run_id, f"is {status.state}: only {', '.join(RESUMABLE)} can be resumed", remedy=remedy)
     keys = Keys(run_id)
     store = workspace.store(status.bucket)
-    infra = workspace.infra(status.infra)
-    infra.check_resumable(run_id)
+    is_queued = has_engine(workspace, status)
+    if is_queued:
+        workspace.infra(status.infra).check_resumable(run_id)
     store.delete([keys.failed, keys.cancelled, keys.paused])
-    infra.resume(run_id)
+    if is_queued:
+        workspace.infra(status.infra).resume(run_id)
+    return is_queued
 
 
 def preempt(workspace: Workspace, run_id: str, notice_s: float) -> None:
@@ -53,10 +64,15 @@ def preempt(workspace: Workspace, run_id: str, notice_s: float) -> None:
     workspace.infra(status.infra).preempt(run_id, notice_s)
 
 
+def has_engine(workspace: Workspace, status: JobStatus) -> bool:
+    """Whether an engine within reach has the run."""
+    return status.infra in workspace.known_infras() and bool(workspace.infra(status.infra).jobs([status.run_id]))
+
+
 def engine_run(workspace: Workspace, run_id: str) -> JobStatus:
     """A run that an engine within reach has; raises InputError for one that is only in the bucket."""
     status = find_run(workspace, run_id)
-    if status.infra not in workspace.known_infras() or not workspace.infra(status.infra).jobs([run_id]):
+    if not has_engine(workspace, status):
         what = "is in the bucket, but not in this machine's queue"
         raise InputError(run_id, what, remedy=f"spotune train --from {run_id}, or go where it was submitted")
     return status

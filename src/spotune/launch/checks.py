@@ -12,7 +12,10 @@ _MODEL_FILES = ("config.json", "adapter_config.json")
 def check_model(config: Mapping[str, Any], where: object) -> str:
     """``local`` or ``hub``: where the model comes from. Raises InputError for a folder that is not one."""
     name = str(config["model_name_or_path"])
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:  # ~name of nobody
+        raise InputError(where, f"{name}: {error}", key="model_name_or_path") from error
     if path.is_dir():
         if not any((path / file).is_file() for file in _MODEL_FILES):
             raise InputError(where, f"{name} holds no model", key="model_name_or_path", remedy="it needs a config.json")

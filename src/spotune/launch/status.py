@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from spotune.contracts.errors import InputError
+from spotune.contracts.errors import InputError, StoreError
 from spotune.contracts.keys import RUN_ID, RUNS, Keys
 from spotune.contracts.records import Mark, Progress, RunRecord
 from spotune.contracts.store import Store
@@ -40,7 +40,7 @@ def list_runs(workspace: Workspace, everything: bool, clock: Callable[[], float]
     jobs = [job for name in BACKENDS for job in workspace.infra(name).jobs()]
     shown = [job for job in jobs if everything or job.state in ACTIVE or (job.ended_at or 0.0) >= since]
     with ThreadPoolExecutor(16) as pool:
-        rows = list(pool.map(lambda job: certify(job, workspace.store(job.bucket)), shown))
+        rows = list(pool.map(lambda job: certify_if_reachable(job, workspace.store(job.bucket)), shown))
         if everything:
             known = {job.run_id for job in jobs if job.bucket == workspace.env.bucket}
             ids = [name for name in workspace.store().folders(RUNS) if RUN_ID.fullmatch(name) and name not in known]
@@ -53,12 +53,20 @@ def find_run(workspace: Workspace, run_id: str, clock: Callable[[], float] = tim
     """One run; raises InputError, naming the nearest known one, when nobody knows it."""
     for name in BACKENDS:
         for job in workspace.infra(name).jobs([run_id]):
-            return certify(job, workspace.store(job.bucket))
+            return certify_if_reachable(job, workspace.store(job.bucket))
     if RUN_ID.fullmatch(run_id) and (status := read_run(workspace.store(), run_id, clock())):
         return status
     known = [job.run_id for name in BACKENDS for job in workspace.infra(name).jobs()]
     near = difflib.get_close_matches(run_id, [*known, *workspace.store().folders(RUNS)], n=1)
     raise InputError(run_id, "no such run", remedy=f"did you mean {near[0]}?" if near else "spotune queue -a")
+
+
+def certify_if_reachable(job: JobStatus, store: Store) -> JobStatus:
+    """As ``certify``; where the bucket cannot be read from here, the engine's word with the reason beside it."""
+    try:
+        return certify(job, store)
+    except (InputError, StoreError) as error:
+        return replace(job, reason=job.reason or f"as the queue says: {error}")
 
 
 def certify(job: JobStatus, store: Store) -> JobStatus:

@@ -33,6 +33,17 @@ def submit(plan: Plan, workspace: Workspace) -> Submitted:
     return "submitted"
 
 
+def check_submittable(plan: Plan, workspace: Workspace) -> None:
+    """Raises what ``submit`` would raise for a run that has the plan's id already; writes nothing."""
+    store, infra = workspace.store(plan.bucket), workspace.infra(plan.infra)
+    keys = Keys(plan.run_id)
+    if store.read(keys.run) is None:
+        return
+    _check_same(plan, store)
+    if infra.jobs([plan.run_id]) or store.folders(keys.attempts):
+        _state_of_existing(plan, workspace)
+
+
 def _enqueue(plan: Plan, store: Store, infra: Infra) -> None:
     """Writes the code's state and hands the job over; whatever stops it, no trace of the run stays behind."""
     keys = Keys(plan.run_id)

@@ -39,6 +39,8 @@ def outcome_of(error: BaseException, step: int) -> Outcome:
         return Outcome("failed", step, str(error))
     if _is_out_of_memory(error):  # it would come again on the same kind of machine
         return Outcome("failed", step, f"the GPU ran out of memory ({_MEMORY_REMEDY})")
+    if type(error).__name__ == "SafetensorError":  # named, not imported: this module comes before the libraries
+        return Outcome("bad_input", step, f"model_name_or_path: its weights are damaged: {one_line(error)}")
     if any(_is_machine_fault(link) for link in chain(error)):
         return Outcome("retry", step, one_line(error))
     return Outcome("failed", step, one_line(error))

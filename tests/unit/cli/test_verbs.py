@@ -12,8 +12,10 @@ from spotune.cli import VERBS
 from spotune.cli.follow import exit_code_of, settled
 from spotune.cli.live import live_view
 from spotune.cli.render import duration, shorten, table
+from spotune.contracts.errors import InputError
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Certificate, Mark, RunRecord
+from spotune.contracts.store import Store
 from spotune.launch.infra import JobStatus
 from spotune.launch.local.gpus import Gpu
 from spotune.launch.status import as_row
@@ -93,7 +95,13 @@ def test_dryrun_does_nothing(project: Project) -> None:
     assert not project.store.keys("runs")
 
 
-def test_the_plan_is_agreed_to_or_not(project: Project) -> None:
+def test_on_this_machine_nobody_is_asked_where_nobody_is(project: Project) -> None:
+    result = project.run("train", "run.yaml", "-d", "--name", "run-a", input="")
+    assert (result.exit_code, result.stdout) == (0, "run-a\n")
+
+
+def test_the_plan_is_agreed_to_or_not(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spotune.cli.options.can_ask", lambda: True)
     no = project.run("train", "run.yaml", "-d", "--name", "run-a", input="n\n")
     assert (no.exit_code, no.stdout) == (1, "")
     nobody = project.run("train", "run.yaml", "-d", "--name", "run-a", input="")
@@ -192,7 +200,22 @@ def test_a_run_that_only_the_bucket_knows(project: Project) -> None:
     project.store.create(Keys("run-a").failed, mark.to_bytes())
     (row,) = project.json("queue", "-a")
     assert (row["state"], row["reason"], row["ended_at"]) == ("FAILED", "bad data", 5.0)
-    assert project.run("resume", "run-a").exit_code == 2
+    cleared = project.run("resume", "run-a")  # started by hand or by a bare sky: it is cleared, not queued
+    assert cleared.exit_code == 0
+    assert "SPOTUNE_RUN_ID=run-a" in cleared.stdout
+    assert not project.store.exists(Keys("run-a").failed)
+    assert not project.infra.states
+
+
+def test_a_bucket_out_of_reach_hides_no_job(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.submit("run-a")
+
+    def refuse(self: Store, key: str) -> bytes:
+        raise InputError("SPOTUNE_BUCKET", "access denied")
+
+    monkeypatch.setattr(Store, "read", refuse)
+    (row,) = project.json("queue")
+    assert (row["state"], row["reason"]) == ("PENDING", "as the queue says: SPOTUNE_BUCKET: access denied")
 
 
 def test_cancel_marks_before_it_signals(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

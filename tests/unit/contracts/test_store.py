@@ -1,5 +1,6 @@
 """The bucket means the same on a disk, on S3 and on GCS."""
 
+import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -51,12 +52,29 @@ def test_files_go_up_and_come_back(store: Store, tmp_path: Path) -> None:
         store.download("runs/a/gone", tmp_path / "gone")
 
 
-def test_an_unreachable_store_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["file/bucket", "file"])
+def test_a_file_in_the_way_is_bad_input(place: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    store = Store(f"file://{tmp_path}/file/bucket")
-    with pytest.raises(StoreError, match="cannot create") as error:
+    store = Store(f"file://{tmp_path}/{place}")
+    with pytest.raises(InputError, match="a file is in the way") as error:
         store.create("runs/a/x", b"1")
     assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="SPOTUNE_BUCKET"):
+        store.read("runs/a/x")
+
+
+def test_a_place_where_nothing_can_be_made_is_bad_input() -> None:
+    with pytest.raises(InputError, match="SPOTUNE_BUCKET"):
+        Store("file:///proc/nowhere").create("runs/a/x", b"1")
+
+
+def test_a_full_disk_is_worth_another_machine(local_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fill)
+    with pytest.raises(StoreError, match="cannot write: .*No space left"):
+        local_store.write("runs/a/x", b"1")
 
 
 @pytest.mark.parametrize("url", ["bucket", "file://relative", "s3://", "ftp://x/y", "file:///", ""])

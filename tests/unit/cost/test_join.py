@@ -2,7 +2,9 @@
 
 import pytest
 
+from spotune.contracts.records import AttemptRecord
 from spotune.cost.join import join
+from spotune.launch.infra import PaidInterval
 from tests.unit.cost.cases import T, claim, row
 
 Rows = list[tuple[float, float | None]]
@@ -33,6 +35,14 @@ def pairs(rows: Rows, claims: list[float], now: float = 9999) -> Pairs:
 )
 def test_pairs(rows: Rows, claims: list[float], expected: Pairs) -> None:
     assert pairs(rows, claims) == expected
+
+
+def test_machines_that_never_claimed_have_the_numbers_that_are_left_free() -> None:
+    rows = [PaidInterval("r", started, started + 9, "local") for started in (0, 20, 40, 60)]
+    second, fourth = (AttemptRecord(run_id="r", attempt=n, claimed_at=t, claim_id="") for n, t in ((2, 21), (4, 61)))
+    assert [machine.attempt for machine in join(rows, [second, fourth], 100)] == [1, 2, 3, 4]
+    first = AttemptRecord(run_id="r", attempt=1, claimed_at=61, claim_id="")
+    assert [machine.attempt for machine in join(rows, [first], 100)] == [None, None, None, 1]
 
 
 def test_hundreds_of_attempts_are_paired_in_order() -> None:

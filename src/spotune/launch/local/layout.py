@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spotune.contracts import environment
+from spotune.contracts.errors import InputError
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -43,7 +46,10 @@ class Layout:
 
     def make(self) -> None:
         """Creates the folder, for its owner only: the queue holds what people train on."""
-        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise InputError(environment.HOME, f"cannot make {self.root}: {error.strerror}") from error
 
 
 @dataclass(frozen=True)

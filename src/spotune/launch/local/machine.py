@@ -56,6 +56,7 @@ def machine_environment(layout: Layout, job: Job, attempt: Attempt, devices: Seq
         **kept.get("environ", {}),
         "PYTHONUNBUFFERED": "1",
         environment.PYTHON: sys.executable,
+        environment.ATTEMPT: str(attempt.attempt),
         **job.task.get("envs", {}),
         **kept.get("secrets", {}),
         **gpus,
