@@ -128,10 +128,13 @@ def parse_flags(flags: list[str]) -> list[str]:
             while position < len(flags) and not flags[position].startswith("--"):
                 values.append(flags[position])
                 position += 1
-            takes_list = schema()["properties"].get(name.replace("-", "_"), {}).get("type") == "array"
-            if name.startswith(("no_", "no-")) and not values and name[3:].replace("-", "_") in schema()["properties"]:
+            known = schema()["properties"]
+            kinds = known.get(name.replace("-", "_"), {}).get("type", "boolean")
+            if name.startswith(("no_", "no-")) and not values and name[3:].replace("-", "_") in known:
                 name, values = name[3:], ["false"]
-            value = f"[{', '.join(values)}]" if takes_list else " ".join(values) or "true"
+            elif not values and "boolean" not in kinds:
+                raise InputError(f"--{name}", "needs a value")
+            value = f"[{', '.join(values)}]" if kinds == "array" else " ".join(values) or "true"
         overrides.append(f"{name}={value}")
     return overrides
 

@@ -67,6 +67,7 @@ class Attempt:
         self.journal = Journal(store, keys, record.attempt, exchange.events_path(self.folder, 0), place.status_file)
         self.journal.write("start", attempt=record.attempt, host=record.host, world_size=machine.world_size)
         self.committer: Committer | None = None
+        self._begins_at = 0
         self._greet_at: float | None = time.monotonic() + GREET_S
         token = gang_token(keys.run_id, environ.get("SKYPILOT_TASK_ID", ""))
         self.leader = Leader(keys.run_id, machine, token)
@@ -95,8 +96,9 @@ class Attempt:
         return "preempted" if self.notices.given else "failed"
 
     def _train(self) -> tuple[int, EndReason, str]:
-        admission.check_data(self.spec)
         newest = newest_commit(self.store, self.keys)
+        self._begins_at = newest.step if newest else 0
+        admission.check_data(self.spec)
         save_every = parse_save_every(self.spec.save_every)
         job = Job(
             run_id=self.keys.run_id,
@@ -254,7 +256,7 @@ class Attempt:
             say(f"output_dir {target}: not copied there: {error}")
 
     def _mark_failed(self, code: int, message: str) -> None:
-        step = self.journal.progress.step
+        step = self.journal.progress.step or self._begins_at
         attempt = self.record.attempt
         try:
             admission.leave_mark(

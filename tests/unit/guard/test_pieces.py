@@ -140,6 +140,8 @@ def test_flags_are_trls_own() -> None:
     assert parse_arguments(["--config", "c.yaml", "--use_peft"]).config_path == "c.yaml"
     with pytest.raises(InputError, match="unexpected 'b.yaml'"):
         parse_arguments(["a.yaml", "b.yaml"])
+    with pytest.raises(InputError, match="--learning_rate: needs a value"):
+        parse_arguments(["a.yaml", "--learning_rate", "--packing"])
 
 
 def test_bad_input_leaves_nothing(
