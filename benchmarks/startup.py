@@ -22,6 +22,8 @@ COMMANDS = {
     "spotune queue": [SPOTUNE, "queue"],
     "spotune cost": [SPOTUNE, "cost"],
     "python -c 'import click'": [sys.executable, "-c", "import click"],
+    "python -c 'import pydantic'": [sys.executable, "-c", "import pydantic; pydantic.BaseModel"],
+    "python -c 'from trl import SFTTrainer'": [sys.executable, "-c", "from trl import SFTTrainer"],
     "python -c 'import sky'": [sys.executable, "-c", "import sky"],
 }
 

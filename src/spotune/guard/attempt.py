@@ -17,7 +17,7 @@ from spotune.contracts.keys import Keys
 from spotune.contracts.records import AttemptRecord, RunRecord
 from spotune.contracts.store import Store
 from spotune.guard import admission
-from spotune.guard.committer import Committer, Lineage
+from spotune.guard.committer import RETRIES_S, Committer, Lineage
 from spotune.guard.faults import is_second_fault
 from spotune.guard.finish import certify, copy_output
 from spotune.guard.gang import Leader, gang_token
@@ -36,9 +36,11 @@ GREET_S = 20.0  # bad input is found by then; until then its one line stands alo
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where an attempt works on its machine: scratch per run, a cache that stays, the status file."""
+class Site:
+    """Where an attempt works: its machine and environment, scratch for this run, a cache that stays, a status file."""
 
+    machine: Machine
+    environ: Mapping[str, str]
     scratch: Path
     cache: Path
     status_file: str
@@ -53,24 +55,22 @@ class Attempt:
         keys: Keys,
         run: RunRecord,
         record: AttemptRecord,
-        machine: Machine,
-        place: Place,
+        site: Site,
         notices: Notices,
-        environ: Mapping[str, str],
     ) -> None:
         self.store, self.keys, self.spec, self.record = store, keys, run, record
-        self.machine, self.place, self.notices, self.environ = machine, place, notices, environ
+        self.site, self.notices = site, notices
         # What earlier attempts left on this machine is not ours to trust; only the bucket is.
-        shutil.rmtree(place.scratch, ignore_errors=True)
-        self.folder = place.scratch / f"{record.attempt:04d}"
+        shutil.rmtree(site.scratch, ignore_errors=True)
+        self.folder = site.scratch / f"{record.attempt:04d}"
         (self.folder / exchange.STAGED).mkdir(parents=True)
-        self.journal = Journal(store, keys, record.attempt, exchange.events_path(self.folder, 0), place.status_file)
-        self.journal.write("start", attempt=record.attempt, host=record.host, world_size=machine.world_size)
+        self.journal = Journal(store, keys, record.attempt, exchange.events_path(self.folder, 0), site.status_file)
+        self.journal.write("start", attempt=record.attempt, host=record.host, world_size=site.machine.world_size)
         self.committer: Committer | None = None
         self._begins_at = 0
         self._greet_at: float | None = time.monotonic() + GREET_S
-        token = gang_token(keys.run_id, environ.get("SKYPILOT_TASK_ID", ""))
-        self.leader = Leader(keys.run_id, machine, token)
+        token = gang_token(keys.run_id, site.environ.get("SKYPILOT_TASK_ID", ""))
+        self.leader = Leader(keys.run_id, site.machine, token)
 
     def run(self) -> int:
         """Trains to an end or to a notice; leaves the attempt's last event and, at a bad end, failed.json."""
@@ -105,16 +105,16 @@ class Attempt:
             attempt=self.record.attempt,
             config=self.spec.config,
             config_path=self.spec.config_path,
-            cache=str(self.place.cache),
+            cache=str(self.site.cache),
             save_steps=save_every.steps,
             save_seconds=save_every.seconds,
             threads=newest.threads if newest else None,
         )
         exchange.write_json(self.folder / exchange.JOB, job)
         exchange.write_json(self.folder / exchange.CONTROL, {"stop": False, "save": 0})
-        trackers, port = tracker_environ(self.spec, self.environ), free_port()
+        trackers, port = tracker_environ(self.spec, self.site.environ), free_port()
         self.leader.gather(self.notices, job=asdict(job), master_port=port, environ=trackers)
-        ranks = Ranks(self.folder, self.machine, port, {**self.environ, **trackers})
+        ranks = Ranks(self.folder, self.site.machine, port, {**self.site.environ, **trackers})
         try:
             self.journal.write("phase", phase="load")
             restoring = threading.Thread(target=self._restore, name="restore", daemon=True)
@@ -127,11 +127,7 @@ class Attempt:
     def _restore(self) -> None:
         """Beside the worker's imports: fetches the checkpoint, then tells the worker to go on."""
         started = time.time()
-        found, error = Restored(), None
-        try:
-            found = restore(self.store, self.keys, self.folder / exchange.TRAINER)
-        except (SpotuneError, OSError) as fault:
-            error = str(fault)
+        found, error = self._fetch_checkpoint()
         for line in found.rejected:
             say(f"checkpoint rejected: {line}")
         commit = found.commit
@@ -159,6 +155,18 @@ class Attempt:
             },
         )
 
+    def _fetch_checkpoint(self) -> tuple[Restored, str | None]:
+        """The newest good checkpoint; what went wrong, when the bucket could not be read in several tries."""
+        for pause_s in (*RETRIES_S, None):
+            try:
+                return restore(self.store, self.keys, self.folder / exchange.TRAINER), None
+            except (SpotuneError, OSError) as fault:
+                if pause_s is None or isinstance(fault, InputError):
+                    return Restored(), str(fault)
+                say(f"the checkpoint is not fetched yet: {fault}")
+                time.sleep(pause_s)
+        raise AssertionError("the last try returns")
+
     def _watch(self, ranks: Ranks, restoring: threading.Thread) -> Outcome:
         """Until the ranks have ended: passes on checkpoints, notices and the fence."""
         stopping, fence_at = False, time.monotonic()
@@ -170,6 +178,8 @@ class Attempt:
             if time.monotonic() - fence_at > FENCE_S:
                 fence_at = time.monotonic()
                 self._look_at_fence()
+            if not restoring.is_alive() and not (self.folder / exchange.RESTORED).exists():
+                raise SpotuneError("restoring the checkpoint ended without a result, see the traceback above")
             if self.leader.lost:
                 ranks.kill()
                 return Outcome(how="retry", message="a machine of this job is gone")
@@ -246,7 +256,7 @@ class Attempt:
         say(f"{self.keys.run_id} is certified at step {certificate.step}: weights {certificate.weights_sha256[:16]}")
         if output_dir := self.spec.config.get("output_dir"):
             self._copy_output(Path(output_dir))
-        rebuild_offline(self.store, self.keys, self.spec, self.environ)
+        rebuild_offline(self.store, self.keys, self.spec, self.site.environ)
         return exits.SUCCEEDED, "completed", ""
 
     def _copy_output(self, target: Path) -> None:

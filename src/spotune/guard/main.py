@@ -12,7 +12,7 @@ from spotune.contracts.errors import InputError, SpotuneError
 from spotune.contracts.keys import Keys
 from spotune.contracts.store import Store
 from spotune.guard import admission
-from spotune.guard.attempt import Attempt, Place
+from spotune.guard.attempt import Attempt, Site
 from spotune.guard.follower import Follower
 from spotune.guard.machine import Machine
 from spotune.guard.notices import Notices
@@ -62,5 +62,5 @@ def run_attempt(request: admission.Request, notices: Notices, environ: Mapping[s
     run = admission.read_or_create_run(store, keys, env, request)
     machine = Machine.read(environ, run.config.get("num_processes"))
     record = admission.claim_attempt(store, keys, machine, env.attempt)
-    place = Place(scratch, env.home / "cache" / "datasets", env.status_file)
-    return Attempt(store, keys, run, record, machine, place, notices, environ).run()
+    site = Site(machine, environ, scratch, env.home / "cache" / "datasets", env.status_file)
+    return Attempt(store, keys, run, record, site, notices).run()
