@@ -106,7 +106,7 @@ def _file_facts(url: str, where: object) -> dict[str, Any]:
         return {"url": url}
     local = url.removeprefix("file://")
     if "://" not in local:
-        return {"url": url, "size": Path(local).stat().st_size, "sha256": file_sha256(Path(local))}
+        return {"url": url, **file_facts(Path(local))}
     import fsspec
 
     try:
@@ -118,7 +118,7 @@ def _file_facts(url: str, where: object) -> dict[str, Any]:
     return {"url": url, "size": info.get("size"), "checksum": checksum.strip('"')}
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 (hex) of a file's content."""
+def file_facts(path: Path) -> dict[str, Any]:
+    """``{size: bytes, sha256: hex}`` of a file, as records name it."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

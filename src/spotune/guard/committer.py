@@ -3,7 +3,6 @@
 One upload at a time, in the background; of those waiting the newest wins.
 """
 
-import hashlib
 import shutil
 import threading
 import time
@@ -15,6 +14,7 @@ from typing import Any
 
 from spotune.contracts.errors import Fenced, SpotuneError, StoreError
 from spotune.contracts.exchange import TRAINER, Staged
+from spotune.contracts.fingerprint import file_facts
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Commit, RunRecord
 from spotune.contracts.store import Store
@@ -140,10 +140,7 @@ class Committer:
 
     def _tidy(self, staged: Staged) -> None:
         """Local checkpoints older than the committed one go, but for the best; so do old commits in the bucket."""
-        for folder in (self._folder / TRAINER).glob("checkpoint-*"):
-            step = folder.name.removeprefix("checkpoint-")
-            if step.isdigit() and int(step) < staged.step and int(step) != staged.best_step:
-                shutil.rmtree(folder, ignore_errors=True)
+        drop_older(self._folder / TRAINER, staged)
         try:
             prune(self._store, self._keys, self._lineage.keep, staged.best_step)
             if not self._swept:
@@ -151,6 +148,14 @@ class Committer:
                 self._swept = True
         except StoreError as error:  # tidying can wait; the checkpoint is safe
             say(f"old checkpoints are not removed yet: {error}")
+
+
+def drop_older(trainer: Path, staged: Staged) -> None:
+    """Removes the local checkpoints before ``staged``, but for the best one, which Trainer loads at the end."""
+    for folder in trainer.glob("checkpoint-*"):
+        step = folder.name.removeprefix("checkpoint-")
+        if step.isdigit() and int(step) < staged.step and int(step) != staged.best_step:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def upload_checkpoint(store: Store, keys: Keys, staged: Staged, attempt: int) -> dict[str, dict[str, Any]]:
@@ -161,10 +166,9 @@ def upload_checkpoint(store: Store, keys: Keys, staged: Staged, attempt: int) ->
 
     def put(path: Path) -> tuple[str, dict[str, Any]]:
         name = path.relative_to(source).as_posix()
-        with open(path, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        facts = file_facts(path)
         store.upload(path, f"{target}/{name}")
-        return name, {"size": path.stat().st_size, "sha256": sha256}
+        return name, facts
 
     with ThreadPoolExecutor(THREADS) as pool:
         return dict(pool.map(put, paths))

@@ -1,6 +1,5 @@
 """The end of a run: the result is uploaded, read back and certified; only then is it SUCCEEDED."""
 
-import hashlib
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +8,7 @@ from typing import Any
 
 from spotune.contracts.errors import StoreError
 from spotune.contracts.exchange import OUTPUT
+from spotune.contracts.fingerprint import file_facts
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Certificate
 from spotune.contracts.store import Store
@@ -33,8 +33,8 @@ def certify(store: Store, keys: Keys, attempt: int, step: int, folder: Path) -> 
         name = path.relative_to(output).as_posix()
         store.upload(path, f"{keys.output}/{name}")
         store.download(f"{keys.output}/{name}", back / name)
-        facts = _facts(path)
-        if _facts(back / name) != facts:
+        facts = file_facts(path)
+        if file_facts(back / name) != facts:
             raise StoreError(f"{keys.output}/{name}: read back, it is not what was uploaded")
         return name, facts
 
@@ -63,8 +63,3 @@ def certify(store: Store, keys: Keys, attempt: int, step: int, folder: Path) -> 
 def copy_output(folder: Path, target: Path) -> None:
     """Leaves a copy of the result where the config's ``output_dir`` says, as TRL users expect."""
     shutil.copytree(folder / OUTPUT, target, dirs_exist_ok=True)
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -12,7 +12,7 @@ from spotune.contracts.exchange import Job
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Commit
 from spotune.contracts.store import Store
-from spotune.guard.committer import upload_checkpoint
+from spotune.guard.committer import drop_older, upload_checkpoint
 from spotune.guard.gang import Line, gang_token, join
 from spotune.guard.machine import Machine
 from spotune.guard.notices import Notices
@@ -95,6 +95,4 @@ class Follower:
             path.unlink()
             files = upload_checkpoint(self.store, self.keys, staged, attempt)
             line.send(part=staged.step, files=files)
-            for old in (folder / exchange.TRAINER).glob("checkpoint-*"):
-                if old.name != f"checkpoint-{staged.step}":
-                    shutil.rmtree(old, ignore_errors=True)
+            drop_older(folder / exchange.TRAINER, staged)

@@ -1,12 +1,12 @@
 """Restore: the newest commit whose files verify, else the one before, saying so."""
 
-import hashlib
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from spotune.contracts.errors import StoreError
+from spotune.contracts.fingerprint import file_facts
 from spotune.contracts.keys import Keys, commit_of
 from spotune.contracts.records import Commit
 from spotune.contracts.store import Store
@@ -84,17 +84,16 @@ def download_checkpoint(store: Store, keys: Keys, commit: Commit, folder: Path) 
     source = keys.checkpoint(commit.step, commit.attempt)
 
     def fetch(name: str) -> None:
-        facts, local = commit.files[name], part / name
+        committed, local = commit.files[name], part / name
         try:
             store.download(f"{source}/{name}", local)
         except FileNotFoundError as error:
             raise BadCheckpoint(f"{name} is missing") from error
-        size = local.stat().st_size
-        if size != facts["size"]:
-            raise BadCheckpoint(f"{name} has {size} bytes, {facts['size']} were committed")
-        with open(local, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
-                raise BadCheckpoint(f"{name} is not what was committed (sha256)")
+        found = file_facts(local)
+        if found["size"] != committed["size"]:
+            raise BadCheckpoint(f"{name} has {found['size']} bytes, {committed['size']} were committed")
+        if found["sha256"] != committed["sha256"]:
+            raise BadCheckpoint(f"{name} is not what was committed (sha256)")
 
     try:
         with ThreadPoolExecutor(THREADS) as pool:

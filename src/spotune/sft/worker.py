@@ -100,7 +100,6 @@ def _set_environment(job: Job, environ: Any) -> None:
     """What libraries read from the environment when they are imported; what the user set stays."""
     for key, value in (job.config.get("env") or {}).items():
         environ[key] = str(value)
-    environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     if not environ.get("HF_HOME") and job.cache:
         environ.setdefault("HF_DATASETS_CACHE", job.cache)
