@@ -20,6 +20,8 @@ PYTHON = "SPOTUNE_PYTHON"  # the interpreter that a task runs; default: the chec
 ATTEMPT = "SPOTUNE_ATTEMPT"  # the engine's count of machines, where it keeps one: claims then have the same numbers
 STATUS_FILE = "SPOTUNE_STATUS_FILE"  # a local file that the guard keeps current: progress without a bucket's delay
 SAVE_EVERY = "SPOTUNE_SAVE_EVERY"  # `50` steps or `5m`; for a bare launch, `train --save-every` freezes it in run.json
+HOLD_AT = "SPOTUNE_HOLD_AT"  # game days only, see holds.py
+HOLD_FILE = "SPOTUNE_HOLD_FILE"
 NUM_PROCESSES = "SPOTUNE_NUM_PROCESSES"  # ranks on this machine; default one per GPU, 1 on CPU
 
 
