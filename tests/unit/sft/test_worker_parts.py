@@ -11,7 +11,7 @@ from spotune.contracts.exchange import CONTROL, Job, write_json
 from spotune.sft.arguments import SaveRule, effective, save_rule, usable_trackers
 from spotune.sft.control import Control, Wish
 from spotune.sft.faults import Stopped, outcome_of
-from spotune.sft.snapshot import Extra
+from spotune.sft.extra import Extra
 
 
 class OutOfMemoryError(RuntimeError):
