@@ -38,8 +38,10 @@ class Job:
     Attributes:
         config: the resolved flat config, with ``data`` and without ``profiles``.
         config_path: for messages.
-        save_steps, save_seconds: when to save, whichever is set; both None: as the config says.
+        save_steps, save_seconds: when to save, whichever is set.
+        save_as_config: as ``save_steps`` and ``save_strategy`` in the config say. None of the three: when asked to.
         threads: torch threads that the restored commit was made with; None: torch's default.
+        global_batch: rows of a step of the run so far, over all ranks; None: as the config and the ranks make it.
         cache: a folder of this machine for data sets, kept between attempts.
     """
 
@@ -50,14 +52,19 @@ class Job:
     cache: str
     save_steps: int | None = None
     save_seconds: float | None = None
+    save_as_config: bool = False
     threads: int | None = None
+    global_batch: int | None = None
 
 
 @dataclass(frozen=True)
 class Staged:
     """One rank's part of a local checkpoint, complete on disk; tokens are counted over all ranks since step 0.
 
-    ``files``: facts ({size: bytes, sha256: hex}) of those files, by relative path, that were hashed when written.
+    Attributes:
+        files: facts ({size: bytes, sha256: hex}) of those files, by relative path, that were hashed when written.
+        global_batch: rows of a step, over all ranks.
+        config_sha256: of the run, added by the guard when it seals the checkpoint.
     """
 
     step: int
@@ -69,6 +76,8 @@ class Staged:
     best_step: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    global_batch: int = 0
+    config_sha256: str = ""
 
 
 @dataclass(frozen=True)
