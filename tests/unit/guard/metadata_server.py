@@ -1,5 +1,6 @@
 """A stand-in for a metadata service: a real HTTP server on loopback that does as the test says."""
 
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ class Service:
     asked: list[tuple[str, str, Headers]] = field(default_factory=list)
     hang_s: float = 0.0
     port: int = 0
+    tls: ssl.SSLContext | None = None
     _server: ThreadingHTTPServer | None = None
 
     @property
@@ -50,7 +52,12 @@ class Service:
         class Server(ThreadingHTTPServer):
             daemon_threads = True
 
+            def handle_error(self, *_: object) -> None:
+                """Whoever connects may also break it off."""
+
         self._server = Server(("127.0.0.1", self.port), Handler)
+        if self.tls:
+            self._server.socket = self.tls.wrap_socket(self._server.socket, server_side=True)
         self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -62,8 +69,8 @@ class Service:
 
 
 @contextmanager
-def serve(answer: Callable[[str, str, Headers], Reply]) -> Iterator[Service]:
-    service = Service(answer)
+def serve(answer: Callable[[str, str, Headers], Reply], tls: ssl.SSLContext | None = None) -> Iterator[Service]:
+    service = Service(answer, tls=tls)
     service.up()
     try:
         yield service

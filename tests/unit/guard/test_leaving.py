@@ -145,7 +145,5 @@ def test_what_is_still_saved(case: str) -> None:
 def test_more_time_never_saves_less() -> None:
     worth = ["leave", "finish", "save"]
     for case, (outlook, _, _) in OUTLOOKS.items():
-        saved = [
-            worth.index(fits(Outlook(**{**vars(outlook), "left_s": left_s / 2})).action) for left_s in range(240)
-        ]
+        saved = [worth.index(fits(Outlook(**{**vars(outlook), "left_s": left_s / 2})).action) for left_s in range(240)]
         assert saved == sorted(saved), case
