@@ -54,7 +54,9 @@ class Notices:
         self.give(signal.Signals(number).name)
 
     def give(self, source: str, grace_s: float | None = None) -> None:
-        """A notice from ``source``, which may know how many seconds are left."""
+        """A notice from ``source``, which may know how many seconds are left; to repeat it is harmless."""
+        if grace_s is None and any(source == earlier for earlier, _, _ in self._given[:]):
+            return  # its deadline would only be later
         self._given.append((source, self._clock(), grace_s))
         self._wake.put(None)
 

@@ -86,6 +86,16 @@ def test_a_signal_before_the_machine_is_known_gets_its_time_later() -> None:
     assert notices.notice == Notice("SIGTERM", 1000, 55)
 
 
+def test_a_notice_repeated_for_ever_costs_no_memory() -> None:
+    notices = Notices(Clock())
+    notices.give("SIGTERM")
+    for _ in range(1000):
+        notices.give("SIGTERM")
+    assert len(notices._given) == 1
+    notices.give("SIGTERM", 3)
+    assert notices.notice == Notice("SIGTERM", 1000, 3)
+
+
 @pytest.mark.parametrize(
     ("infra", "source", "told_s", "seconds"),
     [
