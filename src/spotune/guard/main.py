@@ -17,6 +17,8 @@ from spotune.guard.attempt import Attempt
 from spotune.guard.context import Context
 from spotune.guard.follower import Follower
 from spotune.guard.machine import Machine
+from spotune.guard.metadata.places import sources_for
+from spotune.guard.metadata.watcher import Watcher
 from spotune.guard.notices import Notices
 
 USAGE = "python -m spotune.sft CONFIG [--profile P] [--set key=value]... [TRL's own flags]"
@@ -51,6 +53,15 @@ def run_attempt(request: admission.Request, notices: Notices, environ: Mapping[s
     """One attempt, from the first look at the bucket to the exit code."""
     env = RunEnvironment.read(environ)
     machine = Machine.read(environ)
+    notices.infra, notices.told_grace_s = machine.infra, env.grace_s
+    with Watcher(sources_for(machine.infra, environ), notices):
+        return attend(request, env, machine, notices, environ)
+
+
+def attend(
+    request: admission.Request, env: RunEnvironment, machine: Machine, notices: Notices, environ: Mapping[str, str]
+) -> int:
+    """The attempt itself, or this machine's part of it, while notices are watched for."""
     store = Store(env.bucket)
     keys = Keys(admission.choose_run_id(env, machine, request))
     verdict = admission.standing_verdict(store, keys)
