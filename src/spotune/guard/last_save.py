@@ -57,9 +57,8 @@ def _new_checkpoint(outlook: Outlook) -> LastSave:
         return LastSave("leave", "there is nothing new to save")
     step_s, write_s, upload_s = outlook.step_s, outlook.write_s, outlook.upload_s
     if step_s is None or write_s is None or upload_s is None:
-        if outlook.uploading:
-            return LastSave("leave", "a new checkpoint would wait for it, nobody knows how long")
-        return _unmeasured(outlook.left_s, "save", "a first checkpoint")
+        # Tried also behind a running upload: that one goes first, so that nothing is lost by it.
+        return _unmeasured(outlook.left_s, "save", "a new checkpoint")
     upload_left_s = _upload_left_s(outlook) or 0.0
     wait_s = max(upload_left_s - step_s - write_s, 0.0)
     parts = f"{step_s:.1f} s to the step's end, {write_s:.1f} s to write, {upload_s:.1f} s to upload"

@@ -16,10 +16,12 @@ from spotune.guard import admission
 from spotune.guard.attempt import Attempt
 from spotune.guard.context import Context
 from spotune.guard.follower import Follower
+from spotune.guard.leaving import departure, stay_until_killed
 from spotune.guard.machine import Machine
 from spotune.guard.metadata.places import sources_for
 from spotune.guard.metadata.watcher import Watcher
 from spotune.guard.notices import Notices
+from spotune.guard.say import say
 
 USAGE = "python -m spotune.sft CONFIG [--profile P] [--set key=value]... [TRL's own flags]"
 
@@ -62,6 +64,19 @@ def attend(
     request: admission.Request, env: RunEnvironment, machine: Machine, notices: Notices, environ: Mapping[str, str]
 ) -> int:
     """The attempt itself, or this machine's part of it, while notices are watched for."""
+    code = work(request, env, machine, notices, environ)
+    if code == exits.PREEMPTED and (notice := notices.notice):
+        leaving = departure(machine.infra, notice.source, bool(machine.job_id), notices.left_s)
+        say(f"{'staying until killed' if leaving.stay else 'leaving'}: {leaving.why}")
+        if leaving.stay:
+            stay_until_killed(notice.deadline)
+    return code
+
+
+def work(
+    request: admission.Request, env: RunEnvironment, machine: Machine, notices: Notices, environ: Mapping[str, str]
+) -> int:
+    """The exit code of what there was to do."""
     store = Store(env.bucket)
     keys = Keys(admission.choose_run_id(env, machine, request))
     verdict = admission.standing_verdict(store, keys)

@@ -87,8 +87,8 @@ OUTLOOKS: dict[str, tuple[Outlook, str, str]] = {
     "a long step": (Outlook(left_s=28, **{**KNOWN, "step_s": 40.0}), "leave", "40.0 s to the step's end"),
     "nothing new": (Outlook(left_s=28, **{**KNOWN, "new_steps": 0}), "leave", "nothing new"),
     "a first one": (Outlook(left_s=28, new_steps=4), "save", "nothing is measured yet, 28 s are left"),
-    "a first one, its step known": (Outlook(left_s=28, new_steps=4, step_s=2), "save", "a first checkpoint is tried"),
-    "a first one, too late": (Outlook(left_s=9.9, new_steps=4), "leave", "a first checkpoint is not tried"),
+    "a first one, its step known": (Outlook(left_s=28, new_steps=4, step_s=2), "save", "a new checkpoint is tried"),
+    "a first one, too late": (Outlook(left_s=9.9, new_steps=4), "leave", "a new checkpoint is not tried"),
     "both": (
         Outlook(left_s=28, **KNOWN, uploading=True, upload_left_s=5.0),
         "save",
@@ -121,8 +121,8 @@ OUTLOOKS: dict[str, tuple[Outlook, str, str]] = {
     ),
     "the first upload is under way": (
         Outlook(left_s=28, new_steps=4, step_s=2.0, write_s=1.0, uploading=True),
-        "finish",
-        "the running upload is tried: nothing is measured yet",
+        "save",
+        "a new checkpoint is tried: nothing is measured yet",
     ),
     "the first upload, too late": (Outlook(left_s=6, new_steps=4, uploading=True), "leave", "only 6 s are left"),
     "the first upload, its rest known": (
