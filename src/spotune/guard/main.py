@@ -13,8 +13,10 @@ from spotune.contracts.holds import reach
 from spotune.contracts.keys import Keys
 from spotune.contracts.store import Store
 from spotune.guard import admission
+from spotune.guard.aftercare import finish_owed
 from spotune.guard.attempt import Attempt
 from spotune.guard.context import Context
+from spotune.guard.extras import owed_extras
 from spotune.guard.follower import Follower
 from spotune.guard.leaving import departure, stay_until_killed
 from spotune.guard.machine import Machine
@@ -80,7 +82,8 @@ def work(
     store = Store(env.bucket)
     keys = Keys(admission.choose_run_id(env, machine, request))
     verdict = admission.standing_verdict(store, keys)
-    if verdict is not None:
+    owed = owed_extras(store, keys) if verdict == exits.SUCCEEDED and not machine.node_rank else ()
+    if verdict is not None and not owed:
         return verdict
     if notices.given:
         return exits.PREEMPTED
@@ -103,4 +106,4 @@ def work(
         status_file=env.status_file,
         patience_s=env.patience_s,
     )
-    return Attempt(context, notices).run()
+    return finish_owed(context, notices, owed) if owed else Attempt(context, notices).run()
