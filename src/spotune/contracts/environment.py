@@ -20,6 +20,7 @@ PYTHON = "SPOTUNE_PYTHON"  # the interpreter that a task runs; default: the chec
 ATTEMPT = "SPOTUNE_ATTEMPT"  # the engine's count of machines, where it keeps one: claims then have the same numbers
 STATUS_FILE = "SPOTUNE_STATUS_FILE"  # a local file that the guard keeps current: progress without a bucket's delay
 SAVE_EVERY = "SPOTUNE_SAVE_EVERY"  # `50` steps or `5m`; for a bare launch, `train --save-every` freezes it in run.json
+ALLOW_CONFIG_CHANGE = "SPOTUNE_ALLOW_CONFIG_CHANGE"  # `1`, for a bare launch: `--allow-config-change` of the script
 HOLD_AT = "SPOTUNE_HOLD_AT"  # game days only, see holds.py
 HOLD_FILE = "SPOTUNE_HOLD_FILE"
 NUM_PROCESSES = "SPOTUNE_NUM_PROCESSES"  # ranks on this machine; default one per GPU, 1 on CPU
@@ -38,6 +39,12 @@ class RunEnvironment:
     status_file: str
     attempt: int
     user: str
+    allow_config_change: bool = False
+
+    @property
+    def cache(self) -> Path:
+        """What this machine keeps between runs, and can make again."""
+        return self.home / "cache"
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> "RunEnvironment":
@@ -56,6 +63,7 @@ class RunEnvironment:
             status_file=environ.get(STATUS_FILE, ""),
             attempt=int(count) if (count := environ.get(ATTEMPT, "")).isdigit() else 1,
             user=user_name(environ),
+            allow_config_change=environ.get(ALLOW_CONFIG_CHANGE, "").lower() in ("1", "true", "yes"),
         )
 
 

@@ -99,6 +99,7 @@ class Attempt:
         newest = newest_commit(self.store, self.keys)
         self._begins_at = newest.step if newest else 0
         admission.check_data(self.spec)
+        admission.check_model(self.spec, self.site.cache.parent)
         save_every = parse_save_every(self.spec.save_every)
         job = Job(
             run_id=self.keys.run_id,
