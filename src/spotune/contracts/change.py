@@ -85,9 +85,9 @@ class Change:
         found = [change.key for change in self.keys if not change.is_free]
         return found + ["data"] * bool(self.data) + ["model"] * bool(self.model)
 
-    @property
-    def what(self) -> str:
-        return "config" if self.keys else "data" if self.data else "model"
+    def as_differing(self) -> str:
+        """``another config: seed: 1 -> 2``, ``other data: a.jsonl``, ``another model: model.safetensors``."""
+        return f"another config: {self}" if self.keys else f"{'other' if self.data else 'another'} {self}"
 
     def as_followed(self) -> str:
         """The change, and what it does to the position in the data."""
@@ -114,7 +114,7 @@ def compare(before: RunRecord, after: RunRecord) -> Change:
 def admit(change: Change, allowed: bool, where: object, what: str, remedy: str) -> list[str]:
     """The bound part of a change, when it is allowed or empty; raises InputError naming every change."""
     if change.bound and not allowed:
-        raise InputError(where, f"{what}: {change}", remedy=remedy)
+        raise InputError(where, f"{what} {change.as_differing()}", remedy=remedy)
     return change.bound
 
 

@@ -35,8 +35,7 @@ def revise(workspace: Workspace, status: JobStatus, edit: Edit) -> tuple[Change,
         raise InputError(status.run_id, "has no run.json in its bucket")
     revision = revised(record, _wanted(record, edit, workspace), workspace.env.user, time.time())
     change = compare(record, revision)
-    what = f"{change.what} changed since the run began"
-    allowed = admit(change, edit.allow, status.run_id, what, f"{FLAG}, or a run of its own")
+    allowed = admit(change, edit.allow, status.run_id, "would go on with", f"{FLAG}, or a run of its own")
     check_length(store, keys, revision)
     return change, replace(revision, allowed=allowed)
 

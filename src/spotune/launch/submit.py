@@ -85,8 +85,8 @@ def existing(plan: Plan, workspace: Workspace) -> Existing | None:
             raise InputError(plan.run_id, f"has ended {status.state}", remedy=f"spotune resume {plan.run_id}")
     else:
         _check_open(plan, record, status, change)
-        what, remedy = f"{plan.run_id} exists with another {change.what}", f"{FLAG} to go on with it, or {OTHER_NAME}"
-        allowed = admit(change, plan.allow_config_change, "--name", what, remedy)
+        remedy = f"{FLAG} to go on with it, or {OTHER_NAME}"
+        allowed = admit(change, plan.allow_config_change, "--name", f"{plan.run_id} exists with", remedy)
         revision = replace(revision, allowed=allowed)
         check_length(store, keys, revision)
     return Existing(status, change, revision)
@@ -94,7 +94,7 @@ def existing(plan: Plan, workspace: Workspace) -> Existing | None:
 
 def _check_open(plan: Plan, record: RunRecord, status: JobStatus | None, change: Change) -> None:
     """Raises InputError for a run that nothing may be changed of: finished, under way, or interactive."""
-    what = f"with another {change.what}: {change}"
+    what = f"with {change.as_differing()}"
     if status and status.state == "SUCCEEDED":
         raise InputError("--name", f"{plan.run_id} is finished, {what}", remedy=OTHER_NAME)
     if status and status.state in ACTIVE:
