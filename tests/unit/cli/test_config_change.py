@@ -1,6 +1,7 @@
 """A run that exists and a config, data or model that changed: what goes on, what is refused, and what is said."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -271,6 +272,22 @@ def test_the_queue_and_the_bill_are_of_the_run_as_submitted(ended: Project) -> N
     (row,) = ended.json("queue", "-a")
     assert (row["run_id"], row["user"], row["submitted_at"]) == ("run-a", "ada", record(ended).created_at)
     assert ended.json("cost", "run-a")["config"] == "run.yaml"
+
+
+def test_what_is_promoted_is_the_record_in_force(project: Project) -> None:
+    for command in ("init -q", "add run.yaml", "-c user.name=x -c user.email=x@y commit -qm one"):
+        subprocess.run(["git", *command.split()], cwd=project.folder, check=True)
+    project.submit()
+    project.run("cancel", "run-a", "-y")
+    goes_on(project, "resume", "run-a", "--set", "max_steps=40")
+    promoted = project.run("train", "--from", "run-a", "--name", "run-b", "-y", "-d")
+    assert promoted.stdout == "run-b\n", promoted.stderr
+    found = record_in_force(project.store, Keys("run-b"))
+    assert found
+    assert (found.config["max_steps"], found.revision) == (40, 0)
+    project.write("model/config.json", '{"a": 1}')
+    line = refused(project, "train", "--from", "run-a", "--name", "run-c", "-y")
+    assert line == "run-a: its model has changed since (submit the config itself)"
 
 
 def test_check_and_dryrun_name_the_model(project: Project) -> None:
