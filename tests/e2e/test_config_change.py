@@ -155,6 +155,7 @@ def test_with_the_flag_anything_goes_on(project: Project) -> None:
     assert "goes on with a change: learning_rate: 0.001 -> 0.002; data: data.jsonl; goes on at the same step" in line
     assert "resumed from the checkpoint of step" in line
     assert "is not followed" not in line
+    assert f"'learning_rate': '{0.002 / STEPS:g}'" in line  # at the last step, from the new rate
     ended = project.row(run_id)
     assert (ended["state"], ended["step"]) == ("SUCCEEDED", STEPS)
     history = record_history(project.store, Keys(run_id))
