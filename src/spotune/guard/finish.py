@@ -31,10 +31,9 @@ def certify(store: Store, keys: Keys, attempt: int, step: int, folder: Path) -> 
 
     def put(path: Path) -> tuple[str, dict[str, Any]]:
         name = path.relative_to(output).as_posix()
-        store.upload(path, f"{keys.output}/{name}")
-        store.download(f"{keys.output}/{name}", back / name)
         facts = file_facts(path)
-        if file_facts(back / name) != facts:
+        store.upload(path, f"{keys.output}/{name}")
+        if store.download(f"{keys.output}/{name}", back / name) != facts:
             raise StoreError(f"{keys.output}/{name}: read back, it is not what was uploaded")
         return name, facts
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from spotune.contracts.errors import StoreError
-from spotune.contracts.fingerprint import file_facts
 from spotune.contracts.keys import Keys, commit_of
 from spotune.contracts.records import Commit
 from spotune.contracts.store import Store
@@ -86,10 +85,9 @@ def download_checkpoint(store: Store, keys: Keys, commit: Commit, folder: Path) 
     def fetch(name: str) -> None:
         committed, local = commit.files[name], part / name
         try:
-            store.download(f"{source}/{name}", local)
+            found = store.download(f"{source}/{name}", local)
         except FileNotFoundError as error:
             raise BadCheckpoint(f"{name} is missing") from error
-        found = file_facts(local)
         if found["size"] != committed["size"]:
             raise BadCheckpoint(f"{name} has {found['size']} bytes, {committed['size']} were committed")
         if found["sha256"] != committed["sha256"]:
