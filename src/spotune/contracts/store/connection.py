@@ -4,7 +4,7 @@ import asyncio
 import threading
 import weakref
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from random import Random
@@ -80,21 +80,20 @@ class Connection:
         self._engine: _Engine | None = None
         self._worked: set[str] = set()
 
-    def ask(self, action: str, step: Step[T], size: int = 0, whole: bool = False) -> T:
+    def ask(self, action: str, step: Step[T], size: int = 0) -> T:
         """The answer to one request; see ``submit`` and ``wait``."""
-        return self.wait(self.submit(action, step, size, whole))
+        return self.wait(self.submit(action, step, size))
 
-    def submit(self, action: str, step: Step[T], size: int = 0, whole: bool = False) -> Pending[T]:
+    def submit(self, action: str, step: Step[T], size: int = 0) -> Pending[T]:
         """Starts a request.
 
         Args:
             action: read, write, list or delete; what was allowed once is not taken for forbidden at once later.
             step: one try of it; a coroutine function of the client.
             size: bytes of its body, which it is given more time for.
-            whole: one try may take all the time there is: many pages, or work on the server's side.
         """
         engine = self._running()
-        future = asyncio.run_coroutine_threadsafe(self._persist(engine, action, step, size, whole), engine.loop)
+        future = asyncio.run_coroutine_threadsafe(self._persist(engine, action, step, size), engine.loop)
         return Pending(future, engine, size)
 
     def wait(self, pending: Pending[T]) -> T:
@@ -107,6 +106,8 @@ class Connection:
                 if self._engine is pending.engine:
                     self._engine = None
             raise GaveUp(f"the client has hung for {limit:.0f} s") from error
+        except CancelledError as error:
+            raise GaveUp("the process ends") from error
         finally:
             pending.future.cancel()
 
@@ -121,14 +122,14 @@ class Connection:
         with suppress(TimeoutError):
             asyncio.run_coroutine_threadsafe(attempt(), engine.loop).result(2 * self.patience.request_s)
 
-    async def _persist(self, engine: _Engine, action: str, step: Step[T], size: int, whole: bool) -> T:
+    async def _persist(self, engine: _Engine, action: str, step: Step[T], size: int) -> T:
         clock, started, tries = engine.loop.time, engine.loop.time(), 0
         deadline = started + self.patience.limit_s(size)
         why: Exception | None = None
         while True:
             tries += 1
             left = deadline - clock()
-            enough = left if whole else self.patience.try_s(size, tries)
+            enough = self.patience.try_s(size, tries)
             try:
                 answer = await self._try(engine, step, min(left, enough))
                 self._worked.add(action)

@@ -197,12 +197,13 @@ def _copy_part(local: Path, path: Path) -> Path:
 def _take_out(path: Path, local: Path) -> dict[str, Any]:
     with open(path, "rb", buffering=0) as reader, Download(local) as download:
         linked = download.link(path)
-        buffer = memoryview(bytearray(BUFFER_BYTES))
+        buffer, other = memoryview(bytearray(BUFFER_BYTES)), memoryview(bytearray(BUFFER_BYTES))
         while count := reader.readinto(buffer):
             if linked:
                 download.hash(buffer[:count])
             else:
                 download.write(buffer[:count])
+            buffer, other = other, buffer  # one is hashed while the other is read
         return download.finish()
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,8 @@ class Download:
         self._local = local
         self._part = local.with_name(f".part-{uuid4().hex}")
         self._digest = hashlib.sha256()
+        self._hasher = ThreadPoolExecutor(1, "hash")
+        self._hashing: Future[None] | None = None
         self._size = 0
 
     def __enter__(self) -> "Download":
@@ -27,6 +30,7 @@ class Download:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._hasher.shutdown()
         with suppress(OSError):
             self._file.close()
         self._part.unlink(missing_ok=True)
@@ -41,11 +45,14 @@ class Download:
             return False
         return True
 
-    def hash(self, data: bytes | memoryview) -> None:
-        self._digest.update(data)
+    def hash(self, data: bytes | bytearray | memoryview) -> None:
+        """Hashes on a thread: ``data`` must stay as it is until the next call is over."""
+        if self._hashing is not None:
+            self._hashing.result()
+        self._hashing = self._hasher.submit(self._digest.update, data)
         self._size += len(data)
 
-    def write(self, data: bytes | memoryview) -> None:
+    def write(self, data: bytes | bytearray | memoryview) -> None:
         self.hash(data)
         left = memoryview(data)
         with local_side():
@@ -57,4 +64,6 @@ class Download:
         with local_side():
             self._file.close()
             self._part.replace(self._local)
+        if self._hashing is not None:
+            self._hashing.result()
         return {"size": self._size, "sha256": self._digest.hexdigest()}

@@ -8,7 +8,7 @@ from inspect import unwrap
 from typing import Any
 
 from spotune.contracts.store.faults import answer_of
-from spotune.contracts.store.objects import Head, Piece
+from spotune.contracts.store.objects import Head, Page, Piece
 from spotune.contracts.store.patience import Patience
 
 PART_BYTES = 8 << 20
@@ -80,7 +80,7 @@ class Gcs:
             raise ConnectionError(f"{len(data)} bytes came for {wanted} of {size}")
         return Piece(data, size, headers.get("x-goog-generation", ""))
 
-    async def _get(self, client: Any, url: str, wanted: str) -> tuple[Mapping[str, str], bytes]:
+    async def _get(self, client: Any, url: str, wanted: str) -> tuple[Mapping[str, str], bytearray]:
         """As ``client._call``, but it ends when the connection falls silent."""
         import aiohttp
         from gcsfs.retry import validate_response
@@ -89,8 +89,12 @@ class Gcs:
         session, limit = await client._set_session(), aiohttp.ClientTimeout(sock_read=self._patience.request_s)
         headers = client._get_headers({"Range": wanted})
         async with session.get(url, headers=headers, params=client._get_params({}), timeout=limit) as answer:
-            data = await answer.read()
-            validate_response(answer.status, data, url)
+            data, count = bytearray(answer.content_length or 0), 0
+            async for piece in answer.content.iter_any():
+                data[count : count + len(piece)] = piece
+                count += len(piece)
+            del data[count:]
+            validate_response(answer.status, bytes(data) if answer.status >= 400 else b"", url)
             return answer.headers, data
 
     async def put(self, client: Any, path: str, data: bytes, token: str, new: bool) -> None:
@@ -129,20 +133,20 @@ class Gcs:
     async def abort(self, client: Any, upload: Upload) -> None:
         await client._call("DELETE", upload.location)
 
-    async def keys(self, client: Any, path: str) -> list[str]:
-        items, _ = await client._do_list_objects(path, delimiter="")
-        return sorted(item["name"] for item in items)
-
-    async def folders(self, client: Any, path: str) -> list[str]:
-        _, prefixes = await client._do_list_objects(path)
-        return sorted(prefixes)
+    async def page(self, client: Any, path: str, flat: bool, marker: Any) -> Page:
+        bucket, prefix, _ = client.split_path(path)
+        names = {"prefix": f"{prefix}/" if prefix else None, "delimiter": None if flat else "/"}
+        answer = await client._call("GET", "b/{}/o", bucket, json_out=True, **names, pageToken=marker or None)
+        found = [item["name"] for item in answer.get("items", [])] if flat else []
+        found += answer.get("prefixes", [])
+        return Page([f"{bucket}/{name}" for name in found], answer.get("nextPageToken"))
 
     async def delete(self, client: Any, path: str) -> None:
         await client._rm_file(path)
 
-    async def unfinished(self, client: Any, path: str, older_than_s: float) -> list[tuple[str, Any]]:
+    async def unfinished(self, client: Any, path: str, older_than_s: float, marker: Any) -> Page:
         """None: a resumable upload that is not finished cannot be listed, costs nothing, and ends after a week."""
-        return []
+        return Page([])
 
 
 async def _renew_token(client: Any) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import os
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +17,8 @@ from spotune.contracts.store.download import Download
 from spotune.contracts.store.faults import GaveUp, local_side, opened
 from spotune.contracts.store.patience import Patience
 
-RANGE_BYTES = 8 << 20
-RANGES_AHEAD = 6  # with the one in hand, and the one being joined: 64 MiB a file
+RANGE_BYTES = 12 << 20
+RANGES_AHEAD = 3  # with the one in hand, and the one before it that is being hashed: 60 MiB a file
 UPLOAD_TRIES = 3  # of a whole multipart upload, when somebody removes it under way
 
 
@@ -34,9 +34,17 @@ class Head:
 class Piece:
     """A range of an object that has ``size`` bytes in all; ``version`` changes when it is overwritten."""
 
-    data: bytes
+    data: bytes | bytearray
     size: int
     version: str
+
+
+@dataclass(frozen=True)
+class Page:
+    """A part of a listing; ``marker`` leads to the next one, None when this is the last."""
+
+    entries: list[Any]
+    marker: Any = None
 
 
 class Api(Protocol):
@@ -61,12 +69,13 @@ class Api(Protocol):
     async def finish(self, client: Any, upload: Any, receipts: list[Any], new: bool) -> None: ...
     async def abort(self, client: Any, upload: Any) -> None: ...
 
-    async def keys(self, client: Any, path: str) -> list[str]: ...
-    async def folders(self, client: Any, path: str) -> list[str]: ...
-    async def delete(self, client: Any, path: str) -> None: ...
+    async def page(self, client: Any, path: str, flat: bool, marker: Any) -> Page:
+        """What is below a folder: all objects (``flat``), or the folders directly in it."""
 
-    async def unfinished(self, client: Any, path: str, older_than_s: float) -> list[tuple[str, Any]]:
-        """(path, upload) of the uploads below a folder that were begun so long ago and not finished."""
+    async def unfinished(self, client: Any, path: str, older_than_s: float, marker: Any) -> Page:
+        """The uploads below a folder that were begun so long ago and not finished, as (path, upload)."""
+
+    async def delete(self, client: Any, path: str) -> None: ...
 
 
 class Objects:
@@ -112,18 +121,12 @@ class Objects:
             return download.finish()
 
     def keys(self, prefix: str) -> list[str]:
-        try:
-            found = self._line.ask("list", partial(self._api.keys, path=self._path(prefix)), whole=True)
-        except FileNotFoundError:
-            return []
-        return [name.removeprefix(f"{self._root}/") for name in found]
+        found = self._list(partial(self._api.page, path=self._path(prefix), flat=True))
+        return sorted(name.removeprefix(f"{self._root}/") for name in found)
 
     def folders(self, prefix: str) -> list[str]:
-        try:
-            found = self._line.ask("list", partial(self._api.folders, path=self._path(prefix)), whole=True)
-        except FileNotFoundError:
-            return []
-        return [name.rstrip("/").rpartition("/")[2] for name in found]
+        found = self._list(partial(self._api.page, path=self._path(prefix), flat=False))
+        return sorted(name.rstrip("/").rpartition("/")[2] for name in found)
 
     def delete(self, key: str) -> None:
         with suppress(FileNotFoundError):
@@ -131,17 +134,29 @@ class Objects:
 
     def abort_uploads(self, prefix: str, older_than_s: float) -> list[str]:
         gone = []
-        listed = partial(self._api.unfinished, path=self._path(prefix), older_than_s=older_than_s)
-        for name, upload in self._line.ask("list", listed, whole=True):
+        for name, upload in self._list(
+            partial(self._api.unfinished, path=self._path(prefix), older_than_s=older_than_s)
+        ):
             with suppress(FileNotFoundError):  # finished just now
                 self._line.ask("delete", partial(self._api.abort, upload=upload))
                 gone.append(name.removeprefix(f"{self._root}/"))
         return gone
 
+    def _list(self, step: Callable[..., Awaitable[Page]]) -> list[Any]:
+        entries: list[Any] = []
+        page = Page([], "")
+        while page.marker is not None:
+            try:
+                page = self._line.ask("list", partial(step, marker=page.marker))
+            except FileNotFoundError:  # no such bucket
+                break
+            entries += page.entries
+        return entries
+
     def _head(self, key: str) -> Head:
         return self._line.ask("read", partial(self._api.head, path=self._path(key)))
 
-    def _ranges(self, key: str) -> Generator[bytes, None, None]:
+    def _ranges(self, key: str) -> Generator[bytes | bytearray, None, None]:
         """The object's bytes in order; while one range is used the next ones are on their way."""
         path = self._path(key)
 
@@ -149,14 +164,15 @@ class Objects:
             step = partial(self._api.get, path=path, start=start, length=RANGE_BYTES)
             return self._line.submit("read", step, RANGE_BYTES)
 
-        first = self._line.wait(submit(0))
-        starts = iter(range(RANGE_BYTES, first.size, RANGE_BYTES))
+        piece = self._line.wait(submit(0))
+        known = piece.version, piece.size
+        starts = iter(range(RANGE_BYTES, piece.size, RANGE_BYTES))
         ahead = deque(submit(start) for start in islice(starts, RANGES_AHEAD))
         try:
-            yield first.data
+            yield piece.data
             while ahead:
                 piece = self._line.wait(ahead.popleft())
-                if (piece.version, piece.size) != (first.version, first.size):
+                if (piece.version, piece.size) != known:
                     raise GaveUp("it was overwritten while it was read")
                 ahead.extend(submit(start) for start in islice(starts, 1))
                 yield piece.data
@@ -232,7 +248,7 @@ class Objects:
                 step = partial(self._api.part, upload=upload, start=start, data=data, size=size)
                 underway.append(self._line.submit("write", step, len(data)))
             receipts += [self._line.wait(pending) for pending in underway]
-            self._line.ask("write", partial(self._api.finish, upload=upload, receipts=receipts, new=new), whole=True)
+            self._line.ask("write", partial(self._api.finish, upload=upload, receipts=receipts, new=new), length)
         except BaseException:
             for pending in underway:
                 pending.future.cancel()

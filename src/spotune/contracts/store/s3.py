@@ -2,14 +2,13 @@
 
 import asyncio
 import math
-import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
 from spotune.contracts.store.faults import answer_of
-from spotune.contracts.store.objects import Head, Piece
+from spotune.contracts.store.objects import Head, Page, Piece
 from spotune.contracts.store.patience import Patience
 
 PART_BYTES = 8 << 20
@@ -75,7 +74,7 @@ class S3:
                 return Piece(b"", 0, "")
             raise
         try:
-            data = await self._read(answer["Body"])
+            data = await self._read(answer["Body"], answer["ContentLength"])
         finally:
             answer["Body"].close()
         size = int(answer["ContentRange"].rpartition("/")[2]) if "ContentRange" in answer else len(data)
@@ -83,13 +82,17 @@ class S3:
             raise ConnectionError(f"{len(data)} bytes came for {wanted} of {size}")
         return Piece(data, size, answer["ETag"])
 
-    async def _read(self, body: Any) -> bytes:
-        pieces, clock, silence_s = [], asyncio.get_running_loop().time, self._patience.request_s
+    async def _read(self, body: Any, length: int) -> bytearray:
+        """The body, unless it falls silent."""
+        data, count = bytearray(length), 0
+        clock, silence_s = asyncio.get_running_loop().time, self._patience.request_s
         async with asyncio.timeout(silence_s) as limit:
             while piece := await body.read(READ_BYTES):
-                pieces.append(piece)
+                data[count : count + len(piece)] = piece
+                count += len(piece)
                 limit.reschedule(clock() + silence_s)
-        return b"".join(pieces)
+        del data[count:]
+        return data
 
     async def put(self, client: Any, path: str, data: bytes, token: str, new: bool) -> None:
         mode = "create" if new else "overwrite"
@@ -114,30 +117,29 @@ class S3:
     async def abort(self, client: Any, upload: Upload) -> None:
         await client._abort_mpu(upload.bucket, upload.key, upload.upload_id)
 
-    async def keys(self, client: Any, path: str) -> list[str]:
-        return sorted(entry["name"] for entry in await client._lsdir(path, delimiter="", refresh=True))
-
-    async def folders(self, client: Any, path: str) -> list[str]:
-        entries = await client._lsdir(path, refresh=True)
-        return sorted(entry["name"] for entry in entries if entry["type"] == "directory")
+    async def page(self, client: Any, path: str, flat: bool, marker: Any) -> Page:
+        bucket, prefix, _ = client.split_path(path)
+        names = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else "", "Delimiter": "" if flat else "/"}
+        following = {"ContinuationToken": marker} if marker else {}
+        answer = await client._call_s3("list_objects_v2", **names, **following, **client.req_kw)
+        found = [entry["Key"] for entry in answer.get("Contents", [])] if flat else []
+        found += [entry["Prefix"] for entry in answer.get("CommonPrefixes", [])]
+        return Page([f"{bucket}/{name}" for name in found], answer.get("NextContinuationToken"))
 
     async def delete(self, client: Any, path: str) -> None:
         await client._rm_file(path)
 
-    async def unfinished(self, client: Any, path: str, older_than_s: float) -> list[tuple[str, Any]]:
+    async def unfinished(self, client: Any, path: str, older_than_s: float, marker: Any) -> Page:
         bucket, prefix, _ = client.split_path(path)
-        found: list[tuple[str, Any]] = []
-        markers: dict[str, str] = {}
-        while True:
-            names = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else ""}
-            page = await client._call_s3("list_multipart_uploads", **names, **markers)
-            date = page["ResponseMetadata"]["HTTPHeaders"].get("date")
-            now = parsedate_to_datetime(date) if date else datetime.now(UTC)  # the server's clock, where it tells
-            found += [
-                (os.path.join(bucket, entry["Key"]), Upload(bucket, entry["Key"], entry["UploadId"]))
-                for entry in page.get("Uploads", [])
-                if (now - entry["Initiated"]).total_seconds() >= older_than_s
-            ]
-            if not page.get("IsTruncated"):
-                return found
-            markers = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+        names = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else ""}
+        answer = await client._call_s3("list_multipart_uploads", **names, **(marker or {}))
+        date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+        now = parsedate_to_datetime(date) if date else datetime.now(UTC)  # the server's clock, where it tells
+        found = [
+            (f"{bucket}/{entry['Key']}", Upload(bucket, entry["Key"], entry["UploadId"]))
+            for entry in answer.get("Uploads", [])
+            if (now - entry["Initiated"]).total_seconds() >= older_than_s
+        ]
+        if not answer.get("IsTruncated"):
+            return Page(found)
+        return Page(found, {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer["NextUploadIdMarker"]})
