@@ -31,13 +31,18 @@ def certify(store: Store, keys: Keys, attempt: int, step: int, folder: Path) -> 
     shutil.rmtree(back, ignore_errors=True)
 
     def put(path: Path) -> tuple[str, dict[str, Any]]:
-        name = path.relative_to(output).as_posix()
-        store.upload(path, f"{keys.output}/{name}")
+        name, facts = path.relative_to(output).as_posix(), file_facts(path)
+        key = f"{keys.output}/{name}"
+        # Create-only, and removed only by who is not fenced: a zombie that wakes up in here must not put its own
+        # result under a certificate that its successor has written.
+        while not store.upload_new(path, key):
+            if store.download(key, back / name) == facts:
+                return name, facts
+            check_fence(store, keys, attempt)
+            store.delete([key])
         reach("result-uploaded")
-        store.download(f"{keys.output}/{name}", back / name)
-        facts = file_facts(path)
-        if file_facts(back / name) != facts:
-            raise StoreError(f"{keys.output}/{name}: read back, it is not what was uploaded")
+        if store.download(key, back / name) != facts:
+            raise StoreError(f"{key}: read back, it is not what was uploaded")
         return name, facts
 
     with ThreadPoolExecutor(THREADS) as pool:
