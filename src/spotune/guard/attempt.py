@@ -59,8 +59,7 @@ class Attempt:
             code, reason, message = error.exit_code, "failed", str(error)
         except SpotuneError as error:
             code, reason, message = error.exit_code, self._reason_of(error), str(error)
-        faulted = code == exits.PREEMPTED and reason == "failed"
-        if faulted and is_second_fault(self.context.store, self.context.keys, self.context.attempt):
+        if code == exits.PREEMPTED and reason == "failed" and self._is_second_fault():
             code, message = exits.FAILED, f"two attempts in a row failed and committed nothing: {message}"
         if code in (exits.FAILED, exits.BAD_INPUT):
             self._mark_failed(code, message)
@@ -68,6 +67,12 @@ class Attempt:
             say(message, bare=True)
         self._close(code, reason, message)
         return code
+
+    def _is_second_fault(self) -> bool:
+        try:
+            return is_second_fault(self.context.store, self.context.keys, self.context.attempt)
+        except StoreError:  # then that is the fault, and no other is known of
+            return False
 
     def _reason_of(self, error: SpotuneError) -> EndReason:
         if isinstance(error, Fenced):

@@ -12,7 +12,7 @@ from spotune.contracts.environment import RunEnvironment
 from spotune.contracts.errors import InputError, SpotuneError
 from spotune.contracts.holds import reach
 from spotune.contracts.keys import Keys
-from spotune.contracts.store import Store
+from spotune.contracts.store import Patience, Store
 from spotune.guard import admission
 from spotune.guard.attempt import Attempt
 from spotune.guard.context import Context
@@ -81,7 +81,7 @@ def work(
     request: admission.Request, env: RunEnvironment, machine: Machine, notices: Notices, environ: Mapping[str, str]
 ) -> int:
     """The exit code of what there was to do."""
-    store = Store(env.bucket)
+    store = Store(env.bucket, Patience(deadline_s=min(Patience.deadline_s, env.patience_s)))
     keys = Keys(admission.choose_run_id(env, machine, request))
     verdict = admission.standing_verdict(store, keys)
     if verdict is not None:
