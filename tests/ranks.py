@@ -84,6 +84,8 @@ def kill(pid: int) -> None:
 def make_folder(folder: Path, config: dict[str, Any], **job: Any) -> Path:
     """An exchange folder for a fresh start."""
     folder.mkdir(parents=True)
+    if not {"save_steps", "save_seconds"} & job.keys():
+        job["save_as_config"] = "save_steps" in config or "save_strategy" in config
     settings = {"run_id": "test", "attempt": 1, "config_path": "config.yaml", "cache": str(folder.parent / "cache")}
     write_json(folder / JOB, Job(config=config, **(settings | job)))
     restore(folder)

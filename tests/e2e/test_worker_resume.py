@@ -164,6 +164,7 @@ def test_two_ranks(ranks: Nursery, base: dict[str, Any], tmp_path: Path) -> None
     port = free_port()
     pids = [ranks.start(killed, log=f"log-{rank}", MASTER_PORT=port, **rank_environment(rank, 2)) for rank in (0, 1)]
     wait_for(staged_path(killed, 4), killed)
+    wait_for(staged_path(killed, 4, rank=1), killed)
     for pid in pids:
         kill(pid)
     resumed = hand_over(killed, tmp_path / "resumed", config, 4, save_steps=4)

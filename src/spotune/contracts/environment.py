@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from spotune.contracts.durations import parse_duration
 from spotune.contracts.errors import InputError
 
 BUCKET = "SPOTUNE_BUCKET"
@@ -20,6 +21,7 @@ PYTHON = "SPOTUNE_PYTHON"  # the interpreter that a task runs; default: the chec
 ATTEMPT = "SPOTUNE_ATTEMPT"  # the engine's count of machines, where it keeps one: claims then have the same numbers
 STATUS_FILE = "SPOTUNE_STATUS_FILE"  # a local file that the guard keeps current: progress without a bucket's delay
 SAVE_EVERY = "SPOTUNE_SAVE_EVERY"  # `50` steps or `5m`; for a bare launch, `train --save-every` freezes it in run.json
+PATIENCE = "SPOTUNE_BUCKET_PATIENCE"  # for how long training goes on while the bucket is away; default 30m
 HOLD_AT = "SPOTUNE_HOLD_AT"  # game days only, see holds.py
 HOLD_FILE = "SPOTUNE_HOLD_FILE"
 NUM_PROCESSES = "SPOTUNE_NUM_PROCESSES"  # ranks on this machine; default one per GPU, 1 on CPU
@@ -38,6 +40,7 @@ class RunEnvironment:
     status_file: str
     attempt: int
     user: str
+    patience_s: float
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> "RunEnvironment":
@@ -56,6 +59,7 @@ class RunEnvironment:
             status_file=environ.get(STATUS_FILE, ""),
             attempt=int(count) if (count := environ.get(ATTEMPT, "")).isdigit() else 1,
             user=user_name(environ),
+            patience_s=parse_duration(environ.get(PATIENCE) or "30m", PATIENCE),
         )
 
 

@@ -8,8 +8,11 @@ Every line has ``t`` (epoch seconds) and ``event``:
     plan     {max_steps, num_train_epochs, trainable_parameters, total_parameters}  training begins
     step     {step, tokens, data_wait_s}                       a step ended; tokens since step 0, all ranks
     log      {step, epoch, loss, learning_rate, ...}           Trainer's own log line, numbers only
-    save     {step, stall_s}                                   the worker staged a checkpoint
+    save     {step, stall_s}                                   training stood still for a checkpoint; it is in memory
+    written  {step, write_s, bytes}                            it is on the local disk
+    unsaved  {step, message}                                   it is not, and why; training goes on
     commit   {step, upload_s, bytes}                           it is committed in the bucket
+    interval {interval_s, stall_s, slowdown_s, upload_s, ...}  how often to save, and what follows from what
     notice   {source, grace_s or null}                         the machine is about to be taken
     alive    {}                                                nothing but the time: what was going on still is
     end      {reason, exit_code, step, message}                the attempt's last line, when it had time
@@ -20,6 +23,7 @@ Phases are those of the cost report that a machine can know: ``load`` (imports, 
 """
 
 import json
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,14 +34,16 @@ EndReason = Literal["completed", "preempted", "failed", "cancelled", "paused", "
 
 
 class EventLog:
-    """Appends events to a local file; each line is whole and on its way to disk when ``write`` returns."""
+    """Appends events to a local file; each line is whole and on its way to disk when ``write`` returns. Thread-safe."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - held open for the process's life
         self._clock = clock
+        self._lock = threading.Lock()
 
     def write(self, event: str, **fields: Any) -> None:
-        self._file.write(json.dumps({"t": round(self._clock(), 4), "event": event, **fields}) + "\n")
+        with self._lock:
+            self._file.write(json.dumps({"t": round(self._clock(), 4), "event": event, **fields}) + "\n")
 
     def phase(self, phase: Phase) -> None:
         self.write("phase", phase=phase)

@@ -5,7 +5,8 @@ The worker knows torch and no store; the guard knows the store and no torch.
     job.json               guard -> worker   what to do (Job), before the worker starts
     trainer/checkpoint-N/  both              restored there by the guard; saved there by Trainer
     restored.json          guard -> worker   {"checkpoint": path or null, "tokens": n, "error": text or null}
-    staged/<step 8d>.json  worker -> guard   a complete local checkpoint (Staged); from then on the guard's
+    staged/<step 8d>-<rank>.json  worker -> guard   a rank's part of a local checkpoint is complete (Staged); once all
+                           ranks of this machine have said so, the checkpoint is the guard's
     control.json           guard -> worker   {"stop": bool, "save": n}: stop at the next step boundary; save once per n
     events-<rank>.jsonl    worker -> guard   append-only, one JSON object per line (see events.py)
     outcome-<rank>.json    worker -> guard   how the rank ended (Outcome), last
@@ -37,8 +38,10 @@ class Job:
     Attributes:
         config: the resolved flat config, with ``data`` and without ``profiles``.
         config_path: for messages.
-        save_steps, save_seconds: when to save, whichever is set; both None: as the config says.
+        save_steps, save_seconds: when to save, whichever is set.
+        save_as_config: as ``save_steps`` and ``save_strategy`` in the config say. None of the three: when asked to.
         threads: torch threads that the restored commit was made with; None: torch's default.
+        global_batch: rows of a step of the run so far, over all ranks; None: as the config and the ranks make it.
         cache: a folder of this machine for data sets, kept between attempts.
     """
 
@@ -49,12 +52,20 @@ class Job:
     cache: str
     save_steps: int | None = None
     save_seconds: float | None = None
+    save_as_config: bool = False
     threads: int | None = None
+    global_batch: int | None = None
 
 
 @dataclass(frozen=True)
 class Staged:
-    """A local checkpoint that is complete on disk; tokens are counted over all ranks since step 0."""
+    """One rank's part of a local checkpoint, complete on disk; tokens are counted over all ranks since step 0.
+
+    Attributes:
+        files: facts ({size: bytes, sha256: hex}) of those files, by relative path, that were hashed when written.
+        global_batch: rows of a step, over all ranks.
+        config_sha256: of the run, added by the guard when it seals the checkpoint.
+    """
 
     step: int
     checkpoint: str
@@ -64,6 +75,9 @@ class Staged:
     threads: int
     best_step: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    global_batch: int = 0
+    config_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,5 +114,5 @@ def outcome_path(folder: Path, rank: int) -> Path:
     return folder / f"outcome-{rank}.json"
 
 
-def staged_path(folder: Path, step: int) -> Path:
-    return folder / STAGED / f"{step:08d}.json"
+def staged_path(folder: Path, step: int, rank: int = 0) -> Path:
+    return folder / STAGED / f"{step:08d}-{rank}.json"

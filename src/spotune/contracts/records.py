@@ -67,6 +67,7 @@ class RunRecord(Record):
         data_files: what the fingerprint was taken over: one ``{source, url, size, sha256 | etag}`` a file.
         save_every: ``50`` (steps), ``5m``, or empty for the default.
         prices: a row for every candidate that the run may land on.
+        use_spot: whether its machines may be taken away.
         kind: ``prod`` for managed jobs, ``dev`` for interactive runs.
     """
 
@@ -83,6 +84,7 @@ class RunRecord(Record):
     data_sha256: str
     data_files: list[dict[str, Any]] = field(default_factory=list)
     infra: str = ""
+    use_spot: bool = True
     priority: int = 0
     save_every: str = ""
     prices: list[dict[str, Any]] = field(default_factory=list)
@@ -95,7 +97,10 @@ class RunRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptRecord(Record):
-    """``attempt.json``: an attempt's claim. Its key is the fence: created once, never rewritten."""
+    """``attempt.json``: an attempt's claim. Its key is the fence: created once, never rewritten.
+
+    ``spells_s``: how long each earlier machine of this run lasted that was taken away, seconds, oldest first.
+    """
 
     run_id: str
     attempt: int
@@ -110,7 +115,7 @@ class AttemptRecord(Record):
     num_nodes: int = 1
     ranks_per_node: int = 1
     gpu: str = ""
-    preempted_earlier: int = 0
+    spells_s: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +127,9 @@ class Commit(Record):
         tokens: non-padding tokens trained since step 0, all ranks.
         files: relative path -> {size: bytes, sha256: hex}, below ``checkpoints/<step>-<attempt>/``.
         best_step: step of the best checkpoint so far, where the config asks for the best model.
+        global_batch: rows of a step, over all ranks; 0 in records of before it was kept.
+        ordinal: its number in the run's line of commits, counted from 1.
+        saving: what saving has cost so far on this machine: ``guard/toll.py`` says in which words.
     """
 
     run_id: str
@@ -137,6 +145,9 @@ class Commit(Record):
     versions: dict[str, str] = field(default_factory=dict)
     committed_at: float = 0.0
     best_step: int | None = None
+    global_batch: int = 0
+    ordinal: int = 0
+    saving: dict[str, float] = field(default_factory=dict)
     files: dict[str, dict[str, Any]]
 
 

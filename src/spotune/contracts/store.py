@@ -131,7 +131,10 @@ class Store:
                 fs = self._fs
                 fs.put_file(str(local), self._path(key))
 
-    def download(self, key: str, local: Path) -> None:
+    def abort_uploads(self, prefix: str, older_than_s: float) -> list[str]:
+        return []
+
+    def download(self, key: str, local: Path) -> "dict[str, Any]":
         """Copies the object ``key`` to a local file; raises FileNotFoundError when there is none."""
         local.parent.mkdir(parents=True, exist_ok=True)
         with self._faults("download", key):
@@ -140,6 +143,10 @@ class Store:
             else:
                 fs = self._fs
                 fs.get_file(self._path(key), str(local))
+        import hashlib
+
+        with open(local, "rb") as file:
+            return {"size": local.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
     def keys(self, prefix: str) -> list[str]:
         """All keys below the folder ``prefix``, sorted; empty when there is no such folder."""

@@ -17,6 +17,7 @@ from spotune.contracts.fingerprint import data_files, data_sha256
 from spotune.contracts.keys import Keys, check_run_id, new_run_id
 from spotune.contracts.records import AttemptRecord, Mark, RunRecord, fingerprint
 from spotune.contracts.store import Store
+from spotune.guard.faults import last_event
 from spotune.guard.machine import Machine
 from spotune.guard.say import say
 
@@ -112,6 +113,7 @@ def claim_attempt(store: Store, keys: Keys, machine: Machine, at_least: int = 1)
     ``at_least``: the engine's own count, which is ahead where a machine was lost before it could claim.
     """
     attempt = max(latest_attempt(store, keys), at_least - 1)
+    spells_s = earlier_spells(store, keys, attempt)
     while True:
         attempt += 1
         record = AttemptRecord(
@@ -127,6 +129,7 @@ def claim_attempt(store: Store, keys: Keys, machine: Machine, at_least: int = 1)
             engine_job_id=machine.engine_job_id,
             num_nodes=machine.num_nodes,
             ranks_per_node=machine.ranks,
+            spells_s=spells_s,
         )
         # Read back: a store without conditional puts (some emulators) lets both writers think that they won.
         if (
@@ -134,6 +137,21 @@ def claim_attempt(store: Store, keys: Keys, machine: Machine, at_least: int = 1)
             and store.read(keys.attempt(attempt)) == record.to_bytes()
         ):
             return record
+
+
+def earlier_spells(store: Store, keys: Keys, attempt: int) -> list[float]:
+    """How long the run's machines up to this attempt lasted, seconds, of those that were taken away.
+
+    Each attempt's record has those before it; its own end is in its events, or is their last.
+    """
+    data = store.read(keys.attempt(attempt)) if attempt else None
+    if data is None:
+        return []
+    record = AttemptRecord.from_bytes(data, keys.attempt(attempt))
+    last = last_event(store, keys, attempt)
+    if not last or (last.get("event") == "end" and last.get("reason") != "preempted"):
+        return record.spells_s
+    return [*record.spells_s, round(max(0.0, float(last["t"]) - record.claimed_at), 1)]
 
 
 def latest_attempt(store: Store, keys: Keys) -> int:

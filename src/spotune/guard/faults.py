@@ -1,6 +1,7 @@
 """Is a fault worth another machine once more? Two in a row without a commit between them are not."""
 
 import json
+from typing import Any
 
 from spotune.contracts import exits
 from spotune.contracts.keys import Keys
@@ -16,7 +17,7 @@ def is_second_fault(store: Store, keys: Keys, attempt: int) -> bool:
     return end.get("event") == "end" and end.get("reason") == "failed" and end.get("exit_code") == exits.PREEMPTED
 
 
-def last_event(store: Store, keys: Keys, attempt: int) -> dict[str, object]:
+def last_event(store: Store, keys: Keys, attempt: int) -> dict[str, Any]:
     """The last event that an attempt's rank 0 uploaded, empty when there is none."""
     prefix = keys.attempt(attempt).removesuffix("attempt.json") if attempt > 0 else ""
     parts = [key for key in store.keys(prefix.rstrip("/")) if "/events-0-" in key] if prefix else []

@@ -9,6 +9,7 @@ from typing import Any
 from spotune.contracts.errors import StoreError
 from spotune.contracts.exchange import OUTPUT
 from spotune.contracts.fingerprint import file_facts
+from spotune.contracts.holds import reach
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Certificate
 from spotune.contracts.store import Store
@@ -32,6 +33,7 @@ def certify(store: Store, keys: Keys, attempt: int, step: int, folder: Path) -> 
     def put(path: Path) -> tuple[str, dict[str, Any]]:
         name = path.relative_to(output).as_posix()
         store.upload(path, f"{keys.output}/{name}")
+        reach("result-uploaded")
         store.download(f"{keys.output}/{name}", back / name)
         facts = file_facts(path)
         if file_facts(back / name) != facts:
@@ -43,6 +45,7 @@ def certify(store: Store, keys: Keys, attempt: int, step: int, folder: Path) -> 
     weights = [back / name for name in files if name.endswith(".safetensors")]
     if not weights:
         raise StoreError(f"{keys.run_id}: the result holds no weights")
+    reach("result-read")
     certificate = Certificate(
         run_id=keys.run_id,
         attempt=attempt,
@@ -54,6 +57,7 @@ def certify(store: Store, keys: Keys, attempt: int, step: int, folder: Path) -> 
     shutil.rmtree(back, ignore_errors=True)
     check_fence(store, keys, attempt)
     store.create(keys.completed, certificate.to_bytes())
+    reach("certified")
     data = store.read(keys.completed)
     if data is None:
         raise StoreError(f"{keys.completed}: written, but not there when read back")

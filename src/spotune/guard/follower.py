@@ -8,17 +8,19 @@ from typing import Any
 
 from spotune.contracts import exchange, exits
 from spotune.contracts.errors import SpotuneError, StoreError
-from spotune.contracts.exchange import Job
+from spotune.contracts.exchange import Job, Staged
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Commit
 from spotune.contracts.store import Store
 from spotune.guard.committer import drop_older, upload_checkpoint
 from spotune.guard.gang import Line, gang_token, join
+from spotune.guard.handover import Handover, seal
 from spotune.guard.machine import Machine
 from spotune.guard.notices import Notices
 from spotune.guard.ranks import Ranks
 from spotune.guard.restore import BadCheckpoint, download_checkpoint
 from spotune.guard.say import say
+from spotune.guard.uploader import Uploader
 
 POLL_S = 0.1
 END_S = 900.0  # the leader uploads and certifies the result after the ranks have ended
@@ -50,7 +52,9 @@ class Follower:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _watch(self, line: Line, ranks: Ranks, folder: Path, attempt: int) -> int:
-        told, ended_at = False, 0.0
+        handover, told, ended_at = Handover(folder, self.machine.ranks), False, 0.0
+        uploader = Uploader(lambda staged: self._send_part(line, folder, attempt, staged))
+        wanted = 0
         while True:
             message = line.next(POLL_S)
             if message is None and line.gone and line.inbox.empty():
@@ -58,19 +62,30 @@ class Follower:
                 return exits.PREEMPTED
             if message and "restored" in message:
                 self._restore(message, folder)
+            if message and "upload" in message:
+                wanted = message["upload"]
             if message and "end" in message:
                 return int(message["end"])
             if self.notices.given and not told:
                 told = True
                 line.send(notice=self.notices.source)
-            if not ended_at:
-                self._pass_parts(line, folder, attempt)
-                if not ranks.running:
-                    self._pass_parts(line, folder, attempt)
-                    ended_at = time.monotonic()
-                    line.send(ended=vars(ranks.outcome()))
-            elif time.monotonic() - ended_at > END_S:
+            has_ended = not ranks.running
+            handover.take()
+            if staged := next((staged for staged in handover.taken if staged.step == wanted), None):
+                wanted = 0
+                uploader.submit(staged)
+            if has_ended and not ended_at:
+                ended_at = time.monotonic()
+                line.send(ended=vars(ranks.outcome()))
+            elif ended_at and time.monotonic() - ended_at > END_S:
                 raise StoreError("the leader did not say how the attempt ended")
+
+    def _send_part(self, line: Line, folder: Path, attempt: int, staged: Staged) -> None:
+        """Uploads this machine's files of a checkpoint, and says so; the leader commits."""
+        whole = seal(folder, staged, "")
+        upload_checkpoint(self.store, self.keys, whole, attempt)
+        line.send(part=whole.step, files=whole.files)
+        drop_older(folder / exchange.TRAINER, whole)
 
     def _restore(self, message: dict[str, Any], folder: Path) -> None:
         """The same commits as the leader's, from the bucket; a fault ends this node's ranks, and so the attempt."""
@@ -88,11 +103,3 @@ class Follower:
         except (BadCheckpoint, SpotuneError, OSError) as error:
             found["error"] = str(error)
         exchange.write_json(folder / exchange.RESTORED, found)
-
-    def _pass_parts(self, line: Line, folder: Path, attempt: int) -> None:
-        for path in sorted((folder / exchange.STAGED).glob("*.json")):
-            staged = exchange.Staged(**exchange.read_json(path) or {})
-            path.unlink()
-            files = upload_checkpoint(self.store, self.keys, staged, attempt)
-            line.send(part=staged.step, files=files)
-            drop_older(folder / exchange.TRAINER, staged)

@@ -1,7 +1,7 @@
 """Several machines as one attempt: the guard of node 0 leads, the others follow, over one TCP connection each.
 
     follower -> leader   {"hello": node, "token"}   {"part": step, "files"}   {"notice": source}   {"ended": outcome}
-    leader -> follower   {"welcome": {...}}   {"restored": key or null}   {"stop": true}   {"end": exit code}
+    leader -> follower   {"welcome": {...}}   {"restored": key or null}   {"upload": step}   {"end": exit code}
 
 A connection that breaks is a machine that is gone: the whole attempt ends with it.
 """
@@ -131,7 +131,8 @@ class Leader:
             line.send(**message)
 
     def parts(self, step: int) -> dict[str, Any]:
-        """The files of all followers for a checkpoint, once they are uploaded; raises StoreError if one is gone."""
+        """Has all followers upload their files of a checkpoint; returns them. Raises StoreError if one is gone."""
+        self.broadcast(upload=step)
         with self._changed:
             nodes = list(self._lines)
             done = self._changed.wait_for(

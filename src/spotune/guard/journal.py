@@ -8,6 +8,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,16 @@ class Journal:
         self._began = self._flushed_at = self._beat_at = time.monotonic()
         self._shown = Progress(run_id=keys.run_id, attempt=attempt, phase="load", at=time.time())
         self.first_step: int | None = None
+        self._listeners: list[Callable[[dict[str, Any]], None]] = []
         self._stop = threading.Event()
         self._show()
         self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
         self._thread.start()
+
+    def listen(self, listener: Callable[[dict[str, Any]], None]) -> None:
+        """Calls ``listener`` with each event from now on, in order; it must be quick, and write none."""
+        with self._lock:
+            self._listeners.append(listener)
 
     @property
     def progress(self) -> Progress:
@@ -103,6 +110,8 @@ class Journal:
 
     def _take(self, event: dict[str, Any]) -> None:
         self._pending.append(json.dumps(event))
+        for listener in self._listeners:
+            listener(event)
         changes: dict[str, Any] = {}
         match event["event"]:
             case "phase":

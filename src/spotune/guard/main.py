@@ -9,10 +9,12 @@ from spotune.contracts import exits
 from spotune.contracts.config import parse_flags
 from spotune.contracts.environment import RunEnvironment
 from spotune.contracts.errors import InputError, SpotuneError
+from spotune.contracts.holds import reach
 from spotune.contracts.keys import Keys
 from spotune.contracts.store import Store
 from spotune.guard import admission
-from spotune.guard.attempt import Attempt, Site
+from spotune.guard.attempt import Attempt
+from spotune.guard.context import Context
 from spotune.guard.follower import Follower
 from spotune.guard.machine import Machine
 from spotune.guard.notices import Notices
@@ -62,5 +64,17 @@ def run_attempt(request: admission.Request, notices: Notices, environ: Mapping[s
     run = admission.read_or_create_run(store, keys, env, request)
     machine = Machine.read(environ, run.config.get("num_processes"))
     record = admission.claim_attempt(store, keys, machine, env.attempt)
-    site = Site(machine, environ, scratch, env.home / "cache" / "datasets", env.status_file)
-    return Attempt(store, keys, run, record, site, notices).run()
+    reach("claimed")
+    context = Context(
+        store=store,
+        keys=keys,
+        run=run,
+        record=record,
+        machine=machine,
+        environ=environ,
+        scratch=scratch,
+        cache=env.home / "cache" / "datasets",
+        status_file=env.status_file,
+        patience_s=env.patience_s,
+    )
+    return Attempt(context, notices).run()

@@ -1,19 +1,19 @@
 """Restore: the newest commit whose files verify, else the one before, saying so."""
 
 import shutil
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from spotune.contracts.errors import StoreError
-from spotune.contracts.fingerprint import file_facts
+from spotune.contracts.holds import reach
 from spotune.contracts.keys import Keys, commit_of
 from spotune.contracts.records import Commit
 from spotune.contracts.store import Store
 
-# Without these a resume would silently be another training run.
-NEEDED = ("optimizer", "scheduler.pt", "rng_state", "trainer_state.json")
 THREADS = 4
+TRIES = 2
 
 
 class BadCheckpoint(Exception):
@@ -22,7 +22,12 @@ class BadCheckpoint(Exception):
 
 @dataclass
 class Restored:
-    """What was found: ``commit`` None for a fresh start; ``rejected`` has a line for each that failed."""
+    """What was found.
+
+    Attributes:
+        commit: None for a fresh start.
+        rejected: a line for each commit that did not verify; ``bad``: their keys.
+    """
 
     commit: Commit | None = None
     key: str = ""
@@ -30,6 +35,7 @@ class Restored:
     best: Path | None = None
     best_key: str = ""
     rejected: list[str] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
 
 
 def list_commits(store: Store, keys: Keys) -> list[tuple[tuple[int, int], str]]:
@@ -47,37 +53,61 @@ def newest_commit(store: Store, keys: Keys) -> Commit | None:
     return None
 
 
-def restore(store: Store, keys: Keys, folder: Path) -> Restored:
+def restore(store: Store, keys: Keys, folder: Path, check: Callable[[Commit], None] = lambda commit: None) -> Restored:
     """Downloads the newest commit that verifies to ``folder/checkpoint-N``; raises StoreError if the store fails.
 
-    Where the commit names a best checkpoint that is another one, that is fetched too.
+    Where the commit names a best checkpoint that is another one, that is fetched too. ``check`` may refuse a commit
+    that is whole but must not be continued, by an InputError.
     """
     result = Restored()
-    for (attempt, step), key in list_commits(store, keys):
+    seen: set[str] = set()
+    while True:
+        # Listed anew after each failure: another attempt may have pruned this one, and committed a newer one, since.
+        entry = next((entry for entry in list_commits(store, keys) if entry[1] not in seen), None)
+        if entry is None:
+            return result
+        (attempt, step), key = entry
+        seen.add(key)
         data = store.read(key)
-        if data is None:  # pruned by another attempt since it was listed
+        if data is None:
             continue
         try:
-            try:
-                commit = Commit.from_bytes(data, key)
-            except StoreError as error:
-                raise BadCheckpoint(str(error)) from error
+            commit = _read(data, key)
+            check(commit)
+            result.best, result.best_key = _restore_best(store, keys, commit, folder)
             result.checkpoint = download_checkpoint(store, keys, commit, folder)
         except BadCheckpoint as error:
-            result.rejected.append(f"step {step} of attempt {attempt}: {error}")
+            if store.exists(key):
+                result.rejected.append(f"step {step} of attempt {attempt}: {error}")
+                result.bad.append(key)
             continue
         result.commit, result.key = commit, key
-        if commit.best_step is not None and commit.best_step != commit.step:
-            result.best = _restore_best(store, keys, commit, folder, result)
         return result
-    return result
+
+
+def _read(data: bytes, key: str) -> Commit:
+    try:
+        return Commit.from_bytes(data, key)
+    except StoreError as error:
+        raise BadCheckpoint(str(error)) from error
+
+
+def missing_files(files: Collection[str], world_size: int) -> list[str]:
+    """What a checkpoint lacks; without it a resume would silently be another training run."""
+    needed = ["scheduler.pt", "trainer_state.json"]
+    needed += ["rng_state.pth"] if world_size == 1 else [f"rng_state_{rank}.pth" for rank in range(world_size)]
+    missing = [name for name in needed if name not in files]
+    if not any(name.startswith(("optimizer.", "optimizer_", "global_step")) for name in files):
+        missing.insert(0, "optimizer.pt")
+    if not any(name.endswith((".safetensors", ".distcp", ".bin", "model_states.pt")) for name in files):
+        missing.insert(0, "model.safetensors")
+    return missing
 
 
 def download_checkpoint(store: Store, keys: Keys, commit: Commit, folder: Path) -> Path:
     """Fetches and verifies one commit's files; raises BadCheckpoint when one is missing or not as committed."""
-    for needed in NEEDED:
-        if not any(Path(name).name.startswith(needed) or name.startswith(needed) for name in commit.files):
-            raise BadCheckpoint(f"holds no {needed}")
+    if missing := missing_files(commit.files, commit.world_size):
+        raise BadCheckpoint(f"holds no {', '.join(missing)}")
     target = folder / f"checkpoint-{commit.step}"
     part = folder / f".part-{commit.step}"
     shutil.rmtree(part, ignore_errors=True)
@@ -85,19 +115,21 @@ def download_checkpoint(store: Store, keys: Keys, commit: Commit, folder: Path) 
 
     def fetch(name: str) -> None:
         committed, local = commit.files[name], part / name
-        try:
-            store.download(f"{source}/{name}", local)
-        except FileNotFoundError as error:
-            raise BadCheckpoint(f"{name} is missing") from error
-        found = file_facts(local)
+        for _ in range(TRIES):  # the way here may be at fault, not what lies there
+            try:
+                found = store.download(f"{source}/{name}", local)
+            except FileNotFoundError as error:
+                raise BadCheckpoint(f"{name} is missing") from error
+            if found == committed:
+                reach("restoring")
+                return
         if found["size"] != committed["size"]:
             raise BadCheckpoint(f"{name} has {found['size']} bytes, {committed['size']} were committed")
-        if found["sha256"] != committed["sha256"]:
-            raise BadCheckpoint(f"{name} is not what was committed (sha256)")
+        raise BadCheckpoint(f"{name} is not what was committed (sha256)")
 
     try:
         with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(fetch, sorted(commit.files)))
+            list(pool.map(fetch, sorted(commit.files, key=lambda name: -int(commit.files[name]["size"]))))
     except BadCheckpoint:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -106,15 +138,20 @@ def download_checkpoint(store: Store, keys: Keys, commit: Commit, folder: Path) 
     return target
 
 
-def _restore_best(store: Store, keys: Keys, newest: Commit, folder: Path, result: Restored) -> Path | None:
+def _restore_best(store: Store, keys: Keys, newest: Commit, folder: Path) -> tuple[Path | None, str]:
+    """The best checkpoint that a commit names, where that is another one, and its key.
+
+    Raises BadCheckpoint when none verifies: the run would end with another model, without a word.
+    """
+    if newest.best_step is None or newest.best_step == newest.step:
+        return None, ""
+    reason = "is not there"
     for (attempt, step), key in list_commits(store, keys):
         data = store.read(key) if step == newest.best_step and attempt <= newest.attempt else None
         if data is None:
             continue
         try:
-            best = download_checkpoint(store, keys, Commit.from_bytes(data, key), folder)
-            result.best_key = key
-            return best
-        except (BadCheckpoint, StoreError) as error:
-            result.rejected.append(f"best checkpoint, step {newest.best_step}: {error}")
-    return None
+            return download_checkpoint(store, keys, _read(data, key), folder), key
+        except BadCheckpoint as error:
+            reason = str(error)
+    raise BadCheckpoint(f"its best checkpoint, step {newest.best_step}: {reason}")

@@ -1,26 +1,78 @@
-"""What the bucket keeps: the last few commits and the best one. The commit goes first, then its data."""
+"""What the bucket keeps: the last few commits, every k-th, and the best one. The commit goes first, then its data.
 
+A commit that did not verify counts for nothing: it neither protects nor displaces another one.
+"""
+
+from collections.abc import Collection
+
+from spotune.contracts.holds import reach
 from spotune.contracts.keys import Keys
+from spotune.contracts.records import Commit
 from spotune.contracts.store import Store
 from spotune.guard.restore import list_commits
 
 KEEP = 3
+# Never one alone: the newest may turn out to be damaged, and a zombie may tidy up while its successor restores.
+LEAST = 2
+UNFINISHED_S = 3600.0  # an upload that has been going on for so long is nobody's any more
 
 
-def prune(store: Store, keys: Keys, keep: int, best_step: int | None = None) -> None:
-    """Removes all but the newest ``keep`` (at least 1) commits and the best checkpoint's."""
-    for (attempt, step), key in list_commits(store, keys)[max(1, keep) :]:
-        if step == best_step:
-            continue
-        store.delete([key])
-        store.delete(store.keys(keys.checkpoint(step, attempt)))
+class Retention:
+    """Tidies up after each commit of one attempt.
 
+    Args:
+        keep: how many of the newest commits stay (at least two do).
+        keep_every: every commit whose ordinal is a multiple stays for good; 0: none does.
+        bad: keys of commits that did not verify when this attempt restored.
+    """
 
-def sweep_orphans(store: Store, keys: Keys, attempt: int) -> None:
-    """Removes checkpoint data of attempts before ``attempt`` that was never committed."""
-    committed = {keys.checkpoint(step, number) for (number, step), _ in list_commits(store, keys)}
-    for name in store.folders(keys.checkpoints):
-        folder = f"{keys.checkpoints}/{name}"
-        number = name.rpartition("-")[2]
-        if folder not in committed and number.isdigit() and int(number) < attempt:
-            store.delete(store.keys(folder))
+    def __init__(
+        self, store: Store, keys: Keys, attempt: int, keep: int = KEEP, keep_every: int = 0, bad: Collection[str] = ()
+    ) -> None:
+        self._store, self._keys, self._attempt = store, keys, attempt
+        self._keep, self._keep_every, self._bad = max(LEAST, keep), keep_every, set(bad)
+        self._swept = False
+        self._kept_for_good: set[str] = set()
+
+    def tidy(self, best_step: int | None = None) -> None:
+        """Removes what need not stay. Raises StoreError; to be called again then."""
+        listed = list_commits(self._store, self._keys)
+        good = [(number, key) for number, key in listed if key not in self._bad]
+        for (attempt, step), key in good[self._keep :]:
+            if step != best_step and not self._is_kept_for_good(key):
+                self._remove(key, step, attempt)
+        if len(good) >= LEAST:  # a damaged one is of no use to anybody once there is enough else
+            for (attempt, step), key in listed:
+                if key in self._bad:
+                    self._remove(key, step, attempt)
+        if not self._swept:
+            self._sweep()
+            self._swept = True
+
+    def _is_kept_for_good(self, key: str) -> bool:
+        if not self._keep_every:
+            return False
+        if key not in self._kept_for_good:
+            data = self._store.read(key)
+            if data is None or Commit.from_bytes(data, key).ordinal % self._keep_every:
+                return False
+            self._kept_for_good.add(key)
+        return True
+
+    def _remove(self, key: str, step: int, attempt: int) -> None:
+        self._store.delete([key])
+        reach("pruning")
+        self._store.delete(self._store.keys(self._keys.checkpoint(step, attempt)))
+
+    def _sweep(self) -> None:
+        """Removes what attempts before this one uploaded and never committed, unfinished uploads included."""
+        listed = list_commits(self._store, self._keys)
+        committed = {self._keys.checkpoint(step, attempt) for (attempt, step), _ in listed}
+        for name in self._store.folders(self._keys.checkpoints):
+            folder = f"{self._keys.checkpoints}/{name}"
+            number = name.rpartition("-")[2]
+            if folder not in committed and number.isdigit() and int(number) < self._attempt:
+                self._store.delete(self._store.keys(folder))
+        # Right after a commit this attempt uploads nothing, so that what is unfinished is of those before it.
+        self._store.abort_uploads(self._keys.checkpoints, 0.0)
+        self._store.abort_uploads(self._keys.root, UNFINISHED_S)

@@ -98,6 +98,7 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
         data_sha256=data_sha256(config, files),
         data_files=files,
         infra=infra,
+        use_spot=demand.use_spot,
         priority=demand.priority,
         save_every=wish.save_every,
         prices=[vars(offer) for offer in offers],

@@ -12,8 +12,7 @@ from spotune.contracts.errors import InputError
 from spotune.contracts.exchange import TRAINER, Job
 from spotune.contracts.trackers import wandb_mode
 
-OURS = ("data", "data_limit", "profiles", "num_processes")
-DEFAULT_SAVE_SECONDS = 300.0
+OURS = ("data", "data_limit", "profiles", "num_processes", "keep_every")
 # transformers' names of trackers whose module has another name
 _TRACKER_MODULES = {"azure_ml": "azureml", "dagshub": "dagshub", "flyte": "flytekit", "dvclive": "dvclive"}
 
@@ -30,7 +29,7 @@ class Arguments:
 
 @dataclass(frozen=True)
 class SaveRule:
-    """When to save; all None and False: only at the end."""
+    """When to save without being asked; all None and False: only at the end."""
 
     steps: int | None = None
     seconds: float | None = None
@@ -97,12 +96,8 @@ def notices(config: Mapping[str, Any]) -> list[str]:
 
 
 def save_rule(job: Job) -> SaveRule:
-    """The job's rule, else the config's, else every five minutes."""
-    if job.save_steps or job.save_seconds:
-        return SaveRule(steps=job.save_steps, seconds=job.save_seconds)
-    if "save_steps" in job.config or "save_strategy" in job.config:
-        return SaveRule(as_config=True)
-    return SaveRule(seconds=DEFAULT_SAVE_SECONDS)
+    """The job's rule; where it has none the guard asks in time."""
+    return SaveRule(job.save_steps, job.save_seconds, job.save_as_config)
 
 
 def usable_trackers(wanted: list[str], environ: Mapping[str, str]) -> list[str]:

@@ -16,11 +16,11 @@ from transformers import TrainerCallback
 from transformers.trainer_pt_utils import get_model_param_count
 
 from spotune.contracts.events import EventLog, Phase
-from spotune.contracts.exchange import Staged, staged_path, write_json
 from spotune.sft.arguments import SaveRule
 from spotune.sft.control import Control, Wish
+from spotune.sft.extra import Extra
 from spotune.sft.faults import Stopped
-from spotune.sft.snapshot import Extra
+from spotune.sft.saver import Saver
 
 
 class EvaluationInterrupted(Exception):
@@ -31,39 +31,31 @@ class Boundary(TrainerCallback):
     """Keeps the boundaries of one rank's training.
 
     Args:
-        folder: the exchange folder.
         rule: when to save.
-        events: rank 0's log, None on the others.
+        saver: of the same rank.
+        clock: seconds, for ``rule``.
+
+    Attributes:
         resumed_from: the restored checkpoint, None for a fresh start.
-        extra: what ``snapshot`` kept with it.
-        versions: of the libraries, for the commit.
+        restored: this rank's state that came with it.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        rule: SaveRule,
-        events: EventLog | None,
-        *,
-        versions: dict[str, str],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.folder = folder
+    def __init__(self, rule: SaveRule, saver: Saver, clock: Callable[[], float] = time.monotonic) -> None:
         self.rule = rule
-        self.events = events
-        self.versions = versions
-        self.control_file = Control(folder)
+        self.saver = saver
+        self.events: EventLog | None = saver.events
+        self.control_file = Control(saver.folder)
         self.trainer: Any = None
         self.resumed_from: Path | None = None
         self.restored: Extra | None = None
         self.leaving = False
-        self.saved_step = -1
         self.evaluation_owed = False
         self._clock = clock
         self._last_save = clock()
         self._phase: Phase = "load"
         self._data_wait_s = 0.0
         self._is_saving_due = False
+        self._first_step = 0
 
     # -- Trainer's events -------------------------------------------------------------------------------------------
 
@@ -76,6 +68,7 @@ class Boundary(TrainerCallback):
             self.events.write("plan", max_steps=state.max_steps, num_train_epochs=state.num_train_epochs,
                               trainable_parameters=trainable, total_parameters=total)  # fmt: skip
         self._enter("train")
+        self._first_step = state.global_step + 1
         self._last_save = self._clock()
         if self._common(self.control_file.look()).stop:
             raise Stopped(state.global_step)
@@ -91,7 +84,9 @@ class Boundary(TrainerCallback):
             self.events.write("step", step=state.global_step, tokens=tokens, data_wait_s=round(self._data_wait_s, 6))
         self._data_wait_s = 0.0
         self.evaluation_owed = False
-        self._is_saving_due = self._is_due(state.global_step, control.should_save)
+        if state.global_step == self._first_step:
+            self.saver.prepare(self.trainer)
+        self._is_saving_due |= self._is_due(state.global_step, control.should_save)
         if control.should_training_stop or state.epoch == int(state.epoch):
             control.should_save = False  # the epoch's end follows at once and is this step's boundary
         else:
@@ -124,10 +119,13 @@ class Boundary(TrainerCallback):
     def _decide(self, state: Any, control: Any) -> None:
         is_last = state.global_step >= state.max_steps
         seen = self.control_file.look()
-        wish = self._common(Wish(stop=seen.stop, save=seen.save or self._is_saving_due))
-        is_new = self.saved_step != state.global_step
-        control.should_save = (wish.save or wish.stop or is_last) and is_new
-        self._is_saving_due = False
+        if not self.saver.busy:
+            self.saver.settle()
+        wish = self._common(Wish(seen.stop, seen.save or self._is_saving_due, busy=self.saver.busy))
+        is_new = self.saver.saved_step != state.global_step
+        # One snapshot at a time: a save that is due while the last one is still being written waits for its turn.
+        control.should_save = ((wish.save and not wish.busy) or wish.stop or is_last) and is_new
+        self._is_saving_due = wish.save and wish.busy
         if wish.stop:
             self.leaving = True
             if control.should_evaluate:  # it may outlast the grace: run after the restore instead
@@ -138,39 +136,18 @@ class Boundary(TrainerCallback):
         """What any rank wants, all do; one all-reduce."""
         if self.trainer.args.world_size <= 1:
             return wish
-        flags = torch.tensor([wish.stop, wish.save], dtype=torch.int32, device=self.trainer.args.device)
+        flags = torch.tensor([wish.stop, wish.save, wish.busy], dtype=torch.int32, device=self.trainer.args.device)
         torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-        stop, save = flags.tolist()
-        return Wish(stop=bool(stop), save=bool(save))
+        return Wish(*map(bool, flags.tolist()))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._last_save = self._clock()
+        self.control_file.answered()
 
     def owe_evaluation(self) -> None:
         self.evaluation_owed = True
 
     # -- records ----------------------------------------------------------------------------------------------------
-
-    def stage(self, checkpoint: Path, stall_s: float) -> None:
-        """Hands a complete checkpoint to the guard; after a barrier, since every rank has files in it."""
-        trainer, state = self.trainer, self.trainer.state
-        if trainer.args.world_size > 1:
-            torch.distributed.barrier()
-        self.saved_step = state.global_step
-        self._last_save = self._clock()
-        self.control_file.answered()
-        if trainer.args.local_process_index != 0:  # the first rank of each machine: its guard uploads its files
-            return
-        staged = Staged(
-            step=state.global_step,
-            checkpoint=str(checkpoint),
-            epoch=float(state.epoch or 0.0),
-            tokens=int(trainer._total_train_tokens),
-            world_size=trainer.args.world_size,
-            threads=torch.get_num_threads(),
-            best_step=state.best_global_step if trainer.args.load_best_model_at_end else None,
-            versions=self.versions,
-        )
-        write_json(staged_path(self.folder, state.global_step), staged)
-        if self.events:
-            self.events.write("save", step=state.global_step, stall_s=round(stall_s, 4))
 
     @contextmanager
     def phase(self, phase: Phase) -> Iterator[None]:

@@ -8,10 +8,11 @@ from spotune.contracts.exchange import CONTROL, read_json
 
 @dataclass(frozen=True)
 class Wish:
-    """What is asked for at a step's end."""
+    """What is asked for at a step's end; ``busy``: a checkpoint is still being written."""
 
     stop: bool = False
     save: bool = False
+    busy: bool = False
 
 
 class Control:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from spotune.contracts.errors import SpotuneError
-from spotune.sft.snapshot import Extra
+from spotune.sft.extra import Extra
 
 STATE = "trainer_state.json"
 

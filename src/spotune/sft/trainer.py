@@ -7,7 +7,6 @@ there once more: a checkpoint taken before that could not say that it still has 
 """
 
 import random
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +18,8 @@ from transformers.trainer_utils import SaveStrategy
 from trl import SFTTrainer
 
 from spotune.sft.boundary import Boundary, EvaluationInterrupted
+from spotune.sft.extra import Extra
 from spotune.sft.faults import Stopped
-from spotune.sft.snapshot import Extra
 
 
 class SpotTrainer(SFTTrainer):
@@ -30,6 +29,7 @@ class SpotTrainer(SFTTrainer):
         super().__init__(*args, callbacks=[boundary], **kwargs)
         self.boundary = boundary
         boundary.trainer = self
+        self.saver = boundary.saver
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         return super().get_batch_samples(self.boundary.timed(epoch_iterator), num_batches, device)
@@ -47,7 +47,7 @@ class SpotTrainer(SFTTrainer):
             self.boundary.owe_evaluation()
             self._save_checkpoint(self.model, trial=None)
         if self.boundary.leaving:
-            if self.boundary.saved_step != self.state.global_step:
+            if self.saver.saved_step != self.state.global_step:
                 self._save_checkpoint(self.model, trial=None)
             raise Stopped(self.state.global_step)
 
@@ -64,12 +64,13 @@ class SpotTrainer(SFTTrainer):
             return super().evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         with self.boundary.phase("save"):
-            began = time.monotonic()
-            super()._save_checkpoint(model, trial)
-            checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            self.extra().write(checkpoint, self.args.process_index)
-            self.boundary.stage(checkpoint, time.monotonic() - began)
+            self.saver.save(self, checkpoint, lambda: super(SpotTrainer, self)._save_checkpoint(model, trial))
+
+    def _load_best_model(self) -> None:
+        self.saver.settle()  # it may be the one that is being written
+        super()._load_best_model()
 
     def extra(self) -> Extra:
         """This rank's state beside Trainer's own."""

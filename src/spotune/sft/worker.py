@@ -31,6 +31,7 @@ from spotune.contracts.exchange import (
     read_json,
     write_json,
 )
+from spotune.contracts.holds import reach
 from spotune.sft.faults import Stopped, outcome_of, print_traceback
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "spotune")
@@ -70,7 +71,9 @@ def run(folder: Path, rank: int) -> Outcome:
         try:
             return _run(this)
         finally:
-            step = this.trainer.state.global_step if this.trainer is not None else 0
+            if this.trainer is not None:
+                step = this.trainer.state.global_step
+                this.trainer.saver.settle()  # a checkpoint in memory outlives what ended the training
     except BaseException as error:  # the process's edge: whatever it is, the guard must hear of it
         outcome = outcome_of(error, step)
         if outcome.how in ("failed", "retry"):
@@ -93,6 +96,7 @@ def _run(this: Rank) -> Outcome:
     from spotune.sft.result import save_result
 
     save_result(trainer, this.folder / OUTPUT)
+    reach("result-written")
     return Outcome("completed", trainer.state.global_step)
 
 
@@ -116,6 +120,7 @@ def _load(this: Rank) -> Any:
     from spotune.sft import arguments
     from spotune.sft.boundary import Boundary
     from spotune.sft.model import build_trainer
+    from spotune.sft.saver import Saver
 
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
@@ -130,7 +135,7 @@ def _load(this: Rank) -> Any:
     if this.rank == 0:
         for line in arguments.notices(this.job.config):
             print(line, file=sys.stderr)
-    boundary = Boundary(this.folder, arguments.save_rule(this.job), this.events, versions=_versions())
+    boundary = Boundary(arguments.save_rule(this.job), Saver(this.folder, this.events, _versions()))
     return build_trainer(args, this.job, boundary)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import signal
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from spotune.contracts.environment import RunEnvironment
 from spotune.contracts.errors import InputError, StoreError
 from spotune.contracts.events import EventLog
 from spotune.contracts.keys import Keys
-from spotune.contracts.records import RunRecord
+from spotune.contracts.records import AttemptRecord, Commit, RunRecord
 from spotune.contracts.store import Store
-from spotune.guard.admission import Request, choose_run_id
+from spotune.guard.admission import Request, choose_run_id, claim_attempt
+from spotune.guard.attempt import make_job
+from spotune.guard.context import Context
 from spotune.guard.faults import is_second_fault, last_event
 from spotune.guard.journal import Journal
 from spotune.guard.machine import Machine
@@ -24,6 +27,7 @@ from spotune.guard.trackers import surviving_logs, tracker_environ
 from spotune.guard.weights import weights_sha256
 
 KEYS = Keys("a-run")
+RUN = RunRecord(run_id="a-run", created_at=0, user="u", config_path="c", config={}, config_sha256="", data_sha256="")
 MANAGED = {
     "SKYPILOT_TASK_ID": "sky-managed-2026-11-23-12-42-22-410539_my-tune_75-0",
     "SKYPILOT_MANAGED_JOB_ID": "75",
@@ -132,6 +136,45 @@ def test_weights_have_one_fingerprint_however_they_are_sharded(tmp_path: Path) -
         weights_sha256([tmp_path / "bad"])
 
 
+@pytest.mark.parametrize(
+    ("config", "save_every", "rule"),
+    [
+        ({}, "", (None, None, False)),  # when the guard asks for it
+        ({"save_steps": 5}, "", (None, None, True)),
+        ({"save_strategy": "epoch"}, "", (None, None, True)),
+        ({"save_steps": 5}, "7", (7, None, False)),
+        ({}, "9s", (None, 9.0, False)),
+    ],
+)
+def test_when_to_save(
+    local_store: Store, tmp_path: Path, config: dict[str, object], save_every: str, rule: tuple[object, ...]
+) -> None:
+    run = replace(RUN, config=config, save_every=save_every)
+    record = AttemptRecord(run_id="a-run", attempt=1, claimed_at=0, claim_id="x")
+    context = Context(local_store, KEYS, run, record, Machine.read({}), {}, tmp_path, tmp_path, "", 60.0)
+    job = make_job(context, None)
+    assert (job.save_steps, job.save_seconds, job.save_as_config) == rule
+    assert (job.threads, job.global_batch) == (None, None)
+    job = make_job(context, Commit(run_id="a-run", step=1, attempt=1, threads=2, global_batch=8, files={}))
+    assert (job.threads, job.global_batch) == (2, 8)
+
+
+def test_how_long_earlier_machines_lasted(local_store: Store) -> None:
+    """Those that were taken away, with notice or without; not one that failed by itself."""
+    ends: list[dict[str, object]] = [
+        {"event": "end", "reason": "preempted", "t": 160.0},
+        {"event": "end", "reason": "failed", "t": 170.0},
+        {"event": "step", "step": 3, "t": 130.5},
+    ]
+    for number, end in enumerate(ends, 1):
+        attempt = claim_attempt(local_store, KEYS, Machine.read({}))
+        assert attempt.attempt == number
+        record = replace(attempt, claimed_at=100.0)
+        local_store.write(KEYS.attempt(number), record.to_bytes())
+        local_store.write(KEYS.events(number, 0, 0), json.dumps(end).encode())
+    assert claim_attempt(local_store, KEYS, Machine.read({})).spells_s == [60.0, 30.5]
+
+
 def test_flags_are_trls_own() -> None:
     argv = ["c.yaml", "--profile", "dev", "--set", "max_steps=5", "--learning_rate", "1e-4", "--packing", "--seed=7"]
     request = parse_arguments(argv)
@@ -154,15 +197,7 @@ def test_bad_input_leaves_nothing(
 
 
 def test_wandb_is_one_run(local_store: Store) -> None:
-    run = RunRecord(
-        run_id="a-run",
-        created_at=0,
-        user="u",
-        config_path="c",
-        config={"report_to": "wandb"},
-        config_sha256="",
-        data_sha256="",
-    )
+    run = replace(RUN, config={"report_to": "wandb"})
     live = tracker_environ(run, {"WANDB_API_KEY": "k"})
     assert live == {"WANDB_RUN_ID": "a-run", "WANDB_RESUME": "allow", "WANDB_NAME": "a-run"}
     assert tracker_environ(run, {"WANDB_API_KEY": "k", "WANDB_RUN_ID": "mine"})["WANDB_RUN_ID"] == "mine"

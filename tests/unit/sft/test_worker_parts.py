@@ -8,10 +8,10 @@ import pytest
 
 from spotune.contracts.errors import InputError
 from spotune.contracts.exchange import CONTROL, Job, write_json
-from spotune.sft.arguments import SaveRule, effective, save_rule, usable_trackers
+from spotune.sft.arguments import effective, usable_trackers
 from spotune.sft.control import Control, Wish
+from spotune.sft.extra import Extra
 from spotune.sft.faults import Stopped, outcome_of
-from spotune.sft.snapshot import Extra
 
 
 class OutOfMemoryError(RuntimeError):
@@ -60,20 +60,6 @@ def test_a_save_is_asked_for_once_per_count(tmp_path: Path) -> None:
 
 def job(config: dict[str, Any], **settings: Any) -> Job:
     return Job("r", 1, config, "c.yaml", "cache", **settings)
-
-
-@pytest.mark.parametrize(
-    ("given", "rule"),
-    [
-        (job({}), SaveRule(seconds=300.0)),
-        (job({"save_steps": 5}), SaveRule(as_config=True)),
-        (job({"save_strategy": "epoch"}), SaveRule(as_config=True)),
-        (job({"save_steps": 5}, save_steps=7), SaveRule(steps=7)),
-        (job({}, save_seconds=9.0), SaveRule(seconds=9.0)),
-    ],
-)
-def test_when_to_save(given: Job, rule: SaveRule) -> None:
-    assert save_rule(given) == rule
 
 
 def test_what_is_the_guards_is_taken_out(tmp_path: Path) -> None:

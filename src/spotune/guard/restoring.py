@@ -1,0 +1,108 @@
+"""Beside the ranks' imports: what may be continued is checked, fetched and handed to them."""
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from spotune.contracts import exchange
+from spotune.contracts.errors import InputError, SpotuneError, StoreError
+from spotune.contracts.holds import reach
+from spotune.contracts.records import Commit
+from spotune.guard import admission, adopt
+from spotune.guard.committer import Lineage, commit_checkpoint
+from spotune.guard.context import Context
+from spotune.guard.gang import Leader
+from spotune.guard.journal import Journal
+from spotune.guard.restore import Restored, newest_commit, restore
+from spotune.guard.say import say
+
+PAUSES_S = (1.0, 4.0, 15.0)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What the ranks have been given, and how long that took."""
+
+    found: Restored
+    restore_s: float
+
+    @property
+    def commit(self) -> Commit | None:
+        return self.found.commit
+
+
+class Restoring:
+    """A thread; ``ready`` or ``error`` is set when it has ended."""
+
+    def __init__(self, context: Context, journal: Journal, leader: Leader) -> None:
+        self._context, self._journal, self._leader = context, journal, leader
+        self.ready: Ready | None = None
+        self.error: SpotuneError | OSError | None = None
+        self._thread = threading.Thread(target=self._run, name="restore", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        began = time.monotonic()
+        try:
+            admission.check_data(self._context.run)
+            self._adopt()
+            found = self._fetch()
+            reach("restored")
+            self.ready = Ready(found, time.monotonic() - began)
+            self._publish(self.ready)
+        except (SpotuneError, OSError) as error:
+            self.error = error
+
+    def _adopt(self) -> None:
+        """Commits what an earlier attempt left behind on this disk, if it is ahead of the bucket; clears the rest."""
+        context = self._context
+        newest = newest_commit(context.store, context.keys)
+        stranded = adopt.find_stranded(context, newest)
+        if stranded is not None:
+            key = context.keys.commit(newest.attempt, newest.step) if newest else ""
+            lineage = Lineage(context.run, context.attempt, key, newest.ordinal if newest else 0)
+            try:
+                commit_checkpoint(context.store, context.keys, lineage, stranded)
+                say(f"step {stranded.step} was still on this machine's disk, and is committed now")
+            except StoreError as error:
+                say(f"step {stranded.step} is on this machine's disk, and cannot be committed yet: {error}")
+                adopt.clear(context, but=stranded)
+                return
+        adopt.clear(context)
+
+    def _fetch(self) -> Restored:
+        """The newest good checkpoint; raises what went wrong when the bucket could not be read in several tries."""
+        folder = self._context.folder / exchange.TRAINER
+        for pause_s in PAUSES_S:
+            try:
+                return restore(self._context.store, self._context.keys, folder)
+            except InputError:
+                raise
+            except (SpotuneError, OSError) as fault:
+                say(f"the checkpoint is not fetched yet: {fault}")
+                time.sleep(pause_s)
+        return restore(self._context.store, self._context.keys, folder)
+
+    def _publish(self, ready: Ready) -> None:
+        found, commit = ready.found, ready.commit
+        for line in found.rejected:
+            say(f"checkpoint rejected: {line}")
+        if commit:
+            say(f"resumed from the checkpoint of step {commit.step}, attempt {commit.attempt}")
+        tokens = commit.tokens if commit else 0
+        self._leader.broadcast(restored=found.key or None, best=found.best_key or None, tokens=tokens)
+        self._journal.write(
+            "restored",
+            step=commit.step if commit else 0,
+            commit=found.key or None,
+            rejected=found.rejected,
+            restore_s=round(ready.restore_s, 3),
+        )
+        given: dict[str, Any] = {
+            "checkpoint": found.checkpoint and str(found.checkpoint),
+            "best_checkpoint": found.best and str(found.best),
+            "tokens": tokens,
+            "error": None,
+        }
+        exchange.write_json(self._context.folder / exchange.RESTORED, given)

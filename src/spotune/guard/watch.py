@@ -1,0 +1,168 @@
+"""While the ranks run: their checkpoints, the clock, the fence, the bucket's absence, and notices."""
+
+import time
+
+from spotune.contracts.errors import InputError, StoreError
+from spotune.contracts.exchange import Job, Outcome
+from spotune.contracts.holds import reach
+from spotune.guard import admission
+from spotune.guard.cadence import SPOT, STEADY, Inputs
+from spotune.guard.committer import Committer, Lineage
+from spotune.guard.context import Context
+from spotune.guard.gang import Leader
+from spotune.guard.handover import Handover, seal, sealed
+from spotune.guard.journal import Journal
+from spotune.guard.notices import Notices
+from spotune.guard.pacer import Pacer, Wishes
+from spotune.guard.ranks import PEER_GRACE_S, Ranks, worst
+from spotune.guard.restoring import Ready, Restoring
+from spotune.guard.retention import KEEP, Retention
+from spotune.guard.say import say
+from spotune.guard.toll import Toll
+
+POLL_S = 0.1
+FENCE_S = 15.0
+GREET_S = 20.0  # bad input is found by then; until then its one line stands alone
+
+
+class Watch:
+    """Looks at everything, ten times a second, and at most one thing makes it end early.
+
+    Attributes:
+        committer: there once the ranks have their checkpoint.
+    """
+
+    def __init__(
+        self, context: Context, job: Job, journal: Journal, leader: Leader, notices: Notices, toll: Toll
+    ) -> None:
+        self.context, self.job, self.journal, self.leader = context, job, journal, leader
+        self.notices, self.toll = notices, toll
+        self.wishes = Wishes(context.folder)
+        self.handover = Handover(context.folder, context.machine.ranks)
+        self.committer: Committer | None = None
+        self.pacer: Pacer | None = None
+        self._is_stopping = False
+        self._fence_at = time.monotonic()
+        self._greet_at: float | None = time.monotonic() + GREET_S
+
+    def until_ended(self, ranks: Ranks, restoring: Restoring) -> Outcome:
+        """Returns how training ended; raises Fenced, and what kept the ranks from a checkpoint."""
+        while ranks.running:
+            self._greet()
+            self._look_at_restore(restoring)
+            self._collect()
+            self._look_at_fence()
+            if self.leader.lost:
+                return Outcome(how="retry", message="a machine of this job is gone")
+            if self.leader.notice:
+                self.notices.give(self.leader.notice)
+            if self.pacer and not self._is_stopping and self.journal.first_step is not None:
+                self.pacer.look()
+            if not self._is_stopping and self._is_bucket_away():
+                self._is_stopping = True
+                self.wishes.ask_to_stop()
+            if self.notices.wait(POLL_S) and not self._is_stopping:
+                self._is_stopping = True
+                if not self._heed_notice():
+                    return Outcome(how="stopped")
+        self._look_at_restore(restoring)
+        self._collect()
+        others = self.leader.wait_for_outcomes(PEER_GRACE_S)
+        return worst([ranks.outcome(), *(Outcome(**outcome) for outcome in others)])
+
+    def finish_uploads(self) -> None:
+        """Waits for what is on its way to the bucket, as long as there is time for it. Raises Fenced."""
+        if self.committer is None:
+            return
+        self._collect()
+        self.committer.drain(self._patience_left_s())
+        if self.committer.fenced:
+            raise self.committer.fenced
+        for staged in self.handover.taken:  # what is not committed must at least be found again
+            if staged.step > self.committer.committed_step:
+                seal(self.context.folder, staged, self.context.run.config_sha256)
+
+    def _patience_left_s(self) -> float:
+        away_s = self.committer.away_s if self.committer else 0.0
+        return max(0.0, self.context.patience_s - away_s)
+
+    def why_stopped(self) -> str:
+        """The message of an attempt that ended since its bucket was away; empty for one that did not."""
+        committer = self.committer
+        if committer is None or committer.error is None:
+            return ""
+        waiting = [staged.step for staged in sealed(self.context.folder)]
+        rest = f"; step {max(waiting)} is on this machine's disk, the next attempt here commits it" if waiting else ""
+        return f"{committer.error}; the last good step in the bucket is {committer.committed_step}{rest}"
+
+    def _look_at_restore(self, restoring: Restoring) -> None:
+        if restoring.error is not None:
+            raise restoring.error
+        if restoring.ready is not None and self.committer is None:
+            self._begin_committing(restoring.ready)
+
+    def _begin_committing(self, ready: Ready) -> None:
+        """The ranks have their checkpoint: from now on theirs are committed, and asked for in time."""
+        context, job, config = self.context, self.job, self.context.run.config
+        commit = ready.commit
+        lineage = Lineage(context.run, context.attempt, ready.found.key, commit.ordinal if commit else 0)
+        retention = Retention(
+            context.store,
+            context.keys,
+            context.attempt,
+            keep=int(config.get("save_total_limit") or KEEP),
+            keep_every=int(config.get("keep_every") or 0),
+            bad=ready.found.bad,
+        )
+        self.committer = Committer(context, lineage, retention, self.journal, self.leader.parts, self.toll)
+        self.committer.committed_step = commit.step if commit else 0
+        if not (job.save_steps or job.save_seconds or job.save_as_config):
+            inputs = Inputs(
+                restore_s=ready.restore_s,
+                age_s=time.time() - context.record.claimed_at,
+                spells_s=tuple(context.record.spells_s),
+                prior=SPOT if context.run.use_spot else STEADY,
+            )
+            self.pacer = Pacer(inputs, self.toll, self.wishes, self.journal)
+            self.journal.listen(self.pacer.take)
+
+    def _greet(self) -> None:
+        """Says where the records are, once it has become clear that there is something to run."""
+        if self._greet_at and (self.journal.progress.max_steps or time.monotonic() > self._greet_at):
+            self._greet_at = None
+            context = self.context
+            place = f"{context.store.url}/{context.keys.root}"
+            say(f"{context.keys.run_id}: attempt {context.attempt} on {context.record.host}, records in {place}")
+
+    def _collect(self) -> None:
+        """Hands what the ranks have staged to the committer; raises Fenced when that had to give up for good."""
+        if self.committer is None:
+            return
+        for staged in self.handover.take():
+            self.committer.submit(staged)
+        if self.committer.fenced:
+            raise self.committer.fenced
+
+    def _look_at_fence(self) -> None:
+        if time.monotonic() - self._fence_at < FENCE_S:
+            return
+        self._fence_at = time.monotonic()
+        try:
+            admission.check_fence(self.context.store, self.context.keys, self.context.attempt)
+        except (StoreError, InputError) as error:
+            say(f"cannot look for later attempts now: {error}")
+
+    def _is_bucket_away(self) -> bool:
+        return self.committer is not None and self.committer.away_s > self.context.patience_s
+
+    def _heed_notice(self) -> bool:
+        """Asks for a save at the next step boundary; False when there is nothing new to save."""
+        reach("noticed")
+        self.journal.write("notice", source=self.notices.source, grace_s=None)
+        say(f"{self.notices.source}: saving at the next step boundary, then leaving")
+        progress = self.journal.progress
+        if self.journal.first_step is None or progress.phase == "teardown":
+            # Not a step made yet, or all are made: the last commit is all there is, or the result is on its way.
+            return progress.phase == "teardown"
+        self.wishes.ask_to_stop()
+        return True
