@@ -17,7 +17,7 @@ from drill.timeline import Measure
 from drill.trace import SECONDS_PER_HOUR, read_trace, trace_run
 from spotune.contracts.config import load_config
 from spotune.contracts.errors import InputError
-from spotune.guard.retention import KEEP
+from spotune.guard.retention import KEEP, LEAST
 
 NOTICE_S = 30.0
 WANTED = "random:N, boundaries, or trace:FILE[@SECONDS]"
@@ -58,7 +58,7 @@ class Day:
         if kind == "random":
             return draw_random(int(rest), self.per_run, rng, self.notice_s or NOTICE_S)
         if kind == "boundaries":
-            keep = int(load_config(self.config, self.profile, self.sets).get("save_total_limit") or KEEP)
+            keep = max(LEAST, int(load_config(self.config, self.profile, self.sets).get("save_total_limit") or KEEP))
             return draw_boundaries(rng, measure.pace.saves, keep, self.notice_s or NOTICE_S)
         file, _, scale = rest.rpartition("@") if "@" in rest else (rest, "", "")
         try:
