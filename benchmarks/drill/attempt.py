@@ -1,5 +1,6 @@
 """The life of one attempt: launched, watched, and taken away at its moment."""
 
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from drill.played import Life
 from drill.schedule import After, Boundary, Instant, Kill
 from drill.timeline import Pace
 from drill.watch import Watch
+from spotune.launch.local.processes import send
 
 POLL_S = 0.004
 # An attempt that takes longer than this many undisturbed ones hangs; the first of all has no measure yet.
@@ -79,7 +81,7 @@ def _allowed(kill: Kill | None, contender: Contender) -> tuple[int, ...]:
     match kill and kill.kind:
         case None:
             return (0,)
-        case "worker":
+        case "worker" | "loader":
             return (75, 0)
         case "notice":
             return (*contender.noticed, 0, -9)
@@ -105,7 +107,7 @@ class _Moment:
     def has_come(self) -> bool:
         if isinstance(self.kill.when, Boundary):
             return self._is_held()
-        if self.kill.kind in ("worker", "zombie") and not self.watch.has_begun:
+        if self.kill.kind in ("worker", "loader", "zombie") and not self.watch.has_begun:
             return False  # there has to be a worker; a machine that never claimed an attempt is no zombie
         at = self._at(self.kill.when)
         return at is not None and time.time() >= at
@@ -133,9 +135,9 @@ class _Moment:
                 return self.machine.lose_guard()
             case "zombie":
                 self.machine.freeze()
-            case "worker":
-                for rank in self.machine.ranks()[:1]:
-                    rank.kill()
+            case "worker" | "loader":
+                loaders = self.machine.loaders() if self.kill.kind == "loader" else []
+                send((loaders or self.machine.ranks())[:1], signal.SIGKILL)
                 self._wait(PATIENCE_S)
             case "notice":
                 self.machine.notify()

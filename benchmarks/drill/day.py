@@ -6,9 +6,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from drill.draw import draw_boundaries, draw_random, for_plain
 from drill.game import Game
 from drill.plainrun import PlainRun, plain_config
-from drill.schedule import Run, draw_boundaries, draw_random, for_plain
+from drill.schedule import Run
 from drill.scorecard import score
 from drill.servers import reach_bucket
 from drill.show import Board

@@ -5,10 +5,11 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from drill.contender import Contender
+from drill.draw import once_more
 from drill.machine import DrillError
 from drill.play import Play
 from drill.played import Played
-from drill.schedule import Instant, Kill, Run, sooner
+from drill.schedule import After, Run
 from drill.show import Board
 from drill.timeline import Measure, pace_of
 
@@ -35,16 +36,14 @@ class Game:
 
     def play(self, runs: Sequence[Run], measure: Measure) -> list[Played]:
         """All runs of a schedule; random instants that came too late are played in further runs."""
-        self._board.expect(sum(map(len, runs)))
+        self._board.expect(sum(not isinstance(kill.when, After) for run in runs for kill in run))
         played: list[Played] = []
         todo = list(runs)
         for number in range(ROUNDS):
             names = [f"r{number}-{index}" for index in range(len(todo))]
             played += self._side_by_side(list(zip(names, todo, strict=True)), measure)
-            late = [
-                sooner(kill) for one in played[-len(todo) :] for kill in one.missed if isinstance(kill.when, Instant)
-            ]
-            todo = _regroup(late, max(map(len, runs)))
+            missed = [kill for one in played[-len(todo) :] for kill in one.missed]
+            todo = once_more(missed, max(map(len, runs)))
             if not todo:
                 break
         self._board.close()
@@ -66,10 +65,6 @@ class Game:
         played = Play(self._make(name), run, pace, self._folder / name, lambda life: self._board.lost(name, life)).run()
         self._board.end(played, weights)
         return played
-
-
-def _regroup(kills: Sequence[Kill], per_run: int) -> list[Run]:
-    return [tuple(kills[at : at + per_run]) for at in range(0, len(kills), per_run)]
 
 
 def last_line(log: Path) -> str:

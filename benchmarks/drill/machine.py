@@ -59,11 +59,11 @@ class Machine:
 
     def ranks(self) -> list[psutil.Process]:
         """The guard's own children: one for each rank."""
-        try:
-            children = psutil.Process(self.process.pid).children()
-            return [child for child in children if "spotune.sft.worker" in child.cmdline()]
-        except psutil.Error:
-            return []
+        return _workers_below(self.process.pid)
+
+    def loaders(self) -> list[psutil.Process]:
+        """The ranks' own children: their DataLoader workers."""
+        return [loader for rank in self.ranks() for loader in _workers_below(rank.pid)]
 
     def vanish(self) -> None:
         """Ends everything at once; returns when nothing is left. Raises DrillError when something survives."""
@@ -83,7 +83,7 @@ class Machine:
         deadline = time.monotonic() + LIFELINE_S
         while (living := self.members()) and time.monotonic() < deadline:
             time.sleep(0.05)
-        survivors = [" ".join(process.cmdline()) for process in living]
+        survivors = [_command(process) or str(process.pid) for process in living]
         self.vanish()
         return survivors
 
@@ -101,3 +101,22 @@ class Machine:
 
     def wipe(self) -> None:
         shutil.rmtree(self.disk, ignore_errors=True)
+
+
+def _workers_below(pid: int) -> list[psutil.Process]:
+    """Living children that run a worker's command line, as forks of a worker do too."""
+    try:
+        return [child for child in psutil.Process(pid).children() if _is_worker(child)]
+    except psutil.Error:
+        return []
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    return "spotune.sft.worker" in _command(process)  # what is dead already has no command line
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""

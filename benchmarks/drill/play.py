@@ -4,13 +4,14 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from drill.attempt import Zombie, live
 from drill.contender import Contender
 from drill.machine import DrillError, Machine
 from drill.played import Life, Played
-from drill.schedule import Kill, Run
+from drill.schedule import After, Kill, Run
 from drill.timeline import Pace
 
 SPARE_ATTEMPTS = 3  # beyond one for each kill and one to finish
@@ -60,6 +61,8 @@ class Play:
                 return True
             elif life.code != 75 and not self._repair():
                 return False
+            elif kill and isinstance(kill.when, After):  # the same machine, which will not be there for longer
+                self._pending[0] = replace(kill, when=After(max(0.0, kill.when.seconds - life.seconds)))
         return False
 
     @property

@@ -19,12 +19,12 @@ class Board:
         self._planned = self._attempts = self._landed = self._ended = self._identical = 0
 
     def expect(self, kills: int) -> None:
-        """So many kills are to come in all."""
+        """So many kills are to come in all; 0: nobody knows."""
         self._planned = kills
 
     def begin(self, run: str, kills: int) -> None:
         if not self._is_terminal:
-            self._line(f"{run}: {kills} kills to come")
+            self._line(f"{run}: begins" + (f", {kills} kills at most" if kills else ""))
 
     def lost(self, run: str, life: Life) -> None:
         """An attempt is over."""
@@ -56,11 +56,13 @@ class Board:
             self._stream.write("\n")
 
     def _bar(self) -> None:
-        share = min(1.0, self._landed / self._planned) if self._planned else 1.0
-        bar = "█" * round(20 * share) + "░" * (20 - round(20 * share))
+        bar = f"{self._landed}"
+        if self._planned:
+            done = round(20 * min(1.0, self._landed / self._planned))
+            bar = f"{'█' * done}{'░' * (20 - done)} {self._landed}/{self._planned}"
         with self._lock:
             self._stream.write(
-                f"\r\x1b[K{self._title} {bar} {self._landed}/{self._planned} kills · {self._attempts} attempts · "
+                f"\r\x1b[K{self._title} {bar} kills · {self._attempts} attempts · "
                 f"{self._identical}/{self._ended} runs as undisturbed · {time.monotonic() - self._began:.0f} s"
             )
             self._stream.flush()

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from drill.schedule import BOUNDARIES, draw_boundaries, draw_random
+from drill.draw import draw_boundaries, draw_random
+from drill.schedule import BOUNDARIES
 from tests.chaos.conftest import KEEP, Ground
 
 KILLS, PER_RUN = 36, 4  # random instants on each of six grounds: more than 200 in all

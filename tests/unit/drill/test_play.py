@@ -14,6 +14,7 @@ from drill.schedule import After, Boundary, Instant, Kill, Run
 from drill.scorecard import passed, score
 from drill.show import Board
 from drill.timeline import replayed
+from spotune.contracts.environment import HOME
 from spotune.launch.local.processes import MARKER
 from tests.unit.drill.stand import PACE, STEPS, Stand
 
@@ -25,12 +26,14 @@ def play(tmp_path: Path, *kills: Kill, fault: str = "") -> Played:
     return Play(stand, kills, PACE, tmp_path / "run", lambda life: None).run()
 
 
-def living() -> list[psutil.Process]:
-    """What is left of any machine."""
+def living(tmp_path: Path) -> list[psutil.Process]:
+    """What is left of this test's machines."""
     found = []
     for process in psutil.process_iter():
         try:
-            if MARKER in process.environ() and process.status() != psutil.STATUS_ZOMBIE:
+            environ = process.environ()
+            is_ours = MARKER in environ and environ.get(HOME, "").startswith(str(tmp_path))
+            if is_ours and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         except psutil.Error:
             continue
@@ -45,7 +48,7 @@ def test_several_kills_and_it_goes_on_to_the_end(tmp_path: Path) -> None:
     assert [life.landed for life in played.lives[:4]] == [True] * 4
     assert played.missed == []
     assert played.first_try
-    assert living() == []
+    assert living(tmp_path) == []
     assert replayed(played.lives) <= 2 * 4  # it saves on every other step
 
 
@@ -67,7 +70,7 @@ def test_what_outlives_its_guard_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     played = play(tmp_path, Kill("guard", Instant("train", 0.1)))
     assert "time.sleep(60)" in played.lives[0].survivors[0]  # the program's child has no lifeline
     assert not played.first_try
-    assert living() == []
+    assert living(tmp_path) == []
 
 
 def test_a_notice_is_waited_for(tmp_path: Path) -> None:
@@ -90,14 +93,14 @@ def test_a_boundary_is_where_it_dies(tmp_path: Path) -> None:
 def test_a_boundary_that_is_never_reached_is_said_and_not_waited_for(tmp_path: Path) -> None:
     with pytest.raises(DrillError, match="boundary uploading:1 was never reached"):
         play(tmp_path, Kill("vanish", Boundary("uploading")))
-    assert living() == []
+    assert living(tmp_path) == []
 
 
 def test_a_zombie_comes_back(tmp_path: Path) -> None:
     played = play(tmp_path, Kill("zombie", Instant("train", 0.2), wake=0.5))
     assert played.finished
     assert played.zombies == [0]  # this program knows no fence
-    assert living() == []
+    assert living(tmp_path) == []
 
 
 def test_a_crash_is_repaired_and_counted(tmp_path: Path) -> None:
@@ -105,6 +108,12 @@ def test_a_crash_is_repaired_and_counted(tmp_path: Path) -> None:
     assert played.repairs == 1
     assert played.finished
     assert not played.first_try
+
+
+def test_a_trace_goes_on_while_a_person_repairs(tmp_path: Path) -> None:
+    played = play(tmp_path, Kill("vanish", After(0.45)), fault="crash")  # it crashes after 0.3 s
+    assert [life.code for life in played.lives] == [1, -9, 0]
+    assert played.lives[1].seconds < 0.4
 
 
 def test_a_kill_after_the_end_is_missed(tmp_path: Path) -> None:

@@ -11,19 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drill.day import Day
-from drill.schedule import (
-    BOUNDARIES,
-    BOUNDARY_RUNS,
-    STAGES,
-    After,
-    Boundary,
-    Instant,
-    Run,
-    draw_boundaries,
-    draw_random,
-    for_plain,
-    sooner,
-)
+from drill.draw import BOUNDARY_RUNS, draw_boundaries, draw_random, for_plain, once_more
+from drill.schedule import BOUNDARIES, FAULTS, STAGES, After, Boundary, Instant, Kill, Run
 from drill.trace import intervals, read_trace, trace_run
 from spotune.contracts import holds
 from spotune.contracts.errors import InputError
@@ -58,7 +47,7 @@ def test_random_instants(seed: int, count: int, per_run: int) -> None:
     for run in runs:
         late = [isinstance(kill.when, Instant) and kill.when.stage == "end" for kill in run]
         assert late == sorted(late)  # nothing comes after a run's end
-        assert sum(kill.kind == "worker" for kill in run) <= 1
+        assert sum(kill.kind in FAULTS for kill in run) <= 1
     for kill in kills:
         assert isinstance(kill.when, Instant)
         assert 0 <= kill.when.at <= 1
@@ -68,19 +57,21 @@ def test_random_instants(seed: int, count: int, per_run: int) -> None:
 def test_another_seed_is_another_day_and_all_kinds_come() -> None:
     assert draw(1, 20, 4) != draw(2, 20, 4)
     kills = [kill for run in draw(3, 400, 4) for kill in run]
-    assert {kill.kind for kill in kills} == {"vanish", "notice", "guard", "worker", "zombie"}
+    assert {kill.kind for kill in kills} == {"vanish", "notice", "guard", "worker", "loader", "zombie"}
     assert 0.4 < sum(kill.wipe for kill in kills) / 400 < 0.6
     spread = sorted(kill.when.at for kill in kills if isinstance(kill.when, Instant) and kill.when.stage == "start")
     assert spread[0] < 0.1
     assert spread[-1] > 0.9
 
 
-def test_a_kill_that_came_too_late_comes_sooner() -> None:
-    (kill,) = draw(5, 1, 1)[0]
-    assert isinstance(kill.when, Instant)
-    again = sooner(kill).when
-    assert isinstance(again, Instant)
-    assert (again.stage, again.at) == (kill.when.stage, pytest.approx(kill.when.at / 2, abs=1e-4))
+def test_kills_that_came_too_late_come_sooner() -> None:
+    kills = [kill for run in draw(5, 40, 4) for kill in run]
+    again = once_more([*kills, Kill("vanish", After(3.0))], 4)
+    assert [len(run) for run in again] == [4] * 10  # a trace's are over for good
+    shares = sorted(kill.when.at for kill in kills if isinstance(kill.when, Instant))
+    halved = sorted(kill.when.at for run in again for kill in run if isinstance(kill.when, Instant))
+    assert halved == pytest.approx([share / 2 for share in shares], abs=1e-4)
+    assert all(sum(kill.kind in FAULTS for kill in run) <= 1 for run in again)
 
 
 @given(seed=st.integers())
