@@ -30,7 +30,10 @@ class Nursery:
         )
 
     def start(self, folder: Path, *, log: str = "log", kind: str = "rank", **environ: str) -> int:
-        """Starts a rank in the exchange folder, or with kind ``trl`` TRL's script on ``folder/config.yaml``."""
+        """Starts a rank in the exchange folder; kind ``fsdp``: with FSDP on the CPU (tests/fsdp_on_cpu.py).
+
+        With kind ``trl``: TRL's own script on ``folder/config.yaml``.
+        """
         assert self._process.stdin
         assert self._process.stdout
         order = {"folder": str(folder), "log": str(folder / log), "kind": kind, "environ": environ}
@@ -38,10 +41,12 @@ class Nursery:
         self._process.stdin.flush()
         return int(self._process.stdout.readline())
 
-    def run(self, folder: Path, world_size: int = 1, **environ: str) -> list[dict[str, Any]]:
+    def run(self, folder: Path, world_size: int = 1, kind: str = "rank", **environ: str) -> list[dict[str, Any]]:
         """Runs all ranks to their end; returns their outcomes."""
+        if world_size > 1:
+            environ.setdefault("MASTER_PORT", free_port())
         for rank in range(world_size):
-            self.start(folder, log=f"log-{rank}", **rank_environment(rank, world_size), **environ)
+            self.start(folder, log=f"log-{rank}", kind=kind, **rank_environment(rank, world_size), **environ)
         return [wait_for(outcome_path(folder, rank), folder) for rank in range(world_size)]
 
     def close(self) -> None:
@@ -116,6 +121,24 @@ def weights(folder: Path) -> dict[str, bytes]:
         return {name: tensors.get_tensor(name).numpy().tobytes() for name in tensors.keys()}  # noqa: SIM118
 
 
+def _write_down_rows(folder: Path) -> None:
+    """Has this rank leave ``rows-<rank>.json``: step -> the rows, as their tokens, that it trained on."""
+    from spotune.sft.trainer import SpotTrainer
+
+    seen: dict[int, list[str]] = {}
+    train = SpotTrainer.training_step
+
+    def watched(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        masks = inputs["attention_mask"] if "attention_mask" in inputs else [None] * len(inputs["input_ids"])
+        for row, mask in zip(inputs["input_ids"], masks, strict=True):
+            tokens = row if mask is None else row[mask.bool()]
+            seen.setdefault(self.state.global_step + 1, []).append(str(tokens.tolist()))
+        write_json(folder / f"rows-{os.environ.get('RANK', '0')}.json", seen)
+        return train(self, model, inputs, *args, **kwargs)
+
+    SpotTrainer.training_step = watched
+
+
 def _child(order: dict[str, Any]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.environ.update(order["environ"])
@@ -134,6 +157,12 @@ def _child(order: dict[str, Any]) -> None:
     from spotune.sft.lifeline import ignore_signals
     from spotune.sft.worker import main as work
 
+    if order["kind"] == "fsdp":
+        from tests import fsdp_on_cpu
+
+        fsdp_on_cpu.apply()
+    if order["kind"] == "watched":
+        _write_down_rows(Path(order["folder"]))
     ignore_signals()
     work(["worker", order["folder"]])
 
@@ -162,4 +191,5 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
     _serve()

@@ -5,6 +5,7 @@ read on the machine's side only, see ``guard/machine.py``.
 """
 
 import getpass
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,18 @@ ATTEMPT = "SPOTUNE_ATTEMPT"  # the engine's count of machines, where it keeps on
 STATUS_FILE = "SPOTUNE_STATUS_FILE"  # a local file that the guard keeps current: progress without a bucket's delay
 SAVE_EVERY = "SPOTUNE_SAVE_EVERY"  # `50` steps or `5m`; for a bare launch, `train --save-every` freezes it in run.json
 PATIENCE = "SPOTUNE_BUCKET_PATIENCE"  # for how long training goes on while the bucket is away; default 30m
+ALLOW_CONFIG_CHANGE = "SPOTUNE_ALLOW_CONFIG_CHANGE"  # `1`, for a bare launch: `--allow-config-change` of the script
 HOLD_AT = "SPOTUNE_HOLD_AT"  # game days only, see holds.py
 HOLD_FILE = "SPOTUNE_HOLD_FILE"
 NUM_PROCESSES = "SPOTUNE_NUM_PROCESSES"  # ranks on this machine; default one per GPU, 1 on CPU
+GRACE_S = "SPOTUNE_GRACE_S"  # seconds from a notice to the kill, where the notice does not say it itself
+
+# Where the clouds' metadata services are, for a machine that reaches them elsewhere: the clouds' own names, where
+# they have one. Read by the guard's watcher only, see guard/metadata/places.py.
+AWS_METADATA = "AWS_EC2_METADATA_SERVICE_ENDPOINT"  # a URL
+AWS_METADATA_DISABLED = "AWS_EC2_METADATA_DISABLED"
+GCP_METADATA = "GCE_METADATA_HOST"  # host or host:port
+AZURE_METADATA = "SPOTUNE_AZURE_METADATA_ENDPOINT"  # a URL
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,13 @@ class RunEnvironment:
     attempt: int
     user: str
     patience_s: float
+    grace_s: float | None
+    allow_config_change: bool = False
+
+    @property
+    def cache(self) -> Path:
+        """What this machine keeps between runs, and can make again."""
+        return self.home / "cache"
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> "RunEnvironment":
@@ -60,7 +77,23 @@ class RunEnvironment:
             attempt=int(count) if (count := environ.get(ATTEMPT, "")).isdigit() else 1,
             user=user_name(environ),
             patience_s=parse_duration(environ.get(PATIENCE) or "30m", PATIENCE),
+            grace_s=read_grace(environ),
+            allow_config_change=environ.get(ALLOW_CONFIG_CHANGE, "").lower() in ("1", "true", "yes"),
         )
+
+
+def read_grace(environ: Mapping[str, str]) -> float | None:
+    """Seconds that the user says there are from a notice to the kill, None when not said; raises InputError."""
+    text = environ.get(GRACE_S, "").strip()
+    if not text:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise InputError(GRACE_S, f"{text!r} is not a number of seconds", remedy="30")
+    return seconds
 
 
 def user_name(environ: Mapping[str, str]) -> str:

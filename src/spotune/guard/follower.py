@@ -68,7 +68,7 @@ class Follower:
                 return int(message["end"])
             if self.notices.given and not told:
                 told = True
-                line.send(notice=self.notices.source)
+                line.send(notice=self.notices.source, left_s=self.notices.left_s)
             has_ended = not ranks.running
             handover.take()
             if staged := next((staged for staged in handover.taken if staged.step == wanted), None):

@@ -1,6 +1,6 @@
 """Several machines as one attempt: the guard of node 0 leads, the others follow, over one TCP connection each.
 
-    follower -> leader   {"hello": node, "token"}   {"part": step, "files"}   {"notice": source}   {"ended": outcome}
+    follower -> leader   {"hello": node, "token"}  {"part": step, "files"}  {"notice": source, "left_s"}  {"ended": …}
     leader -> follower   {"welcome": {...}}   {"restored": key or null}   {"upload": step}   {"end": exit code}
 
 A connection that breaks is a machine that is gone: the whole attempt ends with it.
@@ -82,7 +82,7 @@ class Leader:
         self._changed = threading.Condition()
         self._parts: dict[tuple[int, int], dict[str, Any]] = {}
         self.outcomes: dict[int, dict[str, Any]] = {}
-        self.notice = ""
+        self.notice: tuple[str, float] | None = None
         self._listener = socket.create_server(("", gang_port(run_id)), reuse_port=False) if self._followers else None
 
     @property
@@ -119,7 +119,7 @@ class Leader:
                 if "part" in message:
                     self._parts[node, message["part"]] = message["files"]
                 if "notice" in message:
-                    self.notice = self.notice or f"{message['notice']} on node {node}"
+                    self.notice = self.notice or (f"{message['notice']} on node {node}", message["left_s"])
                 if "ended" in message:
                     self.outcomes[node] = message["ended"]
                 self._changed.notify_all()

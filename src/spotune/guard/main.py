@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 
 from spotune.contracts import exits
+from spotune.contracts.change import FLAG
 from spotune.contracts.config import parse_flags
 from spotune.contracts.environment import RunEnvironment
 from spotune.contracts.errors import InputError, SpotuneError
@@ -16,10 +17,15 @@ from spotune.guard import admission
 from spotune.guard.attempt import Attempt
 from spotune.guard.context import Context
 from spotune.guard.follower import Follower
+from spotune.guard.leaving import departure, stay_until_killed
 from spotune.guard.machine import Machine
+from spotune.guard.metadata.places import sources_for
+from spotune.guard.metadata.watcher import Watcher
 from spotune.guard.notices import Notices
+from spotune.guard.record import read_or_create_run
+from spotune.guard.say import say
 
-USAGE = "python -m spotune.sft CONFIG [--profile P] [--set key=value]... [TRL's own flags]"
+USAGE = "python -m spotune.sft CONFIG [--profile P] [--set key=value]... [--allow-config-change] [TRL's own flags]"
 
 
 def main(argv: list[str]) -> int:
@@ -33,24 +39,48 @@ def main(argv: list[str]) -> int:
 
 
 def parse_arguments(argv: list[str]) -> admission.Request:
-    """CONFIG, --profile and --set; every other flag is TRL's own and becomes an override."""
+    """CONFIG, --profile, --set and our flag; every other flag is TRL's own and becomes an override."""
     parser = argparse.ArgumentParser(prog="python -m spotune.sft", usage=USAGE, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", default="", metavar="CONFIG", help="as `trl sft` takes it")
     parser.add_argument("--profile", default="")
     parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument(FLAG, action="store_true", help="follow CONFIG though the run began with another one")
     # CONFIG is the first word or comes by --config; a later bare word is the value of the flag before it.
     named = argv[:1] if argv and not argv[0].startswith("-") else []
     try:
         known, flags = parser.parse_known_args(argv[len(named) :])
     except argparse.ArgumentError as error:
         raise InputError("command line", str(error), remedy=USAGE) from error
-    return admission.Request((named or [known.config])[0], known.profile, (*parse_flags(flags), *known.sets))
+    overrides = (*parse_flags(flags), *known.sets)
+    return admission.Request((named or [known.config])[0], known.profile, overrides, known.allow_config_change)
 
 
 def run_attempt(request: admission.Request, notices: Notices, environ: Mapping[str, str]) -> int:
     """One attempt, from the first look at the bucket to the exit code."""
     env = RunEnvironment.read(environ)
     machine = Machine.read(environ)
+    notices.infra, notices.told_grace_s = machine.infra, env.grace_s
+    with Watcher(sources_for(machine.infra, environ), notices):
+        return attend(request, env, machine, notices, environ)
+
+
+def attend(
+    request: admission.Request, env: RunEnvironment, machine: Machine, notices: Notices, environ: Mapping[str, str]
+) -> int:
+    """The attempt itself, or this machine's part of it, while notices are watched for."""
+    code = work(request, env, machine, notices, environ)
+    if code == exits.PREEMPTED and (notice := notices.notice):
+        leaving = departure(machine.infra, notice.source, bool(machine.job_id), notices.left_s)
+        say(f"{'staying until killed' if leaving.stay else 'leaving'}: {leaving.why}")
+        if leaving.stay:
+            stay_until_killed(notice.deadline)
+    return code
+
+
+def work(
+    request: admission.Request, env: RunEnvironment, machine: Machine, notices: Notices, environ: Mapping[str, str]
+) -> int:
+    """The exit code of what there was to do."""
     store = Store(env.bucket)
     keys = Keys(admission.choose_run_id(env, machine, request))
     verdict = admission.standing_verdict(store, keys)
@@ -61,7 +91,7 @@ def run_attempt(request: admission.Request, notices: Notices, environ: Mapping[s
     scratch = env.home / "work" / keys.run_id / f"node-{machine.node_rank}"
     if machine.node_rank:
         return Follower(store, keys, machine, scratch, notices).run(environ)
-    run = admission.read_or_create_run(store, keys, env, request)
+    run = read_or_create_run(store, keys, env, request)
     machine = Machine.read(environ, run.config.get("num_processes"))
     record = admission.claim_attempt(store, keys, machine, env.attempt)
     reach("claimed")
@@ -73,7 +103,7 @@ def run_attempt(request: admission.Request, notices: Notices, environ: Mapping[s
         machine=machine,
         environ=environ,
         scratch=scratch,
-        cache=env.home / "cache" / "datasets",
+        cache=env.cache,
         status_file=env.status_file,
         patience_s=env.patience_s,
     )

@@ -82,6 +82,6 @@ class Pacer:
             self._inputs,
             stall_s=measured.get("stall_s"),
             slowdown_s=measured.get("slowdown_s"),
-            upload_s=measured.get("upload_s", 0.0),
+            upload_s=measured.get("write_s", 0.0) + measured.get("send_s", 0.0),
             age_s=self._clock() - self._born_at,
         )

@@ -19,9 +19,11 @@ class Toll:
         self._calm: deque[float] = deque(maxlen=RECENT)
         self._stalls: deque[float] = deque(maxlen=RECENT)
         self._slowdowns: deque[float] = deque(maxlen=RECENT)
-        self._uploads: deque[float] = deque(maxlen=RECENT)
+        self._writes: deque[float] = deque(maxlen=RECENT)
+        self._sends: deque[float] = deque(maxlen=RECENT)
         self._last_step_at: float | None = None
         self._saved_at: dict[int, float] = {}
+        self._written_at: dict[int, float] = {}
         self._disturbed: list[float] = []
         self._bytes = 0.0
 
@@ -37,7 +39,10 @@ class Toll:
             case "save":
                 self._saved_at[event["step"]] = event["t"]
                 self._stalls.append(event["stall_s"])
-            case "commit" if event["step"] in self._saved_at:
+            case "written" if event["step"] in self._saved_at:
+                self._written_at[event["step"]] = event["t"]
+                self._writes.append(event["t"] - self._saved_at[event["step"]])
+            case "commit" if event["step"] in self._written_at:
                 self._commit(event)
 
     def _step(self, at: float) -> None:
@@ -46,7 +51,7 @@ class Toll:
         self._last_step_at = at
 
     def _commit(self, event: dict[str, Any]) -> None:
-        self._uploads.append(event["t"] - self._saved_at[event["step"]])
+        self._sends.append(event["t"] - self._written_at.pop(event["step"]))
         self._bytes = event["bytes"]
         self._saved_at = {step: at for step, at in self._saved_at.items() if step > event["step"]}
         if len(self._calm) >= FEWEST:
@@ -61,11 +66,19 @@ class Toll:
 
     @property
     def record(self) -> dict[str, float]:
-        """Medians ``stall_s``, ``slowdown_s``, ``upload_s`` (snapshot to commit) and ``step_s``; the last ``bytes``."""
+        """Medians, and the ``bytes`` of the last save.
+
+        ``stall_s``, ``slowdown_s``: what a save costs training; ``write_s``: from the snapshot to the local disk;
+        ``send_s``: from there to the commit; ``step_s``: a step beside which nothing is saved.
+        """
         found = dict(self._known)
-        for name, values in (("stall_s", self._stalls), ("slowdown_s", self._slowdowns), ("upload_s", self._uploads)):
-            if values:
-                found[name] = round(statistics.median(values), 4)
+        measured = {
+            "stall_s": self._stalls,
+            "slowdown_s": self._slowdowns,
+            "write_s": self._writes,
+            "send_s": self._sends,
+        }
+        found |= {name: round(statistics.median(values), 4) for name, values in measured.items() if values}
         if self.step_s is not None:
             found["step_s"] = round(self.step_s, 4)
         if self._bytes:

@@ -12,6 +12,7 @@ from spotune.guard.context import Context
 from spotune.guard.gang import Leader
 from spotune.guard.handover import Handover, seal, sealed
 from spotune.guard.journal import Journal
+from spotune.guard.last_save import Outlook, fits
 from spotune.guard.notices import Notices
 from spotune.guard.pacer import Pacer, Wishes
 from spotune.guard.ranks import PEER_GRACE_S, Ranks, worst
@@ -44,6 +45,7 @@ class Watch:
         self._is_stopping = False
         self._fence_at = time.monotonic()
         self._greet_at: float | None = time.monotonic() + GREET_S
+        self._leave_by: float | None = None  # by when to stop waiting for uploads, after a notice
 
     def until_ended(self, ranks: Ranks, restoring: Restoring) -> Outcome:
         """Returns how training ended; raises Fenced, and what kept the ranks from a checkpoint."""
@@ -55,7 +57,8 @@ class Watch:
             if self.leader.lost:
                 return Outcome(how="retry", message="a machine of this job is gone")
             if self.leader.notice:
-                self.notices.give(self.leader.notice)
+                self.notices.give(*self.leader.notice)
+                self.leader.notice = None
             if self.pacer and not self._is_stopping and self.journal.first_step is not None:
                 self.pacer.look()
             if not self._is_stopping and self._is_bucket_away():
@@ -75,16 +78,19 @@ class Watch:
         if self.committer is None:
             return
         self._collect()
-        self.committer.drain(self._patience_left_s())
+        self.committer.drain(self._time_to_upload_s())
         if self.committer.fenced:
             raise self.committer.fenced
         for staged in self.handover.taken:  # what is not committed must at least be found again
             if staged.step > self.committer.committed_step:
                 seal(self.context.folder, staged, self.context.run.config_sha256)
 
-    def _patience_left_s(self) -> float:
+    def _time_to_upload_s(self) -> float:
+        """How long to wait for uploads once the ranks have ended: until the machine goes, or patience has run out."""
+        if self._leave_by is not None:
+            return max(0.0, self._leave_by - time.monotonic())
         away_s = self.committer.away_s if self.committer else 0.0
-        return max(0.0, self.context.patience_s - away_s)
+        return max(0.0, min(self.context.patience_s - away_s, self.notices.left_s))
 
     def why_stopped(self) -> str:
         """The message of an attempt that ended since its bucket was away; empty for one that did not."""
@@ -156,13 +162,35 @@ class Watch:
         return self.committer is not None and self.committer.away_s > self.context.patience_s
 
     def _heed_notice(self) -> bool:
-        """Asks for a save at the next step boundary; False when there is nothing new to save."""
+        """Asks for one more save if it fits into what is left; False when the ranks need not go on."""
         reach("noticed")
-        self.journal.write("notice", source=self.notices.source, grace_s=None)
-        say(f"{self.notices.source}: saving at the next step boundary, then leaving")
-        progress = self.journal.progress
-        if self.journal.first_step is None or progress.phase == "teardown":
-            # Not a step made yet, or all are made: the last commit is all there is, or the result is on its way.
-            return progress.phase == "teardown"
-        self.wishes.ask_to_stop()
-        return True
+        source, left_s = self.notices.source, self.notices.left_s
+        self.journal.write("notice", source=source, grace_s=round(left_s, 1))
+        if self.journal.progress.phase == "teardown":
+            say(f"{source}: all steps are made, the result is on its way")
+            return True
+        decision = fits(self._outlook(left_s))
+        say(f"{source}: {decision.reason}")
+        if decision.action == "save":
+            self.wishes.ask_to_stop()
+            return True
+        self._leave_by = time.monotonic() + (left_s if decision.action == "finish" else 0.0)
+        return False
+
+    def _outlook(self, left_s: float) -> Outlook:
+        """What is known about one more save."""
+        measured, committer = self.toll.record, self.committer
+        safe = max([0, *(staged.step for staged in self.handover.taken)])
+        done = 0 if self.journal.first_step is None else self.journal.progress.step
+        under_way = committer.under_way if committer else None
+        send_s = measured.get("send_s")
+        stops_s = measured.get("stall_s", 0.0) + measured["write_s"] if "write_s" in measured else None
+        return Outlook(
+            left_s=left_s,
+            new_steps=done - max(safe, committer.committed_step if committer else 0),
+            step_s=measured.get("step_s"),
+            write_s=stops_s,
+            upload_s=send_s,
+            uploading=under_way is not None,
+            upload_left_s=max(send_s - under_way[1], 0.0) if under_way and send_s is not None else None,
+        )

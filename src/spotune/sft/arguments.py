@@ -55,6 +55,7 @@ def parse(job: Job, folder: Path, rank: int) -> Arguments:
     script, training, model, datasets = found
     training.report_to = usable_trackers(training.report_to, os.environ)
     _settle_cpu(training)
+    _keep_global_batch(training, job)
     return Arguments(script, training, model, datasets)
 
 
@@ -69,6 +70,25 @@ def _settle_cpu(training: Any) -> None:
         # Accelerate numbers the CPU of a distributed run, and torch.load knows no "cpu:0": no resume would work.
         training.distributed_state.device = torch.device("cpu")
         training.__dict__["_setup_devices"] = torch.device("cpu")  # where the cached property ``device`` is kept
+
+
+def _keep_global_batch(training: Any, job: Job) -> None:
+    """On another number of ranks than the run had so far, a step still takes the same rows. Raises InputError."""
+    at_once = training.per_device_train_batch_size * training.world_size
+    rows = job.global_batch
+    if not rows or rows == at_once * training.gradient_accumulation_steps:
+        return
+    if rows % at_once:
+        what = f"a step of this run takes {rows} rows, which {training.world_size} ranks cannot divide into batches"
+        what += f" of {training.per_device_train_batch_size}"
+        remedy = "a number of ranks that divides it, as before"
+        raise InputError(job.config_path, what, key="per_device_train_batch_size", remedy=remedy)
+    training.gradient_accumulation_steps = rows // at_once
+    print(
+        f"[spotune] {training.world_size} ranks instead of those so far: gradient_accumulation_steps"
+        f" {training.gradient_accumulation_steps}, so that a step still takes {rows} rows",
+        file=sys.stderr,
+    )
 
 
 def effective(job: Job, folder: Path) -> dict[str, Any]:

@@ -87,7 +87,7 @@ class Boundary(TrainerCallback):
         if state.global_step == self._first_step:
             self.saver.prepare(self.trainer)
         self._is_saving_due |= self._is_due(state.global_step, control.should_save)
-        if control.should_training_stop or state.epoch == int(state.epoch):
+        if control.should_training_stop or (state.epoch == int(state.epoch) and not self.trainer.is_streaming):
             control.should_save = False  # the epoch's end follows at once and is this step's boundary
         else:
             self._decide(state, control)
@@ -95,7 +95,10 @@ class Boundary(TrainerCallback):
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if control.should_save and self.rule.as_config:
             self._is_saving_due = True
-        self._decide(state, control)
+        if self.trainer.is_streaming and not control.should_training_stop:
+            control.should_save = False  # batches of a step that goes on in the next epoch may be under way
+        else:
+            self._decide(state, control)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.is_in_train and self._common(self.control_file.look()).stop:

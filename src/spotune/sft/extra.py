@@ -10,6 +10,8 @@ from typing import Any
 
 from spotune.contracts.exchange import read_json, write_json
 
+_COMMON = ("evaluation_owed", "epoch", "epoch_steps")  # the same on all ranks, however many there are
+
 
 @dataclass
 class Extra:
@@ -18,12 +20,15 @@ class Extra:
     Attributes:
         tokens: non-padding tokens trained since step 0, all ranks.
         evaluation_owed: an evaluation was due at this step and has not run.
+        epoch, epoch_steps: where a stream is: its epoch, and the steps of that epoch so far.
         loss_sum: loss since the last log line; ``loss_total``: of all lines before; ``logged_step``: their last step.
         metrics: TRL's lists of values since the last log line.
     """
 
     tokens: int = 0
     evaluation_owed: bool = False
+    epoch: int = 0
+    epoch_steps: int = 0
     loss_sum: float = 0.0
     loss_total: float = 0.0
     logged_step: int = 0
@@ -34,14 +39,14 @@ class Extra:
 
     @classmethod
     def read(cls, checkpoint: Path, rank: int, world_size: int, tokens: int) -> "Extra | None":
-        """What was written, None for a checkpoint made elsewhere or with other ranks (then only tokens carry over)."""
+        """What was written; with other ranks only what is common to all, None for a checkpoint made elsewhere."""
         found: dict[str, Any] | None = read_json(checkpoint / file_name(rank))
         lead = read_json(checkpoint / file_name(0))
         ranks = len(list(checkpoint.glob("spotune*.json")))
         if found is None or ranks != world_size:
             step = int((read_json(checkpoint / "trainer_state.json") or {}).get("global_step", 0))
-            owed = bool((lead or {}).get("evaluation_owed"))
-            return cls(tokens=tokens, evaluation_owed=owed, logged_step=step) if tokens or lead else None
+            common = {name: lead[name] for name in _COMMON if name in lead} if lead else {}
+            return cls(tokens=tokens, logged_step=step, **common) if tokens or lead else None
         return cls(**found)
 
 

@@ -102,6 +102,7 @@ class Saver:
             threads=torch.get_num_threads(),
             best_step=state.best_global_step if args.load_best_model_at_end else None,
             versions=self.versions,
+            global_batch=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
         )
 
     def _hand_over(self, staged: Staged, rank: int, facts: dict[Path, dict[str, Any]], write_s: float) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import SaveStrategy, set_seed
 from trl import SFTTrainer
 
 from spotune.sft.boundary import Boundary, EvaluationInterrupted
@@ -30,14 +30,39 @@ class SpotTrainer(SFTTrainer):
         self.boundary = boundary
         boundary.trainer = self
         self.saver = boundary.saver
+        self._epoch = self._step_before_epoch = 0
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         return super().get_batch_samples(self.boundary.timed(epoch_iterator), num_batches, device)
+
+    @property
+    def is_streaming(self) -> bool:
+        """Whether the data has no length: then only training knows where an epoch ends."""
+        return isinstance(self.train_dataset, torch.utils.data.IterableDataset)
+
+    def _init_training_state(self, *args: Any) -> tuple[int, int]:
+        """Where to go on: (epoch, batches of it to skip). Trainer takes a stream's first epoch for endless."""
+        found: tuple[int, int] = super()._init_training_state(*args)
+        restored = self.boundary.restored
+        if self.is_streaming and restored is not None:
+            return restored.epoch, restored.epoch_steps * self.args.gradient_accumulation_steps
+        return found
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Where other ranks made the checkpoint there is nothing to go on from: not that of the first step again."""
+        rank, size = self.args.process_index, self.args.world_size
+        if checkpoint and not Path(checkpoint, "rng_state.pth" if size == 1 else f"rng_state_{rank}.pth").exists():
+            set_seed(self.args.seed + self.state.global_step)
+        super()._load_rng_state(checkpoint)
 
     def _run_epoch(self, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # resumed at the end: Trainer would train one step more
             self.control.should_training_stop = True
             return
+        is_resumed = kwargs["resume_from_checkpoint"] is not None and kwargs["epoch"] == kwargs["epochs_trained"]
+        skipped = kwargs["steps_trained_in_current_epoch"] if is_resumed else 0
+        self._epoch = kwargs["epoch"]
+        self._step_before_epoch = self.state.global_step - skipped // self.args.gradient_accumulation_steps
         super()._run_epoch(**kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
@@ -72,11 +97,35 @@ class SpotTrainer(SFTTrainer):
         self.saver.settle()  # it may be the one that is being written
         super()._load_best_model()
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Restores the states, but not settings: those are the config's, which may have been changed on purpose."""
+        asked = [{name: value for name, value in group.items() if name != "params"} for group in self._groups()]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        for group, settings in zip(self._groups(), asked, strict=True):
+            group.update({name: value for name, value in settings.items() if name != "lr"})
+        scheduler = self.lr_scheduler
+        if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            scheduler.base_lrs = [group["initial_lr"] for group in self._groups()]
+            rates = [
+                base * at(scheduler.last_epoch)
+                for base, at in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            ]
+            for group, rate in zip(self._groups(), rates, strict=True):
+                group["lr"] = rate
+            scheduler._last_lr = rates
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
     def extra(self) -> Extra:
         """This rank's state beside Trainer's own."""
         return Extra(
             tokens=int(self._total_train_tokens),
             evaluation_owed=self.boundary.evaluation_owed,
+            epoch=self._epoch,
+            epoch_steps=self.state.global_step - self._step_before_epoch,
             loss_sum=self._tr_loss.item(),
             loss_total=self._total_loss_scalar,
             logged_step=self._globalstep_last_logged,

@@ -43,9 +43,12 @@ class Arena:
         self._needed += -(-size // ALIGNMENT) * ALIGNMENT
         if size == 0 or self._memory is None or self._used > self._memory.numel():
             self._used = begin
-            return tensor.detach().to("cpu", copy=True)
-        place = torch.frombuffer(self._memory.numpy(), dtype=tensor.dtype, count=tensor.numel(), offset=begin)
-        return place.view(tensor.shape).copy_(tensor.detach(), non_blocking=True)
+            place = torch.empty(tensor.shape, dtype=tensor.dtype)
+        else:
+            block = self._memory.numpy()
+            place = torch.frombuffer(block, dtype=tensor.dtype, count=tensor.numel(), offset=begin).view(tensor.shape)
+        place.copy_(tensor.detach(), non_blocking=True)  # a plain tensor, whatever the subclass of the other
+        return place
 
     @staticmethod
     def settle() -> None:

@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers.modeling_utils
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from spotune.sft.snapshot.arena import Arena
 from spotune.sft.snapshot.direct import HashedFile
@@ -28,6 +29,7 @@ from spotune.sft.snapshot.tensors import can_write, write_safetensors
 # A job for the writer: writes something into the checkpoint's folder; returns the facts of files that it hashed.
 Piece = Callable[[], dict[Path, dict[str, Any]]]
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter, AsyncCollectiveTensor)  # the last is one that was gathered from all ranks
 _SCALARS = (int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device)
 _torch_save, _save_file, _dcp_save = torch.save, safetensors.torch.save_file, dcp.save  # the real ones
 
@@ -47,7 +49,6 @@ class Capture:
     def __init__(self, arena: Arena, group: Any = None) -> None:
         self.pieces: list[Piece] = []
         self._arena, self._group = arena, group
-        self._copies: dict[int, torch.Tensor] = {}
 
     def torch_save(self, obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
         """Stands in for ``torch.save``."""
@@ -56,7 +57,7 @@ class Capture:
             return
         path = Path(f)
         try:
-            state = self._copy(obj)
+            state = self._copy(obj, {})
         except _Opaque:
             held = io.BytesIO()
             _torch_save(obj, held)
@@ -97,18 +98,18 @@ class Capture:
 
         return record
 
-    def _copy(self, value: Any) -> Any:
-        """A copy that training cannot change any more; aliases stay aliases."""
+    def _copy(self, value: Any, copies: dict[int, torch.Tensor]) -> Any:
+        """A copy that training cannot change any more; aliases within one object stay aliases."""
         if isinstance(value, torch.Tensor):
-            if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.layout != torch.strided:
+            if type(value) not in _PLAIN or value.layout != torch.strided:
                 raise _Opaque
-            if id(value) not in self._copies:
-                self._copies[id(value)] = self._arena.copy(value)
-            return self._copies[id(value)]
+            if id(value) not in copies:
+                copies[id(value)] = self._arena.copy(value)
+            return copies[id(value)]
         if type(value) in (dict, OrderedDict):
-            return type(value)((key, self._copy(entry)) for key, entry in value.items())
+            return type(value)((key, self._copy(entry, copies)) for key, entry in value.items())
         if type(value) in (list, tuple):
-            return type(value)(self._copy(entry) for entry in value)
+            return type(value)(self._copy(entry, copies) for entry in value)
         if type(value) is np.ndarray:
             return value.copy()
         if isinstance(value, _SCALARS):
