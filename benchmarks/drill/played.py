@@ -36,6 +36,15 @@ class Life:
         return self.ended_at - self.launched_at
 
     @property
+    def steps(self) -> list[int]:
+        """The steps that it made, in order."""
+        return [int(event["step"]) for event in self.events if event["event"] == "step"]
+
+    @property
+    def last_step(self) -> int:
+        return max(self.steps, default=0)
+
+    @property
     def ended_well(self) -> bool:
         """Whether the end is one that the protocol allows: finished, lost as planned, or left when told to."""
         return not self.hung and not self.survivors and self.code in self.allowed

@@ -11,7 +11,7 @@ from drill.timeline import RECOVERY, Measure, recoveries, replayed, summary, use
 
 def score(name: str, runs: Sequence[Played], measure: Measure) -> dict[str, Any]:
     """One contender's scorecard; ``measure``: of its undisturbed run."""
-    rows = [_row(run, measure.weights) for run in runs]
+    rows = [_row(run, measure) for run in runs]
     lives = [life for run in runs for life in run.lives]
     landed = [life.kill for life in lives if life.kill and life.landed]
     recovered = [one for run in runs for one in recoveries(run.lives, sorted(run.account.attempts))]
@@ -32,6 +32,7 @@ def score(name: str, runs: Sequence[Played], measure: Measure) -> dict[str, Any]
         "kills_by_instant": dict(Counter(str(kill.when) for kill in landed)),
         "disks_wiped": sum(kill.wipe for kill in landed),
         "steps_replayed": sum(row["steps_replayed"] for row in rows),
+        "steps_too_many": sum(row["steps_too_many"] for row in rows),
         "checkpoints_rejected": sum(row["checkpoints_rejected"] for row in rows),
         "recovery_s": {
             phase: summary([one[phase] for one in recovered]) for phase in (*RECOVERY, "total") if recovered
@@ -45,7 +46,8 @@ def score(name: str, runs: Sequence[Played], measure: Measure) -> dict[str, Any]
     }
 
 
-def _row(run: Played, weights: str) -> dict[str, Any]:
+def _row(run: Played, measure: Measure) -> dict[str, Any]:
+    weights = measure.weights
     rejected = [
         line
         for events in run.account.attempts.values()
@@ -64,6 +66,7 @@ def _row(run: Played, weights: str) -> dict[str, Any]:
         "kills": [f"{life.kill.kind} {life.kill.when}" for life in run.lives if life.kill and life.landed],
         "codes": [life.code for life in run.lives],
         "steps_replayed": replayed(run.lives),
+        "steps_too_many": max(0, max(life.last_step for life in run.lives) - measure.pace.steps),
         "checkpoints_rejected": len(rejected),
         "survivors": sorted({line for life in run.lives for line in life.survivors}),
         "log": run.log,
@@ -88,6 +91,7 @@ LABELS = {
     "kills_by_instant": "… by instant",
     "disks_wiped": "… with the disk lost too",
     "steps_replayed": "steps made again",
+    "steps_too_many": "steps made beyond the last one",
     "checkpoints_rejected": "checkpoints rejected",
     "recovery_s": "recovery: launch to first new step",
     "restore_s": "… fetching the checkpoint (beside the imports)",

@@ -39,7 +39,6 @@ class Measure:
 
 def pace_of(life: Life, told: Sequence[Event]) -> Pace:
     """The pace of an undisturbed attempt; ``told``: its events in the bucket, for when saves were committed."""
-    steps = [event for event in life.events if event["event"] == "step"]
     begun = _first(life.events, "train", life.ended_at)
     end = _first(life.events, "end", life.ended_at)
     starts = [event["t"] for event in life.events if begins(event, "save")]
@@ -51,7 +50,7 @@ def pace_of(life: Life, told: Sequence[Event]) -> Pace:
         save_s=max(took, default=0.0),
         end_s=life.ended_at - end,
         life_s=life.seconds,
-        steps=max((int(event["step"]) for event in steps), default=0),
+        steps=life.last_step,
         saves=len(starts),
     )
 
@@ -60,9 +59,8 @@ def replayed(lives: Sequence[Life]) -> int:
     """Steps that were made again since what came of them before was lost."""
     done, again = 0, 0
     for life in lives:
-        steps = {int(event["step"]) for event in life.events if event["event"] == "step"}
-        again += sum(step <= done for step in steps)
-        done = max(steps | {done})
+        again += sum(step <= done for step in life.steps)
+        done = max(done, life.last_step)
     return again
 
 
@@ -90,7 +88,7 @@ def recoveries(lives: Sequence[Life], claims: Sequence[float]) -> list[dict[str,
     for index, life in enumerate(lives):
         if index and (one := _recovery(life, done, claims)):
             found.append(one)
-        done = max([done, *(int(event["step"]) for event in life.events if event["event"] == "step")])
+        done = max(done, life.last_step)
     return found
 
 

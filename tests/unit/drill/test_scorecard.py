@@ -68,7 +68,8 @@ def test_the_card() -> None:
     expected = {
         "runs": 1, "finished": 1, "bit_identical": 1, "first_try": 1, "repairs": 0, "crashes": 0, "attempts": 2,
         "kills": 1, "kills_missed": 0, "kills_by_kind": {"vanish": 1}, "kills_by_instant": {"train": 1},
-        "disks_wiped": 1, "steps_replayed": 1, "checkpoints_rejected": 1, "goodput": round(6 / 26, 4),
+        "disks_wiped": 1, "steps_replayed": 1, "steps_too_many": 0, "checkpoints_rejected": 1,
+        "goodput": round(6 / 26, 4),
         "restore_s": {"median": 1.25, "max": 1.25}, "leftovers": {"orphan checkpoints": 1},
     }  # fmt: skip
     assert {name: card[name] for name in expected} == expected
@@ -98,6 +99,11 @@ def test_what_is_not_a_first_try(name: str) -> None:
     card = score("spotune", [RUN, replace(RUN, **changes)], MEASURE)
     assert card["first_try"] == 1
     assert passed(card) == is_passed
+
+
+def test_steps_beyond_the_end_are_counted() -> None:
+    longer = replace(SECOND, events=[*SECOND.events, event(35, "step", step=4)])
+    assert score("plain TRL", [replace(RUN, lives=[FIRST, longer])], MEASURE)["steps_too_many"] == 1
 
 
 def test_zombies_may_be_fenced_or_find_the_certificate() -> None:
