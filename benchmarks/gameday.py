@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 from random import Random
 from tempfile import mkdtemp
-from typing import Any
 
 from drill.day import Day, play_day
 from drill.machine import DrillError
@@ -37,7 +36,32 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="the scorecards, with a row for every run")
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep disks, logs and bucket there")
     asked = parser.parse_args()
-    day = Day(
+    place = (asked.work or Path(mkdtemp(prefix="gameday-"))).absolute()
+    try:
+        cards = play_day(day_of(asked), Random(asked.seed), place, os.environ)
+    except SpotuneError as error:
+        print(error, file=sys.stderr)
+        if not asked.work:
+            shutil.rmtree(place, ignore_errors=True)
+        return error.exit_code
+    except DrillError as error:
+        print(f"game day: {error}", file=sys.stderr)
+        return 1
+    print(table(cards))
+    if asked.json:
+        asked.json.write_text(json.dumps({"asked": vars(asked), "scorecards": cards}, indent=1, default=str) + "\n")
+    if not passed(cards[0]):
+        bad = [row for row in cards[0]["per_run"] if not row["bit_identical"]]
+        print(f"game day: {len(bad)} runs did not end as if undisturbed: {bad[0]['log']}", file=sys.stderr)
+        return 1
+    if not asked.work:
+        shutil.rmtree(place, ignore_errors=True)
+    return 0
+
+
+def day_of(asked: argparse.Namespace) -> Day:
+    """Raises InputError."""
+    return Day(
         config=asked.config,
         profile=asked.profile,
         sets=tuple(asked.sets),
@@ -48,27 +72,6 @@ def main() -> int:
         notice_s=asked.notice,
         with_plain=asked.plain_trl,
     )
-    place = (asked.work or Path(mkdtemp(prefix="gameday-"))).absolute()
-    cards: list[dict[str, Any]] = []
-    try:
-        cards = play_day(day, Random(asked.seed), place, os.environ)
-    except SpotuneError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except DrillError as error:
-        print(f"game day: {error}", file=sys.stderr)
-        return 1
-    finally:
-        if not asked.work and cards and passed(cards[0]):
-            shutil.rmtree(place, ignore_errors=True)
-    print(table(cards))
-    if asked.json:
-        asked.json.write_text(json.dumps({"seed": asked.seed, "day": vars(day), "scorecards": cards}, indent=1) + "\n")
-    if passed(cards[0]):
-        return 0
-    bad = [row for row in cards[0]["per_run"] if not row["bit_identical"]]
-    print(f"game day: {len(bad)} runs did not end as if undisturbed: {bad[0]['log']}", file=sys.stderr)
-    return 1
 
 
 if __name__ == "__main__":

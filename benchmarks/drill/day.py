@@ -61,17 +61,32 @@ class Day:
         if kind == "boundaries":
             keep = max(LEAST, int(load_config(self.config, self.profile, self.sets).get("save_total_limit") or KEEP))
             return draw_boundaries(rng, measure.pace.saves, keep, self.notice_s or NOTICE_S)
+        file, seconds_per_hour = self.trace
+        return [trace_run(*read_trace(file), seconds_per_hour, self.notice_s, rng)]
+
+    def check(self) -> None:
+        """Reads what the day needs; raises InputError, before anything has run."""
+        load_config(self.config, self.profile, self.sets)
+        if self.schedule.startswith("trace:"):
+            read_trace(self.trace[0])
+
+    @property
+    def trace(self) -> tuple[Path, float]:
+        """A trace's file, and how many seconds an hour of it takes. Raises InputError."""
+        rest = self.schedule.partition(":")[2]
         file, _, scale = rest.rpartition("@") if "@" in rest else (rest, "", "")
         try:
-            seconds_per_hour = float(scale) if scale else SECONDS_PER_HOUR
+            seconds = float(scale) if scale else SECONDS_PER_HOUR
         except ValueError as error:
             raise InputError("--schedule", f"{scale!r} is not a number of seconds", remedy=WANTED) from error
-        return [trace_run(*read_trace(Path(file)), seconds_per_hour, self.notice_s, rng)]
+        if seconds <= 0:
+            raise InputError("--schedule", f"an hour cannot take {seconds:g} s", remedy=WANTED)
+        return Path(file), seconds
 
 
 def play_day(day: Day, rng: Random, folder: Path, environ: MutableMapping[str, str]) -> list[dict[str, Any]]:
     """Plays it all; returns the scorecards, spotune's first. Raises InputError, DrillError."""
-    load_config(day.config, day.profile, day.sets)  # what is wrong there is said at once
+    day.check()
     folder.mkdir(parents=True, exist_ok=True)
     environ.setdefault("OMP_NUM_THREADS", "1")  # the same for all runs, or none is like another; lanes share the cores
     with reach_bucket(day.bucket, folder) as bucket:

@@ -11,7 +11,7 @@ from spotune.contracts import environment
 from spotune.contracts.keys import Keys, attempt_of, commit_of
 from spotune.contracts.records import AttemptRecord, Certificate
 from spotune.contracts.store import Store
-from spotune.cost.eventlog import clean, parse_lines
+from spotune.cost.eventlog import Event, clean, parse_lines
 
 FOREIGN = ("SPOTUNE_", "SKYPILOT_", "SLURM_")  # the caller's own run is not this one
 
@@ -42,16 +42,16 @@ class SpotRun:
         store, keys = Store(self._bucket.url), self._keys
         certificate = store.read(keys.completed)
         claims: dict[int, float] = {}
-        parts: dict[int, bytes] = {}
+        told: dict[int, list[Event]] = {}
         for key in store.keys(keys.attempts):
             number, data = attempt_of(key) or 0, store.read(key) or b""
             if key == keys.attempt(number):
                 claims[number] = AttemptRecord.from_bytes(data, key).claimed_at
             elif "/events-0-" in key:
-                parts[number] = parts.get(number, b"") + data
+                told.setdefault(number, []).extend(parse_lines(data))
         return Account(
             weights=Certificate.from_bytes(certificate, keys.completed).weights_sha256 if certificate else None,
-            attempts={at: clean(parse_lines(parts.get(number, b""))) for number, at in claims.items()},
+            attempts={at: clean(told.get(number, [])) for number, at in claims.items()},
             leftovers=self._leftovers(store),
         )
 
