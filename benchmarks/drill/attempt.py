@@ -71,12 +71,12 @@ def live(
             raise DrillError(f"the boundary {hold.at} was never reached: the run is finished, see {log}")
         if code == 0 and kill and kill.kind in ("vanish", "guard"):
             landed = False  # it had come to its end between the look and the signal
-    allowed = _allowed(kill if landed else None, contender)
+    allowed = _allowed(kill if landed else None, contender, bool(watch.events))
     life = Life(machine.launched_at, ended_at, code, allowed, kill, landed, watch.events, survivors, hung)
     return life, machine
 
 
-def _allowed(kill: Kill | None, contender: Contender) -> tuple[int, ...]:
+def _allowed(kill: Kill | None, contender: Contender, has_begun: bool) -> tuple[int, ...]:
     """The exit codes of an attempt that is well, lost in this way or left alone."""
     match kill and kill.kind:
         case None:
@@ -84,7 +84,8 @@ def _allowed(kill: Kill | None, contender: Contender) -> tuple[int, ...]:
         case "worker" | "loader":
             return (75, 0)
         case "notice":
-            return (*contender.noticed, 0, -9)
+            # While Python itself starts, nobody can heed a signal.
+            return (*contender.noticed, 0, -9) if has_begun else (*contender.noticed, 0, -9, -15)
         case _:
             return (-9,)
 

@@ -80,8 +80,14 @@ def test_a_notice_is_waited_for(tmp_path: Path) -> None:
 
 
 def test_a_notice_ends(tmp_path: Path) -> None:
-    played = play(tmp_path, Kill("notice", Instant("start", 0.3), notice_s=0.0))
+    played = play(tmp_path, Kill("notice", Instant("train", 0.3), notice_s=0.0))
     assert [life.code for life in played.lives] == [-9, 0]
+
+
+def test_a_notice_before_the_program_can_heed_it(tmp_path: Path) -> None:
+    played = play(tmp_path, Kill("notice", Instant("start", 0.0), notice_s=20.0))
+    assert [life.code for life in played.lives] == [-15, 0]
+    assert played.first_try
 
 
 def test_a_boundary_is_where_it_dies(tmp_path: Path) -> None:
