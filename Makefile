@@ -10,7 +10,7 @@ CONFIG ?= config/runs/demo.yaml
 RUN ?=
 ARGS ?=
 
-.PHONY: help setup demo demo-undisturbed test bench lint lock schema docs train queue logs cancel cost clean
+.PHONY: help setup demo demo-undisturbed test test-chaos bench lint lock schema docs train queue logs cancel cost clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -37,6 +37,9 @@ demo-undisturbed: setup ## the same job with nothing taken away: .demo/undisturb
 
 test: setup ## all tests that need no cloud
 	@$(BIN)/python -m pytest
+
+test-chaos: setup ## runs killed at every boundary and at 200 random instants; SPOTUNE_CHAOS_SEED=… for others
+	@$(BIN)/python -m pytest -m chaos -s tests/chaos
 
 bench: setup ## the figures in benchmarks/README.md
 	$(BIN)/python benchmarks/startup.py

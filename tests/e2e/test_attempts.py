@@ -1,11 +1,8 @@
 """Attempts of real training, killed and resumed through the script itself."""
 
-import json
 import os
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from spotune.contracts.keys import Keys
-from spotune.contracts.store import Store
+from tests.script import Script
 from tests.tiny import make_model, rows, write_jsonl
 
 STEPS = 24
@@ -42,49 +38,6 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     return folder
-
-
-class Script:
-    """``python -m spotune.sft`` on one run, attempt after attempt."""
-
-    def __init__(self, bucket: str, run_id: str, config: Path) -> None:
-        self.store, self.keys, self.config = Store(bucket), Keys(run_id), config
-        self.status = Path(os.environ["SPOTUNE_HOME"]) / f"{run_id}.json"
-        self.status.parent.mkdir(parents=True, exist_ok=True)
-        self.environ = {"SPOTUNE_BUCKET": bucket, "SPOTUNE_RUN_ID": run_id, "SPOTUNE_STATUS_FILE": str(self.status)}
-
-    def start(self, *flags: str) -> "subprocess.Popen[str]":
-        self.status.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "spotune.sft", str(self.config), *flags]
-        with open(self.status.with_suffix(".log"), "a") as log:
-            return subprocess.Popen(command, env={**os.environ, **self.environ}, stdout=log, stderr=log, text=True)
-
-    def run(self, *flags: str) -> int:
-        return self.start(*flags).wait(120)
-
-    def wait_for_step(self, process: "subprocess.Popen[str]", step: int) -> None:
-        deadline = time.monotonic() + 90
-        while time.monotonic() < deadline and process.poll() is None:
-            if self.status.exists() and json.loads(self.status.read_text())["step"] >= step:
-                return
-            time.sleep(0.02)
-        raise AssertionError(f"step {step} was not reached: {self.log()[-2000:]}")
-
-    def log(self) -> str:
-        return self.status.with_suffix(".log").read_text()
-
-    def json(self, key: str) -> Any:
-        data = self.store.read(key)
-        return None if data is None else json.loads(data)
-
-    @property
-    def weights(self) -> str:
-        found: str = self.json(self.keys.completed)["weights_sha256"]
-        return found
-
-    @property
-    def commits(self) -> list[str]:
-        return [Path(key).stem for key in self.store.keys(self.keys.commits)]
 
 
 @pytest.fixture(scope="module")

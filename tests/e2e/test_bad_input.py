@@ -3,7 +3,9 @@
 Three doors: ``train`` (the launcher), ``script`` (the guard) and ``worker`` (what only the machine can know).
 """
 
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,14 @@ import yaml
 from click.testing import CliRunner
 
 from spotune.cli import main as cli
+from spotune.contracts.environment import RunEnvironment
 from spotune.contracts.exchange import Outcome
+from spotune.contracts.keys import Keys
+from spotune.contracts.store import Store
+from spotune.guard.admission import Request
 from spotune.guard.main import main as script
 from spotune.guard.notices import Notices
+from spotune.guard.record import read_or_create_run
 from tests.ranks import Nursery, make_folder
 from tests.tiny import make_model, rows, write_jsonl
 
@@ -193,6 +200,13 @@ ELSEWHERE: dict[str, tuple[str, list[str], dict[str, str], str]] = {
     "GPUs that are not here": ("train", ["run.yaml", "--gpus", "L4:1"], {"CUDA_VISIBLE_DEVICES": ""}, r"--gpus: .*"),
     "secret not set": ("train", ["run.yaml", "--secret", "NOT_SET"], {}, r"--secret: .*NOT_SET.*"),
     "preemption schedule": ("train", ["run.yaml", "--preemptions", "bad.jsonl"], {}, r"bad\.jsonl: line 2: .*"),
+    "an environment that is the launcher's": (
+        "train",
+        ["run.yaml", "--env", "SPOTUNE_ALLOW_CONFIG_CHANGE=1"],
+        {},
+        r"--env: SPOTUNE_ALLOW_CONFIG_CHANGE is for spotune to set.*",
+    ),
+    "a change without a config": ("script", ["--allow-config-change"], {}, r"command line: no config \(.*\)"),
     "uneven ranks": (
         "script",
         ["run.yaml", "--num_processes", "3"],
@@ -211,6 +225,76 @@ def test_elsewhere(kind: str, material: Path, tmp_path: Path, monkeypatch: pytes
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     expect_refusal(door, arguments, line, monkeypatch, capsys)
+
+
+FLAG = r"\(--allow-config-change to go on with it, or choose another --name\)"
+BACK = r"\(put it back, or spotune resume a-run --allow-config-change\)"
+# what has changed since the run began: (door, a file that is edited, arguments, the one line)
+CHANGED: dict[str, tuple[str, str, list[str], str]] = {
+    "the config": (
+        "train",
+        "",
+        ["--set", "seed=1"],
+        rf"--name: a-run exists with another config: seed: 42 -> 1 {FLAG}",
+    ),
+    "a free key beside it": (
+        "train",
+        "",
+        ["--set", "seed=1", "--set", "max_steps=3"],
+        rf"--name: a-run exists with another config: max_steps: 1 -> 3; seed: 42 -> 1 {FLAG}",
+    ),
+    "the data": ("train", "good.jsonl", [], rf"--name: a-run exists with other data: .*good\.jsonl {FLAG}"),
+    "the weights": (
+        "train",
+        "model/model.safetensors",
+        [],
+        rf"--name: a-run exists with another model: model\.safetensors {FLAG}",
+    ),
+    "the data, script": (
+        "script",
+        "good.jsonl",
+        [],
+        rf"run\.yaml: data: training data changed since the run began: .*good\.jsonl {BACK}",
+    ),
+    "the weights, script": (
+        "script",
+        "model/model.safetensors",
+        [],
+        rf"run\.yaml: model_name_or_path: model changed since the run began: model\.safetensors {BACK}",
+    ),
+    "the tokenizer, script": (
+        "script",
+        "model/tokenizer_config.json",
+        [],
+        rf"run\.yaml: model_name_or_path: model changed since the run began: tokenizer_config\.json {BACK}",
+    ),
+    "the config, to a wrong one": (
+        "script",
+        "",
+        ["--allow-config-change", "--set", "stepz=1"],
+        r"run\.yaml: stepz: unknown key .*",
+    ),
+    "all data, gone": ("script", "", ["--allow-config-change", "--set", "data=[{source: x.jsonl}]"], r".*no file .*"),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGED)
+def test_changed_since_the_run_began(
+    kind: str, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    door, edited, arguments, line = CHANGED[kind]
+    own = shutil.copytree(material, tmp_path / "own")
+    (tmp_path / "run.yaml").write_bytes(config(own, None))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SPOTUNE_RUN_ID", "a-run")
+    env = RunEnvironment.read(os.environ)
+    read_or_create_run(Store(env.bucket), Keys("a-run"), env, Request("run.yaml", "", ()))
+    if edited:
+        (own / edited).write_bytes((own / edited).read_bytes() + b"\n")
+    if door == "train":
+        arguments = ["--name", "a-run", *arguments]
+    expect_refusal(door, ["run.yaml", *arguments], line, monkeypatch, capsys)
+    assert not Store(env.bucket).keys("runs/a-run/revisions")
 
 
 def expect_refusal(door: str, arguments: list[str], line: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -267,4 +351,4 @@ def test_on_the_machine(kind: str, material: Path, tmp_path: Path, ranks: Nurser
 
 
 def test_there_are_more_than_thirty_kinds() -> None:
-    assert len(IN_CONFIG) + len(ELSEWHERE) + len(ON_THE_MACHINE) > 30
+    assert len(IN_CONFIG) + len(ELSEWHERE) + len(ON_THE_MACHINE) + len(CHANGED) > 30

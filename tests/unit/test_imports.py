@@ -28,7 +28,7 @@ TRAINING = {
 }
 # side -> spotune packages it may import, third-party modules it may import
 RULES: dict[str, tuple[set[str], set[str]]] = {
-    "contracts": (set(), {"fsspec", "yaml"}),
+    "contracts": (set(), {"fsspec", "gcsfs", "aiohttp", "yaml"}),
     "guard": ({"contracts"}, {"fsspec"}),
     "sft": ({"contracts"}, TRAINING | {"fsspec", "safetensors", "pyarrow", "bitsandbytes", "tokenizers", "packaging"}),
     "launch": ({"contracts"}, {"yaml", "psutil"}),

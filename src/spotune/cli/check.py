@@ -18,7 +18,7 @@ def check(config: str | None, profile: str, overrides: tuple[str, ...], output: 
     from spotune.launch.survey import survey_config, survey_machine
 
     workspace = open_workspace()
-    found = survey_config(config, profile, overrides) if config else survey_machine(workspace)
+    found = survey_config(config, profile, overrides, workspace.env.cache) if config else survey_machine(workspace)
     if output == "json":
         print_json(found)
         return

@@ -48,23 +48,30 @@ def agree_to(plan: "Plan", workspace: "Workspace", yes: bool) -> None:
     from spotune.cli.options import agree, can_ask
     from spotune.cli.render import plan_text
     from spotune.launch.infra import infra_of
-    from spotune.launch.submit import check_submittable
+    from spotune.launch.submit import existing
 
-    check_submittable(plan, workspace)
+    found = existing(plan, workspace)
     asks = not yes and can_ask()
     if not yes and not asks and infra_of(plan.infra) != "local":
         raise InputError("stdin", "nobody to ask", remedy="add -y")
     click.echo(plan_text(plan), err=True)
-    agree(f"Launch {plan.run_id}. Proceed?", not asks)
+    question = f"Launch {plan.run_id}. Proceed?"
+    if found and found.change:
+        question = f"Go on with {plan.run_id}, changed: {found.change.as_followed()}. Proceed?"
+    agree(question, not asks)
 
 
 def submit_plan(plan: "Plan", workspace: "Workspace") -> "Submitted":
-    """Submits, and says so when the very same run is there already."""
+    """Submits, and says so when the run is there already."""
     from spotune.launch.submit import submit
 
-    outcome = submit(plan, workspace)
-    if outcome == "succeeded":
-        click.echo(f"{plan.run_id}: SUCCEEDED already, nothing to do", err=True)
-    elif outcome == "active":
-        click.echo(f"{plan.run_id}: submitted already", err=True)
-    return outcome
+    done = submit(plan, workspace)
+    if said := {
+        "succeeded": "SUCCEEDED already, nothing to do",
+        "active": "submitted already",
+        "resumed": f"PENDING, and goes on with a change: {done.change.as_followed()}",
+        "cleared": f"may go on with a change: {done.change.as_followed()}. Start it again as before, with"
+        f" SPOTUNE_RUN_ID={plan.run_id}",
+    }.get(done.outcome):
+        click.echo(f"{plan.run_id}: {said}", err=True)
+    return done

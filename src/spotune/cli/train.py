@@ -22,12 +22,16 @@ from spotune.cli.options import config_options, format_option, open_workspace
 @click.option("--preemptions", default="", metavar="FILE", help="Planned preemptions, JSONL (local only).")
 @click.option("--env", "envs", multiple=True, metavar="K=V", help="Environment of the run.")
 @click.option("--secret", "secrets", multiple=True, metavar="K", help="Pass K on with its value here; not recorded.")
+@click.option("--allow-config-change", is_flag=True, help="Let --name's run go on with another config, data or model.")
 @click.option("--dryrun", is_flag=True, help="Show the plan and stop.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @click.option("-d", "--detach", is_flag=True, help="Print the run id and return instead of following the run.")
 @format_option("json: print the run id as JSON; implies -d and -y. With --dryrun: the plan.")
 def train(source: str, dryrun: bool, yes: bool, detach: bool, output: str, **given: Any) -> None:
     """Submit CONFIG as a job that survives the loss of its machine, and follow it.
+
+    With --name of a run that stands still and a CONFIG that has changed, that run goes on with it: freely where only
+    the training length, logging, saving or evaluation changed, else with --allow-config-change.
 
     Uses the config's profile `prod` if it has one. Shows the plan and asks, as `sky` does; where nobody can be asked
     it needs -y, unless it runs on this machine. Ctrl-C stops following, the run goes on. Exit codes: 0 finished and
@@ -46,12 +50,12 @@ def train(source: str, dryrun: bool, yes: bool, detach: bool, output: str, **giv
         print_json(as_json(plan)) if output == "json" else click.echo(plan_text(plan))
         return
     agree_to(plan, workspace, yes or output == "json")
-    outcome = submit_plan(plan, workspace)
+    outcome = submit_plan(plan, workspace).outcome
     if output == "json":
         print_json({"run_id": plan.run_id})
     elif detach:
         click.echo(plan.run_id)
-    elif outcome != "succeeded":
+    elif outcome not in ("succeeded", "cleared"):
         try:
             sys.exit(follow(workspace, plan.run_id))
         except KeyboardInterrupt:

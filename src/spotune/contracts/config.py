@@ -52,6 +52,14 @@ def load_config(
     return config
 
 
+def overlay(config: Mapping[str, Any], overrides: Iterable[str], where: object) -> dict[str, Any]:
+    """A resolved config with ``key=value`` overrides on top, checked again; raises InputError."""
+    changed = {**config, **parse_overrides(overrides)}
+    check_keys(changed, where)
+    _check_needed(changed, where)
+    return changed
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML mapping; raises InputError naming file and line."""
     import yaml

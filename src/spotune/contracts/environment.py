@@ -23,6 +23,7 @@ ATTEMPT = "SPOTUNE_ATTEMPT"  # the engine's count of machines, where it keeps on
 STATUS_FILE = "SPOTUNE_STATUS_FILE"  # a local file that the guard keeps current: progress without a bucket's delay
 SAVE_EVERY = "SPOTUNE_SAVE_EVERY"  # `50` steps or `5m`; for a bare launch, `train --save-every` freezes it in run.json
 PATIENCE = "SPOTUNE_BUCKET_PATIENCE"  # for how long training goes on while the bucket is away; default 30m
+ALLOW_CONFIG_CHANGE = "SPOTUNE_ALLOW_CONFIG_CHANGE"  # `1`, for a bare launch: `--allow-config-change` of the script
 HOLD_AT = "SPOTUNE_HOLD_AT"  # game days only, see holds.py
 HOLD_FILE = "SPOTUNE_HOLD_FILE"
 NUM_PROCESSES = "SPOTUNE_NUM_PROCESSES"  # ranks on this machine; default one per GPU, 1 on CPU
@@ -51,6 +52,12 @@ class RunEnvironment:
     user: str
     patience_s: float
     grace_s: float | None
+    allow_config_change: bool = False
+
+    @property
+    def cache(self) -> Path:
+        """What this machine keeps between runs, and can make again."""
+        return self.home / "cache"
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> "RunEnvironment":
@@ -71,6 +78,7 @@ class RunEnvironment:
             user=user_name(environ),
             patience_s=parse_duration(environ.get(PATIENCE) or "30m", PATIENCE),
             grace_s=read_grace(environ),
+            allow_config_change=environ.get(ALLOW_CONFIG_CHANGE, "").lower() in ("1", "true", "yes"),
         )
 
 

@@ -14,6 +14,8 @@ from spotune.contracts.errors import InputError
 from spotune.contracts.records import fingerprint
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+# What of a config says which rows are trained on, besides the files themselves.
+DATA_KEYS = ("data", "data_limit", "datasets", "dataset_name", "dataset_config", "dataset_train_split")
 _CHECKSUMS = ("ETag", "etag", "md5Hash", "generation", "checksum")
 
 
@@ -81,11 +83,10 @@ def data_files(config: Mapping[str, Any], where: object) -> list[dict[str, Any]]
 
 def data_sha256(config: Mapping[str, Any], files: list[dict[str, Any]]) -> str:
     """The fingerprint of the data: the files and how the config mixes them."""
-    keys = ("data", "data_limit", "datasets", "dataset_name", "dataset_config", "dataset_train_split")
     facts = [
         {key: value for key, value in file.items() if key != "url"} | {"name": Path(file["url"]).name} for file in files
     ]
-    return fingerprint({"files": facts, "mix": {key: config.get(key) for key in keys}})
+    return fingerprint({"files": facts, "mix": {key: config.get(key) for key in DATA_KEYS}})
 
 
 def _trl_facts(named: Any, where: object) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Run identity and the layout of the bucket: the one place that knows where anything is.
 
 runs/<run_id>/run.json                              what was submitted; create-only
+runs/<run_id>/revisions/<4d>.json                   what was changed since: the highest is in force; create-only
 runs/<run_id>/code/                                 commit, and the diff when dirty
 runs/<run_id>/attempts/<4d>/attempt.json            claims the attempt (the fence); create-only
 runs/<run_id>/attempts/<4d>/events-<rank>-<n>.jsonl phase changes, steps, losses; never rewritten
@@ -54,6 +55,10 @@ class Keys:
         return f"{self.root}/run.json"
 
     @property
+    def revisions(self) -> str:
+        return f"{self.root}/revisions"
+
+    @property
     def code(self) -> str:
         return f"{self.root}/code"
 
@@ -105,6 +110,9 @@ class Keys:
     def cancelled(self) -> str:
         return f"{self.root}/cancelled.json"
 
+    def revision(self, revision: int) -> str:
+        return f"{self.revisions}/{revision:04d}.json"
+
     def attempt(self, attempt: int) -> str:
         return f"{self.attempts}/{attempt:04d}/attempt.json"
 
@@ -119,6 +127,12 @@ class Keys:
 
     def commit(self, attempt: int, step: int) -> str:
         return f"{self.commits}/{attempt:04d}-{step:08d}.json"
+
+
+def revision_of(key: str) -> int | None:
+    """The number of a revision's key, None for any other key."""
+    found = re.search(r"/revisions/(\d{4,})\.json$", key)
+    return int(found[1]) if found else None
 
 
 def attempt_of(key: str) -> int | None:

@@ -62,13 +62,17 @@ class PriceRow(Record):
 class RunRecord(Record):
     """``run.json``: what was submitted. Once it is there, no config file is read again.
 
+    What was changed since is a whole record too, ``revisions/<n>.json``; see ``revisions.py``.
+
     Attributes:
         config: resolved and flat: profile and overrides applied, ``profiles`` gone.
         data_files: what the fingerprint was taken over: one ``{source, url, size, sha256 | etag}`` a file.
+        model_files: the same of the base model: ``{name, size, sha256}`` a file, ``{name, revision}`` from a hub.
         save_every: ``50`` (steps), ``5m``, or empty for the default.
         prices: a row for every candidate that the run may land on.
         use_spot: whether its machines may be taken away.
         kind: ``prod`` for managed jobs, ``dev`` for interactive runs.
+        revision: 0 as submitted; ``allowed`` names what changed with it that may not change by itself.
     """
 
     run_id: str
@@ -83,6 +87,8 @@ class RunRecord(Record):
     config_sha256: str
     data_sha256: str
     data_files: list[dict[str, Any]] = field(default_factory=list)
+    model_sha256: str = ""
+    model_files: list[dict[str, Any]] = field(default_factory=list)
     infra: str = ""
     use_spot: bool = True
     priority: int = 0
@@ -90,6 +96,10 @@ class RunRecord(Record):
     prices: list[dict[str, Any]] = field(default_factory=list)
     code: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    revision: int = 0
+    revised_at: float = 0.0
+    revised_by: str = ""
+    allowed: list[str] = field(default_factory=list)
 
     def price_rows(self) -> list[PriceRow]:
         return [PriceRow.from_dict(row) for row in self.prices]
@@ -142,6 +152,7 @@ class Commit(Record):
     threads: int = 1
     config_sha256: str = ""
     data_sha256: str = ""
+    model_sha256: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     committed_at: float = 0.0
     best_step: int | None = None

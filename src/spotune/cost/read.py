@@ -8,7 +8,8 @@ from typing import TypeVar
 
 from spotune.contracts.errors import InputError
 from spotune.contracts.keys import Keys
-from spotune.contracts.records import AttemptRecord, Bill, Certificate, Commit, Record, RunRecord
+from spotune.contracts.records import AttemptRecord, Bill, Certificate, Commit, Record
+from spotune.contracts.revisions import record_in_force
 from spotune.contracts.store import Store
 from spotune.cost.eventlog import Event, parse_lines
 from spotune.cost.evidence import Evidence
@@ -25,7 +26,7 @@ def read_evidence(store: Store, run_id: str, intervals: Sequence[PaidInterval] =
     A record of an attempt that cannot be read is left out, as if it had never been written.
     """
     keys = Keys(run_id)
-    run = store.read(keys.run)
+    run = record_in_force(store, keys)
     if run is None:
         raise InputError(run_id, f"no such run in {store.url}")
     names = [key for key in store.keys(keys.attempts) if _FILE.search(key)]
@@ -35,7 +36,7 @@ def read_evidence(store: Store, run_id: str, intervals: Sequence[PaidInterval] =
         found = dict(zip(wanted, pool.map(store.read, wanted), strict=True))
     certificate = found[keys.completed]
     return Evidence(
-        run=RunRecord.from_bytes(run, keys.run),
+        run=run,
         intervals=intervals,
         attempts=_records(AttemptRecord, [found[key] for key in names if key.endswith("/attempt.json")]),
         events=_events(names, found),

@@ -1,4 +1,4 @@
-"""May this attempt run at all, and as what: the run's record, its marks, and the claim of an attempt number."""
+"""May this attempt run at all, and as what: its marks, its data and model, and the claim of an attempt number."""
 
 import time
 from dataclasses import dataclass
@@ -7,15 +7,14 @@ from random import SystemRandom
 from typing import Any
 from uuid import uuid4
 
-from spotune import __version__
 from spotune.contracts import exits
-from spotune.contracts.config import load_config
-from spotune.contracts.durations import parse_save_every
+from spotune.contracts.basemodel import model_files, model_sha256
+from spotune.contracts.change import FLAG, changed_files, few
 from spotune.contracts.environment import RunEnvironment
-from spotune.contracts.errors import Fenced, InputError, StoreError
+from spotune.contracts.errors import Fenced, InputError
 from spotune.contracts.fingerprint import data_files, data_sha256
 from spotune.contracts.keys import Keys, check_run_id, new_run_id
-from spotune.contracts.records import AttemptRecord, Mark, RunRecord, fingerprint
+from spotune.contracts.records import AttemptRecord, Mark, RunRecord
 from spotune.contracts.store import Store
 from spotune.guard.faults import last_event
 from spotune.guard.machine import Machine
@@ -24,11 +23,12 @@ from spotune.guard.say import say
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asked for; not read again once ``run.json`` exists."""
+    """What the command line asked for; once ``run.json`` exists it counts only where a change is allowed."""
 
     config_path: str
     profile: str
     overrides: tuple[str, ...]
+    allow_config_change: bool = False
 
 
 def choose_run_id(env: RunEnvironment, machine: Machine, request: Request) -> str:
@@ -57,54 +57,36 @@ def standing_verdict(store: Store, keys: Keys) -> int | None:
     return None
 
 
-def read_or_create_run(store: Store, keys: Keys, env: RunEnvironment, request: Request) -> RunRecord:
-    """``run.json`` as submitted; a run that was started by hand or by a bare ``sky`` gets it here.
-
-    Raises InputError when the config is wrong, or the data is not what the run was submitted with.
-    """
-    data = store.read(keys.run)
-    if data is None:
-        store.create(keys.run, _new_run(keys, env, request).to_bytes())
-        data = store.read(keys.run)
-    if data is None:
-        raise StoreError(f"{keys.run}: written, but not there when read back")
-    return RunRecord.from_bytes(data, keys.run)
-
-
-def _new_run(keys: Keys, env: RunEnvironment, request: Request) -> RunRecord:
-    path = request.config_path or env.config
-    if not path:
-        raise InputError("command line", "no config", remedy="python -m spotune.sft CONFIG")
-    parse_save_every(env.save_every, "SPOTUNE_SAVE_EVERY")
-    profile = request.profile or env.profile
-    config = load_config(path, request.profile, request.overrides, default_profile=env.profile)
-    files = data_files(config, path)
-    return RunRecord(
-        run_id=keys.run_id,
-        created_at=time.time(),
-        user=env.user,
-        config_path=path,
-        profile=profile,
-        overrides=list(request.overrides),
-        config=config,
-        config_sha256=fingerprint(config),
-        data_sha256=data_sha256(config, files),
-        data_files=files,
-        save_every=env.save_every,
-        versions={"spotune": __version__},
-    )
-
-
 def check_data(run: RunRecord) -> None:
-    """Raises InputError when the training data is not what the run was submitted with."""
+    """Raises InputError when the training data is not what the record in force says."""
     files = data_files(run.config, run.config_path)
     if data_sha256(run.config, files) != run.data_sha256:
-        before = {file["url"]: file for file in run.data_files}
-        changed = [file["url"] for file in files if before.get(file["url"]) != file] or ["files were added or removed"]
-        remedy = "put it back, or submit a new run"
+        changed = few(changed_files(run.data_files, files, "url") or ("its fingerprint",))
+        what = f"training data changed since the run began: {changed}"
+        raise InputError(run.config_path, what, key="data", remedy=_remedy(run))
+
+
+def check_model(run: RunRecord, cache: Path | None = None) -> None:
+    """Raises InputError when the base model is not what the record in force says; may read all of it.
+
+    ``cache``: this machine's folder for hashes of large files. A record without a fingerprint says nothing.
+    """
+    if not run.model_sha256:
+        return
+    files = model_files(run.config, run.config_path, cache)
+    if model_sha256(files) == run.model_sha256:
+        return
+    key = "model_name_or_path"
+    if any("sha256" in file for file in run.model_files) and not any("sha256" in file for file in files):
         raise InputError(
-            run.config_path, f"training data changed since submission: {changed[0]}", key="data", remedy=remedy
+            run.config_path, f"no folder {run.config[key]} on this machine", key=key, remedy="put it there"
         )
+    changed = few(changed_files(run.model_files, files, "name") or ("its fingerprint",))
+    raise InputError(run.config_path, f"model changed since the run began: {changed}", key=key, remedy=_remedy(run))
+
+
+def _remedy(run: RunRecord) -> str:
+    return f"put it back, or spotune resume {run.run_id} {FLAG}"
 
 
 def claim_attempt(store: Store, keys: Keys, machine: Machine, at_least: int = 1) -> AttemptRecord:

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from spotune.contracts.errors import Fenced, InputError, SpotuneError, StoreErro
 from spotune.contracts.events import EndReason
 from spotune.contracts.exchange import Job, Outcome
 from spotune.contracts.extras import asked_for
-from spotune.contracts.records import Certificate, Commit
+from spotune.contracts.records import Certificate, Commit, RunRecord
+from spotune.contracts.revisions import record_history
 from spotune.guard import admission
 from spotune.guard.context import Context
 from spotune.guard.extras import Extras
@@ -30,6 +32,7 @@ from spotune.guard.trackers import rebuild_offline, tracker_environ
 from spotune.guard.watch import Watch
 
 CERTIFY_PAUSE_S = 15.0
+BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 Ending = tuple[int, EndReason, str]  # exit code, reason for the report, one line for people
 
@@ -58,8 +61,7 @@ class Attempt:
             code, reason, message = error.exit_code, "failed", str(error)
         except SpotuneError as error:
             code, reason, message = error.exit_code, self._reason_of(error), str(error)
-        faulted = code == exits.PREEMPTED and reason == "failed"
-        if faulted and is_second_fault(self.context.store, self.context.keys, self.context.attempt):
+        if code == exits.PREEMPTED and reason == "failed" and self._is_second_fault():
             code, message = exits.FAILED, f"two attempts in a row failed and committed nothing: {message}"
         if code in (exits.FAILED, exits.BAD_INPUT):
             self._mark_failed(code, message)
@@ -67,6 +69,12 @@ class Attempt:
             say(message, bare=True)
         self._close(code, reason, message)
         return code
+
+    def _is_second_fault(self) -> bool:
+        try:
+            return is_second_fault(self.context.store, self.context.keys, self.context.attempt)
+        except StoreError:  # then that is the fault, and no other is known of
+            return False
 
     def _reason_of(self, error: SpotuneError) -> EndReason:
         if isinstance(error, Fenced):
@@ -78,7 +86,7 @@ class Attempt:
         self._newest = newest_commit(context.store, context.keys)
         toll = Toll(self._newest.saving if self._newest else None)
         self.journal.listen(toll.take)
-        job = make_job(context, self._newest)
+        job = make_job(context, self._newest, record_history(context.store, context.keys))
         exchange.write_json(context.folder / exchange.JOB, job)
         self.watch = Watch(context, job, self.journal, self.leader, self.notices, toll)
         trackers, port = tracker_environ(context.run, context.environ), free_port()
@@ -169,9 +177,12 @@ class Attempt:
             shutil.rmtree(self.context.folder, ignore_errors=True)
 
 
-def make_job(context: Context, newest: Commit | None) -> Job:
+def make_job(context: Context, newest: Commit | None, history: Sequence[RunRecord]) -> Job:
     """What the ranks are told; the newest commit says how the run was made so far."""
     config = context.run.config
+    made_with = [record.config for record in history if newest and record.config_sha256 == newest.config_sha256]
+    # Where the rows of a step were changed on purpose, the config says how many they are, whatever the ranks.
+    is_kept = not made_with or all(config.get(key) == made_with[-1].get(key) for key in BATCH)
     save_every = parse_save_every(context.run.save_every)
     is_fixed = bool(save_every.steps or save_every.seconds)
     return Job(
@@ -179,10 +190,10 @@ def make_job(context: Context, newest: Commit | None) -> Job:
         attempt=context.attempt,
         config=config,
         config_path=context.run.config_path,
-        cache=str(context.cache),
+        cache=str(context.cache / "datasets"),
         save_steps=save_every.steps,
         save_seconds=save_every.seconds,
         save_as_config=not is_fixed and ("save_steps" in config or "save_strategy" in config),
         threads=newest.threads if newest else None,
-        global_batch=(newest.global_batch or None) if newest else None,
+        global_batch=newest.global_batch or None if newest and is_kept else None,
     )

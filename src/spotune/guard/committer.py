@@ -73,6 +73,7 @@ def commit_checkpoint(
         threads=staged.threads,
         config_sha256=lineage.run.config_sha256,
         data_sha256=lineage.run.data_sha256,
+        model_sha256=lineage.run.model_sha256,
         versions=staged.versions,
         committed_at=time.time(),
         best_step=staged.best_step,

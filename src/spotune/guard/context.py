@@ -16,7 +16,7 @@ class Context:
 
     Attributes:
         scratch: this run's folder on the local disk, with a folder for each attempt.
-        cache: a folder that stays, for data sets.
+        cache: a folder that stays: data sets, and what is known of files.
         status_file: a local file to keep current, empty for none.
         patience_s: for how long training goes on without a bucket before the attempt ends.
     """

@@ -7,7 +7,7 @@ becomes of extras, the run stays SUCCEEDED.
 
 import time
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from spotune.contracts.environment import BUCKET, RUN_ID
 from spotune.contracts.errors import Fenced, SpotuneError, StoreError
@@ -16,8 +16,9 @@ from spotune.contracts.extras import CONFIG_KEYS, EXTRAS, MERGE, MERGED, PUSH, E
 from spotune.contracts.holds import reach
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Certificate, Record, RunRecord
+from spotune.contracts.revisions import record_in_force
 from spotune.contracts.store import Store
-from spotune.guard.admission import check_fence
+from spotune.guard.admission import check_fence, check_model
 from spotune.guard.context import Context
 from spotune.guard.extra_process import run_extra
 from spotune.guard.finish import certificate_of, fetch_result, send
@@ -36,12 +37,19 @@ class TakenAway(Exception):
     """The machine goes: what has no mark yet is left to the next attempt."""
 
 
-def owed_extras(store: Store, keys: Keys) -> tuple[str, ...]:
-    """The extras that the config of a certified run asks for and that have no mark."""
-    data = store.read(keys.run)
-    wanted = asked_for(RunRecord.from_bytes(data, keys.run).config) if data else ()
+class Debt(NamedTuple):
+    """What a certified run owes, by name."""
+
+    run: RunRecord
+    names: tuple[str, ...]
+
+
+def debt_of(store: Store, keys: Keys) -> Debt | None:
+    """The extras that the config of a certified run asks for and that have no mark, None when there is none."""
+    run = record_in_force(store, keys)
     marks = {MERGE: keys.merge_completed, PUSH: keys.pushed}
-    return tuple(name for name in wanted if not store.exists(marks[name]))
+    names = tuple(name for name in asked_for(run.config) if not store.exists(marks[name])) if run else ()
+    return Debt(run, names) if run and names else None
 
 
 class Extras:
@@ -87,16 +95,17 @@ class Extras:
 
     def _merge(self) -> None:
         context, keys, folder = self.context, self.context.keys, self.context.folder / MERGED
+        check_model(context.run, context.cache)  # the base may have changed since, or not be on this machine
         facts = self._process(MERGE)
         reach("merged")
 
-        def sent() -> None:
+        def uploaded() -> None:
             reach("merged-uploaded")
             self._heed()
 
         def upload() -> Certificate:
-            check_fence(context.store, keys, context.attempt)
-            files = send(context.store, folder, keys.merged, sent)
+            self._fence()
+            files = send(context.store, folder, keys.merged, self._fence, uploaded)
             return certificate_of(keys, context.attempt, self.certificate.step, folder, files)
 
         self._mark(keys.merge_completed, self._patiently(upload))
@@ -119,7 +128,7 @@ class Extras:
     def _process(self, name: str) -> dict[str, str]:
         """What the process that does the extra says of it. Raises SpotuneError, with its reason, when it failed."""
         context, certificate = self.context, self.certificate
-        check_fence(context.store, context.keys, context.attempt)
+        self._fence()
         job = ExtraJob(context.keys.run_id, certificate.step, certificate.weights_sha256, context.run.config)
         write_json(context.folder / EXTRAS, job)
         answer = run_extra(name, context.folder, job.config, context.environ, self._wait)
@@ -129,10 +138,13 @@ class Extras:
 
     def _mark(self, key: str, record: Record) -> None:
         def mark() -> None:
-            check_fence(self.context.store, self.context.keys, self.context.attempt)
+            self._fence()
             self.context.store.create(key, record.to_bytes())
 
         self._patiently(mark)
+
+    def _fence(self) -> None:
+        check_fence(self.context.store, self.context.keys, self.context.attempt)
 
     def _patiently(self, work: Callable[[], Result]) -> Result:
         """Does it again while the bucket is away, for as long as it may be."""

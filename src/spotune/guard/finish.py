@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.errors import StoreError
+from spotune.contracts.errors import SpotuneError, StoreError
 from spotune.contracts.exchange import OUTPUT
 from spotune.contracts.fingerprint import file_facts
 from spotune.contracts.holds import reach
@@ -29,11 +29,15 @@ def certify(store: Store, keys: Keys, attempt: int, step: int, folder: Path) -> 
 
     Safe to be cut off anywhere and repeated. Raises Fenced or StoreError.
     """
-    check_fence(store, keys, attempt)
-    files = send(store, folder / OUTPUT, keys.output, lambda: reach("result-uploaded"))
-    certificate = certificate_of(keys, attempt, step, folder / OUTPUT, files)
+
+    def fence() -> None:
+        check_fence(store, keys, attempt)
+
+    fence()
+    files = send(store, folder / OUTPUT, keys.output, fence, lambda: reach("result-uploaded"))
     reach("result-read")
-    check_fence(store, keys, attempt)
+    certificate = certificate_of(keys, attempt, step, folder / OUTPUT, files)
+    fence()
     store.create(keys.completed, certificate.to_bytes())
     reach("certified")
     data = store.read(keys.completed)
@@ -42,21 +46,29 @@ def certify(store: Store, keys: Keys, attempt: int, step: int, folder: Path) -> 
     return Certificate.from_bytes(data, keys.completed)
 
 
-def send(store: Store, source: Path, prefix: str, sent: Callable[[], None]) -> Facts:
-    """Uploads all files below ``source`` to ``prefix``, reads each back, and returns their facts.
+def send(store: Store, source: Path, prefix: str, fence: Callable[[], None], uploaded: Callable[[], None]) -> Facts:
+    """Uploads all files below ``source`` to ``prefix``, reads each back, and returns their facts. Raises StoreError.
 
-    ``sent`` is called when a file has been uploaded, before it is read back. Raises StoreError.
+    Args:
+        fence: raises Fenced for an attempt that must not remove what lies there.
+        uploaded: called when a file has been uploaded, before it is read back.
     """
 
     def put(path: Path) -> tuple[str, dict[str, Any]]:
-        name = path.relative_to(source).as_posix()
-        store.upload(path, f"{prefix}/{name}")
-        sent()
-        with tempfile.TemporaryDirectory(dir=source.parent) as back:
-            found = store.download(f"{prefix}/{name}", Path(back, path.name))
-        facts = file_facts(path)
-        if found != facts:
-            raise StoreError(f"{prefix}/{name}: read back, it is not what was uploaded")
+        name, facts = path.relative_to(source).as_posix(), file_facts(path)
+        key = f"{prefix}/{name}"
+        with tempfile.TemporaryDirectory(dir=source.parent) as folder:
+            back = Path(folder, "back")
+            # Create-only, and removed only by who is not fenced: a zombie that wakes up in here must not put its own
+            # result under a certificate that its successor has written.
+            while not store.upload_new(path, key):
+                if store.download(key, back) == facts:
+                    return name, facts
+                fence()
+                store.delete([key])
+            uploaded()
+            if store.download(key, back) != facts:
+                raise StoreError(f"{key}: read back, it is not what was uploaded")
         return name, facts
 
     with ThreadPoolExecutor(THREADS) as pool:
@@ -79,7 +91,7 @@ def certificate_of(keys: Keys, attempt: int, step: int, source: Path, files: Fac
 
 
 def fetch_result(store: Store, keys: Keys, certificate: Certificate, target: Path) -> None:
-    """Downloads the certified result; raises StoreError when a file is not as certified."""
+    """Downloads the certified result; raises SpotuneError when a file is not as certified."""
 
     def get(name: str) -> None:
         for _ in range(TRIES):  # the way here may be at fault, not what lies there
@@ -87,8 +99,8 @@ def fetch_result(store: Store, keys: Keys, certificate: Certificate, target: Pat
                 if store.download(f"{keys.output}/{name}", target / name) == certificate.files[name]:
                     return
             except FileNotFoundError as error:
-                raise StoreError(f"{keys.output}/{name}: certified, but not there") from error
-        raise StoreError(f"{keys.output}/{name}: not what was certified (sha256)")
+                raise SpotuneError(f"{keys.output}/{name}: certified, but not there") from error
+        raise SpotuneError(f"{keys.output}/{name}: not what was certified (sha256)")
 
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(get, certificate.files))

@@ -6,26 +6,28 @@ import sys
 from collections.abc import Mapping
 
 from spotune.contracts import exits
+from spotune.contracts.change import FLAG
 from spotune.contracts.config import parse_flags
 from spotune.contracts.environment import RunEnvironment
 from spotune.contracts.errors import InputError, SpotuneError
 from spotune.contracts.holds import reach
 from spotune.contracts.keys import Keys
-from spotune.contracts.store import Store
+from spotune.contracts.store import Patience, Store
 from spotune.guard import admission
 from spotune.guard.aftercare import finish_owed
 from spotune.guard.attempt import Attempt
 from spotune.guard.context import Context
-from spotune.guard.extras import owed_extras
+from spotune.guard.extras import debt_of
 from spotune.guard.follower import Follower
 from spotune.guard.leaving import departure, stay_until_killed
 from spotune.guard.machine import Machine
 from spotune.guard.metadata.places import sources_for
 from spotune.guard.metadata.watcher import Watcher
 from spotune.guard.notices import Notices
+from spotune.guard.record import read_or_create_run
 from spotune.guard.say import say
 
-USAGE = "python -m spotune.sft CONFIG [--profile P] [--set key=value]... [TRL's own flags]"
+USAGE = "python -m spotune.sft CONFIG [--profile P] [--set key=value]... [--allow-config-change] [TRL's own flags]"
 
 
 def main(argv: list[str]) -> int:
@@ -39,18 +41,20 @@ def main(argv: list[str]) -> int:
 
 
 def parse_arguments(argv: list[str]) -> admission.Request:
-    """CONFIG, --profile and --set; every other flag is TRL's own and becomes an override."""
+    """CONFIG, --profile, --set and our flag; every other flag is TRL's own and becomes an override."""
     parser = argparse.ArgumentParser(prog="python -m spotune.sft", usage=USAGE, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", default="", metavar="CONFIG", help="as `trl sft` takes it")
     parser.add_argument("--profile", default="")
     parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument(FLAG, action="store_true", help="follow CONFIG though the run began with another one")
     # CONFIG is the first word or comes by --config; a later bare word is the value of the flag before it.
     named = argv[:1] if argv and not argv[0].startswith("-") else []
     try:
         known, flags = parser.parse_known_args(argv[len(named) :])
     except argparse.ArgumentError as error:
         raise InputError("command line", str(error), remedy=USAGE) from error
-    return admission.Request((named or [known.config])[0], known.profile, (*parse_flags(flags), *known.sets))
+    overrides = (*parse_flags(flags), *known.sets)
+    return admission.Request((named or [known.config])[0], known.profile, overrides, known.allow_config_change)
 
 
 def run_attempt(request: admission.Request, notices: Notices, environ: Mapping[str, str]) -> int:
@@ -79,18 +83,18 @@ def work(
     request: admission.Request, env: RunEnvironment, machine: Machine, notices: Notices, environ: Mapping[str, str]
 ) -> int:
     """The exit code of what there was to do."""
-    store = Store(env.bucket)
+    store = Store(env.bucket, Patience(deadline_s=min(Patience.deadline_s, env.patience_s)))
     keys = Keys(admission.choose_run_id(env, machine, request))
     verdict = admission.standing_verdict(store, keys)
-    owed = owed_extras(store, keys) if verdict == exits.SUCCEEDED and not machine.node_rank else ()
-    if verdict is not None and not owed:
+    debt = debt_of(store, keys) if verdict == exits.SUCCEEDED and not machine.node_rank else None
+    if verdict is not None and debt is None:
         return verdict
     if notices.given:
         return exits.PREEMPTED
     scratch = env.home / "work" / keys.run_id / f"node-{machine.node_rank}"
     if machine.node_rank:
         return Follower(store, keys, machine, scratch, notices).run(environ)
-    run = admission.read_or_create_run(store, keys, env, request)
+    run = debt.run if debt else read_or_create_run(store, keys, env, request)
     machine = Machine.read(environ, run.config.get("num_processes"))
     record = admission.claim_attempt(store, keys, machine, env.attempt)
     reach("claimed")
@@ -102,8 +106,8 @@ def work(
         machine=machine,
         environ=environ,
         scratch=scratch,
-        cache=env.home / "cache" / "datasets",
+        cache=env.cache,
         status_file=env.status_file,
         patience_s=env.patience_s,
     )
-    return finish_owed(context, notices, owed) if owed else Attempt(context, notices).run()
+    return finish_owed(context, notices, debt.names) if debt else Attempt(context, notices).run()

@@ -9,6 +9,7 @@ from spotune.contracts import exchange
 from spotune.contracts.errors import InputError, SpotuneError, StoreError
 from spotune.contracts.holds import reach
 from spotune.contracts.records import Commit
+from spotune.contracts.revisions import check_commit, record_history
 from spotune.guard import admission, adopt
 from spotune.guard.committer import Lineage, commit_checkpoint
 from spotune.guard.context import Context
@@ -46,6 +47,7 @@ class Restoring:
         began = time.monotonic()
         try:
             admission.check_data(self._context.run)
+            admission.check_model(self._context.run, self._context.cache)
             self._adopt()
             found = self._fetch()
             reach("restored")
@@ -73,16 +75,21 @@ class Restoring:
 
     def _fetch(self) -> Restored:
         """The newest good checkpoint; raises what went wrong when the bucket could not be read in several tries."""
-        folder = self._context.folder / exchange.TRAINER
+        store, keys, folder = self._context.store, self._context.keys, self._context.folder / exchange.TRAINER
+
+        def fetch() -> Restored:
+            history = record_history(store, keys)
+            return restore(store, keys, folder, lambda commit: check_commit(commit, history))
+
         for pause_s in PAUSES_S:
             try:
-                return restore(self._context.store, self._context.keys, folder)
+                return fetch()
             except InputError:
                 raise
             except (SpotuneError, OSError) as fault:
                 say(f"the checkpoint is not fetched yet: {fault}")
                 time.sleep(pause_s)
-        return restore(self._context.store, self._context.keys, folder)
+        return fetch()
 
     def _publish(self, ready: Ready) -> None:
         found, commit = ready.found, ready.commit

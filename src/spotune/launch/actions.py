@@ -2,16 +2,28 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
+from spotune.contracts.change import Change
 from spotune.contracts.errors import InputError, StoreError
 from spotune.contracts.exits import FAILED
 from spotune.contracts.keys import Keys
-from spotune.contracts.records import Mark
+from spotune.contracts.records import Mark, RunRecord
+from spotune.contracts.revisions import write_revision
 from spotune.launch.infra import ACTIVE, JobStatus
+from spotune.launch.revise import Edit, revise
 from spotune.launch.status import find_run
 from spotune.launch.workspace import Workspace
 
 RESUMABLE = ("FAILED", "CANCELLED", "PAUSED")
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """``is_queued``: whether the run is back in a queue; ``change``: what it goes on with that is new."""
+
+    is_queued: bool
+    change: Change = field(default_factory=Change)
 
 
 def cancel(workspace: Workspace, run_id: str, clock: Callable[[], float] = time.time) -> JobStatus:
@@ -35,24 +47,31 @@ def cancel(workspace: Workspace, run_id: str, clock: Callable[[], float] = time.
     return ended
 
 
-def resume(workspace: Workspace, run_id: str) -> bool:
-    """Lets a run that FAILED, was CANCELLED or is PAUSED go on, with nothing held against it.
+def resume(workspace: Workspace, run_id: str, edit: Edit | None = None) -> Resumed:
+    """Lets a run that FAILED, was CANCELLED or is PAUSED go on, with nothing held against it, and as edited.
 
-    Returns whether it is back in a queue; a run that was started by hand or by a bare ``sky`` is only cleared of what
-    held it back, and has to be started again where it was.
+    A run that was started by hand or by a bare ``sky`` is only cleared of what held it back, and has to be started
+    again where it was.
     """
     status = find_run(workspace, run_id)
     if status.state not in RESUMABLE:
         remedy = "it is finished" if status.state == "SUCCEEDED" else f"spotune logs -f {run_id}"
         raise InputError(run_id, f"is {status.state}: only {', '.join(RESUMABLE)} can be resumed", remedy=remedy)
-    keys = Keys(run_id)
-    store = workspace.store(status.bucket)
+    change, revision = revise(workspace, status, edit) if edit else (Change(), None)
+    return Resumed(go_on(workspace, status, revision if change else None), change)
+
+
+def go_on(workspace: Workspace, status: JobStatus, revision: RunRecord | None = None) -> bool:
+    """Puts a run that stands still back into its queue; returns False where there is none within reach."""
+    keys, store = Keys(status.run_id), workspace.store(status.bucket)
     is_queued = has_engine(workspace, status)
     if is_queued:
-        workspace.infra(status.infra).check_resumable(run_id)
+        workspace.infra(status.infra).check_resumable(status.run_id)
+    if revision:  # before the marks go: from then on an attempt may start
+        write_revision(store, keys, revision)
     store.delete([keys.failed, keys.cancelled, keys.paused])
     if is_queued:
-        workspace.infra(status.infra).resume(run_id)
+        workspace.infra(status.infra).resume(status.run_id)
     return is_queued
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from spotune import __version__
 from spotune.contracts import environment
+from spotune.contracts.basemodel import model_files, model_sha256
 from spotune.contracts.config import load_config
 from spotune.contracts.durations import parse_save_every
 from spotune.contracts.errors import InputError
@@ -24,7 +25,10 @@ from spotune.launch.task import Demand, Resources, demand_of, fill_in, load_task
 from spotune.launch.workspace import Workspace
 
 PRIORITIES = (-1000, 1000)
-_RESERVED = (environment.RUN_ID, environment.CONFIG, environment.PROFILE, environment.HOME, environment.STATUS_FILE)
+_RESERVED = (
+    *(environment.RUN_ID, environment.CONFIG, environment.PROFILE, environment.HOME, environment.STATUS_FILE),
+    environment.ALLOW_CONFIG_CHANGE,  # its command line is in the record alone: CONFIG would be read without it
+)
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,15 @@ class Wish:
     envs: tuple[str, ...] = ()
     secrets: tuple[str, ...] = ()
     kind: str = "prod"
+    allow_config_change: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a submission needs; ``offers`` are the candidates, cheapest first, ``chosen`` among them."""
+    """Everything that a submission needs; ``offers`` are the candidates, cheapest first, ``chosen`` among them.
+
+    ``allow_config_change``: a run of that id may go on with another config, data or model than it began with.
+    """
 
     record: RunRecord
     submission: Submission
@@ -57,6 +65,7 @@ class Plan:
     offers: list[PriceRow] = field(default_factory=list)
     chosen: PriceRow | None = None
     code: Code = field(default_factory=Code)
+    allow_config_change: bool = False
 
     @property
     def run_id(self) -> str:
@@ -75,6 +84,7 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
     config = load_config(wish.config_path, wish.profile, wish.overrides, wish.default_profile)
     check_model(config, wish.config_path)
     files = data_files(config, wish.config_path)
+    model = model_files(config, wish.config_path, workspace.env.cache)
     task_path, task = load_task(workspace.cwd)
     task = fill_in(task, _environment(wish, workspace, run_id), wish.resources, run_id)
     demand = _check_demand(demand_of(task, task_path), wish, task_path)
@@ -97,6 +107,8 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
         config_sha256=fingerprint(config),
         data_sha256=data_sha256(config, files),
         data_files=files,
+        model_sha256=model_sha256(model),
+        model_files=model,
         infra=infra,
         use_spot=demand.use_spot,
         priority=demand.priority,
@@ -117,7 +129,8 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
     )
     chosen = next(offer for offer in offers if offer.use_spot == demand.use_spot)
     offers = sorted(offers, key=lambda offer: offer.price_usd_per_hour)
-    return Plan(record, submission, workspace.env.bucket, infra, task_path, offers, chosen, code)
+    bucket, allow = workspace.env.bucket, wish.allow_config_change
+    return Plan(record, submission, bucket, infra, task_path, offers, chosen, code, allow)
 
 
 def _check_demand(demand: Demand, wish: Wish, task_path: Path) -> Demand:
@@ -176,6 +189,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "config": plan.record.config,
         "config_sha256": plan.record.config_sha256,
         "data_sha256": plan.record.data_sha256,
+        "model_sha256": plan.record.model_sha256,
         "offers": [vars(offer) for offer in plan.offers],
         "chosen": plan.chosen and vars(plan.chosen),
     }

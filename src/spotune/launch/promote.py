@@ -4,10 +4,12 @@ import time
 from dataclasses import replace
 from random import SystemRandom
 
+from spotune.contracts.basemodel import MODEL_KEYS
 from spotune.contracts.config import load_config
 from spotune.contracts.errors import InputError
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import RunRecord, fingerprint
+from spotune.contracts.revisions import record_in_force
 from spotune.launch.plan import Plan, Wish, make_plan
 from spotune.launch.status import find_run
 from spotune.launch.workspace import Workspace
@@ -16,8 +18,8 @@ from spotune.launch.workspace import Workspace
 def promote(source: str, wish: Wish, workspace: Workspace) -> Plan:
     """The plan of a new run from ``source``'s config file and overrides, under the profile that ``wish`` says.
 
-    Raises InputError when the config, the data or the code is not what ``source`` ran with: what was tried is what
-    goes to production. Overrides of the new command line come on top.
+    Raises InputError when the config, the data, the model or the code is not what ``source`` ran with: what was tried
+    is what goes to production. Overrides of the new command line come on top.
     """
     record = _record(source, workspace)
     then = load_config(record.config_path, record.profile, record.overrides, _default_profile(record))
@@ -29,6 +31,9 @@ def promote(source: str, wish: Wish, workspace: Workspace) -> Plan:
     plan = make_plan(wish, workspace, time.time, SystemRandom())
     if [_content(file) for file in plan.record.data_files] != [_content(file) for file in record.data_files]:
         raise InputError(source, "its data has changed since", remedy="submit the config itself")
+    is_same_model = all(plan.record.config.get(key) == record.config.get(key) for key in MODEL_KEYS)
+    if is_same_model and record.model_sha256 and plan.record.model_sha256 != record.model_sha256:
+        raise InputError(source, "its model has changed since", remedy="submit the config itself")
     if not record.code.get("commit") or not plan.record.code:
         raise InputError(source, "its code is not known: it was not submitted from a git commit")
     for fact, what in (("commit", "code"), ("diff_sha256", "uncommitted code")):
@@ -42,11 +47,10 @@ def promote(source: str, wish: Wish, workspace: Workspace) -> Plan:
 
 def _record(run_id: str, workspace: Workspace) -> RunRecord:
     status = find_run(workspace, run_id)
-    key = Keys(run_id).run
-    data = workspace.store(status.bucket).read(key)
-    if data is None:
+    record = record_in_force(workspace.store(status.bucket), Keys(run_id))
+    if record is None:
         raise InputError(run_id, "has no run.json in its bucket")
-    return RunRecord.from_bytes(data, key)
+    return record
 
 
 def _default_profile(record: RunRecord) -> str:

@@ -1,53 +1,115 @@
-"""A plan that was agreed to becomes a run: its record in the bucket, its job in an engine, or nothing at all."""
+"""A plan that was agreed to becomes a run: its record in the bucket, its job in an engine, or nothing at all.
+
+An id that is taken already: the same run is left alone, or goes on. With another config, data or model it goes on as
+a revision, if it stands still and what changed may change, by itself or because it was asked for.
+"""
 
 import json
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from spotune.contracts.change import FLAG, Change, admit, compare
 from spotune.contracts.errors import InputError
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import RunRecord
+from spotune.contracts.revisions import check_length, record_in_force, revised, write_revision
 from spotune.contracts.store import Store
-from spotune.launch.infra import ACTIVE, Infra
+from spotune.launch.actions import go_on
+from spotune.launch.infra import ACTIVE, Infra, JobStatus
 from spotune.launch.plan import Plan
 from spotune.launch.status import find_run
 from spotune.launch.workspace import Workspace
 
-Submitted = Literal["submitted", "active", "succeeded"]
+Outcome = Literal["submitted", "active", "succeeded", "resumed", "cleared"]
+OTHER_NAME = "choose another --name"
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """What has become of a plan.
+
+    ``submitted``: a new run. ``active``, ``succeeded``: the same run is under way, or finished, already. ``resumed``:
+    it goes on with a change. ``cleared``: the same, but it has to be started again where it was.
+    """
+
+    outcome: Outcome
+    change: Change = field(default_factory=Change)
+
+
+@dataclass(frozen=True)
+class Existing:
+    """The run that has a plan's id: ``status`` None when it was never handed to an engine."""
+
+    status: JobStatus | None
+    change: Change
+    revision: RunRecord
 
 
 def submit(plan: Plan, workspace: Workspace) -> Submitted:
-    """Submits the plan, or says what the run that has its id already is doing.
+    """Submits the plan, or lets the run that has its id already go on as planned.
 
-    Returns:
-        ``submitted``; ``active`` when the same run is under way; ``succeeded`` when it is finished.
-        Raises InputError when the id belongs to another config, or to a run that has ended otherwise.
+    Raises InputError when that run is another one, is under way as another one, or has ended and nothing changed.
     """
     store, infra = workspace.store(plan.bucket), workspace.infra(plan.infra)
     keys = Keys(plan.run_id)
-    if not store.create(keys.run, plan.record.to_bytes()):
-        _check_same(plan, store)
-        if infra.jobs([plan.run_id]) or store.folders(keys.attempts):
-            return _state_of_existing(plan, workspace)
+    if store.create(keys.run, plan.record.to_bytes()):
+        _enqueue(plan, store, infra, [keys.run])
+        return Submitted("submitted")
+    found = existing(plan, workspace)
+    if found is None:
+        raise InputError("--name", f"{plan.run_id} was taken and given up just now", remedy="try again")
+    if found.status is None:
         # run.json without a job: the launcher died in between. It is the same run, so this one goes on from there.
-    _enqueue(plan, store, infra)
-    return "submitted"
+        if found.change:
+            write_revision(store, keys, found.revision)
+        _enqueue(plan, store, infra, [keys.run, *store.keys(keys.revisions)])
+        return Submitted("submitted", found.change)
+    if not found.change:
+        return Submitted("succeeded" if found.status.state == "SUCCEEDED" else "active")
+    return Submitted("resumed" if go_on(workspace, found.status, found.revision) else "cleared", found.change)
 
 
-def check_submittable(plan: Plan, workspace: Workspace) -> None:
-    """Raises what ``submit`` would raise for a run that has the plan's id already; writes nothing."""
+def existing(plan: Plan, workspace: Workspace) -> Existing | None:
+    """The run that has the plan's id, None when there is none; raises what ``submit`` would raise. Writes nothing."""
     store, infra = workspace.store(plan.bucket), workspace.infra(plan.infra)
     keys = Keys(plan.run_id)
-    if store.read(keys.run) is None:
-        return
-    _check_same(plan, store)
-    if infra.jobs([plan.run_id]) or store.folders(keys.attempts):
-        _state_of_existing(plan, workspace)
+    record = record_in_force(store, keys)
+    if record is None:
+        return None
+    revision = revised(record, plan.record, plan.record.user, plan.record.created_at)
+    change = compare(record, revision)
+    is_started = infra.jobs([plan.run_id]) or store.folders(keys.attempts)
+    status = find_run(workspace, plan.run_id) if is_started else None
+    if not change:
+        if status and status.state not in (*ACTIVE, "SUCCEEDED"):
+            raise InputError(plan.run_id, f"has ended {status.state}", remedy=f"spotune resume {plan.run_id}")
+    else:
+        _check_open(plan, record, status, change)
+        remedy = f"{FLAG} to go on with it, or {OTHER_NAME}"
+        allowed = admit(change, plan.allow_config_change, "--name", f"{plan.run_id} exists with", remedy)
+        revision = replace(revision, allowed=allowed)
+        check_length(store, keys, revision)
+    return Existing(status, change, revision)
 
 
-def _enqueue(plan: Plan, store: Store, infra: Infra) -> None:
-    """Writes the code's state and hands the job over; whatever stops it, no trace of the run stays behind."""
+def _check_open(plan: Plan, record: RunRecord, status: JobStatus | None, change: Change) -> None:
+    """Raises InputError for a run that nothing may be changed of: finished, under way, or interactive."""
+    what = f"with {change.as_differing()}"
+    if status and status.state == "SUCCEEDED":
+        raise InputError("--name", f"{plan.run_id} is finished, {what}", remedy=OTHER_NAME)
+    if status and status.state in ACTIVE:
+        remedy = f"spotune cancel {plan.run_id} first, or {OTHER_NAME}"
+        raise InputError("--name", f"{plan.run_id} is under way {what}", remedy=remedy)
+    if "dev" in (record.kind, plan.record.kind):
+        raise InputError("--name", f"{plan.run_id} exists {what}", remedy=OTHER_NAME)
+
+
+def _enqueue(plan: Plan, store: Store, infra: Infra, written: list[str]) -> None:
+    """Writes the code's state and hands the job over; whatever stops it, no trace of the run stays behind.
+
+    ``written``: the keys that this submission has written already.
+    """
     keys = Keys(plan.run_id)
-    written = [keys.run]
     try:
         if plan.code.commit:
             written.append(f"{keys.code}/commit.json")
@@ -59,25 +121,3 @@ def _enqueue(plan: Plan, store: Store, infra: Infra) -> None:
     except BaseException:
         store.delete(written)
         raise
-
-
-def _check_same(plan: Plan, store: Store) -> None:
-    """Raises InputError when the run that has the id is another one."""
-    data = store.read(Keys(plan.run_id).run)
-    if data is None:
-        raise InputError("--name", f"{plan.run_id} was taken and given up just now", remedy="try again")
-    record = RunRecord.from_bytes(data, plan.run_id)
-    if record.config_sha256 != plan.record.config_sha256:
-        what = f"{plan.run_id} exists with another config ({record.config_path}, {record.config_sha256[:12]})"
-        raise InputError("--name", what, remedy="choose another --name")
-    if record.data_sha256 != plan.record.data_sha256:
-        raise InputError("--name", f"{plan.run_id} exists with other data", remedy="choose another --name")
-
-
-def _state_of_existing(plan: Plan, workspace: Workspace) -> Submitted:
-    status = find_run(workspace, plan.run_id)
-    if status.state == "SUCCEEDED":
-        return "succeeded"
-    if status.state in ACTIVE:
-        return "active"
-    raise InputError(plan.run_id, f"has ended {status.state}", remedy=f"spotune resume {plan.run_id}")

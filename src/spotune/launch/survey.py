@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+from spotune.contracts.basemodel import model_files, model_sha256
 from spotune.contracts.config import load_config, read_yaml
 from spotune.contracts.fingerprint import data_files, data_sha256
 from spotune.contracts.keys import RUNS
@@ -15,21 +17,25 @@ from spotune.launch.task import load_task
 from spotune.launch.workspace import Workspace
 
 
-def survey_config(path: str, profile: str, overrides: Iterable[str]) -> dict[str, Any]:
-    """Facts about a config that is in order, all of its profiles included; raises InputError for the first fault."""
+def survey_config(path: str, profile: str, overrides: Iterable[str], cache: Path | None = None) -> dict[str, Any]:
+    """Facts about a config that is in order, all of its profiles included; raises InputError for the first fault.
+
+    ``cache``: this machine's folder for hashes of large files.
+    """
     profiles = list(read_yaml(path).get("profiles") or {})
     for name in profiles:
         load_config(path, name)
     config = load_config(path, profile, overrides, default_profile="prod")
-    model = check_model(config, path)
+    origin = check_model(config, path)
     files = data_files(config, path)
     return {
         "config": path,
         "profiles": profiles,
         "profile": profile or ("prod" if "prod" in profiles else ""),
-        "model": f"{config['model_name_or_path']} ({model})",
+        "model": f"{config['model_name_or_path']} ({origin})",
         "data_files": [file["url"] for file in files],
         "data_sha256": data_sha256(config, files),
+        "model_sha256": model_sha256(model_files(config, path, cache)),
         "config_sha256": fingerprint(config),
     }
 

@@ -12,6 +12,7 @@ _MACHINE_ERRNOS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.ENE
 _MACHINE_WORDS = (
     *("CUDA error", "ECC error", "NCCL", "CUDNN_STATUS", "cuDNN error", "CUBLAS_STATUS", "device-side"),
     *("Connection closed by peer", "Connection reset by peer", "uncorrectable", "No CUDA GPUs are available"),
+    "DataLoader worker (pid",  # one was killed: out of memory. What a data set raises in one says "worker process"
 )
 _NETWORK_NAMES = (
     *("ConnectionError", "ConnectTimeout", "ReadTimeout", "ConnectError", "ReadError", "RemoteProtocolError"),

@@ -97,6 +97,28 @@ class SpotTrainer(SFTTrainer):
         self.saver.settle()  # it may be the one that is being written
         super()._load_best_model()
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Restores the states, but not settings: those are the config's, which may have been changed on purpose."""
+        asked = [{name: value for name, value in group.items() if name != "params"} for group in self._groups()]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        for group, settings in zip(self._groups(), asked, strict=True):
+            group.update({name: value for name, value in settings.items() if name != "lr"})
+        scheduler = self.lr_scheduler
+        if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            scheduler.base_lrs = [group["initial_lr"] for group in self._groups()]
+            rates = [
+                base * at(scheduler.last_epoch)
+                for base, at in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            ]
+            for group, rate in zip(self._groups(), rates, strict=True):
+                group["lr"] = rate
+            scheduler._last_lr = rates
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
     def extra(self) -> Extra:
         """This rank's state beside Trainer's own."""
         return Extra(

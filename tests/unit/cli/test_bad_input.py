@@ -37,12 +37,17 @@ COMMAND_LINES = {
     "bad --save-every": ([*TRAIN, "--save-every", "often"], "--save-every: 'often' is neither"),
     "bad --env": ([*TRAIN, "--env", "HOME"], "--env: 'HOME' is not NAME=value"),
     "--env of ours": ([*TRAIN, "--env", "SPOTUNE_RUN_ID=x"], "--env: SPOTUNE_RUN_ID is for spotune to set"),
+    "--env that reads the config again": (
+        [*TRAIN, "--env", "SPOTUNE_ALLOW_CONFIG_CHANGE=1"],
+        "--env: SPOTUNE_ALLOW_CONFIG_CHANGE is for spotune to set",
+    ),
     "unset secret": ([*TRAIN, "--secret", "NO_SUCH_TOKEN"], "--secret: NO_SUCH_TOKEN is not set here"),
     "secret with a value": ([*TRAIN, "--secret", "TOKEN=x"], "--secret: takes a name"),
     "no such preemptions": ([*TRAIN, "--preemptions", "none.jsonl"], "none.jsonl: no such file"),
     "unknown run to promote": (["train", "--from", "nobody", "-y"], "nobody: no such run"),
     "unknown run to cancel": (["cancel", "nobody", "-y"], "nobody: no such run"),
     "unknown run to resume": (["resume", "nobody"], "nobody: no such run"),
+    "unknown run to resume with a change": (["resume", "nobody", "--set", "max_steps=3"], "nobody: no such run"),
     "unknown run to preempt": (["preempt", "nobody", "--no-notice"], "nobody: no such run"),
     "unknown run's logs": (["logs", "nobody"], "nobody: no such run"),
     "preempt without a choice": (["preempt", "x"], "--notice 30s or --no-notice"),
@@ -138,6 +143,26 @@ def test_environment(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     for bucket in ("here", "file://relative/path", "ftp://x/y", "s3://"):
         monkeypatch.setenv("SPOTUNE_BUCKET", bucket)
         assert_one_line(project, TRAIN, "SPOTUNE_BUCKET: ")
+
+
+CHANGES = {
+    "without =": ("max_steps", "--set: 'max_steps' is not key=value"),
+    "an unknown key": ("max_step=3", "run-a: max_step: unknown key (did you mean max_steps?)"),
+    "the wrong kind": ("max_steps=many", "run-a: max_steps: 'many' is not a whole number"),
+    "no steps": ("max_steps=0", "run-a: max_steps: 0 steps train nothing"),
+    "no model": ("model_name_or_path=./none", "no such folder ./none"),
+    "no data": ("data=[{source: none.jsonl}]", "data[0].source: no file matches none.jsonl"),
+    "both kinds of data": ("dataset_name=x", "run-a: data: both data and dataset_name are given"),
+}
+
+
+@pytest.mark.parametrize(("change", "says"), CHANGES.values(), ids=CHANGES)
+def test_changes_of_a_run(project: Project, change: str, says: str) -> None:
+    project.submit()
+    project.run("cancel", "run-a", "-y")
+    project.infra.submissions.clear()
+    assert_one_line(project, ["resume", "run-a", "--set", change, "--allow-config-change"], says)
+    assert not project.store.keys("runs/run-a/revisions")
 
 
 def assert_one_line(project: Project, arguments: list[str], says: str) -> None:

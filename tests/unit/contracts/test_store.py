@@ -2,13 +2,18 @@
 
 import errno
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
+from typing import Any, BinaryIO
 
 import pytest
 
 from spotune.contracts.errors import InputError, StoreError
-from spotune.contracts.store import Store
+from spotune.contracts.fingerprint import file_facts
+from spotune.contracts.store import Patience, Store
+from spotune.contracts.store.objects import RANGE_BYTES
 from tests.conftest import reach
 
 
@@ -34,22 +39,127 @@ def test_create_happens_once(store: Store) -> None:
     assert store.read("runs/a/claim") == b"first"
 
 
-def test_of_many_creators_on_a_disk_one_wins(local_store: Store) -> None:
-    with ThreadPoolExecutor(16) as pool:
-        won = list(pool.map(lambda n: local_store.create("runs/a/claim", b"%d" % n), range(64)))
+@pytest.mark.parametrize("bucket", ["file", "s3"], indirect=True)
+@pytest.mark.parametrize("verb", ["create", "upload_new"])
+def test_of_many_creators_one_wins(verb: str, bucket: str, tmp_path: Path) -> None:
+    stores = [Store(bucket) for _ in range(8)]
+    together = Barrier(8)
+    for n in range(8):
+        (tmp_path / str(n)).write_bytes(b"%d" % n)
+
+    def claim(n: int) -> bool:
+        together.wait()
+        if verb == "create":
+            return stores[n].create("runs/a/claim", b"%d" % n)
+        return stores[n].upload_new(tmp_path / str(n), "runs/a/claim")
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(claim, range(8)))
     assert won.count(True) == 1
-    assert local_store.read("runs/a/claim") == b"%d" % won.index(True)
-    assert local_store.keys("runs") == ["runs/a/claim"]
+    assert stores[0].read("runs/a/claim") == b"%d" % won.index(True)
+    assert stores[0].keys("runs") == ["runs/a/claim"]
 
 
-def test_files_go_up_and_come_back(store: Store, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.write_bytes(os.urandom(6_000_000))
+@pytest.mark.parametrize("size", [0, 1, RANGE_BYTES, 2 * RANGE_BYTES + 1])
+def test_files_go_up_and_come_back(size: int, store: Store, tmp_path: Path) -> None:
+    source, back = tmp_path / "source", tmp_path / "new" / "back"
+    source.write_bytes(os.urandom(size))
     store.upload(source, "runs/a/big")
-    store.download("runs/a/big", tmp_path / "new" / "back")
-    assert (tmp_path / "new" / "back").read_bytes() == source.read_bytes()
+    assert store.upload_new(source, "runs/a/new")
+    assert not store.upload_new(tmp_path / "source", "runs/a/new")
+    for key in ("runs/a/big", "runs/a/new"):
+        assert store.download(key, back) == file_facts(source)
+        assert back.read_bytes() == source.read_bytes()
+    assert store.read("runs/a/big") == source.read_bytes()
+    store.upload(source, "runs/a/big")
+    assert store.keys("runs") == ["runs/a/big", "runs/a/new"]
+    assert [path.name for path in back.parent.iterdir()] == ["back"]
+
+
+def test_what_is_not_there_is_not_downloaded(store: Store, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        store.download("runs/a/gone", tmp_path / "gone")
+        store.download("runs/a/gone", tmp_path / "new" / "gone")
+    with pytest.raises(FileNotFoundError, match="source"):
+        store.upload(tmp_path / "source", "runs/a/x")
+    assert not store.exists("runs/a/x")
+    assert list(tmp_path.glob("new/*")) == []
+
+
+def test_a_disk_bucket_takes_and_gives_hard_links(local_store: Store, tmp_path: Path) -> None:
+    source, link = tmp_path / "source", tmp_path / "link"
+    source.write_bytes(b"data")
+    link.symlink_to(source)
+    local_store.upload(link, "runs/a/x")
+    local_store.upload(link, "runs/a/x")
+    local_store.download("runs/a/x", tmp_path / "back")
+    stored = tmp_path / "bucket" / "runs" / "a" / "x"
+    assert stored.stat().st_ino == source.stat().st_ino == (tmp_path / "back").stat().st_ino
+    assert [path.name for path in stored.parent.iterdir()] == ["x"]
+
+
+def refuse_link(source: Path, target: Path) -> None:
+    raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+
+def test_a_disk_bucket_elsewhere_copies(local_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(3_000_001))
+    monkeypatch.setattr(os, "link", refuse_link)
+    local_store.upload(source, "runs/a/x")
+    assert local_store.download("runs/a/x", tmp_path / "back") == file_facts(source)
+    stored = tmp_path / "bucket" / "runs" / "a" / "x"
+    assert len({path.stat().st_ino for path in (source, stored, tmp_path / "back")}) == 3
+    assert (tmp_path / "back").read_bytes() == source.read_bytes()
+
+
+def test_a_file_server_that_restarts_is_waited_for(local_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    replies = [OSError(errno.ESTALE, "Stale file handle")] * 2
+
+    def link(source: Path, target: Path, real: Callable[[Path, Path], None] = os.link) -> None:
+        if replies:
+            raise replies.pop()
+        real(source, target)
+
+    monkeypatch.setattr(os, "link", link)
+    store = Store(local_store.url, Patience(deadline_s=5.0, first_wait_s=0.01))
+    assert store.create("runs/a/x", b"1")
+    replies += [OSError(errno.ESTALE, "Stale file handle")] * 100
+    with pytest.raises(StoreError, match="runs/a/y: cannot create: .*Stale"):
+        Store(local_store.url, Patience(deadline_s=0.1, first_wait_s=0.01)).create("runs/a/y", b"1")
+    assert store.keys("runs") == ["runs/a/x"]
+
+
+def test_unfinished_uploads_are_removed(store: Store, tmp_path: Path) -> None:
+    """Only those below the folder; the S3 server says that all were begun in 2010."""
+    keys = ["runs/a/one", "runs/a/deep/two", "runs/ab/three"]
+    store.write("runs/a/whole", b"1")
+    if store.url.startswith("s3"):
+        root = store.url.removeprefix("s3://spotune/")
+        for name in (*(f"{root}/{key}" for key in keys), f"{root}-other/runs/a/four"):
+            s3_client().create_multipart_upload(Bucket="spotune", Key=name)
+    elif store.is_local:
+        keys = [f"{key.rpartition('/')[0]}/.part-{n}" for n, key in enumerate(keys)]
+        for key in keys:
+            path = tmp_path / "bucket" / key
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("half")
+    else:
+        assert store.abort_uploads("runs/a", 0.0) == []
+        return
+    assert store.abort_uploads("runs/a", 1e9) == []
+    assert sorted(store.abort_uploads("runs/a", 0.0)) == sorted(keys[:2])
+    assert store.abort_uploads("runs/a", 0.0) == []
+    assert store.keys("runs") == ["runs/a/whole"]
+    assert store.abort_uploads("runs", 0.0) == keys[2:]
+    if store.url.startswith("s3"):
+        left = s3_client().list_multipart_uploads(Bucket="spotune", Prefix=f"{root}-other/")["Uploads"]
+        assert [upload["Key"] for upload in left] == [f"{root}-other/runs/a/four"]
+
+
+def s3_client() -> Any:
+    import boto3
+
+    return boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
 
 
 @pytest.mark.parametrize("place", ["file/bucket", "file"])
@@ -75,6 +185,37 @@ def test_a_full_disk_is_worth_another_machine(local_store: Store, monkeypatch: p
     monkeypatch.setattr(os, "fsync", fill)
     with pytest.raises(StoreError, match="cannot write: .*No space left"):
         local_store.write("runs/a/x", b"1")
+
+
+def full_device(path: Path, mode: str, buffering: int) -> BinaryIO:
+    return open("/dev/full", "wb", buffering=buffering)
+
+
+def test_a_full_local_disk_is_said_as_it_is(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.write("runs/a/x", b"data")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", refuse_link)
+        patch.setattr("spotune.contracts.store.download.open", full_device, raising=False)
+        with pytest.raises(OSError, match="No space left") as error:
+            store.download("runs/a/x", tmp_path / "back")
+    assert error.value.errno == errno.ENOSPC
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("bucket", ["s3", "gs"], indirect=True)
+def test_an_upload_that_arrives_short_is_an_error(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "source").write_bytes(b"data")
+    api = store._bucket._api  # type: ignore[attr-defined]
+    real = api.put
+
+    async def cut(client: Any, path: str, data: bytes, token: str, new: bool) -> None:
+        await real(client, path, data[:-1], token, new)
+
+    monkeypatch.setattr(api, "put", cut)
+    with pytest.raises(StoreError, match="runs/a/x: cannot upload: 3 bytes are stored, 4 were uploaded"):
+        store.upload(tmp_path / "source", "runs/a/x")
 
 
 @pytest.mark.parametrize("url", ["bucket", "file://relative", "s3://", "ftp://x/y", "file:///", ""])

@@ -1,5 +1,6 @@
 """Commit, restore and retention on every kind of bucket."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,21 @@ def make_context(store: Store, folder: Path, attempt: int = 1) -> Context:
     return Context(store, KEYS, RUN, record, Machine.read({}), {}, folder / "scratch", folder / "cache", "", 60.0)
 
 
+@pytest.fixture(autouse=True)
+def close_journals() -> Iterator[None]:
+    """Each test closes the journals that it has opened."""
+    yield
+    while _open:
+        _open.pop().close()
+
+
+_open: list[Journal] = []
+
+
 def make_committer(store: Store, folder: Path, attempt: int = 1, keep: int = 2) -> Committer:
     context = make_context(store, folder, attempt)
     journal = Journal(store, KEYS, attempt, folder / "events")
+    _open.append(journal)
     retention = Retention(store, KEYS, attempt, keep)
     return Committer(context, Lineage(RUN, attempt, "", 0), retention, journal, lambda step: {}, Toll())
 

@@ -152,10 +152,10 @@ def test_when_to_save(
     run = replace(RUN, config=config, save_every=save_every)
     record = AttemptRecord(run_id="a-run", attempt=1, claimed_at=0, claim_id="x")
     context = Context(local_store, KEYS, run, record, Machine.read({}), {}, tmp_path, tmp_path, "", 60.0)
-    job = make_job(context, None)
+    job = make_job(context, None, [])
     assert (job.save_steps, job.save_seconds, job.save_as_config) == rule
     assert (job.threads, job.global_batch) == (None, None)
-    job = make_job(context, Commit(run_id="a-run", step=1, attempt=1, threads=2, global_batch=8, files={}))
+    job = make_job(context, Commit(run_id="a-run", step=1, attempt=1, threads=2, global_batch=8, files={}), [])
     assert (job.threads, job.global_batch) == (2, 8)
 
 

@@ -1,0 +1,200 @@
+"""What differs between two records of one run, and what of it may change without being asked for.
+
+Keys that may change freely (``FREE``), since what was trained so far is what it would have been with them:
+
+* training length: later steps are more of the same. A schedule that ends with the training is stretched.
+* logging: nothing of it reaches the weights.
+* saving: when a checkpoint is taken and where the result goes; every checkpoint holds the whole state.
+* what spotune does not follow (``resume_from_checkpoint``, ``save_only_model``, ``enable_jit_checkpoint``).
+* ``num_processes``: as many as the next machine has. Whether the global batch is kept is decided at the restore.
+* evaluation, as long as it only looks: it does not move training's randomness, and its rows are held out whether it
+  runs or not. Not where the best model is kept, and not under a schedule that follows the metric.
+
+Everything else (model, data, optimizer, batch, precision, seeds, loading, ``env``) makes another training of it.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from spotune.contracts.basemodel import MODEL_KEYS
+from spotune.contracts.config import schema
+from spotune.contracts.errors import InputError
+from spotune.contracts.fingerprint import DATA_KEYS
+from spotune.contracts.records import RunRecord
+
+FLAG = "--allow-config-change"
+LENGTH = frozenset("max_steps num_train_epochs".split())
+LOGGING = frozenset(
+    "logging_strategy logging_first_step logging_steps logging_nan_inf_filter report_to run_name project disable_tqdm"
+    " log_level log_level_replica log_on_each_node include_num_input_tokens_seen skip_memory_metrics"
+    " trackio_space_id trackio_bucket_id trackio_static_space_id".split()
+)
+SAVING = frozenset(
+    "save_every save_strategy save_steps save_total_limit save_on_each_node output_dir push_to_hub hub_model_id"
+    " hub_strategy hub_token hub_private_repo hub_always_push hub_revision merge_adapter".split()
+)
+NOT_FOLLOWED = frozenset("resume_from_checkpoint save_only_model enable_jit_checkpoint".split())
+EVALUATION = frozenset(
+    "do_eval do_predict eval_strategy eval_steps eval_delay eval_on_start eval_accumulation_steps eval_packing"
+    " eval_do_concat_batches eval_use_gather_object per_device_eval_batch_size batch_eval_metrics"
+    " prediction_loss_only include_for_metrics".split()
+)
+FREE = LENGTH | LOGGING | SAVING | NOT_FOLLOWED | {"num_processes"}
+_FOLLOWS_THE_METRIC = ("reduce_lr_on_plateau", "greedy")
+_SHOWN = 60  # characters of a value
+_SECRET = re.compile(r"token|secret|passw|credential|api_?key|access_?key", re.IGNORECASE)
+_NOT_SET = "not set"
+
+
+@dataclass(frozen=True)
+class KeyChange:
+    """A key with another value, both as text for people; ``key`` names a place inside a value as ``data[0].weight``."""
+
+    key: str
+    before: str
+    after: str
+    is_free: bool
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.before} -> {self.after}"
+
+
+@dataclass(frozen=True)
+class Change:
+    """What differs; ``data`` and ``model`` name files whose contents do. Falsy when nothing does."""
+
+    keys: tuple[KeyChange, ...] = ()
+    data: tuple[str, ...] = ()
+    model: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.keys or self.data or self.model)
+
+    def __str__(self) -> str:
+        parts = [str(change) for change in self.keys]
+        parts += [f"data: {few(self.data)}"] if self.data else []
+        parts += [f"model: {few(self.model)}"] if self.model else []
+        return "; ".join(parts)
+
+    @property
+    def bound(self) -> list[str]:
+        """What of it may not change by itself."""
+        found = [change.key for change in self.keys if not change.is_free]
+        return found + ["data"] * bool(self.data) + ["model"] * bool(self.model)
+
+    def as_differing(self) -> str:
+        """``another config: seed: 1 -> 2``, ``other data: a.jsonl``, ``another model: model.safetensors``."""
+        return f"another config: {self}" if self.keys else f"{'other' if self.data else 'another'} {self}"
+
+    def as_followed(self) -> str:
+        """The change, and what it does to the position in the data."""
+        moves = self.data or any(top_level(change.key) in DATA_KEYS for change in self.keys)
+        return f"{self}; goes on at the same step and position, now in the new data" if moves else str(self)
+
+
+def compare(before: RunRecord, after: RunRecord) -> Change:
+    """What differs between two records of one run. A model that nobody took a fingerprint of is taken as unchanged."""
+    changes = compare_configs(
+        {**before.config, "save_every": before.save_every or None},
+        {**after.config, "save_every": after.save_every or None},
+    )
+    tops = {top_level(change.key) for change in changes}
+    data: tuple[str, ...] = ()
+    if before.data_sha256 != after.data_sha256 and not tops & set(DATA_KEYS):
+        data = changed_files(before.data_files, after.data_files, "url") or ("its fingerprint",)
+    model: tuple[str, ...] = ()
+    if before.model_sha256 and before.model_sha256 != after.model_sha256 and not tops & set(MODEL_KEYS):
+        model = changed_files(before.model_files, after.model_files, "name") or ("its fingerprint",)
+    return Change(changes, data, model)
+
+
+def admit(change: Change, allowed: bool, where: object, what: str, remedy: str) -> list[str]:
+    """The bound part of a change, when it is allowed or empty; raises InputError naming every change."""
+    if change.bound and not allowed:
+        raise InputError(where, f"{what} {change.as_differing()}", remedy=remedy)
+    return change.bound
+
+
+def compare_configs(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[KeyChange, ...]:
+    """The keys that differ in meaning, sorted: a default that is written out is none, and ``1e-3`` is 0.001."""
+    free = FREE | (EVALUATION if _only_looks(before) and _only_looks(after) else frozenset())
+    found = []
+    for key in sorted(before.keys() | after.keys()):
+        old, new = _leaves(key, _value(key, before)), _leaves(key, _value(key, after))
+        found += [
+            KeyChange(leaf, _shown(leaf, old), _shown(leaf, new), key in free)
+            for leaf in sorted(old.keys() | new.keys())
+            if leaf not in old or leaf not in new or not _is_same(key, old[leaf], new[leaf])
+        ]
+    return tuple(found)
+
+
+def changed_files(before: Iterable[Mapping[str, Any]], after: Iterable[Mapping[str, Any]], by: str) -> tuple[str, ...]:
+    """The files that differ, by name, with a word on those that came or went."""
+    old, new = ({str(file[by]): dict(file) for file in files} for files in (before, after))
+    changed = [name for name in old if name in new and new[name] != old[name]]
+    added = [f"{name} (added)" for name in new if name not in old]
+    gone = [f"{name} (gone)" for name in old if name not in new]
+    return (*changed, *added, *gone)
+
+
+def few(names: tuple[str, ...], most: int = 4) -> str:
+    """The first names, and how many more there are."""
+    listed = ", ".join(names[:most])
+    return f"{listed} and {len(names) - most} more" if len(names) > most else listed
+
+
+def top_level(key: str) -> str:
+    return re.split(r"[.\[]", key, maxsplit=1)[0]
+
+
+def _only_looks(config: Mapping[str, Any]) -> bool:
+    """Whether an evaluation has no say in the result."""
+    keeps_best = _canonical("load_best_model_at_end", _value("load_best_model_at_end", config))
+    return not keeps_best and config.get("lr_scheduler_type") not in _FOLLOWS_THE_METRIC
+
+
+def _value(key: str, config: Mapping[str, Any]) -> Any:
+    return config[key] if key in config else schema()["properties"].get(key, {}).get("default")
+
+
+def _leaves(key: str, value: Any) -> dict[str, Any]:
+    """The places inside a value, each with its plain value; None has none."""
+    if isinstance(value, Mapping) and value:
+        below = [_leaves(f"{key}.{name}", inner) for name, inner in value.items()]
+        return {place: leaf for leaves in below for place, leaf in leaves.items()}
+    if isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):
+        below = [_leaves(f"{key}[{index}]", entry) for index, entry in enumerate(value)]
+        return {place: leaf for leaves in below for place, leaf in leaves.items()}
+    return {} if value is None else {key: value}
+
+
+def _is_same(key: str, old: Any, new: Any) -> bool:
+    old, new = _canonical(key, old), _canonical(key, new)
+    return bool(old == new) and isinstance(old, bool) == isinstance(new, bool)
+
+
+def _canonical(key: str, value: Any) -> Any:
+    """Text as the number or the yes or no that TRL reads from it."""
+    kinds = schema()["properties"].get(key, {}).get("type") or ()
+    if not isinstance(value, str) or "string" in kinds:
+        return value
+    if "boolean" in kinds and value.lower() in ("true", "yes", "false", "no"):
+        return value.lower() in ("true", "yes")
+    try:
+        return float(value) if "integer" in kinds or "number" in kinds else value
+    except ValueError:
+        return value
+
+
+def _shown(key: str, leaves: Mapping[str, Any]) -> str:
+    if key not in leaves:
+        return _NOT_SET
+    if key == "hub_token" or ("." in key and _SECRET.search(key)):
+        return "(hidden)"
+    value = leaves[key]
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"

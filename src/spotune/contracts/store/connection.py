@@ -1,0 +1,198 @@
+"""Requests to an object store, on an event loop and a thread of their own, and tried again until they hold."""
+
+import asyncio
+import threading
+import weakref
+from collections.abc import Awaitable, Callable
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any, Generic, Protocol, TypeVar
+
+from spotune.contracts.store.faults import Denied, Fault, GaveUp, judge, words_of
+from spotune.contracts.store.patience import Patience
+
+T = TypeVar("T")
+Step = Callable[[Any], Awaitable[T]]
+CLOSING_S = 2.0  # what the end of a process may wait for open connections
+
+
+class Connector(Protocol):
+    """How to get a client of a store, and how to let go of it."""
+
+    def connect(self, loop: asyncio.AbstractEventLoop) -> Any: ...
+
+    async def close(self, client: Any) -> None: ...
+
+
+@dataclass
+class _Client:
+    client: Any
+    users: int = 0
+
+
+@dataclass
+class _Engine:
+    """A running loop and the client that lives on it."""
+
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
+    client: _Client | None = None
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def __post_init__(self) -> None:
+        self.thread = threading.Thread(target=self._run, name="bucket", daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        self.loop.run_forever()
+        self.loop.run_until_complete(self._drop_tasks())
+        self.loop.close()
+
+    async def _drop_tasks(self) -> None:
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+
+
+@dataclass(frozen=True)
+class Pending(Generic[T]):
+    """A request under way that moves ``size`` bytes."""
+
+    future: "Future[T]"
+    engine: _Engine
+    size: int = 0
+
+
+class Connection:
+    """Runs single requests (``step(client)``) with time-outs, retries and back-off. Safe to use from many threads.
+
+    Two things are left behind and replaced when they fail: a client whose credentials are refused (new ones may be in
+    the credentials file, or come from the instance role), and a loop that does not answer any more.
+    """
+
+    def __init__(self, connector: Connector, patience: Patience) -> None:
+        self.patience = patience
+        self._connector = connector
+        self._rng = Random()
+        self._lock = threading.Lock()
+        self._engine: _Engine | None = None
+        self._worked: set[str] = set()
+
+    def ask(self, action: str, step: Step[T], size: int = 0) -> T:
+        """The answer to one request; see ``submit`` and ``wait``."""
+        return self.wait(self.submit(action, step, size))
+
+    def submit(self, action: str, step: Step[T], size: int = 0) -> Pending[T]:
+        """Starts a request.
+
+        Args:
+            action: read, write, list or delete; what was allowed once is not taken for forbidden at once later.
+            step: one try of it; a coroutine function of the client.
+            size: bytes of its body, which it is given more time for.
+        """
+        engine = self._running()
+        future = asyncio.run_coroutine_threadsafe(self._persist(engine, action, step, size), engine.loop)
+        return Pending(future, engine, size)
+
+    def wait(self, pending: Pending[T]) -> T:
+        """What became of a request. Raises FileNotFoundError, FileExistsError, Denied or GaveUp."""
+        limit = self.patience.limit_s(pending.size) + self.patience.request_s
+        try:
+            return pending.future.result(limit)
+        except TimeoutError as error:  # the loop itself hangs: a client blocks it
+            with self._lock:
+                if self._engine is pending.engine:
+                    self._engine = None
+            raise GaveUp(f"the client has hung for {limit:.0f} s") from error
+        except CancelledError as error:
+            raise GaveUp("the process ends") from error
+        finally:
+            pending.future.cancel()
+
+    def tidy(self, step: Step[Any]) -> None:
+        """One try of a request that nobody depends on; it may fail."""
+        engine = self._running()
+
+        async def attempt() -> None:
+            with suppress(Exception):
+                await self._try(engine, step, self.patience.request_s)
+
+        with suppress(TimeoutError):
+            asyncio.run_coroutine_threadsafe(attempt(), engine.loop).result(2 * self.patience.request_s)
+
+    async def _persist(self, engine: _Engine, action: str, step: Step[T], size: int) -> T:
+        clock, started, tries = engine.loop.time, engine.loop.time(), 0
+        deadline = started + self.patience.limit_s(size)
+        why: Exception | None = None
+        while True:
+            tries += 1
+            left = deadline - clock()
+            enough = self.patience.try_s(size, tries)
+            try:
+                answer = await self._try(engine, step, min(left, enough))
+                self._worked.add(action)
+                return answer
+            except Exception as error:
+                self._pass_on_if_lasting(action, error)
+                if why is None or left >= enough or not isinstance(error, TimeoutError):
+                    why = error  # a last try that was cut short says less than the one before
+            wait = self.patience.wait_s(tries, self._rng)
+            if clock() + wait >= deadline:
+                raise GaveUp(f"{words_of(why)} ({tries} tries in {clock() - started:.0f} s)") from why
+            await asyncio.sleep(wait)
+
+    def _pass_on_if_lasting(self, action: str, error: Exception) -> None:
+        fault = judge(error)
+        if fault is None:
+            raise error
+        if fault in (Fault.MISSING, Fault.TAKEN):
+            self._worked.add(action)
+            raise (FileNotFoundError if fault is Fault.MISSING else FileExistsError)(words_of(error)) from error
+        if (fault is Fault.STALE and not self._worked) or (fault is Fault.DENIED and action not in self._worked):
+            raise Denied(words_of(error)) from error
+        if fault is Fault.LASTING:
+            raise GaveUp(words_of(error)) from error
+
+    async def _try(self, engine: _Engine, step: Step[T], limit_s: float) -> T:
+        return await asyncio.wait_for(self._request(engine, step), limit_s)
+
+    async def _request(self, engine: _Engine, step: Step[T]) -> T:
+        async with engine.lock:
+            if engine.client is None:  # made in a thread: it may ask a metadata server
+                engine.client = _Client(await asyncio.to_thread(self._connector.connect, engine.loop))
+            client = engine.client
+        client.users += 1
+        try:
+            return await step(client.client)
+        except Exception as error:
+            if judge(error) in (Fault.STALE, Fault.DENIED) and engine.client is client:
+                engine.client = None
+            raise
+        finally:
+            client.users -= 1
+            if not client.users and engine.client is not client:  # left behind, and this was its last request
+                await self._connector.close(client.client)
+
+    def _running(self) -> _Engine:
+        with self._lock:
+            if self._engine is None:
+                self._engine = _Engine()
+                weakref.finalize(self, _end, self._engine, self._connector)
+            return self._engine
+
+
+def _end(engine: _Engine, connector: Connector) -> None:
+    """Closes the client and its loop; called when nobody has the connection any more, or the process ends."""
+
+    async def close() -> None:
+        try:
+            if engine.client is not None:
+                await connector.close(engine.client.client)
+        finally:
+            engine.loop.stop()
+
+    asyncio.run_coroutine_threadsafe(close(), engine.loop)
+    if threading.current_thread() is not engine.thread:
+        engine.thread.join(CLOSING_S)

@@ -1,0 +1,256 @@
+"""s3:// and gs://: whole objects, moved in ranges and parts that are tried again one by one."""
+
+import asyncio
+import os
+from collections import deque
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+from uuid import uuid4
+
+from spotune.contracts.store.connection import Connection, Pending
+from spotune.contracts.store.download import Download
+from spotune.contracts.store.faults import GaveUp, local_side, opened
+from spotune.contracts.store.patience import Patience
+
+RANGE_BYTES = 12 << 20
+RANGES_AHEAD = 3  # with the one in hand, and the one before it that is being hashed: 60 MiB a file
+UPLOAD_TRIES = 3  # of a whole multipart upload, when somebody removes it under way
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a store says of an object; ``token`` is what its writer called itself."""
+
+    size: int
+    token: str
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A range of an object that has ``size`` bytes in all; ``version`` changes when it is overwritten."""
+
+    data: bytes | bytearray
+    size: int
+    version: str
+
+
+@dataclass(frozen=True)
+class Page:
+    """A part of a listing; ``marker`` leads to the next one, None when this is the last."""
+
+    entries: list[Any]
+    marker: Any = None
+
+
+class Api(Protocol):
+    """The single requests of one kind of store. Each is one try, and raises what its client raises."""
+
+    parts_in_flight: int
+
+    def connect(self, loop: asyncio.AbstractEventLoop) -> Any: ...
+    async def close(self, client: Any) -> None: ...
+
+    def part_bytes(self, size: int) -> int:
+        """How long the parts of an upload of ``size`` bytes are; what has one part only is put at once."""
+
+    async def head(self, client: Any, path: str) -> Head: ...
+    async def get(self, client: Any, path: str, start: int, length: int) -> Piece: ...
+    async def put(self, client: Any, path: str, data: bytes, token: str, new: bool) -> None: ...
+
+    async def begin(self, client: Any, path: str, token: str, new: bool) -> Any:
+        """Opens an upload in parts."""
+
+    async def part(self, client: Any, upload: Any, start: int, data: bytes, size: int) -> Any: ...
+    async def finish(self, client: Any, upload: Any, receipts: list[Any], new: bool) -> None: ...
+    async def abort(self, client: Any, upload: Any) -> None: ...
+
+    async def page(self, client: Any, path: str, flat: bool, marker: Any) -> Page:
+        """What is below a folder: all objects (``flat``), or the folders directly in it."""
+
+    async def unfinished(self, client: Any, path: str, older_than_s: float, marker: Any) -> Page:
+        """The uploads below a folder that were begun so long ago and not finished, as (path, upload)."""
+
+    async def delete(self, client: Any, path: str) -> None: ...
+
+
+class Objects:
+    """A bucket in an object store; the verbs of ``Store``, faults not yet translated."""
+
+    def __init__(self, api: Api, root: str, patience: Patience) -> None:
+        self._api = api
+        self._root = root
+        self._line = Connection(api, patience)
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{key}".rstrip("/")
+
+    def read(self, key: str) -> bytes:
+        return b"".join(self._ranges(key))
+
+    def exists(self, key: str) -> bool:
+        try:
+            self._head(key)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def create(self, key: str, data: bytes) -> bool:
+        return not self.exists(key) and self._put(key, data, new=True)
+
+    def write(self, key: str, data: bytes) -> None:
+        self._put(key, data, new=False)
+
+    def upload(self, local: Path, key: str) -> None:
+        self._upload(local, key, new=False)
+
+    def upload_new(self, local: Path, key: str) -> bool:
+        return not self.exists(key) and self._upload(local, key, new=True)
+
+    def download(self, key: str, local: Path) -> dict[str, Any]:
+        ranges = self._ranges(key)
+        data = next(ranges)  # nothing is left on the disk when there is no such object
+        with Download(local) as download, closing(ranges):
+            while data:
+                download.write(data)
+                data = next(ranges, b"")
+            return download.finish()
+
+    def keys(self, prefix: str) -> list[str]:
+        found = self._list(partial(self._api.page, path=self._path(prefix), flat=True))
+        return sorted(name.removeprefix(f"{self._root}/") for name in found)
+
+    def folders(self, prefix: str) -> list[str]:
+        found = self._list(partial(self._api.page, path=self._path(prefix), flat=False))
+        return sorted(name.rstrip("/").rpartition("/")[2] for name in found)
+
+    def delete(self, key: str) -> None:
+        with suppress(FileNotFoundError):
+            self._line.ask("delete", partial(self._api.delete, path=self._path(key)))
+
+    def abort_uploads(self, prefix: str, older_than_s: float) -> list[str]:
+        gone = []
+        for name, upload in self._list(
+            partial(self._api.unfinished, path=self._path(prefix), older_than_s=older_than_s)
+        ):
+            with suppress(FileNotFoundError):  # finished just now
+                self._line.ask("delete", partial(self._api.abort, upload=upload))
+                gone.append(name.removeprefix(f"{self._root}/"))
+        return gone
+
+    def _list(self, step: Callable[..., Awaitable[Page]]) -> list[Any]:
+        entries: list[Any] = []
+        page = Page([], "")
+        while page.marker is not None:
+            try:
+                page = self._line.ask("list", partial(step, marker=page.marker))
+            except FileNotFoundError:  # no such bucket
+                break
+            entries += page.entries
+        return entries
+
+    def _head(self, key: str) -> Head:
+        return self._line.ask("read", partial(self._api.head, path=self._path(key)))
+
+    def _ranges(self, key: str) -> Generator[bytes | bytearray, None, None]:
+        """The object's bytes in order; while one range is used the next ones are on their way."""
+        path = self._path(key)
+
+        def submit(start: int) -> Pending[Piece]:
+            step = partial(self._api.get, path=path, start=start, length=RANGE_BYTES)
+            return self._line.submit("read", step, RANGE_BYTES)
+
+        piece = self._line.wait(submit(0))
+        known = piece.version, piece.size
+        starts = iter(range(RANGE_BYTES, piece.size, RANGE_BYTES))
+        ahead = deque(submit(start) for start in islice(starts, RANGES_AHEAD))
+        try:
+            yield piece.data
+            while ahead:
+                piece = self._line.wait(ahead.popleft())
+                if (piece.version, piece.size) != known:
+                    raise GaveUp("it was overwritten while it was read")
+                ahead.extend(submit(start) for start in islice(starts, 1))
+                yield piece.data
+        finally:
+            for pending in ahead:
+                pending.future.cancel()
+
+    def _put(self, key: str, data: bytes, new: bool) -> bool:
+        token = uuid4().hex
+        step = partial(self._api.put, path=self._path(key), data=data, token=token, new=new)
+        try:
+            self._line.ask("write", step, len(data))
+        except FileExistsError:
+            return self._is_ours(key, token)
+        return True
+
+    def _is_ours(self, key: str, token: str) -> bool:
+        """Whether it was us who came first: an earlier try may have got through, and only its answer was lost."""
+        try:
+            return self._head(key).token == token
+        except FileNotFoundError:
+            return False
+
+    def _upload(self, local: Path, key: str, new: bool) -> bool:
+        with opened(local) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size <= self._api.part_bytes(size):
+                with local_side():
+                    data = file.read()
+                done = self._put(key, data, new)
+            else:
+                done = self._upload_parts(file, size, key, new)
+        if done:
+            self._check_size(key, size)
+        return done
+
+    def _check_size(self, key: str, size: int) -> None:
+        try:
+            stored = self._head(key).size
+        except FileNotFoundError as error:
+            raise GaveUp("it is not there after it was uploaded") from error
+        if stored != size:
+            raise GaveUp(f"{stored} bytes are stored, {size} were uploaded")
+
+    def _upload_parts(self, file: BinaryIO, size: int, key: str, new: bool) -> bool:
+        for _ in range(UPLOAD_TRIES):
+            token = uuid4().hex
+            try:
+                upload = self._line.ask("write", partial(self._api.begin, path=self._path(key), token=token, new=new))
+            except FileExistsError:
+                return False
+            try:
+                self._send_parts(file, size, upload, new)
+                return True
+            except FileExistsError:
+                return self._is_ours(key, token)
+            except FileNotFoundError:  # finished, and the answer was lost; or removed by somebody who tidied up
+                if self._is_ours(key, token):
+                    return True
+        raise GaveUp("its unfinished upload was removed, again and again")
+
+    def _send_parts(self, file: BinaryIO, size: int, upload: Any, new: bool) -> None:
+        length = self._api.part_bytes(size)
+        underway: deque[Pending[Any]] = deque()
+        receipts: list[Any] = []
+        try:
+            for start in range(0, size, length):
+                if len(underway) == self._api.parts_in_flight:
+                    receipts.append(self._line.wait(underway.popleft()))
+                with local_side():
+                    file.seek(start)
+                    data = file.read(length)
+                step = partial(self._api.part, upload=upload, start=start, data=data, size=size)
+                underway.append(self._line.submit("write", step, len(data)))
+            receipts += [self._line.wait(pending) for pending in underway]
+            self._line.ask("write", partial(self._api.finish, upload=upload, receipts=receipts, new=new), length)
+        except BaseException:
+            for pending in underway:
+                pending.future.cancel()
+            self._line.tidy(partial(self._api.abort, upload=upload))
+            raise

@@ -1,0 +1,117 @@
+"""The record that an attempt goes by: as submitted or revised; made here for a run that was started by hand.
+
+Once there is one, CONFIG is not followed. ``--allow-config-change`` follows it all the same, by a revision.
+"""
+
+import time
+from dataclasses import replace
+
+from spotune import __version__
+from spotune.contracts.basemodel import model_files, model_sha256
+from spotune.contracts.change import FLAG, compare, compare_configs
+from spotune.contracts.config import load_config, overlay
+from spotune.contracts.durations import parse_save_every
+from spotune.contracts.environment import RunEnvironment
+from spotune.contracts.errors import InputError, StoreError
+from spotune.contracts.fingerprint import data_files, data_sha256
+from spotune.contracts.keys import Keys
+from spotune.contracts.records import RunRecord, fingerprint
+from spotune.contracts.revisions import check_length, record_in_force, revised, write_revision
+from spotune.contracts.store import Store
+from spotune.guard.admission import Request
+from spotune.guard.say import say
+
+
+def read_or_create_run(store: Store, keys: Keys, env: RunEnvironment, request: Request) -> RunRecord:
+    """The record in force; a run that was started by hand or by a bare ``sky`` gets its ``run.json`` here.
+
+    Raises InputError when a config that counts is wrong.
+    """
+    run = record_in_force(store, keys)
+    if run is None:
+        store.create(keys.run, _new_run(keys, env, request).to_bytes())
+        run = record_in_force(store, keys)
+        if run is None:
+            raise StoreError(f"{keys.run}: written, but not there when read back")
+    elif request.allow_config_change or env.allow_config_change:
+        return _follow(store, keys, run, _as_asked(run, env, request), env)
+    else:
+        _say_what_is_not_followed(run, env, request)
+    return run
+
+
+def _new_run(keys: Keys, env: RunEnvironment, request: Request) -> RunRecord:
+    path = request.config_path or env.config
+    if not path:
+        raise InputError("command line", "no config", remedy="python -m spotune.sft CONFIG")
+    parse_save_every(env.save_every, "SPOTUNE_SAVE_EVERY")
+    config = load_config(path, request.profile, request.overrides, default_profile=env.profile)
+    bare = RunRecord(
+        run_id=keys.run_id,
+        created_at=time.time(),
+        user=env.user,
+        config_path=path,
+        profile=request.profile or env.profile,
+        overrides=list(request.overrides),
+        config={},
+        config_sha256="",
+        data_sha256="",
+        save_every=env.save_every,
+        versions={"spotune": __version__},
+    )
+    return _resolved(bare, config, env)
+
+
+def _as_asked(run: RunRecord, env: RunEnvironment, request: Request) -> RunRecord:
+    """What the command line asks for now; without a CONFIG on it, the config in force with its overrides on top."""
+    if request.config_path or env.config:
+        return _new_run(Keys(run.run_id), env, request)
+    overrides = [*run.overrides, *request.overrides]
+    parse_save_every(env.save_every, "SPOTUNE_SAVE_EVERY")
+    wanted = replace(run, overrides=overrides, save_every=env.save_every)
+    return _resolved(wanted, overlay(run.config, request.overrides, run.config_path), env)
+
+
+def _resolved(run: RunRecord, config: dict[str, object], env: RunEnvironment) -> RunRecord:
+    """``run`` with a config, and the fingerprints of what that names on this machine."""
+    data = data_files(config, run.config_path)
+    model = model_files(config, run.config_path, env.cache)
+    return replace(
+        run,
+        config=config,
+        config_sha256=fingerprint(config),
+        data_sha256=data_sha256(config, data),
+        data_files=data,
+        model_sha256=model_sha256(model),
+        model_files=model,
+    )
+
+
+def _follow(store: Store, keys: Keys, run: RunRecord, wanted: RunRecord, env: RunEnvironment) -> RunRecord:
+    """Puts what is wanted in force, if it is anything new."""
+    revision = revised(run, wanted, env.user, time.time())
+    change = compare(run, revision)
+    if not change:
+        return run
+    check_length(store, keys, revision)
+    revision = replace(revision, allowed=change.bound)
+    write_revision(store, keys, revision)
+    say(f"{keys.run_id}, revision {revision.revision}: {change.as_followed()}")
+    return revision
+
+
+def _say_what_is_not_followed(run: RunRecord, env: RunEnvironment, request: Request) -> None:
+    """One line where CONFIG now says something else than the record in force; none where it cannot be read."""
+    path = request.config_path or env.config or run.config_path
+    profile, default, overrides = request.profile, env.profile, request.overrides or run.overrides
+    if run.infra:  # submitted by the launcher, which gives its command line to nobody but the record
+        path, profile, overrides = run.config_path, run.profile, run.overrides
+        default = "dev" if run.kind == "dev" else "prod"
+    try:
+        changes = compare_configs(run.config, load_config(path, profile, overrides, default_profile=default))
+    except InputError:
+        return
+    if changes:
+        way = f"spotune cancel {run.run_id}, then spotune train {path} --name {run.run_id}" if run.infra else FLAG
+        listed = "; ".join(map(str, changes))
+        say(f"{path} is not followed, the run goes on as it was submitted: {listed} (to follow it: {way})")

@@ -1,0 +1,68 @@
+"""A program that trains like a run does, without a library: for the harness's own tests. It takes a third of a second.
+
+    python program.py HOME STEPS
+
+It keeps its step in HOME/../bucket, saves on every other step, heeds SIGTERM, can be held, and has a child in a group
+of its own, as guards have. What it is told to get wrong is in HOME/../fault.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from spotune.contracts.events import EventLog
+from spotune.contracts.exits import PREEMPTED
+from spotune.contracts.holds import reach
+
+STEP_S = 0.02
+
+
+def main(home: Path, steps: int) -> int:
+    bucket = home.parent / "bucket"
+    bucket.mkdir(parents=True, exist_ok=True)
+    fault = home.parent / "fault"
+    told = fault.read_text() if fault.exists() else ""
+    told_to_leave: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: told_to_leave.append(number))
+    if (bucket / "result").exists():
+        return 0
+    log = EventLog(bucket / f"events-{time.time_ns()}.jsonl")
+    log.phase("load")
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], process_group=0)
+    reach("claimed")
+    time.sleep(5 * STEP_S)
+    kept = bucket / "step"
+    done = int(kept.read_text()) if kept.exists() else 0
+    log.write("plan", max_steps=steps)
+    for step in range(done + 1, steps + 1):
+        time.sleep(STEP_S)
+        log.write("step", step=step)
+        if told_to_leave or step % 2 == 0:
+            log.phase("save")
+            time.sleep(STEP_S / 2)
+            part = bucket / f"part-{os.getpid()}"
+            part.write_text(str(step))
+            part.replace(kept)
+            reach("committed")
+            log.write("save", step=step)
+        if told_to_leave:
+            child.kill()
+            child.wait()
+            return PREEMPTED
+        if told == "crash" and step == steps // 2:
+            return 1
+    log.phase("teardown")
+    time.sleep(2 * STEP_S)
+    (bucket / "result").write_text(json.dumps({"steps": steps, "wrong": told == "diverge" and done > 0}))
+    time.sleep(STEP_S)
+    child.kill()
+    child.wait()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))

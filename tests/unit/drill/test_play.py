@@ -1,0 +1,163 @@
+"""The harness itself: what it says was lost was lost, and what went wrong it says."""
+
+from io import StringIO
+from pathlib import Path
+
+import psutil
+import pytest
+
+from drill.game import Game
+from drill.machine import DrillError, Machine
+from drill.play import Play
+from drill.played import Played
+from drill.schedule import After, Boundary, Instant, Kill, Run
+from drill.scorecard import passed, score
+from drill.show import Board
+from drill.timeline import replayed
+from spotune.contracts.environment import HOME
+from spotune.launch.local.processes import MARKER
+from tests.unit.drill.stand import PACE, STEPS, Stand
+
+VANISH = Kill("vanish", Instant("train", 0.3))
+
+
+def play(tmp_path: Path, *kills: Kill, fault: str = "") -> Played:
+    stand = Stand(tmp_path / "stand", fault)
+    return Play(stand, kills, PACE, tmp_path / "run", lambda life: None).run()
+
+
+def living(tmp_path: Path) -> list[psutil.Process]:
+    """What is left of this test's machines."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            environ = process.environ()
+            is_ours = MARKER in environ and environ.get(HOME, "").startswith(str(tmp_path))
+            if is_ours and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_several_kills_and_it_goes_on_to_the_end(tmp_path: Path) -> None:
+    stages: list[Kill] = [Kill("vanish", Instant(stage, 0.5)) for stage in ("start", "train", "save", "end")]
+    played = play(tmp_path, *stages)
+    assert played.finished
+    assert [life.code for life in played.lives[:4]] == [-9] * 4
+    assert [life.landed for life in played.lives[:4]] == [True] * 4
+    assert played.missed == []
+    assert played.first_try
+    assert living(tmp_path) == []
+    assert replayed(played.lives) <= 2 * 4  # it saves on every other step
+
+
+def test_a_machine_vanishes_with_everything_on_it(tmp_path: Path) -> None:
+    stand = Stand(tmp_path / "stand")
+    launch = stand.launch(tmp_path, None)
+    machine = Machine(tmp_path / "disk", launch.command, launch.environ, tmp_path / "log")
+    while len(machine.members()) < 2:
+        assert machine.code is None
+    child = next(process for process in machine.members() if process.pid != machine.process.pid)
+    assert child.pid != machine.process.pid
+    machine.vanish()
+    assert machine.code == -9
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_what_outlives_its_guard_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("drill.machine.LIFELINE_S", 0.2)
+    played = play(tmp_path, Kill("guard", Instant("train", 0.1)))
+    assert "time.sleep(60)" in played.lives[0].survivors[0]  # the program's child has no lifeline
+    assert not played.first_try
+    assert living(tmp_path) == []
+
+
+def test_a_notice_is_waited_for(tmp_path: Path) -> None:
+    played = play(tmp_path, Kill("notice", Instant("train", 0.2), notice_s=20.0))
+    assert [life.code for life in played.lives] == [75, 0]
+    assert played.first_try
+
+
+def test_a_notice_ends(tmp_path: Path) -> None:
+    played = play(tmp_path, Kill("notice", Instant("train", 0.3), notice_s=0.0))
+    assert [life.code for life in played.lives] == [-9, 0]
+
+
+def test_a_notice_before_the_program_can_heed_it(tmp_path: Path) -> None:
+    played = play(tmp_path, Kill("notice", Instant("start", 0.0), notice_s=20.0))
+    assert [life.code for life in played.lives] == [-15, 0]
+    assert played.first_try
+
+
+def test_a_boundary_is_where_it_dies(tmp_path: Path) -> None:
+    played = play(tmp_path, Kill("vanish", Boundary("committed", 2)))
+    assert [event["step"] for event in played.lives[0].events if event["event"] == "step"] == [1, 2, 3, 4]
+    assert played.first_try
+
+
+def test_a_boundary_that_is_never_reached_is_said_and_not_waited_for(tmp_path: Path) -> None:
+    with pytest.raises(DrillError, match="boundary uploading:1 was never reached"):
+        play(tmp_path, Kill("vanish", Boundary("uploading")))
+    assert living(tmp_path) == []
+
+
+def test_a_zombie_comes_back(tmp_path: Path) -> None:
+    played = play(tmp_path, Kill("zombie", Instant("train", 0.2), wake=0.5))
+    assert played.finished
+    assert played.zombies == [0]  # this program knows no fence
+    assert living(tmp_path) == []
+
+
+def test_a_crash_is_repaired_and_counted(tmp_path: Path) -> None:
+    played = play(tmp_path, VANISH, fault="crash")
+    assert played.repairs == 1
+    assert played.finished
+    assert not played.first_try
+
+
+def test_a_trace_goes_on_while_a_person_repairs(tmp_path: Path) -> None:
+    played = play(tmp_path, Kill("vanish", After(0.45)), fault="crash")  # it crashes after 0.3 s
+    assert [life.code for life in played.lives] == [1, -9, 0]
+    assert played.lives[1].seconds < 0.4
+
+
+def test_a_kill_after_the_end_is_missed(tmp_path: Path) -> None:
+    played = play(tmp_path, Kill("vanish", After(60.0), down_s=1.0))
+    assert played.missed
+    assert len(played.lives) == 1
+
+
+def game(tmp_path: Path, fault: str = "") -> tuple[Game, StringIO]:
+    said = StringIO()
+    make = lambda name: Stand(tmp_path / "stands" / name, fault)  # noqa: E731
+    return Game(make, tmp_path / "runs", Board("stand", said)), said
+
+
+def test_a_game_day_from_measure_to_scorecard(tmp_path: Path) -> None:
+    day, said = game(tmp_path)
+    measure = day.undisturbed()
+    assert measure.pace.steps == STEPS
+    assert measure.pace.saves == STEPS // 2
+    assert 0 < measure.pace.end_s < measure.pace.life_s
+    late: Run = (Kill("vanish", Instant("end", 40.0)),)  # comes too late, in whatever run
+    card = score("stand", day.play([(VANISH,), late], measure), measure)
+    assert passed(card)
+    assert card["kills"] >= 1
+    assert card["runs"] >= 3
+    assert "bit-identical" in said.getvalue()
+
+
+def test_weights_that_are_not_the_same_fail_it(tmp_path: Path) -> None:
+    day, said = game(tmp_path, "diverge")
+    measure = day.undisturbed()
+    card = score("stand", day.play([(VANISH,)], measure), measure)
+    assert (card["finished"], card["bit_identical"]) == (1, 0)
+    assert not passed(card)
+    assert "NOT IDENTICAL" in said.getvalue()
+
+
+def test_an_undisturbed_run_that_fails_ends_the_day(tmp_path: Path) -> None:
+    day, _ = game(tmp_path, "crash")
+    with pytest.raises(DrillError, match="undisturbed run ended with"):
+        day.undisturbed()
