@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -175,6 +176,23 @@ def test_killed_anywhere_the_next_attempt_does_what_is_owed(
     assert there == {f"{KEYS.merged}/{name}" for name in merged["files"]}
     assert len(hub.main(REPO).commits) == 2
     assert script.json(KEYS.pushed)["oid"] == hub.main(REPO).commits[1]["oid"]
+
+
+def test_a_machine_that_goes_meanwhile_leaves_a_certified_run(config: Path, tmp_path: Path, hub: Hub) -> None:
+    script = Script(tmp_path / "run", config)
+    hub.faults = {"create": ["hang"]}
+    process = script.start("--merge_adapter", "false", SPOTUNE_GRACE_S="6")
+    deadline = time.monotonic() + 90
+    while not any("/repos/create" in asked for asked in hub.asked):
+        assert time.monotonic() < deadline, script.log
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 75, script.log
+    assert script.store.exists(KEYS.completed)
+    assert not script.store.exists(KEYS.failed)
+    assert script.run() == 0, script.log
+    assert script.json(KEYS.completed)["attempt"] == 1
+    assert script.json(KEYS.pushed)["attempt"] == 2
 
 
 def test_a_merge_that_fails_keeps_the_push_from_nothing(killed: Script, tmp_path: Path, hub: Hub, config: Path) -> None:
