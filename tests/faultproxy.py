@@ -46,7 +46,8 @@ class Plan:
         times: after so many faults the rest is well; None for no end.
         method: only requests with this method, e.g. ``GET``.
         match: only requests with this text in their path and query.
-        min_bytes: only answers at least so long are truncated or flipped.
+        min_bytes: only answers at least so long are truncated or flipped: data, say, but no listing, which on a real
+            store is protected by its encryption.
     """
 
     error: float = 0.0

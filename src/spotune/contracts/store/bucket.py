@@ -146,4 +146,4 @@ def _open(url: str, patience: Patience) -> Bucket:
     from spotune.contracts.store.objects import Objects
     from spotune.contracts.store.s3 import S3
 
-    return Objects((S3 if scheme == "s3" else Gcs)(url, patience), root, patience)
+    return Objects(S3(patience) if scheme == "s3" else Gcs(patience), root, patience)
