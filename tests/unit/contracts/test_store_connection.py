@@ -75,6 +75,8 @@ def gcs(status: int, words: str = "why") -> Exception:
         (TimeoutError(), Fault.PASSING),
         (json.JSONDecodeError("half", "{", 1), Fault.PASSING),
         (ImportError("no s3fs"), Fault.LASTING),
+        (RuntimeError("cannot schedule new futures after interpreter shutdown"), Fault.LASTING),
+        (RuntimeError("a bug"), None),
         (ValueError("a bug"), None),
         (KeyError("a bug"), None),
     ],

@@ -78,8 +78,8 @@ def judge(error: Exception) -> Fault | None:
         return Fault.MISSING
     if isinstance(error, FileExistsError):
         return Fault.TAKEN
-    if isinstance(error, ImportError):
-        return Fault.LASTING
+    if isinstance(error, ImportError) or (isinstance(error, RuntimeError) and "shutdown" in str(error)):
+        return Fault.LASTING  # the latter: the process ends, and a thread goes on
     status, code = answer_of(error)
     if status or code:
         return _judge_answer(status, code)
