@@ -23,6 +23,7 @@ BOUNDARIES = (
     *("claimed", "restoring", "restored", "snapshot", "written", "staged", "uploading", "uploaded", "committed"),
     *("pruning", "noticed", "result-written", "result-uploaded", "result-read", "certified"),
 )
+EXTRAS = ("merged", "merged-uploaded", "pushed")  # only where the config asks for them: tests/e2e/test_extras.py
 STAGES: tuple[Stage, ...] = ("start", "train", "save", "end")
 FAULTS = ("worker", "loader")  # the machine stays, and the attempt ends as a fault of it
 

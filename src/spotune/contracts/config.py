@@ -7,6 +7,7 @@ come from ``schema.json``, generated from the pinned TRL, so that a typo costs m
 import difflib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import resources
@@ -245,6 +246,12 @@ def _one_of(names: Iterable[str]) -> str:
     return f"one of {listed}" if listed else ""
 
 
+def is_on(config: Mapping[str, Any], key: str) -> bool:
+    """Whether a true-or-false key is true; YAML gives some as text."""
+    value = config.get(key)
+    return value.lower() in ("true", "yes", "1") if isinstance(value, str) else bool(value)
+
+
 def _check_needed(config: Mapping[str, Any], where: object) -> None:
     if _number(config.get("max_steps")) == 0:
         raise InputError(where, "0 steps train nothing", key="max_steps", remedy="1 or more, or leave it out")
@@ -256,6 +263,22 @@ def _check_needed(config: Mapping[str, Any], where: object) -> None:
     if "data" in given and len(given) > 1:
         raise InputError(where, f"both data and {given[1]} are given", key="data", remedy="keep one of them")
     check_sources(config, where)
+    _check_extras(config, where)
+
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def _check_extras(config: Mapping[str, Any], where: object) -> None:
+    if is_on(config, "merge_adapter") and not is_on(config, "use_peft"):
+        remedy = "use_peft: true, or leave merge_adapter out"
+        raise InputError(where, "this config trains no adapter", key="merge_adapter", remedy=remedy)
+    if config.get("hub_token"):
+        what = "a secret would be written to run.json"
+        raise InputError(where, what, key="hub_token", remedy="leave it out, and give --secret HF_TOKEN")
+    name = config.get("hub_model_id")
+    if name is not None and not HUB_NAME.fullmatch(str(name)):
+        raise InputError(where, f"{name!r} is no name on the hub", key="hub_model_id", remedy="name, or org/name")
 
 
 SOURCE_KEYS = ("source", "weight", "format", "columns", "limit", "split", "dataset_config", "dataset_split")

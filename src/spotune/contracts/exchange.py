@@ -12,6 +12,8 @@ The worker knows torch and no store; the guard knows the store and no torch.
     outcome-<rank>.json    worker -> guard   how the rank ended (Outcome), last
     output/                worker -> guard   the result, complete once rank 0's outcome says "completed"
 
+What is done with the result after its certificate is in extras.py.
+
 Every file but the event logs appears by an atomic rename, so that a reader sees all of it or nothing.
 """
 

@@ -19,6 +19,12 @@ is killed. Without these two, ``reach`` does nothing. The names, in the order in
     result-uploaded the result is in the bucket, not read back
     result-read     the result was read back, there is no certificate
     certified       the certificate is there, the process has not said so
+
+and, where the config asks for extras:
+
+    merged          the adapter is merged on disk, nothing of it is in the bucket
+    merged-uploaded a file of the merged model is in the bucket, not read back
+    pushed          the hub has the result, the bucket does not say so
 """
 
 import os

@@ -10,6 +10,8 @@ runs/<run_id>/progress.json                         latest step, phase, loss, he
 runs/<run_id>/checkpoints/<step 8d>-<attempt 4d>/   Trainer's checkpoint-N layout; never rewritten
 runs/<run_id>/commits/<attempt 4d>-<step 8d>.json   the commit, create-only, last
 runs/<run_id>/output/  output/completed.json        the result and its certificate
+runs/<run_id>/merged/  merged/completed.json        the adapter merged into its base, where asked for; its certificate
+runs/<run_id>/pushed.json                           the result is on the hub, where asked for; create-only
 runs/<run_id>/paused.json failed.json cancelled.json
 """
 
@@ -83,6 +85,18 @@ class Keys:
     @property
     def completed(self) -> str:
         return f"{self.output}/completed.json"
+
+    @property
+    def merged(self) -> str:
+        return f"{self.root}/merged"
+
+    @property
+    def merge_completed(self) -> str:
+        return f"{self.merged}/completed.json"
+
+    @property
+    def pushed(self) -> str:
+        return f"{self.root}/pushed.json"
 
     @property
     def failed(self) -> str:

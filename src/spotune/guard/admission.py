@@ -45,7 +45,7 @@ def choose_run_id(env: RunEnvironment, machine: Machine, request: Request) -> st
 def standing_verdict(store: Store, keys: Keys) -> int | None:
     """The exit code of a run that has ended already, None for one that may go on."""
     if store.exists(keys.completed):
-        say(f"{keys.run_id} is finished and certified already: nothing to do")
+        say(f"{keys.run_id} is finished and certified already")
         return exits.SUCCEEDED
     for key in (keys.failed, keys.cancelled, keys.paused):
         if data := store.read(key):

@@ -11,10 +11,12 @@ from spotune.contracts.durations import parse_save_every
 from spotune.contracts.errors import Fenced, InputError, SpotuneError, StoreError
 from spotune.contracts.events import EndReason
 from spotune.contracts.exchange import Job, Outcome
+from spotune.contracts.extras import asked_for
 from spotune.contracts.records import Certificate, Commit, RunRecord
 from spotune.contracts.revisions import record_history
 from spotune.guard import admission
 from spotune.guard.context import Context
+from spotune.guard.extras import Extras
 from spotune.guard.faults import is_second_fault
 from spotune.guard.finish import certify, copy_output
 from spotune.guard.gang import Leader, gang_token
@@ -122,6 +124,9 @@ class Attempt:
         if output_dir := context.run.config.get("output_dir"):
             self._copy_output(Path(output_dir))
         rebuild_offline(context.store, context.keys, context.run, context.environ)
+        self.leader.close(exits.SUCCEEDED)  # what follows needs this machine only
+        if not Extras(context, certificate, self.notices, self.journal).run(asked_for(context.run.config)):
+            return exits.PREEMPTED, "preempted", ""
         return exits.SUCCEEDED, "completed", ""
 
     def _certify(self, step: int) -> Certificate:

@@ -1,12 +1,14 @@
 """The end of a run: the result is uploaded, read back and certified; only then is it SUCCEEDED."""
 
 import shutil
+import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.errors import StoreError
+from spotune.contracts.errors import SpotuneError, StoreError
 from spotune.contracts.exchange import OUTPUT
 from spotune.contracts.fingerprint import file_facts
 from spotune.contracts.holds import reach
@@ -17,6 +19,9 @@ from spotune.guard.admission import check_fence
 from spotune.guard.weights import weights_sha256
 
 THREADS = 4
+TRIES = 2
+
+Facts = dict[str, dict[str, Any]]  # relative path -> {size: bytes, sha256: hex}
 
 
 def certify(store: Store, keys: Keys, attempt: int, step: int, folder: Path) -> Certificate:
@@ -24,34 +29,58 @@ def certify(store: Store, keys: Keys, attempt: int, step: int, folder: Path) -> 
 
     Safe to be cut off anywhere and repeated. Raises Fenced or StoreError.
     """
-    check_fence(store, keys, attempt)
-    output = folder / OUTPUT
-    paths = sorted(path for path in output.rglob("*") if path.is_file())
-    back = folder / "readback"
-    shutil.rmtree(back, ignore_errors=True)
+
+    def fence() -> None:
+        check_fence(store, keys, attempt)
+
+    fence()
+    files = send(store, folder / OUTPUT, keys.output, fence, lambda: reach("result-uploaded"))
+    reach("result-read")
+    certificate = certificate_of(keys, attempt, step, folder / OUTPUT, files)
+    fence()
+    store.create(keys.completed, certificate.to_bytes())
+    reach("certified")
+    data = store.read(keys.completed)
+    if data is None:
+        raise StoreError(f"{keys.completed}: written, but not there when read back")
+    return Certificate.from_bytes(data, keys.completed)
+
+
+def send(store: Store, source: Path, prefix: str, fence: Callable[[], None], uploaded: Callable[[], None]) -> Facts:
+    """Uploads all files below ``source`` to ``prefix``, reads each back, and returns their facts. Raises StoreError.
+
+    Args:
+        fence: raises Fenced for an attempt that must not remove what lies there.
+        uploaded: called when a file has been uploaded, before it is read back.
+    """
 
     def put(path: Path) -> tuple[str, dict[str, Any]]:
-        name, facts = path.relative_to(output).as_posix(), file_facts(path)
-        key = f"{keys.output}/{name}"
-        # Create-only, and removed only by who is not fenced: a zombie that wakes up in here must not put its own
-        # result under a certificate that its successor has written.
-        while not store.upload_new(path, key):
-            if store.download(key, back / name) == facts:
-                return name, facts
-            check_fence(store, keys, attempt)
-            store.delete([key])
-        reach("result-uploaded")
-        if store.download(key, back / name) != facts:
-            raise StoreError(f"{key}: read back, it is not what was uploaded")
+        name, facts = path.relative_to(source).as_posix(), file_facts(path)
+        key = f"{prefix}/{name}"
+        with tempfile.TemporaryDirectory(dir=source.parent) as folder:
+            back = Path(folder, "back")
+            # Create-only, and removed only by who is not fenced: a zombie that wakes up in here must not put its own
+            # result under a certificate that its successor has written.
+            while not store.upload_new(path, key):
+                if store.download(key, back) == facts:
+                    return name, facts
+                fence()
+                store.delete([key])
+            uploaded()
+            if store.download(key, back) != facts:
+                raise StoreError(f"{key}: read back, it is not what was uploaded")
         return name, facts
 
     with ThreadPoolExecutor(THREADS) as pool:
-        files = dict(pool.map(put, paths))
-    weights = [back / name for name in files if name.endswith(".safetensors")]
+        return dict(pool.map(put, sorted(path for path in source.rglob("*") if path.is_file())))
+
+
+def certificate_of(keys: Keys, attempt: int, step: int, source: Path, files: Facts) -> Certificate:
+    """What is said of files that were read back from the bucket as they are in ``source``."""
+    weights = [source / name for name in files if name.endswith(".safetensors")]
     if not weights:
         raise StoreError(f"{keys.run_id}: the result holds no weights")
-    reach("result-read")
-    certificate = Certificate(
+    return Certificate(
         run_id=keys.run_id,
         attempt=attempt,
         step=step,
@@ -59,14 +88,22 @@ def certify(store: Store, keys: Keys, attempt: int, step: int, folder: Path) -> 
         completed_at=time.time(),
         files=files,
     )
-    shutil.rmtree(back, ignore_errors=True)
-    check_fence(store, keys, attempt)
-    store.create(keys.completed, certificate.to_bytes())
-    reach("certified")
-    data = store.read(keys.completed)
-    if data is None:
-        raise StoreError(f"{keys.completed}: written, but not there when read back")
-    return Certificate.from_bytes(data, keys.completed)
+
+
+def fetch_result(store: Store, keys: Keys, certificate: Certificate, target: Path) -> None:
+    """Downloads the certified result; raises SpotuneError when a file is not as certified."""
+
+    def get(name: str) -> None:
+        for _ in range(TRIES):  # the way here may be at fault, not what lies there
+            try:
+                if store.download(f"{keys.output}/{name}", target / name) == certificate.files[name]:
+                    return
+            except FileNotFoundError as error:
+                raise SpotuneError(f"{keys.output}/{name}: certified, but not there") from error
+        raise SpotuneError(f"{keys.output}/{name}: not what was certified (sha256)")
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(get, certificate.files))
 
 
 def copy_output(folder: Path, target: Path) -> None:

@@ -27,9 +27,20 @@ HEARTBEAT_S = 15.0  # the contract: progress.json at most every 15 s
 
 
 class Journal:
-    """Thread-safe; ``close`` flushes. Faults of the store are said once and retried with the next part."""
+    """Thread-safe; ``close`` flushes. Faults of the store are said once and retried with the next part.
 
-    def __init__(self, store: Store, keys: Keys, attempt: int, worker_log: Path, status_file: str = "") -> None:
+    ``shown``: what can be seen to begin with, where an attempt does not start from nothing.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        keys: Keys,
+        attempt: int,
+        worker_log: Path,
+        status_file: str = "",
+        shown: Progress | None = None,
+    ) -> None:
         self._store, self._keys, self._attempt = store, keys, attempt
         self._worker_log, self._status_file = worker_log, status_file
         self._lock = threading.RLock()
@@ -37,7 +48,7 @@ class Journal:
         self._pending: list[str] = []
         self._offset, self._part = 0, 0
         self._began = self._flushed_at = self._beat_at = time.monotonic()
-        self._shown = Progress(run_id=keys.run_id, attempt=attempt, phase="load", at=time.time())
+        self._shown = shown or Progress(run_id=keys.run_id, attempt=attempt, phase="load", at=time.time())
         self.first_step: int | None = None
         self._listeners: list[Callable[[dict[str, Any]], None]] = []
         self._stop = threading.Event()

@@ -14,8 +14,10 @@ from spotune.contracts.holds import reach
 from spotune.contracts.keys import Keys
 from spotune.contracts.store import Patience, Store
 from spotune.guard import admission
+from spotune.guard.aftercare import finish_owed
 from spotune.guard.attempt import Attempt
 from spotune.guard.context import Context
+from spotune.guard.extras import debt_of
 from spotune.guard.follower import Follower
 from spotune.guard.leaving import departure, stay_until_killed
 from spotune.guard.machine import Machine
@@ -84,14 +86,15 @@ def work(
     store = Store(env.bucket, Patience(deadline_s=min(Patience.deadline_s, env.patience_s)))
     keys = Keys(admission.choose_run_id(env, machine, request))
     verdict = admission.standing_verdict(store, keys)
-    if verdict is not None:
+    debt = debt_of(store, keys) if verdict == exits.SUCCEEDED and not machine.node_rank else None
+    if verdict is not None and debt is None:
         return verdict
     if notices.given:
         return exits.PREEMPTED
     scratch = env.home / "work" / keys.run_id / f"node-{machine.node_rank}"
     if machine.node_rank:
         return Follower(store, keys, machine, scratch, notices).run(environ)
-    run = read_or_create_run(store, keys, env, request)
+    run = debt.run if debt else read_or_create_run(store, keys, env, request)
     machine = Machine.read(environ, run.config.get("num_processes"))
     record = admission.claim_attempt(store, keys, machine, env.attempt)
     reach("claimed")
@@ -107,4 +110,4 @@ def work(
         status_file=env.status_file,
         patience_s=env.patience_s,
     )
-    return Attempt(context, notices).run()
+    return finish_owed(context, notices, debt.names) if debt else Attempt(context, notices).run()

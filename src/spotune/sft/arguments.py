@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spotune.contracts.config import is_on
 from spotune.contracts.errors import InputError
 from spotune.contracts.exchange import TRAINER, Job
 from spotune.contracts.trackers import wandb_mode
+from spotune.sft.push import doubts
 
-OURS = ("data", "data_limit", "profiles", "num_processes", "keep_every")
+OURS = ("data", "data_limit", "profiles", "num_processes", "keep_every", "merge_adapter")
 # transformers' names of trackers whose module has another name
 _TRACKER_MODULES = {"azure_ml": "azureml", "dagshub": "dagshub", "flyte": "flytekit", "dvclive": "dvclive"}
 
@@ -106,8 +108,10 @@ def effective(job: Job, folder: Path) -> dict[str, Any]:
 def notices(config: Mapping[str, Any]) -> list[str]:
     """One line for each wish of the config that is not followed."""
     lines = []
-    if config.get("push_to_hub"):
-        lines.append("push_to_hub: not done here; the result is in the bucket under output/")
+    if is_on(config, "push_to_hub"):
+        if config.get("hub_strategy") not in (None, "end") or is_on(config, "hub_always_push"):
+            lines.append("hub_strategy: not followed; the result is pushed once, when it is certified")
+        lines += doubts()
     if config.get("save_only_model"):
         lines.append("save_only_model: not followed, since a run could not be continued from such a checkpoint")
     if config.get("resume_from_checkpoint"):

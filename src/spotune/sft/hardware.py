@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from spotune.contracts.config import is_on
 from spotune.contracts.errors import InputError
 
 BF16_CAPABILITY = (8, 0)  # Ampere
@@ -39,14 +40,14 @@ def check_hardware(config: Mapping[str, Any], where: str, found: Hardware) -> No
         raise InputError(where, what, key=key, remedy=remedy)
 
     for key in ("load_in_4bit", "load_in_8bit"):
-        if _on(config, key):
+        if is_on(config, key):
             if not found.gpu:
                 refuse(
                     key, "quantized training needs a GPU, and this machine has none", f"{key}: false in this profile"
                 )
             if "bitsandbytes" not in found.packages:
                 refuse(key, "bitsandbytes is not installed", "pip install bitsandbytes")
-    if _on(config, "use_liger_kernel"):
+    if is_on(config, "use_liger_kernel"):
         if not found.gpu:
             refuse(
                 "use_liger_kernel",
@@ -61,21 +62,21 @@ def check_hardware(config: Mapping[str, Any], where: str, found: Hardware) -> No
         )
     if config.get("deepspeed") and "deepspeed" not in found.packages:
         refuse("deepspeed", "deepspeed is not installed", "pip install deepspeed, or use fsdp")
-    if _on(config, "tf32") and found.capability < BF16_CAPABILITY:
+    if is_on(config, "tf32") and found.capability < BF16_CAPABILITY:
         refuse("tf32", f"TF32 needs an Ampere GPU or newer, {_there(found)}", "leave tf32 out")
     _check_precision(config, refuse, found)
     _check_attention(config, refuse, found)
 
 
 def _check_precision(config: Mapping[str, Any], refuse: Any, found: Hardware) -> None:
-    bf16, fp16, on_cpu = config.get("bf16"), _on(config, "fp16"), _on(config, "use_cpu")
+    bf16, fp16, on_cpu = config.get("bf16"), is_on(config, "fp16"), is_on(config, "use_cpu")
     if not found.gpu:
         if fp16:
             refuse("fp16", "needs a GPU, and this machine has none", "fp16: false, bf16: false")
-        if not on_cpu and (bf16 is None or _on(config, "bf16")):  # TRL's default is bf16, which it refuses on a CPU
+        if not on_cpu and (bf16 is None or is_on(config, "bf16")):  # TRL's default is bf16, which it refuses on a CPU
             what = "needs a GPU, and this machine has none" + (" (it is TRL's default)" if bf16 is None else "")
             refuse("bf16", what, "bf16: false, or use_cpu: true to try bf16 on the CPU")
-    elif found.capability < BF16_CAPABILITY and _on(config, "bf16"):
+    elif found.capability < BF16_CAPABILITY and is_on(config, "bf16"):
         refuse("bf16", f"needs an Ampere GPU or newer, {_there(found)}", "bf16: false, fp16: true")
 
 
@@ -98,8 +99,3 @@ def _there(found: Hardware) -> str:
     return (
         f"this is a {found.gpu} ({found.capability[0]}.{found.capability[1]})" if found.gpu else "this machine has none"
     )
-
-
-def _on(config: Mapping[str, Any], key: str) -> bool:
-    value = config.get(key)
-    return value.lower() in ("true", "yes", "1") if isinstance(value, str) else bool(value)

@@ -4,8 +4,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from spotune.contracts.config import is_on
+from spotune.contracts.exchange import Job
+from spotune.sft.push import write_card
 
-def save_result(trainer: Any, output: Path) -> None:
+
+def save_result(trainer: Any, output: Path, job: Job) -> None:
     """Writes the final model; all ranks take part, since a sharded model has to be gathered."""
     if trainer.is_fsdp_enabled:  # save_model writes nothing, without a word, while the state is sharded
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
@@ -13,6 +17,8 @@ def save_result(trainer: Any, output: Path) -> None:
     trainer.save_model(str(output))
     if trainer.args.process_index == 0:
         trainer.state.save_to_json(str(output / "trainer_state.json"))
+        if is_on(job.config, "push_to_hub"):
+            write_card(trainer, output, job.config, job.run_id)
         if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
             wandb.finish()  # the process ends without unwinding, which would cut off what is still on its way
     if trainer.args.world_size > 1:

@@ -148,6 +148,7 @@ def _own_keys() -> Schema:
         "profiles": _key("object", "Overlays by name: dev and prod differ here.", additionalProperties=profile),
         "env": _key(["object", "null"], "Environment variables to set before anything is loaded."),
         "num_processes": _key(["integer", "null"], "Ranks on one machine; default one per GPU.", minimum=1),
+        "merge_adapter": _key(["boolean", "null"], "Also leave the adapter merged into its base, below merged/."),
     }
 
 

@@ -95,7 +95,7 @@ def _run(this: Rank) -> Outcome:
         this.events.phase("teardown")
     from spotune.sft.result import save_result
 
-    save_result(trainer, this.folder / OUTPUT)
+    save_result(trainer, this.folder / OUTPUT, this.job)
     reach("result-written")
     return Outcome("completed", trainer.state.global_step)
 

@@ -28,6 +28,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {
         "env": {"A": "b"},
         "num_processes": 2,
+        "merge_adapter": True,
         "data_limit": 5,
         "packing_strategy": "wrapped",
         "pad_to_multiple_of": "auto",

@@ -67,9 +67,19 @@ def job(config: dict[str, Any], **settings: Any) -> Job:
 
 def test_what_is_the_guards_is_taken_out(tmp_path: Path) -> None:
     config = effective(
-        job({"data": [], "data_limit": 3, "num_processes": 2, "push_to_hub": True, "env": None}), tmp_path
+        job(
+            {
+                "data": [],
+                "data_limit": 3,
+                "num_processes": 2,
+                "merge_adapter": True,
+                "push_to_hub": True,
+                "env": None,
+            }
+        ),
+        tmp_path,
     )
-    assert not {"data", "data_limit", "num_processes", "env"} & set(config)
+    assert not {"data", "data_limit", "num_processes", "merge_adapter", "env"} & set(config)
     assert (config["output_dir"], config["push_to_hub"]) == (str(tmp_path / "trainer"), False)
     assert effective(job({"disable_tqdm": False}), tmp_path)["disable_tqdm"] is False
 

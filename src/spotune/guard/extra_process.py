@@ -1,0 +1,64 @@
+"""The process that does one extra: started, watched and ended by the guard, like a rank."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from spotune.contracts.exchange import read_json
+from spotune.contracts.extras import Answer, answer_path
+
+POLL_S = 0.1
+TIMEOUT_S = 3600.0
+
+
+def run_extra(
+    name: str,
+    folder: Path,
+    config: Mapping[str, Any],
+    environ: Mapping[str, str],
+    wait: Callable[[float], None],
+    timeout_s: float = TIMEOUT_S,
+) -> Answer:
+    """Runs ``python -m spotune.sft.extras NAME FOLDER`` to its end; whatever ``wait`` raises ends it at once."""
+    answer_path(folder, name).unlink(missing_ok=True)
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "spotune.sft.extras", name, str(folder)],
+        env=extra_environ(config, environ),
+        stdin=subprocess.DEVNULL,
+        process_group=0,
+    )
+    deadline = time.monotonic() + timeout_s
+    try:
+        while process.poll() is None:
+            if time.monotonic() > deadline:
+                return Answer(False, f"not done after {timeout_s:.0f} s")
+            wait(POLL_S)
+    finally:
+        _kill(process)
+    data = read_json(answer_path(folder, name))
+    if data is not None:
+        return Answer(**data)
+    code = process.returncode
+    died = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return Answer(False, f"its process {died} without a word")
+
+
+def extra_environ(config: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
+    """The run's environment, as its ranks had it; in a log, progress bars are lines without end."""
+    quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
+    if not sys.stderr.isatty():
+        quiet |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return quiet | dict(environ) | {key: str(value) for key, value in (config.get("env") or {}).items()}
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    """SIGKILL to the process and its children; returns when it is gone."""
+    with suppress(ProcessLookupError, PermissionError):  # macOS says the latter of a zombie
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

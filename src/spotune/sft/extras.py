@@ -1,0 +1,56 @@
+"""One extra: ``python -m spotune.sft.extras NAME FOLDER``, started by the guard (see contracts/extras.py).
+
+Deaf to signals like a rank, and dead when the guard is. It always leaves an answer.
+"""
+
+from spotune.sft.lifeline import die_with_parent, ignore_signals
+
+if __name__ == "__main__":
+    ignore_signals()  # before anything else is imported
+
+import os
+import sys
+from pathlib import Path
+
+from spotune.contracts.errors import SpotuneError
+from spotune.contracts.exchange import OUTPUT, read_json, write_json
+from spotune.contracts.extras import EXTRAS, MERGE, MERGED, Answer, ExtraJob, answer_path
+from spotune.sft.faults import one_line, print_traceback
+
+
+def main(argv: list[str]) -> None:
+    """Does the extra and ends the process; never returns."""
+    die_with_parent()
+    sys.stdout.reconfigure(line_buffering=True)
+    name, folder = argv[1], Path(argv[2]).absolute()
+    answer = run(name, folder)
+    write_json(answer_path(folder, name), answer)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0 if answer.done else 1)
+
+
+def run(name: str, folder: Path) -> Answer:
+    """Does the extra and says how it ended."""
+    try:
+        job = ExtraJob(**read_json(folder / EXTRAS))
+        return Answer(True, facts=_do(name, job, folder))
+    except SpotuneError as error:
+        return Answer(False, str(error))
+    except BaseException as error:  # the process's edge: whatever it is, the guard must hear of it
+        print_traceback(error)
+        return Answer(False, one_line(error))
+
+
+def _do(name: str, job: ExtraJob, folder: Path) -> dict[str, str]:
+    if name == MERGE:
+        from spotune.sft.merge import merge
+
+        return merge(job.config, folder / OUTPUT, folder / MERGED)
+    from spotune.sft.push import hub, push
+
+    return push(job, folder / OUTPUT, hub())
+
+
+if __name__ == "__main__":
+    main(sys.argv)
