@@ -36,7 +36,7 @@ class Save:
 
 
 def make_material(folder: Path, millions: int) -> dict[str, Any]:
-    """A Llama of so many million parameters with a byte-level tokenizer, and rows; the config that trains it in full."""
+    """A Llama of so many million parameters, a byte-level tokenizer, and rows; the config that trains it in full."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -158,9 +158,8 @@ def main() -> None:
                     + ", ".join(f"{save.stall_s:.2f}/{save.whole_s:.2f}" for save in saves),
                     flush=True,
                 )
-    print(
-        "| | saves | stall, median | worst | whole cost, median | worst | undisturbed step |\n|---|---|---|---|---|---|---|"
-    )
+    heads = ("", "saves", "stall, median", "worst", "whole cost, median", "worst", "undisturbed step")
+    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for label, saves in found.items():
         stalls, wholes = [save.stall_s for save in saves], [save.whole_s for save in saves]
         print(

@@ -39,6 +39,7 @@ class Plan:
         lost: the store does what was asked, and the connection is cut instead of its answer.
         hang: the request is never answered.
         truncate: the body of a GET's answer ends half-way, though more was announced.
+        short: the body of a GET's answer ends half-way, and no more is announced.
         flip: one bit of the body of a GET's answer is wrong, and nothing says so.
         delay: the answer comes ``delay_s`` late.
         delay_s: see ``delay``.
@@ -46,7 +47,8 @@ class Plan:
         times: after so many faults the rest is well; None for no end.
         method: only requests with this method, e.g. ``GET``.
         match: only requests with this text in their path and query.
-        min_bytes: only answers at least so long are truncated or flipped.
+        min_bytes: only answers at least so long are truncated or flipped: data, say, but no listing, which on a real
+            store is protected by its encryption.
     """
 
     error: float = 0.0
@@ -55,6 +57,7 @@ class Plan:
     lost: float = 0.0
     hang: float = 0.0
     truncate: float = 0.0
+    short: float = 0.0
     flip: float = 0.0
     delay: float = 0.0
     delay_s: float = 1.0
@@ -74,7 +77,8 @@ class Plan:
         return ""
 
 
-CHANCES = ("error", "expired", "reset", "lost", "hang", "truncate", "flip", "delay")
+CHANCES = ("error", "expired", "reset", "lost", "hang", "truncate", "short", "flip", "delay")
+IN_BODIES = ("truncate", "short", "flip")
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,7 @@ class FaultProxy:
         path = unquote(request.raw_path)
         fits = plan.method in ("", request.method) and plan.match in path and self._left != 0
         fault = "away" if self.away else plan.draw(self._rng) if fits else ""
-        if fault in ("truncate", "flip") and request.method != "GET":
+        if fault in IN_BODIES and request.method != "GET":
             fault = ""
         self.seen.append(Seen(request.method, path, fault, dict(request.headers)))
         return fault
@@ -158,7 +162,7 @@ class FaultProxy:
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         plan = self.plan
         fault = self._fault(request, plan)
-        if fault not in ("", "truncate", "flip"):
+        if fault not in ("", *IN_BODIES):
             self._deal(fault)
         if fault in ("away", "reset"):
             return self._cut(request)
@@ -200,18 +204,21 @@ class FaultProxy:
     ) -> web.StreamResponse:
         headers = {name: value for name, value in answer.headers.items() if name.lower() not in HOP}
         response = web.StreamResponse(status=answer.status, headers=headers)
+        stop = len(data)
+        if fault in IN_BODIES and len(data) >= plan.min_bytes:
+            self._deal(fault)
+            if fault == "truncate":
+                stop = len(data) // 2
+            elif fault == "short":
+                data = data[: len(data) // 2]
+                stop = len(data)
+            else:
+                place = self._rng.randrange(len(data))
+                data = data[:place] + bytes([data[place] ^ 1 << self._rng.randrange(8)]) + data[place + 1 :]
         # The answer to HEAD announces a body that does not come.
         announced = answer.headers.get("Content-Length") if request.method == "HEAD" else str(len(data))
         if announced is not None:
             response.content_length = int(announced)
-        stop = len(data)
-        if fault in ("truncate", "flip") and len(data) >= plan.min_bytes:
-            self._deal(fault)
-            if fault == "truncate":
-                stop = len(data) // 2
-            else:
-                place = self._rng.randrange(len(data))
-                data = data[:place] + bytes([data[place] ^ 1 << self._rng.randrange(8)]) + data[place + 1 :]
         await response.prepare(request)
         started = self._loop.time()
         size = PIECE_BYTES if plan.bandwidth_bytes_per_s else len(data) or 1

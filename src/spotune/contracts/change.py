@@ -34,7 +34,7 @@ LOGGING = frozenset(
 )
 SAVING = frozenset(
     "save_every save_strategy save_steps save_total_limit save_on_each_node output_dir push_to_hub hub_model_id"
-    " hub_strategy hub_token hub_private_repo hub_always_push hub_revision merge_adapter".split()
+    " hub_strategy hub_token hub_private_repo hub_always_push hub_revision merge_adapter keep_every".split()
 )
 NOT_FOLLOWED = frozenset("resume_from_checkpoint save_only_model enable_jit_checkpoint".split())
 EVALUATION = frozenset(

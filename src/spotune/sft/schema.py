@@ -64,7 +64,7 @@ def build() -> Schema:
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "spotune run config",
-        "description": "Keys of `trl sft --config`, and spotune's data, data_limit and profiles.",
+        "description": "Keys of `trl sft --config`, and spotune's own (data, profiles, ...).",
         "type": "object",
         "additionalProperties": False,
         "properties": dict(sorted(properties.items())),
@@ -148,6 +148,7 @@ def _own_keys() -> Schema:
         "profiles": _key("object", "Overlays by name: dev and prod differ here.", additionalProperties=profile),
         "env": _key(["object", "null"], "Environment variables to set before anything is loaded."),
         "num_processes": _key(["integer", "null"], "Ranks on one machine; default one per GPU.", minimum=1),
+        "keep_every": _key(["integer", "null"], "Keep every so many-th checkpoint for good.", minimum=1),
         "merge_adapter": _key(["boolean", "null"], "Also leave the adapter merged into its base, below merged/."),
     }
 

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -176,6 +178,16 @@ def test_a_file_in_the_way_is_bad_input(place: str, tmp_path: Path) -> None:
 def test_a_place_where_nothing_can_be_made_is_bad_input() -> None:
     with pytest.raises(InputError, match="SPOTUNE_BUCKET"):
         Store("file:///proc/nowhere").create("runs/a/x", b"1")
+
+
+def test_a_disk_bucket_loads_no_client(tmp_path: Path) -> None:
+    script = (
+        "import sys; from spotune.contracts.store import Store; store = Store(sys.argv[1])\n"
+        "assert store.create('a', b'1') and store.read('a') == b'1' and store.keys('') == ['a']\n"
+        "print({'fsspec', 'asyncio', 'aiohttp'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", script, f"file://{tmp_path}/bucket"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 def test_a_full_disk_is_worth_another_machine(local_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

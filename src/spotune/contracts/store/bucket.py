@@ -142,8 +142,8 @@ def _open(url: str, patience: Patience) -> Bucket:
     scheme, _, root = url.partition("://")
     if scheme == "file":
         return Disk(root, patience)
-    from spotune.contracts.store.gcs import Gcs  # asyncio and its kin take a tenth of a second of a start
+    from spotune.contracts.store.gcs import Gcs  # here: a folder needs no asyncio
     from spotune.contracts.store.objects import Objects
     from spotune.contracts.store.s3 import S3
 
-    return Objects((S3 if scheme == "s3" else Gcs)(url, patience), root, patience)
+    return Objects(S3(patience) if scheme == "s3" else Gcs(patience), root, patience)

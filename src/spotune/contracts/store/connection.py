@@ -21,7 +21,7 @@ CLOSING_S = 2.0  # what the end of a process may wait for open connections
 class Connector(Protocol):
     """How to get a client of a store, and how to let go of it."""
 
-    def connect(self, loop: asyncio.AbstractEventLoop) -> Any: ...
+    async def connect(self) -> Any: ...
 
     async def close(self, client: Any) -> None: ...
 
@@ -117,7 +117,7 @@ class Connection:
 
         async def attempt() -> None:
             with suppress(Exception):
-                await self._try(engine, step, self.patience.request_s)
+                await self._try(engine, step, self.patience.request_s, self.patience.request_s)
 
         with suppress(TimeoutError):
             asyncio.run_coroutine_threadsafe(attempt(), engine.loop).result(2 * self.patience.request_s)
@@ -131,7 +131,7 @@ class Connection:
             left = deadline - clock()
             enough = self.patience.try_s(size, tries)
             try:
-                answer = await self._try(engine, step, min(left, enough))
+                answer = await self._try(engine, step, left, enough)
                 self._worked.add(action)
                 return answer
             except Exception as error:
@@ -155,25 +155,25 @@ class Connection:
         if fault is Fault.LASTING:
             raise GaveUp(words_of(error)) from error
 
-    async def _try(self, engine: _Engine, step: Step[T], limit_s: float) -> T:
-        return await asyncio.wait_for(self._request(engine, step), limit_s)
-
-    async def _request(self, engine: _Engine, step: Step[T]) -> T:
-        async with engine.lock:
-            if engine.client is None:  # made in a thread: it may ask a metadata server
-                engine.client = _Client(await asyncio.to_thread(self._connector.connect, engine.loop))
-            client = engine.client
-        client.users += 1
+    async def _try(self, engine: _Engine, step: Step[T], left_s: float, enough_s: float) -> T:
+        client = await asyncio.wait_for(self._client(engine), left_s)
         try:
-            return await step(client.client)
+            return await asyncio.wait_for(step(client.client), min(left_s, enough_s))
         except Exception as error:
-            if judge(error) in (Fault.STALE, Fault.DENIED) and engine.client is client:
+            if judge(error) in (Fault.STALE, Fault.UNREADY, Fault.DENIED) and engine.client is client:
                 engine.client = None
             raise
         finally:
             client.users -= 1
             if not client.users and engine.client is not client:  # left behind, and this was its last request
                 await self._connector.close(client.client)
+
+    async def _client(self, engine: _Engine) -> _Client:
+        async with engine.lock:
+            if engine.client is None:
+                engine.client = _Client(await self._connector.connect())
+            engine.client.users += 1
+            return engine.client
 
     def _running(self) -> _Engine:
         with self._lock:

@@ -26,9 +26,19 @@ class Fault(Enum):
     MISSING = auto()  # no such object, upload or bucket
     TAKEN = auto()  # a create-only write came second
     STALE = auto()  # the credentials are not (or no longer) good
+    UNREADY = auto()  # no credentials can be had just now: a metadata server, or a token's issuer, does not answer
     DENIED = auto()  # the credentials are good, but not for this
     PASSING = auto()  # try again
     LASTING = auto()  # trying again does not help
+
+
+CREDENTIALS = (
+    (Fault.STALE, "google.auth.exceptions", ("DefaultCredentialsError",)),
+    (Fault.STALE, "botocore.exceptions", ("NoCredentialsError", "PartialCredentialsError")),
+    (Fault.UNREADY, "google.auth.exceptions", ("GoogleAuthError",)),
+    (Fault.UNREADY, "gcsfs.retry", ("NonRetryableError",)),
+    (Fault.UNREADY, "botocore.exceptions", ("CredentialRetrievalError", "TokenRetrievalError")),
+)
 
 
 class Denied(Exception):
@@ -68,17 +78,14 @@ def judge(error: Exception) -> Fault | None:
         return Fault.MISSING
     if isinstance(error, FileExistsError):
         return Fault.TAKEN
-    if isinstance(error, ImportError):
-        return Fault.LASTING
+    if isinstance(error, ImportError) or (isinstance(error, RuntimeError) and "shutdown" in str(error)):
+        return Fault.LASTING  # the latter: the process ends, and a thread goes on
     status, code = answer_of(error)
     if status or code:
         return _judge_answer(status, code)
-    if isinstance(error, _kinds("google.auth.exceptions", "GoogleAuthError")):
-        return Fault.STALE
-    if isinstance(error, _kinds("botocore.exceptions", "NoCredentialsError", "PartialCredentialsError")):
-        return Fault.STALE
-    if isinstance(error, _kinds("botocore.exceptions", "CredentialRetrievalError", "TokenRetrievalError")):
-        return Fault.STALE
+    for fault, module, names in CREDENTIALS:
+        if isinstance(error, _kinds(module, *names)):
+            return fault
     if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
         return _judge_words(str(error))
     if isinstance(error, PermissionError) or (isinstance(error, OSError) and str(error).startswith("Forbidden")):

@@ -1,6 +1,5 @@
 """s3:// and gs://: whole objects, moved in ranges and parts that are tried again one by one."""
 
-import asyncio
 import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Generator
@@ -52,7 +51,7 @@ class Api(Protocol):
 
     parts_in_flight: int
 
-    def connect(self, loop: asyncio.AbstractEventLoop) -> Any: ...
+    async def connect(self) -> Any: ...
     async def close(self, client: Any) -> None: ...
 
     def part_bytes(self, size: int) -> int:

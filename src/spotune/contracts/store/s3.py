@@ -32,11 +32,15 @@ class S3:
 
     parts_in_flight = 3
 
-    def __init__(self, url: str, patience: Patience) -> None:
-        self._url = url
+    def __init__(self, patience: Patience) -> None:
         self._patience = patience
 
-    def connect(self, loop: asyncio.AbstractEventLoop) -> Any:
+    async def connect(self) -> Any:
+        client = await asyncio.to_thread(self._make, asyncio.get_running_loop())
+        await client.set_session()
+        return client
+
+    def _make(self, loop: asyncio.AbstractEventLoop) -> Any:
         import fsspec
 
         settings = {
@@ -46,8 +50,8 @@ class S3:
             "max_pool_connections": CONNECTIONS,
             "retries": {"total_max_attempts": 1},  # retries are ours
         }
-        client, _ = fsspec.core.url_to_fs(
-            self._url, loop=loop, skip_instance_cache=True, use_listings_cache=False, config_kwargs=settings
+        client = fsspec.filesystem(
+            "s3", loop=loop, skip_instance_cache=True, use_listings_cache=False, config_kwargs=settings
         )
         client.retries = 1
         return client
