@@ -37,19 +37,26 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "gradient_checkpointing": False,
         "save_steps": 3,
     }
-    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    (folder / "full.yaml").write_text(yaml.safe_dump(config))
+    # Small files: what a request may take before it is given up grows with them.
+    config |= {"use_peft": True, "lora_r": 4, "lora_dropout": 0.1, "lora_target_modules": ["all-linear"]}
+    (folder / "lora.yaml").write_text(yaml.safe_dump(config))
     return folder
 
 
 @pytest.fixture(scope="module")
-def undisturbed(material: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def undisturbed(material: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The weights of each config without any fault."""
+    found = {}
     with pytest.MonkeyPatch.context() as patch:
         home = tmp_path_factory.mktemp("undisturbed")
         for name, value in {"SPOTUNE_HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}.items():
             patch.setenv(name, value)
-        script = Script(f"file://{home}/bucket", "undisturbed", material / "run.yaml")
-        assert script.run() == 0, script.log()
-        return script.weights
+        for name in ("lora", "full"):
+            script = Script(f"file://{home}/bucket", name, material / f"{name}.yaml")
+            assert script.run() == 0, script.log()
+            found[name] = script.weights
+    return found
 
 
 @pytest.fixture
@@ -62,7 +69,7 @@ def proxy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 @pytest.fixture
 def script(proxy: FaultProxy, material: Path, tmp_path: Path) -> Script:
-    return Script(f"s3://spotune/{tmp_path.name}-{time.time_ns()}", "away", material / "run.yaml")
+    return Script(f"s3://spotune/{tmp_path.name}-{time.time_ns()}", "away", material / "lora.yaml")
 
 
 def wait_for_text(script: Script, text: str, process: "subprocess.Popen[str]", seconds: float = 90.0) -> None:
@@ -73,7 +80,7 @@ def wait_for_text(script: Script, text: str, process: "subprocess.Popen[str]", s
         time.sleep(0.05)
 
 
-def test_training_goes_on_without_the_bucket(proxy: FaultProxy, script: Script, undisturbed: str) -> None:
+def test_training_goes_on_without_the_bucket(proxy: FaultProxy, script: Script, undisturbed: dict[str, str]) -> None:
     script.environ["SPOTUNE_BUCKET_PATIENCE"] = "4s"  # what one request holds out; the run is patient for longer
     process = script.start()
     script.wait_for_step(process, 4)
@@ -82,11 +89,11 @@ def test_training_goes_on_without_the_bucket(proxy: FaultProxy, script: Script, 
     time.sleep(2)
     proxy.away = False
     assert process.wait(120) == 0, script.log()
-    assert script.weights == undisturbed
+    assert script.weights == undisturbed["lora"]
 
 
 def test_a_bucket_that_stays_away_ends_the_run_and_loses_nothing(
-    proxy: FaultProxy, script: Script, undisturbed: str
+    proxy: FaultProxy, script: Script, undisturbed: dict[str, str]
 ) -> None:
     script.environ["SPOTUNE_BUCKET_PATIENCE"] = "1s"
     process = script.start()
@@ -101,10 +108,10 @@ def test_a_bucket_that_stays_away_ends_the_run_and_loses_nothing(
     assert script.run() == 0, script.log()
     assert f"step {stranded} was still on this machine's disk, and is committed now" in script.log()
     assert f"resumed from the checkpoint of step {stranded}, attempt 2" in script.log()
-    assert script.weights == undisturbed
+    assert script.weights == undisturbed["lora"]
 
 
-def test_a_bucket_with_every_fault(proxy: FaultProxy, script: Script, undisturbed: str) -> None:
+def test_a_bucket_with_every_fault(proxy: FaultProxy, script: Script, undisturbed: dict[str, str]) -> None:
     proxy.plan = Plan(
         error=0.05, expired=0.03, reset=0.05, lost=0.03, truncate=0.03, flip=0.02, delay=0.05, delay_s=0.3
     )
@@ -117,13 +124,15 @@ def test_a_bucket_with_every_fault(proxy: FaultProxy, script: Script, undisturbe
     second.send_signal(signal.SIGTERM)
     assert second.wait(90) == 75, script.log()
     assert script.run() == 0, script.log()
-    assert script.weights == undisturbed
+    assert script.weights == undisturbed["lora"]
     assert {"error", "reset", "lost"} <= {name for name, count in proxy.dealt.items() if count}, proxy.dealt
 
 
-def test_a_full_local_disk_costs_checkpoints_not_the_run(material: Path, tmp_path: Path, undisturbed: str) -> None:
+def test_a_full_local_disk_costs_checkpoints_not_the_run(
+    material: Path, tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
     """No file may become as large as the optimizer's: what a full disk says, to the one file that does not fit."""
-    script = Script(f"file://{tmp_path}/bucket", "full", material / "run.yaml")
+    script = Script(f"file://{tmp_path}/bucket", "full", material / "full.yaml")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     weights = (material / "model" / "model.safetensors").stat().st_size
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(weights * 1.2), before[1]))  # the optimizer's has twice as much
@@ -134,4 +143,4 @@ def test_a_full_local_disk_costs_checkpoints_not_the_run(material: Path, tmp_pat
     assert process.wait(120) == 0, script.log()
     assert "step 3 is not saved: [Errno 27] File too large" in script.log()
     assert script.commits == []
-    assert script.weights == undisturbed
+    assert script.weights == undisturbed["full"]

@@ -76,7 +76,7 @@ class RunEnvironment:
             status_file=environ.get(STATUS_FILE, ""),
             attempt=int(count) if (count := environ.get(ATTEMPT, "")).isdigit() else 1,
             user=user_name(environ),
-            patience_s=parse_duration(environ.get(PATIENCE) or "30m", PATIENCE),
+            patience_s=_read_patience(environ.get(PATIENCE) or "30m"),
             grace_s=read_grace(environ),
             allow_config_change=environ.get(ALLOW_CONFIG_CHANGE, "").lower() in ("1", "true", "yes"),
         )
@@ -93,6 +93,13 @@ def read_grace(environ: Mapping[str, str]) -> float | None:
         seconds = math.nan
     if not 0 <= seconds < math.inf:
         raise InputError(GRACE_S, f"{text!r} is not a number of seconds", remedy="30")
+    return seconds
+
+
+def _read_patience(text: str) -> float:
+    seconds = parse_duration(text, PATIENCE)
+    if seconds <= 0:
+        raise InputError(PATIENCE, f"{text!r} is no time at all", remedy="30m, as when it is not set")
     return seconds
 
 

@@ -91,6 +91,7 @@ class Uploader:
     def _try_until_newer(self, staged: Staged) -> None:
         failures = 0
         while not self.fenced:
+            began_at = self._clock()
             try:
                 self._work(staged)
                 self.error = self._failing_since = None
@@ -100,7 +101,7 @@ class Uploader:
                 return
             except (SpotuneError, OSError) as error:
                 self.error = error if isinstance(error, SpotuneError) else StoreError(str(error))
-                self._failing_since = self._failing_since or self._clock()
+                self._failing_since = self._failing_since or began_at
                 say(f"step {staged.step} is not committed yet: {self.error}")
             pause_s = PAUSES_S[min(failures, len(PAUSES_S) - 1)]
             failures += 1
