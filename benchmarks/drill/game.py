@@ -1,8 +1,10 @@
 """A game day: an undisturbed run for the measure, then the runs of a schedule, several at a time."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
+from threading import Event
 
 from drill.contender import Contender
 from drill.draw import once_more
@@ -23,6 +25,7 @@ class Game:
 
     def __init__(self, make: Make, folder: Path, board: Board, lanes: int = 2) -> None:
         self._make, self._folder, self._board, self._lanes = make, folder, board, lanes
+        self._stopped = Event()
 
     def undisturbed(self) -> Measure:
         """Runs once with nothing taken away. Raises DrillError when that alone does not work."""
@@ -43,7 +46,7 @@ class Game:
             names = [f"r{number}-{index}" for index in range(len(todo))]
             played += self._side_by_side(list(zip(names, todo, strict=True)), measure)
             missed = [kill for one in played[-len(todo) :] for kill in one.missed]
-            todo = once_more(missed, max(map(len, runs)))
+            todo = once_more(missed, max(map(len, runs), default=0) or 1)
             if not todo:
                 break
         self._board.close()
@@ -52,17 +55,20 @@ class Game:
     def _side_by_side(self, named: Sequence[tuple[str, Run]], measure: Measure) -> list[Played]:
         with ThreadPoolExecutor(self._lanes) as lanes:
             futures = [lanes.submit(self._play, name, run, measure) for name, run in named]
-            done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in waiting:
-                future.cancel()  # those that play already come to their end
-            for future in done:
-                future.result()
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            except BaseException:  # Ctrl-C, too
+                self._stopped.set()
+                lanes.shutdown(cancel_futures=True)
+                raise
             return [future.result() for future in futures]
 
     def _play(self, name: str, run: Run, measure: Measure | None) -> Played:
         self._board.begin(name, len(run))
         pace, weights = (measure.pace, measure.weights) if measure else (None, None)
-        played = Play(self._make(name), run, pace, self._folder / name, lambda life: self._board.lost(name, life)).run()
+        tell = partial(self._board.lost, name)
+        played = Play(self._make(name), run, pace, self._folder / name, tell, self._stopped).run()
         self._board.end(played, weights)
         return played
 

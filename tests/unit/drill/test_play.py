@@ -1,5 +1,6 @@
 """The harness itself: what it says was lost was lost, and what went wrong it says."""
 
+import time
 from io import StringIO
 from pathlib import Path
 
@@ -146,6 +147,23 @@ def test_a_game_day_from_measure_to_scorecard(tmp_path: Path) -> None:
     assert card["kills"] >= 1
     assert card["runs"] >= 3
     assert "bit-identical" in said.getvalue()
+
+
+def test_one_run_that_cannot_go_on_ends_them_all(tmp_path: Path) -> None:
+    day, _ = game(tmp_path)
+    measure = day.undisturbed()
+    never, later = Kill("vanish", Boundary("uploading")), Kill("vanish", After(60.0), down_s=60.0)
+    began = time.monotonic()
+    with pytest.raises(DrillError, match="never reached"):
+        day.play([(never,), (Kill("vanish", After(0.1), down_s=60.0), later)], measure)
+    assert time.monotonic() - began < 30
+    assert living(tmp_path) == []
+
+
+def test_a_trace_that_takes_nothing_away(tmp_path: Path) -> None:
+    day, _ = game(tmp_path)
+    measure = day.undisturbed()
+    assert [played.finished for played in day.play([()], measure)] == [True]
 
 
 def test_weights_that_are_not_the_same_fail_it(tmp_path: Path) -> None:
