@@ -47,6 +47,9 @@ def main() -> int:
     except DrillError as error:
         print(f"game day: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"game day: given up; what there is lies in {place}", file=sys.stderr)
+        return 130
     print(table(cards))
     if asked.json:
         asked.json.write_text(json.dumps({"asked": vars(asked), "scorecards": cards}, indent=1, default=str) + "\n")
