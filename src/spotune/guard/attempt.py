@@ -61,6 +61,8 @@ class Attempt:
             code, reason, message = error.exit_code, "failed", str(error)
         except SpotuneError as error:
             code, reason, message = error.exit_code, self._reason_of(error), str(error)
+        except OSError as error:  # of the local disk: those of the bucket have their own name
+            code, reason, message = exits.PREEMPTED, "failed", f"this machine: {error}"
         if code == exits.PREEMPTED and reason == "failed" and self._is_second_fault():
             code, message = exits.FAILED, f"two attempts in a row failed and committed nothing: {message}"
         if code in (exits.FAILED, exits.BAD_INPUT):
@@ -137,7 +139,7 @@ class Attempt:
             try:
                 return certify(context.store, context.keys, context.attempt, step, context.folder)
             except StoreError as error:
-                if time.monotonic() > deadline:
+                if time.monotonic() > deadline or self.notices.left_s <= 0:
                     raise StoreError(f"{error}; all {step} steps are made, the result is not in the bucket") from error
                 say(f"the result is not certified yet: {error}")
                 self.notices.wait(CERTIFY_PAUSE_S)
@@ -173,7 +175,8 @@ class Attempt:
         except SpotuneError as error:
             say(f"the last events are not recorded: {error}")
         self.leader.close(code)
-        if not sealed(self.context.folder):  # else a later attempt on this machine may still commit it
+        is_over = code == exits.SUCCEEDED or reason == "lost"
+        if is_over or not sealed(self.context.folder):  # else the next attempt on this machine may still commit it
             shutil.rmtree(self.context.folder, ignore_errors=True)
 
 

@@ -43,6 +43,11 @@ class Restoring:
         self._thread = threading.Thread(target=self._run, name="restore", daemon=True)
         self._thread.start()
 
+    @property
+    def has_died(self) -> bool:
+        """Whether it ended by a fault of its own, with nothing to show."""
+        return not self._thread.is_alive() and self.ready is None and self.error is None
+
     def _run(self) -> None:
         began = time.monotonic()
         try:

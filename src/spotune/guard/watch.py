@@ -1,8 +1,9 @@
 """While the ranks run: their checkpoints, the clock, the fence, the bucket's absence, and notices."""
 
 import time
+from pathlib import Path
 
-from spotune.contracts.errors import InputError, StoreError
+from spotune.contracts.errors import InputError, SpotuneError, StoreError
 from spotune.contracts.exchange import Job, Outcome
 from spotune.contracts.holds import reach
 from spotune.guard import admission
@@ -82,7 +83,7 @@ class Watch:
         if self.committer.fenced:
             raise self.committer.fenced
         for staged in self.handover.taken:  # what is not committed must at least be found again
-            if staged.step > self.committer.committed_step:
+            if staged.step > self.committer.committed_step and Path(staged.checkpoint).is_dir():
                 seal(self.context.folder, staged, self.context.run.config_sha256)
 
     def _time_to_upload_s(self) -> float:
@@ -104,6 +105,8 @@ class Watch:
     def _look_at_restore(self, restoring: Restoring) -> None:
         if restoring.error is not None:
             raise restoring.error
+        if restoring.has_died:
+            raise SpotuneError("restoring the checkpoint ended without a result, see the traceback above")
         if restoring.ready is not None and self.committer is None:
             self._begin_committing(restoring.ready)
 
