@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-SAVE_STEPS = 16
+SAVE_STEPS = 24
 CALM = 4  # undisturbed steps before each save
 SAVES = 4  # the first one is not counted: it is where memory is touched for the first time
 

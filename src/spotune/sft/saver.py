@@ -41,6 +41,8 @@ class Saver:
         self.folder, self.events, self.versions = folder, events, versions
         self.saved_step = -1
         self._clock = clock
+        # The commit has a sha256 of each file: a checksum of each tensor in it costs a tenth of a save, for nothing.
+        torch.serialization.set_crc32_options(False)
         self._arena = Arena()
         self._writer = Writer()
         self._writing: Path | None = None

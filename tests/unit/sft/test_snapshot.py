@@ -140,7 +140,7 @@ def test_an_arena_is_used_again() -> None:
     arena.reset()
     first = [arena.copy(tensor) for tensor in tensors]
     assert arena.copy(torch.ones(100)).data_ptr() not in range(first[0].data_ptr(), first[0].data_ptr() + 512)
-    arena.reset()  # grows: it was too small
+    arena.reset()
     second = [arena.copy(tensor) for tensor in (*tensors, torch.ones(100))]
     assert second[2].data_ptr() - second[0].data_ptr() == 512
 

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 import torch
 
 ALIGNMENT = 64  # bytes; what torch and numpy align to
+SPARE = 1 << 20  # bytes beyond what was asked for: small things are saved too
+TOLERATED = 1.1  # beyond this a block that is too small is made anew, which takes time
 
 
 class Arena:
@@ -23,15 +25,15 @@ class Arena:
 
     def warm(self, size: int) -> None:
         """Makes the block in the background, ``size`` bytes; ready when ``reset`` is called next."""
-        self._warming = threading.Thread(target=self._make, args=(size,), name="arena", daemon=True)
+        self._warming = threading.Thread(target=self._make, args=(size + SPARE,), name="arena", daemon=True)
         self._warming.start()
 
     def reset(self) -> None:
-        """Nothing of the last snapshot is needed any more. A block that was too small grows."""
+        """Nothing of the last snapshot is needed any more. A block that was much too small grows."""
         if self._warming is not None:
             self._warming.join()
             self._warming = None
-        if self._memory is None or self._needed > self._memory.numel():
+        if self._memory is None or self._needed > self._memory.numel() * TOLERATED:
             self._memory = None
             self._make(self._needed)
         self._used = self._needed = 0

@@ -12,7 +12,7 @@ from spotune.sft.snapshot.capture import Piece
 
 # Gets the facts of the files that were hashed, and how long writing took in seconds.
 Then = Callable[[dict[Path, dict[str, Any]], float], None]
-NICENESS = 5  # training's own threads go first where there is a core too few
+NICENESS = 5  # training's own threads go first where there is a core too few; on leaving there are none
 
 
 class Writer:
