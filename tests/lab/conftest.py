@@ -22,6 +22,14 @@ ROOT = Path(__file__).parents[2]
 RESOURCES = ["--infra", "slurm/lab/spot", "--no-use-spot", "--gpus", "L4:1", "--cpus", "2", "--memory", "3"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="all that can happen to a job, not the shortest way alone")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return True if collection_path.name == "test_full.py" and not config.getoption("--full", False) else None
+
+
 @pytest.fixture(scope="session")
 def lab() -> Iterator[Layout]:
     """A lab that nobody has touched. ``SPOTUNE_LAB_KEEP=1`` uses one that is up, and leaves it."""

@@ -32,6 +32,7 @@ plugins:
 HEADER = (
     "InstanceType,AcceleratorName,AcceleratorCount,vCPUs,MemoryGiB,GpuInfo,Price,SpotPrice,Region,AvailabilityZone\n"
 )
+ACCELERATORS = "AcceleratorName,Clouds\nL4,\"['AWS', 'GCP', 'RunPod']\"\n"
 CLOUDS = """aws azure cudo do fluidstack gcp hyperbolic ibm lambda mithril nebius oci paperspace primeintellect runpod
 scp seeweb shadeform vast vsphere yotta""".split()
 
@@ -43,11 +44,12 @@ def configure(lab: Layout) -> None:
     for name, text in {"config.yaml": CONFIG, "plugins.yaml": PLUGINS}.items():
         if not (sky / name).exists():
             (sky / name).write_text(text)
-    for cloud in CLOUDS:
-        rows = sky / "catalogs" / "v8" / cloud / "vms.csv"
-        rows.parent.mkdir(parents=True, exist_ok=True)
-        if not rows.exists():
-            rows.write_text(HEADER)
+    lists = {f"{cloud}/vms.csv": HEADER for cloud in CLOUDS} | {"common/accelerators.csv": ACCELERATORS}
+    for name, text in lists.items():
+        path = sky / "catalogs" / "v8" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            path.write_text(text)
     modules = lab.root / "modules"
     modules.mkdir(exist_ok=True)
     shutil.copy(HERE / "sky_plugins.py", modules / "spotune_lab_plugins.py")

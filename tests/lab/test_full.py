@@ -15,7 +15,7 @@ from tests.lab.layout import Layout
 from tests.lab.machine import find_user
 from tests.lab.managed import Managed
 
-pytestmark = [pytest.mark.lab, pytest.mark.lab_full]
+pytestmark = pytest.mark.lab
 CONFIG = "config/runs/demo.yaml"
 ROOT = Path(__file__).parents[2]
 Launch = Callable[..., Managed]
