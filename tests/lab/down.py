@@ -1,5 +1,6 @@
 """Takes the lab down: no process, account, host name or folder of it is left. Packages stay."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -88,19 +89,21 @@ def end_jobs(lab: Layout) -> None:
 
 def end(processes: list[psutil.Process], seconds: float = 5) -> None:
     """SIGTERM, then SIGKILL for whoever is left."""
-    for process in processes:
-        _signal(process, kill=False)
-    _, left = psutil.wait_procs(processes, timeout=seconds)
-    for process in left:
-        _signal(process, kill=True)
-    psutil.wait_procs(left, timeout=5)
+    for kill in (False, True):
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill() if kill else process.terminate()
+        deadline = time.monotonic() + seconds
+        while (processes := [process for process in processes if is_live(process)]) and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
-def _signal(process: psutil.Process, kill: bool) -> None:
+def is_live(process: psutil.Process) -> bool:
+    """A zombie is not: its parent may take its time."""
     try:
-        process.kill() if kill else process.terminate()
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
-        return
+        return False
 
 
 def _uid(process: psutil.Process) -> int:
