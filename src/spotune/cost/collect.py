@@ -10,7 +10,7 @@ from spotune.cost.ledger import bills_due, write_bills
 from spotune.cost.read import read_evidence
 from spotune.cost.report import build_report
 from spotune.cost.rows import run_row
-from spotune.launch.infra import JobStatus, PaidInterval
+from spotune.launch.infra import JobStatus, PaidInterval, is_infra
 from spotune.launch.status import find_run, list_runs
 from spotune.launch.workspace import Workspace
 
@@ -42,7 +42,7 @@ def report_runs(workspace: Workspace, since_s: float, clock: Callable[[], float]
 
 def _history(workspace: Workspace, status: JobStatus) -> list[PaidInterval]:
     """The engine's rows; none when its history is out of this machine's reach."""
-    return workspace.infra(status.infra).history(status.run_id) if status.infra in workspace.known_infras() else []
+    return workspace.infra(status.infra).history(status.run_id) if is_infra(status.infra) else []
 
 
 def _report(workspace: Workspace, status: JobStatus, history: list[PaidInterval], now: float) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class LocalInfra:
             self._sleep(POLL_S)
             self._wake()
 
-    def jobs(self, run_ids: list[str] | None = None) -> list[JobStatus]:
+    def jobs(self, run_ids: list[str] | None = None, everyone: bool = False) -> list[JobStatus]:
         jobs = self._queue.jobs()
         if any(job.is_active for job in jobs):
             self._wake()
