@@ -18,7 +18,7 @@ from spotune.contracts.store import Store
 from spotune.launch.skypilot.infra import SkyInfra
 from tests.contract.infra_contract import CERTIFY, RUN, WAIT, Bench, InfraContract
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.filterwarnings("ignore")]  # SkyPilot's own, when it is imported
 LAB = Path(os.environ.get("LAB_DIR", "/var/tmp/skylab"))
 PLACE = "slurm/lab/spot"
 

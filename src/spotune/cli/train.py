@@ -13,6 +13,8 @@ from spotune.cli.options import config_options, format_option, open_workspace
 @config_options
 @click.option("--infra", default="", metavar="NAME", help="Where to run it; default as in config/spotune.yaml (local).")
 @click.option("--gpus", metavar="L4:1", help="GPUs of each machine; default as in the task.")
+@click.option("--cpus", metavar="4+", help="CPUs of each machine; default as in the task.")
+@click.option("--memory", metavar="16+", help="Memory of each machine, GB; default as in the task.")
 @click.option("--num-nodes", type=int, metavar="N", help="Machines; default as in the task.")
 @click.option("--use-spot/--no-use-spot", default=None, help="Preemptible machines or not; default as in the task.")
 @click.option("--priority", type=int, metavar="N", help="-1000 to 1000, higher first.")

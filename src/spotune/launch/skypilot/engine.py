@@ -23,7 +23,7 @@ _REMEDIES = {
     "APIVersionMismatchError": "install the SkyPilot version of the API server",
     "NoCloudAccessError": "sky check says what is missing",
     "InvalidCloudCredentials": "sky check says what is missing",
-    "ResourcesUnavailableError": "other --gpus, another --infra, or later",
+    "ResourcesUnavailableError": "other --gpus, --cpus or --memory, another --infra, or later",
     "ConcurrentWorkerExhaustedError": "the API server is busy, try again",
     "ServerTemporarilyUnavailableError": "the API server is busy, try again",
 }
@@ -76,7 +76,7 @@ def translated(where: str = "SkyPilot") -> Iterator[None]:
 
 def one_line(error: BaseException) -> str:
     """What an exception of SkyPilot's says, without its colours and line breaks."""
-    text = " ".join(_COLOUR.sub("", str(error)).split())
+    text = " ".join(_COLOUR.sub("", str(error)).split()).split(" To fix: ")[0].rstrip(".")
     return text or type(error).__name__
 
 
@@ -148,7 +148,11 @@ def cost_rows(names: Sequence[str]) -> list[dict[str, Any]]:
 
 def enabled_clouds() -> list[str]:
     """As ``sky check`` left them, in our spelling."""
-    return [str(name).lower() for name in call(sdk().enabled_clouds)]
+    with translated():
+        sdk()
+        from sky.client import sdk as client
+
+    return [str(name).lower() for name in call(client.enabled_clouds)]
 
 
 def server() -> Server:

@@ -158,10 +158,15 @@ class SkyInfra:
         return entry.status() if entry else None
 
     def _statuses(self, known: Mapping[str, Entry], everyone: bool) -> list[JobStatus]:
-        records = engine.managed_jobs(FIELDS, everyone)
-        found = by_run(job for record in records if _is_ours(job := managed_job(record), known.get(job.run_id)))
-        rest = [entry.status() for run_id, entry in known.items() if run_id not in found]
-        return [*(self._settled(jobs, known.get(run_id)) for run_id, jobs in found.items()), *rest]
+        found = by_run(job for record in engine.managed_jobs(FIELDS, everyone) if (job := managed_job(record)).marks)
+        listed = []
+        for jobs in found:
+            entry = known.get(jobs[0].run_id)
+            is_ours = entry is not None and _is_of(jobs[0], entry)
+            listed.append(self._settled(jobs, entry if is_ours else None))
+            if is_ours:
+                known = {run_id: one for run_id, one in known.items() if run_id != jobs[0].run_id}
+        return [*listed, *(entry.status() for entry in known.values())]
 
     def _settled(self, jobs: Sequence[ManagedJob], entry: Entry | None) -> JobStatus:
         submitted = replace(entry, ended=None).status() if entry else None
@@ -228,12 +233,12 @@ class SkyInfra:
         records = engine.managed_jobs(FIELDS, True, "" if ids else run_id, ids)
         found = [managed_job(record) for record in records]
         return sorted(
-            (job for job in found if job.run_id == run_id and (ids or _is_ours(job, entry))), key=lambda job: job.id
+            (job for job in found if job.run_id == run_id and (ids or _is_of(job, entry))), key=lambda job: job.id
         )
 
 
-def _is_ours(job: ManagedJob, entry: Entry | None) -> bool:
-    """Whether a managed job is a run of spotune's, and where we know of a run of that name, that one."""
+def _is_of(job: ManagedJob, entry: Entry | None) -> bool:
+    """Whether a managed job of a run's name is that run; without an entry: whether it is a run of spotune's at all."""
     if entry is None:
         return job.marks is not None
-    return job.id in entry.jobs or (job.marks is not None and job.marks.get("bucket") == entry.bucket)
+    return job.id in entry.jobs or (job.marks or {}).get("bucket") == entry.bucket

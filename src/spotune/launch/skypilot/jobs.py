@@ -155,11 +155,12 @@ def exit_code_in(text: str) -> int | None:
     return next((code for code in codes if code), 0)
 
 
-def by_run(jobs: Iterable[ManagedJob]) -> dict[str, list[ManagedJob]]:
-    found: dict[str, list[ManagedJob]] = {}
+def by_run(jobs: Iterable[ManagedJob]) -> list[list[ManagedJob]]:
+    """The jobs of each run together: a name means one run in one bucket, others may use it in theirs."""
+    found: dict[tuple[str, str], list[ManagedJob]] = {}
     for job in jobs:
-        found.setdefault(job.run_id, []).append(job)
-    return found
+        found.setdefault((job.run_id, str((job.marks or {}).get("bucket"))), []).append(job)
+    return list(found.values())
 
 
 def _line(text: str) -> str:

@@ -8,7 +8,7 @@ _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _PREFIX = re.compile(r"^\((?P<name>[^()]*?)(?:, rank=(?P<rank>\d+))?, pid=\d+(?:, ip=[^)]*)?\) ?")
 _OF_SKYPILOT = re.compile(
     r"^(?:[├└]── |↳|✓ |✗ |⚙︎|[⠀-⣿]|Hint: |(?:Managed )?[Jj]ob finished|Waiting for task |<sky-payload|"
-    r"The job cluster is preempted|Start streaming logs)"
+    r"The job cluster is preempted|Start streaming logs|ERROR: Job \d+ failed with return code)"
 )
 
 

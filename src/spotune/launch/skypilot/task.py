@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from spotune.contracts import exits
 from spotune.contracts.errors import InputError
 from spotune.launch.infra import ANY, Submission, cloud_of
 from spotune.launch.skypilot.jobs import MARK
@@ -16,7 +17,7 @@ def task_config(submission: Submission) -> dict[str, Any]:
     if isinstance(task.get("workdir"), str):  # else none, or a git reference that the machine checks out itself
         task["workdir"] = submission.workdir
     resources = task.get("resources") or {}  # as the plan has placed them
-    task["resources"] = resources if is_placed(resources) else placed(resources, submission.infra)
+    task["resources"] = recovered(resources if is_placed(resources) else placed(resources, submission.infra))
     secrets = {**(task.get("secrets") or {}), **submission.secrets}  # one that has no value is SkyPilot's to refuse
     if secrets:
         task["secrets"] = secrets
@@ -56,6 +57,17 @@ def placed(resources: Mapping[str, Any], infra: str, partitions: Sequence[str] =
     else:
         wanted["infra"] = partitions[0] if partitions else infra
     return wanted
+
+
+def recovered(resources: Mapping[str, Any]) -> dict[str, Any]:
+    """``resources`` of a job that is given another machine when it exits with 75, whatever else its task says."""
+    given = resources.get("job_recovery") or {}
+    recovery = dict(given) if isinstance(given, Mapping) else {"strategy": given}
+    codes = recovery.get("recover_on_exit_codes") or []
+    codes = [codes] if isinstance(codes, int) else list(codes)
+    if exits.PREEMPTED not in codes:
+        codes.append(exits.PREEMPTED)
+    return {**resources, "job_recovery": {**recovery, "recover_on_exit_codes": codes}}
 
 
 def is_placed(resources: Mapping[str, Any]) -> bool:

@@ -22,7 +22,7 @@ from spotune.launch.skypilot.prices import Quote, choose, price_rows, within
 from spotune.launch.skypilot.registry import Entry, Registry
 from spotune.launch.skypilot.server import Server, server_problems
 from spotune.launch.skypilot.slurm import Partition
-from spotune.launch.skypilot.task import placed, task_config
+from spotune.launch.skypilot.task import placed, recovered, task_config
 from spotune.launch.workspace import Workspace
 
 SPOT, ONDEMAND = Partition("spot", True), Partition("ondemand", False)
@@ -164,10 +164,23 @@ def test_a_submission_as_a_task() -> None:
         "run-a", task, "/home/ada/work", "ada", infra="slurm/lab", priority=3, secrets={"TOKEN": "x"}
     )
     found = task_config(submission)
-    assert (found["name"], found["workdir"], found["resources"]) == ("run-a", "/home/ada/work", task["resources"])
+    assert (found["name"], found["workdir"]) == ("run-a", "/home/ada/work")
+    assert found["resources"] == {**task["resources"], "job_recovery": {"recover_on_exit_codes": [75]}}
     assert found["secrets"] == {"A": None, "TOKEN": "x"}
     assert found["_metadata"]["spotune"] == {"user": "ada", "infra": "slurm/lab", "bucket": "file:///b", "priority": 3}
     assert task["workdir"] == "."
+
+
+def test_75_is_always_worth_another_machine() -> None:
+    assert recovered({"job_recovery": "FAILOVER"})["job_recovery"] == {
+        "strategy": "FAILOVER",
+        "recover_on_exit_codes": [75],
+    }
+    named = {"job_recovery": {"max_restarts_on_errors": 3, "recover_on_exit_codes": 41}}
+    assert recovered(named)["job_recovery"] == {"max_restarts_on_errors": 3, "recover_on_exit_codes": [41, 75]}
+    assert recovered({"job_recovery": {"recover_on_exit_codes": [75]}}) == {
+        "job_recovery": {"recover_on_exit_codes": [75]}
+    }
 
 
 ENTRY = Entry("run-a", "slurm/lab", "file:///b", "ada", 0, 5.0, "/w", {"run": "x"}, ["TOKEN"], [7])
