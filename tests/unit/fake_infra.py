@@ -12,6 +12,7 @@ class FakeInfra:
     """Shared by all that a test opens; ``reset`` between tests."""
 
     name = "local"
+    refresh_s = 0.0
     submissions: ClassVar[dict[str, Submission]] = {}
     states: ClassVar[dict[str, JobStatus]] = {}
     calls: ClassVar[list[tuple[Any, ...]]] = []

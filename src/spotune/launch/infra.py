@@ -84,6 +84,7 @@ class Infra(Protocol):
     """An engine that runs managed jobs. Every verb raises InfraError (one line) when the engine fails."""
 
     name: str
+    refresh_s: float  # how often its state is worth asking for while somebody watches
 
     def submit(self, submission: Submission) -> None: ...
 

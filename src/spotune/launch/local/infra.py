@@ -33,6 +33,7 @@ class LocalInfra:
     """
 
     name = "local"
+    refresh_s = 0.5
 
     def __init__(
         self,

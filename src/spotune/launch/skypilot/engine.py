@@ -64,8 +64,7 @@ def translated(where: str = "SkyPilot") -> Iterator[None]:
         kind for kind in vars(sdk().exceptions).values() if isinstance(kind, type) and issubclass(kind, Exception)
     ]
     try:
-        with redirect_stdout(sys.stderr):
-            yield
+        yield
     except tuple(kinds) as error:
         name, text = type(error).__name__, one_line(error)
         if name in _USERS:

@@ -34,6 +34,7 @@ class SkyInfra:
     """
 
     name = "skypilot"
+    refresh_s = 15.0  # each takes a second or more; SkyPilot's own controller looks as often
 
     def __init__(
         self,

@@ -1,5 +1,8 @@
 """SkyPilot's managed jobs, history and logs as runs: everything that needs no SkyPilot."""
 
+import json
+from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -137,3 +140,30 @@ def test_lines_come_as_the_program_wrote_them() -> None:
     assert said("├── Waiting for task resources on 1 node.") is None
     assert said("✓ Job finished (status: SUCCEEDED).") is None
     assert said("a line of nobody's") == "a line of nobody's"
+
+
+# Of the lab, as SkyPilot 0.14.1 gave them: a job preempted with notice, one that was cancelled, one that failed.
+RECORDED = json.loads(Path(__file__).with_name("lab_records.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("job_id", "state", "attempt", "ends"),
+    [
+        (2, "SUCCEEDED", 2, [("preempted", None), ("exited", 0)]),
+        (3, "CANCELLED", 1, [("cancelled", None)]),
+        (4, "FAILED", 1, [("exited", 75)]),
+    ],
+)
+def test_what_the_lab_recorded(job_id: int, state: str, attempt: int, ends: list[tuple[str, int | None]]) -> None:
+    (found,) = [one for one in RECORDED if one["record"]["job_id"] == job_id]
+    one = managed_job(SimpleNamespace(**found["record"]))
+    status = run_status([one])
+    assert (status.state, status.attempt, status.infra, status.user) == (state, attempt, "slurm/lab/spot", "tester")
+    assert status.ended_at
+    rows = [{**row, "resources": SimpleNamespace(**row["resources"])} for row in found["cost_rows"]]
+    used = [usage for row in rows for usage in usages(row)]
+    events = [Event(*event) for event in found["events"]]
+    machines = intervals("run-a", [one], used, {job_id: events}, ["lab/spot"])
+    assert [(machine.end_reason, machine.exit_code) for machine in machines] == ends
+    assert all(machine.use_spot and machine.zone == "spot" and machine.ended_at for machine in machines)
+    assert all(before.ended_at <= after.started_at for before, after in pairwise(machines) if before.ended_at)
