@@ -41,8 +41,11 @@ test: setup ## all tests that need no cloud
 test-chaos: setup ## runs killed at every boundary and at 200 random instants; SPOTUNE_CHAOS_SEED=… for others
 	@$(BIN)/python -m pytest -m chaos -s tests/chaos
 
-bench: setup ## the figures in benchmarks/README.md
+bench: setup ## the figures in benchmarks/README.md but for game days; 20 minutes on an idle machine
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/first_step.py
+	$(BIN)/python benchmarks/restore.py
+	$(BIN)/python benchmarks/saving.py --rounds 3
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

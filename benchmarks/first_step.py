@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=500)
     options = parser.parse_args()
     rows: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
+    with tempfile.TemporaryDirectory(prefix=".bench-", dir=Path.cwd()) as name:
         folder = Path(name)
         config = make_material(folder, options.megabytes)
         (folder / "ours.yaml").write_text(yaml.safe_dump(config))

@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=2.4)
     size = int(parser.parse_args().gigabytes * 1e9)
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
+    with tempfile.TemporaryDirectory(prefix=".bench-", dir=Path.cwd()) as name:
         folder, keys = Path(name), Keys("restore")
         store = Store(f"file://{folder}/bucket")
         run = RunRecord(

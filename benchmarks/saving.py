@@ -146,7 +146,7 @@ def main() -> None:
     options = parser.parse_args()
     found: dict[str, list[Save]] = {"spotune": [], "Trainer": []}
     steps: dict[str, list[float]] = {"spotune": [], "Trainer": []}
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
+    with tempfile.TemporaryDirectory(prefix=".bench-", dir=Path.cwd()) as name:
         config = make_material(Path(name), options.parameters)
         for number in range(options.rounds):
             for label, run in (("Trainer", run_trl), ("spotune", run_spotune)):

@@ -9,10 +9,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.contract.infra_contract import CERTIFY, WAIT
+from tests.processes import end_processes_of, processes_of
 
 SPOTUNE = [sys.executable, "-c", "from spotune.cli import main; main()"]
 
@@ -46,26 +46,12 @@ class Shell:
         rows = json.loads(self.run("queue", "--format", "json").stdout)
         return next(row["state"] for row in rows if row["run_id"] == run_id)
 
-    def processes(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("SPOTUNE_HOME") == str(self.home) and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except (psutil.Error, OSError):
-                continue
-        return found
-
 
 @pytest.fixture
 def shell(tmp_path: Path) -> Iterator[Shell]:
     shell = Shell(tmp_path / "project")
     yield shell
-    deadline = time.monotonic() + 20
-    while left := shell.processes():
-        assert time.monotonic() < deadline
-        for process in left:
-            process.kill()
+    end_processes_of(shell.home)
 
 
 def interrupt_after(process: "subprocess.Popen[str]", line: str) -> tuple[str, str]:
@@ -108,13 +94,13 @@ def test_ctrl_c_stops_a_dev_run(shell: Shell) -> None:
     assert process.returncode == 130
     assert "Traceback" not in out + err
     assert shell.state("run-a") == "CANCELLED"
-    assert not [process for process in shell.processes() if process.name() in ("bash", "sleep")]
+    assert not [process for process in processes_of(shell.home) if process.name() in ("bash", "sleep")]
 
 
 def test_the_supervisor_leaves_when_there_is_nothing_to_do(shell: Shell) -> None:
     shell.task(CERTIFY)
     assert shell.run("train", "run.yaml", "-y").returncode == 0
     deadline = time.monotonic() + 15
-    while shell.processes() and time.monotonic() < deadline:
+    while processes_of(shell.home) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not shell.processes()
+    assert not processes_of(shell.home)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
@@ -18,6 +17,7 @@ from spotune.contracts.keys import Keys
 from spotune.contracts.records import Commit
 from spotune.contracts.revisions import check_commit, record_history
 from spotune.contracts.store import Store
+from tests.processes import end_processes_of
 from tests.tiny import make_model, rows, write_jsonl
 
 STEPS = 40
@@ -90,26 +90,12 @@ class Project:
         keys = self.store.keys(Keys(run_id).commits)
         return [Commit.from_bytes(self.store.read(key) or b"", key) for key in keys]
 
-    def processes(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("SPOTUNE_HOME") == str(self.home) and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except (psutil.Error, OSError):
-                continue
-        return found
-
 
 @pytest.fixture
 def project(tmp_path: Path) -> Iterator[Project]:
     project = Project(tmp_path / "project")
     yield project
-    deadline = time.monotonic() + 20
-    while left := project.processes():
-        assert time.monotonic() < deadline
-        for process in left:
-            process.kill()
+    end_processes_of(project.home)
 
 
 def cancelled_midway(project: Project, run_id: str) -> str:

@@ -12,7 +12,6 @@ from typing import Any
 import psutil
 import pytest
 
-from spotune.contracts.environment import HOME
 from spotune.contracts.errors import InfraError, InputError
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Commit
@@ -20,6 +19,7 @@ from spotune.contracts.store import Store
 from spotune.launch.infra import Submission
 from spotune.launch.local.infra import LocalInfra
 from tests.contract.infra_contract import CERTIFY, DEAF, HEEDS, SECOND_TIME, WAIT, Bench, InfraContract
+from tests.processes import end_processes_of, processes_of
 
 
 @pytest.fixture
@@ -35,15 +35,7 @@ def bench(home: Path, tmp_path: Path) -> Iterator[Bench]:
     yield bench
     for job in bench.infra.jobs():
         bench.infra.cancel(job.run_id)
-    bench.until(lambda: not _killed(home))
-
-
-def _killed(home: Path) -> list[psutil.Process]:
-    """Ends what is left of this test alone, a supervisor that is just starting too."""
-    left = processes_of(home)
-    for process in left:
-        process.kill()
-    return left
+    end_processes_of(home)
 
 
 def local(bench: Bench) -> LocalInfra:
@@ -56,20 +48,6 @@ def stop_supervisor(bench: Bench, number: signal.Signals = signal.SIGKILL) -> No
     if pid:
         os.kill(pid, number)
         bench.until(lambda: local(bench).supervisor_pid() != pid)
-
-
-def processes_of(home: Path) -> list[psutil.Process]:
-    """Live processes of jobs of this home, and its supervisor."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            ours = process.environ().get(HOME) == str(home) and "SPOTUNE_MACHINE" in process.environ()
-            ours = ours or str(home) in process.cmdline()
-            if ours and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
 
 
 def node_of(bench: Bench, run_id: str) -> psutil.Process:

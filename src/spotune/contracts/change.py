@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spotune.contracts.basemodel import MODEL_KEYS
-from spotune.contracts.config import schema
+from spotune.contracts.configkeys import schema
 from spotune.contracts.errors import InputError
 from spotune.contracts.fingerprint import DATA_KEYS
 from spotune.contracts.records import RunRecord

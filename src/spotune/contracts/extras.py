@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.config import is_on
+from spotune.contracts.configkeys import is_on
 from spotune.contracts.records import Record
 
 EXTRAS = "extras.json"

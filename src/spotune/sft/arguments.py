@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.config import is_on
+from spotune.contracts.configkeys import is_on
 from spotune.contracts.errors import InputError
 from spotune.contracts.exchange import TRAINER, Job
 from spotune.contracts.trackers import wandb_mode

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from spotune.contracts.config import is_on
+from spotune.contracts.configkeys import is_on
 from spotune.contracts.errors import InputError
 
 BF16_CAPABILITY = (8, 0)  # Ampere

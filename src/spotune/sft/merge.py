@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.config import is_on, schema
+from spotune.contracts.configkeys import is_on, schema
 from spotune.contracts.errors import SpotuneError
 
 # How far apart logits may be, as a share of their norm. Rounding the sum of base and adapter to the base's type gives,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.config import check_sources
+from spotune.contracts.configwhole import check_sources
 from spotune.contracts.errors import InputError
 from spotune.contracts.fingerprint import resolve_source
 from spotune.sft.hardware import Hardware, check_hardware

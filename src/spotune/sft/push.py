@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.config import HUB_NAME, is_on
+from spotune.contracts.configkeys import is_on
+from spotune.contracts.configwhole import HUB_NAME
 from spotune.contracts.errors import SpotuneError
 from spotune.contracts.extras import ExtraJob
 from spotune.sft.faults import chain, one_line

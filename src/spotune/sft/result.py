@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.config import is_on
+from spotune.contracts.configkeys import is_on
 from spotune.contracts.exchange import Job
 from spotune.sft.push import write_card
 

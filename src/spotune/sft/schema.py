@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import spotune.contracts
-from spotune.contracts.config import FORMATS
+from spotune.contracts.configwhole import FORMATS
 
 Schema = dict[str, Any]
 _KINDS = {bool: "boolean", int: "integer", float: "number", str: "string", dict: "object", list: "array"}

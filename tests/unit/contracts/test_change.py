@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from spotune.contracts.change import EVALUATION, FREE, Change, KeyChange, admit, compare, compare_configs, few
-from spotune.contracts.config import schema
+from spotune.contracts.configkeys import schema
 from spotune.contracts.errors import InputError
 from spotune.contracts.records import RunRecord
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from spotune.contracts.config import check_keys
+from spotune.contracts.configkeys import check_keys
 from spotune.contracts.errors import InputError
 from spotune.sft.schema import build, path
 

@@ -26,7 +26,8 @@ from spotune.sft.snapshot.arena import Arena
 from spotune.sft.snapshot.direct import HashedFile
 from spotune.sft.snapshot.tensors import can_write, write_safetensors
 
-# A job for the writer: writes something into the checkpoint's folder; returns the facts of files that it hashed.
+# A job for the writer: writes something into the checkpoint's folder; returns the facts of files that it hashed. Those
+# of one snapshot may run beside each other, in any order.
 Piece = Callable[[], dict[Path, dict[str, Any]]]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, AsyncCollectiveTensor)  # the last is one that was gathered from all ranks
@@ -48,6 +49,7 @@ class Capture:
 
     def __init__(self, arena: Arena, group: Any = None) -> None:
         self.pieces: list[Piece] = []
+        self._sharded: list[Callable[[], Any]] = []
         self._arena, self._group = arena, group
 
     def torch_save(self, obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
@@ -79,12 +81,16 @@ class Capture:
     def dcp_save(self, state_dict: Any, *, storage_writer: Any, planner: Any = None, **_: Any) -> None:
         """Stands in for ``torch.distributed.checkpoint.save``; all ranks' writers come by here in the same order."""
         held = dcp.staging.BlockingAsyncStager().stage(state_dict)
+        if not self._sharded:  # one piece for all of them: ranks meet in each, so that their order counts
+            self.pieces.append(self._write_sharded)
+        self._sharded.append(
+            lambda: _dcp_save(held, storage_writer=storage_writer, planner=planner, process_group=self._group)
+        )
 
-        def write() -> dict[Path, dict[str, Any]]:
-            _dcp_save(held, storage_writer=storage_writer, planner=planner, process_group=self._group)
-            return {}
-
-        self.pieces.append(write)
+    def _write_sharded(self) -> dict[Path, dict[str, Any]]:
+        while self._sharded:
+            self._sharded.pop(0)()  # with it goes what it holds in memory
+        return {}
 
     def later(self, method: Callable[..., Any]) -> Callable[..., None]:
         """Stands in for a method that writes files of what does not change in training."""
