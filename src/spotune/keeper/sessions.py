@@ -12,8 +12,9 @@ from spotune.keeper.signs import Sign
 
 _SSHD = re.compile(r"sshd(-session)?$|dropbear$")
 _EDITOR = re.compile(r"/\.(vscode|cursor|windsurf|vscodium|positron)-server(-insiders)?/")
-# A session in which SkyPilot itself asks something.
-_SKYPILOT = re.compile(r"sky\.skylet|skypilot-runtime|SKY_RUNTIME_DIR|\.sky/")
+# A session in which SkyPilot itself asks something (its runner's own preamble, sky/utils/command_runner.py), or
+# `spotune dev ls` does.
+_ASKING = re.compile(r"sky\.skylet|skypilot-runtime|SKY_RUNTIME_DIR|PYTHONWARNINGS=ignore|\.spotune/keeper\.json")
 _ESTABLISHED = "01"
 
 
@@ -29,7 +30,7 @@ def session_look(everybody: dict[int, Process], now: float) -> list[Sign]:
         if not _SSHD.match(process.name):
             continue
         users = [child for child in below.get(process.pid, []) if not _SSHD.match(child.name)]
-        users = [child for child in users if not _is_skypilots(child, below)]
+        users = [child for child in users if not _only_asks(child, below)]
         if users:
             terminal = "with a terminal" if any(child.tty for child in users) else "without a terminal"
             signs.append(Sign(f"ssh session {terminal} ({users[0].name})", now))
@@ -48,9 +49,9 @@ def editor_look(everybody: dict[int, Process], now: float) -> list[Sign]:
     return []
 
 
-def _is_skypilots(process: Process, below: dict[int, list[Process]]) -> bool:
-    """Whether SkyPilot runs this in the session: in its command line, or in that of a child of a plain shell."""
-    return any(_SKYPILOT.search(each.command) for each in (process, *below.get(process.pid, [])))
+def _only_asks(process: Process, below: dict[int, list[Process]]) -> bool:
+    """Whether nobody works here: SkyPilot's own command, or one below a plain shell."""
+    return any(_ASKING.search(each.command) for each in (process, *below.get(process.pid, [])))
 
 
 def _sockets(pid: int) -> set[str]:

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,7 +79,7 @@ def find_cluster(name: str) -> Cluster:
 def launch(task: Mapping[str, Any], name: str, idle_minutes: int, down: bool) -> None:
     """Brings a cluster up, or starts a stopped one; what SkyPilot says of it goes to stderr."""
     sky = engine.sdk()
-    with engine.translated():
+    with engine.translated(), redirect_stdout(sys.stderr):
         request = sky.launch(_task(task), cluster_name=name, idle_minutes_to_autostop=idle_minutes, down=down)
         job_id, _ = engine.watch(request, sys.stderr)
         code = sky.tail_logs(name, job_id, follow=True, output_stream=sys.stderr) if job_id else 0
@@ -91,7 +92,7 @@ def launch(task: Mapping[str, Any], name: str, idle_minutes: int, down: bool) ->
 def execute(task: Mapping[str, Any], name: str) -> int:
     """Puts a job into the cluster's queue, its working directory synced; returns its number."""
     sky = engine.sdk()
-    with engine.translated():
+    with engine.translated(), redirect_stdout(sys.stderr):
         job_id, _ = engine.ask(sky.exec(_task(task), cluster_name=name))
     return int(job_id)
 

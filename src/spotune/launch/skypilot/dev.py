@@ -20,6 +20,9 @@ from spotune.launch.workspace import Workspace
 DEV, KEEPER, NOTEBOOK = "tasks/dev.yaml", "tasks/keeper.yaml", "tasks/notebook.yaml"
 IDLE_MINUTES = 30
 MIN_IDLE_MINUTES = 2
+# A place in the cluster's queue. On Slurm a job that does not say takes all CPUs, beside the keeper's one that is for
+# ever too many (sky/backends/cloud_vm_ray_backend.py: _get_task_demands_dict); the guard's own step has them all anyway.
+_ONE_CPU = {"cpus": "1+"}
 
 
 @dataclass(frozen=True)
@@ -122,12 +125,12 @@ def run_task(config: str, run_id: str, cluster: Cluster, wish: "RunWish", worksp
     task: dict[str, Any] = {
         "name": run_id,
         "workdir": str(workspace.cwd),
+        "resources": dict(_ONE_CPU),
         "envs": {**{name: str(value or "") for name, value in (dev.get("envs") or {}).items()}, **envs},
         "run": f"{dev.get('setup') or ''}\n{command}\n",  # a lock that has changed since is set up first
     }
-    accelerators = shared(wish.gpus or cluster.gpus, wish.share)
-    if accelerators:
-        task["resources"] = {"accelerators": accelerators}
+    if accelerators := shared(wish.gpus or cluster.gpus, wish.share):
+        task["resources"]["accelerators"] = accelerators
     return task
 
 
@@ -148,8 +151,7 @@ def notebook_task(port: int, token: str, envs: Mapping[str, str], workspace: Wor
     _, task = load_task(workspace.cwd, NOTEBOOK)
     filled = fill_in(task, {**envs, "NOTEBOOK_PORT": str(port), "JUPYTER_TOKEN": token}, Resources(), "notebook")
     setup = filled.pop("setup", "")
-    filled.pop("resources", None)
-    return {**filled, "workdir": str(workspace.cwd), "run": f"{setup}\n{filled['run']}"}
+    return {**filled, "resources": dict(_ONE_CPU), "workdir": str(workspace.cwd), "run": f"{setup}\n{filled['run']}"}
 
 
 def bucket_of(workspace: Workspace) -> dict[str, str]:

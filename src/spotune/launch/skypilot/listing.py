@@ -4,7 +4,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from spotune.contracts.errors import SpotuneError
 from spotune.launch.skypilot import clusters, ssh
 from spotune.launch.skypilot.clusters import Cluster
 
@@ -35,18 +34,14 @@ class Listed:
 def list_dev() -> list[Listed]:
     """This user's clusters, each asked for its keeper's word."""
     found = clusters.with_prices(clusters.list_clusters())
+    if up := [cluster.name for cluster in found if cluster.status == "UP"]:
+        ssh.write_config(*up)
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(_listed, found))
 
 
 def _listed(cluster: Cluster) -> Listed:
-    state: dict[str, Any] = {}
-    if cluster.status == "UP":
-        try:
-            ssh.write_config(cluster.name)
-            state = ssh.keeper_state(cluster.name)
-        except SpotuneError:
-            state = {}
+    state = ssh.keeper_state(cluster.name) if cluster.status == "UP" else {}
     if not state:
         known = cluster.autostop_minutes is not None
         why = "no keeper: SkyPilot counts jobs and ssh terminals" if cluster.status == "UP" and known else ""

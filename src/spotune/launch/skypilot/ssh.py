@@ -6,7 +6,9 @@ and the key are named on the command line.
 
 import json
 import subprocess
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,24 +24,26 @@ def ssh_command(name: str, *options: str) -> list[str]:
     """The ssh command for a cluster whose configuration is written."""
     config = Path.home() / GENERATED / name
     if not config.is_file():
-        raise InputError(name, "no way onto it is known here", remedy="sky status writes it, or spotune dev up")
+        raise InputError(name, "no such cluster, or not up", remedy=f"spotune dev up --name {name}")
     keys = [line.split(None, 1)[1] for line in config.read_text().splitlines() if "IdentityFile" in line]
     identity = ["-i", str(Path(keys[0].strip('"')).expanduser())] if keys else []
-    return ["ssh", "-F", str(config), *identity, *options, name]
+    return ["ssh", "-F", str(config), *identity, "-o", "LogLevel=ERROR", *options, name]
 
 
-def write_config(name: str) -> None:
-    """Lets SkyPilot write its ssh configuration of a cluster, as ``sky status NAME`` does."""
-    if (Path.home() / GENERATED / name).is_file():
-        return
+def write_config(*names: str) -> None:
+    """Lets SkyPilot write its ssh configuration of clusters, as ``sky status NAME`` does.
+
+    Every time, also where there is one: an API server that shares this HOME writes its own at each launch, which on
+    Slurm leads to the login node (sky/backends/cloud_vm_ray_backend.py, after provisioning).
+    """
     command = import_module(f"{engine.sdk().__name__}.client.cli.command")
-    with engine.translated(name):
-        command._get_cluster_records_and_set_ssh_config(clusters=[name])
+    with engine.translated(), redirect_stdout(sys.stderr):
+        command._get_cluster_records_and_set_ssh_config(clusters=list(names))
 
 
 def read(name: str, command: str, timeout_s: float = 60.0) -> str:
     """What a command prints on a cluster; raises InfraError when it cannot be asked or fails."""
-    argv = [*ssh_command(name, "-o", "BatchMode=yes", "-o", "LogLevel=ERROR"), command]
+    argv = [*ssh_command(name, "-o", "BatchMode=yes"), command]
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired as error:

@@ -35,20 +35,20 @@ def test_a_run_on_a_cluster_is_a_bare_launch(tmp_path: Path) -> None:
     assert "SPOTUNE_BUCKET" not in task["envs"]
     assert task["run"].endswith('-m spotune.sft "$SPOTUNE_CONFIG" --set max_steps=3 --set seed=1\n')
     assert "make setup" in task["run"]
-    assert task["resources"] == {"accelerators": "L4:2"}
+    assert task["resources"] == {"cpus": "1+", "accelerators": "L4:2"}
 
 
 def test_a_bucket_that_is_named_goes_along(tmp_path: Path) -> None:
     there = workspace(tmp_path, SPOTUNE_BUCKET="s3://bucket/x")
     task = dev.run_task("config/runs/demo.yaml", "demo-1", cluster(), dev.RunWish(share=0.5), there)
     assert task["envs"]["SPOTUNE_BUCKET"] == "s3://bucket/x"
-    assert task["resources"] == {"accelerators": "L4:0.5"}
+    assert task["resources"] == {"cpus": "1+", "accelerators": "L4:0.5"}
 
 
 def test_a_notebook_asks_the_queue_for_no_gpu(tmp_path: Path) -> None:
     task = dev.notebook_task(20001, "t0k", {}, workspace(tmp_path))
     assert task["name"] == "notebook"
-    assert "resources" not in task
+    assert task["resources"] == {"cpus": "1+"}
     assert "setup" not in task
     assert task["run"].index("make setup") < task["run"].index("jupyterlab --no-browser")
     assert task["envs"]["NOTEBOOK_PORT"] == "20001"
@@ -96,10 +96,11 @@ def test_what_is_checked_before_a_run_goes_to_a_cluster(tmp_path: Path) -> None:
 
 def test_ssh_names_its_files_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(InputError, match="no way onto it"):
+    with pytest.raises(InputError, match="no such cluster"):
         ssh.ssh_command("dev")
     config = tmp_path / ".sky" / "generated" / "ssh" / "dev"
     config.parent.mkdir(parents=True)
     config.write_text("Host dev\n  HostName 10.0.0.1\n  IdentityFile ~/.sky/generated/ssh-keys/dev.key\n")
     key = tmp_path / ".sky" / "generated" / "ssh-keys" / "dev.key"
-    assert ssh.ssh_command("dev", "-N") == ["ssh", "-F", str(config), "-i", str(key), "-N", "dev"]
+    ours = ["-F", str(config), "-i", str(key), "-o", "LogLevel=ERROR"]
+    assert ssh.ssh_command("dev", "-N") == ["ssh", *ours, "-N", "dev"]
