@@ -46,7 +46,7 @@ def keep(settings: Settings, look: Look, clock: Callable[[], float], sleep: Call
             "started_at": started,
             "looked_at": now,
             "last_active_at": last,
-            "idle_s": settings.idle_s,
+            "idle_minutes": (settings.idle_s + settings.lead_s) / 60,
             "stops_at": None if busy else last + settings.idle_s + settings.lead_s,
         }
         _write(settings.state_file, state)
@@ -68,10 +68,15 @@ def _tell(busy: list[str], said: str) -> str:
 
 
 def _end(settings: Settings) -> None:
-    """Takes the machine down where nobody else does. The signal goes to the batch script too, as SkyPilot's own
-    (sky/provision/slurm/instance.py: _cancel_slurm_job), whose trap cleans up."""
-    if settings.ends == "scancel" and settings.slurm_job:
+    """Takes a Slurm allocation down, where SkyPilot may not: of two clusters on one node only one has a skylet, which
+    wants a port of its own. The signal goes to the batch script too, as SkyPilot's does (sky/provision/slurm/
+    instance.py: _cancel_slurm_job), whose trap cleans up."""
+    if settings.ends != "scancel" or not settings.slurm_job:
+        return
+    try:
         subprocess.run(["scancel", "--signal=TERM", "--full", settings.slurm_job], check=False)
+    except OSError as error:  # none in this container: autostop is left
+        print(f"keeper: scancel: {error}", flush=True)
 
 
 def _read(path: Path) -> str:

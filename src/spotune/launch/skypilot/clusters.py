@@ -50,10 +50,13 @@ def default_name(user: str) -> str:
 
 
 def list_clusters(names: list[str] | None = None) -> list[Cluster]:
-    """This user's clusters, not those of managed jobs; with ``names`` those of them that are there."""
+    """This user's clusters, not those of managed jobs; with ``names`` those of them that are there.
+
+    Those with autostop are looked after where they run, since they may be gone by themselves.
+    """
     sky = engine.sdk()
     with engine.translated():
-        records = engine.ask(sky.status(cluster_names=names))
+        records = engine.ask(sky.status(cluster_names=names, refresh=sky.StatusRefreshMode.AUTO))
     return [_cluster(record) for record in records if not record.is_managed]
 
 

@@ -20,8 +20,8 @@ from spotune.launch.workspace import Workspace
 DEV, KEEPER, NOTEBOOK = "tasks/dev.yaml", "tasks/keeper.yaml", "tasks/notebook.yaml"
 IDLE_MINUTES = 30
 MIN_IDLE_MINUTES = 2
-# A place in the cluster's queue. On Slurm a job that does not say takes all CPUs, beside the keeper's one that is for
-# ever too many (sky/backends/cloud_vm_ray_backend.py: _get_task_demands_dict); the guard's own step has them all anyway.
+# A place in the cluster's queue. On Slurm a job that does not say takes all CPUs, beside the keeper's one for ever
+# too many (sky/backends/cloud_vm_ray_backend.py: _get_task_demands_dict); the guard's own step has them all anyway.
 _ONE_CPU = {"cpus": "1+"}
 
 
@@ -83,17 +83,27 @@ def up(wish: DevWish, workspace: Workspace) -> Up:
         found = clusters.find_cluster(wish.name)
     if is_up and not wish.idle_minutes and not wish.down and "keeper" in clusters.running_jobs(wish.name):
         return Up(found, False, None, found.to_down, tuple(notes))
-    start_keeper(wish.name, idle, down, workspace)
+    start_keeper(found, idle, down, workspace)
     return Up(found, not is_up, idle, down, tuple(notes))
 
 
-def start_keeper(name: str, idle_minutes: int, down: bool, workspace: Workspace) -> None:
-    """A keeper that holds the cluster in place of the one before; then SkyPilot's own count is set to the rest."""
+def start_keeper(cluster: Cluster, idle_minutes: int, down: bool, workspace: Workspace) -> None:
+    """A keeper that holds the cluster in place of the one before; then SkyPilot's own count is set to the rest.
+
+    On Slurm the keeper takes the allocation down itself: the skylet, which autostop is part of, is not there when
+    another cluster's has its port on the same node.
+    """
     lead = 2 if idle_minutes >= 5 else 1
     _, task = load_task(workspace.cwd, KEEPER)
     envs = {"SPOTUNE_IDLE_MINUTES": str(idle_minutes - lead), "SPOTUNE_AUTOSTOP_MINUTES": str(lead)}
-    clusters.execute(fill_in(task, envs, Resources(), "keeper"), name)
-    clusters.set_autostop(name, lead, down)
+    if cluster.cloud == "slurm":
+        envs = {
+            "SPOTUNE_IDLE_MINUTES": str(idle_minutes),
+            "SPOTUNE_AUTOSTOP_MINUTES": "0",
+            "SPOTUNE_KEEPER_ENDS": "scancel",
+        }
+    clusters.execute(fill_in(task, envs, Resources(), "keeper"), cluster.name)
+    clusters.set_autostop(cluster.name, lead, down)
 
 
 def check_run(config: str, name: str, wish: "RunWish", workspace: Workspace) -> str:

@@ -46,5 +46,4 @@ def _listed(cluster: Cluster) -> Listed:
         known = cluster.autostop_minutes is not None
         why = "no keeper: SkyPilot counts jobs and ssh terminals" if cluster.status == "UP" and known else ""
         return Listed(cluster, cluster.autostop_minutes, None, None, why)
-    idle = state["idle_s"] / 60 + (cluster.autostop_minutes or 0)
-    return Listed(cluster, idle, state["last_active_at"], state["stops_at"], state["why"])
+    return Listed(cluster, state["idle_minutes"], state["last_active_at"], state["stops_at"], state["why"])
