@@ -8,9 +8,10 @@ TORCH ?= torch==2.13.0
 UV := uv==0.13.9
 CONFIG ?= config/runs/demo.yaml
 RUN ?=
+CLUSTER ?= dev
 ARGS ?=
 
-.PHONY: help setup demo demo-undisturbed test test-chaos lab lab-test lab-down bench lint lock schema docs train queue logs cancel cost clean
+.PHONY: help setup demo demo-undisturbed test test-chaos lab lab-test lab-down bench lint lock schema docs dev train queue logs cancel cost sky-dev sky-train sky-queue sky-down clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -75,6 +76,22 @@ cancel: setup ## RUN=…: stop a run, keep its checkpoints
 
 cost: setup ## RUN=…: what a run cost, or all of them
 	@$(BIN)/spotune cost $(RUN) $(ARGS)
+
+dev: setup ## ARGS='--gpus L4:1 --down …': bring up a dev cluster
+	@$(BIN)/spotune dev up $(ARGS)
+
+sky-dev: setup ## CLUSTER=…: the same with sky alone
+	@$(BIN)/sky launch -c $(CLUSTER) $(ARGS) tasks/dev.yaml
+
+sky-train: setup ## CONFIG=… SPOTUNE_BUCKET=…: a managed job with sky alone
+	@$(BIN)/sky jobs launch --env SPOTUNE_BUCKET --env SPOTUNE_CONFIG=$(CONFIG) $(ARGS) tasks/train.yaml
+
+sky-queue: setup ## clusters and managed jobs, with sky alone
+	@$(BIN)/sky status $(ARGS)
+	@$(BIN)/sky jobs queue
+
+sky-down: setup ## CLUSTER=…: take a cluster down, with sky alone
+	@$(BIN)/sky down $(CLUSTER) $(ARGS)
 
 RESOLVE = $(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --no-header --no-annotate
 

@@ -30,6 +30,7 @@ TRAINING = {
 RULES: dict[str, tuple[set[str], set[str]]] = {
     "contracts": (set(), {"fsspec", "gcsfs", "aiohttp", "yaml"}),
     "guard": ({"contracts"}, {"fsspec"}),
+    "keeper": (set(), set()),
     "sft": ({"contracts"}, TRAINING | {"fsspec", "safetensors", "pyarrow", "bitsandbytes", "tokenizers", "packaging"}),
     "launch": ({"contracts"}, {"yaml", "psutil"}),
     "cost": ({"contracts", "launch"}, set()),

@@ -5,16 +5,16 @@ A verb ``x`` is the click command ``x`` in ``spotune/cli/x.py``. Only click is i
 
 import os
 import sys
-from importlib import import_module
 from typing import Any, NoReturn
 
 import click
 
+from spotune.cli.lazy import Lazy
 from spotune.contracts.errors import SpotuneError
 
 VERBS = {
     "check": "Check CONFIG, its data and its model, or this machine, without running anything.",
-    "dev": "Work interactively: `dev run`.",
+    "dev": "Work interactively: here, or on a cluster that goes when nobody works on it.",
     "train": "Submit CONFIG as a job that survives the loss of its machine, and follow it.",
     "queue": "Show what runs, what waits and what has ended.",
     "logs": "Print a run's log.",
@@ -26,21 +26,8 @@ VERBS = {
 INTERRUPTED = 130
 
 
-class Verbs(click.Group):
-    """Lists the verbs without importing them; every error is one line on stderr and an exit code."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(VERBS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in VERBS:
-            return None
-        command: click.Command = getattr(import_module(f"spotune.cli.{cmd_name}"), cmd_name)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(VERBS.items()))
+class Verbs(Lazy):
+    """Every error is one line on stderr and an exit code."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -73,7 +60,12 @@ def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
         ctx.exit()
 
 
-@click.command(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.command(
+    cls=Verbs,
+    package="spotune.cli",
+    verbs=VERBS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Print the version."
 )

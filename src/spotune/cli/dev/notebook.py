@@ -1,0 +1,34 @@
+"""``spotune dev notebook``."""
+
+import click
+
+from spotune.cli.dev.choose import chosen, cluster_argument, pairs, say
+from spotune.cli.options import open_workspace
+
+
+@click.command()
+@cluster_argument
+@click.option("--port", type=int, default=8888, show_default=True, metavar="N", help="Port here.")
+@click.option("--env", "envs", multiple=True, metavar="K=V", help="Environment of Jupyter.")
+def notebook(cluster: str, port: int, envs: tuple[str, ...]) -> None:
+    """Open Jupyter on CLUSTER, default your own, through an ssh tunnel. Ctrl-C closes the tunnel; Jupyter goes on.
+
+    Called again it finds the Jupyter that is there. Only a kernel that is busy, or was lately, counts as work.
+    """
+    from spotune.launch.skypilot import notebook, ssh
+
+    workspace = open_workspace()
+    name = chosen(cluster, workspace)
+    ssh.write_config(name)
+    server = notebook.find(name)
+    if server is None:
+        say(f"{name}: starting Jupyter, which is installed there the first time")
+        server = notebook.start(name, pairs(envs), workspace)
+    click.echo(f"http://localhost:{port}/lab?token={server.token}")
+    say("tunnel open, Ctrl-C closes it")
+    try:
+        code = ssh.attach(notebook.tunnel(name, port, server))
+    except KeyboardInterrupt:
+        say("\ntunnel closed, Jupyter goes on while its kernels work")
+        return
+    raise SystemExit(code)

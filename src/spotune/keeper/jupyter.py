@@ -1,0 +1,75 @@
+"""Jupyter servers of this user: their kernels through the REST API, and their end."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import ProxyHandler, Request, build_opener
+
+from spotune.keeper.signs import Sign
+
+TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """As its file in Jupyter's runtime folder says."""
+
+    url: str
+    token: str
+    pid: int
+
+
+def servers(runtime: Path) -> Iterator[Server]:
+    """Servers that run; Jupyter leaves the files of killed ones behind."""
+    for path in sorted(runtime.glob("jpserver-*.json")):
+        try:
+            said = json.loads(path.read_text())
+            server = Server(str(said["url"]), str(said.get("token", "")), int(said["pid"]))
+            os.kill(server.pid, 0)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        yield server
+
+
+def jupyter_look(runtime: Path, now: float) -> list[Sign]:
+    """A busy kernel works now; an idle one worked when it was active last."""
+    signs = []
+    for server in servers(runtime):
+        for kernel in ask(server, "api/kernels") or []:
+            name = str(kernel.get("name", "kernel"))
+            if kernel.get("execution_state") == "busy":
+                signs.append(Sign(f"Jupyter kernel {name} is busy", now))
+            elif at := _time(kernel.get("last_activity")):
+                signs.append(Sign(f"Jupyter kernel {name}", min(at, now)))
+    return signs
+
+
+def shut_down(runtime: Path) -> int:
+    """Asks every server to end, so that the job it is leaves the queue; returns how many were asked."""
+    return sum(ask(server, "api/shutdown", method="POST") is not None for server in servers(runtime))
+
+
+def ask(server: Server, path: str, method: str = "GET") -> Any | None:
+    """The server's answer, an empty list for an empty one, None for none."""
+    request = Request(server.url + path, method=method, headers={"Authorization": f"token {server.token}"})
+    try:
+        with build_opener(ProxyHandler({})).open(request, timeout=TIMEOUT_S) as answer:  # never by way of a proxy
+            body = answer.read()
+        return json.loads(body) if body.strip() else []
+    except (URLError, OSError, ValueError):
+        return None
+
+
+def _time(text: Any) -> float | None:
+    """Epoch seconds of ``2026-11-25T01:30:00.123456Z``."""
+    try:
+        return datetime.fromisoformat(str(text).replace("Z", "+00:00")).timestamp()
+    except ValueError:
+        return None

@@ -1,0 +1,95 @@
+"""The loop: look, remember when somebody worked last, say so in a file, and end when that is long enough ago."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from spotune.keeper.jupyter import shut_down
+from spotune.keeper.look import Look
+from spotune.keeper.settings import Settings
+
+SCHEMA_VERSION = 1
+NEWEST = "keeper.newest"  # the keeper that holds this machine: the one that came last
+
+
+def keep(settings: Settings, look: Look, clock: Callable[[], float], sleep: Callable[[float], None]) -> int:
+    """Returns the exit code once nothing has worked for the idle time, or a newer keeper has come."""
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    me = f"{os.uname().nodename}-{os.getpid()}-{clock():.6f}"
+    newest = settings.folder / NEWEST
+    newest.write_text(me)
+    started = last = clock()
+    said, what = "", "the start of the keeper"
+    print(f"keeper: holds this cluster until nothing has worked for {settings.idle_s / 60:g} min", flush=True)
+    while True:
+        now = clock()
+        signs = sorted(look(now), key=lambda sign: -sign.at)
+        if signs and signs[0].at >= last:
+            last, what = signs[0].at, signs[0].what
+        busy = [sign.what for sign in signs if sign.at >= now]
+        idle_s = now - last
+        if _read(newest) != me:
+            print("keeper: a newer one holds this cluster now", flush=True)
+            return 0
+        is_over = idle_s >= settings.idle_s
+        why = "; ".join(busy) if busy else f"idle for {idle_s / 60:.0f} min, the last: {what}"
+        state = {
+            "schema_version": SCHEMA_VERSION,
+            "verdict": "over" if is_over else "busy" if busy else "idle",
+            "why": why,
+            "busy": busy,
+            "started_at": started,
+            "looked_at": now,
+            "last_active_at": last,
+            "idle_minutes": (settings.idle_s + settings.lead_s) / 60,
+            "stops_at": None if busy else last + settings.idle_s + settings.lead_s,
+        }
+        _write(settings.state_file, state)
+        said = _tell(busy, said)
+        if is_over:
+            print(f"keeper: {why}: lets this cluster go", flush=True)
+            shut_down(settings.jupyter_runtime)  # a server that only waits would hold it for ever
+            _end(settings)
+            return 0
+        sleep(settings.look_s)
+
+
+def _tell(busy: list[str], said: str) -> str:
+    """Prints a change of mind, which is all that is worth a line; returns what was said."""
+    now = "busy" if busy else "idle"
+    if now != said:
+        print(f"keeper: {'busy: ' + '; '.join(busy) if busy else 'idle'}", flush=True)
+    return now
+
+
+def _end(settings: Settings) -> None:
+    """Takes a Slurm allocation down, where SkyPilot may not: of two clusters on one node only one has a skylet, which
+    wants a port of its own. The signal goes to the batch script too, as SkyPilot's does (sky/provision/slurm/
+    instance.py: _cancel_slurm_job), whose trap cleans up."""
+    if settings.ends != "scancel" or not settings.slurm_job:
+        return
+    try:
+        subprocess.run(["scancel", "--signal=TERM", "--full", settings.slurm_job], check=False)
+    except OSError as error:  # none in this container: autostop is left
+        print(f"keeper: scancel: {error}", flush=True)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        part.write_text(json.dumps(state))
+        part.replace(path)
+    except OSError as error:  # a full disk: holding on matters more than telling
+        print(f"keeper: {path}: {error}", flush=True)

@@ -1,0 +1,59 @@
+"""Jupyter on a dev cluster: found or started there, reached through a tunnel."""
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from random import SystemRandom
+
+from spotune.contracts.errors import InfraError
+from spotune.launch.skypilot import clusters, ssh
+from spotune.launch.skypilot.dev import notebook_task
+from spotune.launch.workspace import Workspace
+
+START_S = 600.0  # with its installation
+# The newest server whose process is there; Jupyter leaves the files of killed ones behind.
+_FIND = (
+    'for f in $(ls -t "${JUPYTER_RUNTIME_DIR:-$HOME/.local/share/jupyter/runtime}"/jpserver-*.json 2> /dev/null); do '
+    'pid=$(basename "$f" .json); kill -0 "${pid#jpserver-}" 2> /dev/null && cat "$f" && break; done; true'
+)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A Jupyter server: its port on the cluster, and its token."""
+
+    port: int
+    token: str
+
+
+def find(name: str) -> Server | None:
+    """The server that runs on the cluster, None where there is none."""
+    try:
+        said = json.loads(ssh.read(name, _FIND))
+        return Server(int(said["port"]), str(said["token"]))
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def start(
+    name: str, envs: Mapping[str, str], workspace: Workspace, clock: Callable[[], float] = time.monotonic
+) -> Server:
+    """Starts one as a job and waits for it. Its port is one of many: a Slurm node has other users."""
+    task = notebook_task(SystemRandom().randint(20000, 29999), secrets.token_urlsafe(24), envs, workspace)
+    job_id = clusters.execute(task, name)
+    end = clock() + START_S
+    while clock() < end:
+        if server := find(name):
+            return server
+        if "notebook" not in clusters.running_jobs(name):
+            break
+        time.sleep(3)
+    raise InfraError(f"{name}: Jupyter did not start (sky logs {name} {job_id})")
+
+
+def tunnel(name: str, port: int, server: Server) -> list[str]:
+    """The command that forwards a port of this machine to the server, until it is interrupted."""
+    forward = f"{port}:localhost:{server.port}"
+    return ssh.ssh_command(name, "-N", "-o", "ExitOnForwardFailure=yes", "-L", forward)

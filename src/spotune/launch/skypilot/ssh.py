@@ -1,0 +1,71 @@
+"""The way onto a cluster: SkyPilot's ssh configuration, used so that it works with any HOME.
+
+OpenSSH takes ``~`` from the password database and not from $HOME, and so do the files that SkyPilot writes: the file
+and the key are named on the command line.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from spotune.contracts.errors import InfraError, InputError
+from spotune.launch.skypilot import engine
+
+GENERATED = ".sky/generated/ssh"
+STATE = ".spotune/keeper.json"
+
+
+def ssh_command(name: str, *options: str) -> list[str]:
+    """The ssh command for a cluster whose configuration is written."""
+    config = Path.home() / GENERATED / name
+    if not config.is_file():
+        raise InputError(name, "no such cluster, or not up", remedy=f"spotune dev up --name {name}")
+    keys = [line.split(None, 1)[1] for line in config.read_text().splitlines() if "IdentityFile" in line]
+    identity = ["-i", str(Path(keys[0].strip('"')).expanduser())] if keys else []
+    return ["ssh", "-F", str(config), *identity, "-o", "LogLevel=ERROR", *options, name]
+
+
+def write_config(*names: str) -> None:
+    """Lets SkyPilot write its ssh configuration of clusters, as ``sky status NAME`` does.
+
+    Every time, also where there is one: an API server that shares this HOME writes its own at each launch, which on
+    Slurm leads to the login node (sky/backends/cloud_vm_ray_backend.py, after provisioning).
+    """
+    command = import_module(f"{engine.sdk().__name__}.client.cli.command")
+    with engine.translated(), redirect_stdout(sys.stderr):
+        command._get_cluster_records_and_set_ssh_config(clusters=list(names))
+
+
+def read(name: str, command: str, timeout_s: float = 60.0) -> str:
+    """What a command prints on a cluster; raises InfraError when it cannot be asked or fails."""
+    argv = [*ssh_command(name, "-o", "BatchMode=yes"), command]
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise InfraError(f"{name}: no answer within {timeout_s:.0f} s (sky status -r {name})") from error
+    if done.returncode:
+        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise InfraError(f"{name}: {said}")
+    return done.stdout
+
+
+def keeper_state(name: str) -> dict[str, Any]:
+    """What the cluster's keeper said last, empty when it is not there or not to be asked."""
+    try:
+        state = json.loads(read(name, f"cat ~/{STATE}", 30.0))
+    except (InfraError, InputError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+def attach(argv: Sequence[str]) -> int:
+    """Runs a command in this terminal; returns its exit code."""
+    try:
+        return subprocess.run(argv, check=False).returncode
+    except FileNotFoundError as error:
+        raise InfraError(f"{argv[0]}: not installed here") from error

@@ -1,0 +1,48 @@
+"""``spotune dev``: its help is light, and what is wrong is one line before SkyPilot is asked."""
+
+import subprocess
+import sys
+
+import pytest
+
+from spotune.cli.dev import VERBS
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_is_light(verb: str) -> None:
+    script = (
+        "import sys\nfrom spotune.cli import main\n"
+        f"try:\n main(['dev', '{verb}', '--help'])\nexcept SystemExit: pass\n"
+        "print(*sys.modules, file=sys.__stderr__)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    loaded = set(done.stderr.split())
+    assert not loaded & {"sky", "rich", "spotune.launch.skypilot.engine"}
+    assert {name for name in loaded if name.startswith("spotune.cli.dev.")} <= {
+        f"spotune.cli.dev.{verb}",
+        "spotune.cli.dev.choose",
+    }
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["up", "-i", "1"], "--idle-minutes-to-autostop: 1 is too short"),
+        (["up", "--infra", "slurm/lab", "--gpus", "L4:1", "--share", "0.5"], "--share: Slurm hands out whole GPUs"),
+        (["up", "--env", "nonsense"], "--env: 'nonsense' is not NAME=value"),
+        (["run", "config/runs/demo.yaml", "--share", "0.5"], "--share: runs here share a GPU without it"),
+        (["run", "config/runs/demo.yaml", "-c", "dev", "--name", "X"], "--name: 'X' is not a run id"),
+        (["nothing"], "No such command 'nothing'"),
+    ],
+)
+def test_bad_input_is_one_line(argv: list[str], line: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from spotune.cli import main; main()", "dev", *argv],
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert done.stderr.startswith(line)
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,190 @@
+"""What counts as work, on real processes. There is no GPU here: a stand-in for nvidia-smi is on PATH."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from spotune.keeper.cpu import cpu_look
+from spotune.keeper.gpu import gpu_look
+from spotune.keeper.jobs import job_look
+from spotune.keeper.jupyter import jupyter_look, shut_down
+from spotune.keeper.processes import Process, processes
+from spotune.keeper.sessions import editor_look, session_look
+
+BURN = "import time\nend = time.time() + 60\nwhile time.time() < end: pass"
+
+
+@contextmanager
+def running(*command: str, **options: object) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(command, **options)  # type: ignore[call-overload]
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def used(process: int) -> list[str]:
+    """The CPU signs of one process, over most of a second."""
+    look = cpu_look(0.02)  # of a machine that may have more to do than this test
+    assert look(processes(), time.time()) == []  # nothing to compare with
+    time.sleep(0.8)
+    everybody = processes()
+    return [sign.what for sign in look({pid: each for pid, each in everybody.items() if pid == process}, time.time())]
+
+
+def works(process: int) -> bool:
+    """Whether it is seen to, soon: a busy machine gives it its share late."""
+    return any(used(process) for _ in range(20))
+
+
+def test_a_process_that_computes_works() -> None:
+    with running(sys.executable, "-c", BURN) as busy:
+        assert works(busy.pid)
+
+
+def test_a_process_that_waits_does_not() -> None:
+    with running("sleep", "60") as idle:
+        assert used(idle.pid) == []
+
+
+def test_skypilots_own_processes_do_not() -> None:
+    with running(sys.executable, "-c", f"# sky.skylet.skylet\n{BURN}") as skylet:
+        assert used(skylet.pid) == []
+
+
+def test_short_lived_children_are_their_parents() -> None:
+    loop = "while :; do timeout 0.2 sh -c 'while :; do :; done'; done"
+    with running("bash", "-c", loop, start_new_session=True) as parent:
+        try:
+            assert works(parent.pid)
+        finally:
+            os.killpg(parent.pid, 9)
+
+
+@pytest.mark.parametrize(("printed", "count"), [("0, 0\n1, 1\n", 0), ("0, 0\n1, 97\n", 1), ("0, [N/A]\n", 0)])
+def test_a_gpu_in_use_works(printed: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = tmp_path / "nvidia-smi"
+    stand_in.write_text(f"#!/bin/sh\ncat <<END\n{printed}END\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert len(gpu_look(2, time.time())) == count
+
+
+def test_no_gpu_is_no_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu_look(2, time.time()) == []
+
+
+def process(pid: int, parent: int, name: str, command: str = "", tty: int = 0) -> tuple[int, Process]:
+    return pid, Process(pid, parent, name, command or name, pid, 0.0, tty)
+
+
+def test_sessions() -> None:
+    everybody = dict(
+        [
+            process(10, 1, "sshd", "sshd: me@pts/0"),
+            process(11, 10, "bash", "-bash", tty=34816),
+            process(20, 1, "sshd", "sshd: me@notty"),
+            process(21, 20, "bash", "bash"),
+            process(30, 1, "sshd", "sshd: me"),  # forwards a port: nobody below it
+            process(40, 1, "sshd-session", "sshd-session: me@notty"),
+            process(41, 40, "bash", "bash --login -c …"),
+            process(42, 41, "python", "/home/me/skypilot-runtime/bin/python -u -c …"),  # SkyPilot asks something
+        ]
+    )
+    found = [sign.what for sign in session_look(everybody, 1.0)]
+    assert found == ["ssh session with a terminal (bash)", "ssh session without a terminal (bash)"]
+
+
+SERVER = """
+import socket, sys
+listening = socket.create_server(("127.0.0.1", 0))
+print(listening.getsockname()[1], flush=True)
+connections = []
+while True:
+    connections.append(listening.accept())
+"""
+
+
+def test_an_editors_server_works_while_a_window_is_connected(tmp_path: Path) -> None:
+    import socket
+
+    script = tmp_path / ".vscode-server" / "server.py"
+    script.parent.mkdir()
+    script.write_text(SERVER)
+    with running(sys.executable, str(script), stdout=subprocess.PIPE) as server:
+        assert server.stdout
+        port = int(server.stdout.readline())
+        assert editor_look(processes(), 1.0) == []
+        with socket.create_connection(("127.0.0.1", port)):
+            time.sleep(0.2)
+            assert [sign.what for sign in editor_look(processes(), 1.0)] == ["VS Code is connected"]
+        server.stdout.close()
+
+
+@contextmanager
+def jupyter(folder: Path, kernels: list[dict[str, str]]) -> Iterator[list[str]]:
+    """A server that answers as Jupyter does, and its file; yields what it was asked."""
+    asked: list[str] = []
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.answer(json.dumps(kernels).encode())
+
+        def do_POST(self) -> None:
+            self.answer(b"")
+
+        def answer(self, body: bytes) -> None:
+            asked.append(f"{self.command} {self.path} {self.headers['Authorization']}")
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        facts = {"url": f"http://127.0.0.1:{server.server_port}/", "token": "t0k", "pid": os.getpid()}
+        (folder / "jpserver-1.json").write_text(json.dumps(facts))
+        (folder / "jpserver-2.json").write_text(json.dumps({**facts, "pid": 2**22 + 1}))  # of one that was killed
+        yield asked
+        server.shutdown()
+
+
+def test_kernels(tmp_path: Path) -> None:
+    kernels = [
+        {"name": "python3", "execution_state": "busy", "last_activity": "2026-11-25T01:00:00.000000Z"},
+        {"name": "bash", "execution_state": "idle", "last_activity": "2026-11-25T01:00:00.000000Z"},
+    ]
+    now = 1795570000.0
+    with jupyter(tmp_path, kernels) as asked:
+        busy, idle = jupyter_look(tmp_path, now)
+        assert (busy.what, busy.at) == ("Jupyter kernel python3 is busy", now)
+        assert (idle.what, idle.at) == ("Jupyter kernel bash", 1795568400.0)
+        assert shut_down(tmp_path) == 1
+    assert asked == ["GET /api/kernels token t0k", "POST /api/shutdown token t0k"]
+
+
+def test_jobs(tmp_path: Path) -> None:
+    import sqlite3
+
+    assert job_look(tmp_path, 1, 1.0) == []
+    (tmp_path / ".sky").mkdir()
+    table = sqlite3.connect(tmp_path / ".sky" / "jobs.db")
+    table.execute("CREATE TABLE jobs (job_id INTEGER, job_name TEXT, status TEXT)")
+    rows = [(1, "keeper", "RUNNING"), (2, "demo", "RUNNING"), (3, "notebook", "RUNNING"), (4, "old", "SUCCEEDED")]
+    table.executemany("INSERT INTO jobs VALUES (?, ?, ?)", rows)
+    table.commit()
+    table.close()
+    assert [sign.what for sign in job_look(tmp_path, 1, 1.0)] == ["job 2 (demo)"]

@@ -1,0 +1,106 @@
+"""Dev clusters, as far as SkyPilot is not asked: tests/lab does that."""
+
+from pathlib import Path
+
+import pytest
+
+from spotune.contracts.errors import InputError
+from spotune.launch.skypilot import dev, ssh
+from spotune.launch.skypilot.clusters import Cluster, can_stop, check_can_stop, default_name
+from spotune.launch.workspace import Workspace
+
+ROOT = Path(__file__).parents[4]
+
+
+def workspace(tmp_path: Path, **environ: str) -> Workspace:
+    return Workspace.open({"SPOTUNE_HOME": str(tmp_path / "home"), **environ}, ROOT)
+
+
+def cluster(infra: str = "aws/us-east-1", gpus: int = 1) -> Cluster:
+    return Cluster("dev", "UP", infra, {"L4": gpus}, 1, 0.0, 2, True)
+
+
+@pytest.mark.parametrize(
+    ("user", "name"), [("ada", "dev-ada"), ("Ada.Love@x", "dev-ada-love-x"), ("a" * 60, "dev-" + 26 * "a")]
+)
+def test_a_name_for_each_user(user: str, name: str) -> None:
+    assert default_name(user) == name
+
+
+def test_a_run_on_a_cluster_is_a_bare_launch(tmp_path: Path) -> None:
+    wish = dev.RunWish(overrides=("max_steps=3", "seed=1"), save_every="5")
+    task = dev.run_task("config/runs/demo.yaml", "demo-1", cluster(gpus=2), wish, workspace(tmp_path))
+    assert task["envs"]["SPOTUNE_PROFILE"] == "dev"
+    assert task["envs"]["SPOTUNE_SAVE_EVERY"] == "5"
+    assert "SPOTUNE_BUCKET" not in task["envs"]
+    assert task["run"].endswith('-m spotune.sft "$SPOTUNE_CONFIG" --set max_steps=3 --set seed=1\n')
+    assert "make setup" in task["run"]
+    assert task["resources"] == {"cpus": "1+", "accelerators": "L4:2"}
+
+
+def test_a_bucket_that_is_named_goes_along(tmp_path: Path) -> None:
+    there = workspace(tmp_path, SPOTUNE_BUCKET="s3://bucket/x")
+    task = dev.run_task("config/runs/demo.yaml", "demo-1", cluster(), dev.RunWish(share=0.5), there)
+    assert task["envs"]["SPOTUNE_BUCKET"] == "s3://bucket/x"
+    assert task["resources"] == {"cpus": "1+", "accelerators": "L4:0.5"}
+
+
+def test_a_notebook_asks_the_queue_for_no_gpu(tmp_path: Path) -> None:
+    task = dev.notebook_task(20001, "t0k", {}, workspace(tmp_path))
+    assert task["name"] == "notebook"
+    assert task["resources"] == {"cpus": "1+"}
+    assert "setup" not in task
+    assert task["run"].index("make setup") < task["run"].index("jupyterlab --no-browser")
+    assert task["envs"]["NOTEBOOK_PORT"] == "20001"
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5, -1.0, float("nan")])
+def test_what_is_no_share(share: float) -> None:
+    with pytest.raises(InputError, match="no share of a GPU"):
+        dev.check_share(share, "aws")
+
+
+def test_slurm_shares_no_gpu() -> None:
+    with pytest.raises(InputError, match="--share: Slurm hands out whole GPUs"):
+        dev.DevWish(name="dev", infra="slurm/lab/spot", gpus="L4:1", share=0.5)
+    with pytest.raises(InputError, match="whole GPUs"):
+        dev.run_task("c", "demo", cluster("slurm/lab/spot"), dev.RunWish(share=0.5), None)  # type: ignore[arg-type]
+
+
+def test_an_idle_time_that_skypilot_cannot_count() -> None:
+    with pytest.raises(InputError, match="1 is too short"):
+        dev.DevWish(name="dev", idle_minutes=1)
+
+
+def test_who_can_stop() -> None:
+    assert can_stop("aws/us-east-1")
+    assert not can_stop("slurm/lab/spot")
+    with pytest.raises(
+        InputError, match=r"dev: slurm/lab cannot stop a cluster, only take it down \(spotune dev down dev\)"
+    ):
+        check_can_stop("slurm/lab", "spotune dev down dev", "dev")
+
+
+def test_what_is_checked_before_a_run_goes_to_a_cluster(tmp_path: Path) -> None:
+    there = workspace(tmp_path)
+    assert dev.check_run("config/runs/demo.yaml", "mine", dev.RunWish(), there) == "mine"
+    outside = tmp_path / "other.yaml"
+    outside.write_text((ROOT / "config/runs/demo.yaml").read_text())
+    with pytest.raises(InputError, match="is not below"):
+        dev.check_run(str(outside), "mine", dev.RunWish(), there)
+    with pytest.raises(InputError, match="notebook"):
+        dev.check_run("config/runs/demo.yaml", "notebook", dev.RunWish(), there)
+    with pytest.raises(InputError, match="learning_rat"):
+        dev.check_run("config/runs/demo.yaml", "mine", dev.RunWish(overrides=("learning_rat=1",)), there)
+
+
+def test_ssh_names_its_files_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(InputError, match="no such cluster"):
+        ssh.ssh_command("dev")
+    config = tmp_path / ".sky" / "generated" / "ssh" / "dev"
+    config.parent.mkdir(parents=True)
+    config.write_text("Host dev\n  HostName 10.0.0.1\n  IdentityFile ~/.sky/generated/ssh-keys/dev.key\n")
+    key = tmp_path / ".sky" / "generated" / "ssh-keys" / "dev.key"
+    ours = ["-F", str(config), "-i", str(key), "-o", "LogLevel=ERROR"]
+    assert ssh.ssh_command("dev", "-N") == ["ssh", *ours, "-N", "dev"]
