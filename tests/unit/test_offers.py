@@ -17,7 +17,9 @@ import yaml
 
 TASKS = Path(__file__).parents[2] / "tasks"
 REAL = Path(__file__).parents[3] / "shared" / "catalog" / "v8"
-AWS = "InstanceType,AcceleratorName,AcceleratorCount,vCPUs,MemoryGiB,GpuInfo,Price,SpotPrice,Region,AvailabilityZone,Arch"
+AWS = (
+    "InstanceType,AcceleratorName,AcceleratorCount,vCPUs,MemoryGiB,GpuInfo,Price,SpotPrice,Region,AvailabilityZone,Arch"
+)
 GCP = "InstanceType,vCPUs,MemoryGiB,AcceleratorName,AcceleratorCount,GpuInfo,Region,AvailabilityZone,Price,SpotPrice"
 GPU = "{'Gpus': [{'MemoryInfo': {'SizeInMiB': 24576}}]}"
 # Made up, so that what must be picked is plain: spot of L4 on GCP and of A10G on AWS are the cheapest of their cloud.
@@ -41,7 +43,12 @@ ROWS = {
         "Tag,Region,OS,OSVersion,ImageId,CreationDate,BaseImageId",
         "skypilot:custom-gpu-ubuntu-2204,,ubuntu,22.04,projects/x/global/images/y,20250910,",
     ],
-    "common/accelerators.csv": ["AcceleratorName,Clouds", "L4,\"['AWS', 'GCP']\"", "A10G,['AWS']", "T4,\"['AWS', 'GCP']\""],
+    "common/accelerators.csv": [
+        "AcceleratorName,Clouds",
+        "L4,\"['AWS', 'GCP']\"",
+        "A10G,['AWS']",
+        "T4,\"['AWS', 'GCP']\"",
+    ],
 }
 PICK = """
 import json, sys, yaml, sky
