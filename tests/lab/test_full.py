@@ -14,7 +14,7 @@ from tests.lab.daemons import wait_until
 from tests.lab.down import is_live
 from tests.lab.layout import Layout
 from tests.lab.machine import find_user
-from tests.lab.managed import Managed
+from tests.lab.managed import START_S, Managed
 
 pytestmark = pytest.mark.lab
 CONFIG = "config/runs/demo.yaml"
@@ -62,7 +62,7 @@ def test_cancelled_by_slurm_then_a_rank_killed_with_the_checkpoints_in_s3(
 
 
 def test_a_real_failure_is_made_once_however_often_the_job_is_repeated(lab: Layout, failing: Managed) -> None:
-    job = sky.wait_for_end(lab, failing.job_id, 400)
+    job = sky.wait_for_end(lab, failing.job_id, START_S)
     assert job.status == "FAILED", failing.story()
     assert failing.count_attempts() == 1
     assert failing.read(failing.keys.failed)["exit_code"] == 1
@@ -74,9 +74,9 @@ def test_cancel_ends_everything_but_the_checkpoints(lab: Layout, launch: Launch)
     managed.wait_for_attempt(1, steps=30, commits=1)
     kept = managed.commits(1)
     sky.sky(lab, "jobs", "cancel", "-y", str(managed.job_id))
-    assert sky.wait_for_end(lab, managed.job_id, 120).status == "CANCELLED"
-    wait_until(lambda: not managed.slurm_id(), 60, "its Slurm job is still there")
-    wait_until(lambda: not workers(lab), 30, "its processes are still there")
+    assert sky.wait_for_end(lab, managed.job_id, START_S).status == "CANCELLED"
+    wait_until(lambda: not managed.slurm_id(), 120, "its Slurm job is still there")
+    wait_until(lambda: not workers(lab), 120, "its processes are still there")
     assert set(kept) <= set(managed.commits(1))
     assert not managed.weights
 
@@ -98,7 +98,7 @@ def test_a_failed_node_comes_back_with_a_trainer_that_must_not_write(
         for process in lost:
             process.send_signal(signal.SIGCONT)
         assert managed.wait_for_success() == reference(CONFIG)
-        wait_until(lambda: not trainers(lab), 60, "the node's trainer goes on")
+        wait_until(lambda: not trainers(lab), 120, "the node's trainer goes on")
     finally:
         nodes.restore(lab, node)
     assert managed.commits(1) == before or set(managed.commits(1)) < set(before)
@@ -127,7 +127,7 @@ def test_a_dev_cluster_by_sky_alone(lab: Layout) -> None:
         assert "cuda 0" in sky.sky(lab, "exec", "dev", "echo cuda $CUDA_VISIBLE_DEVICES")
     finally:
         sky.sky(lab, "down", "-y", "dev")
-    wait_until(lambda: not slurm.jobs(lab), 60, "the cluster's Slurm job is still there")
+    wait_until(lambda: not slurm.jobs(lab), 120, "the cluster's Slurm job is still there")
 
 
 def trainers(lab: Layout) -> list[psutil.Process]:
