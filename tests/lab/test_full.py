@@ -26,7 +26,7 @@ Reference = Callable[..., str]
 @pytest.fixture(scope="module")
 def failing(lab: Layout, launch: Launch) -> Managed:
     """A job whose training raises; SkyPilot repeats it while other tests run."""
-    config = yaml.safe_load((ROOT / CONFIG).read_text()) | {"learning_rate": -1.0}
+    config = yaml.safe_load((ROOT / CONFIG).read_text()) | {"adam_beta1": 2.0}
     path = lab.shared / "failing.yaml"
     path.write_text(yaml.safe_dump(config))
     return launch("failing", SPOTUNE_CONFIG=str(path))
