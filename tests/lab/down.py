@@ -67,9 +67,7 @@ def processes_of_root(lab: Layout) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.name() in PROGRAMS and any(
-                name in word for word in process.cmdline() for name in names
-            ):
+            if process.name() in PROGRAMS and any(name in word for word in process.cmdline() for name in names):
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue

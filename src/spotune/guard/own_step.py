@@ -7,7 +7,6 @@ that shares the job's resources, and task YAMLs stay plain.
 """
 
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -52,17 +51,11 @@ def srun_command(environ: Mapping[str, str], host: str) -> list[str]:
     task = environ.get("SKYPILOT_INTERNAL_JOB_ID", "")
     command = ["srun", "--overlap", f"--jobid={environ['SLURM_JOB_ID']}", "--nodes=1", "--ntasks=1"]
     command += [f"--nodelist={node}", f"--job-name={f'sky-{task}' if task else 'spotune'}"]
-    # Without these a step may get one core, or none of the GPUs.
-    if cpus := cpus_on_each_node(environ.get("SLURM_JOB_CPUS_PER_NODE", "")):
-        command.append(f"--cpus-per-task={cpus}")
     if gpus := _count(environ.get("CUDA_VISIBLE_DEVICES", "")):
         command.append(f"--gres=gpu:{gpus}")
-    return [*command, "--mem=0", "--export=ALL", "--input=none", "--unbuffered", "--quiet"]
-
-
-def cpus_on_each_node(text: str) -> int:
-    """What a job has on every one of its nodes, from ``8``, ``8(x2)`` or ``8(x2),4``; 0 when it is not said."""
-    return min((int(cpus) for cpus in re.findall(r"(\d+)(?:\(x\d+\))?(?:,|$)", text)), default=0)
+    # A step has all of the job's CPUs, but its first process would be bound to one of them.
+    command += ["--cpu-bind=none", "--mem=0"]
+    return [*command, "--export=ALL", "--input=none", "--unbuffered", "--quiet"]
 
 
 def _count(devices: str) -> int:
