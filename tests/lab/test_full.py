@@ -88,13 +88,13 @@ def test_a_failed_node_comes_back_with_a_trainer_that_must_not_write(
     managed.wait_for_attempt(1, steps=30, commits=1)
     (node,) = managed.nodes()
     lost = trainers(lab)
-    for process in lost:  # the node hangs; for Slurm it is down
+    for process in lost:  # else it would be done before anybody has noticed
         process.send_signal(signal.SIGSTOP)
     nodes.fail(lab, node)
     try:
         managed.wait_for_attempt(2, steps=3)
         before = managed.commits(1)
-        assert all(process.is_running() for process in lost)
+        assert all(is_live(process) for process in lost)
         for process in lost:
             process.send_signal(signal.SIGCONT)
         assert managed.wait_for_success() == reference(CONFIG)

@@ -51,7 +51,10 @@ def test_the_step_asks_for_nothing_that_is_not_known() -> None:
 
 SRUN = """#!/bin/sh
 [ "$REFUSE" ] && { echo "srun: error: no such step" >&2; exit 1; }
-while [ "${1#--}" != "$1" ]; do shift; done
+while [ "${1#--}" != "$1" ]; do
+  [ "$1" = --cpu-bind=none ] && echo "srun: cluster configuration lacks support for cpu binding" >&2
+  shift
+done
 exec "$@"
 """
 
@@ -79,3 +82,4 @@ def test_the_script_goes_there_and_passes_its_exit_code_on(tmp_path: Path, envir
     assert "no-such-config.yaml" in done.stderr.splitlines()[-1]
     assert done.stderr.startswith(said)
     assert done.stderr.count("step of its own") == bool(said)
+    assert "cpu binding" not in done.stderr
