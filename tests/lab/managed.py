@@ -10,7 +10,7 @@ from spotune.contracts.store import Store
 from tests.lab import sky, slurm
 from tests.lab.layout import LabError, Layout, Node
 
-START_S = 300.0
+START_S = 900.0  # two minutes on an idle machine
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Managed:
         found = [line.split()[0] for line in slurm.jobs(self.lab, "%i %j") if f" {self.name}-{self.job_id}-" in line]
         return found[0] if found else ""
 
-    def wait_for_success(self, seconds: float = 300) -> str:
+    def wait_for_success(self, seconds: float = START_S) -> str:
         """The weights, once SkyPilot says SUCCEEDED; raises LabError for any other end."""
         job = sky.wait_for_end(self.lab, self.job_id, seconds)
         if job.status != "SUCCEEDED" or not self.weights:

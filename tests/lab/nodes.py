@@ -2,8 +2,10 @@
 
 import re
 
-from tests.lab import slurm
-from tests.lab.layout import Layout, Node
+import psutil
+
+from tests.lab import daemons, slurm
+from tests.lab.layout import LabError, Layout, Node
 
 
 def preempt(lab: Layout, node: Node, seconds: int = 600) -> str:
@@ -14,13 +16,22 @@ def preempt(lab: Layout, node: Node, seconds: int = 600) -> str:
 
 
 def fail(lab: Layout, node: Node) -> None:
-    """The node is down from one moment to the next, for all that Slurm knows."""
+    """The node is cut off, and down for all that Slurm knows; what runs there goes on, since nobody can end it."""
+    _daemon(lab, node).suspend()
     slurm.ask(lab, "scontrol", "update", f"NodeName={node.name}", "State=DOWN", "Reason=failed")
+
+
+def _daemon(lab: Layout, node: Node) -> psutil.Process:
+    (daemon,) = (daemon for daemon in daemons.daemons(lab) if daemon.name == f"slurmd {node.name}")
+    if process := daemon.process():
+        return process
+    raise LabError(f"{daemon.name} does not run")
 
 
 def restore(lab: Layout, node: Node) -> None:
     """The node takes jobs again, whatever had happened to it."""
     slurm.ask(lab, "scancel", f"--name=preempt-{node.name}")
+    _daemon(lab, node).resume()
     if re.match(r"down|drain", slurm.ask(lab, "sinfo", "-h", "-n", node.name, "-p", "spot", "-o", "%T")):
         slurm.ask(lab, "scontrol", "update", f"NodeName={node.name}", "State=RESUME")
 

@@ -24,7 +24,7 @@ def environ(lab: Layout) -> dict[str, str]:
     return {**kept, **sky_home.environ(lab), "PATH": path, "NO_COLOR": "1"}
 
 
-def sky(lab: Layout, *words: str, cwd: Path | None = None, timeout: float = 300) -> str:
+def sky(lab: Layout, *words: str, cwd: Path | None = None, timeout: float = 600) -> str:
     """The output of ``sky WORDS``; raises LabError with the end of it when it fails."""
     done = start(lab, *words, cwd=cwd)
     try:

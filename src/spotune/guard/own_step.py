@@ -7,7 +7,6 @@ that shares the job's resources, and task YAMLs stay plain.
 """
 
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -17,6 +16,8 @@ from collections.abc import Mapping
 from spotune.contracts.environment import OWN_STEP
 from spotune.guard.say import say
 
+UNBOUND = "--cpu-bind=none"
+NO_BINDING = "lacks support for cpu binding"
 PROBE_S = 60.0  # Slurm may be busy; a step is made in tenths of a second
 
 
@@ -25,9 +26,12 @@ def enter_own_step(argv: list[str], environ: Mapping[str, str]) -> None:
     if not wants_step(environ, os.getpid()) or not shutil.which("srun"):
         return
     step = srun_command(environ, socket.gethostname())
-    if refusal := _refusal(step):
-        say(f"no step of its own in Slurm job {environ['SLURM_JOB_ID']}, notices may not arrive: {refusal}")
+    made, said = _probe(step)
+    if not made:
+        say(f"no step of its own in Slurm job {environ['SLURM_JOB_ID']}, notices may not arrive: {said}")
         return
+    if NO_BINDING in said:
+        step.remove(UNBOUND)
     say(f"in a step of its own in Slurm job {environ['SLURM_JOB_ID']}, so that notices arrive")
     command = [*step, sys.executable, "-m", "spotune.sft", *argv]
     os.execvpe("srun", command, {**environ, OWN_STEP: environ["SLURM_JOB_ID"]})
@@ -52,28 +56,22 @@ def srun_command(environ: Mapping[str, str], host: str) -> list[str]:
     task = environ.get("SKYPILOT_INTERNAL_JOB_ID", "")
     command = ["srun", "--overlap", f"--jobid={environ['SLURM_JOB_ID']}", "--nodes=1", "--ntasks=1"]
     command += [f"--nodelist={node}", f"--job-name={f'sky-{task}' if task else 'spotune'}"]
-    # Without these a step may get one core, or none of the GPUs.
-    if cpus := cpus_on_each_node(environ.get("SLURM_JOB_CPUS_PER_NODE", "")):
-        command.append(f"--cpus-per-task={cpus}")
     if gpus := _count(environ.get("CUDA_VISIBLE_DEVICES", "")):
         command.append(f"--gres=gpu:{gpus}")
-    return [*command, "--mem=0", "--export=ALL", "--input=none", "--unbuffered", "--quiet"]
-
-
-def cpus_on_each_node(text: str) -> int:
-    """What a job has on every one of its nodes, from ``8``, ``8(x2)`` or ``8(x2),4``; 0 when it is not said."""
-    return min((int(cpus) for cpus in re.findall(r"(\d+)(?:\(x\d+\))?(?:,|$)", text)), default=0)
+    # A step has all of the job's CPUs, but its first process would be bound to one of them.
+    command += [UNBOUND, "--mem=0"]
+    return [*command, "--export=ALL", "--input=none", "--unbuffered", "--quiet"]
 
 
 def _count(devices: str) -> int:
     return len([device for device in devices.split(",") if device.strip() not in ("", "-1", "NoDevFiles")])
 
 
-def _refusal(step: list[str]) -> str:
-    """Why Slurm does not make such a step, empty when it does: a failed step must not be taken for a failed run."""
+def _probe(step: list[str]) -> tuple[bool, str]:
+    """Whether Slurm makes such a step, and what it says: a step that fails must not be taken for a run that fails."""
     try:
         done = subprocess.run([*step, "true"], capture_output=True, text=True, timeout=PROBE_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
-    lines = done.stderr.strip().splitlines()
-    return "" if done.returncode == 0 else (lines[0] if lines else f"srun ended with exit code {done.returncode}")
+        return False, str(error)
+    said = " ".join(done.stderr.split())
+    return done.returncode == 0, said or f"srun ended with exit code {done.returncode}"
