@@ -37,7 +37,7 @@ class Bench:
         resources: of every job's task, beside its own.
         poll_s: between two looks.
         one_slot: one job at a time runs, the others wait for it.
-        keeps_logs: of machines that are gone too.
+        keeps_logs: of machines that have vanished too, and every line of them for those who follow.
         knows_setup: how long ``setup:`` took.
         reads_bucket: the engine itself knows a certified run, and starts no further machine for it.
     """
@@ -95,7 +95,8 @@ class Bench:
         return pytest.fail(f"waited {self.patience_s:g} s in vain; jobs: {self.infra.jobs()}")
 
     def end(self, run_id: str) -> JobStatus:
-        self.until(lambda: self.job(run_id).state not in ACTIVE)
+        """Waits for the engine's end, which comes after that of a certified run."""
+        self.until(lambda: self.infra.jobs([run_id])[0].state not in ACTIVE)
         return self.job(run_id)
 
     def says(self, run_id: str, line: str, times: int = 1) -> None:
@@ -221,6 +222,7 @@ class InfraContract:
         lines = list(bench.infra.logs("run-a", follow=True))
         assert lines.count("line") == 2 or not bench.keeps_logs
         assert lines[-1] == "last, unended"
+        assert bench.log("run-a").count("line") == 2  # an attempt that ended by itself left its lines
         assert bench.job("run-a").state == "SUCCEEDED"
 
     def test_history_has_a_row_for_each_machine(self, bench: Bench) -> None:

@@ -90,7 +90,7 @@ def test_a_second_home_does_not_see_it(bench: Bench, lab_environ: dict[str, str]
 
 
 def test_a_secret_reaches_the_job_and_nothing_that_is_kept(bench: Bench, tmp_path: Path) -> None:
-    run = f'[ "$TOKEN" = drowssap ] && {CERTIFY}'
+    run = f'[ "$(echo $TOKEN | rev)" = password ] && {CERTIFY}'
     bench.submit("run-a", run, secrets={"TOKEN": "drowssap"})
     assert bench.end("run-a").state == "SUCCEEDED"
     for path in (tmp_path / "home").rglob("*"):

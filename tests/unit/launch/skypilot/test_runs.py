@@ -10,7 +10,7 @@ import pytest
 
 from spotune.launch.skypilot.history import Event, Usage, intervals, usages
 from spotune.launch.skypilot.jobs import ManagedJob, exit_code_in, managed_job, run_status
-from spotune.launch.skypilot.logs import lines_of, said
+from spotune.launch.skypilot.logs import attempts_in, lines_of, said
 
 MARKS = {"user": "ada", "infra": "slurm/lab/spot", "bucket": "file:///b", "priority": 0}
 
@@ -140,6 +140,25 @@ def test_lines_come_as_the_program_wrote_them() -> None:
     assert said("├── Waiting for task resources on 1 node.") is None
     assert said("✓ Job finished (status: SUCCEEDED).") is None
     assert said("a line of nobody's") == "a line of nobody's"
+
+
+def test_attempts_that_ended_by_themselves_are_in_the_controllers_log() -> None:
+    controller = """Started monitoring.
+The user job failed (JobStatus.FAILED). Please check the logs below.
+== Logs of the user job (ID: 6) ==
+
+\x1b[2m├── \x1b[0m\x1b[2mWaiting for task resources on 1 node.\x1b[0m
+\x1b[2m└── \x1b[0mJob started. Streaming logs... (Ctrl-C to exit log streaming; job will not be killed)
+(run-a, pid=12) step 1
+ERROR: \x1b[31mJob 1 failed with return code list:\x1b[0m [75]
+
+== End of logs (ID: 6) ==
+Exit code 75 matched recover_on_exit_codes, triggering recovery
+== Logs of the user job (ID: 6) ==
+step 2
+== End of logs (ID: 6) ==
+"""
+    assert attempts_in(controller.splitlines()) == [["step 1"], ["step 2"]]
 
 
 # Of the lab, as SkyPilot 0.14.1 gave them: a job preempted with notice, one that was cancelled, one that failed.
