@@ -71,6 +71,9 @@ def test_how_a_program_failed() -> None:
     assert (failed.state, failed.exit_code, failed.reason, failed.ended_at) == ("FAILED", 3, "exited with code 3", 90.0)
     setup = run_status([job(status="FAILED_SETUP", failure_reason=told)])
     assert setup.reason == "setup exited with code 3"
+    refused = "[sky.exceptions.ResourcesUnavailableError] No such machine: 1x Slurm. To fix: relax or change the …"
+    (status,) = [run_status([job(status="FAILED_PRECHECKS", failure_reason=refused)])]
+    assert status.reason == "refused: No such machine: 1x Slurm"
     unknown = "Job failed (FAILED) (user program failure). To see the details, run: sky jobs logs --controller 7"
     assert (
         run_status([job(status="FAILED", failure_reason=unknown)]).reason
