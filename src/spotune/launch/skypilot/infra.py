@@ -12,7 +12,7 @@ from spotune.launch.settings import SlurmSettings
 from spotune.launch.skypilot import engine, slurm
 from spotune.launch.skypilot.history import Event, intervals, usages
 from spotune.launch.skypilot.jobs import FIELDS, ManagedJob, by_run, managed_job, run_status
-from spotune.launch.skypilot.logs import attempts_in, lines_of, said
+from spotune.launch.skypilot.logs import attempts_in, begins, lines_of, said
 from spotune.launch.skypilot.offers import known_partitions
 from spotune.launch.skypilot.preempt import take_machine
 from spotune.launch.skypilot.registry import Entry, Registry
@@ -205,18 +205,25 @@ class SkyInfra:
 
     def _followed(self, job: ManagedJob) -> Iterator[str]:
         """SkyPilot ends its stream early now and then, at a recovery say; this one ends with the job."""
-        seen = 0
+        shown: list[str] = []  # of the machine that it is on
         while True:
-            count = 0
-            for line in self._last(job, True):
-                count += 1
-                if count > seen:
+            fresh = 0
+            for text in lines_of(engine.log_pieces(job.id, True)):
+                if begins(text) and fresh:
+                    shown, fresh = [], 0
+                if (line := said(text)) is None:
+                    continue
+                fresh += 1
+                if fresh > len(shown):
+                    shown.append(line)
                     yield line
             found = self._jobs_of(job.run_id, None, [job.id])
             now = found[0] if found else replace(job, status="CANCELLED")
             if now.is_ended:
+                last = list(self._last(now, False))  # it may have ended before the stream came to it
+                yield from last[len(shown) :] if last[: len(shown)] == shown else last
                 return
-            seen = count if now.attempts == job.attempts else 0
+            shown = shown if now.attempts == job.attempts else []
             job = now
             self._sleep(POLL_S)
 

@@ -14,15 +14,20 @@ _BEGIN, _END = re.compile(r"^== Logs of the user job \(ID: \d+\) ==$"), re.compi
 
 
 def lines_of(pieces: Iterable[str | None]) -> Iterator[str]:
-    """Whole lines from a stream of text; a last one that was never ended too."""
+    """Whole lines from a stream of text; a last one that was never ended too. None is SkyPilot's spinner moving."""
     rest = ""
     for piece in pieces:
         if piece is None:
-            break
+            continue
         *lines, rest = (rest + piece).split("\n")
         yield from lines
     if rest:
         yield rest
+
+
+def begins(line: str) -> bool:
+    """Whether a log begins here: of a further machine, where one stream goes on to it."""
+    return _COLOUR.sub("", line).startswith("├── Waiting for task resources")
 
 
 def said(line: str) -> str | None:

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from spotune.launch.skypilot import engine
 from spotune.launch.skypilot.history import Event, Usage, intervals, usages
+from spotune.launch.skypilot.infra import SkyInfra
 from spotune.launch.skypilot.jobs import ManagedJob, exit_code_in, managed_job, run_status
 from spotune.launch.skypilot.logs import attempts_in, lines_of, said
 
@@ -135,7 +137,7 @@ def test_machines_without_events() -> None:
 
 
 def test_lines_come_as_the_program_wrote_them() -> None:
-    assert list(lines_of(["a\nb", "c\n", "d", None, "never"])) == ["a", "bc", "d"]
+    assert list(lines_of(["a\nb", None, "c\n", "d"])) == ["a", "bc", "d"]
     assert said("\x1b[36m(run-a, pid=12)\x1b[0m told (to) go") == "told (to) go"
     assert said("(worker1, rank=1, pid=12, ip=127.0.0.3) hello") == "[1] hello"
     assert said("(head, rank=0, pid=12) hello") == "hello"
@@ -189,3 +191,51 @@ def test_what_the_lab_recorded(job_id: int, state: str, attempt: int, ends: list
     assert [(machine.end_reason, machine.exit_code) for machine in machines] == ends
     assert all(machine.use_spot and machine.zone == "spot" and machine.ended_at for machine in machines)
     assert all(before.ended_at <= after.started_at for before, after in pairwise(machines) if before.ended_at)
+
+
+BEGIN = "\x1b[2m├── \x1b[0m\x1b[2mWaiting for task resources on 1 node.\x1b[0m\n"
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[list[str | None]]]:
+    """What SkyPilot streams: ``live`` one after another, and ``kept``, the log of the last machine."""
+    given: dict[str, list[list[str | None]]] = {"live": [], "kept": []}
+
+    def pieces(job_id: int, follow: bool, controller: bool = False) -> list[str | None]:
+        return given["live"].pop(0) if follow else given["kept"][0]
+
+    monkeypatch.setattr(engine, "log_pieces", pieces)
+    return given
+
+
+def follow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *after: ManagedJob) -> list[str]:
+    """All that a follower sees, of a job that stands as ``after`` at the end of each stream."""
+    infra, standing = SkyInfra(tmp_path, {}, sleep=lambda seconds: None), iter([job(), *after])
+    monkeypatch.setattr(infra, "_jobs_of", lambda *_: [next(standing)])
+    return list(infra.logs("run-a", follow=True))
+
+
+def test_a_follower_sees_each_line_once(
+    streams: dict[str, list[list[str | None]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    streams["live"] = [
+        [None, BEGIN, "(run-a, pid=1) one\n", None],  # ended early
+        [
+            BEGIN,
+            "(run-a, pid=1) one\n",
+            "(run-a, pid=1) two\n",
+            BEGIN,
+            "(run-a, pid=2) one\n",
+        ],  # on to the next machine
+        [None],  # gone before it came
+    ]
+    streams["kept"] = [[BEGIN, "(run-a, pid=2) one\n", "(run-a, pid=2) two\n", "three"]]
+    seen = follow(monkeypatch, tmp_path, job(), job(), job(status="SUCCEEDED"))
+    assert seen == ["one", "two", "one", "two", "three"]
+
+
+def test_a_follower_of_a_job_that_is_over_at_once(
+    streams: dict[str, list[list[str | None]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    streams["live"], streams["kept"] = [[None, None]], [[BEGIN, "(run-a, pid=2) all\n"]]
+    assert follow(monkeypatch, tmp_path, job(status="FAILED")) == ["all"]
