@@ -51,7 +51,7 @@ def pairs(infra: str) -> list[tuple[Command, Command]]:
     size = ["--cpus", "2", "--memory", "4"] if infra.startswith("slurm") else []
     bare = [sky, "launch", "tasks/train.yaml", "--dryrun", "-y", "--infra", infra, "--gpus", "L4:1", *size]
     bare += ["--env", "SPOTUNE_BUCKET=file:///nowhere"] + (["--no-use-spot"] if infra.startswith("slurm") else [])
-    ours = [spotune, "train", "config/runs/demo.yaml", "--infra", infra, "--gpus", "L4:1", "--dryrun"]
+    ours = [spotune, "train", "config/runs/demo.yaml", "--infra", infra, "--gpus", "L4:1", *size, "--dryrun"]
     return [
         (Command("spotune queue", [spotune, "queue"]), Command("sky jobs queue", [sky, "jobs", "queue"])),
         (Command("spotune train --dryrun", ours), Command("sky launch --dryrun", bare)),

@@ -37,7 +37,7 @@ class Bench:
         resources: of every job's task, beside its own.
         poll_s: between two looks.
         one_slot: one job at a time runs, the others wait for it.
-        keeps_logs: of machines that are gone too.
+        keeps_logs: of machines that have vanished too, and every line of them for those who follow.
         knows_setup: how long ``setup:`` took.
         reads_bucket: the engine itself knows a certified run, and starts no further machine for it.
     """
@@ -95,7 +95,8 @@ class Bench:
         return pytest.fail(f"waited {self.patience_s:g} s in vain; jobs: {self.infra.jobs()}")
 
     def end(self, run_id: str) -> JobStatus:
-        self.until(lambda: self.job(run_id).state not in ACTIVE)
+        """Waits for the engine's end, which comes after that of a certified run."""
+        self.until(lambda: self.infra.jobs([run_id])[0].state not in ACTIVE)
         return self.job(run_id)
 
     def says(self, run_id: str, line: str, times: int = 1) -> None:
@@ -139,9 +140,11 @@ class InfraContract:
     def test_a_run_that_failed_for_good_is_not_repeated(self, bench: Bench) -> None:
         mark = Mark(run_id="run-a", attempt=1, at=time.time(), reason="the data is bad", exit_code=2)
         bench.store.create(Keys("run-a").failed, mark.to_bytes())
-        bench.submit("run-a", "exit 2", resources={"job_recovery": {"max_restarts_on_errors": 5}})
+        restarts = 5 if bench.reads_bucket else 1  # else each is a machine more, that the guard leaves at once
+        bench.submit("run-a", "exit 2", resources={"job_recovery": {"max_restarts_on_errors": restarts}})
         job = bench.end("run-a")
-        assert (job.state, job.reason, job.exit_code, job.attempt) == ("FAILED", "the data is bad", 2, 1)
+        assert (job.state, job.reason, job.exit_code) == ("FAILED", "the data is bad", 2)
+        assert job.attempt == 1 or not bench.reads_bucket
 
     def test_a_run_at_its_budget_is_paused(self, bench: Bench) -> None:
         mark = Mark(run_id="run-a", attempt=1, at=time.time(), reason="budget of $5 used up", exit_code=76)
@@ -221,6 +224,7 @@ class InfraContract:
         lines = list(bench.infra.logs("run-a", follow=True))
         assert lines.count("line") == 2 or not bench.keeps_logs
         assert lines[-1] == "last, unended"
+        assert bench.log("run-a").count("line") == 2  # an attempt that ended by itself left its lines
         assert bench.job("run-a").state == "SUCCEEDED"
 
     def test_history_has_a_row_for_each_machine(self, bench: Bench) -> None:

@@ -12,7 +12,7 @@ from spotune.launch.settings import SlurmSettings
 from spotune.launch.skypilot import engine, slurm
 from spotune.launch.skypilot.history import Event, intervals, usages
 from spotune.launch.skypilot.jobs import FIELDS, ManagedJob, by_run, managed_job, run_status
-from spotune.launch.skypilot.logs import lines_of, said
+from spotune.launch.skypilot.logs import attempts_in, begins, lines_of, said
 from spotune.launch.skypilot.offers import known_partitions
 from spotune.launch.skypilot.preempt import take_machine
 from spotune.launch.skypilot.registry import Entry, Registry
@@ -184,21 +184,47 @@ class SkyInfra:
             yield from self._lines(job, follow and job is jobs[-1])
 
     def _lines(self, job: ManagedJob, follow: bool) -> Iterator[str]:
-        """Of one managed job. SkyPilot ends its stream early now and then; ours ends with the job."""
-        seen = 0
-        attempts = job.attempts
+        """Of one managed job, its earlier attempts first."""
+        earlier = self._earlier(job) if job.recoveries else []
+        if job.is_ended or not follow:
+            last = list(self._last(job, False))
+            for lines in earlier[:-1] if earlier and earlier[-1] == last else earlier:
+                yield from lines
+            yield from last
+            return
+        for lines in earlier[: job.recoveries]:
+            yield from lines
+        yield from self._followed(job)
+
+    def _earlier(self, job: ManagedJob) -> list[list[str]]:
+        return attempts_in(lines_of(engine.log_pieces(job.id, False, controller=True)))
+
+    def _last(self, job: ManagedJob, follow: bool) -> Iterator[str]:
+        texts = lines_of(engine.log_pieces(job.id, follow))
+        return (line for text in texts if (line := said(text)) is not None)
+
+    def _followed(self, job: ManagedJob) -> Iterator[str]:
+        """SkyPilot ends its stream early now and then, at a recovery say; this one ends with the job."""
+        shown: list[str] = []  # of the machine that it is on
         while True:
-            lines = (line for text in lines_of(engine.log_pieces(job.id, follow)) if (line := said(text)) is not None)
-            count = 0
-            for line in lines:
-                count += 1
-                if count > seen:
+            fresh = 0
+            for text in lines_of(engine.log_pieces(job.id, True)):
+                if begins(text) and fresh:
+                    shown, fresh = [], 0
+                if (line := said(text)) is None:
+                    continue
+                fresh += 1
+                if fresh > len(shown):
+                    shown.append(line)
                     yield line
-            now = next((one for one in self._jobs_of(job.run_id, None, [job.id]) if one.id == job.id), job)
-            if not follow or now.is_ended:
+            found = self._jobs_of(job.run_id, None, [job.id])
+            now = found[0] if found else replace(job, status="CANCELLED")
+            if now.is_ended:
+                last = list(self._last(now, False))  # it may have ended before the stream came to it
+                yield from last[len(shown) :] if last[: len(shown)] == shown else last
                 return
-            seen = count if now.attempts == attempts else 0
-            attempts = now.attempts
+            shown = shown if now.attempts == job.attempts else []
+            job = now
             self._sleep(POLL_S)
 
     def history(self, run_id: str) -> list[PaidInterval]:

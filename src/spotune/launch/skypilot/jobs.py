@@ -164,8 +164,9 @@ def by_run(jobs: Iterable[ManagedJob]) -> list[list[ManagedJob]]:
 
 
 def _line(text: str) -> str:
-    """One line, without ``To see the details, run: …``."""
-    text = re.split(r"\.?\s*To see the (?:details|job error)", " ".join(text.split()))[0]
+    """One line, without the name of the exception and without ``To see the details, run: …``."""
+    text = re.split(r"\.?\s*To (?:see the (?:details|job error)|fix: )", " ".join(text.split()))[0]
+    text = re.sub(r"^\[sky\.exceptions\.\w+\] ", "", text)
     return text.removeprefix("Recovering: ").removeprefix("Failure: ")
 
 

@@ -10,18 +10,24 @@ _OF_SKYPILOT = re.compile(
     r"^(?:[├└]── |↳|✓ |✗ |⚙︎|[⠀-⣿]|Hint: |(?:Managed )?[Jj]ob finished|Waiting for task |<sky-payload|"
     r"The job cluster is preempted|Start streaming logs|ERROR: Job \d+ failed with return code)"
 )
+_BEGIN, _END = re.compile(r"^== Logs of the user job \(ID: \d+\) ==$"), re.compile(r"^== End of logs \(ID: \d+\) ==$")
 
 
 def lines_of(pieces: Iterable[str | None]) -> Iterator[str]:
-    """Whole lines from a stream of text; a last one that was never ended too."""
+    """Whole lines from a stream of text; a last one that was never ended too. None is SkyPilot's spinner moving."""
     rest = ""
     for piece in pieces:
         if piece is None:
-            break
+            continue
         *lines, rest = (rest + piece).split("\n")
         yield from lines
     if rest:
         yield rest
+
+
+def begins(line: str) -> bool:
+    """Whether a log begins here: of a further machine, where one stream goes on to it."""
+    return _COLOUR.sub("", line).startswith("├── Waiting for task resources")
 
 
 def said(line: str) -> str | None:
@@ -33,3 +39,23 @@ def said(line: str) -> str | None:
     text = line[found.end() :]
     rank = found["rank"]
     return f"[{rank}] {text}" if rank and rank != "0" else text
+
+
+def attempts_in(controller: Iterable[str]) -> list[list[str]]:
+    """What the program printed in each attempt that ended by itself, from the controller's log.
+
+    SkyPilot keeps a job's log of its last machine only, but its controller copies what it reads before it lets a
+    machine go. Of a machine that vanished there was nothing left to read.
+    """
+    found: list[list[str]] = []
+    inside = False
+    for line in controller:
+        plain = _COLOUR.sub("", line).strip()
+        if _BEGIN.match(plain):
+            found.append([])
+            inside = True
+        elif _END.match(plain):
+            inside = False
+        elif inside and (text := said(line)) is not None:
+            found[-1].append(text)
+    return found

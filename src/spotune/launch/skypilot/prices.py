@@ -26,6 +26,9 @@ class Quote:
 def price_rows(quotes: Iterable[Quote], source: str, at: float) -> list[PriceRow]:
     """The cheapest first. Zones that cost the same are one row for their region.
 
+    Where they do not, the region has a row too, at its dearest zone's price, for a zone that has another name there:
+    Amazon's differ from account to account, and only who has the account's credentials knows them.
+
     A price of nothing is no price but for those that have none: catalogs write 0 where they do not know.
     """
     by_machine: dict[tuple[str, str, str, str, bool], dict[str, float]] = {}
@@ -36,7 +39,8 @@ def price_rows(quotes: Iterable[Quote], source: str, at: float) -> list[PriceRow
     rows = []
     for (cloud, region, instance_type, accelerators, use_spot), zones in by_machine.items():
         is_one = cloud != "slurm" and len(set(zones.values())) == 1
-        for zone, price in [("", next(iter(zones.values())))] if is_one else zones.items():
+        anywhere = {"": max(zones.values())} if cloud != "slurm" else {}
+        for zone, price in (anywhere if is_one else zones | anywhere).items():
             rows.append(
                 PriceRow(
                     infra=cloud,

@@ -14,6 +14,7 @@ from spotune.contracts.errors import InfraError
 
 CONFIG = ".slurm/config"
 _TIMEOUT_S = 60.0
+_KILLED_S = 5.0
 _SPOT = re.compile(r"spot|preempt", re.IGNORECASE)
 
 
@@ -84,22 +85,23 @@ def on_login(cluster: str, command: str, environ: Mapping[str, str]) -> str:
 def take(cluster: str, name: str, notice_s: float, environ: Mapping[str, str]) -> bool:
     """Takes the allocation called ``name`` away as Slurm preempts; returns False where there is none.
 
-    With notice SIGURG goes to the steps at once, which is how a task on Slurm asks to be warned, and a process on the
-    login node ends the job when the time is over: it needs neither this process nor this machine any more.
+    With notice SIGURG goes to the steps at once, which is how a task on Slurm asks to be warned. A process on the login
+    node ends the job when the time is over: it needs neither this process nor this machine any more.
     """
     return on_login(cluster, taking(name, notice_s), environ).strip() == "taken"
 
 
 def taking(name: str, notice_s: float) -> str:
-    """The shell command that does it; prints ``taken`` or ``none``."""
-    jobs = f"jobs=$(squeue --me --noheader --name={shlex.quote(name)} --states=RUNNING --format=%A)"
-    if notice_s:
-        warn = "scancel --signal=URG $jobs"
-        later = f"sleep {notice_s:g}; scancel $jobs"
-        take = f'{warn}; nohup setsid sh -c "{later}" < /dev/null > /dev/null 2>&1 &'
-        return f'{jobs} || exit; [ -n "$jobs" ] || {{ echo none; exit; }}; jobs=$(echo $jobs); {take} echo taken'
-    take = "scancel --full --signal=KILL $jobs; scancel $jobs"
-    return f'{jobs} || exit; [ -n "$jobs" ] || {{ echo none; exit; }}; {take}; echo taken'
+    """The shell command that does it; prints ``taken`` or ``none``.
+
+    Without notice everything is killed at once, and the allocation given back a little later: given back at once, its
+    steps would be sent a SIGTERM that overtakes the kill, and that is a notice.
+    """
+    jobs = f"jobs=$(echo $(squeue --me --noheader --name={shlex.quote(name)} --states=RUNNING --format=%A)) || exit"
+    none = '[ -n "$jobs" ] || { echo none; exit; }'
+    signal, left_s = ("URG", notice_s) if notice_s else ("KILL", _KILLED_S)
+    later = f'nohup setsid sh -c "sleep {left_s:g}; scancel $jobs" < /dev/null > /dev/null 2>&1 &'
+    return f"{jobs}; {none}; scancel --signal={signal} $jobs; {later} echo taken"
 
 
 def _home(environ: Mapping[str, str]) -> Path:

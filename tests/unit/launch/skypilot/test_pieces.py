@@ -3,6 +3,8 @@
 import json
 import os
 import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,8 @@ from typing import Any
 import pytest
 
 from spotune.contracts.errors import InfraError, InputError
-from spotune.launch.infra import JobStatus, PaidInterval, Submission, cloud_of, infra_of, is_infra, spell
+from spotune.cost.money import Place, price_of
+from spotune.launch.infra import CLOUDS, JobStatus, PaidInterval, Submission, cloud_of, infra_of, is_infra, spell
 from spotune.launch.settings import SlurmSettings, load_settings
 from spotune.launch.skypilot import slurm
 from spotune.launch.skypilot.catalog import slurm_machine
@@ -65,6 +68,7 @@ def test_zones_of_one_price_are_one_row() -> None:
     rows = price_rows(quotes, "SkyPilot's catalog", 5.0)
     assert [(row.zone, row.use_spot, row.price_usd_per_hour) for row in rows] == [
         ("b", True, 0.35),
+        ("*", True, 0.40),
         ("a", True, 0.40),
         ("*", False, 0.8),
     ]
@@ -73,9 +77,12 @@ def test_zones_of_one_price_are_one_row() -> None:
     assert cheapest
     assert not cheapest.use_spot
     assert choose([], True) is None
-    assert [row.zone for row in within(rows, "aws/us-east-1/a")] == ["a", "*"]
+    assert [row.zone for row in within(rows, "aws/us-east-1/a")] == ["*", "a", "*"]
     assert within(rows, "aws/eu-west-1") == []
-    assert len(within(rows, "any")) == 3
+    assert len(within(rows, "any")) == 4
+    landed = price_of(Place("aws", "us-east-1", "us-east-1c", "g6.xlarge", "L4:1", True), rows)
+    assert landed
+    assert landed.price_usd_per_hour == 0.40  # its zone is none of ours: not understated
 
 
 def test_slurm_has_a_row_for_each_partition() -> None:
@@ -234,7 +241,7 @@ def test_only_a_clusters_own_tool_takes_a_machine_of_a_cloud(tmp_path: Path) -> 
         take_machine(replace(job, cluster_on_cloud=""), 0, {})
 
 
-def test_slurm_is_told_to_take_the_allocation(tmp_path: Path) -> None:
+def test_slurm_is_told_to_take_the_allocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command runs as it would on the login node, with Slurm's commands replaced by ones that write down."""
     said = tmp_path / "said"
     for name, body in (("squeue", f'echo 41; echo "squeue $@" >> {said}'), ("scancel", f'echo "scancel $@" >> {said}')):
@@ -248,12 +255,15 @@ def test_slurm_is_told_to_take_the_allocation(tmp_path: Path) -> None:
         done = subprocess.run(["bash", "-c", command], env=environ, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
-    assert run(slurm.taking("run-a-7-x", 0)) == "taken"
-    assert said.read_text().splitlines()[1:] == ["scancel --full --signal=KILL 41", "scancel 41"]
-    assert run(slurm.taking("run-a-7-x", 0.5)) == "taken"  # does not wait for the notice's end
-    assert said.read_text().splitlines()[4:] == ["scancel --signal=URG 41"]
-    subprocess.run(["sleep", "1.5"], check=True)
-    assert said.read_text().splitlines()[5:] == ["scancel 41"]
+    monkeypatch.setattr(slurm, "_KILLED_S", 0.5)
+    for notice_s, signal in ((0.0, "KILL"), (0.6, "URG")):  # neither waits for the end
+        assert run(slurm.taking("run-a-7-x", notice_s)) == "taken"
+        asked, signalled = said.read_text().splitlines()
+        assert "--name=run-a-7-x" in asked
+        assert signalled == f"scancel --signal={signal} 41"
+        time.sleep(1.5)
+        assert said.read_text().splitlines()[2:] == ["scancel 41"]
+        said.unlink()
     (tmp_path / "bin/squeue").write_text("#!/bin/bash\ntrue\n")
     assert run(slurm.taking("run-a-7-x", 0)) == "none"
 
@@ -291,12 +301,54 @@ def test_the_clouds_are_skypilots(tmp_path: Path) -> None:
     """In a process of its own: it imports SkyPilot."""
     code = "import json; from sky.skylet.constants import ALL_CLOUDS; print(json.dumps(sorted(ALL_CLOUDS)))"
     environ = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
-    import sys
-
-    from spotune.launch.infra import CLOUDS
-
     done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
     assert sorted(CLOUDS) == json.loads(done.stdout.splitlines()[-1])
+
+
+GPU = "{'Gpus': [{'MemoryInfo': {'SizeInMiB': 24576}}]}"
+CATALOG = {
+    "aws": [
+        "InstanceType,AcceleratorName,AcceleratorCount,vCPUs,MemoryGiB,GpuInfo,Price,SpotPrice,Region,AvailabilityZone,Arch",
+        f'g6.xlarge,L4,1.0,4.0,16.0,"{GPU}",0.80,0.40,us-east-1,use1-az1,x86_64',
+        f'g6.xlarge,L4,1.0,4.0,16.0,"{GPU}",0.80,0.30,us-east-1,use1-az2,x86_64',
+        f'g5.xlarge,A10G,1.0,4.0,16.0,"{GPU}",1.00,,us-east-1,use1-az2,x86_64',
+    ],
+    "gcp": [
+        "InstanceType,vCPUs,MemoryGiB,AcceleratorName,AcceleratorCount,GpuInfo,Region,AvailabilityZone,Price,SpotPrice",
+        "g2-standard-4,4.0,16.0,,,,us-central1,us-central1-a,0.15,0.05",
+        f',,,L4,1,"{GPU}",us-central1,us-central1-a,0.56,0.22',
+    ],
+}
+ASK = """
+import json
+from dataclasses import astuple
+from spotune.launch.skypilot import engine
+from spotune.launch.skypilot.catalog import cloud_quotes
+task = engine.task({"run": "x", "resources": {"accelerators": {"L4": 1, "A10G": 1}, "use_spot": True}})
+print(json.dumps([astuple(quote) for name in ("aws", "gcp") for quote in cloud_quotes(name, task)]))
+"""
+
+
+def test_prices_of_every_place_from_skypilots_catalog(tmp_path: Path) -> None:
+    """In a process of its own; no cloud is enabled, nobody is asked: the catalog is read as it lies there."""
+    for name, lines in CATALOG.items():
+        path = tmp_path / ".sky/catalogs/v8" / name / "vms.csv"
+        path.parent.mkdir(parents=True)
+        path.write_text("\n".join(lines) + "\n")
+    environ = {**os.environ, "HOME": str(tmp_path), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
+    done = subprocess.run([sys.executable, "-c", ASK], env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = price_rows([Quote(*row) for row in json.loads(done.stdout.splitlines()[-1])], "catalog", 0.0)
+    found = {(row.infra, row.zone, row.accelerators, row.use_spot): row.price_usd_per_hour for row in rows}
+    assert found == {
+        ("gcp", "*", "L4:1", True): 0.27,
+        ("aws", "use1-az2", "L4:1", True): 0.3,
+        ("aws", "use1-az1", "L4:1", True): 0.4,
+        ("aws", "*", "L4:1", True): 0.4,
+        ("gcp", "*", "L4:1", False): 0.71,
+        ("aws", "*", "L4:1", False): 0.8,
+        ("aws", "*", "A10G:1", False): 1.0,
+    }
 
 
 def test_statuses_are_kept_whole(tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from spotune.launch.skypilot import engine
 from spotune.launch.skypilot.history import Event, Usage, intervals, usages
+from spotune.launch.skypilot.infra import SkyInfra
 from spotune.launch.skypilot.jobs import ManagedJob, exit_code_in, managed_job, run_status
-from spotune.launch.skypilot.logs import lines_of, said
+from spotune.launch.skypilot.logs import attempts_in, lines_of, said
 
 MARKS = {"user": "ada", "infra": "slurm/lab/spot", "bucket": "file:///b", "priority": 0}
 
@@ -71,6 +73,9 @@ def test_how_a_program_failed() -> None:
     assert (failed.state, failed.exit_code, failed.reason, failed.ended_at) == ("FAILED", 3, "exited with code 3", 90.0)
     setup = run_status([job(status="FAILED_SETUP", failure_reason=told)])
     assert setup.reason == "setup exited with code 3"
+    refused = "[sky.exceptions.ResourcesUnavailableError] No such machine: 1x Slurm. To fix: relax or change the …"
+    (status,) = [run_status([job(status="FAILED_PRECHECKS", failure_reason=refused)])]
+    assert status.reason == "refused: No such machine: 1x Slurm"
     unknown = "Job failed (FAILED) (user program failure). To see the details, run: sky jobs logs --controller 7"
     assert (
         run_status([job(status="FAILED", failure_reason=unknown)]).reason
@@ -132,7 +137,7 @@ def test_machines_without_events() -> None:
 
 
 def test_lines_come_as_the_program_wrote_them() -> None:
-    assert list(lines_of(["a\nb", "c\n", "d", None, "never"])) == ["a", "bc", "d"]
+    assert list(lines_of(["a\nb", None, "c\n", "d"])) == ["a", "bc", "d"]
     assert said("\x1b[36m(run-a, pid=12)\x1b[0m told (to) go") == "told (to) go"
     assert said("(worker1, rank=1, pid=12, ip=127.0.0.3) hello") == "[1] hello"
     assert said("(head, rank=0, pid=12) hello") == "hello"
@@ -140,6 +145,25 @@ def test_lines_come_as_the_program_wrote_them() -> None:
     assert said("├── Waiting for task resources on 1 node.") is None
     assert said("✓ Job finished (status: SUCCEEDED).") is None
     assert said("a line of nobody's") == "a line of nobody's"
+
+
+def test_attempts_that_ended_by_themselves_are_in_the_controllers_log() -> None:
+    controller = """Started monitoring.
+The user job failed (JobStatus.FAILED). Please check the logs below.
+== Logs of the user job (ID: 6) ==
+
+\x1b[2m├── \x1b[0m\x1b[2mWaiting for task resources on 1 node.\x1b[0m
+\x1b[2m└── \x1b[0mJob started. Streaming logs... (Ctrl-C to exit log streaming; job will not be killed)
+(run-a, pid=12) step 1
+ERROR: \x1b[31mJob 1 failed with return code list:\x1b[0m [75]
+
+== End of logs (ID: 6) ==
+Exit code 75 matched recover_on_exit_codes, triggering recovery
+== Logs of the user job (ID: 6) ==
+step 2
+== End of logs (ID: 6) ==
+"""
+    assert attempts_in(controller.splitlines()) == [["step 1"], ["step 2"]]
 
 
 # Of the lab, as SkyPilot 0.14.1 gave them: a job preempted with notice, one that was cancelled, one that failed.
@@ -167,3 +191,51 @@ def test_what_the_lab_recorded(job_id: int, state: str, attempt: int, ends: list
     assert [(machine.end_reason, machine.exit_code) for machine in machines] == ends
     assert all(machine.use_spot and machine.zone == "spot" and machine.ended_at for machine in machines)
     assert all(before.ended_at <= after.started_at for before, after in pairwise(machines) if before.ended_at)
+
+
+BEGIN = "\x1b[2m├── \x1b[0m\x1b[2mWaiting for task resources on 1 node.\x1b[0m\n"
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[list[str | None]]]:
+    """What SkyPilot streams: ``live`` one after another, and ``kept``, the log of the last machine."""
+    given: dict[str, list[list[str | None]]] = {"live": [], "kept": []}
+
+    def pieces(job_id: int, follow: bool, controller: bool = False) -> list[str | None]:
+        return given["live"].pop(0) if follow else given["kept"][0]
+
+    monkeypatch.setattr(engine, "log_pieces", pieces)
+    return given
+
+
+def follow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *after: ManagedJob) -> list[str]:
+    """All that a follower sees, of a job that stands as ``after`` at the end of each stream."""
+    infra, standing = SkyInfra(tmp_path, {}, sleep=lambda seconds: None), iter([job(), *after])
+    monkeypatch.setattr(infra, "_jobs_of", lambda *_: [next(standing)])
+    return list(infra.logs("run-a", follow=True))
+
+
+def test_a_follower_sees_each_line_once(
+    streams: dict[str, list[list[str | None]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    streams["live"] = [
+        [None, BEGIN, "(run-a, pid=1) one\n", None],  # ended early
+        [
+            BEGIN,
+            "(run-a, pid=1) one\n",
+            "(run-a, pid=1) two\n",
+            BEGIN,
+            "(run-a, pid=2) one\n",
+        ],  # on to the next machine
+        [None],  # gone before it came
+    ]
+    streams["kept"] = [[BEGIN, "(run-a, pid=2) one\n", "(run-a, pid=2) two\n", "three"]]
+    seen = follow(monkeypatch, tmp_path, job(), job(), job(status="SUCCEEDED"))
+    assert seen == ["one", "two", "one", "two", "three"]
+
+
+def test_a_follower_of_a_job_that_is_over_at_once(
+    streams: dict[str, list[list[str | None]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    streams["live"], streams["kept"] = [[None, None]], [[BEGIN, "(run-a, pid=2) all\n"]]
+    assert follow(monkeypatch, tmp_path, job(status="FAILED")) == ["all"]
