@@ -11,7 +11,7 @@ RUN ?=
 CLUSTER ?= dev
 ARGS ?=
 
-.PHONY: help setup demo demo-undisturbed test test-chaos bench lint lock schema docs train queue logs cancel cost dev sky-dev sky-train sky-queue sky-down clean
+.PHONY: help setup demo demo-undisturbed test test-chaos lab lab-test lab-down bench lint lock schema docs dev train queue logs cancel cost sky-dev sky-train sky-queue sky-down clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -41,6 +41,15 @@ test: setup ## all tests that need no cloud
 
 test-chaos: setup ## runs killed at every boundary and at 200 random instants; SPOTUNE_CHAOS_SEED=… for others
 	@$(BIN)/python -m pytest -m chaos -s tests/chaos
+
+lab: setup ## real SkyPilot on a real Slurm of two nodes, on this machine (Debian or Ubuntu, root)
+	@$(BIN)/python -m tests.lab.up --server
+
+lab-test: setup ## from nothing: a job preempted once; ARGS=--full for all that can happen to a job
+	@$(BIN)/python -m pytest -m lab -s tests/lab $(ARGS)
+
+lab-down: setup ## the lab goes, without a trace
+	@$(BIN)/python -m tests.lab.down
 
 bench: setup ## the figures in benchmarks/README.md but for game days; 20 minutes on an idle machine
 	$(BIN)/python benchmarks/startup.py

@@ -12,6 +12,7 @@ class FakeInfra:
     """Shared by all that a test opens; ``reset`` between tests."""
 
     name = "local"
+    refresh_s = 0.0
     submissions: ClassVar[dict[str, Submission]] = {}
     states: ClassVar[dict[str, JobStatus]] = {}
     calls: ClassVar[list[tuple[Any, ...]]] = []
@@ -58,7 +59,7 @@ class FakeInfra:
             raise InputError(run_id, "no such run")
         self.calls.append(("preempt", run_id, notice_s))
 
-    def jobs(self, run_ids: list[str] | None = None) -> list[JobStatus]:
+    def jobs(self, run_ids: list[str] | None = None, everyone: bool = False) -> list[JobStatus]:
         return [job for job in self.states.values() if run_ids is None or job.run_id in run_ids]
 
     def logs(self, run_id: str, follow: bool) -> Iterator[str]:

@@ -8,8 +8,9 @@ from spotune.cli.options import config_options, format_option, open_workspace
 @click.command()
 @click.argument("config", required=False)
 @config_options
+@click.option("--infra", default="", metavar="NAME", help="Also ask SkyPilot how NAME stands: takes seconds.")
 @format_option()
-def check(config: str | None, profile: str, overrides: tuple[str, ...], output: str) -> None:
+def check(config: str | None, profile: str, overrides: tuple[str, ...], infra: str, output: str) -> None:
     """Check CONFIG, its data and its model as far as that goes without running anything.
 
     Without CONFIG: this machine and project: settings, bucket, infrastructures, GPUs.
@@ -19,6 +20,10 @@ def check(config: str | None, profile: str, overrides: tuple[str, ...], output: 
 
     workspace = open_workspace()
     found = survey_config(config, profile, overrides, workspace.env.cache) if config else survey_machine(workspace)
+    if infra:
+        from spotune.launch.survey import survey_place
+
+        found |= survey_place(workspace, infra)
     if output == "json":
         print_json(found)
         return

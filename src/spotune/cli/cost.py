@@ -38,7 +38,7 @@ def cost(run: str | None, since: str, output: str, page: str) -> None:
             write_page(target, page_of(report))
         show(output, report, attempt_rows(report), run_text(report))
     else:
-        runs = report_runs(open_workspace(), since_s)
+        runs = report_runs(open_workspace(), since_s, warn=lambda message: click.echo(message, err=True))
         show(output, runs, runs, runs_text(runs) if runs else f"No runs within {since}.")
 
 

@@ -13,7 +13,7 @@ import click
 from spotune.contracts import exits
 
 if TYPE_CHECKING:
-    from spotune.launch.infra import JobStatus
+    from spotune.launch.infra import Infra, JobStatus
     from spotune.launch.workspace import Workspace
 
 REFRESH_S = 0.5
@@ -27,8 +27,9 @@ def follow(workspace: "Workspace", run_id: str) -> int:
     from spotune.launch.status import find_run
 
     status = find_run(workspace, run_id)
+    engine = workspace.infra(status.infra)
     lines: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
-    logs = workspace.infra(status.infra).logs(run_id, follow=True)
+    logs = engine.logs(run_id, follow=True)
     threading.Thread(target=_pump, args=(logs, lines), daemon=True).start()
     shown_at = 0.0
     with _view(run_id) as (say, show):
@@ -43,14 +44,22 @@ def follow(workspace: "Workspace", run_id: str) -> int:
                 if isinstance(line, BaseException):
                     raise line
                 say(settled(line))
-            if time.monotonic() - shown_at >= REFRESH_S:
-                show(workspace.infra(status.infra).jobs([run_id])[0])
+            if time.monotonic() - shown_at >= max(REFRESH_S, engine.refresh_s):
+                show(seen(workspace, engine, run_id))
                 shown_at = time.monotonic()
     ended = find_run(workspace, run_id)
     step = f" at step {ended.step}" if ended.step is not None else ""
     reason = f": {ended.reason}" if ended.reason else ""
     click.echo(f"{run_id}: {ended.state}{step}, {ended.attempt} attempt(s){reason}", err=True)
     return exit_code_of(ended)
+
+
+def seen(workspace: "Workspace", engine: "Infra", run_id: str) -> "JobStatus":
+    """How the run stands while it is followed; an engine that does not see its steps is helped by the bucket."""
+    from spotune.launch.status import certify_if_reachable
+
+    status = engine.jobs([run_id])[0]
+    return status if engine.name == "local" else certify_if_reachable(status, workspace.store(status.bucket))
 
 
 def settled(line: str) -> str:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from spotune.launch.submit import Submitted
     from spotune.launch.workspace import Workspace
 
-_RESOURCES = ("gpus", "num_nodes", "use_spot", "priority")
+_RESOURCES = ("gpus", "num_nodes", "use_spot", "priority", "cpus", "memory")
 
 
 def plan_of(options: Mapping[str, Any], source: str, workspace: "Workspace") -> "Plan":

@@ -8,13 +8,20 @@ from spotune.cli.options import format_option, open_workspace
 
 
 @click.command()
-@click.option("-a", "--all", "everything", is_flag=True, help="Also those that ended more than a day ago or elsewhere.")
+@click.option(
+    "-a",
+    "--all",
+    "everything",
+    is_flag=True,
+    help="Also those of others, those that ended more than a day ago or elsewhere.",
+)
 @format_option()
 def queue(everything: bool, output: str) -> None:
     """Show what runs, what waits and what has ended.
 
-    In the order that they would run: highest priority first, then order of submission. Without -a: runs that have
-    not ended, and those that ended within a day.
+    In the order that they would run: highest priority first, then order of submission; this machine's runs, then
+    SkyPilot's. Without -a: your runs that have not ended, and those that ended within a day. While SkyPilot does not
+    answer, that is said and its runs are missing.
     """
     import time
 
@@ -22,7 +29,7 @@ def queue(everything: bool, output: str) -> None:
     from spotune.cli.render import queue_text
     from spotune.launch.status import as_row, list_runs
 
-    runs = list_runs(open_workspace(), everything)
+    runs = list_runs(open_workspace(), everything, warn=lambda message: click.echo(message, err=True))
     if output == "json":
         print_json([as_row(run) for run in runs])
     else:

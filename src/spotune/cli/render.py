@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from spotune.contracts.records import PriceRow
     from spotune.launch.infra import JobStatus
     from spotune.launch.plan import Plan
+
+MAX_OFFERS = 10
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -20,16 +23,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def plan_text(plan: "Plan") -> str:
     """A plan as SkyPilot shows one: what would run, and the priced offers."""
     record = plan.record
+    shown = shown_offers(plan)
     offers = [
         [
-            offer.infra,
-            offer.instance_type,
+            place_of(offer),
+            offer.instance_type or "-",
             offer.accelerators or "-",
             "spot" if offer.use_spot else "on-demand",
-            f"{offer.price_usd_per_hour:.3f}",
+            f"{offer.price_usd_per_hour:.3f}" if offer.price_usd_per_hour else "?",
             "✔" if offer == plan.chosen else "",
         ]
-        for offer in plan.offers
+        for offer in shown
     ]
     facts = [
         ("run", plan.run_id),
@@ -42,8 +46,23 @@ def plan_text(plan: "Plan") -> str:
     ]
     if plan.submission.preemptions:
         facts.append(("preemptions", f"{len(plan.submission.preemptions)} planned"))
+    facts += [("note", note) for note in plan.notes]
     text = "\n".join(f"{name:<12}{value}" for name, value in facts)
-    return f"{text}\n\n{table(['INFRA', 'INSTANCE', 'ACCELERATORS', 'KIND', '$/HOUR', 'CHOSEN'], offers)}"
+    priced = table(["INFRA", "INSTANCE", "ACCELERATORS", "KIND", "$/HOUR", "CHOSEN"], offers)
+    more = f"\n… and {len(plan.offers) - len(shown)} more" if len(plan.offers) > len(shown) else ""
+    return f"{text}\n\n{priced}{more}"
+
+
+def shown_offers(plan: "Plan") -> "list[PriceRow]":
+    """The cheapest ones, and the one that would be taken."""
+    shown = list(plan.offers[:MAX_OFFERS])
+    return shown if plan.chosen is None or plan.chosen in shown else [*shown[:-1], plan.chosen]
+
+
+def place_of(offer: "PriceRow") -> str:
+    """``aws/us-east-1/us-east-1a``, as far as the row says."""
+    places = [place for place in (offer.region, offer.zone) if place not in ("", "*")]
+    return offer.infra if offer.infra == "local" else "/".join([offer.infra, *places])
 
 
 def queue_text(runs: "Sequence[JobStatus]", now: float, reason_width: int | None = None) -> str:

@@ -11,8 +11,14 @@ from spotune.cli.options import config_options, format_option, open_workspace
 @click.command()
 @click.argument("config", required=False)
 @config_options
-@click.option("--infra", default="", metavar="NAME", help="Where to run it; default as in config/spotune.yaml (local).")
+@click.option(
+    "--infra", default="", metavar="NAME",
+    help="Where to run it: local, a cloud (aws, gcp/REGION, …), kubernetes/CONTEXT, slurm/CLUSTER/PARTITION, or any of"
+    " SkyPilot's clouds (any). Default as in config/spotune.yaml (local).",
+)  # fmt: skip
 @click.option("--gpus", metavar="L4:1", help="GPUs of each machine; default as in the task.")
+@click.option("--cpus", metavar="4+", help="CPUs of each machine; default as in the task.")
+@click.option("--memory", metavar="16+", help="Memory of each machine, GB; default as in the task.")
 @click.option("--num-nodes", type=int, metavar="N", help="Machines; default as in the task.")
 @click.option("--use-spot/--no-use-spot", default=None, help="Preemptible machines or not; default as in the task.")
 @click.option("--priority", type=int, metavar="N", help="-1000 to 1000, higher first.")
@@ -36,7 +42,7 @@ def train(source: str, dryrun: bool, yes: bool, detach: bool, output: str, **giv
     Uses the config's profile `prod` if it has one. Shows the plan and asks, as `sky` does; where nobody can be asked
     it needs -y, unless it runs on this machine. Ctrl-C stops following, the run goes on. Exit codes: 0 finished and
     certified, 1 failed, 2 bad input, 3 infrastructure failed, 76 paused. A secret's value is kept on this machine
-    alone, readable by you alone, until the run has ended.
+    alone, readable by you alone, until the run has ended; elsewhere it is handed to SkyPilot's server and not kept.
     """
     from spotune.cli.follow import follow
     from spotune.cli.launching import agree_to, plan_of, submit_plan

@@ -24,6 +24,7 @@ from spotune.guard.machine import Machine
 from spotune.guard.metadata.places import sources_for
 from spotune.guard.metadata.watcher import Watcher
 from spotune.guard.notices import Notices
+from spotune.guard.own_step import enter_own_step
 from spotune.guard.record import read_or_create_run
 from spotune.guard.say import say
 
@@ -32,6 +33,7 @@ USAGE = "python -m spotune.sft CONFIG [--profile P] [--set key=value]... [--allo
 
 def main(argv: list[str]) -> int:
     """Runs one attempt; returns the exit code of the contract (0, 1, 2, 75 or 76)."""
+    enter_own_step(argv, os.environ)
     notices = Notices().install()
     try:
         return run_attempt(parse_arguments(argv), notices, os.environ)

@@ -10,7 +10,7 @@ from spotune.contracts.exits import FAILED
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Mark, RunRecord
 from spotune.contracts.revisions import write_revision
-from spotune.launch.infra import ACTIVE, JobStatus
+from spotune.launch.infra import ACTIVE, JobStatus, is_infra
 from spotune.launch.revise import Edit, revise
 from spotune.launch.status import find_run
 from spotune.launch.workspace import Workspace
@@ -85,7 +85,7 @@ def preempt(workspace: Workspace, run_id: str, notice_s: float) -> None:
 
 def has_engine(workspace: Workspace, status: JobStatus) -> bool:
     """Whether an engine within reach has the run."""
-    return status.infra in workspace.known_infras() and bool(workspace.infra(status.infra).jobs([status.run_id]))
+    return is_infra(status.infra) and bool(workspace.infra(status.infra).jobs([status.run_id]))
 
 
 def engine_run(workspace: Workspace, run_id: str) -> JobStatus:

@@ -1,5 +1,6 @@
-"""What an infrastructure is: the one interface behind ``local`` and ``sky``, with the same contract tests."""
+"""What an infrastructure is: the one interface behind ``local`` and ``skypilot``, with the same contract tests."""
 
+import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -72,6 +73,7 @@ class Submission:
     task: dict[str, Any]  # a SkyPilot task YAML as data, envs filled in
     workdir: str
     user: str
+    infra: str = "local"  # where it is to run, as in --infra
     priority: int = 0
     secrets: dict[str, str] = field(default_factory=dict)
     preemptions: tuple[dict[str, float], ...] = ()
@@ -82,6 +84,7 @@ class Infra(Protocol):
     """An engine that runs managed jobs. Every verb raises InfraError (one line) when the engine fails."""
 
     name: str
+    refresh_s: float  # how often its state is worth asking for while somebody watches
 
     def submit(self, submission: Submission) -> None: ...
 
@@ -97,8 +100,11 @@ class Infra(Protocol):
     def preempt(self, run_id: str, notice_s: float) -> None:
         """Takes the run's machine away as this infrastructure does, after ``notice_s`` of warning (0: none)."""
 
-    def jobs(self, run_ids: list[str] | None = None) -> list[JobStatus]:
-        """All known jobs (or those named), ordered as they would run: priority, then order of submission."""
+    def jobs(self, run_ids: list[str] | None = None, everyone: bool = False) -> list[JobStatus]:
+        """All known jobs (or those named), ordered as they would run: priority, then order of submission.
+
+        ``everyone``: also those of other users, where the engine serves several.
+        """
 
     def logs(self, run_id: str, follow: bool) -> Iterator[str]:
         """Lines of all attempts; with ``follow`` it ends when the job does."""
@@ -107,20 +113,63 @@ class Infra(Protocol):
         """Every machine the run was given, oldest first."""
 
 
-BACKENDS = {"local": "spotune.launch.local.infra:LocalInfra"}
+LOCAL, SKYPILOT = "local", "skypilot"
+BACKENDS = {
+    LOCAL: "spotune.launch.local.infra:LocalInfra",
+    SKYPILOT: "spotune.launch.skypilot.infra:SkyInfra",
+}
+ANY = "any"  # SkyPilot chooses among the clouds that are enabled
+# The clouds of the pinned SkyPilot, and what its --infra calls them too. Held to SkyPilot's own list by a test: asking
+# it would cost seconds.
+CLOUDS = (
+    "aws", "azure", "cudo", "do", "fluidstack", "gcp", "hyperbolic", "ibm", "kubernetes", "lambda", "mithril", "nebius",
+    "oci", "paperspace", "primeintellect", "runpod", "scp", "seeweb", "shadeform", "slurm", "ssh", "vast", "verda",
+    "vsphere", "yotta",
+)  # fmt: skip
+_ALIASES = {"k8s": "kubernetes"}
+_DEPTH = 3  # CLOUD/REGION/ZONE; a Kubernetes context may hold slashes
 
 
 def infra_of(name: str) -> str:
-    """The backend that serves ``--infra NAME``; raises InputError for one that is not there."""
-    backend = name.split("/", 1)[0]
-    if backend not in BACKENDS:
-        what = f"{name!r} comes with SkyPilot's infrastructure, which is not in this version"
-        raise InputError("--infra", what, remedy=f"one of {', '.join(BACKENDS)}")
-    return backend
+    """The backend that serves ``--infra NAME``; raises InputError, naming the nearest known one, for any other."""
+    if name == LOCAL:
+        return LOCAL
+    if cloud_of(name) == ANY and name != ANY:
+        raise InputError("--infra", f"{name!r}: {ANY} leaves the place to SkyPilot", remedy="--infra any")
+    return SKYPILOT
 
 
-def open_infra(name: str, **options: Any) -> Infra:
+def spell(name: str) -> str:
+    """``--infra NAME`` with its cloud as SkyPilot spells it; raises InputError for no infrastructure."""
+    return name if infra_of(name) == LOCAL else "/".join([cloud_of(name), *name.split("/")[1:]])
+
+
+def cloud_of(name: str) -> str:
+    """The cloud in ``CLOUD[/REGION[/ZONE]]`` as SkyPilot spells it, or ``any``; raises InputError for no such thing."""
+    first, *places = name.lower().split("/")
+    cloud = _ALIASES.get(first, first)
+    if cloud not in (*CLOUDS, ANY):
+        known = (LOCAL, ANY, *CLOUDS)
+        near = difflib.get_close_matches(first, [*known, *_ALIASES], n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
+        raise InputError("--infra", f"{name!r} is no infrastructure", remedy=remedy)
+    if "" in places or (len(places) >= _DEPTH and cloud not in ("kubernetes", "ssh")):
+        shape = {"slurm": "slurm/CLUSTER/PARTITION", "kubernetes": "kubernetes/CONTEXT"}
+        remedy = shape.get(cloud, f"{cloud}/REGION/ZONE")
+        raise InputError("--infra", f"{name!r} is no place", remedy=remedy)
+    return cloud
+
+
+def is_infra(name: str) -> bool:
+    """Whether a backend serves it: not so for runs that were started by hand, or by a later version."""
+    try:
+        return infra_of(name) in BACKENDS
+    except InputError:
+        return False
+
+
+def open_backend(backend: str, **options: Any) -> Infra:
     """Opens a backend by name; it is imported only now, so that no verb pays for another's engine."""
-    module, _, attribute = BACKENDS[infra_of(name)].partition(":")
-    backend: Infra = getattr(import_module(module), attribute)(**options)
-    return backend
+    module, _, attribute = BACKENDS[backend].partition(":")
+    opened: Infra = getattr(import_module(module), attribute)(**options)
+    return opened

@@ -17,10 +17,11 @@ from spotune.contracts.keys import check_run_id, new_run_id
 from spotune.contracts.records import PriceRow, RunRecord, fingerprint
 from spotune.launch.checks import check_model
 from spotune.launch.code import Code, read_code
-from spotune.launch.infra import Submission, infra_of
+from spotune.launch.infra import LOCAL, Submission, infra_of, spell
 from spotune.launch.local.gpus import find_gpus
 from spotune.launch.preemptions import read_preemptions
 from spotune.launch.prices import local_prices
+from spotune.launch.skypilot.offers import Offers, Wanted, make_offers
 from spotune.launch.task import Demand, Resources, demand_of, fill_in, load_task
 from spotune.launch.workspace import Workspace
 
@@ -54,6 +55,7 @@ class Wish:
 class Plan:
     """Everything that a submission needs; ``offers`` are the candidates, cheapest first, ``chosen`` among them.
 
+    ``notes``: what is said of them.
     ``allow_config_change``: a run of that id may go on with another config, data or model than it began with.
     """
 
@@ -64,6 +66,7 @@ class Plan:
     task_path: Path
     offers: list[PriceRow] = field(default_factory=list)
     chosen: PriceRow | None = None
+    notes: tuple[str, ...] = ()
     code: Code = field(default_factory=Code)
     allow_config_change: bool = False
 
@@ -74,12 +77,12 @@ class Plan:
 
 def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng: Random) -> Plan:
     """Reads and checks everything that a run depends on. Raises InputError, the first thing that is wrong."""
-    infra = wish.infra or workspace.settings.infra
+    infra = spell(wish.infra or workspace.settings.infra)
     backend = infra_of(infra)
     workspace.check_bucket_reaches(infra)
     run_id = check_run_id(wish.name) if wish.name else new_run_id(Path(wish.config_path).stem, rng)
     parse_save_every(wish.save_every)
-    if wish.preemptions and backend != "local":
+    if wish.preemptions and backend != LOCAL:
         raise InputError("--preemptions", f"{infra} takes machines away by itself", remedy="--infra local")
     config = load_config(wish.config_path, wish.profile, wish.overrides, wish.default_profile)
     check_model(config, wish.config_path)
@@ -87,12 +90,10 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
     model = model_files(config, wish.config_path, workspace.env.cache)
     task_path, task = load_task(workspace.cwd)
     task = fill_in(task, _environment(wish, workspace, run_id), wish.resources, run_id)
-    demand = _check_demand(demand_of(task, task_path), wish, task_path)
-    gpus = find_gpus(workspace.environ)
-    if wish.resources.gpus and not gpus:
-        raise InputError("--gpus", f"{wish.resources.gpus} on a machine without a GPU", remedy="leave it out")
+    demand = _check_demand(demand_of(task, task_path), wish, infra, task_path)
+    secrets = _secrets(wish, workspace.environ)
     now = clock()
-    offers = local_prices(workspace.settings, gpus, demand, now)
+    offered = _offers(task, wish, infra, demand, workspace, now)
     code = read_code(workspace.cwd)
     record = RunRecord(
         run_id=run_id,
@@ -110,37 +111,58 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
         model_sha256=model_sha256(model),
         model_files=model,
         infra=infra,
-        use_spot=demand.use_spot,
+        use_spot=offered.chosen.use_spot,
         priority=demand.priority,
         save_every=wish.save_every,
-        prices=[vars(offer) for offer in offers],
+        prices=[vars(offer) for offer in offered.rows],
         code=code.facts(),
         versions={"spotune": __version__},
     )
     submission = Submission(
         run_id=run_id,
-        task=task,
+        task=offered.task,
         workdir=str(workspace.cwd),
         user=workspace.env.user,
+        infra=infra,
         priority=demand.priority,
-        secrets=_secrets(wish, workspace.environ),
+        secrets=secrets,
         preemptions=read_preemptions(Path(wish.preemptions)) if wish.preemptions else (),
         interactive=wish.kind == "dev",
     )
-    chosen = next(offer for offer in offers if offer.use_spot == demand.use_spot)
-    offers = sorted(offers, key=lambda offer: offer.price_usd_per_hour)
-    bucket, allow = workspace.env.bucket, wish.allow_config_change
-    return Plan(record, submission, bucket, infra, task_path, offers, chosen, code, allow)
+    return Plan(
+        record=record,
+        submission=submission,
+        bucket=workspace.env.bucket,
+        infra=infra,
+        task_path=task_path,
+        offers=offered.rows,
+        chosen=offered.chosen,
+        notes=offered.notes,
+        code=code,
+        allow_config_change=wish.allow_config_change,
+    )
 
 
-def _check_demand(demand: Demand, wish: Wish, task_path: Path) -> Demand:
+def _offers(task: dict[str, Any], wish: Wish, infra: str, demand: Demand, workspace: Workspace, now: float) -> Offers:
+    """Where it could run, and at what price."""
+    if infra != LOCAL:
+        place = Wanted(task, infra, wish.resources.use_spot, workspace.environ, workspace.settings.slurm)
+        return make_offers(place, now)
+    gpus = find_gpus(workspace.environ)
+    if wish.resources.gpus and not gpus:
+        raise InputError("--gpus", f"{wish.resources.gpus} on a machine without a GPU", remedy="leave it out")
+    rows = sorted(local_prices(workspace.settings, gpus, demand, now), key=lambda row: row.price_usd_per_hour)
+    return Offers(task, rows, next(row for row in rows if row.use_spot == demand.use_spot))
+
+
+def _check_demand(demand: Demand, wish: Wish, infra: str, task_path: Path) -> Demand:
     where = "--priority" if wish.resources.priority is not None else f"{task_path}: resources.priority"
     if not PRIORITIES[0] <= demand.priority <= PRIORITIES[1]:
         raise InputError(where, f"{demand.priority} is out of range", remedy=f"{PRIORITIES[0]} to {PRIORITIES[1]}")
     where = "--num-nodes" if wish.resources.num_nodes is not None else f"{task_path}: num_nodes"
     if demand.num_nodes < 1:
         raise InputError(where, f"{demand.num_nodes} is not a number of machines", remedy="1 or more")
-    if demand.num_nodes > 1 and infra_of(wish.infra or "local") == "local":
+    if demand.num_nodes > 1 and infra == LOCAL:
         raise InputError(where, f"local is one machine, not {demand.num_nodes}", remedy="--num-nodes 1")
     return demand
 
@@ -192,4 +214,5 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "model_sha256": plan.record.model_sha256,
         "offers": [vars(offer) for offer in plan.offers],
         "chosen": plan.chosen and vars(plan.chosen),
+        "notes": list(plan.notes),
     }

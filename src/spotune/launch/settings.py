@@ -32,6 +32,19 @@ class LocalSettings:
 
 
 @dataclass(frozen=True)
+class SlurmSettings:
+    """What SkyPilot does not say of Slurm clusters.
+
+    Attributes:
+        shared: folders that all machines of a cluster, and this one, see under the same path.
+        preemptible: partitions, ``CLUSTER/PARTITION``, whose jobs may be thrown out for others. None: Slurm is asked.
+    """
+
+    shared: tuple[str, ...] = ()
+    preemptible: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Settings:
     """What holds for every run of a project unless the command line says otherwise."""
 
@@ -39,6 +52,7 @@ class Settings:
     bucket: str = ""
     team: str = ""
     local: LocalSettings = LocalSettings()
+    slurm: SlurmSettings = SlurmSettings()
     files: tuple[str, ...] = ()
 
 
@@ -52,7 +66,8 @@ def load_settings(cwd: Path, home: Path) -> Settings:
             files.append(str(path))
     local = settings.pop("local", {})
     prices = {name: Price(**price) for name, price in local.pop("prices", {}).items()}
-    return Settings(**settings, local=LocalSettings(**local, prices=prices), files=tuple(files))
+    slurm = SlurmSettings(**{name: tuple(values) for name, values in settings.pop("slurm", {}).items()})
+    return Settings(**settings, local=LocalSettings(**local, prices=prices), slurm=slurm, files=tuple(files))
 
 
 def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -61,7 +76,7 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(raw: dict[str, Any], path: Path) -> dict[str, Any]:
-    _known(raw, ("infra", "bucket", "team", "local"), path, "")
+    _known(raw, ("infra", "bucket", "team", "local", "slurm"), path, "")
     for name in ("infra", "bucket", "team"):
         if not isinstance(raw.get(name, ""), str):
             raise InputError(path, f"{raw[name]!r} is not text", key=name)
@@ -75,7 +90,18 @@ def _check(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     prices = _mapping(local.get("prices"), path, "local.prices")
     for name, price in prices.items():
         _check_price(_mapping(price, path, f"local.prices.{name}"), path, f"local.prices.{name}")
-    return {**raw, "local": {**local, "prices": prices}}
+    return {**raw, "local": {**local, "prices": prices}, "slurm": _check_slurm(raw, path)}
+
+
+def _check_slurm(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    slurm = _mapping(raw.get("slurm"), path, "slurm")
+    _known(slurm, ("shared", "preemptible"), path, "slurm.")
+    for name, values in slurm.items():
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            raise InputError(path, f"{values!r} is not a list of texts", key=f"slurm.{name}")
+    if relative := next((folder for folder in slurm.get("shared", ()) if not Path(folder).is_absolute()), None):
+        raise InputError(path, f"{relative!r} is not an absolute path", key="slurm.shared")
+    return slurm
 
 
 def _check_price(price: dict[str, Any], path: Path, key: str) -> None:

@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from spotune.contracts.errors import InputError, StoreError
+from spotune.contracts.errors import InfraError, InputError, StoreError
 from spotune.contracts.keys import RUN_ID, RUNS, Keys
 from spotune.contracts.records import Mark, Progress, RunRecord
 from spotune.contracts.store import Store
-from spotune.launch.infra import ACTIVE, BACKENDS, JobStatus, State
+from spotune.launch.infra import ACTIVE, LOCAL, Infra, JobStatus, State
 from spotune.launch.workspace import Workspace
 
 UNCERTIFIED = "ended without a certificate"
@@ -30,14 +30,20 @@ def as_row(status: JobStatus) -> dict[str, Any]:
     return {name: getattr(status, name) for name in _COLUMNS.split()}
 
 
-def list_runs(workspace: Workspace, everything: bool, clock: Callable[[], float] = time.time) -> list[JobStatus]:
-    """Runs as ``queue`` shows them, in the order that they would run.
+def list_runs(
+    workspace: Workspace,
+    everything: bool,
+    clock: Callable[[], float] = time.time,
+    warn: Callable[[str], None] | None = None,
+) -> list[JobStatus]:
+    """Runs as ``queue`` shows them, engine by engine in the order that they would run.
 
     Args:
-        everything: also those that ended more than a day ago, and those that only the bucket knows.
+        everything: also those that ended more than a day ago, those of others, and those that only the bucket knows.
+        warn: is told of an engine that does not answer, whose runs are then not listed; without it that is an error.
     """
     since = clock() - RECENT_S
-    jobs = [job for name in BACKENDS for job in workspace.infra(name).jobs()]
+    jobs = [job for engine in workspace.engines() for job in _jobs(engine, everything, warn)]
     shown = [job for job in jobs if everything or job.state in ACTIVE or (job.ended_at or 0.0) >= since]
     with ThreadPoolExecutor(16) as pool:
         rows = list(pool.map(lambda job: certify_if_reachable(job, workspace.store(job.bucket)), shown))
@@ -51,14 +57,24 @@ def list_runs(workspace: Workspace, everything: bool, clock: Callable[[], float]
 
 def find_run(workspace: Workspace, run_id: str, clock: Callable[[], float] = time.time) -> JobStatus:
     """One run; raises InputError, naming the nearest known one, when nobody knows it."""
-    for name in BACKENDS:
-        for job in workspace.infra(name).jobs([run_id]):
+    for engine in workspace.engines():
+        for job in engine.jobs([run_id]):
             return certify_if_reachable(job, workspace.store(job.bucket))
     if RUN_ID.fullmatch(run_id) and (status := read_run(workspace.store(), run_id, clock())):
         return status
-    known = [job.run_id for name in BACKENDS for job in workspace.infra(name).jobs()]
+    known = [job.run_id for job in workspace.infra(LOCAL).jobs()]
     near = difflib.get_close_matches(run_id, [*known, *workspace.store().folders(RUNS)], n=1)
     raise InputError(run_id, "no such run", remedy=f"did you mean {near[0]}?" if near else "spotune queue -a")
+
+
+def _jobs(engine: Infra, everyone: bool, warn: Callable[[str], None] | None) -> list[JobStatus]:
+    try:
+        return engine.jobs(everyone=everyone)
+    except InfraError as error:
+        if warn is None or engine.name == LOCAL:
+            raise
+        warn(str(error))
+        return []
 
 
 def certify_if_reachable(job: JobStatus, store: Store) -> JobStatus:
@@ -83,6 +99,9 @@ def certify(job: JobStatus, store: Store) -> JobStatus:
         return replace(job, state="FAILED", reason=UNCERTIFIED)
     if job.state not in (*ACTIVE, "CANCELLED") and (data := store.read(keys.paused)):
         return replace(job, state="PAUSED", reason=Mark.from_bytes(data, keys.paused).reason)
+    if job.state == "FAILED" and (data := store.read(keys.failed)):  # the run's own word, not the engine's
+        mark = Mark.from_bytes(data, keys.failed)
+        return replace(job, reason=mark.reason, exit_code=mark.exit_code)
     return job
 
 

@@ -11,8 +11,9 @@ from spotune.contracts.fingerprint import data_files, data_sha256
 from spotune.contracts.keys import RUNS
 from spotune.contracts.records import fingerprint
 from spotune.launch.checks import check_model
-from spotune.launch.infra import BACKENDS
+from spotune.launch.infra import LOCAL, infra_of, spell
 from spotune.launch.local.gpus import find_gpus
+from spotune.launch.skypilot.survey import survey_infra
 from spotune.launch.task import load_task
 from spotune.launch.workspace import Workspace
 
@@ -51,8 +52,15 @@ def survey_machine(workspace: Workspace) -> dict[str, Any]:
         "bucket": workspace.env.bucket,
         "runs_in_bucket": len(runs),
         "task": str(task_path),
-        "infra": list(BACKENDS),
+        "infra": workspace.settings.infra,
         "gpus": [gpu.name for gpu in gpus],
         "slots": workspace.settings.local.slots or len(gpus) or 1,
         "trainer": "installed" if find_spec("trl") and find_spec("torch") else "not installed here",
     }
+
+
+def survey_place(workspace: Workspace, infra: str) -> dict[str, Any]:
+    """Facts about ``--infra NAME``; nothing more of this machine, which ``survey_machine`` tells of."""
+    if infra_of(infra) == LOCAL:
+        return {"infra": LOCAL}
+    return survey_infra(spell(infra), workspace.settings.slurm, workspace.environ)

@@ -21,6 +21,8 @@ class Resources:
     num_nodes: int | None = None
     use_spot: bool | None = None
     priority: int | None = None
+    cpus: str | None = None
+    memory: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,9 @@ def fill_in(task: Mapping[str, Any], envs: Mapping[str, str], resources: Resourc
             wanted.pop(alternatives, None)
     if resources.use_spot is not None:
         wanted["use_spot"] = resources.use_spot
-    if resources.priority is not None:
-        wanted["priority"] = resources.priority
+    for name in ("priority", "cpus", "memory"):
+        if (value := getattr(resources, name)) is not None:
+            wanted[name] = value
     if wanted:
         filled["resources"] = wanted
     if resources.num_nodes is not None:

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from spotune.contracts import environment
 from spotune.contracts.environment import RunEnvironment
 from spotune.contracts.errors import InputError
 from spotune.contracts.store import Store
-from spotune.launch.infra import BACKENDS, Infra, infra_of, open_infra
+from spotune.launch.infra import BACKENDS, LOCAL, SKYPILOT, Infra, cloud_of, infra_of, open_backend
 from spotune.launch.settings import Settings, load_settings
 
 
@@ -38,18 +39,33 @@ class Workspace:
             self._stores[url] = Store(url)
         return self._stores[url]
 
-    def infra(self, name: str = "local") -> Infra:
-        backend = infra_of(name)
-        if backend not in self._infras:
-            options = {"home": self.env.home, "environ": self.environ, "slots": self.settings.local.slots}
-            self._infras[backend] = open_infra(backend, **options)
-        return self._infras[backend]
+    def infra(self, name: str = LOCAL) -> Infra:
+        """The engine that serves ``--infra NAME``."""
+        return self._engine(infra_of(name))
 
-    def known_infras(self) -> list[str]:
-        return list(BACKENDS)
+    def engines(self) -> list[Infra]:
+        """All engines there are; one that has nothing to say costs nothing."""
+        return [self._engine(backend) for backend in BACKENDS]
+
+    def _engine(self, backend: str) -> Infra:
+        if backend not in self._infras:
+            options: dict[str, Any] = {"home": self.env.home, "environ": self.environ}
+            if backend == LOCAL:
+                options |= {"slots": self.settings.local.slots}
+            else:
+                options |= {"settings": self.settings.slurm, "asks": infra_of(self.settings.infra) == SKYPILOT}
+            self._infras[backend] = open_backend(backend, **options)
+        return self._infras[backend]
 
     def check_bucket_reaches(self, infra: str) -> None:
         """Raises InputError when machines of ``infra`` would not see the bucket."""
-        if infra_of(infra) != "local" and self.env.bucket.startswith("file://"):
-            what = f"machines of {infra} cannot see {self.env.bucket}"
-            raise InputError(environment.BUCKET, what, remedy="s3://bucket/prefix or gs://bucket/prefix")
+        bucket = self.env.bucket
+        if infra_of(infra) == LOCAL or not bucket.startswith("file://"):
+            return
+        remedy = "s3://bucket/prefix or gs://bucket/prefix"
+        if cloud_of(infra) == "slurm":
+            place = Path(bucket.removeprefix("file://"))
+            if any(place.is_relative_to(shared) for shared in self.settings.slurm.shared):
+                return
+            remedy += ", or a folder below slurm.shared of the settings"
+        raise InputError(environment.BUCKET, f"machines of {infra} cannot see {bucket}", remedy=remedy)

@@ -5,12 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from spotune.contracts.errors import InputError
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Commit, Mark
 from spotune.contracts.store import Store
 from spotune.launch import task as tasks
-from spotune.launch.infra import infra_of
 from spotune.launch.local import gpus
 from spotune.launch.local.layout import Layout
 from spotune.launch.local.look import look
@@ -158,12 +156,6 @@ def test_a_recycled_pid_is_not_the_process_that_had_it() -> None:
     assert not other.alive
     assert members(other, "no such marker") == []
     assert boot_id() == boot_id()
-
-
-def test_only_local_for_now() -> None:
-    assert infra_of("local") == "local"
-    with pytest.raises(InputError, match="SkyPilot"):
-        infra_of("slurm/lab/spot")
 
 
 def test_a_file_beats_a_missing_one(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ class LocalInfra:
     """
 
     name = "local"
+    refresh_s = 0.5
 
     def __init__(
         self,
@@ -107,7 +108,7 @@ class LocalInfra:
             self._sleep(POLL_S)
             self._wake()
 
-    def jobs(self, run_ids: list[str] | None = None) -> list[JobStatus]:
+    def jobs(self, run_ids: list[str] | None = None, everyone: bool = False) -> list[JobStatus]:
         jobs = self._queue.jobs()
         if any(job.is_active for job in jobs):
             self._wake()

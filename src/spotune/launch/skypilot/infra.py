@@ -1,0 +1,245 @@
+"""What the verbs call: SkyInfra turns them into SkyPilot's managed jobs, and those back into runs."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from spotune.contracts.environment import BUCKET
+from spotune.contracts.errors import InfraError, InputError
+from spotune.launch.infra import ACTIVE, JobStatus, PaidInterval, Submission, cloud_of
+from spotune.launch.settings import SlurmSettings
+from spotune.launch.skypilot import engine, slurm
+from spotune.launch.skypilot.history import Event, intervals, usages
+from spotune.launch.skypilot.jobs import FIELDS, ManagedJob, by_run, managed_job, run_status
+from spotune.launch.skypilot.logs import lines_of, said
+from spotune.launch.skypilot.offers import known_partitions
+from spotune.launch.skypilot.preempt import take_machine
+from spotune.launch.skypilot.registry import Entry, Registry
+from spotune.launch.skypilot.task import check_submission, task_config
+
+POLL_S = 2.0
+CANCEL_S = 300.0
+
+
+class SkyInfra:
+    """Managed jobs of SkyPilot, and which of them are runs of one SPOTUNE_HOME.
+
+    Args:
+        home: SPOTUNE_HOME.
+        environ: where secrets are taken from.
+        settings: of Slurm clusters.
+        asks: whether SkyPilot is asked of what was not submitted from this home; else it is left alone, since asking
+            costs seconds.
+    """
+
+    name = "skypilot"
+    refresh_s = 15.0  # each takes a second or more; SkyPilot's own controller looks as often
+
+    def __init__(
+        self,
+        home: Path,
+        environ: Mapping[str, str],
+        settings: SlurmSettings | None = None,
+        asks: bool = False,
+        clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._registry = Registry(home)
+        self._environ, self._slurm, self._asks = environ, settings or SlurmSettings(), asks
+        self._clock, self._sleep = clock, sleep
+
+    def submit(self, submission: Submission) -> None:
+        """Launches the managed job and returns; nothing of it is left behind when it is refused."""
+        check_submission(submission)
+        if self._registry.entry(submission.run_id):
+            raise InfraError(f"{submission.run_id} was submitted from here already ({self._registry.folder})")
+        entry = Entry(
+            run_id=submission.run_id,
+            infra=submission.infra,
+            bucket=str((submission.task.get("envs") or {}).get(BUCKET) or ""),
+            user=submission.user,
+            priority=submission.priority,
+            submitted_at=self._clock(),
+            workdir=submission.workdir,
+            task=submission.task,
+            secrets=sorted(submission.secrets),
+            preemptible=self._preemptible(submission.infra),
+        )
+        self._registry.write(entry)  # first: a job that nobody here knows of would be one that nobody ends
+        try:
+            self._launch(entry, submission)
+        except BaseException:
+            self._withdraw(entry)
+            raise
+
+    def _launch(self, entry: Entry, submission: Submission) -> None:
+        ids = engine.launch(task_config(submission), submission.run_id)
+        self._registry.write(replace(entry, jobs=[*entry.jobs, *ids], ended=None, history=None))
+
+    def _withdraw(self, entry: Entry) -> None:
+        """A submission that was stopped half way, by Ctrl-C say: what SkyPilot has of it is cancelled."""
+        try:
+            if left := [job.id for job in self._jobs_of(entry.run_id, entry) if not job.is_ended]:
+                engine.call(engine.sdk().jobs.cancel, job_ids=left)
+        except (InfraError, InputError):
+            pass  # it does not answer: what stopped the submission is what is reported
+        self._registry.remove(entry.run_id)
+
+    def _preemptible(self, infra: str) -> list[str]:
+        if cloud_of(infra) != "slurm":
+            return []
+        cluster, partition = (*infra.split("/")[1:], "", "")[:2]
+        named = [cluster] if cluster else slurm.clusters(self._environ)
+        known = {name: known_partitions(name, self._slurm, self._environ) for name in named}
+        found = [f"{name}/{one.name}" for name, partitions in known.items() for one in partitions if one.preemptible]
+        if partition and not known[cluster] and slurm.is_spot_name(partition):
+            found.append(f"{cluster}/{partition}")
+        return found
+
+    def check_resumable(self, run_id: str) -> None:
+        entry = self._entry(run_id)
+        missing = [name for name in entry.secrets if name not in self._environ]
+        if missing:
+            raise InputError(run_id, f"secret {missing[0]} is not set here", remedy=f"export {missing[0]}=… first")
+        if isinstance(entry.task.get("workdir"), str) and not Path(entry.workdir).is_dir():
+            raise InputError(run_id, f"its folder {entry.workdir} is gone", remedy=f"spotune train --from {run_id}")
+
+    def resume(self, run_id: str) -> None:
+        """A further managed job of the same name."""
+        self.check_resumable(run_id)
+        entry = self._entry(run_id)
+        submission = Submission(
+            run_id=run_id,
+            task=entry.task,
+            workdir=entry.workdir,
+            user=entry.user,
+            infra=entry.infra,
+            priority=entry.priority,
+            secrets={name: self._environ[name] for name in entry.secrets},
+        )
+        self._launch(entry, submission)
+
+    def cancel(self, run_id: str) -> None:
+        active = self._active(run_id)
+        if not active:
+            return
+        engine.call(engine.sdk().jobs.cancel, job_ids=[job.id for job in active])
+        deadline = self._clock() + CANCEL_S
+        while self._active(run_id):
+            if self._clock() > deadline:
+                raise InfraError(f"{run_id}: not cancelled within {CANCEL_S:g} s (sky jobs logs --controller says why)")
+            self._sleep(POLL_S)
+
+    def preempt(self, run_id: str, notice_s: float) -> None:
+        active = self._active(run_id)
+        if not active:
+            raise InputError(run_id, "has no machine to take away")
+        take_machine(active[-1], notice_s, self._environ)
+
+    def jobs(self, run_ids: list[str] | None = None, everyone: bool = False) -> list[JobStatus]:
+        """SkyPilot is asked only where something may have changed since it was last asked."""
+        known = {entry.run_id: entry for entry in self._registry.entries()}
+        if run_ids is not None:
+            found = [status for run_id in run_ids if (status := self._status(run_id, known.get(run_id)))]
+        elif self._asks or (everyone and known) or any(entry.ended is None for entry in known.values()):
+            found = self._statuses(known, everyone)
+        else:
+            found = [entry.status() for entry in known.values()]
+        return sorted(found, key=lambda status: (-status.priority, status.submitted_at))
+
+    def _status(self, run_id: str, entry: Entry | None) -> JobStatus | None:
+        if entry and entry.ended:
+            return entry.status()
+        if not entry and not self._asks:
+            return None
+        jobs = self._jobs_of(run_id, entry)
+        if jobs:
+            return self._settled(jobs, entry)
+        return entry.status() if entry else None
+
+    def _statuses(self, known: Mapping[str, Entry], everyone: bool) -> list[JobStatus]:
+        found = by_run(job for record in engine.managed_jobs(FIELDS, everyone) if (job := managed_job(record)).marks)
+        listed = []
+        for jobs in found:
+            entry = known.get(jobs[0].run_id)
+            is_ours = entry is not None and _is_of(jobs[0], entry)
+            listed.append(self._settled(jobs, entry if is_ours else None))
+            if is_ours:
+                known = {run_id: one for run_id, one in known.items() if run_id != jobs[0].run_id}
+        return [*listed, *(entry.status() for entry in known.values())]
+
+    def _settled(self, jobs: Sequence[ManagedJob], entry: Entry | None) -> JobStatus:
+        submitted = replace(entry, ended=None).status() if entry else None
+        status = run_status(jobs, submitted)
+        if entry and status.state not in ACTIVE:
+            self._registry.settle(status)
+        return status
+
+    def logs(self, run_id: str, follow: bool) -> Iterator[str]:
+        jobs = self._jobs_of(run_id, self._registry.entry(run_id))
+        if not jobs:
+            raise InputError(run_id, "SkyPilot has no such job")
+        for job in jobs:
+            yield from self._lines(job, follow and job is jobs[-1])
+
+    def _lines(self, job: ManagedJob, follow: bool) -> Iterator[str]:
+        """Of one managed job. SkyPilot ends its stream early now and then; ours ends with the job."""
+        seen = 0
+        attempts = job.attempts
+        while True:
+            lines = (line for text in lines_of(engine.log_pieces(job.id, follow)) if (line := said(text)) is not None)
+            count = 0
+            for line in lines:
+                count += 1
+                if count > seen:
+                    yield line
+            now = next((one for one in self._jobs_of(job.run_id, None, [job.id]) if one.id == job.id), job)
+            if not follow or now.is_ended:
+                return
+            seen = count if now.attempts == attempts else 0
+            attempts = now.attempts
+            self._sleep(POLL_S)
+
+    def history(self, run_id: str) -> list[PaidInterval]:
+        entry = self._registry.entry(run_id)
+        if entry and (kept := entry.intervals()) is not None:
+            return kept
+        jobs = self._jobs_of(run_id, entry) if entry or self._asks else []
+        if not jobs:
+            return []
+        used = [usage for row in engine.cost_rows([job.cluster for job in jobs]) for usage in usages(row)]
+        events = {job.id: [Event(*event) for event in engine.events(job.id)] for job in jobs}
+        found = intervals(run_id, jobs, used, events, entry.preemptible if entry else self._preemptible(jobs[-1].infra))
+        if jobs[-1].is_ended:
+            self._registry.keep_history(run_id, found)
+        return found
+
+    def _entry(self, run_id: str) -> Entry:
+        entry = self._registry.entry(run_id)
+        if entry is None:
+            what = "was not submitted from here" if self._asks and self._jobs_of(run_id, None) else "no such run"
+            raise InputError(run_id, what, remedy="go where it was submitted, or spotune train --from it")
+        return entry
+
+    def _active(self, run_id: str) -> list[ManagedJob]:
+        entry = self._registry.entry(run_id)
+        jobs = self._jobs_of(run_id, entry) if entry or self._asks else []
+        if not jobs and not entry:
+            raise InputError(run_id, "no such run of SkyPilot's")
+        return [job for job in jobs if not job.is_ended]
+
+    def _jobs_of(self, run_id: str, entry: Entry | None, ids: Sequence[int] = ()) -> list[ManagedJob]:
+        """The managed jobs of a run, in order of submission: by name, since a resume elsewhere is one of them too."""
+        records = engine.managed_jobs(FIELDS, True, "" if ids else run_id, ids)
+        found = [managed_job(record) for record in records]
+        return sorted(
+            (job for job in found if job.run_id == run_id and (ids or _is_of(job, entry))), key=lambda job: job.id
+        )
+
+
+def _is_of(job: ManagedJob, entry: Entry | None) -> bool:
+    """Whether a managed job of a run's name is that run; without an entry: whether it is a run of spotune's at all."""
+    if entry is None:
+        return job.marks is not None
+    return job.id in entry.jobs or (job.marks or {}).get("bucket") == entry.bucket

@@ -1,0 +1,145 @@
+"""Where a task could run and what that costs. What SkyPilot would refuse it refuses here, before anybody is asked."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from spotune.contracts.errors import InfraError, InputError
+from spotune.contracts.records import PriceRow
+from spotune.launch.infra import ANY, cloud_of
+from spotune.launch.settings import SlurmSettings
+from spotune.launch.skypilot import engine, slurm
+from spotune.launch.skypilot.catalog import CATALOG, SLURM_PRICING, cloud_quotes, slurm_quotes
+from spotune.launch.skypilot.prices import choose, price_rows, within
+from spotune.launch.skypilot.slurm import Partition
+from spotune.launch.skypilot.task import placed
+
+_PARTITION = 2  # slashes in slurm/CLUSTER/PARTITION
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What was asked for.
+
+    Attributes:
+        use_spot: what was said on the command line; None: nothing, the task decides.
+    """
+
+    task: dict[str, Any]
+    infra: str
+    use_spot: bool | None = None
+    environ: Mapping[str, str] = field(default_factory=dict)
+    slurm: SlurmSettings = field(default_factory=SlurmSettings)
+
+
+@dataclass(frozen=True)
+class Offers:
+    """The task at its place, and the prices of all places that it may land on.
+
+    Attributes:
+        rows: the cheapest first; also those of places that it may not be launched on, to compare with.
+        chosen: what SkyPilot tries first, as far as prices tell.
+        notes: what is to be said beside the prices.
+    """
+
+    task: dict[str, Any]
+    rows: list[PriceRow]
+    chosen: PriceRow
+    notes: tuple[str, ...] = ()
+
+
+def make_offers(wanted: Wanted, at: float) -> Offers:
+    """Asks SkyPilot whether it can be had, and for the prices. Raises InputError or InfraError when it cannot."""
+    cloud = cloud_of(wanted.infra)
+    if cloud == "slurm":
+        return _on_slurm(wanted, at)
+    resources = wanted.task.get("resources") or {}
+    task = {**wanted.task, "resources": placed(resources, wanted.infra)}
+    asked = engine.task(task)
+    engine.check_feasible(asked)
+    clouds = [name for name in engine.enabled_clouds() if name != "slurm"] if cloud == ANY else [cloud]
+    rows = price_rows((quote for name in clouds for quote in cloud_quotes(name, asked)), CATALOG, at)
+    use_spot = bool(resources.get("use_spot"))
+    chosen = choose(within(rows, wanted.infra), use_spot)
+    if chosen is None:
+        chosen = _unpriced(wanted.infra, use_spot, CATALOG, at)
+        rows = [chosen, *rows]
+    return Offers(task, rows, chosen)
+
+
+def _on_slurm(wanted: Wanted, at: float) -> Offers:
+    cluster, partition = (*wanted.infra.split("/")[1:], "", "")[:2]
+    clusters = [cluster] if cluster else slurm.clusters(wanted.environ)
+    known = {name: known_partitions(name, wanted.slurm, wanted.environ) for name in clusters}
+    if partition and partition not in [one.name for one in known[cluster]]:
+        known[cluster] = [*known[cluster], Partition(partition, slurm.is_spot_name(partition))]
+    resources = wanted.task.get("resources") or {}
+    use_spot = bool(resources.get("use_spot"))
+    places = narrowed(wanted.infra, wanted.use_spot, use_spot, known)
+    task = {**wanted.task, "resources": placed(resources, wanted.infra, places)}
+    asked = engine.task(task)
+    engine.check_feasible(asked)
+    quotes = (quote for name, found in known.items() for quote in slurm_quotes(asked, name, found))
+    rows = price_rows(quotes, SLURM_PRICING, at)
+    open_to = [row for row in rows if f"slurm/{row.region}/{row.zone}" in places] if places else rows
+    chosen = choose(open_to, use_spot)
+    if chosen is None:
+        chosen = _unpriced(wanted.infra, False, SLURM_PRICING, at)
+        rows = [chosen, *rows]
+    kind = "may be preempted" if chosen.use_spot else "is not preempted"
+    where = f"partition {chosen.zone} {kind}" if chosen.zone != "*" else "SkyPilot chooses"
+    return Offers(task, rows, chosen, (f"slurm has no spot machines, the partition decides: {where}",))
+
+
+def narrowed(infra: str, said: bool | None, use_spot: bool, known: Mapping[str, Sequence[Partition]]) -> list[str]:
+    """The partitions that it may run on, ``slurm/CLUSTER/PARTITION``; empty: SkyPilot's choice.
+
+    Args:
+        said: ``--use-spot`` or ``--no-use-spot`` on the command line; None: neither.
+        use_spot: what the task wants.
+        known: partitions by cluster.
+
+    Raises:
+        InputError: where the flag asks for what there is not.
+    """
+    kinds = {f"slurm/{cluster}/{one.name}": one.preemptible for cluster, found in known.items() for one in found}
+    flag = "--use-spot" if said else "--no-use-spot"
+    fits = [place for place, preemptible in kinds.items() if preemptible == use_spot]
+    if infra.count("/") == _PARTITION:
+        if said is not None and kinds.get(infra, said) != said:
+            what = "is never preempted" if said else "may be preempted"
+            raise InputError(flag, f"a job on {infra} {what}", remedy=f"--infra {fits[0]}" if fits else "")
+        return [infra]
+    if not fits and said is not None and kinds:
+        what = "may be preempted" if said else "is safe from preemption"
+        raise InputError(flag, f"no partition of {infra} {what}", remedy=f"--infra {next(iter(kinds))}")
+    return fits
+
+
+def known_partitions(cluster: str, settings: SlurmSettings, environ: Mapping[str, str]) -> list[Partition]:
+    """The cluster's partitions: as Slurm says where its login node can be asked, corrected by the settings."""
+    found: list[Partition] = []
+    if cluster in slurm.clusters(environ):
+        try:
+            found = slurm.partitions(cluster, environ)
+        except InfraError:
+            found = []  # SkyPilot's server may reach it from where it is
+    if settings.preemptible is None:
+        return found
+    ours = [name.partition("/")[2] for name in settings.preemptible if name.partition("/")[0] == cluster]
+    found = [replace(one, preemptible=one.name in ours) for one in found]
+    return [*found, *(Partition(name, True) for name in ours if name not in [one.name for one in found])]
+
+
+def _unpriced(infra: str, use_spot: bool, source: str, at: float) -> PriceRow:
+    _, *places = infra.split("/")
+    region, zone = (*places, "*", "*")[:2]
+    return PriceRow(
+        infra=cloud_of(infra),
+        region=region,
+        zone=zone,
+        use_spot=use_spot,
+        price_usd_per_hour=0.0,
+        source=f"no price in {source}",
+        at=at,
+    )

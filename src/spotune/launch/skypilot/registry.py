@@ -1,0 +1,117 @@
+"""What this SPOTUNE_HOME handed to SkyPilot, one file a run below ``$SPOTUNE_HOME/skypilot/runs``.
+
+It is what ``resume`` launches again, and what lets every verb tell without ``import sky``, which costs seconds, whether
+SkyPilot has anything to say: of a run that has ended, how it did is kept here. Secrets are names only.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from spotune.contracts import environment
+from spotune.contracts.errors import InfraError, InputError
+from spotune.contracts.exchange import write_json
+from spotune.launch.infra import ACTIVE, JobStatus, PaidInterval
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run, as it was submitted.
+
+    Attributes:
+        task: as the plan has it; how SkyPilot gets it is ``task.py``'s business.
+        jobs: the managed jobs that were launched for it, in order: one, and one more for each ``resume``.
+        preemptible: Slurm partitions, ``CLUSTER/PARTITION``, whose jobs may be thrown out.
+        ended: how it ended, as SkyPilot said; None while it may still change.
+        history: the machines it was given, once all of them are gone.
+    """
+
+    run_id: str
+    infra: str
+    bucket: str
+    user: str
+    priority: int
+    submitted_at: float
+    workdir: str
+    task: dict[str, Any]
+    secrets: list[str] = field(default_factory=list)
+    jobs: list[int] = field(default_factory=list)
+    preemptible: list[str] = field(default_factory=list)
+    ended: dict[str, Any] | None = None
+    history: list[dict[str, Any]] | None = None
+
+    def status(self) -> JobStatus:
+        """As it ended, or as it was submitted."""
+        if self.ended:
+            return JobStatus(**_known(JobStatus, self.ended))
+        return JobStatus(
+            run_id=self.run_id,
+            state="PENDING",
+            priority=self.priority,
+            user=self.user,
+            infra=self.infra,
+            submitted_at=self.submitted_at,
+            bucket=self.bucket,
+        )
+
+    def intervals(self) -> list[PaidInterval] | None:
+        """Its machines, where they are all known; else None."""
+        if self.history is None:
+            return None
+        return [PaidInterval(**_known(PaidInterval, row)) for row in self.history]
+
+
+class Registry:
+    """The entries below one SPOTUNE_HOME."""
+
+    def __init__(self, home: Path) -> None:
+        self.folder = home / "skypilot" / "runs"
+
+    def entry(self, run_id: str) -> Entry | None:
+        path = self._path(run_id)
+        try:
+            found = json.loads(path.read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise InfraError(f"{path} cannot be read: {error}") from error
+        return Entry(**_known(Entry, found))
+
+    def entries(self) -> list[Entry]:
+        """All of them, in order of submission."""
+        names = sorted(path.stem for path in self.folder.glob("*.json"))
+        found = [entry for name in names if (entry := self.entry(name))]
+        return sorted(found, key=lambda entry: entry.submitted_at)
+
+    def write(self, entry: Entry) -> None:
+        """For its owner only: what people train on is nobody else's business."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_json(self._path(entry.run_id), entry)
+        except OSError as error:
+            raise InputError(environment.HOME, f"cannot write {self.folder}: {error.strerror}") from error
+
+    def remove(self, run_id: str) -> None:
+        self._path(run_id).unlink(missing_ok=True)
+
+    def settle(self, status: JobStatus) -> None:
+        """Keeps how a run has ended."""
+        entry = self.entry(status.run_id)
+        if entry and status.state not in ACTIVE and entry.ended != asdict(status):
+            self.write(replace(entry, ended=asdict(status)))
+
+    def keep_history(self, run_id: str, intervals: Sequence[PaidInterval]) -> None:
+        """Keeps the machines of a run that has ended, so that SkyPilot may forget them."""
+        entry = self.entry(run_id)
+        if entry and entry.ended and intervals and all(row.ended_at is not None for row in intervals):
+            self.write(replace(entry, history=[asdict(row) for row in intervals]))
+
+    def _path(self, run_id: str) -> Path:
+        return self.folder / f"{run_id}.json"
+
+
+def _known(kind: type, found: dict[str, Any]) -> dict[str, Any]:
+    names = {one.name for one in fields(kind)}
+    return {name: value for name, value in found.items() if name in names}

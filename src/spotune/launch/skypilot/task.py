@@ -1,0 +1,92 @@
+"""A submission as the task that SkyPilot gets: its own YAML as data, with the place, the secrets and our mark."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from spotune.contracts import exits
+from spotune.contracts.errors import InputError
+from spotune.launch.infra import ANY, Submission, cloud_of
+from spotune.launch.skypilot.jobs import MARK
+
+_PLACES = ("infra", "cloud", "region", "zone")
+
+
+def task_config(submission: Submission) -> dict[str, Any]:
+    """What ``sky.Task.from_yaml_config`` takes."""
+    task = {**submission.task, "name": submission.run_id}
+    if isinstance(task.get("workdir"), str):  # else none, or a git reference that the machine checks out itself
+        task["workdir"] = submission.workdir
+    resources = task.get("resources") or {}  # as the plan has placed them
+    task["resources"] = recovered(resources if is_placed(resources) else placed(resources, submission.infra))
+    secrets = {**(task.get("secrets") or {}), **submission.secrets}  # one that has no value is SkyPilot's to refuse
+    if secrets:
+        task["secrets"] = secrets
+    envs = task.get("envs") or {}
+    marks = {
+        "user": submission.user,
+        "infra": submission.infra,
+        "bucket": envs.get("SPOTUNE_BUCKET", ""),
+        "priority": submission.priority,
+    }
+    task["_metadata"] = {**(task.get("_metadata") or {}), MARK: marks}
+    return task
+
+
+def placed(resources: Mapping[str, Any], infra: str, partitions: Sequence[str] = ()) -> dict[str, Any]:
+    """``resources`` at the place that was asked for.
+
+    Slurm has no spot machines, and SkyPilot refuses the word: there the partition is what makes a job preemptible.
+
+    Args:
+        partitions: where on Slurm it may run, ``slurm/CLUSTER/PARTITION``; empty: wherever SkyPilot likes.
+    """
+    wanted = dict(resources)
+    cloud = cloud_of(infra)
+    if cloud == ANY:
+        return wanted
+    for name in ("any_of", "ordered"):
+        if isinstance(wanted.get(name), list):
+            wanted[name] = [_unplaced(one, cloud) for one in wanted[name]]
+    for name in _PLACES:
+        wanted.pop(name, None)
+    if cloud == "slurm":
+        wanted.pop("use_spot", None)
+    if len(partitions) > 1:
+        kind = "ordered" if wanted.get("ordered") else "any_of"
+        wanted[kind] = [{**one, "infra": place} for one in wanted.get(kind) or [{}] for place in partitions]
+    else:
+        wanted["infra"] = partitions[0] if partitions else infra
+    return wanted
+
+
+def recovered(resources: Mapping[str, Any]) -> dict[str, Any]:
+    """``resources`` of a job that is given another machine when it exits with 75, whatever else its task says."""
+    given = resources.get("job_recovery") or {}
+    recovery = dict(given) if isinstance(given, Mapping) else {"strategy": given}
+    codes = recovery.get("recover_on_exit_codes") or []
+    codes = [codes] if isinstance(codes, int) else list(codes)
+    if exits.PREEMPTED not in codes:
+        codes.append(exits.PREEMPTED)
+    return {**resources, "job_recovery": {**recovery, "recover_on_exit_codes": codes}}
+
+
+def is_placed(resources: Mapping[str, Any]) -> bool:
+    alternatives = [one for name in ("any_of", "ordered") for one in resources.get(name) or []]
+    return any(
+        isinstance(one, Mapping) and any(one.get(name) for name in _PLACES) for one in [resources, *alternatives]
+    )
+
+
+def _unplaced(resources: Any, cloud: str) -> Any:
+    if not isinstance(resources, dict):
+        return resources
+    gone = (*_PLACES, "use_spot") if cloud == "slurm" else _PLACES
+    return {name: value for name, value in resources.items() if name not in gone}
+
+
+def check_submission(submission: Submission) -> None:
+    """Raises InputError for what only this machine can do."""
+    if submission.interactive:
+        raise InputError("--infra", f"{submission.infra}: a dev run is interactive", remedy="spotune dev")
+    if submission.preemptions:
+        raise InputError("--preemptions", f"{submission.infra} takes machines away by itself", remedy="--infra local")

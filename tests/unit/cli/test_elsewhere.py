@@ -1,0 +1,141 @@
+"""The verbs over two engines at once: this machine, and a SkyPilot that only remembers, or does not answer."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from spotune.contracts.errors import InfraError
+from spotune.contracts.keys import Keys
+from spotune.contracts.records import Mark, PriceRow, RunRecord
+from spotune.launch import infra
+from spotune.launch.infra import JobStatus, PaidInterval, Submission
+from spotune.launch.skypilot.offers import Offers, Wanted
+from tests.unit.fake_infra import FakeInfra
+from tests.unit.project import Project
+
+
+class FakeSky(FakeInfra):
+    """SkyPilot as the verbs see it; ``silent``: its server does not answer."""
+
+    name = "skypilot"
+    submissions: ClassVar[dict[str, Submission]] = {}
+    states: ClassVar[dict[str, JobStatus]] = {}
+    calls: ClassVar[list[tuple[Any, ...]]] = []
+    refuses: ClassVar[list[str]] = []
+    silent: ClassVar[list[str]] = []
+
+    def jobs(self, run_ids: list[str] | None = None, everyone: bool = False) -> list[JobStatus]:
+        if self.silent and not (run_ids and not set(run_ids) & set(self.states)):
+            raise InfraError("SkyPilot: the server does not answer (sky api start)")
+        self.calls.append(("jobs", everyone))
+        return super().jobs(run_ids)
+
+    def submit(self, submission: Submission) -> None:
+        super().submit(submission)
+        self.turn(submission.run_id, infra=submission.infra)
+
+    def history(self, run_id: str) -> list[PaidInterval]:
+        raise InfraError("SkyPilot: the server does not answer (sky api start)")
+
+
+def offers(wanted: Wanted, at: float) -> Offers:
+    rows = [
+        PriceRow(infra="aws", region="us-east-1", zone=zone, use_spot=spot, price_usd_per_hour=usd, source="catalog")
+        for zone, spot, usd in (("a", True, 0.4), ("b", True, 0.5), ("*", False, 0.8))
+    ]
+    asked = bool(wanted.task["resources"]["use_spot"])
+    return Offers(wanted.task, rows, next(row for row in rows if row.use_spot == asked), ("a note",))
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    monkeypatch.setitem(infra.BACKENDS, "skypilot", f"{__name__}:FakeSky")
+    monkeypatch.setattr("spotune.launch.infra.import_module", _import_module)
+    monkeypatch.setattr("spotune.launch.plan.make_offers", offers)
+    monkeypatch.setattr("spotune.launch.workspace.Workspace.check_bucket_reaches", lambda self, infra: None)
+    FakeSky.reset()
+    FakeSky.silent.clear()
+    return Project(tmp_path / "project", monkeypatch)
+
+
+def _import_module(name: str) -> Any:
+    """pytest's importlib mode gives this module a name of its own, which cannot be imported again."""
+    import importlib
+    import sys
+
+    return sys.modules[name] if name in sys.modules else importlib.import_module(name)
+
+
+def test_a_run_elsewhere_has_the_prices_of_all_places(project: Project) -> None:
+    project.submit("run-a", "--infra", "aws", "--use-spot", "--cpus", "4+", "--memory", "16+")
+    submission = FakeSky.submissions["run-a"]
+    assert (submission.infra, submission.workdir) == ("aws", str(project.folder))
+    assert submission.task["resources"]["cpus"] == "4+"
+    assert not project.infra.submissions
+    record = RunRecord.from_bytes(project.store.read("runs/run-a/run.json") or b"")
+    assert (record.infra, record.use_spot, len(record.prices)) == ("aws", True, 3)
+
+
+def test_the_plan_shows_places_and_notes(project: Project) -> None:
+    shown = project.run("train", "run.yaml", "--infra", "aws", "--no-use-spot", "--dryrun").stdout
+    assert "aws/us-east-1/a" in shown
+    assert "note        a note" in shown
+    (chosen,) = [line for line in shown.splitlines() if "✔" in line]
+    assert "0.800" in chosen
+    assert not FakeSky.submissions
+
+
+def test_elsewhere_somebody_must_agree(project: Project) -> None:
+    refused = project.run("train", "run.yaml", "--infra", "aws", "-d", input="")
+    assert refused.exit_code == 2
+    assert "add -y" in refused.stderr
+    assert not FakeSky.submissions
+
+
+def test_the_queue_has_both(project: Project) -> None:
+    project.submit("run-a", "--infra", "aws")
+    project.submit("run-b")
+    rows = project.json("queue")
+    assert [(row["run_id"], row["infra"]) for row in rows] == [("run-b", "local"), ("run-a", "aws")]
+    project.json("queue", "-a")
+    assert FakeSky.calls[-1] == ("jobs", True)
+
+
+def test_a_server_that_does_not_answer_hides_no_local_run(project: Project) -> None:
+    project.submit("run-a", "--infra", "aws")
+    project.submit("run-b")
+    FakeSky.silent.append("x")
+    result = project.run("queue", "--format", "json")
+    assert result.exit_code == 0
+    assert "run-b" in result.stdout
+    assert "run-a" not in result.stdout
+    assert result.stderr == "SkyPilot: the server does not answer (sky api start)\n"
+    assert project.run("cost").exit_code == 0
+    logs = project.run("logs", "run-a")
+    assert (logs.exit_code, logs.stdout) == (3, "")
+    assert project.run("logs", "run-b").exit_code == 0
+
+
+def test_a_runs_own_word_for_its_failure(project: Project) -> None:
+    project.submit("run-a", "--infra", "aws")
+    FakeSky().turn("run-a", state="FAILED", reason="exited with code 2", exit_code=2, attempt=1, ended_at=9e9)
+    mark = Mark(run_id="run-a", attempt=1, at=5.0, reason="row 7 is no JSON", exit_code=2)
+    project.store.create(Keys("run-a").failed, mark.to_bytes())
+    (row,) = project.json("queue")
+    assert (row["state"], row["reason"]) == ("FAILED", "row 7 is no JSON")
+
+
+def test_verbs_reach_the_engine_that_has_the_run(project: Project) -> None:
+    project.submit("run-a", "--infra", "aws")
+    FakeSky().turn("run-a", state="RUNNING", infra="aws/us-east-1/us-east-1a")  # where it landed
+    assert project.run("preempt", "run-a", "--no-notice").exit_code == 0
+    assert project.run("cancel", "run-a", "-y").exit_code == 0
+    assert project.run("resume", "run-a").exit_code == 0
+    assert [call[0] for call in FakeSky.calls if call[0] != "jobs"] == [
+        "preempt",
+        "cancel",
+        "check_resumable",
+        "resume",
+    ]
+    assert not project.infra.calls

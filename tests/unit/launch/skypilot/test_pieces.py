@@ -1,0 +1,309 @@
+"""Places, prices, tasks, partitions and the registry: the SkyPilot infrastructure's parts that need no SkyPilot."""
+
+import json
+import os
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spotune.contracts.errors import InfraError, InputError
+from spotune.launch.infra import JobStatus, PaidInterval, Submission, cloud_of, infra_of, is_infra, spell
+from spotune.launch.settings import SlurmSettings, load_settings
+from spotune.launch.skypilot import slurm
+from spotune.launch.skypilot.catalog import slurm_machine
+from spotune.launch.skypilot.infra import SkyInfra
+from spotune.launch.skypilot.jobs import ManagedJob
+from spotune.launch.skypilot.offers import known_partitions, narrowed
+from spotune.launch.skypilot.preempt import take_machine
+from spotune.launch.skypilot.prices import Quote, choose, price_rows, within
+from spotune.launch.skypilot.registry import Entry, Registry
+from spotune.launch.skypilot.server import Server, server_problems
+from spotune.launch.skypilot.slurm import Partition
+from spotune.launch.skypilot.task import placed, recovered, task_config
+from spotune.launch.workspace import Workspace
+
+SPOT, ONDEMAND = Partition("spot", True), Partition("ondemand", False)
+
+
+def test_places() -> None:
+    for name in ("aws", "gcp/us-central1/us-central1-a", "slurm/lab/spot", "kubernetes/arn:aws/eks/x", "k8s", "any"):
+        assert infra_of(name) == "skypilot"
+    assert infra_of("local") == "local"
+    assert (cloud_of("k8s/x"), spell("K8s/My/Ctx"), spell("local")) == ("kubernetes", "kubernetes/My/Ctx", "local")
+    assert not is_infra("by hand")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("slrum/lab", "did you mean slurm?"),
+        ("moon", "one of local"),
+        ("aws/a/b/c", "aws/REGION/ZONE"),
+        ("slurm//spot", "slurm/CLUSTER/PARTITION"),
+        ("any/aws", "--infra any"),
+    ],
+)
+def test_a_place_that_is_none(name: str, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        infra_of(name)
+
+
+def quote(zone: str, usd: float, use_spot: bool = True, **changes: Any) -> Quote:
+    return replace(Quote("aws", "us-east-1", zone, "g6.xlarge", "L4:1", use_spot, usd), **changes)
+
+
+def test_zones_of_one_price_are_one_row() -> None:
+    quotes = [
+        *(quote(zone, 0.8, use_spot=False) for zone in ("a", "b")),
+        quote("a", 0.40),
+        quote("b", 0.35),
+        quote("a", 0.0, instance_type="g6.2xlarge"),  # not known, not free
+    ]
+    rows = price_rows(quotes, "SkyPilot's catalog", 5.0)
+    assert [(row.zone, row.use_spot, row.price_usd_per_hour) for row in rows] == [
+        ("b", True, 0.35),
+        ("a", True, 0.40),
+        ("*", False, 0.8),
+    ]
+    assert {(row.infra, row.at, row.source) for row in rows} == {("aws", 5.0, "SkyPilot's catalog")}
+    cheapest = choose(rows, use_spot=False)
+    assert cheapest
+    assert not cheapest.use_spot
+    assert choose([], True) is None
+    assert [row.zone for row in within(rows, "aws/us-east-1/a")] == ["a", "*"]
+    assert within(rows, "aws/eu-west-1") == []
+    assert len(within(rows, "any")) == 3
+
+
+def test_slurm_has_a_row_for_each_partition() -> None:
+    quotes = [quote(zone, usd, zone == "spot", cloud="slurm") for zone, usd in (("spot", 0.0), ("ondemand", 0.0))]
+    rows = price_rows(quotes, "slurm.pricing", 0.0)
+    assert [(row.zone, row.use_spot) for row in rows] == [("ondemand", False), ("spot", True)]
+    assert rows[0].source == "no price in slurm.pricing"
+
+
+@pytest.mark.parametrize(
+    ("cpus", "memory", "accelerators", "machine"),
+    [
+        (None, None, "L4:1", "4CPU--16GB--L4:1"),
+        ("2", "4", "L4:1", "2CPU--4GB--L4:1"),
+        ("2+", "4x", "L4:2", "2CPU--8GB--L4:2"),
+        (None, None, "", "2CPU--2GB"),
+    ],
+)
+def test_what_slurm_is_asked_for(cpus: str | None, memory: str | None, accelerators: str, machine: str) -> None:
+    assert slurm_machine(cpus, memory, accelerators) == machine
+
+
+def test_partitions_as_slurm_tells_them() -> None:
+    text = (
+        "PartitionName=spot AllowGroups=ALL PriorityJobFactor=1 PriorityTier=1 PreemptMode=CANCEL State=UP\n"
+        "PartitionName=ondemand AllowGroups=ALL PriorityTier=10 PreemptMode=OFF State=UP\n"
+    )
+    assert slurm.parse_partitions(text) == [SPOT, ONDEMAND]
+    flat = (
+        "PartitionName=gpu PriorityTier=1 PreemptMode=OFF\nPartitionName=gpu-preempt PriorityTier=1 PreemptMode=OFF\n"
+    )
+    assert [one.preemptible for one in slurm.parse_partitions(flat)] == [False, True]
+
+
+def login(tmp_path: Path, script: str) -> dict[str, str]:
+    """An environment whose ssh runs a script in place of the login node."""
+    (tmp_path / ".slurm").mkdir()
+    (tmp_path / ".slurm/config").write_text("Host lab other\n  HostName 127.0.0.1\nHost *\n  User x\n")
+    ssh = tmp_path / "bin/ssh"
+    ssh.parent.mkdir()
+    ssh.write_text(f"#!/bin/bash\n{script}\n")
+    ssh.chmod(0o755)
+    return {"HOME": str(tmp_path), "PATH": f"{ssh.parent}:{os.environ['PATH']}"}
+
+
+def test_the_settings_correct_slurm(tmp_path: Path) -> None:
+    environ = login(tmp_path, "echo PartitionName=gpu PriorityTier=1 PreemptMode=OFF")
+    assert slurm.clusters(environ) == ["lab", "other"]
+    assert known_partitions("lab", SlurmSettings(), environ) == [Partition("gpu", False)]
+    ours = SlurmSettings(preemptible=("lab/gpu", "lab/new", "other/x"))
+    assert known_partitions("lab", ours, environ) == [Partition("gpu", True), Partition("new", True)]
+
+
+def test_a_login_node_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
+    environ = login(tmp_path, "echo no route >&2; echo to host >&2; exit 255")
+    with pytest.raises(InfraError, match="slurm/lab: no route to host"):
+        slurm.on_login("lab", "true", environ)
+    assert known_partitions("lab", SlurmSettings(), environ) == []
+
+
+def test_where_it_may_run_on_slurm() -> None:
+    known = {"lab": [SPOT, ONDEMAND]}
+    assert narrowed("slurm/lab", None, True, known) == ["slurm/lab/spot"]
+    assert narrowed("slurm/lab", False, False, known) == ["slurm/lab/ondemand"]
+    assert narrowed("slurm/lab/ondemand", None, True, known) == ["slurm/lab/ondemand"]  # the task's own word gives way
+    assert narrowed("slurm/lab", True, True, {"lab": []}) == []
+    with pytest.raises(InputError, match="--no-use-spot: a job on slurm/lab/spot may be preempted .*lab/ondemand"):
+        narrowed("slurm/lab/spot", False, False, known)
+    with pytest.raises(InputError, match="--use-spot: no partition of slurm/lab may be preempted"):
+        narrowed("slurm/lab", True, True, {"lab": [ONDEMAND]})
+
+
+def test_a_task_at_its_place() -> None:
+    wanted = {"accelerators": "L4:1", "use_spot": True, "region": "us-east-1", "any_of": [{"cloud": "aws", "cpus": 4}]}
+    assert placed(wanted, "gcp") == {"accelerators": "L4:1", "use_spot": True, "any_of": [{"cpus": 4}], "infra": "gcp"}
+    assert placed(wanted, "any") == wanted
+    assert placed({"use_spot": True}, "slurm/lab/spot") == {"infra": "slurm/lab/spot"}
+    two = placed({"any_of": [{"accelerators": "L4:1", "use_spot": True}]}, "slurm/lab", ["slurm/lab/a", "slurm/lab/b"])
+    assert two["any_of"] == [{"accelerators": "L4:1", "infra": f"slurm/lab/{name}"} for name in "ab"]
+
+
+def test_a_submission_as_a_task() -> None:
+    task = {"workdir": ".", "run": "x", "secrets": {"A": None}, "resources": {"infra": "slurm/lab/spot", "priority": 3}}
+    task["envs"] = {"SPOTUNE_BUCKET": "file:///b"}
+    submission = Submission(
+        "run-a", task, "/home/ada/work", "ada", infra="slurm/lab", priority=3, secrets={"TOKEN": "x"}
+    )
+    found = task_config(submission)
+    assert (found["name"], found["workdir"]) == ("run-a", "/home/ada/work")
+    assert found["resources"] == {**task["resources"], "job_recovery": {"recover_on_exit_codes": [75]}}
+    assert found["secrets"] == {"A": None, "TOKEN": "x"}
+    assert found["_metadata"]["spotune"] == {"user": "ada", "infra": "slurm/lab", "bucket": "file:///b", "priority": 3}
+    assert task["workdir"] == "."
+
+
+def test_75_is_always_worth_another_machine() -> None:
+    assert recovered({"job_recovery": "FAILOVER"})["job_recovery"] == {
+        "strategy": "FAILOVER",
+        "recover_on_exit_codes": [75],
+    }
+    named = {"job_recovery": {"max_restarts_on_errors": 3, "recover_on_exit_codes": 41}}
+    assert recovered(named)["job_recovery"] == {"max_restarts_on_errors": 3, "recover_on_exit_codes": [41, 75]}
+    assert recovered({"job_recovery": {"recover_on_exit_codes": [75]}}) == {
+        "job_recovery": {"recover_on_exit_codes": [75]}
+    }
+
+
+ENTRY = Entry("run-a", "slurm/lab", "file:///b", "ada", 0, 5.0, "/w", {"run": "x"}, ["TOKEN"], [7])
+
+
+def test_the_registry_keeps_how_it_ended(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    assert registry.entries() == []
+    registry.write(ENTRY)
+    assert registry.folder.stat().st_mode & 0o777 == 0o700
+    registry.settle(replace(ENTRY.status(), state="RUNNING"))
+    assert registry.entry("run-a") == ENTRY
+    machine = PaidInterval("run-a", 1.0, 2.0, "slurm")
+    registry.keep_history("run-a", [machine])  # it has not ended yet
+    assert registry.entry("run-a") == ENTRY
+    ended = replace(ENTRY.status(), state="FAILED", reason="why")
+    registry.settle(ended)
+    registry.keep_history("run-a", [replace(machine, ended_at=None)])
+    found = registry.entry("run-a")
+    assert found
+    assert (found.status(), found.intervals()) == (ended, None)
+    registry.keep_history("run-a", [machine])
+    found = registry.entry("run-a")
+    assert found
+    assert found.intervals() == [machine]
+    registry.folder.joinpath("run-b.json").write_text("half a rec")
+    with pytest.raises(InfraError, match="run-b.json cannot be read"):
+        registry.entries()
+
+
+def test_of_what_has_ended_skypilot_is_not_asked(tmp_path: Path) -> None:
+    """Nothing of this imports sky: the door is not even opened."""
+    infra = SkyInfra(tmp_path, {})
+    assert infra.jobs() == infra.jobs(["run-a"]) == infra.jobs(everyone=True) == infra.history("run-a") == []
+    for verb in (infra.cancel, infra.resume, infra.check_resumable, lambda run_id: infra.preempt(run_id, 0)):
+        with pytest.raises(InputError, match="run-a"):
+            verb("run-a")
+    registry = Registry(tmp_path)
+    registry.write(ENTRY)
+    registry.settle(replace(ENTRY.status(), state="FAILED", reason="why"))
+    assert [(job.run_id, job.state, job.reason) for job in infra.jobs()] == [("run-a", "FAILED", "why")]
+    with pytest.raises(InputError, match="secret TOKEN is not set here"):
+        infra.check_resumable("run-a")
+
+
+def test_only_a_clusters_own_tool_takes_a_machine_of_a_cloud(tmp_path: Path) -> None:
+    job = ManagedJob(7, "run-a", "RUNNING", 1.0, infra="aws/us-east-1", cluster_on_cloud="run-a-7-x")
+    with pytest.raises(InputError, match="terminate-instances on run-a-7-x"):
+        take_machine(job, 0, {})
+    with pytest.raises(InputError, match="no machine"):
+        take_machine(replace(job, cluster_on_cloud=""), 0, {})
+
+
+def test_slurm_is_told_to_take_the_allocation(tmp_path: Path) -> None:
+    """The command runs as it would on the login node, with Slurm's commands replaced by ones that write down."""
+    said = tmp_path / "said"
+    for name, body in (("squeue", f'echo 41; echo "squeue $@" >> {said}'), ("scancel", f'echo "scancel $@" >> {said}')):
+        tool = tmp_path / "bin" / name
+        tool.parent.mkdir(exist_ok=True)
+        tool.write_text(f"#!/bin/bash\n{body}\n")
+        tool.chmod(0o755)
+    environ = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+
+    def run(command: str) -> str:
+        done = subprocess.run(["bash", "-c", command], env=environ, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    assert run(slurm.taking("run-a-7-x", 0)) == "taken"
+    assert said.read_text().splitlines()[1:] == ["scancel --full --signal=KILL 41", "scancel 41"]
+    assert run(slurm.taking("run-a-7-x", 0.5)) == "taken"  # does not wait for the notice's end
+    assert said.read_text().splitlines()[4:] == ["scancel --signal=URG 41"]
+    subprocess.run(["sleep", "1.5"], check=True)
+    assert said.read_text().splitlines()[5:] == ["scancel 41"]
+    (tmp_path / "bin/squeue").write_text("#!/bin/bash\ntrue\n")
+    assert run(slurm.taking("run-a-7-x", 0)) == "none"
+
+
+def test_what_is_wrong_with_a_server() -> None:
+    fine = Server("http://x", "0.14.1", True, consolidation=True, controllers=2, memory_mb=24000, cpus=2)
+    assert server_problems(fine) == []
+    assert "consolidation mode is off" in server_problems(replace(fine, consolidation=False))[0]
+    assert "12 job controllers on 2 CPUs" in server_problems(replace(fine, controllers=12))[0]
+    assert "of 4000 MB" in server_problems(replace(fine, controllers=6, memory_mb=4000, cpus=8))[0]
+    assert server_problems(Server("http://far", "0.14.1", False)) == []
+
+
+def test_a_bucket_of_files_needs_shared_storage(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("slurm: {shared: [/shared]}\n")
+    environ = {"SPOTUNE_HOME": str(tmp_path), "SPOTUNE_BUCKET": "file:///shared/spotune"}
+    workspace = Workspace.open(environ, tmp_path)
+    workspace.check_bucket_reaches("slurm/lab")
+    workspace.check_bucket_reaches("local")
+    with pytest.raises(InputError, match="machines of aws cannot see"):
+        workspace.check_bucket_reaches("aws")
+    elsewhere = Workspace.open({**environ, "SPOTUNE_BUCKET": "file:///sharedby/none"}, tmp_path)
+    with pytest.raises(InputError, match="slurm.shared"):
+        elsewhere.check_bucket_reaches("slurm/lab")
+
+
+@pytest.mark.parametrize("text", ["slurm: {shared: here}", "slurm: {shared: [here]}", "slurm: {shard: []}"])
+def test_settings_of_slurm_that_cannot_be(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(InputError, match="slurm"):
+        load_settings(tmp_path, tmp_path)
+
+
+def test_the_clouds_are_skypilots(tmp_path: Path) -> None:
+    """In a process of its own: it imports SkyPilot."""
+    code = "import json; from sky.skylet.constants import ALL_CLOUDS; print(json.dumps(sorted(ALL_CLOUDS)))"
+    environ = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
+    import sys
+
+    from spotune.launch.infra import CLOUDS
+
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    assert sorted(CLOUDS) == json.loads(done.stdout.splitlines()[-1])
+
+
+def test_statuses_are_kept_whole(tmp_path: Path) -> None:
+    status = JobStatus("run-a", "FAILED", 1, "ada", "slurm/lab/spot", 1.0, 2.0, 3.0, 2, 1, "why", 3, bucket="file:///b")
+    registry = Registry(tmp_path)
+    registry.write(ENTRY)
+    registry.settle(status)
+    found = registry.entry("run-a")
+    assert found
+    assert found.status() == status

@@ -1,0 +1,169 @@
+"""SkyPilot's managed jobs, history and logs as runs: everything that needs no SkyPilot."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from spotune.launch.skypilot.history import Event, Usage, intervals, usages
+from spotune.launch.skypilot.jobs import ManagedJob, exit_code_in, managed_job, run_status
+from spotune.launch.skypilot.logs import lines_of, said
+
+MARKS = {"user": "ada", "infra": "slurm/lab/spot", "bucket": "file:///b", "priority": 0}
+
+
+def job(**changes: Any) -> ManagedJob:
+    given: dict[str, Any] = {"id": 7, "run_id": "run-a", "status": "RUNNING", "submitted_at": 10.0, "start_at": 40.0}
+    given |= {"cluster": "run-a-7", "marks": MARKS, "infra": "slurm/lab/spot", "region": "lab"}
+    return ManagedJob(**(given | changes))
+
+
+def test_a_record_is_read_as_it_comes() -> None:
+    record = SimpleNamespace(
+        job_id=7, job_name="run-a", status=SimpleNamespace(value="RECOVERING"), submitted_at=10.0, start_at=40.0,
+        end_at=None, recovery_count=1, failure_reason=None,
+        details="Recovering: Cluster preempted or failed, recovering",
+        cloud="Slurm", region="lab", zone="spot", priority=5, user_name="root", metadata={"spotune": MARKS},
+        current_cluster_name=None, cluster_name_on_cloud="run-a-7-abc",
+    )  # fmt: skip
+    found = managed_job(record)
+    assert (found.infra, found.cluster, found.cluster_on_cloud) == ("slurm/lab/spot", "run-a-7", "run-a-7-abc")
+    status = run_status([found])
+    assert (status.state, status.priority, status.user, status.bucket) == ("RECOVERING", 5, "ada", "file:///b")
+    assert (status.attempt, status.recoveries, status.infra) == (2, 1, "slurm/lab/spot")
+    assert status.reason == "Cluster preempted or failed, recovering"
+
+
+def test_places_that_skypilot_does_not_know_yet() -> None:
+    record = SimpleNamespace(
+        job_id=7, job_name="run-a", status="PENDING", submitted_at=None, start_at=None, end_at=None,
+        recovery_count=None, failure_reason=None, details=None, cloud="-", region="-", zone="-", priority=None,
+        user_name=None, metadata=None, current_cluster_name=None, cluster_name_on_cloud="-",
+    )  # fmt: skip
+    found = managed_job(record)
+    assert (found.infra, found.cluster_on_cloud, found.attempts, found.marks) == ("", "", 0, None)
+
+
+@pytest.mark.parametrize(
+    ("status", "state", "reason"),
+    [
+        ("PENDING", "PENDING", "In backoff"),
+        ("STARTING", "STARTING", "In backoff"),
+        ("RUNNING", "RUNNING", ""),
+        ("CANCELLING", "RUNNING", "being cancelled"),
+        ("SUCCEEDED", "SUCCEEDED", ""),
+        ("CANCELLED", "CANCELLED", "cancelled"),
+        ("FAILED_NO_RESOURCE", "FAILED", "no machine could be had: nothing left"),
+        ("SOMETHING_NEW", "RUNNING", ""),
+    ],
+)
+def test_states(status: str, state: str, reason: str) -> None:
+    found = run_status([job(status=status, details="In backoff", failure_reason="nothing left")])
+    assert (found.state, found.reason) == (state, reason)
+
+
+def test_how_a_program_failed() -> None:
+    told = "Job exited with exit code 3 (user program failure). To see the details, run: sky jobs logs --controller 7"
+    failed = run_status([job(status="FAILED", failure_reason=told, end_at=90.0)])
+    assert (failed.state, failed.exit_code, failed.reason, failed.ended_at) == ("FAILED", 3, "exited with code 3", 90.0)
+    setup = run_status([job(status="FAILED_SETUP", failure_reason=told)])
+    assert setup.reason == "setup exited with code 3"
+    unknown = "Job failed (FAILED) (user program failure). To see the details, run: sky jobs logs --controller 7"
+    assert (
+        run_status([job(status="FAILED", failure_reason=unknown)]).reason
+        == "Job failed (FAILED) (user program failure)"
+    )
+    assert [exit_code_in(text) for text in ("exit codes [0, 75, 1]", "exit code 0", "none")] == [75, 0, None]
+
+
+def test_a_run_and_its_resumes_are_one_run() -> None:
+    first = job(id=7, status="CANCELLED", recoveries=2, submitted_at=10.0, end_at=80.0)
+    second = job(id=9, status="STARTING", submitted_at=100.0, start_at=None)
+    found = run_status([second, first])
+    assert (found.state, found.submitted_at, found.started_at, found.ended_at) == ("STARTING", 10.0, 40.0, None)
+    assert (found.attempt, found.recoveries) == (4, 3)
+
+
+def test_a_row_of_cost_report() -> None:
+    resources = SimpleNamespace(
+        cloud="Slurm",
+        region="lab",
+        zone="spot",
+        instance_type="2CPU--4GB--L4:1",
+        accelerators={"L4": 1},
+        use_spot=False,
+    )
+    row = {"name": "run-a-7", "num_nodes": 2, "resources": resources, "usage_intervals": [(100, 160), (170, None)]}
+    first, second = usages(row)
+    assert (first.cluster, first.started_at, first.ended_at, first.nodes) == ("run-a-7", 100.0, 160.0, 2)
+    assert (first.cloud, first.region, first.zone, first.accelerators) == ("slurm", "lab", "spot", "L4:1")
+    assert second.ended_at is None
+
+
+def use(began: float, ended: float | None, cluster: str = "run-a-7") -> Usage:
+    return Usage(cluster, began, ended, cloud="slurm", region="lab", zone="spot", accelerators="L4:1")
+
+
+def test_why_each_machine_went() -> None:
+    events = [
+        Event(40.0, "RUNNING"),
+        Event(100.0, "RECOVERING", "Cluster preempted or failed, recovering"),
+        Event(150.0, "RUNNING", "Job has recovered"),
+        Event(200.0, "RECOVERING", "Job exited with exit code 75. Restarting the job (exit code(s) [75] matched …"),
+        Event(300.0, "SUCCEEDED"),
+    ]
+    used = [use(120, 205), use(20, 102), use(210, 310), use(0, 5, "other-8")]
+    rows = intervals("run-a", [job(status="SUCCEEDED")], used, {7: events}, ["lab/spot"])
+    assert [(row.end_reason, row.exit_code) for row in rows] == [("preempted", None), ("exited", 75), ("exited", 0)]
+    assert [row.started_at for row in rows] == [20, 120, 210]
+    assert all(row.use_spot for row in rows)
+    assert (rows[0].infra, rows[0].region, rows[0].zone) == ("slurm", "lab", "spot")
+
+
+def test_machines_without_events() -> None:
+    assert [row.end_reason for row in intervals("run-a", [job()], [use(20, 50), use(60, None)], {})] == ["lost", ""]
+    (row,) = intervals("run-a", [job(status="CANCELLED")], [use(20, 50)], {})
+    assert (row.end_reason, row.use_spot) == ("cancelled", False)
+    (row,) = intervals("run-a", [job(status="FAILED", failure_reason="exit code 3")], [use(20, 50)], {})
+    assert (row.end_reason, row.exit_code) == ("exited", 3)
+
+
+def test_lines_come_as_the_program_wrote_them() -> None:
+    assert list(lines_of(["a\nb", "c\n", "d", None, "never"])) == ["a", "bc", "d"]
+    assert said("\x1b[36m(run-a, pid=12)\x1b[0m told (to) go") == "told (to) go"
+    assert said("(worker1, rank=1, pid=12, ip=127.0.0.3) hello") == "[1] hello"
+    assert said("(head, rank=0, pid=12) hello") == "hello"
+    assert said("(run-a, pid=12)") == ""
+    assert said("├── Waiting for task resources on 1 node.") is None
+    assert said("✓ Job finished (status: SUCCEEDED).") is None
+    assert said("a line of nobody's") == "a line of nobody's"
+
+
+# Of the lab, as SkyPilot 0.14.1 gave them: a job preempted with notice, one that was cancelled, one that failed.
+RECORDED = json.loads(Path(__file__).with_name("lab_records.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("job_id", "state", "attempt", "ends"),
+    [
+        (2, "SUCCEEDED", 2, [("preempted", None), ("exited", 0)]),
+        (3, "CANCELLED", 1, [("cancelled", None)]),
+        (4, "FAILED", 1, [("exited", 75)]),
+    ],
+)
+def test_what_the_lab_recorded(job_id: int, state: str, attempt: int, ends: list[tuple[str, int | None]]) -> None:
+    (found,) = [one for one in RECORDED if one["record"]["job_id"] == job_id]
+    one = managed_job(SimpleNamespace(**found["record"]))
+    status = run_status([one])
+    assert (status.state, status.attempt, status.infra, status.user) == (state, attempt, "slurm/lab/spot", "tester")
+    assert status.ended_at
+    rows = [{**row, "resources": SimpleNamespace(**row["resources"])} for row in found["cost_rows"]]
+    used = [usage for row in rows for usage in usages(row)]
+    events = [Event(*event) for event in found["events"]]
+    machines = intervals("run-a", [one], used, {job_id: events}, ["lab/spot"])
+    assert [(machine.end_reason, machine.exit_code) for machine in machines] == ends
+    assert all(machine.use_spot and machine.zone == "spot" and machine.ended_at for machine in machines)
+    assert all(before.ended_at <= after.started_at for before, after in pairwise(machines) if before.ended_at)
