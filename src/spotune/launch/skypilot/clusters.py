@@ -130,6 +130,9 @@ def stop(name: str) -> None:
 
 
 def take_down(name: str) -> None:
+    """Raises InputError for a cluster that is not there."""
+    if not list_clusters([name]):
+        raise InputError(name, "no such cluster", remedy="spotune dev ls")
     with engine.translated(name):
         engine.ask(engine.sdk().down(name))
 
