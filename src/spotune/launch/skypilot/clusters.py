@@ -10,8 +10,11 @@ from typing import Any
 from spotune.contracts.errors import InfraError, InputError
 from spotune.launch.skypilot import engine
 
-# An infrastructure that takes a cluster down, but keeps none of its disks; see sky/clouds/slurm.py and kubernetes.py.
-_NO_STOP = ("slurm", "kubernetes", "k8s", "ssh", "runpod", "vast", "lambda")
+# Where a cluster can only be taken down: CloudImplementationFeatures.STOP in sky/clouds/*.py (0.14.1).
+_NO_STOP = (
+    *("slurm", "kubernetes", "k8s", "ssh", "runpod", "lambda", "verda", "cudo", "fluidstack", "hyperbolic"),
+    *("primeintellect", "shadeform", "yotta"),
+)
 
 
 @dataclass(frozen=True)
