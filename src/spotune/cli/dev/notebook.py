@@ -25,7 +25,7 @@ def notebook(cluster: str, port: int, envs: tuple[str, ...]) -> None:
         say(f"{name}: starting Jupyter, which is installed there the first time")
         server = notebook.start(name, pairs(envs), workspace)
     click.echo(f"http://localhost:{port}/lab?token={server.token}")
-    say("tunnel open, Ctrl-C closes it")
+    say("opening the tunnel, Ctrl-C closes it")
     try:
         code = ssh.attach(notebook.tunnel(name, port, server))
     except KeyboardInterrupt:

@@ -10,8 +10,11 @@ from typing import Any
 from spotune.contracts.errors import InfraError, InputError
 from spotune.launch.skypilot import engine
 
-# An infrastructure that takes a cluster down, but keeps none of its disks; see sky/clouds/slurm.py and kubernetes.py.
-_NO_STOP = ("slurm", "kubernetes", "k8s", "ssh", "runpod", "vast", "lambda")
+# Where a cluster can only be taken down: CloudImplementationFeatures.STOP in sky/clouds/*.py (0.14.1).
+_NO_STOP = (
+    *("slurm", "kubernetes", "k8s", "ssh", "runpod", "lambda", "verda", "cudo", "fluidstack", "hyperbolic"),
+    *("primeintellect", "shadeform", "yotta"),
+)
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,9 @@ def stop(name: str) -> None:
 
 
 def take_down(name: str) -> None:
+    """Raises InputError for a cluster that is not there."""
+    if not list_clusters([name]):
+        raise InputError(name, "no such cluster", remedy="spotune dev ls")
     with engine.translated(name):
         engine.ask(engine.sdk().down(name))
 

@@ -6,9 +6,7 @@ and the key are named on the command line.
 
 import json
 import subprocess
-import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -31,14 +29,24 @@ def ssh_command(name: str, *options: str) -> list[str]:
 
 
 def write_config(*names: str) -> None:
-    """Lets SkyPilot write its ssh configuration of clusters, as ``sky status NAME`` does.
+    """Lets SkyPilot write its ssh configuration of clusters, as ``sky status NAME`` does; raises InputError where
+    there is none of a name, or not up.
 
     Every time, also where there is one: an API server that shares this HOME writes its own at each launch, which on
     Slurm leads to the login node (sky/backends/cloud_vm_ray_backend.py, after provisioning).
     """
-    command = import_module(f"{engine.sdk().__name__}.client.cli.command")
-    with engine.translated(), redirect_stdout(sys.stderr):
-        command._get_cluster_records_and_set_ssh_config(clusters=list(names))
+    sky = engine.sdk()
+    command = import_module(f"{sky.__name__}.client.cli.command")
+    with engine.translated():
+        records = engine.ask(sky.status(cluster_names=list(names), all_users=True, _include_credentials=True))
+        proxy = command._get_ws_proxy_command()
+        for record in records:
+            if record.credentials and getattr(record.handle, "cached_external_ips", None):
+                command._write_ssh_config_for_cluster(record.handle, record.credentials, proxy)
+    up = {record.name for record in records if record.status.value == "UP"}
+    for name in names:
+        if name not in up:
+            raise InputError(name, "no such cluster, or not up", remedy=f"spotune dev up --name {name}")
 
 
 def read(name: str, command: str, timeout_s: float = 60.0) -> str:

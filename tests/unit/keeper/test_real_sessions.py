@@ -1,0 +1,134 @@
+"""ssh sessions through a real sshd, where there is one."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from spotune.keeper.processes import Process, processes
+from spotune.keeper.sessions import session_look
+
+SSHD = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:/usr/bin")
+pytestmark = pytest.mark.skipif(not SSHD or not shutil.which("ssh"), reason="no OpenSSH here")
+PATIENCE_S = 30.0
+
+
+@dataclass(frozen=True)
+class Sshd:
+    """An sshd that runs, and what connects to it."""
+
+    pid: int
+    port: int
+    connect: Callable[..., "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+def sshd(tmp_path: Path) -> Iterator[Sshd]:
+    """Starts an sshd for this user alone."""
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / name)], check=True)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    settings = {
+        "ListenAddress": "127.0.0.1",
+        "Port": port,
+        "HostKey": tmp_path / "host",
+        "AuthorizedKeysFile": tmp_path / "user.pub",
+        "PidFile": "none",
+        "StrictModes": "no",
+        "UsePAM": "no",
+        "PermitRootLogin": "yes",
+    }
+    (tmp_path / "sshd_config").write_text("".join(f"{name} {value}\n" for name, value in settings.items()))
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*command: str) -> "subprocess.Popen[bytes]":
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        started.append(subprocess.Popen(command, **streams))  # type: ignore[call-overload]
+        return started[-1]
+
+    assert SSHD
+    daemon = start(SSHD, "-D", "-e", "-f", str(tmp_path / "sshd_config"))
+    for _ in range(100):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.1)
+    if daemon.poll() is not None:
+        pytest.skip("sshd does not start for this user")
+    options = "BatchMode=yes StrictHostKeyChecking=no UserKnownHostsFile=/dev/null IdentitiesOnly=yes".split()
+    common = ["ssh", "-F", "none", "-p", str(port), "-i", str(tmp_path / "user")]
+
+    def connected(*arguments: str, flags: tuple[str, ...] = ()) -> "subprocess.Popen[bytes]":
+        more = [part for option in options for part in ("-o", option)]
+        return start(*common, *more, *flags, "127.0.0.1", *arguments)
+
+    yield Sshd(daemon.pid, port, connected)
+    for pid in below(daemon.pid):  # what runs without a terminal outlives its client
+        if pid != daemon.pid:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    for process in reversed(started):
+        process.kill()
+        process.wait()
+
+
+def below(root: int) -> dict[int, Process]:
+    """An sshd and everything that it started."""
+    everybody = processes()
+    found = {root}
+    while more := {each.pid for each in everybody.values() if each.parent in found} - found:
+        found |= more
+    return {pid: each for pid, each in everybody.items() if pid in found}
+
+
+def seen(daemon: int, command: str) -> list[str]:
+    """The signs of sessions once ``command`` runs in one."""
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
+        everybody = below(daemon)
+        if any(each.command.endswith(command) and each.name == "sleep" for each in everybody.values()):
+            return [sign.what for sign in session_look(everybody, 1.0)]
+        time.sleep(0.2)
+    raise AssertionError(f"no {command}")
+
+
+@pytest.mark.parametrize(("flags", "kind"), [((), "without a terminal"), (("-tt",), "with a terminal")])
+def test_a_session_counts(sshd: Sshd, flags: tuple[str, ...], kind: str) -> None:
+    sshd.connect("sleep 61", flags=flags)
+    assert seen(sshd.pid, "sleep 61") == [f"ssh session {kind} (sleep)"]
+
+
+def test_one_that_only_forwards_a_port_does_not(sshd: Sshd) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    tunnel = sshd.connect(flags=("-N", "-L", f"{port}:127.0.0.1:{sshd.port}"))
+    with tunnelled(port) as line:
+        assert line.startswith(b"SSH-2.0")
+        assert tunnel.poll() is None
+        assert session_look(below(sshd.pid), 1.0) == []
+
+
+def test_spotunes_own_question_does_not(sshd: Sshd) -> None:
+    sshd.connect("sleep 62; cat ~/.spotune/keeper.json")
+    assert seen(sshd.pid, "sleep 62") == []
+
+
+@contextmanager
+def tunnelled(port: int) -> Iterator[bytes]:
+    """What the far end of a tunnel says first, while the connection is open."""
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port)) as connection:
+            yield connection.recv(64)
+            return
+        time.sleep(0.2)
+    raise AssertionError("no tunnel")
