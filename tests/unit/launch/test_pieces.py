@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[3]
 def test_the_train_task_is_plain_skypilot(tmp_path: Path) -> None:
     path, task = load_task(tmp_path)
     assert path == ROOT / "tasks/train.yaml"
-    assert set(task) <= {"name", "workdir", "resources", "envs", "setup", "run", "num_nodes"}
+    assert set(task) <= {"name", "workdir", "resources", "envs", "setup", "run", "num_nodes", "config"}
     demand = demand_of(task)
     assert demand.recover_codes == (75,)
     assert demand.use_spot
