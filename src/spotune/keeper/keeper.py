@@ -70,13 +70,18 @@ def _tell(busy: list[str], said: str) -> str:
 def _end(settings: Settings) -> None:
     """Takes a Slurm allocation down, where SkyPilot may not: of two clusters on one node only one has a skylet, which
     wants a port of its own. The signal goes to the batch script too, as SkyPilot's does (sky/provision/slurm/
-    instance.py: _cancel_slurm_job), whose trap cleans up."""
+    instance.py: _cancel_slurm_job), whose trap cleans up. It ends the keeper as well, so that the time limit is what
+    ends an allocation with a process in it that ignores the signal."""
     if settings.ends != "scancel" or not settings.slurm_job:
         return
-    try:
-        subprocess.run(["scancel", "--signal=TERM", "--full", settings.slurm_job], check=False)
-    except OSError as error:  # none in this container: autostop is left
-        print(f"keeper: scancel: {error}", flush=True)
+    for command in (
+        ["scontrol", "update", f"JobId={settings.slurm_job}", "EndTime=now+3minutes"],
+        ["scancel", "--signal=TERM", "--full", settings.slurm_job],
+    ):
+        try:
+            subprocess.run(command, check=False)
+        except OSError as error:  # no Slurm in this container: autostop is left
+            print(f"keeper: {command[0]}: {error}", flush=True)
 
 
 def _read(path: Path) -> str:

@@ -87,13 +87,16 @@ def test_the_newest_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_on_slurm_it_can_take_the_allocation_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in = tmp_path / "scancel"
-    stand_in.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
-    stand_in.chmod(0o755)
+    for name in ("scancel", "scontrol"):
+        stand_in = tmp_path / name
+        stand_in.write_text(f'#!/bin/sh\necho {name} "$@" >> {tmp_path}/asked\n')
+        stand_in.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     clock = Clock()
     keep(settings(tmp_path, SLURM_JOB_ID="77", SPOTUNE_KEEPER_ENDS="scancel"), lambda now: [], clock, clock.sleep)
-    assert (tmp_path / "asked").read_text() == "--signal=TERM --full 77\n"
+    limit, signal = (tmp_path / "asked").read_text().splitlines()
+    assert limit == "scontrol update JobId=77 EndTime=now+3minutes"
+    assert signal == "scancel --signal=TERM --full 77"
 
 
 def pythons() -> list[str]:

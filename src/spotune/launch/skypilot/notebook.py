@@ -56,4 +56,5 @@ def start(
 def tunnel(name: str, port: int, server: Server) -> list[str]:
     """The command that forwards a port of this machine to the server, until it is interrupted."""
     forward = f"{port}:localhost:{server.port}"
-    return ssh.ssh_command(name, "-N", "-o", "ExitOnForwardFailure=yes", "-L", forward)
+    alive = ("-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=3")  # it ends when the cluster goes
+    return ssh.ssh_command(name, "-N", "-o", "ExitOnForwardFailure=yes", *alive, "-L", forward)
