@@ -59,14 +59,6 @@ def test_cancelled_by_slurm_then_a_rank_killed_with_the_checkpoints_in_s3(
     assert managed.job.recoveries == 2
 
 
-def test_a_real_failure_is_made_once_however_often_the_job_is_repeated(lab: Layout, failing: Managed) -> None:
-    job = sky.wait_for_end(lab, failing.job_id, START_S)
-    assert job.status == "FAILED", failing.story()
-    assert failing.count_attempts() == 1
-    assert failing.read(failing.keys.failed)["exit_code"] == 1
-    assert job.recoveries <= 3
-
-
 def test_cancel_ends_everything_but_the_checkpoints(lab: Layout, launch: Launch) -> None:
     managed = launch("cancelled")
     managed.wait_for_attempt(1, steps=30, commits=1)
@@ -77,6 +69,14 @@ def test_cancel_ends_everything_but_the_checkpoints(lab: Layout, launch: Launch)
     wait_until(lambda: not trainers(managed), 120, "its processes are still there")
     assert set(kept) <= set(managed.commits(1))
     assert not managed.weights
+
+
+def test_a_real_failure_is_made_once_however_often_the_job_is_repeated(lab: Layout, failing: Managed) -> None:
+    job = sky.wait_for_end(lab, failing.job_id, START_S)
+    assert job.status == "FAILED", failing.story()
+    assert failing.count_attempts() == 1
+    assert failing.read(failing.keys.failed)["exit_code"] == 1
+    assert job.recoveries <= 3
 
 
 def test_a_failed_node_comes_back_with_a_trainer_that_must_not_write(
