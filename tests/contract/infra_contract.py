@@ -230,6 +230,7 @@ class InfraContract:
     def test_history_has_a_row_for_each_machine(self, bench: Bench) -> None:
         bench.submit("run-a", f"{SECOND_TIME} sleep 0.3; [ $ended ] || exit 75; {CERTIFY}", setup="sleep 0.2")
         bench.end("run-a")
+        bench.until(lambda: all(row.ended_at for row in bench.infra.history("run-a")))
         first, second = bench.infra.history("run-a")
         assert first.ended_at
         assert second.ended_at
