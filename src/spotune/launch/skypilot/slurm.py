@@ -14,7 +14,7 @@ from spotune.contracts.errors import InfraError
 
 CONFIG = ".slurm/config"
 _TIMEOUT_S = 60.0
-_KILLED_S = 5.0
+_KILLED_S = 0.5
 _SPOT = re.compile(r"spot|preempt", re.IGNORECASE)
 
 
@@ -94,14 +94,16 @@ def take(cluster: str, name: str, notice_s: float, environ: Mapping[str, str]) -
 def taking(name: str, notice_s: float) -> str:
     """The shell command that does it; prints ``taken`` or ``none``.
 
-    Without notice everything is killed at once, and the allocation given back a little later: given back at once, its
-    steps would be sent a SIGTERM that overtakes the kill, and that is a notice.
+    Without notice each step is killed by itself, and then the allocation is given back. Slurm takes a kill of the whole
+    job for its end, which begins with a SIGTERM, and that is a notice.
     """
     jobs = f"jobs=$(echo $(squeue --me --noheader --name={shlex.quote(name)} --states=RUNNING --format=%A)) || exit"
-    none = '[ -n "$jobs" ] || { echo none; exit; }'
-    signal, left_s = ("URG", notice_s) if notice_s else ("KILL", _KILLED_S)
-    later = f'nohup setsid sh -c "sleep {left_s:g}; scancel $jobs" < /dev/null > /dev/null 2>&1 &'
-    return f"{jobs}; {none}; scancel --signal={signal} $jobs; {later} echo taken"
+    jobs += '; [ -n "$jobs" ] || { echo none; exit; }'
+    if notice_s:
+        later = f'nohup setsid sh -c "sleep {notice_s:g}; scancel $jobs" < /dev/null > /dev/null 2>&1 &'
+        return f"{jobs}; scancel --signal=URG $jobs; {later} echo taken"
+    steps = "steps=$(squeue --me --noheader --steps --jobs=$(echo $jobs | tr ' ' ,) --format=%i)"
+    return f"{jobs}; {steps}; scancel --signal=KILL $steps; sleep {_KILLED_S:g}; scancel $jobs; echo taken"
 
 
 def _home(environ: Mapping[str, str]) -> Path:
