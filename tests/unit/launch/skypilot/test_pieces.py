@@ -263,9 +263,7 @@ def test_slurm_is_told_to_take_the_allocation(tmp_path: Path) -> None:
     assert said.read_text().splitlines()[2:] == ["scancel 41"]
     said.unlink()
     assert run(slurm.taking("run-a-7-x", 0)) == "taken"
-    _, steps, killed, gone = said.read_text().splitlines()
-    assert "--steps --jobs=41" in steps
-    assert (killed, gone) == ("scancel --signal=KILL 41", "scancel 41")
+    assert said.read_text().splitlines()[1:] == ["scancel --full --signal=KILL 41", "scancel 41"]
     (tmp_path / "bin/squeue").write_text("#!/bin/bash\ntrue\n")
     assert run(slurm.taking("run-a-7-x", 0)) == "none"
 
