@@ -69,6 +69,7 @@ def bench(lab_environ: dict[str, str], tmp_path: Path) -> Iterator[Bench]:
         one_slot=False,
         keeps_logs=False,
         knows_setup=False,
+        kills_silently=False,  # Slurm ends a job with a SIGTERM first
         reads_bucket=False,
     )
     yield bench

@@ -10,7 +10,7 @@ from spotune.contracts.errors import InfraError, InputError
 from spotune.launch.infra import ACTIVE, JobStatus, PaidInterval, Submission, cloud_of
 from spotune.launch.settings import SlurmSettings
 from spotune.launch.skypilot import engine, slurm
-from spotune.launch.skypilot.history import Event, intervals, usages
+from spotune.launch.skypilot.history import Event, Usage, intervals, usages
 from spotune.launch.skypilot.jobs import FIELDS, ManagedJob, by_run, managed_job, run_status
 from spotune.launch.skypilot.logs import attempts_in, begins, lines_of, said
 from spotune.launch.skypilot.offers import known_partitions
@@ -48,6 +48,9 @@ class SkyInfra:
         self._registry = Registry(home)
         self._environ, self._slurm, self._asks = environ, settings or SlurmSettings(), asks
         self._clock, self._sleep = clock, sleep
+        self._listed: list[ManagedJob] = []  # at the last listing of all
+        self._paid: dict[str, list[Usage]] = {}  # by cluster, since then
+        self._spot: dict[str, list[str]] = {}
 
     def submit(self, submission: Submission) -> None:
         """Launches the managed job and returns; nothing of it is left behind when it is refused."""
@@ -87,8 +90,12 @@ class SkyInfra:
         self._registry.remove(entry.run_id)
 
     def _preemptible(self, infra: str) -> list[str]:
-        if cloud_of(infra) != "slurm":
-            return []
+        """Slurm partitions that count as spot, asked for once."""
+        if infra not in self._spot:
+            self._spot[infra] = self._ask_preemptible(infra) if cloud_of(infra) == "slurm" else []
+        return self._spot[infra]
+
+    def _ask_preemptible(self, infra: str) -> list[str]:
         cluster, partition = (*infra.split("/")[1:], "", "")[:2]
         named = [cluster] if cluster else slurm.clusters(self._environ)
         known = {name: known_partitions(name, self._slurm, self._environ) for name in named}
@@ -159,7 +166,9 @@ class SkyInfra:
         return entry.status() if entry else None
 
     def _statuses(self, known: Mapping[str, Entry], everyone: bool) -> list[JobStatus]:
-        found = by_run(job for record in engine.managed_jobs(FIELDS, everyone) if (job := managed_job(record)).marks)
+        self._listed = [job for record in engine.managed_jobs(FIELDS, everyone) if (job := managed_job(record)).marks]
+        self._paid = {}
+        found = by_run(self._listed)
         listed = []
         for jobs in found:
             entry = known.get(jobs[0].run_id)
@@ -231,15 +240,31 @@ class SkyInfra:
         entry = self._registry.entry(run_id)
         if entry and (kept := entry.intervals()) is not None:
             return kept
-        jobs = self._jobs_of(run_id, entry) if entry or self._asks else []
+        jobs = self._recent(run_id, entry)
         if not jobs:
             return []
-        used = [usage for row in engine.cost_rows([job.cluster for job in jobs]) for usage in usages(row)]
-        events = {job.id: [Event(*event) for event in engine.events(job.id)] for job in jobs}
-        found = intervals(run_id, jobs, used, events, entry.preemptible if entry else self._preemptible(jobs[-1].infra))
+        events = {job.id: [Event(*event) for event in engine.events(job.id)] for job in jobs if _needs_events(job)}
+        spot = entry.preemptible if entry else self._preemptible(jobs[-1].infra)
+        found = intervals(run_id, jobs, self._usages(jobs), events, spot)
         if jobs[-1].is_ended:
             self._registry.keep_history(run_id, found)
         return found
+
+    def _recent(self, run_id: str, entry: Entry | None) -> list[ManagedJob]:
+        """As listed a moment ago, for verbs over all runs: they would ask once for each."""
+        if listed := [job for job in self._listed if job.run_id == run_id and _is_of(job, entry)]:
+            return sorted(_of_one_bucket(listed), key=lambda job: job.id)
+        return self._jobs_of(run_id, entry) if entry or self._asks else []
+
+    def _usages(self, jobs: Sequence[ManagedJob]) -> list[Usage]:
+        """What was paid for these jobs; with them, in one question, for all that are listed."""
+        names = {job.cluster for job in jobs}
+        if not self._listed or not names <= self._paid.keys():
+            names |= {job.cluster for job in self._listed}
+            self._paid = {name: [] for name in names}
+            for row in engine.cost_rows(sorted(names)):
+                self._paid.setdefault(str(row["name"]), []).extend(usages(row))
+        return [usage for job in jobs for usage in self._paid[job.cluster]]
 
     def _entry(self, run_id: str) -> Entry:
         entry = self._registry.entry(run_id)
@@ -259,9 +284,8 @@ class SkyInfra:
         """The managed jobs of a run, in order of submission: by name, since a resume elsewhere is one of them too."""
         records = engine.managed_jobs(FIELDS, True, "" if ids else run_id, ids)
         found = [managed_job(record) for record in records]
-        return sorted(
-            (job for job in found if job.run_id == run_id and (ids or _is_of(job, entry))), key=lambda job: job.id
-        )
+        found = [job for job in found if job.run_id == run_id and (ids or _is_of(job, entry))]
+        return sorted(found if ids or entry else _of_one_bucket(found), key=lambda job: job.id)
 
 
 def _is_of(job: ManagedJob, entry: Entry | None) -> bool:
@@ -269,3 +293,15 @@ def _is_of(job: ManagedJob, entry: Entry | None) -> bool:
     if entry is None:
         return job.marks is not None
     return job.id in entry.jobs or (job.marks or {}).get("bucket") == entry.bucket
+
+
+def _of_one_bucket(jobs: Sequence[ManagedJob]) -> list[ManagedJob]:
+    """Those of the newest one's bucket: a name may stand for several runs, in several buckets."""
+    newest = max(jobs, key=lambda job: job.id, default=None)
+    bucket = (newest.marks or {}).get("bucket") if newest else None
+    return [job for job in jobs if (job.marks or {}).get("bucket") == bucket]
+
+
+def _needs_events(job: ManagedJob) -> bool:
+    """Whether its status alone does not say how each of its machines went."""
+    return job.recoveries > 0 or not job.is_ended

@@ -14,7 +14,6 @@ from spotune.contracts.errors import InfraError
 
 CONFIG = ".slurm/config"
 _TIMEOUT_S = 60.0
-_KILLED_S = 5.0
 _SPOT = re.compile(r"spot|preempt", re.IGNORECASE)
 
 
@@ -94,14 +93,17 @@ def take(cluster: str, name: str, notice_s: float, environ: Mapping[str, str]) -
 def taking(name: str, notice_s: float) -> str:
     """The shell command that does it; prints ``taken`` or ``none``.
 
-    Without notice everything is killed at once, and the allocation given back a little later: given back at once, its
-    steps would be sent a SIGTERM that overtakes the kill, and that is a notice.
+    Without notice the job is killed and given back at once: the longer its steps are dead while the allocation is still
+    there, the likelier SkyPilot's poll finds a job that failed on a machine that is up, and gives it up for good. Slurm
+    begins the end of any job with a SIGTERM, so that a step may hear of it seconds before; killing the steps one by one
+    avoids that, but was measured to end a job FAILED.
     """
     jobs = f"jobs=$(echo $(squeue --me --noheader --name={shlex.quote(name)} --states=RUNNING --format=%A)) || exit"
-    none = '[ -n "$jobs" ] || { echo none; exit; }'
-    signal, left_s = ("URG", notice_s) if notice_s else ("KILL", _KILLED_S)
-    later = f'nohup setsid sh -c "sleep {left_s:g}; scancel $jobs" < /dev/null > /dev/null 2>&1 &'
-    return f"{jobs}; {none}; scancel --signal={signal} $jobs; {later} echo taken"
+    jobs += '; [ -n "$jobs" ] || { echo none; exit; }'
+    if notice_s:
+        later = f'nohup setsid sh -c "sleep {notice_s:g}; scancel $jobs" < /dev/null > /dev/null 2>&1 &'
+        return f"{jobs}; scancel --signal=URG $jobs; {later} echo taken"
+    return f"{jobs}; scancel --full --signal=KILL $jobs; scancel $jobs; echo taken"
 
 
 def _home(environ: Mapping[str, str]) -> Path:

@@ -241,7 +241,7 @@ def test_only_a_clusters_own_tool_takes_a_machine_of_a_cloud(tmp_path: Path) -> 
         take_machine(replace(job, cluster_on_cloud=""), 0, {})
 
 
-def test_slurm_is_told_to_take_the_allocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_is_told_to_take_the_allocation(tmp_path: Path) -> None:
     """The command runs as it would on the login node, with Slurm's commands replaced by ones that write down."""
     said = tmp_path / "said"
     for name, body in (("squeue", f'echo 41; echo "squeue $@" >> {said}'), ("scancel", f'echo "scancel $@" >> {said}')):
@@ -255,15 +255,15 @@ def test_slurm_is_told_to_take_the_allocation(tmp_path: Path, monkeypatch: pytes
         done = subprocess.run(["bash", "-c", command], env=environ, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
-    monkeypatch.setattr(slurm, "_KILLED_S", 0.5)
-    for notice_s, signal in ((0.0, "KILL"), (0.6, "URG")):  # neither waits for the end
-        assert run(slurm.taking("run-a-7-x", notice_s)) == "taken"
-        asked, signalled = said.read_text().splitlines()
-        assert "--name=run-a-7-x" in asked
-        assert signalled == f"scancel --signal={signal} 41"
-        time.sleep(1.5)
-        assert said.read_text().splitlines()[2:] == ["scancel 41"]
-        said.unlink()
+    assert run(slurm.taking("run-a-7-x", 0.6)) == "taken"  # does not wait for the end
+    asked, signalled = said.read_text().splitlines()
+    assert "--name=run-a-7-x" in asked
+    assert signalled == "scancel --signal=URG 41"
+    time.sleep(1.5)
+    assert said.read_text().splitlines()[2:] == ["scancel 41"]
+    said.unlink()
+    assert run(slurm.taking("run-a-7-x", 0)) == "taken"
+    assert said.read_text().splitlines()[1:] == ["scancel --full --signal=KILL 41", "scancel 41"]
     (tmp_path / "bin/squeue").write_text("#!/bin/bash\ntrue\n")
     assert run(slurm.taking("run-a-7-x", 0)) == "none"
 

@@ -239,3 +239,24 @@ def test_a_follower_of_a_job_that_is_over_at_once(
 ) -> None:
     streams["live"], streams["kept"] = [[None, None]], [[BEGIN, "(run-a, pid=2) all\n"]]
     assert follow(monkeypatch, tmp_path, job(status="FAILED")) == ["all"]
+
+
+def test_all_runs_are_asked_for_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And two runs of one name, in two buckets, stay two."""
+    asked: list[str] = []
+    records = [SimpleNamespace(**one["record"]) for one in RECORDED]
+    rows = [{**row, "resources": SimpleNamespace(**row["resources"])} for one in RECORDED for row in one["cost_rows"]]
+
+    def answer(name: str, value: object) -> None:
+        monkeypatch.setattr(engine, name, lambda *_: asked.append(name) or value)
+
+    answer("managed_jobs", records)
+    answer("cost_rows", rows)
+    monkeypatch.setattr(engine, "events", lambda job_id: asked.append(f"events {job_id}") or [])
+    infra = SkyInfra(tmp_path, {"HOME": str(tmp_path)}, asks=True)
+    listed = infra.jobs(everyone=True)
+    assert len({job.bucket for job in listed}) == 3
+    assert [job.attempt for job in listed] == [2, 1, 1]
+    for _ in range(3):
+        assert [row.end_reason for row in infra.history("run-a")] == ["exited"]  # the newest of that name
+    assert asked == ["managed_jobs", "cost_rows"]
