@@ -27,7 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    return True if collection_path.name == "test_full.py" and not config.getoption("--full", False) else None
+    is_rest = collection_path.name in ("test_full.py", "test_infra.py")
+    return True if is_rest and not config.getoption("--full", False) else None
 
 
 @pytest.fixture(scope="session")

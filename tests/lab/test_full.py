@@ -116,7 +116,6 @@ def test_two_nodes_one_of_them_preempted(lab: Layout, launch: Launch, reference:
     assert managed.replayed() == [0, 0], managed.story()
 
 
-@pytest.mark.skipif(not (ROOT / "tasks" / "dev.yaml").exists(), reason="there is no tasks/dev.yaml yet")
 def test_a_dev_cluster_by_sky_alone(lab: Layout) -> None:
     words = ["--infra", "slurm/lab/spot", "--no-use-spot", "--gpus", "L4:1", "--cpus", "2", "--memory", "3"]
     environ = ["--env", f"SPOTUNE_PYTHON={lab.job_python}"]

@@ -18,9 +18,9 @@ from spotune.contracts.errors import InfraError, InputError
 from spotune.contracts.store import Store
 from spotune.launch.skypilot.infra import SkyInfra
 from tests.contract.infra_contract import CERTIFY, RUN, WAIT, Bench, InfraContract
+from tests.lab.layout import Layout
 
 pytestmark = [pytest.mark.lab, pytest.mark.filterwarnings("ignore")]  # SkyPilot's own, when it is imported
-LAB = Path(os.environ.get("LAB_DIR", "/var/tmp/skylab"))
 PLACE = "slurm/lab/spot"
 
 
@@ -36,11 +36,9 @@ DEAF = in_step(f"trap '' TERM URG; echo up; {WAIT}")
 
 
 @pytest.fixture
-def lab_environ(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def lab_environ(lab: Layout, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """This process's environment as the lab's, in which ``sky`` talks to the lab alone."""
-    if not (LAB / "env").is_file():
-        pytest.skip(f"no lab at {LAB}: make lab")
-    script = f". {LAB}/env && env -0"
+    script = f". {lab.root}/env && env -0"
     told = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
     environ = dict(pair.partition("=")[::2] for pair in told.split("\0") if pair)
     environ["PYTHONPATH"] = f"{Path(spotune.__file__).parents[1]}:{environ.get('PYTHONPATH', '')}"
@@ -50,8 +48,8 @@ def lab_environ(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 @pytest.fixture
-def bench(lab_environ: dict[str, str], tmp_path: Path) -> Iterator[Bench]:
-    shared = LAB / "shared" / f"infra-{os.getpid()}-{time.time_ns()}"
+def bench(lab: Layout, lab_environ: dict[str, str], tmp_path: Path) -> Iterator[Bench]:
+    shared = lab.shared / f"infra-{os.getpid()}-{time.time_ns()}"
     shared.mkdir(mode=0o777)
     shared.chmod(0o777)
     workdir = tmp_path / "work"

@@ -118,20 +118,9 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
         code=code.facts(),
         versions={"spotune": __version__},
     )
-    submission = Submission(
-        run_id=run_id,
-        task=offered.task,
-        workdir=str(workspace.cwd),
-        user=workspace.env.user,
-        infra=infra,
-        priority=demand.priority,
-        secrets=secrets,
-        preemptions=read_preemptions(Path(wish.preemptions)) if wish.preemptions else (),
-        interactive=wish.kind == "dev",
-    )
     return Plan(
         record=record,
-        submission=submission,
+        submission=_submission(record, wish, workspace, offered.task, secrets),
         bucket=workspace.env.bucket,
         infra=infra,
         task_path=task_path,
@@ -140,6 +129,22 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
         notes=offered.notes,
         code=code,
         allow_config_change=wish.allow_config_change,
+    )
+
+
+def _submission(
+    record: RunRecord, wish: Wish, workspace: Workspace, task: dict[str, Any], secrets: dict[str, str]
+) -> Submission:
+    return Submission(
+        run_id=record.run_id,
+        task=task,
+        workdir=str(workspace.cwd),
+        user=record.user,
+        infra=record.infra,
+        priority=record.priority,
+        secrets=secrets,
+        preemptions=read_preemptions(Path(wish.preemptions)) if wish.preemptions else (),
+        interactive=wish.kind == "dev",
     )
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from spotune.contracts.environment import BUCKET
 from spotune.contracts.errors import InfraError, InputError
-from spotune.launch.infra import ACTIVE, JobStatus, PaidInterval, Submission, cloud_of
+from spotune.launch.infra import ACTIVE, JobStatus, PaidInterval, Submission
 from spotune.launch.settings import SlurmSettings
-from spotune.launch.skypilot import engine, slurm
+from spotune.launch.skypilot import engine
 from spotune.launch.skypilot.history import Event, Usage, intervals, usages
 from spotune.launch.skypilot.jobs import FIELDS, ManagedJob, by_run, managed_job, run_status
 from spotune.launch.skypilot.logs import attempts_in, begins, lines_of, said
-from spotune.launch.skypilot.offers import known_partitions
+from spotune.launch.skypilot.offers import preemptible_partitions
 from spotune.launch.skypilot.preempt import take_machine
 from spotune.launch.skypilot.registry import Entry, Registry
 from spotune.launch.skypilot.task import check_submission, task_config
@@ -92,17 +92,8 @@ class SkyInfra:
     def _preemptible(self, infra: str) -> list[str]:
         """Slurm partitions that count as spot, asked for once."""
         if infra not in self._spot:
-            self._spot[infra] = self._ask_preemptible(infra) if cloud_of(infra) == "slurm" else []
+            self._spot[infra] = preemptible_partitions(infra, self._slurm, self._environ)
         return self._spot[infra]
-
-    def _ask_preemptible(self, infra: str) -> list[str]:
-        cluster, partition = (*infra.split("/")[1:], "", "")[:2]
-        named = [cluster] if cluster else slurm.clusters(self._environ)
-        known = {name: known_partitions(name, self._slurm, self._environ) for name in named}
-        found = [f"{name}/{one.name}" for name, partitions in known.items() for one in partitions if one.preemptible]
-        if partition and not known[cluster] and slurm.is_spot_name(partition):
-            found.append(f"{cluster}/{partition}")
-        return found
 
     def check_resumable(self, run_id: str) -> None:
         entry = self._entry(run_id)

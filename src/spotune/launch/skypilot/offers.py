@@ -131,6 +131,20 @@ def known_partitions(cluster: str, settings: SlurmSettings, environ: Mapping[str
     return [*found, *(Partition(name, True) for name in ours if name not in [one.name for one in found])]
 
 
+def preemptible_partitions(infra: str, settings: SlurmSettings, environ: Mapping[str, str]) -> list[str]:
+    """Partitions that ``infra`` may land on and that count as spot, ``CLUSTER/PARTITION``; none but on Slurm."""
+    if cloud_of(infra) != "slurm":
+        return []
+    cluster, partition = (*infra.split("/")[1:], "", "")[:2]
+    known = {
+        name: known_partitions(name, settings, environ) for name in ([cluster] if cluster else slurm.clusters(environ))
+    }
+    found = [f"{name}/{one.name}" for name, partitions in known.items() for one in partitions if one.preemptible]
+    if partition and not known[cluster] and slurm.is_spot_name(partition):
+        found.append(f"{cluster}/{partition}")
+    return found
+
+
 def _unpriced(infra: str, use_spot: bool, source: str, at: float) -> PriceRow:
     _, *places = infra.split("/")
     region, zone = (*places, "*", "*")[:2]
