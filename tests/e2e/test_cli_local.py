@@ -81,6 +81,9 @@ def test_ctrl_c_detaches_from_a_job_and_cancel_stops_it(shell: Shell) -> None:
     out, err = interrupt_after(shell.start("train", "run.yaml", "-y", "--name", "run-a"), "up")
     assert "Traceback" not in out + err
     assert "spotune logs -f run-a" in err
+    deadline = time.monotonic() + 10  # the first line of the log may be there before the supervisor looks
+    while shell.state("run-a") == "STARTING" and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert shell.state("run-a") == "RUNNING"
     cancelled = shell.run("cancel", "run-a", "-y")
     assert (cancelled.returncode, cancelled.stderr) == (0, "")
