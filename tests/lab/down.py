@@ -15,7 +15,7 @@ import psutil
 from tests.lab import daemons, machine, slurm
 from tests.lab.layout import LabError, Layout
 
-SKY = re.compile(r"\bsky\.(server|jobs|serve)\b|/bin/sky ")
+SKY = re.compile(r"(?:\b|-m)sky\.(server|jobs|serve)\b|/bin/sky ")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmstepd", "sshd")
 TEMPORARY = ("/tmp", "/var/tmp", "/dev/shm")
 

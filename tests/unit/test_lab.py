@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab import preempt
+from tests.lab.down import SKY
 from tests.lab.layout import LabError, Layout
 
 
@@ -42,3 +43,16 @@ def test_a_node_by_its_number() -> None:
 def test_what_preempt_does_not_take(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert preempt.main(argv) == 2
     assert capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "is_sky"),
+    [
+        ("python -m sky.server.server --port=46780", True),
+        ("python -u -msky.jobs.controller 4f9f1ebb", True),
+        ("python /venv/bin/sky jobs queue", True),
+        ("python -m skylark.jobs", False),
+    ],
+)
+def test_what_is_skypilots(command: str, is_sky: bool) -> None:
+    assert bool(SKY.search(command)) == is_sky
