@@ -1,7 +1,7 @@
 """What an infrastructure is: the one interface behind ``local`` and ``skypilot``, with the same contract tests."""
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal, Protocol
@@ -111,6 +111,13 @@ class Infra(Protocol):
 
     def history(self, run_id: str) -> list[PaidInterval]:
         """Every machine the run was given, oldest first."""
+
+
+def check_secrets(run_id: str, names: Iterable[str], environ: Mapping[str, str]) -> None:
+    """Raises InputError for a run's secret that is not set here: no engine keeps the values of one that has ended."""
+    missing = [name for name in names if name not in environ]
+    if missing:
+        raise InputError(run_id, f"secret {missing[0]} is not set here", remedy=f"export {missing[0]}=… first")
 
 
 LOCAL, SKYPILOT = "local", "skypilot"

@@ -20,9 +20,8 @@ from spotune.launch.code import Code, read_code
 from spotune.launch.infra import LOCAL, Submission, infra_of, spell
 from spotune.launch.local.gpus import find_gpus
 from spotune.launch.preemptions import read_preemptions
-from spotune.launch.prices import local_prices
-from spotune.launch.skypilot.offers import Offers, Wanted, make_offers
-from spotune.launch.task import Demand, Resources, demand_of, fill_in, load_task
+from spotune.launch.prices import Offers, local_prices
+from spotune.launch.task import Demand, Resources, demand_of, env_pairs, fill_in, load_task
 from spotune.launch.workspace import Workspace
 
 PRIORITIES = (-1000, 1000)
@@ -151,6 +150,8 @@ def _submission(
 def _offers(task: dict[str, Any], wish: Wish, infra: str, demand: Demand, workspace: Workspace, now: float) -> Offers:
     """Where it could run, and at what price."""
     if infra != LOCAL:
+        from spotune.launch.skypilot.offers import Wanted, make_offers
+
         place = Wanted(task, infra, wish.resources.use_spot, workspace.environ, workspace.settings.slurm)
         return make_offers(place, now)
     gpus = find_gpus(workspace.environ)
@@ -174,16 +175,12 @@ def _check_demand(demand: Demand, wish: Wish, infra: str, task_path: Path) -> De
 
 def _environment(wish: Wish, workspace: Workspace, run_id: str) -> dict[str, str]:
     """What the task's ``envs`` get: seam 1, and what ``--env`` adds."""
-    given: dict[str, str] = {}
-    for pair in wish.envs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name.isidentifier():
-            raise InputError("--env", f"{pair!r} is not NAME=value", remedy="--env NCCL_DEBUG=INFO")
+    given = env_pairs(wish.envs)
+    for name in given:
         if name in (*_RESERVED, environment.BUCKET):
             raise InputError(
                 "--env", f"{name} is for spotune to set", remedy=f"export {environment.BUCKET}=… for the bucket"
             )
-        given[name] = value
     ours = {
         environment.BUCKET: workspace.env.bucket,
         environment.RUN_ID: run_id,

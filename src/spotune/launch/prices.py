@@ -1,6 +1,8 @@
-"""What machines of this infrastructure cost, as rows that are frozen in ``run.json``."""
+"""What machines cost, as rows that are frozen in ``run.json``; here those of this machine."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from spotune.contracts.records import PriceRow
 from spotune.launch.local.gpus import Gpu
@@ -8,6 +10,22 @@ from spotune.launch.settings import Settings
 from spotune.launch.task import Demand
 
 CPU = "cpu"
+
+
+@dataclass(frozen=True)
+class Offers:
+    """The task at its place, and the prices of all places that it may land on.
+
+    Attributes:
+        rows: the cheapest first; also those of places that it may not be launched on, to compare with.
+        chosen: what SkyPilot tries first, as far as prices tell.
+        notes: what is to be said beside the prices.
+    """
+
+    task: dict[str, Any]
+    rows: list[PriceRow]
+    chosen: PriceRow
+    notes: tuple[str, ...] = ()
 
 
 def local_prices(settings: Settings, gpus: Sequence[Gpu], demand: Demand, at: float) -> list[PriceRow]:

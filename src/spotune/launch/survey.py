@@ -13,7 +13,6 @@ from spotune.contracts.records import fingerprint
 from spotune.launch.checks import check_model
 from spotune.launch.infra import LOCAL, infra_of, spell
 from spotune.launch.local.gpus import find_gpus
-from spotune.launch.skypilot.survey import survey_infra
 from spotune.launch.task import load_task
 from spotune.launch.workspace import Workspace
 
@@ -63,4 +62,6 @@ def survey_place(workspace: Workspace, infra: str) -> dict[str, Any]:
     """Facts about ``--infra NAME``; nothing more of this machine, which ``survey_machine`` tells of."""
     if infra_of(infra) == LOCAL:
         return {"infra": LOCAL}
+    from spotune.launch.skypilot.survey import survey_infra
+
     return survey_infra(spell(infra), workspace.settings.slurm, workspace.environ)

@@ -1,7 +1,7 @@
 """A task is a plain SkyPilot YAML, as data: found, read, checked as far as we rely on it, and filled in."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,17 @@ def fill_in(task: Mapping[str, Any], envs: Mapping[str, str], resources: Resourc
     if resources.num_nodes is not None:
         filled["num_nodes"] = resources.num_nodes
     return filled
+
+
+def env_pairs(pairs: Iterable[str]) -> dict[str, str]:
+    """``--env K=V`` as a mapping; raises InputError."""
+    given: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise InputError("--env", f"{pair!r} is not NAME=value", remedy="--env NCCL_DEBUG=INFO")
+        given[name] = value
+    return given
 
 
 def demand_of(task: Mapping[str, Any], where: object = "task") -> Demand:

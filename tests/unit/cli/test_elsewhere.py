@@ -10,7 +10,8 @@ from spotune.contracts.keys import Keys
 from spotune.contracts.records import Mark, PriceRow, RunRecord
 from spotune.launch import infra
 from spotune.launch.infra import JobStatus, PaidInterval, Submission
-from spotune.launch.skypilot.offers import Offers, Wanted
+from spotune.launch.prices import Offers
+from spotune.launch.skypilot.offers import Wanted
 from tests.unit.fake_infra import FakeInfra
 from tests.unit.project import Project
 
@@ -52,7 +53,7 @@ def offers(wanted: Wanted, at: float) -> Offers:
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     monkeypatch.setitem(infra.BACKENDS, "skypilot", f"{__name__}:FakeSky")
     monkeypatch.setattr("spotune.launch.infra.import_module", _import_module)
-    monkeypatch.setattr("spotune.launch.plan.make_offers", offers)
+    monkeypatch.setattr("spotune.launch.skypilot.offers.make_offers", offers)
     monkeypatch.setattr("spotune.launch.workspace.Workspace.check_bucket_reaches", lambda self, infra: None)
     FakeSky.reset()
     FakeSky.silent.clear()

@@ -1,4 +1,4 @@
-"""What the verbs of ``dev`` have in common: which cluster, and pairs of the environment."""
+"""What the verbs of ``dev`` have in common: which cluster, and a word to people."""
 
 from typing import TYPE_CHECKING
 
@@ -21,19 +21,6 @@ def chosen(cluster: str, workspace: "Workspace") -> str:
     from spotune.launch.skypilot.clusters import default_name
 
     return cluster or default_name(workspace.env.user)
-
-
-def pairs(envs: tuple[str, ...]) -> dict[str, str]:
-    """``--env K=V`` as a mapping; raises InputError."""
-    from spotune.contracts.errors import InputError
-
-    given = {}
-    for pair in envs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name.isidentifier():
-            raise InputError("--env", f"{pair!r} is not NAME=value", remedy="--env NCCL_DEBUG=INFO")
-        given[name] = value
-    return given
 
 
 def say(text: str) -> None:

@@ -2,7 +2,7 @@
 
 import click
 
-from spotune.cli.dev.choose import chosen, cluster_argument, pairs, say
+from spotune.cli.dev.choose import chosen, cluster_argument, say
 from spotune.cli.options import open_workspace
 
 
@@ -16,6 +16,7 @@ def notebook(cluster: str, port: int, envs: tuple[str, ...]) -> None:
     Called again it finds the Jupyter that is there. Only a kernel that is busy, or was lately, counts as work.
     """
     from spotune.launch.skypilot import notebook, ssh
+    from spotune.launch.task import env_pairs
 
     workspace = open_workspace()
     name = chosen(cluster, workspace)
@@ -23,7 +24,7 @@ def notebook(cluster: str, port: int, envs: tuple[str, ...]) -> None:
     server = notebook.find(name)
     if server is None:
         say(f"{name}: starting Jupyter, which is installed there the first time")
-        server = notebook.start(name, pairs(envs), workspace)
+        server = notebook.start(name, env_pairs(envs), workspace)
     click.echo(f"http://localhost:{port}/lab?token={server.token}")
     say("opening the tunnel, Ctrl-C closes it")
     try:

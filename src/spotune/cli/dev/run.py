@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from spotune.cli.dev.choose import chosen, cluster_option, pairs, say
+from spotune.cli.dev.choose import chosen, cluster_option, say
 from spotune.cli.options import config_options, open_workspace
 
 if TYPE_CHECKING:
@@ -51,8 +51,9 @@ def run(
     with _ended_by_hangup():
         if cluster or infra.split("/", 1)[0] != "local":
             from spotune.launch.skypilot.dev import RunWish
+            from spotune.launch.task import env_pairs
 
-            wish = RunWish(profile, overrides, gpus, share, save_every, pairs(envs))
+            wish = RunWish(profile, overrides, gpus, share, save_every, env_pairs(envs))
             sys.exit(_on_cluster(config, name, "" if cluster else infra, chosen(cluster, workspace), wish, workspace))
         if share is not None:
             raise InputError("--share", "runs here share a GPU without it", remedy="leave it out")

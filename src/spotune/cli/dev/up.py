@@ -2,7 +2,7 @@
 
 import click
 
-from spotune.cli.dev.choose import chosen, pairs, say
+from spotune.cli.dev.choose import chosen, say
 from spotune.cli.options import open_workspace
 
 
@@ -31,10 +31,11 @@ def up(name: str, infra: str, envs: tuple[str, ...], **given: object) -> None:
     """
     from spotune.launch.skypilot.dev import DevWish
     from spotune.launch.skypilot.dev import up as bring_up
+    from spotune.launch.task import env_pairs
 
     workspace = open_workspace()
     infra = infra or ("" if workspace.settings.infra == "local" else workspace.settings.infra)
-    wish = DevWish(name=chosen(name, workspace), infra=infra, envs=pairs(envs), **given)  # type: ignore[arg-type]
+    wish = DevWish(name=chosen(name, workspace), infra=infra, envs=env_pairs(envs), **given)  # type: ignore[arg-type]
     done = bring_up(wish, workspace)
     cluster = done.cluster
     for note in done.notes:

@@ -8,7 +8,7 @@ from typing import Any
 
 from spotune.contracts import environment
 from spotune.contracts.errors import InfraError, InputError
-from spotune.launch.infra import JobStatus, PaidInterval, Submission
+from spotune.launch.infra import JobStatus, PaidInterval, Submission, check_secrets
 from spotune.launch.local import daemon
 from spotune.launch.local.gpus import find_gpus
 from spotune.launch.local.layout import Layout
@@ -68,9 +68,7 @@ class LocalInfra:
         self._wake()
 
     def check_resumable(self, run_id: str) -> None:
-        missing = [name for name in self._job(run_id).secrets if name not in self._environ]
-        if missing:  # their values were forgotten when the run ended
-            raise InputError(run_id, f"secret {missing[0]} is not set here", remedy=f"export {missing[0]}=… first")
+        check_secrets(run_id, self._job(run_id).secrets, self._environ)
 
     def resume(self, run_id: str) -> None:
         job = self._job(run_id)

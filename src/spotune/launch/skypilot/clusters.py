@@ -58,8 +58,7 @@ def list_clusters(names: list[str] | None = None) -> list[Cluster]:
     Those with autostop are looked after where they run, since they may be gone by themselves.
     """
     sky = engine.sdk()
-    with engine.translated():
-        records = engine.ask(sky.status(cluster_names=names, refresh=sky.StatusRefreshMode.AUTO))
+    records = engine.call(sky.status, cluster_names=names, refresh=sky.StatusRefreshMode.AUTO)
     return [_cluster(record) for record in records if not record.is_managed]
 
 
@@ -67,8 +66,7 @@ def with_prices(clusters: list[Cluster]) -> list[Cluster]:
     """The same clusters with what they cost: SkyPilot's own report, at today's price."""
     if not clusters:
         return []
-    with engine.translated():
-        rows = engine.ask(engine.sdk().cost_report(days=None))
+    rows = engine.call(engine.sdk().cost_report, days=None)
     by_name = {row["name"]: row for row in rows if row.get("status") is not None}
     return [_priced(cluster, by_name.get(cluster.name, {})) for cluster in clusters]
 
@@ -86,7 +84,7 @@ def launch(task: Mapping[str, Any], name: str, idle_minutes: int, down: bool) ->
     """Brings a cluster up, or starts a stopped one; what SkyPilot says of it goes to stderr."""
     sky = engine.sdk()
     with engine.translated(), redirect_stdout(sys.stderr):
-        request = sky.launch(_task(task), cluster_name=name, idle_minutes_to_autostop=idle_minutes, down=down)
+        request = sky.launch(engine.task(task), cluster_name=name, idle_minutes_to_autostop=idle_minutes, down=down)
         job_id, _ = engine.watch(request, sys.stderr)
         code = sky.tail_logs(name, job_id, follow=True, output_stream=sys.stderr) if job_id else 0
     if code:
@@ -99,7 +97,7 @@ def execute(task: Mapping[str, Any], name: str) -> int:
     """Puts a job into the cluster's queue, its working directory synced; returns its number."""
     sky = engine.sdk()
     with engine.translated(), redirect_stdout(sys.stderr):
-        job_id, _ = engine.ask(sky.exec(_task(task), cluster_name=name))
+        job_id, _ = engine.ask(sky.exec(engine.task(task), cluster_name=name))
     return int(job_id)
 
 
@@ -110,19 +108,16 @@ def follow(name: str, job_id: int) -> int:
 
 
 def cancel(name: str, job_id: int) -> None:
-    with engine.translated():
-        engine.ask(engine.sdk().cancel(name, job_ids=[job_id]))
+    engine.call(engine.sdk().cancel, name, job_ids=[job_id])
 
 
 def running_jobs(name: str) -> list[str]:
     """Names of the jobs in a cluster's queue that are not over."""
-    with engine.translated():
-        return [str(job.job_name) for job in engine.ask(engine.sdk().queue(name, skip_finished=True))]
+    return [str(job.job_name) for job in engine.call(engine.sdk().queue, name, skip_finished=True)]
 
 
 def set_autostop(name: str, minutes: int, down: bool) -> None:
-    with engine.translated():
-        engine.ask(engine.sdk().autostop(name, minutes, down=down))
+    engine.call(engine.sdk().autostop, name, minutes, down=down)
 
 
 def stop(name: str) -> None:
@@ -147,10 +142,6 @@ def can_stop(infra: str) -> bool:
 def check_can_stop(infra: str, remedy: str, where: str) -> None:
     if not can_stop(infra):
         raise InputError(where, f"{infra} cannot stop a cluster, only take it down", remedy=remedy)
-
-
-def _task(task: Mapping[str, Any]) -> Any:
-    return engine.sdk().Task.from_yaml_config(dict(task))
 
 
 def _cluster(record: Any) -> Cluster:

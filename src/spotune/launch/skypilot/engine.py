@@ -4,7 +4,6 @@
 """
 
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spotune.contracts.errors import InfraError, InputError
+from spotune.launch.skypilot.logs import plain
 from spotune.launch.skypilot.server import Server
 
 # SkyPilot's exception -> what to do about it. The message itself is SkyPilot's.
@@ -28,7 +28,6 @@ _REMEDIES = {
     "ServerTemporarilyUnavailableError": "the API server is busy, try again",
 }
 _USERS = ("InvalidSkyPilotConfigError", "InvalidClusterNameError", "UserRequestRejectedByPolicy", "ValueError")
-_COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 def sdk() -> Any:
@@ -75,7 +74,7 @@ def translated(where: str = "SkyPilot") -> Iterator[None]:
 
 def one_line(error: BaseException) -> str:
     """What an exception of SkyPilot's says, without its colours and line breaks."""
-    text = " ".join(_COLOUR.sub("", str(error)).split()).split(" To fix: ")[0].rstrip(".")
+    text = " ".join(plain(str(error)).split()).split(" To fix: ")[0].rstrip(".")
     return text or type(error).__name__
 
 
@@ -121,28 +120,24 @@ def managed_jobs(fields: Sequence[str], everyone: bool, name: str = "", ids: Seq
 
 def events(job_id: int) -> list[tuple[float, str, str]]:
     """(epoch seconds, status, reason) of a managed job's changes, oldest first."""
-    with translated():
-        client = sdk()
-        from sky.server import common
-        from sky.server.requests import payloads
-
-        body = json.loads(payloads.GetJobEventsBody(job_id=job_id, limit=None).model_dump_json())
-        response = common.make_authenticated_request("POST", "/jobs/events", json=body)
-        rows = client.get(common.get_request_id(response))
+    rows = _post("/jobs/events", "GetJobEventsBody", job_id=job_id, limit=None)
     return sorted((_epoch(row["timestamp"]), _status(row["new_status"]), row.get("reason") or "") for row in rows)
 
 
 def cost_rows(names: Sequence[str]) -> list[dict[str, Any]]:
     """The rows of ``cost_report`` for clusters of these names, however old."""
+    return list(_post("/cost_report", "CostReportBody", days=_EVER_DAYS, cluster_names=list(names)))
+
+
+def _post(path: str, body: str, **fields: Any) -> Any:
+    """The result of a request that the client has no function for, or none with these fields."""
     with translated():
         client = sdk()
         from sky.server import common
         from sky.server.requests import payloads
 
-        body = json.loads(payloads.CostReportBody(days=_EVER_DAYS, cluster_names=list(names)).model_dump_json())
-        response = common.make_authenticated_request("POST", "/cost_report", json=body)
-        found: list[dict[str, Any]] = client.get(common.get_request_id(response))
-    return found
+        content = json.loads(getattr(payloads, body)(**fields).model_dump_json())
+        return client.get(common.get_request_id(common.make_authenticated_request("POST", path, json=content)))
 
 
 def enabled_clouds() -> list[str]:

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from spotune.contracts.environment import BUCKET
 from spotune.contracts.errors import InfraError, InputError
-from spotune.launch.infra import ACTIVE, JobStatus, PaidInterval, Submission
+from spotune.launch.infra import ACTIVE, JobStatus, PaidInterval, Submission, check_secrets
 from spotune.launch.settings import SlurmSettings
 from spotune.launch.skypilot import engine
 from spotune.launch.skypilot.history import Event, Usage, intervals, usages
 from spotune.launch.skypilot.jobs import FIELDS, ManagedJob, by_run, managed_job, run_status
 from spotune.launch.skypilot.logs import attempts_in, begins, lines_of, said
-from spotune.launch.skypilot.offers import preemptible_partitions
 from spotune.launch.skypilot.preempt import take_machine
 from spotune.launch.skypilot.registry import Entry, Registry
+from spotune.launch.skypilot.slurm import preemptible_partitions
 from spotune.launch.skypilot.task import check_submission, task_config
 
 POLL_S = 2.0
@@ -97,9 +97,7 @@ class SkyInfra:
 
     def check_resumable(self, run_id: str) -> None:
         entry = self._entry(run_id)
-        missing = [name for name in entry.secrets if name not in self._environ]
-        if missing:
-            raise InputError(run_id, f"secret {missing[0]} is not set here", remedy=f"export {missing[0]}=… first")
+        check_secrets(run_id, entry.secrets, self._environ)
         if isinstance(entry.task.get("workdir"), str) and not Path(entry.workdir).is_dir():
             raise InputError(run_id, f"its folder {entry.workdir} is gone", remedy=f"spotune train --from {run_id}")
 

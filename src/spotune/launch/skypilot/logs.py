@@ -13,6 +13,11 @@ _OF_SKYPILOT = re.compile(
 _BEGIN, _END = re.compile(r"^== Logs of the user job \(ID: \d+\) ==$"), re.compile(r"^== End of logs \(ID: \d+\) ==$")
 
 
+def plain(text: str) -> str:
+    """Without SkyPilot's colours."""
+    return _COLOUR.sub("", text)
+
+
 def lines_of(pieces: Iterable[str | None]) -> Iterator[str]:
     """Whole lines from a stream of text; a last one that was never ended too. None is SkyPilot's spinner moving."""
     rest = ""
@@ -27,12 +32,12 @@ def lines_of(pieces: Iterable[str | None]) -> Iterator[str]:
 
 def begins(line: str) -> bool:
     """Whether a log begins here: of a further machine, where one stream goes on to it."""
-    return _COLOUR.sub("", line).startswith("├── Waiting for task resources")
+    return plain(line).startswith("├── Waiting for task resources")
 
 
 def said(line: str) -> str | None:
     """A line as the program wrote it, None where SkyPilot itself speaks. Of several machines the rank is kept."""
-    line = _COLOUR.sub("", line).rstrip("\r")
+    line = plain(line).rstrip("\r")
     found = _PREFIX.match(line)
     if not found:
         return None if _OF_SKYPILOT.match(line) or not line.strip() else line
@@ -50,11 +55,11 @@ def attempts_in(controller: Iterable[str]) -> list[list[str]]:
     found: list[list[str]] = []
     inside = False
     for line in controller:
-        plain = _COLOUR.sub("", line).strip()
-        if _BEGIN.match(plain):
+        bare = plain(line).strip()
+        if _BEGIN.match(bare):
             found.append([])
             inside = True
-        elif _END.match(plain):
+        elif _END.match(bare):
             inside = False
         elif inside and (text := said(line)) is not None:
             found[-1].append(text)

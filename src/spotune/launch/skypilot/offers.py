@@ -1,12 +1,13 @@
 """Where a task could run and what that costs. What SkyPilot would refuse it refuses here, before anybody is asked."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from spotune.contracts.errors import InfraError, InputError
+from spotune.contracts.errors import InputError
 from spotune.contracts.records import PriceRow
 from spotune.launch.infra import ANY, cloud_of
+from spotune.launch.prices import Offers
 from spotune.launch.settings import SlurmSettings
 from spotune.launch.skypilot import engine, slurm
 from spotune.launch.skypilot.catalog import CATALOG, SLURM_PRICING, cloud_quotes, slurm_quotes
@@ -32,22 +33,6 @@ class Wanted:
     slurm: SlurmSettings = field(default_factory=SlurmSettings)
 
 
-@dataclass(frozen=True)
-class Offers:
-    """The task at its place, and the prices of all places that it may land on.
-
-    Attributes:
-        rows: the cheapest first; also those of places that it may not be launched on, to compare with.
-        chosen: what SkyPilot tries first, as far as prices tell.
-        notes: what is to be said beside the prices.
-    """
-
-    task: dict[str, Any]
-    rows: list[PriceRow]
-    chosen: PriceRow
-    notes: tuple[str, ...] = ()
-
-
 def make_offers(wanted: Wanted, at: float) -> Offers:
     """Asks SkyPilot whether it can be had, and for the prices. Raises InputError or InfraError when it cannot."""
     cloud = cloud_of(wanted.infra)
@@ -68,11 +53,7 @@ def make_offers(wanted: Wanted, at: float) -> Offers:
 
 
 def _on_slurm(wanted: Wanted, at: float) -> Offers:
-    cluster, partition = (*wanted.infra.split("/")[1:], "", "")[:2]
-    clusters = [cluster] if cluster else slurm.clusters(wanted.environ)
-    known = {name: known_partitions(name, wanted.slurm, wanted.environ) for name in clusters}
-    if partition and partition not in [one.name for one in known[cluster]]:
-        known[cluster] = [*known[cluster], Partition(partition, slurm.is_spot_name(partition))]
+    known = slurm.partitions_of(wanted.infra, wanted.slurm, wanted.environ)
     resources = wanted.task.get("resources") or {}
     use_spot = bool(resources.get("use_spot"))
     places = narrowed(wanted.infra, wanted.use_spot, use_spot, known)
@@ -114,35 +95,6 @@ def narrowed(infra: str, said: bool | None, use_spot: bool, known: Mapping[str, 
         what = "may be preempted" if said else "is safe from preemption"
         raise InputError(flag, f"no partition of {infra} {what}", remedy=f"--infra {next(iter(kinds))}")
     return fits
-
-
-def known_partitions(cluster: str, settings: SlurmSettings, environ: Mapping[str, str]) -> list[Partition]:
-    """The cluster's partitions: as Slurm says where its login node can be asked, corrected by the settings."""
-    found: list[Partition] = []
-    if cluster in slurm.clusters(environ):
-        try:
-            found = slurm.partitions(cluster, environ)
-        except InfraError:
-            found = []  # SkyPilot's server may reach it from where it is
-    if settings.preemptible is None:
-        return found
-    ours = [name.partition("/")[2] for name in settings.preemptible if name.partition("/")[0] == cluster]
-    found = [replace(one, preemptible=one.name in ours) for one in found]
-    return [*found, *(Partition(name, True) for name in ours if name not in [one.name for one in found])]
-
-
-def preemptible_partitions(infra: str, settings: SlurmSettings, environ: Mapping[str, str]) -> list[str]:
-    """Partitions that ``infra`` may land on and that count as spot, ``CLUSTER/PARTITION``; none but on Slurm."""
-    if cloud_of(infra) != "slurm":
-        return []
-    cluster, partition = (*infra.split("/")[1:], "", "")[:2]
-    known = {
-        name: known_partitions(name, settings, environ) for name in ([cluster] if cluster else slurm.clusters(environ))
-    }
-    found = [f"{name}/{one.name}" for name, partitions in known.items() for one in partitions if one.preemptible]
-    if partition and not known[cluster] and slurm.is_spot_name(partition):
-        found.append(f"{cluster}/{partition}")
-    return found
 
 
 def _unpriced(infra: str, use_spot: bool, source: str, at: float) -> PriceRow:

@@ -7,10 +7,12 @@ import re
 import shlex
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spotune.contracts.errors import InfraError
+from spotune.launch.infra import cloud_of
+from spotune.launch.settings import SlurmSettings
 
 CONFIG = ".slurm/config"
 _TIMEOUT_S = 60.0
@@ -63,6 +65,38 @@ def parse_partitions(text: str) -> list[Partition]:
         Partition(name, (mode != "OFF" and tier < highest) if is_tiered else is_spot_name(name))
         for name, mode, tier in found
     ]
+
+
+def known_partitions(cluster: str, settings: SlurmSettings, environ: Mapping[str, str]) -> list[Partition]:
+    """The cluster's partitions: as Slurm says where its login node can be asked, corrected by the settings."""
+    found: list[Partition] = []
+    if cluster in clusters(environ):
+        try:
+            found = partitions(cluster, environ)
+        except InfraError:
+            found = []  # SkyPilot's server may reach it from where it is
+    if settings.preemptible is None:
+        return found
+    ours = [name.partition("/")[2] for name in settings.preemptible if name.partition("/")[0] == cluster]
+    found = [replace(one, preemptible=one.name in ours) for one in found]
+    return [*found, *(Partition(name, True) for name in ours if name not in [one.name for one in found])]
+
+
+def partitions_of(infra: str, settings: SlurmSettings, environ: Mapping[str, str]) -> dict[str, list[Partition]]:
+    """What ``slurm[/CLUSTER[/PARTITION]]`` may mean, by cluster; a partition that is named is among them."""
+    cluster, partition = (*infra.split("/")[1:], "", "")[:2]
+    known = {name: known_partitions(name, settings, environ) for name in ([cluster] if cluster else clusters(environ))}
+    if partition and partition not in [one.name for one in known[cluster]]:
+        known[cluster].append(Partition(partition, is_spot_name(partition)))
+    return known
+
+
+def preemptible_partitions(infra: str, settings: SlurmSettings, environ: Mapping[str, str]) -> list[str]:
+    """Partitions that ``infra`` may land on and that count as spot, ``CLUSTER/PARTITION``; none but on Slurm."""
+    if cloud_of(infra) != "slurm":
+        return []
+    known = partitions_of(infra, settings, environ)
+    return [f"{name}/{one.name}" for name, partitions in known.items() for one in partitions if one.preemptible]
 
 
 def on_login(cluster: str, command: str, environ: Mapping[str, str]) -> str:

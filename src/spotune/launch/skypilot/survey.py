@@ -7,7 +7,6 @@ from spotune.contracts.errors import InfraError
 from spotune.launch.infra import ANY, cloud_of
 from spotune.launch.settings import SlurmSettings
 from spotune.launch.skypilot import engine, slurm
-from spotune.launch.skypilot.offers import known_partitions
 from spotune.launch.skypilot.server import server_problems
 
 
@@ -37,7 +36,7 @@ def _slurm(infra: str, settings: SlurmSettings, environ: Mapping[str, str]) -> t
     clusters = slurm.clusters(environ)
     lines, problems = [], []
     for name in [cluster] if cluster else clusters:
-        known = known_partitions(name, settings, environ)
+        known = slurm.known_partitions(name, settings, environ)
         lines += [f"{name}/{one.name}{' (preemptible)' if one.preemptible else ''}" for one in known]
         if name not in clusters:
             problems.append(f"{name} is not in ~/{slurm.CONFIG} here: spotune preempt cannot reach it")

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spotune.contracts import exits
+from spotune.contracts.environment import BUCKET
 from spotune.contracts.errors import InputError
 from spotune.launch.infra import ANY, Submission, cloud_of
 from spotune.launch.skypilot.jobs import MARK
@@ -25,7 +26,7 @@ def task_config(submission: Submission) -> dict[str, Any]:
     marks = {
         "user": submission.user,
         "infra": submission.infra,
-        "bucket": envs.get("SPOTUNE_BUCKET", ""),
+        "bucket": envs.get(BUCKET, ""),
         "priority": submission.priority,
     }
     task["_metadata"] = {**(task.get("_metadata") or {}), MARK: marks}

@@ -19,7 +19,7 @@ from spotune.launch.skypilot import slurm
 from spotune.launch.skypilot.catalog import slurm_machine
 from spotune.launch.skypilot.infra import SkyInfra
 from spotune.launch.skypilot.jobs import ManagedJob
-from spotune.launch.skypilot.offers import known_partitions, narrowed
+from spotune.launch.skypilot.offers import narrowed
 from spotune.launch.skypilot.preempt import take_machine
 from spotune.launch.skypilot.prices import Quote, choose, price_rows, within
 from spotune.launch.skypilot.registry import Entry, Registry
@@ -131,16 +131,21 @@ def login(tmp_path: Path, script: str) -> dict[str, str]:
 def test_the_settings_correct_slurm(tmp_path: Path) -> None:
     environ = login(tmp_path, "echo PartitionName=gpu PriorityTier=1 PreemptMode=OFF")
     assert slurm.clusters(environ) == ["lab", "other"]
-    assert known_partitions("lab", SlurmSettings(), environ) == [Partition("gpu", False)]
+    assert slurm.known_partitions("lab", SlurmSettings(), environ) == [Partition("gpu", False)]
     ours = SlurmSettings(preemptible=("lab/gpu", "lab/new", "other/x"))
-    assert known_partitions("lab", ours, environ) == [Partition("gpu", True), Partition("new", True)]
+    assert slurm.known_partitions("lab", ours, environ) == [Partition("gpu", True), Partition("new", True)]
+    assert slurm.partitions_of("slurm/lab/spot", ours, environ)["lab"][-1] == Partition(
+        "spot", True
+    )  # as its name says
+    assert slurm.preemptible_partitions("slurm/lab/spot", ours, environ) == ["lab/gpu", "lab/new", "lab/spot"]
+    assert slurm.preemptible_partitions("aws", ours, environ) == []
 
 
 def test_a_login_node_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
     environ = login(tmp_path, "echo no route >&2; echo to host >&2; exit 255")
     with pytest.raises(InfraError, match="slurm/lab: no route to host"):
         slurm.on_login("lab", "true", environ)
-    assert known_partitions("lab", SlurmSettings(), environ) == []
+    assert slurm.known_partitions("lab", SlurmSettings(), environ) == []
 
 
 def test_where_it_may_run_on_slurm() -> None:
