@@ -28,6 +28,7 @@ HOLD_AT = "SPOTUNE_HOLD_AT"  # game days only, see holds.py
 HOLD_FILE = "SPOTUNE_HOLD_FILE"
 NUM_PROCESSES = "SPOTUNE_NUM_PROCESSES"  # ranks on this machine; default one per GPU, 1 on CPU
 GRACE_S = "SPOTUNE_GRACE_S"  # seconds from a notice to the kill, where the notice does not say it itself
+GUARD_PID = "SPOTUNE_GUARD_PID"  # set by the guard itself for what it starts: whom to die with
 OWN_STEP = "SPOTUNE_OWN_STEP"  # set by the guard itself: the Slurm job in which it has a step of its own
 
 # Where the clouds' metadata services are, for a machine that reaches them elsewhere: the clouds' own names, where

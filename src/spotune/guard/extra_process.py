@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from spotune.contracts.environment import GUARD_PID
 from spotune.contracts.exchange import read_json
 from spotune.contracts.extras import Answer, answer_path
 
@@ -29,7 +30,7 @@ def run_extra(
     answer_path(folder, name).unlink(missing_ok=True)
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "spotune.sft.extras", name, str(folder)],
-        env=extra_environ(config, environ),
+        env={**extra_environ(config, environ), GUARD_PID: str(os.getpid())},
         stdin=subprocess.DEVNULL,
         process_group=0,
     )

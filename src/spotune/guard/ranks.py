@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from spotune.contracts import exchange
+from spotune.contracts import environment, exchange
 from spotune.contracts.exchange import Outcome
 from spotune.guard.machine import Machine
 
@@ -81,6 +81,7 @@ def rank_environ(machine: Machine, local_rank: int, master_port: int) -> dict[st
     rank = machine.node_rank * machine.ranks + local_rank
     found = {
         "PYTHONUNBUFFERED": "1",
+        environment.GUARD_PID: str(os.getpid()),
         "HF_HUB_DISABLE_TELEMETRY": os.environ.get("HF_HUB_DISABLE_TELEMETRY", "1"),
         "DO_NOT_TRACK": os.environ.get("DO_NOT_TRACK", "1"),
     }

@@ -20,7 +20,7 @@ from spotune.sft.faults import one_line, print_traceback
 
 def main(argv: list[str]) -> None:
     """Does the extra and ends the process; never returns."""
-    die_with_parent()
+    die_with_parent(os.environ)
     sys.stdout.reconfigure(line_buffering=True)
     name, folder = argv[1], Path(argv[2]).absolute()
     answer = run(name, folder)

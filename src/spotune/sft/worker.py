@@ -51,7 +51,7 @@ class Rank:
 
 def main(argv: list[str]) -> None:
     """Runs the rank and ends the process; never returns."""
-    die_with_parent()
+    die_with_parent(os.environ)
     sys.stdout.reconfigure(line_buffering=True)  # a log file must have each line at once: a kill may be next
     folder = Path(argv[1]).absolute()
     rank = int(os.environ.get("RANK", "0"))
