@@ -25,10 +25,6 @@ from spotune.launch.task import Demand, Resources, demand_of, env_pairs, fill_in
 from spotune.launch.workspace import Workspace
 
 PRIORITIES = (-1000, 1000)
-_RESERVED = (
-    *(environment.RUN_ID, environment.CONFIG, environment.PROFILE, environment.HOME, environment.STATUS_FILE),
-    environment.ALLOW_CONFIG_CHANGE,  # its command line is in the record alone: CONFIG would be read without it
-)
 
 
 @dataclass(frozen=True)
@@ -175,19 +171,13 @@ def _check_demand(demand: Demand, wish: Wish, infra: str, task_path: Path) -> De
 
 def _environment(wish: Wish, workspace: Workspace, run_id: str) -> dict[str, str]:
     """What the task's ``envs`` get: seam 1, and what ``--env`` adds."""
-    given = env_pairs(wish.envs)
-    for name in given:
-        if name in (*_RESERVED, environment.BUCKET):
-            raise InputError(
-                "--env", f"{name} is for spotune to set", remedy=f"export {environment.BUCKET}=… for the bucket"
-            )
     ours = {
         environment.BUCKET: workspace.env.bucket,
         environment.RUN_ID: run_id,
         environment.CONFIG: wish.config_path,
         environment.PROFILE: wish.profile or wish.default_profile,
     }
-    return {**given, **ours}
+    return {**env_pairs(wish.envs), **ours}
 
 
 def _secrets(wish: Wish, environ: Mapping[str, str]) -> dict[str, str]:

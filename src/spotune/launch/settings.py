@@ -38,10 +38,13 @@ class SlurmSettings:
     Attributes:
         shared: folders that all machines of a cluster, and this one, see under the same path.
         preemptible: partitions, ``CLUSTER/PARTITION``, whose jobs may be thrown out for others. None: Slurm is asked.
+        nice: of a job of priority 0; what a job's priority is above it makes its ``sbatch --nice`` smaller, down to 0.
+            Slurm lets no user raise a job above others', only lower one: this is what is given up to be raised from.
     """
 
     shared: tuple[str, ...] = ()
     preemptible: tuple[str, ...] | None = None
+    nice: int = 100
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,9 @@ def load_settings(cwd: Path, home: Path) -> Settings:
             files.append(str(path))
     local = settings.pop("local", {})
     prices = {name: Price(**price) for name, price in local.pop("prices", {}).items()}
-    slurm = SlurmSettings(**{name: tuple(values) for name, values in settings.pop("slurm", {}).items()})
+    given = settings.pop("slurm", {})
+    lists: dict[str, Any] = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    slurm = SlurmSettings(**{**given, **lists})
     return Settings(**settings, local=LocalSettings(**local, prices=prices), slurm=slurm, files=tuple(files))
 
 
@@ -95,8 +100,13 @@ def _check(raw: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _check_slurm(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     slurm = _mapping(raw.get("slurm"), path, "slurm")
-    _known(slurm, ("shared", "preemptible"), path, "slurm.")
+    _known(slurm, ("shared", "preemptible", "nice"), path, "slurm.")
+    nice = slurm.get("nice", 0)
+    if isinstance(nice, bool) or not isinstance(nice, int) or nice < 0:
+        raise InputError(path, f"{nice!r} is not a number from 0 on", key="slurm.nice", remedy="nice: 100")
     for name, values in slurm.items():
+        if name == "nice":
+            continue
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
             raise InputError(path, f"{values!r} is not a list of texts", key=f"slurm.{name}")
     if relative := next((folder for folder in slurm.get("shared", ()) if not Path(folder).is_absolute()), None):

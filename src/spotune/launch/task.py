@@ -6,11 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts import exits
+from spotune.contracts import environment, exits
 from spotune.contracts.config import read_yaml
 from spotune.contracts.errors import InputError
 
 TRAIN = "tasks/train.yaml"
+_RESERVED = (
+    *(environment.RUN_ID, environment.CONFIG, environment.PROFILE, environment.HOME, environment.STATUS_FILE),
+    environment.BUCKET,
+    environment.ALLOW_CONFIG_CHANGE,  # its command line is in the record alone: CONFIG would be read without it
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def load_task(cwd: Path, name: str = TRAIN) -> tuple[Path, dict[str, Any]]:
         raise InputError(path, "a task needs commands", key="run", remedy="run: exec python -m spotune.sft …")
     if not isinstance(task.get("setup") or "", str):
         raise InputError(path, "must be text", key="setup")
-    for section in ("envs", "resources", "secrets"):
+    for section in ("envs", "resources", "secrets", "config"):
         if not isinstance(task.get(section) or {}, dict):
             raise InputError(path, "must be a mapping", key=section)
     demand_of(task, path)
@@ -92,12 +97,15 @@ def fill_in(task: Mapping[str, Any], envs: Mapping[str, str], resources: Resourc
 
 
 def env_pairs(pairs: Iterable[str]) -> dict[str, str]:
-    """``--env K=V`` as a mapping; raises InputError."""
+    """``--env K=V`` as a mapping; raises InputError, also for a name that spotune gives itself."""
     given: dict[str, str] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name.isidentifier():
             raise InputError("--env", f"{pair!r} is not NAME=value", remedy="--env NCCL_DEBUG=INFO")
+        if name in _RESERVED:
+            remedy = f"export {environment.BUCKET}=… for the bucket"
+            raise InputError("--env", f"{name} is for spotune to set", remedy=remedy)
         given[name] = value
     return given
 

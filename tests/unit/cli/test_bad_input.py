@@ -42,6 +42,10 @@ COMMAND_LINES = {
         [*TRAIN, "--env", "SPOTUNE_ALLOW_CONFIG_CHANGE=1"],
         "--env: SPOTUNE_ALLOW_CONFIG_CHANGE is for spotune to set",
     ),
+    "--env of ours on a cluster": (
+        ["dev", "run", "run.yaml", "--cluster", "dev", "--env", "SPOTUNE_RUN_ID=x"],
+        "--env: SPOTUNE_RUN_ID is for spotune to set",
+    ),
     "unset secret": ([*TRAIN, "--secret", "NO_SUCH_TOKEN"], "--secret: NO_SUCH_TOKEN is not set here"),
     "secret with a value": ([*TRAIN, "--secret", "TOKEN=x"], "--secret: takes a name"),
     "no such preemptions": ([*TRAIN, "--preemptions", "none.jsonl"], "none.jsonl: no such file"),
@@ -105,6 +109,7 @@ FILES = {
     ),
     "settings: slots": ("config/spotune.yaml", "local: {slots: 0}\n", "local.slots: 0 is not a number of jobs"),
     "settings: price": ("config/spotune.yaml", "local: {prices: {cpu: {spot: 1}}}\n", "local.prices.cpu.on_demand"),
+    "settings: nice": ("config/spotune.yaml", "slurm: {nice: -1}\n", "slurm.nice: -1 is not a number from 0 on"),
     "own settings": ("home/config.yaml", "bucket: here\n", "SPOTUNE_BUCKET: 'here' is not a bucket"),
     "task without run": ("tasks/train.yaml", "name: x\n", "tasks/train.yaml: run: a task needs commands"),
     "task: accelerators": (

@@ -73,12 +73,11 @@ def _on_cluster(config: str, name: str, infra: str, cluster: str, wish: "RunWish
     job_id = clusters.execute(dev.run_task(config, run_id, found, wish, workspace), cluster)
     say(f"{run_id}: job {job_id} on {cluster}")
     try:
-        code = clusters.follow(cluster, job_id)
+        return clusters.follow(cluster, job_id)
     except BaseException:
         clusters.cancel(cluster, job_id)
         say(f"{run_id}: stopped")
         raise
-    return 1 if code else 0
 
 
 def _here(

@@ -1,14 +1,16 @@
 """Dev clusters: what SkyPilot has, brings up, runs something on, and takes away again."""
 
+import io
 import re
 import sys
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TextIO
 
 from spotune.contracts.errors import InfraError, InputError
 from spotune.launch.skypilot import engine
+from spotune.launch.skypilot.logs import exit_code
 
 # Where a cluster can only be taken down: CloudImplementationFeatures.STOP in sky/clouds/*.py (0.14.1).
 _NO_STOP = (
@@ -102,9 +104,29 @@ def execute(task: Mapping[str, Any], name: str) -> int:
 
 
 def follow(name: str, job_id: int) -> int:
-    """Prints a job's log until it ends; returns 0 when it succeeded, else SkyPilot's code (100: it failed)."""
+    """Prints a job's log until it ends; returns its script's exit code, 1 where SkyPilot does not tell it."""
+    log = _Log(sys.stdout)
     with engine.translated():
-        return int(engine.sdk().tail_logs(name, job_id, follow=True))
+        failed = engine.sdk().tail_logs(name, job_id, follow=True, output_stream=log)
+    return (log.exit_code or 1) if failed else 0
+
+
+class _Log(io.TextIOBase):
+    """Passes a log on, and keeps what it says of the job's end: SkyPilot's client hands out no exit code of a job."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out, self._end = out, ""
+
+    def write(self, text: str) -> int:
+        self._end = (self._end + text)[-4096:]
+        return self._out.write(text)
+
+    def flush(self) -> None:
+        self._out.flush()
+
+    @property
+    def exit_code(self) -> int | None:
+        return exit_code(self._end)
 
 
 def cancel(name: str, job_id: int) -> None:

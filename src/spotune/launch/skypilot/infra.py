@@ -77,7 +77,7 @@ class SkyInfra:
             raise
 
     def _launch(self, entry: Entry, submission: Submission) -> None:
-        ids = engine.launch(task_config(submission), submission.run_id)
+        ids = engine.launch(task_config(submission, self._slurm.nice), submission.run_id)
         self._registry.write(replace(entry, jobs=[*entry.jobs, *ids], ended=None, history=None))
 
     def _withdraw(self, entry: Entry) -> None:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator
 
+_TAKEN_DOWN = 137  # SkyPilot kills the others when one machine's process fails
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 # (NAME, pid=123) text, and (worker1, rank=1, pid=123, ip=10.0.0.2) text
 _PREFIX = re.compile(r"^\((?P<name>[^()]*?)(?:, rank=(?P<rank>\d+))?, pid=\d+(?:, ip=[^)]*)?\) ?")
@@ -10,6 +11,7 @@ _OF_SKYPILOT = re.compile(
     r"^(?:[├└]── |↳|✓ |✗ |⚙︎|[⠀-⣿]|Hint: |(?:Managed )?[Jj]ob finished|Waiting for task |<sky-payload|"
     r"The job cluster is preempted|Start streaming logs|ERROR: Job \d+ failed with return code)"
 )
+_CODES = re.compile(r"^ERROR: Job \d+ failed with return code list: *\[([\d, ]+)\]", re.MULTILINE)
 _BEGIN, _END = re.compile(r"^== Logs of the user job \(ID: \d+\) ==$"), re.compile(r"^== End of logs \(ID: \d+\) ==$")
 
 
@@ -28,6 +30,13 @@ def lines_of(pieces: Iterable[str | None]) -> Iterator[str]:
         yield from lines
     if rest:
         yield rest
+
+
+def exit_code(log: str) -> int | None:
+    """What the program of a failed job ended with: of several machines the first that was not taken down by another."""
+    found = _CODES.search(plain(log))
+    codes = [code for word in found[1].split(",") if (code := int(word))] if found else []
+    return next((code for code in codes if code != _TAKEN_DOWN), codes[0] if codes else None)
 
 
 def begins(line: str) -> bool:

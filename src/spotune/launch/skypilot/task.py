@@ -12,13 +12,15 @@ from spotune.launch.skypilot.jobs import MARK
 _PLACES = ("infra", "cloud", "region", "zone")
 
 
-def task_config(submission: Submission) -> dict[str, Any]:
-    """What ``sky.Task.from_yaml_config`` takes."""
+def task_config(submission: Submission, nice: int) -> dict[str, Any]:
+    """What ``sky.Task.from_yaml_config`` takes; ``nice`` is that of a job of priority 0 in a Slurm queue."""
     task = {**submission.task, "name": submission.run_id}
     if isinstance(task.get("workdir"), str):  # else none, or a git reference that the machine checks out itself
         task["workdir"] = submission.workdir
     resources = task.get("resources") or {}  # as the plan has placed them
     task["resources"] = recovered(resources if is_placed(resources) else placed(resources, submission.infra))
+    if cloud_of(submission.infra) in ("slurm", ANY):
+        task["config"] = queued(task.get("config") or {}, max(0, nice - submission.priority))
     secrets = {**(task.get("secrets") or {}), **submission.secrets}  # one that has no value is SkyPilot's to refuse
     if secrets:
         task["secrets"] = secrets
@@ -69,6 +71,13 @@ def recovered(resources: Mapping[str, Any]) -> dict[str, Any]:
     if exits.PREEMPTED not in codes:
         codes.append(exits.PREEMPTED)
     return {**resources, "job_recovery": {**recovery, "recover_on_exit_codes": codes}}
+
+
+def queued(config: Mapping[str, Any], nice: int) -> dict[str, Any]:
+    """A task's ``config`` with its place in Slurm's queue, unless it has one: SkyPilot's priority ends before it."""
+    slurm = config.get("slurm") or {}
+    options = slurm.get("sbatch_options") or {}
+    return {**config, "slurm": {**slurm, "sbatch_options": {"nice": nice, **options}}}
 
 
 def is_placed(resources: Mapping[str, Any]) -> bool:

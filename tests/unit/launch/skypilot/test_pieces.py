@@ -175,12 +175,25 @@ def test_a_submission_as_a_task() -> None:
     submission = Submission(
         "run-a", task, "/home/ada/work", "ada", infra="slurm/lab", priority=3, secrets={"TOKEN": "x"}
     )
-    found = task_config(submission)
+    found = task_config(submission, 100)
     assert (found["name"], found["workdir"]) == ("run-a", "/home/ada/work")
     assert found["resources"] == {**task["resources"], "job_recovery": {"recover_on_exit_codes": [75]}}
     assert found["secrets"] == {"A": None, "TOKEN": "x"}
     assert found["_metadata"]["spotune"] == {"user": "ada", "infra": "slurm/lab", "bucket": "file:///b", "priority": 3}
     assert task["workdir"] == "."
+
+
+def test_priority_goes_on_in_slurms_queue() -> None:
+    def options(priority: int, infra: str = "slurm/lab", **task: Any) -> Any:
+        found = task_config(Submission("run-a", task, "/w", "ada", infra=infra, priority=priority), 100)
+        return found.get("config", {}).get("slurm", {}).get("sbatch_options")
+
+    assert [options(priority)["nice"] for priority in (-1000, 0, 20, 100, 1000)] == [1100, 100, 80, 0, 0]
+    assert options(0, "any") == {"nice": 100}
+    assert options(0, "aws") is None
+    given = {"slurm": {"sbatch_options": {"nice": 7, "qos": "low"}, "quota": {"account": "nlp"}}}
+    assert options(5, config=given) == {"nice": 7, "qos": "low"}
+    assert task_config(Submission("run-a", {"config": given}, "/w", "ada", infra="slurm/lab"), 0)["config"] == given
 
 
 def test_75_is_always_worth_another_machine() -> None:

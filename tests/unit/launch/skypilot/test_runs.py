@@ -12,7 +12,7 @@ from spotune.launch.skypilot import engine
 from spotune.launch.skypilot.history import Event, Usage, intervals, usages
 from spotune.launch.skypilot.infra import SkyInfra
 from spotune.launch.skypilot.jobs import ManagedJob, exit_code_in, managed_job, run_status
-from spotune.launch.skypilot.logs import attempts_in, lines_of, said
+from spotune.launch.skypilot.logs import attempts_in, exit_code, lines_of, said
 
 MARKS = {"user": "ada", "infra": "slurm/lab/spot", "bucket": "file:///b", "priority": 0}
 
@@ -145,6 +145,14 @@ def test_lines_come_as_the_program_wrote_them() -> None:
     assert said("├── Waiting for task resources on 1 node.") is None
     assert said("✓ Job finished (status: SUCCEEDED).") is None
     assert said("a line of nobody's") == "a line of nobody's"
+
+
+def test_a_failed_jobs_exit_code() -> None:
+    end = "(run-a, pid=12) step 9\nERROR: \x1b[31mJob 4 failed with return code list:\x1b[0m {} {}\n✗ Job finished\n"
+    assert exit_code(end.format("[76]", "")) == 76
+    assert exit_code(end.format("[0, 137, 2]", "(A Worker failed with return code 2, …)")) == 2
+    assert exit_code(end.format("[137]", "")) == 137
+    assert exit_code("(run-a, pid=12) ERROR: Job 4 failed with return code list: [3]\n✓ Job finished") is None
 
 
 def test_attempts_that_ended_by_themselves_are_in_the_controllers_log() -> None:
