@@ -69,7 +69,9 @@ def test_cancel_ends_everything_but_the_checkpoints(lab: Layout, launch: Launch)
     wait_until(lambda: not trainers(managed), 120, "its processes are still there")
     now = managed.commits(1)
     assert max(kept) <= max(now)  # those before it go as it trains on
-    assert managed.store.keys(managed.keys.checkpoints)
+    newest = managed.read(max(now))
+    folder = managed.keys.checkpoint(newest["step"], newest["attempt"])
+    assert newest["files"].keys() <= {key.removeprefix(f"{folder}/") for key in managed.store.keys(folder)}
     assert not managed.weights
 
 

@@ -104,9 +104,7 @@ def _check_slurm(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     nice = slurm.get("nice", 0)
     if isinstance(nice, bool) or not isinstance(nice, int) or nice < 0:
         raise InputError(path, f"{nice!r} is not a number from 0 on", key="slurm.nice", remedy="nice: 100")
-    for name, values in slurm.items():
-        if name == "nice":
-            continue
+    for name, values in ((name, slurm[name]) for name in ("shared", "preemptible") if name in slurm):
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
             raise InputError(path, f"{values!r} is not a list of texts", key=f"slurm.{name}")
     if relative := next((folder for folder in slurm.get("shared", ()) if not Path(folder).is_absolute()), None):

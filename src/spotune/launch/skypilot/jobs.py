@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spotune.launch.infra import JobStatus, State
+from spotune.launch.skypilot.logs import deciding
 
 MARK = "spotune"  # in a task's metadata: whose run it is, and where it keeps its state
 # What is asked of each job: SkyPilot's default leaves out the half of it, all of it holds whole task files.
@@ -68,7 +69,7 @@ class ManagedJob:
 
     @property
     def exit_code(self) -> int | None:
-        """Of the program, as SkyPilot tells it: of several machines the first that is not 0."""
+        """Of the program, as SkyPilot tells it: of several machines the one that failed by itself."""
         if self.status == "SUCCEEDED":
             return 0
         return exit_code_in(self.failure_reason)
@@ -149,10 +150,7 @@ def reason_of(job: ManagedJob) -> str:
 
 def exit_code_in(text: str) -> int | None:
     found = _CODES.search(text)
-    if not found:
-        return None
-    codes = [int(code) for code in found[1].split(", ")]
-    return next((code for code in codes if code), 0)
+    return deciding(int(code) for code in found[1].split(", ")) if found else None
 
 
 def by_run(jobs: Iterable[ManagedJob]) -> list[list[ManagedJob]]:

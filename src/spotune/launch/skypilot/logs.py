@@ -33,10 +33,15 @@ def lines_of(pieces: Iterable[str | None]) -> Iterator[str]:
 
 
 def exit_code(log: str) -> int | None:
-    """What the program of a failed job ended with: of several machines the first that was not taken down by another."""
+    """What the program of a failed job ended with, None where the log does not say it."""
     found = _CODES.search(plain(log))
-    codes = [code for word in found[1].split(",") if (code := int(word))] if found else []
-    return next((code for code in codes if code != _TAKEN_DOWN), codes[0] if codes else None)
+    return deciding(int(code) for code in found[1].split(",")) if found else None
+
+
+def deciding(codes: Iterable[int]) -> int:
+    """Of several machines' exit codes the first of one that failed by itself; 0 when none failed."""
+    failed = [code for code in codes if code]
+    return next((code for code in failed if code != _TAKEN_DOWN), failed[0] if failed else 0)
 
 
 def begins(line: str) -> bool:
