@@ -85,7 +85,8 @@ def work(
     request: admission.Request, env: RunEnvironment, machine: Machine, notices: Notices, environ: Mapping[str, str]
 ) -> int:
     """The exit code of what there was to do."""
-    store = Store(env.bucket, Patience(deadline_s=min(Patience.deadline_s, env.patience_s)))
+    # One request gives up well before the run does: that is said, and a newer checkpoint takes its turn.
+    store = Store(env.bucket, Patience(deadline_s=min(Patience.deadline_s, env.patience_s / 4)))
     keys = Keys(admission.choose_run_id(env, machine, request))
     verdict = admission.standing_verdict(store, keys)
     debt = debt_of(store, keys) if verdict == exits.SUCCEEDED and not machine.node_rank else None
