@@ -10,6 +10,7 @@ import pytest
 from drill import servers
 from spotune.contracts.store import Store
 
+pytest.register_assert_rewrite("tests.contract.infra_contract")  # no module of tests, but it asserts
 FOREIGN = ("SPOTUNE_", "SKYPILOT_", "SLURM_", "WANDB_")
 
 

@@ -11,6 +11,8 @@ _OF_SKYPILOT = re.compile(
     r"^(?:[├└]── |↳|✓ |✗ |⚙︎|[⠀-⣿]|Hint: |(?:Managed )?[Jj]ob finished|Waiting for task |<sky-payload|"
     r"The job cluster is preempted|Start streaming logs|ERROR: Job \d+ failed with return code)"
 )
+# What follows a last line that the program did not end, on that line.
+_GLUED = re.compile(r"[✓✗] Job finished \(status: [A-Z_]+\)\.$")
 _CODES = re.compile(r"^ERROR: Job \d+ failed with return code list: *\[([\d, ]+)\]", re.MULTILINE)
 _BEGIN, _END = re.compile(r"^== Logs of the user job \(ID: \d+\) ==$"), re.compile(r"^== End of logs \(ID: \d+\) ==$")
 
@@ -55,7 +57,7 @@ def said(line: str) -> str | None:
     found = _PREFIX.match(line)
     if not found:
         return None if _OF_SKYPILOT.match(line) or not line.strip() else line
-    text = line[found.end() :]
+    text = _GLUED.sub("", line[found.end() :])
     rank = found["rank"]
     return f"[{rank}] {text}" if rank and rank != "0" else text
 

@@ -144,6 +144,7 @@ def test_lines_come_as_the_program_wrote_them() -> None:
     assert said("(run-a, pid=12)") == ""
     assert said("├── Waiting for task resources on 1 node.") is None
     assert said("✓ Job finished (status: SUCCEEDED).") is None
+    assert said("(run-a, pid=12) never ended\x1b[32m✓ Job finished (status: SUCCEEDED).\x1b[0m") == "never ended"
     assert said("a line of nobody's") == "a line of nobody's"
 
 
