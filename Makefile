@@ -11,7 +11,7 @@ RUN ?=
 CLUSTER ?= dev
 ARGS ?=
 
-.PHONY: help setup demo demo-undisturbed test test-chaos lab lab-test lab-down bench lint lock schema docs dev train queue logs cancel cost sky-dev sky-train sky-queue sky-down clean
+.PHONY: help setup demo demo-undisturbed test test-chaos lab lab-test lab-test-full lab-contract lab-down bench lint lock schema docs dev train queue logs cancel cost sky-dev sky-train sky-queue sky-down clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -45,8 +45,14 @@ test-chaos: setup ## runs killed at every boundary and at 200 random instants; S
 lab: setup ## real SkyPilot on a real Slurm of two nodes, on this machine (Debian or Ubuntu, root)
 	@$(BIN)/python -m tests.lab.up --server
 
-lab-test: setup ## from nothing: a job preempted once; ARGS=--full for all that can happen to a job
-	@$(BIN)/python -m pytest -m lab -s tests/lab $(ARGS)
+lab-test: setup ## the lab's smoke part, from nothing: a job preempted once
+	@$(BIN)/python -m pytest -m lab -s tests/lab/test_smoke.py $(ARGS)
+
+lab-test-full: setup ## from nothing: all that can happen to a job, and a dev cluster's verbs
+	@$(BIN)/python -m pytest -m lab -s tests/lab --ignore tests/lab/test_infra.py $(ARGS)
+
+lab-contract: setup ## from nothing: the tests that every infrastructure passes, four at a time
+	@$(BIN)/python -m pytest -m lab -n 4 tests/lab/test_infra.py $(ARGS)
 
 lab-down: setup ## the lab goes, without a trace
 	@$(BIN)/python -m tests.lab.down

@@ -22,8 +22,9 @@ from spotune.launch.status import certify
 RUN = '"${SPOTUNE_BUCKET#file://}/runs/$SPOTUNE_RUN_ID"'
 CERTIFY = f'mkdir -p {RUN}/output && echo "{{}}" > {RUN}/output/completed.json'
 WAIT = "while :; do sleep 0.05; done"
-HEEDS = f"trap 'echo told to go; touch {RUN}/told; exit 75' TERM; echo up; {WAIT}"
-DEAF = f"trap '' TERM; echo up; {WAIT}"
+UP = f"echo up; touch {RUN}/up"
+HEEDS = f"trap 'echo told to go; touch {RUN}/told; exit 75' TERM; {UP}; {WAIT}"
+DEAF = f"trap '' TERM; {UP}; {WAIT}"
 # Sets $ended from the second attempt on.
 SECOND_TIME = f"mkdir -p {RUN}; [ -e {RUN}/been ] && ended=1; touch {RUN}/been; "
 
@@ -100,6 +101,10 @@ class Bench:
         """Waits for the engine's end, which comes after that of a certified run."""
         self.until(lambda: self.infra.jobs([run_id])[0].state not in ACTIVE)
         return self.job(run_id)
+
+    def comes_up(self, run_id: str) -> None:
+        """Waits for one of ``heeds`` and ``deaf`` by its file: to ask some engines for a log costs seconds of CPU."""
+        self.until((self.run_folder(run_id) / "up").exists)
 
     def says(self, run_id: str, line: str, times: int = 1) -> None:
         self.until(lambda: self.log(run_id).count(line) >= times)
@@ -180,7 +185,7 @@ class InfraContract:
 
     def test_a_running_run_is_cancelled_and_resumed(self, bench: Bench) -> None:
         bench.submit("run-a", f"{SECOND_TIME} [ $ended ] && {CERTIFY} && exit 0; {bench.heeds}")
-        bench.says("run-a", "up")
+        bench.comes_up("run-a")
         bench.infra.cancel("run-a")
         assert bench.job("run-a").state == "CANCELLED"
         assert bench.infra.history("run-a")[0].end_reason == "cancelled"
@@ -191,7 +196,7 @@ class InfraContract:
 
     def test_preempted_with_notice(self, bench: Bench) -> None:
         bench.submit("run-a", f"{SECOND_TIME} [ $ended ] && {CERTIFY} && exit 0; {bench.heeds}")
-        bench.says("run-a", "up")
+        bench.comes_up("run-a")
         bench.infra.preempt("run-a", 15)
         job = bench.end("run-a")
         assert (job.state, job.recoveries) == ("SUCCEEDED", 1)
@@ -201,21 +206,21 @@ class InfraContract:
 
     def test_preempted_without_notice(self, bench: Bench) -> None:
         bench.submit("run-a", f"{SECOND_TIME} [ $ended ] && {CERTIFY} && exit 0; {bench.heeds}")
-        bench.says("run-a", "up")
+        bench.comes_up("run-a")
         bench.infra.preempt("run-a", 0)
         assert bench.end("run-a").state == "SUCCEEDED"
         assert not (bench.run_folder("run-a") / "told").exists() or not bench.kills_silently
 
     def test_the_notice_has_an_end(self, bench: Bench) -> None:
         bench.submit("run-a", f"{SECOND_TIME} [ $ended ] && {CERTIFY} && exit 0; {bench.deaf}")
-        bench.says("run-a", "up")
+        bench.comes_up("run-a")
         bench.infra.preempt("run-a", 1)
         assert bench.end("run-a").state == "SUCCEEDED"
         assert [row.end_reason for row in bench.infra.history("run-a")] == ["preempted", "exited"]
 
     def test_killed_after_the_certificate_is_a_success(self, bench: Bench) -> None:
         bench.submit("run-a", f"[ -e {RUN}/output/completed.json ] && exit 0; {CERTIFY}; {bench.deaf}")
-        bench.says("run-a", "up")
+        bench.comes_up("run-a")
         bench.infra.preempt("run-a", 0)
         job = bench.end("run-a")
         assert job.state == "SUCCEEDED"

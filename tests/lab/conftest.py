@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Certificate
@@ -22,31 +24,38 @@ ROOT = Path(__file__).parents[2]
 RESOURCES = ["--infra", "slurm/lab/spot", "--no-use-spot", "--gpus", "L4:1", "--cpus", "2", "--memory", "3"]
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="all that can happen to a job, not the shortest way alone")
-
-
-def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    is_rest = collection_path.name in ("test_full.py", "test_infra.py")
-    return True if is_rest and not config.getoption("--full", False) else None
-
-
 @pytest.fixture(scope="session")
-def lab() -> Iterator[Layout]:
-    """A lab that nobody has touched. ``SPOTUNE_LAB_KEEP=1`` uses one that is up, and leaves it."""
+def lab(testrun_uid: str) -> Iterator[Layout]:
+    """A lab that nobody has touched, one for all of xdist's workers. ``SPOTUNE_LAB_KEEP=1`` takes one that is up."""
     keep = bool(os.environ.get("SPOTUNE_LAB_KEEP"))
     try:
         check_machine()
     except LabError as error:
         pytest.exit(str(error), returncode=2)
     found = Layout.read()
-    if not (keep and found.root.exists()):
-        down(found)
-    up(found)
-    sky.start_server(found)
+    users = Path(tempfile.gettempdir(), f"spotune-lab-{testrun_uid}")
+    lock = FileLock(users.with_suffix(".lock"))
+    with lock:
+        others = int(users.read_text()) if users.exists() else 0
+        if not others:
+            bring_up(found, keep)
+        users.write_text(str(others + 1))
     yield found
-    if not keep:
-        down(found)
+    with lock:
+        others = int(users.read_text()) - 1
+        users.write_text(str(others))
+        if not others:
+            for path in (users, users.with_suffix(".lock")):
+                path.unlink()
+            if not keep:
+                down(found)
+
+
+def bring_up(lab: Layout, keep: bool) -> None:
+    if not (keep and lab.root.exists()):
+        down(lab)
+    up(lab)
+    sky.start_server(lab)
 
 
 Launch = Callable[..., Managed]

@@ -13,7 +13,6 @@ jobs:
   controller:
     consolidation_mode: true  # in the API server: Slurm cannot host a controller
 slurm:
-  provision_timeout: 60  # seconds in the queue
   pricing: {cpu: 0.0, memory: 0.0, accelerators: {L4: 0.80}}
   cluster_configs:
     lab:

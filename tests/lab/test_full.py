@@ -1,4 +1,4 @@
-"""What else can happen to a managed job, on real SkyPilot and real Slurm: `make lab-test ARGS=--full`."""
+"""What else can happen to a managed job, on real SkyPilot and real Slurm: `make lab-test-full`."""
 
 import signal
 from collections.abc import Callable, Iterator

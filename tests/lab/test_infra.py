@@ -1,6 +1,6 @@
 """SkyPilot's infrastructure on the lab: the contract of all infrastructures, on real SkyPilot over real Slurm.
 
-Each test has a SPOTUNE_HOME and a bucket of its own, so that several may run side by side: ``pytest -m lab -k …``.
+Each test has a SPOTUNE_HOME and a bucket of its own, so that several run side by side: `make lab-contract`.
 """
 
 import os
@@ -17,7 +17,7 @@ import spotune
 from spotune.contracts.errors import InfraError, InputError
 from spotune.contracts.store import Store
 from spotune.launch.skypilot.infra import SkyInfra
-from tests.contract.infra_contract import CERTIFY, RUN, WAIT, Bench, InfraContract
+from tests.contract.infra_contract import CERTIFY, RUN, UP, WAIT, Bench, InfraContract
 from tests.lab.layout import Layout
 
 pytestmark = [pytest.mark.lab, pytest.mark.filterwarnings("ignore")]  # SkyPilot's own, when it is imported
@@ -31,8 +31,8 @@ def in_step(script: str) -> str:
 
 
 # It stays: an exit while Slurm takes the allocation away may end the job for good, see guard/leaving.py.
-HEEDS = in_step(f"trap 'echo told to go; touch {RUN}/told' TERM URG; echo up; {WAIT}")
-DEAF = in_step(f"trap '' TERM URG; echo up; {WAIT}")
+HEEDS = in_step(f"trap 'echo told to go; touch {RUN}/told' TERM URG; {UP}; {WAIT}")
+DEAF = in_step(f"trap '' TERM URG; {UP}; {WAIT}")
 
 
 @pytest.fixture
