@@ -32,8 +32,15 @@ def restore(lab: Layout, node: Node) -> None:
     """The node takes jobs again, whatever had happened to it."""
     slurm.ask(lab, "scancel", f"--name=preempt-{node.name}")
     _daemon(lab, node).resume()
-    if re.match(r"down|drain", slurm.ask(lab, "sinfo", "-h", "-n", node.name, "-p", "spot", "-o", "%T")):
-        slurm.ask(lab, "scontrol", "update", f"NodeName={node.name}", "State=RESUME")
+    daemons.wait_until(lambda: _takes_jobs(lab, node), 60, f"{node.name} does not come back")
+
+
+def _takes_jobs(lab: Layout, node: Node) -> bool:
+    """Else asks Slurm to take it back, which it refuses where the node's own daemon was quicker."""
+    if not re.match(r"down|drain", slurm.ask(lab, "sinfo", "-h", "-n", node.name, "-p", "spot", "-o", "%T")):
+        return True
+    slurm.ask(lab, "scontrol", "update", f"NodeName={node.name}", "State=RESUME")
+    return False
 
 
 def set_grace(lab: Layout, seconds: int) -> None:

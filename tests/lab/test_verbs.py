@@ -25,11 +25,11 @@ Spotune = Callable[..., str]
 @pytest.fixture
 def spotune(lab: Layout, tmp_path: Path) -> Spotune:
     """Runs ``spotune WORDS`` in the lab; returns its output once its exit code is the expected one."""
-    environ = {
-        **sky.environ(lab),
-        "SPOTUNE_HOME": str(tmp_path / "home"),
-        "SPOTUNE_BUCKET": f"file://{lab.shared}/verbs-{tmp_path.name}",
-    }
+    bucket = lab.shared / f"verbs-{tmp_path.name}"
+    bucket.mkdir()
+    bucket.chmod(0o777)  # the jobs' account writes there too
+    (tmp_path / "config.yaml").write_text(f"slurm: {{shared: [{lab.shared}]}}\n")
+    environ = {**sky.environ(lab), "SPOTUNE_HOME": str(tmp_path), "SPOTUNE_BUCKET": f"file://{bucket}"}
 
     def run(*words: str, code: int = 0) -> str:
         program = str(Path(sys.executable).with_name("spotune"))
@@ -45,6 +45,7 @@ def test_a_dev_cluster_from_up_to_down(lab: Layout, spotune: Spotune) -> None:
     try:
         (cluster,) = json.loads(spotune("dev", "ls", "--format", "json"))
         run = ["dev", "run", CONFIG, "-c", cluster["name"], "--set", "max_steps=3"]
+        run += ["--env", f"SPOTUNE_PYTHON={lab.job_python}"]
         assert "certified" in spotune(*run)
         spotune(*run, "--set", "adam_beta1=2.0", code=1)
         assert spotune("dev", "ssh", "hostname").strip() in [node.name for node in lab.nodes]
