@@ -44,6 +44,8 @@ def plan_text(plan: "Plan") -> str:
         ("bucket", plan.bucket),
         ("priority", str(record.priority)),
     ]
+    if record.budget_usd is not None:
+        facts.append(("budget", budget_text(plan)))
     if plan.submission.preemptions:
         facts.append(("preemptions", f"{len(plan.submission.preemptions)} planned"))
     facts += [("note", note) for note in plan.notes]
@@ -51,6 +53,17 @@ def plan_text(plan: "Plan") -> str:
     priced = table(["INFRA", "INSTANCE", "ACCELERATORS", "KIND", "$/HOUR", "CHOSEN"], offers)
     more = f"\n… and {len(plan.offers) - len(shown)} more" if len(plan.offers) > len(shown) else ""
     return f"{text}\n\n{priced}{more}"
+
+
+def budget_text(plan: "Plan") -> str:
+    """``$20.00, 64h 31m at $0.31 an hour``: how far it goes where the run would start."""
+    from spotune.contracts.money import usd
+
+    budget_usd = plan.record.budget_usd or 0.0
+    nodes = int(plan.submission.task.get("num_nodes") or 1)
+    hourly = nodes * plan.chosen.price_usd_per_hour if plan.chosen else 0.0
+    lasts = f", {duration(budget_usd / hourly * 3600)} at {usd(hourly)} an hour" if hourly else ""
+    return f"{usd(budget_usd)}{lasts}"
 
 
 def shown_offers(plan: "Plan") -> "list[PriceRow]":

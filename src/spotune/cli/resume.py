@@ -1,8 +1,13 @@
 """``spotune resume``."""
 
+from typing import TYPE_CHECKING
+
 import click
 
 from spotune.cli.options import open_workspace
+
+if TYPE_CHECKING:
+    from spotune.launch.workspace import Workspace
 
 
 @click.command()
@@ -10,21 +15,36 @@ from spotune.cli.options import open_workspace
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Go on with this key of its config changed."
 )
+@click.option("--budget", default="", metavar="USD", help="Pause once it has cost so much in all, from its start on.")
 @click.option("--allow-config-change", is_flag=True, help="Also with another config, data or model than it began with.")
-def resume(run: str, overrides: tuple[str, ...], allow_config_change: bool) -> None:
+def resume(run: str, overrides: tuple[str, ...], budget: str, allow_config_change: bool) -> None:
     """Go on with a run that failed, was cancelled or is paused, from its newest checkpoint.
 
     Its training length, logging, saving and evaluation may be --set freely; the rest, and data or a model that were
     edited, need --allow-config-change. A run that no queue of this machine has, since it was started by hand or by a
     bare `sky`, may go on from then on: start it again where it was.
     """
+    from spotune.contracts.money import parse_usd
     from spotune.launch import actions
     from spotune.launch.revise import Edit
 
-    edit = Edit(overrides, allow_config_change) if overrides or allow_config_change else None
-    resumed = actions.resume(open_workspace(), run, edit)
+    workspace = open_workspace()
+    budget_usd = parse_usd(budget, "--budget") if budget else None
+    check_budget(workspace, run, budget_usd)
+    edit = Edit(overrides, allow_config_change, budget_usd) if overrides or allow_config_change or budget else None
+    resumed = actions.resume(workspace, run, edit)
     changed = f", changed: {resumed.change.as_followed()}" if resumed.change else ""
     if resumed.is_queued:
         click.echo(f"{run}: PENDING{changed}. Follow it: spotune logs -f {run}")
     else:
         click.echo(f"{run}: may go on{changed}. Start it again as before, with SPOTUNE_RUN_ID={run}")
+
+
+def check_budget(workspace: "Workspace", run: str, budget_usd: float | None) -> None:
+    """Refuses what would pause again at once: of a run that is paused, or that gets a budget, the cost is looked up."""
+    from spotune.cost.budgets import check_wall
+    from spotune.cost.collect import report_run
+    from spotune.launch.status import find_run
+
+    if budget_usd is not None or find_run(workspace, run).state == "PAUSED":
+        check_wall(report_run(workspace, run), budget_usd)

@@ -6,6 +6,7 @@ Keys that may change freely (``FREE``), since what was trained so far is what it
 * logging: nothing of it reaches the weights.
 * saving: when a checkpoint is taken and where the result goes; every checkpoint holds the whole state.
 * what spotune does not follow (``resume_from_checkpoint``, ``save_only_model``, ``enable_jit_checkpoint``).
+* the budget: it says when training pauses, not what it is.
 * ``num_processes``: as many as the next machine has. Whether the global batch is kept is decided at the restore.
 * evaluation, as long as it only looks: it does not move training's randomness, and its rows are held out whether it
   runs or not. Not where the best model is kept, and not under a schedule that follows the metric.
@@ -42,7 +43,8 @@ EVALUATION = frozenset(
     " eval_do_concat_batches eval_use_gather_object per_device_eval_batch_size batch_eval_metrics"
     " prediction_loss_only include_for_metrics".split()
 )
-FREE = LENGTH | LOGGING | SAVING | NOT_FOLLOWED | {"num_processes"}
+BUDGET = "budget"  # no key of a config, as little as save_every
+FREE = LENGTH | LOGGING | SAVING | NOT_FOLLOWED | {"num_processes", BUDGET}
 _FOLLOWS_THE_METRIC = ("reduce_lr_on_plateau", "greedy")
 _SHOWN = 60  # characters of a value
 _SECRET = re.compile(r"token|secret|passw|credential|api_?key|access_?key", re.IGNORECASE)
@@ -98,8 +100,8 @@ class Change:
 def compare(before: RunRecord, after: RunRecord) -> Change:
     """What differs between two records of one run. A model that nobody took a fingerprint of is taken as unchanged."""
     changes = compare_configs(
-        {**before.config, "save_every": before.save_every or None},
-        {**after.config, "save_every": after.save_every or None},
+        {**before.config, "save_every": before.save_every or None, BUDGET: before.budget_usd},
+        {**after.config, "save_every": after.save_every or None, BUDGET: after.budget_usd},
     )
     tops = {top_level(change.key) for change in changes}
     data: tuple[str, ...] = ()

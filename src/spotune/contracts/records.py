@@ -71,6 +71,7 @@ class RunRecord(Record):
         save_every: ``50`` (steps), ``5m``, or empty for the default.
         prices: a row for every candidate that the run may land on.
         use_spot: whether its machines may be taken away.
+        budget_usd: what it may cost in all; training pauses there. None: no wall.
         kind: ``prod`` for managed jobs, ``dev`` for interactive runs.
         revision: 0 as submitted; ``allowed`` names what changed with it that may not change by itself.
     """
@@ -93,6 +94,7 @@ class RunRecord(Record):
     use_spot: bool = True
     priority: int = 0
     save_every: str = ""
+    budget_usd: float | None = None
     prices: list[dict[str, Any]] = field(default_factory=list)
     code: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)

@@ -7,11 +7,11 @@ from typing import Any
 from spotune.contracts import exits
 from spotune.contracts.events import EndReason
 from spotune.contracts.keys import commit_of
+from spotune.contracts.money import Place, cost_usd, price_of
 from spotune.contracts.records import AttemptRecord, PriceRow
 from spotune.cost.eventlog import Event, clean, step_of
 from spotune.cost.evidence import Evidence
 from spotune.cost.join import Machine
-from spotune.cost.money import Place, cost_usd, price_of
 from spotune.cost.phases import Segment, Span, Step, divide
 from spotune.launch.infra import PaidInterval
 

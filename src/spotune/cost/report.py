@@ -20,12 +20,12 @@ A figure that cannot be known is null: cost without a frozen price, goodput of n
 from collections.abc import Sequence
 from typing import Any
 
+from spotune.contracts.money import HOUR_S, on_demand_price
 from spotune.contracts.records import SCHEMA_VERSION, RunRecord
 from spotune.cost.account import Account
 from spotune.cost.eventlog import number, step_of
 from spotune.cost.evidence import Evidence
 from spotune.cost.ledger import build_accounts
-from spotune.cost.money import HOUR_S, on_demand_price
 from spotune.cost.phases import PAID_PHASES, total
 from spotune.cost.thin import rounded, spread, strip
 from spotune.launch.infra import ACTIVE, State
@@ -59,6 +59,7 @@ def build_report(evidence: Evidence, state: State, now: float) -> dict[str, Any]
         "phases": phases,
         "paid_s": paid_s,
         "cost_usd": cost_usd,
+        "budget_usd": run.budget_usd,
         "on_demand_usd": on_demand.get("usd"),
         "saved_usd": None if cost_usd is None or not on_demand else on_demand["usd"] - cost_usd,
         "on_demand": on_demand or None,

@@ -39,6 +39,9 @@ def runs_text(rows: Sequence[Mapping[str, Any]]) -> str:
 def notes_of(report: Mapping[str, Any]) -> list[str]:
     """What a reader must know before he trusts the figures."""
     notes = []
+    if report["budget_usd"] and report["cost_usd"] is not None:
+        share = words.percent(report["cost_usd"] / report["budget_usd"])
+        notes.append(f"{share} of the budget of {words.usd(report['budget_usd'])} is used up.")
     if report["unreconciled_s"]:
         seconds = words.duration(report["unreconciled_s"])
         notes.append(f"{seconds} are by the machine's own clock: the engine's history of them is not to be had here.")

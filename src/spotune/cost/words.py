@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from spotune.contracts import money
+
 # Phase -> what it is called, and what it is, in the order in which it is shown.
 PHASES: dict[str, tuple[str, str]] = {
     "useful": ("training", "steps that count"),
@@ -22,18 +24,7 @@ NONE = "–"
 
 
 def usd(amount: float | None) -> str:
-    """``$1,234.50``, ``$0.42``, ``$0.00042``: cents, and of less than a dime two digits that say something."""
-    if amount is None:
-        return NONE
-    sign, size = ("−" if amount < 0 else ""), abs(amount)
-    if size >= 0.095 or size == 0:
-        return f"{sign}${size:,.2f}"
-    if size < 1e-6:
-        return "$0.00"
-    digits = 2
-    while size < 10 ** (1 - digits):
-        digits += 1
-    return f"{sign}${size:.{digits}f}"
+    return NONE if amount is None else money.usd(amount)
 
 
 def percent(share: float | None) -> str:

@@ -109,6 +109,8 @@ class Attempt:
                 return self._complete(outcome)
             case "stopped" if self.notices.given:
                 return exits.PREEMPTED, "preempted", ""
+            case "stopped" if watch.wall.reached and not watch.why_stopped():
+                return self._pause(watch)
             case "stopped":
                 return exits.PREEMPTED, "failed", watch.why_stopped() or "training stopped without being asked to"
             case "retry":
@@ -150,21 +152,26 @@ class Attempt:
         except OSError as error:  # the result is safe in the bucket
             say(f"output_dir {target}: not copied there: {error}")
 
+    def _pause(self, watch: Watch) -> Ending:
+        """The mark comes first: where it cannot be left, the next attempt has to find the wall again."""
+        step = watch.committer.committed_step if watch.committer else self._newest.step if self._newest else 0
+        reason = watch.wall.reason(step)
+        self._leave_mark(self.context.keys.paused, exits.PAUSED, reason, step)
+        run_id = self.context.keys.run_id
+        return exits.PAUSED, "paused", f"{run_id} is paused: {reason} (spotune resume {run_id} --budget USD)"
+
     def _mark_failed(self, code: int, message: str) -> None:
         step = self.journal.progress.step or (self._newest.step if self._newest else 0)
-        context = self.context
         try:
-            admission.leave_mark(
-                context.store,
-                context.keys.failed,
-                context.keys.run_id,
-                context.attempt,
-                reason=message,
-                exit_code=code,
-                step=step,
-            )
+            self._leave_mark(self.context.keys.failed, code, message, step)
         except SpotuneError as error:
             say(str(error))
+
+    def _leave_mark(self, key: str, code: int, reason: str, step: int) -> None:
+        context = self.context
+        admission.leave_mark(
+            context.store, key, context.keys.run_id, context.attempt, reason=reason, exit_code=code, step=step
+        )
 
     def _close(self, code: int, reason: EndReason, message: str) -> None:
         if self.watch and self.watch.committer:

@@ -7,6 +7,7 @@ from spotune.contracts.errors import InputError, SpotuneError, StoreError
 from spotune.contracts.exchange import Job, Outcome
 from spotune.contracts.holds import reach
 from spotune.guard import admission
+from spotune.guard.budget import Wall, read_budget
 from spotune.guard.cadence import SPOT, STEADY, Inputs
 from spotune.guard.committer import Committer, Lineage
 from spotune.guard.context import Context
@@ -32,6 +33,7 @@ class Watch:
 
     Attributes:
         committer: there once the ranks have their checkpoint.
+        wall: of the run's budget; once reached, training was stopped for that.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Watch:
         self.handover = Handover(context.folder, context.machine.ranks)
         self.committer: Committer | None = None
         self.pacer: Pacer | None = None
+        self.wall = Wall(read_budget(context), journal, toll)
         self._is_stopping = False
         self._fence_at = time.monotonic()
         self._greet_at: float | None = time.monotonic() + GREET_S
@@ -62,6 +65,11 @@ class Watch:
                 self.leader.notice = None
             if self.pacer and not self._is_stopping and self.journal.first_step is not None:
                 self.pacer.look()
+            if not self._is_stopping and self.wall.look():
+                self._is_stopping = True
+                if self.journal.first_step is None:  # nothing that is not in the bucket already
+                    return Outcome(how="stopped")
+                self.wishes.ask_to_stop()
             if not self._is_stopping and self._is_bucket_away():
                 self._is_stopping = True
                 self.wishes.ask_to_stop()

@@ -14,6 +14,7 @@ from spotune.contracts.durations import parse_save_every
 from spotune.contracts.errors import InputError
 from spotune.contracts.fingerprint import data_files, data_sha256
 from spotune.contracts.keys import check_run_id, new_run_id
+from spotune.contracts.money import parse_usd
 from spotune.contracts.records import PriceRow, RunRecord, fingerprint
 from spotune.launch.checks import check_model
 from spotune.launch.code import Code, read_code
@@ -25,6 +26,7 @@ from spotune.launch.task import Demand, Resources, demand_of, env_pairs, fill_in
 from spotune.launch.workspace import Workspace
 
 PRIORITIES = (-1000, 1000)
+BUDGET_FLAG = "--budget"
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Wish:
     infra: str = ""
     resources: Resources = field(default_factory=Resources)
     save_every: str = ""
+    budget: str = ""
     preemptions: str = ""
     envs: tuple[str, ...] = ()
     secrets: tuple[str, ...] = ()
@@ -77,6 +80,7 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
     workspace.check_bucket_reaches(infra)
     run_id = check_run_id(wish.name) if wish.name else new_run_id(Path(wish.config_path).stem, rng)
     parse_save_every(wish.save_every)
+    budget_usd = parse_usd(wish.budget, BUDGET_FLAG) if wish.budget else None
     if wish.preemptions and backend != LOCAL:
         raise InputError("--preemptions", f"{infra} takes machines away by itself", remedy="--infra local")
     config = load_config(wish.config_path, wish.profile, wish.overrides, wish.default_profile)
@@ -89,6 +93,8 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
     secrets = _secrets(wish, workspace.environ)
     now = clock()
     offered = _offers(task, wish, infra, demand, workspace, now)
+    if budget_usd is not None:
+        check_priced(offered.chosen)
     code = read_code(workspace.cwd)
     record = RunRecord(
         run_id=run_id,
@@ -109,6 +115,7 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
         use_spot=offered.chosen.use_spot,
         priority=demand.priority,
         save_every=wish.save_every,
+        budget_usd=budget_usd,
         prices=[vars(offer) for offer in offered.rows],
         code=code.facts(),
         versions={"spotune": __version__},
@@ -125,6 +132,12 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
         code=code,
         allow_config_change=wish.allow_config_change,
     )
+
+
+def check_priced(chosen: PriceRow) -> None:
+    """Raises InputError where no price says what a machine costs, so that nothing could be counted."""
+    if not chosen.price_usd_per_hour:
+        raise InputError(BUDGET_FLAG, f"cannot be kept: {chosen.source}", remedy="leave it out, or give that price")
 
 
 def _submission(
@@ -196,6 +209,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "infra": plan.infra,
         "bucket": plan.bucket,
         "priority": plan.record.priority,
+        "budget_usd": plan.record.budget_usd,
         "task": plan.submission.task,
         "workdir": plan.submission.workdir,
         "secrets": sorted(plan.submission.secrets),

@@ -25,6 +25,7 @@ class Edit:
 
     overrides: tuple[str, ...] = ()
     allow: bool = False
+    budget_usd: float | None = None
 
 
 def revise(workspace: Workspace, status: JobStatus, edit: Edit) -> tuple[Change, RunRecord]:
@@ -47,6 +48,7 @@ def _wanted(record: RunRecord, edit: Edit, workspace: Workspace) -> RunRecord:
         config=config,
         config_sha256=fingerprint(config),
         overrides=[*record.overrides, *edit.overrides],
+        budget_usd=edit.budget_usd,
     )
     if not edit.allow:  # other data or another model would be refused, so that nobody has to look at them
         return wanted

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from spotune.contracts.errors import InfraError, InputError
-from spotune.cost.money import Place, price_of
+from spotune.contracts.money import Place, price_of
 from spotune.launch.infra import CLOUDS, JobStatus, PaidInterval, Submission, cloud_of, infra_of, is_infra, spell
 from spotune.launch.settings import SlurmSettings, load_settings
 from spotune.launch.skypilot import slurm

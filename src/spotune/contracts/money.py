@@ -1,8 +1,10 @@
 """Prices as they were frozen at submission. Nothing is looked up when a report is read."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from spotune.contracts.errors import InputError
 from spotune.contracts.records import PriceRow
 
 HOUR_S = 3600.0
@@ -39,6 +41,30 @@ def on_demand_price(accelerators: Iterable[str], rows: Sequence[PriceRow]) -> Pr
 def cost_usd(seconds: float, nodes: int, price: PriceRow | None) -> float | None:
     """Seconds x nodes at the price of one node; None when there is no price."""
     return None if price is None else seconds / HOUR_S * nodes * price.price_usd_per_hour
+
+
+def parse_usd(text: str, name: str) -> float:
+    """``20``, ``0.05`` or ``$20``: dollars, above 0. Raises InputError naming ``name``."""
+    try:
+        amount = float(text.strip().removeprefix("$"))
+    except ValueError:
+        amount = math.nan
+    if not 0 < amount < math.inf:
+        raise InputError(name, f"{text!r} is no amount of US dollars", remedy="20, or 0.05")
+    return amount
+
+
+def usd(amount: float) -> str:
+    """``$1,234.50``, ``$0.42``, ``$0.00042``: cents, and of less than a dime two digits that say something."""
+    sign, size = ("−" if amount < 0 else ""), abs(amount)
+    if size >= 0.095 or size == 0:
+        return f"{sign}${size:,.2f}"
+    if size < 1e-6:
+        return "$0.00"
+    digits = 2
+    while size < 10 ** (1 - digits):
+        digits += 1
+    return f"{sign}${size:.{digits}f}"
 
 
 def _fits(row: PriceRow, place: Place) -> bool:

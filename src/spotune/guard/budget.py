@@ -1,0 +1,140 @@
+"""The budget's wall: what the run has cost as far as its machine can tell, and whether it has to stop for it.
+
+    spent = earlier attempts + (now - this machine's start) x nodes x the frozen price of where it is
+
+An earlier attempt counts by its bill; without one from its claim to its last event, and as long before its claim as
+this machine was up before its own. What only the engine sees, a machine that waits to be found lost, is in the bill
+once somebody has looked at the cost. The price is the one that the report will take (contracts/money.py).
+"""
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from spotune.contracts.keys import Keys
+from spotune.contracts.money import HOUR_S, Place, price_of, usd
+from spotune.contracts.records import AttemptRecord, Bill, RunRecord
+from spotune.contracts.store import Store
+from spotune.guard.context import Context
+from spotune.guard.faults import last_event
+from spotune.guard.journal import Journal
+from spotune.guard.say import say
+from spotune.guard.toll import Toll
+
+WARN_AT = 0.8
+KERNEL = Path("/proc")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be spent, and how fast that goes; US dollars.
+
+    Attributes:
+        earlier_usd: what the attempts before this one have cost.
+        usd_per_s: of all machines of this attempt together.
+        paid_since: epoch seconds.
+    """
+
+    limit_usd: float
+    earlier_usd: float
+    usd_per_s: float
+    paid_since: float
+
+    def spent_usd(self, now: float) -> float:
+        return self.earlier_usd + max(0.0, now - self.paid_since) * self.usd_per_s
+
+    def is_low(self, now: float) -> bool:
+        """Whether it is time for the warning."""
+        return self.spent_usd(now) >= WARN_AT * self.limit_usd
+
+    def is_used_up(self, now: float, save_s: float = 0.0) -> bool:
+        """Whether a stop that takes ``save_s`` from now on reaches the wall."""
+        return self.spent_usd(now + save_s) >= self.limit_usd
+
+
+class Wall:
+    """Looks at the budget while training runs; ``reached`` once it has said that training has to stop."""
+
+    def __init__(self, budget: Budget | None, journal: Journal, toll: Toll) -> None:
+        self._budget, self._journal, self._toll = budget, journal, toll
+        self._is_low_said = False
+        self.reached = False
+
+    def look(self) -> bool:
+        """Whether to stop now, so that what stopping takes is paid for too; says once when the wall is near."""
+        budget, now = self._budget, time.time()
+        if budget is None or self._journal.progress.phase == "teardown":  # all steps are made: the result is all
+            return False
+        if not self._is_low_said and budget.is_low(now):
+            self._is_low_said = True
+            spent_usd = budget.spent_usd(now)
+            self._journal.write("budget", spent_usd=round(spent_usd, 6), budget_usd=budget.limit_usd)
+            say(f"{spent_usd / budget.limit_usd:.0%} of the budget of {usd(budget.limit_usd)} used up")
+        measured = self._toll.record
+        stop_s = sum(measured.get(name, 0.0) for name in ("step_s", "stall_s", "write_s", "send_s"))
+        self.reached = budget.is_used_up(now, stop_s)
+        return self.reached
+
+    def reason(self, step: int) -> str:
+        """For people: why the run stands still."""
+        assert self._budget
+        spent = usd(self._budget.spent_usd(time.time()))
+        return f"budget of {usd(self._budget.limit_usd)} used up at step {step}: {spent} spent"
+
+
+def read_budget(context: Context) -> Budget | None:
+    """The run's budget as this attempt finds it; None without one."""
+    run, record = context.run, context.record
+    if run.budget_usd is None:
+        return None
+    since = min(record.claimed_at, paid_since(record.infra, run.kind, context.environ) or record.claimed_at)
+    earlier = _earlier_usd(context.store, context.keys, run, record.attempt, record.claimed_at - since)
+    return Budget(run.budget_usd, earlier, _usd_per_s(run, record), since)
+
+
+def paid_since(infra: str, kind: str, environ: Mapping[str, str]) -> float | None:
+    """When this machine began to cost something, epoch seconds; None where that cannot be told.
+
+    A managed job's machine is its own: it counts from its first process, on Slurm from the allocation. On a dev
+    cluster and on this machine a run pays for itself alone.
+    """
+    if infra == "slurm":
+        started = environ.get("SLURM_JOB_START_TIME", "")
+        return float(started) if started.isdigit() and kind != "dev" else _process_started_at(os.getpid())
+    return _process_started_at(os.getpid() if kind == "dev" or infra in ("", "local") else 1)
+
+
+def _process_started_at(pid: int) -> float | None:
+    """Of ``/proc/PID/stat``, field 22 (proc(5)): clock ticks since the machine's boot."""
+    try:
+        fields = (KERNEL / str(pid) / "stat").read_text().rpartition(")")[2].split()
+        up_s = float((KERNEL / "uptime").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return None
+    return time.time() - (up_s - int(fields[19]) / os.sysconf("SC_CLK_TCK"))
+
+
+def _earlier_usd(store: Store, keys: Keys, run: RunRecord, attempt: int, lead_s: float) -> float:
+    return sum(_attempt_usd(store, keys, run, number, lead_s) for number in range(1, attempt))
+
+
+def _attempt_usd(store: Store, keys: Keys, run: RunRecord, attempt: int, lead_s: float) -> float:
+    if data := store.read(keys.bill(attempt)):
+        return Bill.from_bytes(data, keys.bill(attempt)).cost_usd
+    data = store.read(keys.attempt(attempt))
+    if data is None:  # lost before it could claim: only a bill can tell of it
+        return 0.0
+    record = AttemptRecord.from_bytes(data, keys.attempt(attempt))
+    ended_at = float(last_event(store, keys, attempt).get("t") or record.claimed_at)
+    return (max(0.0, ended_at - record.claimed_at) + lead_s) * _usd_per_s(run, record)
+
+
+def _usd_per_s(run: RunRecord, record: AttemptRecord) -> float:
+    """Where no row was frozen for the place, the dearest one counts: what was spent is not understated."""
+    rows = run.price_rows()
+    place = Place(record.infra, record.region, record.zone, use_spot=run.use_spot)
+    dearest = max((row.price_usd_per_hour for row in rows), default=0.0)
+    price = price_of(place, rows)
+    return record.num_nodes * (price.price_usd_per_hour if price else dearest) / HOUR_S

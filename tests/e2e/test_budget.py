@@ -1,0 +1,106 @@
+"""A run with a budget, by the command line on the local infrastructure: real training, real money's arithmetic."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from spotune.contracts.store import Store
+from tests.processes import end_processes_of
+from tests.tiny import make_model, rows, write_jsonl
+
+SPOTUNE = [sys.executable, "-c", "from spotune.cli import main; main()"]
+USD_PER_S = 0.001
+STEPS = 60
+
+
+class Project:
+    """A folder with a config, whose machine costs ``USD_PER_S``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.home = folder, folder / "home"
+        for name in ("tasks", "config"):
+            (folder / name).mkdir(parents=True)
+        make_model(folder / "model", dropout=0.1)
+        write_jsonl(folder / "data.jsonl", rows(400))
+        config = {
+            "model_name_or_path": "./model",
+            "data": [{"source": "data.jsonl"}],
+            "max_steps": STEPS,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 8,
+            "packing": True,
+            "max_length": 64,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "logging_steps": 4,
+        }
+        (folder / "run.yaml").write_text(yaml.safe_dump(config))
+        price = {"on_demand": USD_PER_S * 3600, "spot": USD_PER_S * 3600}
+        (folder / "config/spotune.yaml").write_text(yaml.safe_dump({"local": {"prices": {"cpu": price}}}))
+        task = {"run": f"{sys.executable} -m spotune.sft $SPOTUNE_CONFIG", "resources": {"use_spot": True}}
+        (folder / "tasks/train.yaml").write_text(json.dumps(task))
+        self.environ = {**os.environ, "SPOTUNE_HOME": str(self.home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+    def spotune(self, *words: str, code: int = 0) -> "subprocess.CompletedProcess[str]":
+        done = subprocess.run(
+            [*SPOTUNE, *words], cwd=self.folder, env=self.environ, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == code, done.stdout[-2000:] + done.stderr[-2000:]
+        return done
+
+    def report(self, run_id: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.spotune("cost", run_id, "--format", "json").stdout)
+        return found
+
+    def paused(self, run_id: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(Store(f"file://{self.home}/bucket").read(f"runs/{run_id}/paused.json") or "")
+        return found
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Iterator[Project]:
+    project = Project(tmp_path / "project")
+    yield project
+    end_processes_of(project.home)
+
+
+def test_a_run_pauses_at_its_wall_and_a_raised_budget_changes_nothing_else(project: Project) -> None:
+    project.spotune("train", "run.yaml", "--name", "whole", "-y")
+    whole = project.report("whole")
+    phases = whole["phases"]
+    until_half = whole["paid_s"] - phases["teardown_s"] - phases["useful_s"] / 2
+    budget = round(until_half * USD_PER_S, 5)
+
+    attached = project.spotune("train", "run.yaml", "--name", "halved", "-y", "--budget", str(budget), code=76)
+    assert "spotune resume halved --budget" in attached.stdout + attached.stderr
+    mark, paused = project.paused("halved"), project.report("halved")
+    assert mark["exit_code"] == 76
+    assert 0 < mark["step"] == paused["useful_steps"] < STEPS  # every step that was made is in the bucket
+    assert paused["state"] == "PAUSED"
+    assert [attempt["end_reason"] for attempt in paused["attempts"]] == ["paused"]
+    assert 0.8 * budget < paused["cost_usd"] < budget + 3.0 * USD_PER_S
+
+    refused = project.spotune("resume", "halved", code=2)
+    assert refused.stderr.startswith("halved: budget: has cost $")
+    project.spotune("resume", "halved", "--budget", "0.001", code=2)
+    raised = project.spotune("resume", "halved", "--budget", "1")
+    assert "budget: " in raised.stdout
+    project.spotune("logs", "halved", "--follow")
+    done = project.report("halved")
+    assert (done["state"], done["replayed_steps"], done["budget_usd"]) == ("SUCCEEDED", 0, 1.0)
+    assert done["weights_sha256"] == whole["weights_sha256"]
+
+
+def test_a_wall_before_the_first_step_pauses_and_says_at_which_step(project: Project) -> None:
+    project.spotune("train", "run.yaml", "--name", "poor", "-y", "--budget", "$0.001", code=76)
+    assert project.paused("poor")["step"] == 0
+    row = next(row for row in json.loads(project.spotune("queue", "-a", "--format", "json").stdout))
+    assert (row["state"], row["attempt"]) == ("PAUSED", 1)
+    assert row["reason"].startswith("budget of $0.0010 used up at step 0: $0.00")
