@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -97,6 +98,19 @@ def test_a_disk_bucket_takes_and_gives_hard_links(local_store: Store, tmp_path: 
     stored = tmp_path / "bucket" / "runs" / "a" / "x"
     assert stored.stat().st_ino == source.stat().st_ino == (tmp_path / "back").stat().st_ino
     assert [path.name for path in stored.parent.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize(("given", "made"), [(0o2775, 0o2775), (0o777, 0o777), (0o700, 0o755), (0o1777, 0o755)])
+def test_who_shares_a_disk_bucket_shares_its_folders(local_store: Store, tmp_path: Path, given: int, made: int) -> None:
+    root = tmp_path / "bucket"
+    root.mkdir()
+    root.chmod(given)
+    local_store.write("runs/a/x", b"1")
+    (tmp_path / "source").write_bytes(b"2")
+    local_store.upload(tmp_path / "source", "runs/b/c/y")
+    folders = [path for path in root.rglob("*") if path.is_dir()]
+    assert len(folders) == 4
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folders} == {made}
 
 
 def refuse_link(source: Path, target: Path) -> None:

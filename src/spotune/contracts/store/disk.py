@@ -1,7 +1,9 @@
 """file://: a folder, also one that many machines mount. Whole files only, each made beside its place and renamed."""
 
+import contextlib
 import errno
 import os
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -114,13 +116,34 @@ class Disk:
 def _open_part(path: Path) -> tuple[Path, BinaryIO]:
     """A new file beside ``path``, to be renamed to it; the folder is made, also when somebody just pruned it."""
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         part = path.with_name(f"{PART}{uuid4().hex}")
         try:
             descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileNotFoundError:
             continue
         return part, open(descriptor, "wb")
+
+
+def _make_folder(folder: Path) -> None:
+    """Whoever may write above may write in it: a bucket's own mode (2775, say) decides who shares it, not the umask.
+
+    A sticky folder (/tmp) is everybody's to put things in, and gives nothing on.
+    """
+    if not folder.parent.is_dir():
+        _make_folder(folder.parent)
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        if folder.is_dir():
+            return
+        raise
+    with contextlib.suppress(FileNotFoundError):  # pruned at this moment
+        above = folder.parent.stat().st_mode
+        shared = 0 if above & stat.S_ISVTX else above & (stat.S_IRWXG | stat.S_IRWXO)
+        mode = stat.S_IMODE(folder.stat().st_mode)
+        if shared & ~mode:
+            folder.chmod(mode | shared)
 
 
 def _write_part(path: Path, data: bytes) -> Path:
@@ -163,7 +186,7 @@ def _bring_in(local: Path, path: Path) -> Path:
 
 def _link_part(source: Path, path: Path) -> Path | None:
     """None when it cannot be a link: another file system, one without links, or a folder pruned at this moment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     part = path.with_name(f"{PART}{uuid4().hex}")
     try:
         os.link(source, part)
