@@ -1,48 +1,107 @@
 """``spotune cost``."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from spotune.cli.options import open_workspace
+from spotune.cli.progress import ProgressBar
+
+if TYPE_CHECKING:
+    from spotune.cost.index import Index
+
+FORMATS = ("table", "json", "csv", "focus")
+BY = ("user", "team", "infra", "gpu", "day", "week", "kind")
 
 
 @click.command()
 @click.argument("run", required=False)
 @click.option("--since", default="30d", metavar="DURATION", show_default=True, help="Without RUN: submitted within.")
+@click.option("--by", type=click.Choice(BY), help="Without RUN: chargeback, summed by this; kind is dev or prod.")
 @click.option(
-    "--format", "output", type=click.Choice(["table", "json", "csv"]), default="table", show_default=True,
-    help="Output format.",
+    "--format", "output", type=click.Choice(FORMATS), default="table", show_default=True,
+    help="Output format; focus: FOCUS 1.2, a row a charge.",
 )  # fmt: skip
 @click.option("--html", "page", metavar="FILE", default="", help="Also write RUN's report as one self-contained page.")
-def cost(run: str | None, since: str, output: str, page: str) -> None:
+def cost(run: str | None, since: str, by: str | None, output: str, page: str) -> None:
     """Show where the time and the money went.
 
     Of RUN: its attempts, the phases of every paid second, and what the same work would have cost on demand.
-    Without RUN: one line for every run.
+    Without RUN: one line for every run, or with --by for every user, team, infrastructure, GPU, day or week (UTC).
     """
     from spotune.contracts.durations import parse_duration
     from spotune.contracts.errors import InputError
-    from spotune.cost.collect import report_run, report_runs
-    from spotune.cost.page import check_target, page_of, write_page
-    from spotune.cost.rows import attempt_rows
-    from spotune.cost.table import run_text, runs_text
 
     if page and not run:
         raise InputError("--html", "shows one run", remedy="spotune cost RUN --html FILE")
-    target = check_target(page) if page else None
+    if by and (run or output == "focus"):
+        what = "RUN is not summed" if run else "FOCUS has a row a charge"
+        raise InputError("--by", what, remedy="spotune cost --by team")
     since_s = parse_duration(since, "--since")
     if run:
-        report = report_run(open_workspace(), run)
-        if target:
-            write_page(target, page_of(report))
-        show(output, report, attempt_rows(report), run_text(report))
+        _one(run, output, page)
     else:
-        runs = report_runs(open_workspace(), since_s, warn=lambda message: click.echo(message, err=True))
-        show(output, runs, runs, runs_text(runs) if runs else f"No runs within {since}.")
+        _many(since, since_s, by, output)
 
 
-def show(output: str, value: Any, rows: list[dict[str, Any]], text: str) -> None:
+def _one(run: str, output: str, page: str) -> None:
+    from spotune.cost.collect import report_run
+    from spotune.cost.page import check_target, page_of, write_page
+    from spotune.cost.rows import attempt_rows, indexed_attempts, run_row
+    from spotune.cost.table import run_text
+
+    target, workspace = check_target(page) if page else None, open_workspace()
+    report = report_run(workspace, run)
+    if target:
+        write_page(target, page_of(report))
+    if output == "focus":
+        _show_focus([(workspace.env.bucket, run_row(report), indexed_attempts(report))])
+    else:
+        show(output, report, attempt_rows(report), lambda: run_text(report))
+
+
+def _many(since: str, since_s: float, by: str | None, output: str) -> None:
+    import time
+
+    from spotune.cost.groups import COLUMNS, group
+    from spotune.cost.table import groups_text, runs_text
+
+    from_at = time.time() - since_s
+    nothing = f"No runs within {since}."
+    if output == "focus":
+        runs, attempts = _indexed(lambda index: (index.runs(from_at), index.attempts(from_at)))
+        of_run: dict[Any, list[dict[str, Any]]] = {}
+        for key, attempt in attempts:
+            of_run.setdefault(key, []).append(attempt)
+        _show_focus([(key[0], totals, of_run.get(key, [])) for key, totals in runs])
+    elif by:
+        runs, attempts = _indexed(lambda index: (index.runs(from_at), index.attempts(from_at, COLUMNS)))
+        rows = group(by, runs, attempts)  # type: ignore[arg-type]
+        show(output, rows, rows, lambda: groups_text(by, rows) if rows else nothing)
+    else:
+        totals = [row for _, row in _indexed(lambda index: index.runs(from_at))]
+        show(output, totals, totals, lambda: runs_text(totals) if totals else nothing)
+
+
+def _indexed(take: "Callable[[Index], Any]") -> Any:
+    """What is taken from the index, once it is up to date; a long refresh has a bar, where somebody looks."""
+    from spotune.cost.collect import all_runs
+
+    with ProgressBar("reading runs") as progress:
+        return all_runs(open_workspace(), take, warn=lambda message: click.echo(message, err=True), progress=progress)
+
+
+def _show_focus(runs: "list[tuple[str, dict[str, Any], list[dict[str, Any]]]]") -> None:
+    """``runs``: bucket, totals and attempts of each."""
+    from spotune.cost.focus import COLUMNS, focus_rows
+    from spotune.cost.rows import as_csv
+
+    rows = [row for bucket, totals, attempts in runs for row in focus_rows(totals, attempts, bucket)]
+    click.echo(as_csv(rows, COLUMNS), nl=False)
+
+
+def show(output: str, value: Any, rows: list[dict[str, Any]], text: Callable[[], str]) -> None:
     """Prints one of three: data, rows or text."""
     from spotune.cli.options import print_json
     from spotune.cost.rows import as_csv
@@ -50,4 +109,4 @@ def show(output: str, value: Any, rows: list[dict[str, Any]], text: str) -> None
     if output == "json":
         print_json(value)
     else:
-        click.echo(as_csv(rows) if output == "csv" else text, nl=output == "table")
+        click.echo(as_csv(rows) if output == "csv" else text(), nl=output == "table")

@@ -2,67 +2,46 @@
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
-from spotune.contracts.errors import InfraError, InputError
-from spotune.cost.ledger import bills_due, write_bills
+from spotune.cost.index import Index, use_index
+from spotune.cost.ledger import bills_due, build_accounts, write_bills
 from spotune.cost.read import read_evidence
+from spotune.cost.refresh import Progress, refresh
 from spotune.cost.report import build_report
-from spotune.cost.rows import run_row
-from spotune.launch.infra import JobStatus, PaidInterval, is_infra
-from spotune.launch.status import find_run, list_runs
+from spotune.launch.infra import is_infra
+from spotune.launch.status import find_run
 from spotune.launch.workspace import Workspace
 
-RUNS_AT_A_TIME = 8
+Result = TypeVar("Result")
 
 
 def report_run(workspace: Workspace, run_id: str, clock: Callable[[], float] = time.time) -> dict[str, Any]:
     """One run's report. Raises InputError, naming the nearest known one, for a run that nobody knows."""
     status = find_run(workspace, run_id, clock)
-    return _report(workspace, status, _history(workspace, status), clock())
+    # No rows where the engine's history is out of this machine's reach.
+    history = workspace.infra(status.infra).history(run_id) if is_infra(status.infra) else []
+    store, now = workspace.store(status.bucket), clock()
+    evidence = read_evidence(store, run_id, history)
+    accounts = build_accounts(evidence, now)
+    write_bills(store, bills_due(evidence, accounts))
+    return build_report(evidence, status.state, now, accounts)
 
 
-def report_runs(
+def all_runs(
     workspace: Workspace,
-    since_s: float,
+    take: Callable[[Index], Result],
     clock: Callable[[], float] = time.time,
-    warn: Callable[[str], None] | None = None,
-) -> list[dict[str, Any]]:
-    """The totals of every run that was submitted within ``since_s``, the newest first.
+    warn: Callable[[str], None] = lambda message: None,
+    progress: Progress | None = None,
+) -> Result:
+    """What ``take`` takes from the index, once that is up to date.
 
     ``warn``: is told of an engine that does not answer; its runs are then as the bucket has them.
     """
-    now = clock()
-    statuses = [status for status in list_runs(workspace, True, clock, warn) if status.submitted_at >= now - since_s]
-    statuses.sort(key=lambda status: status.submitted_at, reverse=True)
-    histories = [_known_history(workspace, status) for status in statuses]
 
-    def total(status: JobStatus, history: list[PaidInterval]) -> dict[str, Any] | None:
-        try:
-            return run_row(_report(workspace, status, history, now))
-        except InputError:  # the engine remembers a run whose bucket is gone
-            return None
+    def use(index: Index) -> Result:
+        refresh(workspace, index, clock(), warn, progress)
+        return take(index)
 
-    with ThreadPoolExecutor(RUNS_AT_A_TIME) as pool:
-        return [row for row in pool.map(total, statuses, histories) if row]
-
-
-def _known_history(workspace: Workspace, status: JobStatus) -> list[PaidInterval]:
-    """As ``_history``; of an engine that does not answer what the bills in the bucket say has to do."""
-    try:
-        return _history(workspace, status)
-    except InfraError:
-        return []
-
-
-def _history(workspace: Workspace, status: JobStatus) -> list[PaidInterval]:
-    """The engine's rows; none when its history is out of this machine's reach."""
-    return workspace.infra(status.infra).history(status.run_id) if is_infra(status.infra) else []
-
-
-def _report(workspace: Workspace, status: JobStatus, history: list[PaidInterval], now: float) -> dict[str, Any]:
-    store = workspace.store(status.bucket)
-    evidence = read_evidence(store, status.run_id, history)
-    write_bills(store, bills_due(evidence, now))
-    return build_report(evidence, status.state, now)
+    return use_index(workspace.env.cache, use)

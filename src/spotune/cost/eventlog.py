@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping
+from itertools import groupby
 from typing import Any
 
 Event = dict[str, Any]
@@ -23,11 +24,18 @@ def parse_lines(data: bytes) -> list[Event]:
 
 def clean(events: Iterable[Mapping[str, Any]]) -> list[Event]:
     """Events with a time and a name, each once, in order of time (in the given order where times are equal)."""
+    found = [dict(one) for one in events if number(one.get("t")) is not None and isinstance(one.get("event"), str)]
+    found.sort(key=lambda event: float(event["t"]))
+    return [event for _, same in groupby(found, key=lambda event: float(event["t"])) for event in _once(list(same))]
+
+
+def _once(events: list[Event]) -> Iterable[Event]:
+    if len(events) == 1:
+        return events
     seen: dict[str, Event] = {}
     for event in events:
-        if number(event.get("t")) is not None and isinstance(event.get("event"), str):
-            seen.setdefault(json.dumps(event, sort_keys=True, default=str), dict(event))
-    return sorted(seen.values(), key=lambda event: float(event["t"]))
+        seen.setdefault(json.dumps(event, sort_keys=True, default=str), event)
+    return seen.values()
 
 
 def number(value: Any) -> float | None:

@@ -25,7 +25,7 @@ def build_accounts(evidence: Evidence, now: float) -> list[Account]:
     return accounts
 
 
-def bills_due(evidence: Evidence, now: float) -> list[Bill]:
+def bills_due(evidence: Evidence, accounts: Iterable[Account]) -> list[Bill]:
     """The bills that can be written by now: closed intervals of attempts that have none yet.
 
     A machine that never claimed is billed once a later one has: until then its number may still be claimed.
@@ -33,7 +33,7 @@ def bills_due(evidence: Evidence, now: float) -> list[Bill]:
     billed = {bill.attempt for bill in evidence.bills}
     latest = max((record.attempt for record in evidence.attempts), default=0)
     bills = []
-    for account in build_accounts(evidence, now):
+    for account in accounts:
         row, number = account.machine.interval, account.machine.attempt
         if row and number is not None and row.ended_at is not None and number <= latest and number not in billed:
             bills.append(

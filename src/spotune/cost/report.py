@@ -33,9 +33,14 @@ from spotune.launch.infra import ACTIVE, State
 _MAX_POINTS = 400
 
 
-def build_report(evidence: Evidence, state: State, now: float) -> dict[str, Any]:
-    """The report as ``cost RUN --format json`` prints it, and what its page draws."""
-    accounts = build_accounts(evidence, now)
+def build_report(
+    evidence: Evidence, state: State, now: float, accounts: Sequence[Account] | None = None
+) -> dict[str, Any]:
+    """The report as ``cost RUN --format json`` prints it, and what its page draws.
+
+    ``accounts``: as ``build_accounts`` makes them of the same evidence, where they are at hand.
+    """
+    accounts = build_accounts(evidence, now) if accounts is None else accounts
     run = evidence.run
     is_over = state not in ACTIVE
     phases = _phases(run, accounts, state, now)

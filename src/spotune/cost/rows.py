@@ -5,7 +5,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_ATTEMPT = (
+ATTEMPT = (
     "attempt", "infra", "region", "zone", "instance_type", "accelerators", "nodes", "use_spot",
     "price_usd_per_hour", "price_source", "started_at", "ended_at", "paid_s", "cost_usd", "end_reason",
     "first_step", "last_step",
@@ -13,14 +13,22 @@ _ATTEMPT = (
 _RUN = (
     "run_id", "state", "user", "team", "kind", "config", "submitted_at", "started_at", "ended_at", "attempts",
     "paid_s", "useful_s", "cost_usd", "on_demand_usd", "saved_usd", "goodput", "useful_steps", "replayed_steps",
-    "tokens", "unreconciled_s",
+    "tokens", "unreconciled_s", "unpriced_s", "budget_usd",
 )  # fmt: skip
 
 
 def attempt_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row an attempt, its phases as columns."""
     return [
-        {"run_id": report["run_id"]} | {name: attempt[name] for name in _ATTEMPT} | attempt["phases"]
+        {"run_id": report["run_id"]} | {name: attempt[name] for name in ATTEMPT} | attempt["phases"]
+        for attempt in report["attempts"]
+    ]
+
+
+def indexed_attempts(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row an attempt, as the index keeps it."""
+    return [
+        {name: attempt[name] for name in (*ATTEMPT, "reconciled")} | {"useful_s": attempt["phases"]["useful_s"]}
         for attempt in report["attempts"]
     ]
 
@@ -31,15 +39,16 @@ def run_row(report: Mapping[str, Any]) -> dict[str, Any]:
     return {name: flat[name] for name in _RUN}
 
 
-def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """RFC 4180 with a header line; empty for no rows.
+def as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
+    """RFC 4180 with a header line; for no rows that line alone, or nothing where no columns are given.
 
     What a user typed may start with a sign that a spreadsheet takes for a formula: such a cell gets a quote.
     """
-    if not rows:
+    columns = columns or (list(rows[0]) if rows else [])
+    if not columns:
         return ""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\r\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\r\n")
     writer.writeheader()
     writer.writerows({name: _harmless(value) for name, value in row.items()} for row in rows)
     return text.getvalue()

@@ -36,18 +36,43 @@ def runs_text(rows: Sequence[Mapping[str, Any]]) -> str:
     return _columns(header, lines, right=(2, 3, 4, 5, 6))
 
 
+def groups_text(by: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Chargeback: a group a line with its share of the cost, their sum, and what is not in it."""
+    header = [by.upper(), "RUNS", "PAID", "GPU HOURS", "COST", "ON DEMAND", "GOODPUT", "SHARE", ""]
+    cost_usd = sum(row["cost_usd"] for row in rows)
+    lines = []
+    for row in rows:
+        share = row["cost_usd"] / cost_usd if cost_usd else 0.0
+        lines.append(
+            [_cut(row[by], 24), str(row["runs"]), words.duration(row["paid_s"]), f"{row['gpu_hours']:,.1f}",
+             words.usd(row["cost_usd"]), words.usd(row["on_demand_usd"]), words.percent(row["goodput"]),
+             words.percent(share), _bar(share, 12) if share else ""]
+        )  # fmt: skip
+    paid_s = sum(row["paid_s"] for row in rows)
+    gpu_hours = sum(row["gpu_hours"] for row in rows)
+    lines.append(["all", "", words.duration(paid_s), f"{gpu_hours:,.1f}", words.usd(cost_usd), "", "", "", ""])
+    notes = unknowns_of(*(sum(row[name] for row in rows) for name in ("unreconciled_s", "unpriced_s")))
+    return "\n\n".join([_columns(header, lines, right=(1, 2, 3, 4, 5, 6, 7)), *(["\n".join(notes)] if notes else [])])
+
+
+def unknowns_of(unreconciled_s: float, unpriced_s: float) -> list[str]:
+    """What is not known of the seconds that were paid."""
+    notes = []
+    if unreconciled_s:
+        seconds = words.duration(unreconciled_s)
+        notes.append(f"{seconds} are by the machine's own clock: the engine's history of them is not to be had here.")
+    if unpriced_s:
+        notes.append(f"{words.duration(unpriced_s)} are not in the cost: no price was frozen for where they ran.")
+    return notes
+
+
 def notes_of(report: Mapping[str, Any]) -> list[str]:
     """What a reader must know before he trusts the figures."""
     notes = []
     if report["budget_usd"] and report["cost_usd"] is not None:
         share = words.percent(report["cost_usd"] / report["budget_usd"])
         notes.append(f"{share} of the budget of {words.usd(report['budget_usd'])} is used up.")
-    if report["unreconciled_s"]:
-        seconds = words.duration(report["unreconciled_s"])
-        notes.append(f"{seconds} are by the machine's own clock: the engine's history of them is not to be had here.")
-    if report["unpriced_s"]:
-        seconds = words.duration(report["unpriced_s"])
-        notes.append(f"{seconds} are not in the cost: no price was frozen for where they ran.")
+    notes += unknowns_of(report["unreconciled_s"], report["unpriced_s"])
     unknown = report["phases"]["unknown_s"]
     if report["paid_s"] and unknown / report["paid_s"] >= 0.05:
         is_running = any(attempt["ended_at"] is None for attempt in report["attempts"])
@@ -105,9 +130,9 @@ def _phases(report: Mapping[str, Any]) -> str:
     return _columns(["PHASE", "TIME", "SHARE", ""], rows, right=(1, 2))
 
 
-def _bar(share: float) -> str:
-    """Eighths of a block; whatever took time shows at least one."""
-    eighths = max(1, round(share * _BAR * 8))
+def _bar(share: float, width: int = _BAR) -> str:
+    """Eighths of a block; whatever there is shows at least one."""
+    eighths = max(1, round(share * width * 8))
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 

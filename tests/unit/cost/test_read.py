@@ -10,7 +10,7 @@ from spotune.contracts.keys import Keys
 from spotune.contracts.records import Bill
 from spotune.contracts.store import Store
 from spotune.cost.evidence import Evidence
-from spotune.cost.ledger import bills_due, write_bills
+from spotune.cost.ledger import bills_due, build_accounts, write_bills
 from spotune.cost.read import read_evidence
 from spotune.cost.report import build_report
 from tests.unit.cost.cases import RUN_ID, T, three_attempts
@@ -33,6 +33,10 @@ def write(store: Store, evidence: Evidence, lines_a_part: int = 4) -> None:
         store.create(KEYS.completed, evidence.certificate.to_bytes())
 
 
+def due(evidence: Evidence) -> list[Bill]:
+    return bills_due(evidence, build_accounts(evidence, T + 1000))
+
+
 def test_a_report_from_the_bucket_is_that_of_the_records(store: Store) -> None:
     evidence = three_attempts()
     write(store, evidence, lines_a_part=1)
@@ -43,18 +47,18 @@ def test_a_report_from_the_bucket_is_that_of_the_records(store: Store) -> None:
 def test_bills_make_the_same_report_where_the_engine_is_out_of_reach(local_store: Store) -> None:
     evidence = three_attempts()
     write(local_store, evidence)
-    write_bills(local_store, bills_due(evidence, T + 1000))
+    write_bills(local_store, due(evidence))
     elsewhere = read_evidence(local_store, RUN_ID)
     assert build_report(elsewhere, "SUCCEEDED", T + 1000) == build_report(evidence, "SUCCEEDED", T + 1000)
     both = read_evidence(local_store, RUN_ID, evidence.intervals)
     assert build_report(both, "SUCCEEDED", T + 1000) == build_report(evidence, "SUCCEEDED", T + 1000)
-    assert bills_due(both, T + 1000) == []
+    assert due(both) == []
 
 
 def test_a_bill_is_written_once_and_read_by_its_contract(local_store: Store) -> None:
     evidence = three_attempts()
     write(local_store, evidence)
-    write_bills(local_store, bills_due(evidence, T + 1000))
+    write_bills(local_store, due(evidence))
     data = local_store.read(KEYS.bill(2))
     assert data is not None
     bill = Bill.from_bytes(data)
@@ -63,15 +67,15 @@ def test_a_bill_is_written_once_and_read_by_its_contract(local_store: Store) -> 
     assert bill.price["price_usd_per_hour"] == 0.36
     assert bill.end_reason == "preempted"
     dearer = [{**price, "price_usd_per_hour": 99.0} for price in evidence.run.prices]
-    write_bills(local_store, bills_due(replace(evidence, run=replace(evidence.run, prices=dearer)), T + 1000))
+    write_bills(local_store, due(replace(evidence, run=replace(evidence.run, prices=dearer))))
     assert local_store.read(KEYS.bill(2)) == data
 
 
 def test_no_bill_while_a_machine_is_paid_for() -> None:
     evidence = three_attempts()
     open_row = replace(evidence.intervals[-1], ended_at=None)
-    due = bills_due(replace(evidence, intervals=[*evidence.intervals[:-1], open_row]), T + 1000)
-    assert [bill.attempt for bill in due] == [1, 2]
+    bills = due(replace(evidence, intervals=[*evidence.intervals[:-1], open_row]))
+    assert [bill.attempt for bill in bills] == [1, 2]
 
 
 def test_records_that_cannot_be_read_are_left_out(local_store: Store) -> None:

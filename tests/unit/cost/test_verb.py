@@ -8,7 +8,8 @@ from click.testing import CliRunner, Result
 
 from spotune.cli import main
 from spotune.contracts.store import Store
-from tests.unit.cost.cases import RUN_ID, three_attempts
+from spotune.cost.ledger import bills_due, build_accounts, write_bills
+from tests.unit.cost.cases import RUN_ID, T, three_attempts
 from tests.unit.cost.test_read import write
 
 
@@ -18,6 +19,12 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     store = Store(f"file://{tmp_path}/home/bucket")
     write(store, three_attempts())
     return store
+
+
+def bill(store: Store) -> None:
+    """As whoever knows the engine's rows does it."""
+    evidence = three_attempts()
+    write_bills(store, bills_due(evidence, build_accounts(evidence, T)))
 
 
 def cost(*arguments: str) -> Result:
@@ -47,9 +54,23 @@ def test_all_runs(bucket: Store) -> None:
         (["orders-k3x8"], f"orders-k3x8: no such run (did you mean {RUN_ID}?)"),
         (["--html", "page.html"], "--html: shows one run (spotune cost RUN --html FILE)"),
         ([RUN_ID, "--html", "."], "--html: . is a folder (--html cost.html)"),
+        ([RUN_ID, "--by", "team"], "--by: RUN is not summed (spotune cost --by team)"),
+        (["--by", "team", "--format", "focus"], "--by: FOCUS has a row a charge (spotune cost --by team)"),
         (["--since", "soon"], "--since: 'soon' is not a duration (30s, 5m, 1.5h or 2d)"),
     ],
 )
 def test_bad_input_is_one_line(bucket: Store, arguments: list[str], line: str) -> None:
     result = cost(*arguments)
     assert (result.exit_code, result.stdout, result.stderr.strip()) == (2, "", line)
+
+
+def test_chargeback_and_focus(bucket: Store) -> None:
+    bill(bucket)
+    (row,) = json.loads(cost("--by", "team", "--since", "9999d", "--format", "json").stdout)
+    assert (row["team"], row["runs"], row["attempts"]) == ("research", 1, 3)
+    assert row["paid_s"] == pytest.approx(json.loads(cost(RUN_ID, "--format", "json").stdout)["paid_s"])
+    assert "research" in cost("--by", "team", "--since", "9999d").stdout
+    every, one = cost("--since", "9999d", "--format", "focus").stdout, cost(RUN_ID, "--format", "focus").stdout
+    assert every == one
+    assert len(one.splitlines()) == 4
+    assert len(cost("--since", "1s", "--format", "focus").stdout.splitlines()) == 1  # the columns' names

@@ -1,0 +1,112 @@
+"""Chargeback: attempts summed by who had them, where they ran, on what, or when. Pure.
+
+What is a run's as a whole (on_demand_usd, saved_usd) is said where a run belongs to one group: by user, team and kind.
+Goodput is said where an attempt does. A day or a week has of each attempt the seconds that lie in it.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from spotune.cost.periods import cut, name_of
+
+By = Literal["user", "team", "infra", "gpu", "day", "week", "kind"]
+BY: tuple[By, ...] = get_args(By)
+OF_RUNS = ("user", "team", "kind")
+OF_TIME = ("day", "week")
+# Of the totals and of the attempts, what is looked at.
+COLUMNS = ("attempt", "infra", "accelerators", "nodes", "started_at", "paid_s", "cost_usd", "useful_s", "reconciled")
+NOBODY = {"team": "(no team)", "gpu": "cpu", "infra": "(not known)"}
+
+Run = tuple[Any, Mapping[str, Any]]  # its key, its totals or one of its attempts
+
+
+@dataclass
+class Sums:
+    """A group as far as it has been added up."""
+
+    runs: set[Any] = field(default_factory=set)
+    attempts: set[Any] = field(default_factory=set)
+    paid_s: float = 0.0
+    gpu_s: float = 0.0
+    useful_s: float = 0.0
+    cost_usd: float = 0.0
+    on_demand_usd: float | None = None
+    saved_usd: float | None = None
+    unpriced_s: float = 0.0
+    unreconciled_s: float = 0.0
+
+
+def group(by: By, runs: Iterable[Run], attempts: Iterable[Run]) -> list[dict[str, Any]]:
+    """A row a group, the dearest first; those of time in order of time. Every paid second of the attempts is in one."""
+    totals = dict(runs)
+    groups: dict[str, Sums] = {}
+    for key, attempt in attempts:
+        for name, share in _parts(by, totals[key], attempt):
+            _add(groups.setdefault(name, Sums()), key, attempt, share)
+    if by in OF_RUNS:
+        for key, total in totals.items():
+            sums = groups.setdefault(_of_run(by, total), Sums())
+            sums.runs.add(key)
+            for name in ("on_demand_usd", "saved_usd"):
+                if total[name] is not None:
+                    setattr(sums, name, (getattr(sums, name) or 0.0) + total[name])
+    rows = [_row(by, name, sums) for name, sums in groups.items()]
+    return sorted(rows, key=lambda row: row[by] if by in OF_TIME else (-row["cost_usd"], row[by]))
+
+
+def gpus_of(accelerators: str) -> tuple[str, float]:
+    """``L4:2`` -> ``("L4", 2.0)``; a machine without one is ``cpu`` and has none."""
+    name, _, count = accelerators.partition(":")
+    try:
+        return name or "cpu", float(count or 1) if name else 0.0
+    except ValueError:
+        return name, 1.0
+
+
+def _parts(by: By, total: Mapping[str, Any], attempt: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The groups that an attempt belongs to, and its share in each."""
+    match by:
+        case "day" | "week":
+            ended_at = attempt["started_at"] + attempt["paid_s"]
+            for start, began, until in cut(by, attempt["started_at"], ended_at):
+                yield name_of(by, start), (until - began) / attempt["paid_s"] if attempt["paid_s"] else 1.0
+        case "infra":
+            yield attempt["infra"] or NOBODY["infra"], 1.0
+        case "gpu":
+            yield gpus_of(attempt["accelerators"])[0], 1.0
+        case _:
+            yield _of_run(by, total), 1.0
+
+
+def _of_run(by: By, total: Mapping[str, Any]) -> str:
+    return total[by] or NOBODY.get(by, "(nobody)")
+
+
+def _add(sums: Sums, key: Any, attempt: Mapping[str, Any], share: float) -> None:
+    seconds = attempt["paid_s"] * share
+    sums.runs.add(key)
+    sums.attempts.add((key, attempt["attempt"], attempt["started_at"]))
+    sums.paid_s += seconds
+    sums.gpu_s += seconds * attempt["nodes"] * gpus_of(attempt["accelerators"])[1]
+    sums.useful_s += attempt["useful_s"] * share
+    sums.cost_usd += (attempt["cost_usd"] or 0.0) * share
+    sums.unpriced_s += seconds if attempt["cost_usd"] is None else 0.0
+    sums.unreconciled_s += 0.0 if attempt["reconciled"] else seconds
+
+
+def _row(by: By, name: str, sums: Sums) -> dict[str, Any]:
+    says_goodput = by not in OF_TIME and sums.paid_s > 0
+    return {
+        by: name,
+        "runs": len(sums.runs),
+        "attempts": len(sums.attempts),
+        "paid_s": round(sums.paid_s, 3),
+        "gpu_hours": round(sums.gpu_s / 3600, 6),
+        "cost_usd": round(sums.cost_usd, 9),
+        "on_demand_usd": sums.on_demand_usd,
+        "saved_usd": sums.saved_usd,
+        "goodput": sums.useful_s / sums.paid_s if says_goodput else None,
+        "unpriced_s": round(sums.unpriced_s, 3),
+        "unreconciled_s": round(sums.unreconciled_s, 3),
+    }

@@ -1,0 +1,128 @@
+"""What is known of every run's cost, kept on this machine: SQLite below ``$SPOTUNE_HOME/cache``.
+
+The bucket and the engine are the truth; the file may be deleted at any time, and one that is broken or of another
+version is made anew. Where no file can be written the index lives in memory, and everything is read each time.
+"""
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from spotune.cost.rows import ATTEMPT
+
+FILE = "cost.sqlite"
+VERSION = 1  # of the tables and of what is in them: raise it when a report's figures are made in another way
+BUSY_S = 10.0
+COLUMNS = (*ATTEMPT, "useful_s", "reconciled")
+_TABLES = f"""
+CREATE TABLE IF NOT EXISTS runs (bucket TEXT, run_id TEXT, stamp TEXT, settled INTEGER, submitted_at REAL, totals TEXT,
+                   PRIMARY KEY (bucket, run_id)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS attempts (bucket TEXT, run_id TEXT, {", ".join(COLUMNS)});
+CREATE INDEX IF NOT EXISTS attempts_of ON attempts (bucket, run_id);
+PRAGMA user_version = {VERSION};
+"""
+
+_NOT_THE_FILES_FAULT = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
+
+Key = tuple[str, str]  # bucket, run id
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A run's totals and its attempts, as rows of the report.
+
+    Attributes:
+        stamp: of what it was made from; empty where that cannot change any more.
+        settled: whether it stays as it is for as long as the stamp does.
+    """
+
+    bucket: str
+    run_id: str
+    stamp: str
+    settled: bool
+    totals: dict[str, Any]
+    attempts: Sequence[dict[str, Any]]
+
+    @property
+    def key(self) -> Key:
+        return self.bucket, self.run_id
+
+
+class Index:
+    """Several processes may use one file at a time: each write is one transaction, and what it writes is whole."""
+
+    def __init__(self, path: str) -> None:
+        self._connection = sqlite3.connect(path, timeout=BUSY_S)
+        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        if version not in (0, VERSION):
+            raise sqlite3.DatabaseError(f"tables of version {version}")
+        if not version:
+            self._connection.executescript(f"BEGIN IMMEDIATE; {_TABLES} COMMIT;")
+
+    def stamps(self) -> dict[Key, str]:
+        """Of every settled run."""
+        found = self._connection.execute("SELECT bucket, run_id, stamp FROM runs WHERE settled")
+        return {(bucket, run_id): stamp for bucket, run_id, stamp in found}
+
+    def put(self, entries: Iterable[Entry]) -> None:
+        places = ", ".join("?" * (2 + len(COLUMNS)))
+        with self._connection as connection:
+            for entry in entries:
+                self._delete(entry.key)
+                totals = (entry.totals["submitted_at"], json.dumps(entry.totals))
+                run = (*entry.key, entry.stamp, entry.settled, *totals)
+                connection.execute("INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?)", run)
+                rows = [(*entry.key, *(attempt[name] for name in COLUMNS)) for attempt in entry.attempts]
+                connection.executemany(f"INSERT INTO attempts VALUES ({places})", rows)
+
+    def keep_only(self, keys: set[Key], bucket: str) -> None:
+        """Forgets the runs of a bucket that are no longer in it."""
+        known = self._connection.execute("SELECT bucket, run_id FROM runs WHERE bucket = ?", (bucket,)).fetchall()
+        gone = [key for key in known if key not in keys]
+        if gone:
+            with self._connection:
+                for key in gone:
+                    self._delete(key)
+
+    def runs(self, since: float) -> list[tuple[Key, dict[str, Any]]]:
+        """The totals of the runs that were submitted since then, the newest first."""
+        found = self._connection.execute(
+            "SELECT bucket, run_id, totals FROM runs WHERE submitted_at >= ? ORDER BY submitted_at DESC, run_id",
+            (since,),
+        )
+        return [((bucket, run_id), json.loads(totals)) for bucket, run_id, totals in found]
+
+    def attempts(self, since: float, names: Sequence[str] = COLUMNS) -> list[tuple[Key, dict[str, Any]]]:
+        """Every attempt of those runs, in order of time; ``names``: the columns that are wanted."""
+        columns = ", ".join(f"attempts.{name}" for name in names)
+        found = self._connection.execute(
+            f"SELECT bucket, run_id, {columns} FROM attempts JOIN runs USING (bucket, run_id)"
+            " WHERE submitted_at >= ? ORDER BY started_at",
+            (since,),
+        )
+        return [((row[0], row[1]), dict(zip(names, row[2:], strict=True))) for row in found]
+
+    def _delete(self, key: Key) -> None:
+        for table in ("runs", "attempts"):
+            self._connection.execute(f"DELETE FROM {table} WHERE bucket = ? AND run_id = ?", key)
+
+
+def use_index(folder: Path, use: Callable[[Index], Result]) -> Result:
+    """What ``use`` makes of the index in ``folder``. It is called again, with an empty index, where that is broken."""
+    path = folder / FILE
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    for _ in range(2):
+        try:
+            return use(Index(str(path)))
+        except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", None) in _NOT_THE_FILES_FAULT:
+                break
+            with suppress(OSError):
+                path.unlink()
+    return use(Index(":memory:"))

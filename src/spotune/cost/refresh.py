@@ -1,0 +1,178 @@
+"""Which runs have to be read again, and reading them: what cannot have changed is taken from the index.
+
+A run stays as it is indexed once it does not run any more, every machine of its is off, and nothing of its records in
+the bucket has come or gone since; of a certified one whose machines the engine has accounted for, not even that is
+looked at.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from os import cpu_count
+from typing import TypeVar
+
+from spotune.contracts.errors import InfraError, InputError, StoreError
+from spotune.contracts.keys import RUN_ID, RUNS, Keys
+from spotune.contracts.store import Store
+from spotune.cost.index import Entry, Index, Key
+from spotune.cost.ledger import bills_due, build_accounts, write_bills
+from spotune.cost.read import read_evidence
+from spotune.cost.report import build_report
+from spotune.cost.rows import indexed_attempts, run_row
+from spotune.launch.infra import ACTIVE, JobStatus, PaidInterval
+from spotune.launch.status import certify_if_reachable, read_run
+from spotune.launch.workspace import Workspace
+
+AT_A_TIME = 16
+MANY = 200  # from here on it pays to start processes: reading a run is work for the CPU
+CHUNK = 50
+
+Progress = Callable[[int, int], None]  # runs read, runs to read
+Found = Entry | str | None  # or why it could not be read; None: there is no such run
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the engines say: jobs by bucket and run, and whether all engines did."""
+
+    jobs: Mapping[Key, JobStatus]
+    is_whole: bool
+
+
+def refresh(
+    workspace: Workspace, index: Index, now: float, warn: Callable[[str], None], progress: Progress | None = None
+) -> None:
+    """Brings the index up to the bucket and the engines."""
+    bucket = workspace.env.bucket
+    known = _ask_engines(workspace, warn)
+    here = {(bucket, name) for name in workspace.store().folders(RUNS) if RUN_ID.fullmatch(name)}
+    index.keep_only(here, bucket)
+    stale = _stale(workspace, index, here | known.jobs.keys(), known)
+    done = 0
+    for size, found in _read(workspace, stale, known, now):
+        index.put([one for one in found if isinstance(one, Entry)])
+        for message in (one for one in found if isinstance(one, str)):
+            warn(message)
+        done += size
+        if progress:
+            progress(done, len(stale))
+
+
+def _ask_engines(workspace: Workspace, warn: Callable[[str], None]) -> Known:
+    jobs: dict[Key, JobStatus] = {}
+    is_whole = True
+    for engine in workspace.engines():
+        try:
+            jobs |= {(job.bucket or workspace.env.bucket, job.run_id): job for job in engine.jobs(everyone=True)}
+        except InfraError as error:
+            warn(str(error))
+            is_whole = False
+    return Known(jobs, is_whole)
+
+
+def _stale(workspace: Workspace, index: Index, wanted: Iterable[Key], known: Known) -> list[Key]:
+    """Those of the runs that have to be read, in order."""
+    stamps = index.stamps()
+
+    def is_stale(key: Key) -> bool:
+        job, stamp = known.jobs.get(key), stamps.get(key)
+        if stamp is None or (stamp and job and job.state in ACTIVE):
+            return True
+        return bool(stamp) and stamp != stamp_of(workspace.store(key[0]), key[1])
+
+    # Most are settled by a look into the index: only the others are worth a thread.
+    sure = [key for key in wanted if stamps.get(key) != ""]
+    bucket = workspace.env.bucket
+    return sorted(key for key, stale in zip(sure, _each(bucket, is_stale, sure), strict=True) if stale)
+
+
+def stamp_of(store: Store, run_id: str) -> str:
+    """A digest of the names of a run's records: they are never rewritten, so that a change is a name more or less."""
+    keys = Keys(run_id)
+    names = [*store.keys(keys.attempts), *store.keys(keys.revisions)]
+    names += [key for key in (keys.completed, keys.failed, keys.paused, keys.cancelled) if store.exists(key)]
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+
+
+def _read(
+    workspace: Workspace, stale: Sequence[Key], known: Known, now: float
+) -> Iterator[tuple[int, Sequence[Found]]]:
+    """A chunk of runs at a time: how many they were, and what was found of them."""
+    with_engine = [key for key in stale if key in known.jobs]
+    rest = [run_id for key in stale if key not in known.jobs for run_id in key[1:]]
+    bucket = workspace.env.bucket
+    for keys in _chunks(with_engine):
+        yield len(keys), _each(bucket, lambda key: _read_known(workspace, key, known.jobs[key], now), keys)
+    if len(rest) < MANY:
+        for run_ids in _chunks(rest):
+            yield len(run_ids), read_chunk(bucket, run_ids, known.is_whole, now)
+        return
+    with ProcessPoolExecutor(cpu_count(), mp_context=get_context("spawn")) as processes:
+        futures = [
+            (len(run_ids), processes.submit(read_chunk, bucket, run_ids, known.is_whole, now))
+            for run_ids in _chunks(rest)
+        ]
+        for size, future in futures:
+            yield size, future.result()
+
+
+def _each(bucket: str, call: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """In threads where the bucket is far away; a disk has answered before a thread would."""
+    if bucket.startswith("file://"):
+        return list(map(call, items))
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        return list(pool.map(call, items))
+
+
+def _chunks(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
+    return (items[at : at + CHUNK] for at in range(0, len(items), CHUNK))
+
+
+def read_chunk(bucket: str, run_ids: Sequence[str], is_whole: bool, now: float) -> list[Found]:
+    """Runs that no engine here knows, from their bucket alone."""
+    store = Store(bucket)
+
+    def read(run_id: str) -> Found:
+        try:
+            stamp = stamp_of(store, run_id)
+            status = read_run(store, run_id, now)
+            return entry_of(store, status, [], stamp, is_whole, now) if status else None
+        except StoreError as error:
+            return f"{run_id} is left out: {error}"
+
+    return _each(bucket, read, run_ids)
+
+
+def _read_known(workspace: Workspace, key: Key, job: JobStatus, now: float) -> Found:
+    try:
+        store = workspace.store(key[0])
+        stamp = stamp_of(store, key[1])
+        history = workspace.infra(job.infra).history(key[1])
+        return entry_of(store, certify_if_reachable(job, store), history, stamp, True, now)
+    except InputError:  # the engine remembers a run whose bucket is gone
+        return None
+    except StoreError as error:
+        return f"{key[1]} is left out: {error}"
+
+
+def entry_of(
+    store: Store, status: JobStatus, history: Sequence[PaidInterval], stamp: str, is_whole: bool, now: float
+) -> Entry:
+    """A run's entry; bills that are due are left in the bucket on the way.
+
+    ``is_whole``: whether all engines answered, so that what no row was found for has none here.
+    """
+    evidence = read_evidence(store, status.run_id, history)
+    accounts = build_accounts(evidence, now)
+    write_bills(store, bills_due(evidence, accounts))
+    report = build_report(evidence, status.state, now, accounts)
+    is_off = status.state not in ACTIVE and all(attempt["ended_at"] is not None for attempt in report["attempts"])
+    is_reconciled = not report["unreconciled_s"]
+    is_final = is_off and is_reconciled and status.state == "SUCCEEDED"
+    settled = is_off and (is_whole or is_reconciled)
+    totals, attempts = run_row(report), indexed_attempts(report)
+    return Entry(store.url, status.run_id, "" if is_final else stamp, settled, totals, attempts)

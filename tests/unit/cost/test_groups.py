@@ -1,0 +1,144 @@
+"""Chargeback and FOCUS: sums that lose nothing, and a file that other tools take."""
+
+import csv
+import io
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spotune.cost.focus import COLUMNS, focus_rows
+from spotune.cost.groups import BY, By, gpus_of, group
+from spotune.cost.periods import Period, cut, end_of, name_of, start_of
+from spotune.cost.report import build_report
+from spotune.cost.rows import as_csv, indexed_attempts, run_row
+from spotune.cost.table import groups_text
+from tests.unit.cost.cases import T, three_attempts
+
+# https://focus.finops.org/focus-specification/v1-2/: mandatory columns, and those that must have a value.
+MANDATORY = set(
+    "BilledCost BillingAccountId BillingAccountName BillingCurrency BillingPeriodEnd BillingPeriodStart ChargeCategory"
+    " ChargeClass ChargeDescription ChargePeriodEnd ChargePeriodStart ContractedCost EffectiveCost InvoiceIssuerName"
+    " ListCost PricingQuantity PricingUnit ProviderName PublisherName ServiceCategory ServiceName".split()
+)
+NEVER_NULL = MANDATORY - {"ChargeClass"} | {"ConsumedQuantity", "ListUnitPrice", "PricingCategory", "SkuPriceId"}
+
+
+def at(text: str) -> float:
+    return datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp()
+
+
+def attempt(started: float, paid_s: float, **facts: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {
+        "attempt": 1, "infra": "aws", "region": "us-east-1", "zone": "us-east-1a", "instance_type": "g6.xlarge",
+        "accelerators": "L4:1", "nodes": 1, "use_spot": True, "price_usd_per_hour": 0.36, "price_source": "catalog",
+        "started_at": started, "ended_at": started + paid_s, "paid_s": paid_s, "cost_usd": paid_s / 10000,
+        "end_reason": "completed", "useful_s": paid_s / 2, "reconciled": True,
+    }  # fmt: skip
+    return given | facts
+
+
+def totals(**facts: Any) -> dict[str, Any]:
+    given = {"run_id": "run-a", "user": "ana", "team": "research", "kind": "prod", "config": "a.yaml",
+             "on_demand_usd": 2.0, "saved_usd": 1.0}  # fmt: skip
+    return given | facts
+
+
+def test_days_split_at_midnight_and_weeks_on_monday() -> None:
+    late = attempt(at("2026-11-22 23:00"), 4 * 3600.0)  # a Sunday
+    rows = group("day", [("a", totals())], [("a", late)])
+    assert [(row["day"], row["paid_s"]) for row in rows] == [("2026-11-22", 3600.0), ("2026-11-23", 10800.0)]
+    assert sum(row["cost_usd"] for row in rows) == pytest.approx(late["cost_usd"])
+    weeks = group("week", [("a", totals())], [("a", late)])
+    assert [(row["week"], row["paid_s"]) for row in weeks] == [("2026-W47", 3600.0), ("2026-W48", 10800.0)]
+
+
+def test_a_group_says_what_can_be_said_of_it() -> None:
+    runs = [("a", totals()), ("b", totals(user="ben", on_demand_usd=None, saved_usd=None))]
+    pairs = [
+        ("a", attempt(0.0, 3600.0)),
+        ("a", attempt(5000.0, 1800.0, attempt=2, infra="gcp", nodes=2)),
+        ("b", attempt(0.0, 600.0, accelerators="", cost_usd=None, reconciled=False)),
+    ]
+    ana, ben = group("user", runs, pairs)
+    assert (ana["user"], ana["runs"], ana["attempts"], ana["gpu_hours"]) == ("ana", 1, 2, 2.0)
+    assert (ana["on_demand_usd"], ana["saved_usd"], ana["goodput"]) == (2.0, 1.0, 0.5)
+    assert (ben["cost_usd"], ben["unpriced_s"], ben["unreconciled_s"]) == (0.0, 600.0, 600.0)
+    assert ben["on_demand_usd"] is None
+    aws, gcp = group("infra", runs, pairs)
+    assert (aws["infra"], aws["runs"], gcp["runs"], aws["on_demand_usd"]) == ("aws", 2, 1, None)
+    assert {row["gpu"] for row in group("gpu", runs, pairs)} == {"L4", "cpu"}
+    text = groups_text("user", [ana, ben])
+    assert "no price was frozen" in text
+    assert "own clock" in text
+    assert max(map(len, text.splitlines()[:4])) <= 100
+
+
+TIMES = st.floats(1.6e9, 2e9)
+
+
+@given(st.lists(st.tuples(TIMES, st.floats(0, 4e6), st.sampled_from(["a", "b"])), max_size=8))
+def test_every_paid_second_is_in_a_group(spans: list[tuple[float, float, str]]) -> None:
+    runs = [("a", totals()), ("b", totals(team="", user="ben", kind="dev"))]
+    pairs = [(key, attempt(start, paid_s)) for start, paid_s, key in spans]
+    for by in BY:
+        rows = group(by, runs, pairs)
+        assert sum(row["paid_s"] for row in rows) == pytest.approx(sum(paid for _, paid, _ in spans), abs=0.1)
+        assert all(row["paid_s"] >= 0 for row in rows)
+
+
+@given(st.sampled_from(["day", "week", "month"]), TIMES, st.floats(0, 1e7))
+def test_pieces_tile_an_interval(period: Period, start: float, seconds: float) -> None:
+    pieces = list(cut(period, start, start + seconds))
+    assert (pieces[0][1], pieces[-1][2]) == (start, start + seconds)
+    for (begins, began, until), (_, next_began, _) in zip(pieces, pieces[1:] + pieces[-1:], strict=True):
+        assert begins == start_of(period, began)
+        assert begins <= began <= until <= end_of(period, begins)
+        assert until in (next_began, start + seconds)
+    assert len({name_of(period, begins) for begins, _, _ in pieces}) == len(pieces)
+
+
+def focus_of(report: dict[str, Any]) -> list[dict[str, str]]:
+    rows = list(focus_rows(run_row(report), indexed_attempts(report), "file:///b"))
+    return list(csv.DictReader(io.StringIO(as_csv(rows, COLUMNS))))
+
+
+def test_focus_has_every_mandatory_column_and_its_sums() -> None:
+    report = build_report(three_attempts(), "SUCCEEDED", T + 1000)
+    rows = focus_of(report)
+    assert len(rows) == 3
+    assert set(COLUMNS) >= MANDATORY
+    assert [name for name in COLUMNS if not name.startswith("x_")] == sorted(COLUMNS[:-2])
+    for row in rows:
+        assert not [name for name in NEVER_NULL if not row[name]]
+        assert (row["ChargeCategory"], row["BillingCurrency"], row["PricingUnit"]) == ("Usage", "USD", "Hours")
+        assert row["PricingCategory"] == "Dynamic"
+        assert float(row["ListUnitPrice"]) * float(row["PricingQuantity"]) == pytest.approx(float(row["ListCost"]))
+        assert row["BillingPeriodStart"] <= row["ChargePeriodStart"] < row["ChargePeriodEnd"] <= row["BillingPeriodEnd"]
+        assert json.loads(row["Tags"])["user"] == "ana"
+        json.loads(row["SkuPriceDetails"])
+    assert sum(float(row["BilledCost"]) for row in rows) == pytest.approx(report["cost_usd"], abs=1e-8)
+
+
+def test_a_charge_lies_in_one_billing_period() -> None:
+    long = attempt(at("2026-10-31 23:00"), 2 * 3600.0, nodes=2, use_spot=False)
+    first, second = focus_rows(totals(), [long], "s3://b")
+    assert (first["ChargePeriodEnd"], second["BillingPeriodStart"]) == ("2026-11-01T00:00:00Z",) * 2
+    assert (first["PricingQuantity"], first["BilledCost"], first["PricingCategory"]) == ("2", "0.72", "Standard")
+    assert list(focus_rows(totals(), [attempt(0.0, 60.0, cost_usd=None)], "s3://b")) == []
+
+
+@pytest.mark.parametrize(("text", "found"), [("L4:1", ("L4", 1.0)), ("H100:8", ("H100", 8.0)), ("", ("cpu", 0.0)),
+                                             ("A100", ("A100", 1.0)), ("L4:0.5", ("L4", 0.5))])  # fmt: skip
+def test_gpus(text: str, found: tuple[str, float]) -> None:
+    assert gpus_of(text) == found
+
+
+def test_every_way_to_sum_is_offered() -> None:
+    from spotune.cli.cost import BY as OFFERED
+
+    offered: tuple[By, ...] = OFFERED  # type: ignore[assignment]
+    assert offered == BY

@@ -1,0 +1,168 @@
+"""The index of all runs: it follows the bucket, reads what may have changed, and may be lost."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spotune.contracts.keys import Keys
+from spotune.contracts.records import Mark
+from spotune.contracts.store import Store
+from spotune.cost import refresh
+from spotune.cost.collect import all_runs
+from spotune.cost.evidence import Evidence
+from spotune.cost.index import FILE, Index
+from spotune.cost.ledger import bills_due, build_accounts, write_bills
+from spotune.launch.workspace import Workspace
+from tests.unit.cost.cases import T, claim, event, phase, row, step, three_attempts
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace.open({"SPOTUNE_HOME": str(tmp_path / "home")}, tmp_path)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The runs that were read."""
+    seen: list[str] = []
+
+    def read(store: Store, run_id: str, *rest: Any) -> Evidence:
+        seen.append(run_id)
+        return read_evidence(store, run_id, *rest)
+
+    read_evidence = refresh.read_evidence
+    monkeypatch.setattr(refresh, "read_evidence", read)
+    return seen
+
+
+def write(store: Store, run_id: str, evidence: Evidence, bills: bool = True) -> None:
+    """A run of that name in the bucket."""
+    keys = Keys(run_id)
+    store.create(keys.run, replace(evidence.run, run_id=run_id).to_bytes())
+    for record in evidence.attempts:
+        store.create(keys.attempt(record.attempt), replace(record, run_id=run_id).to_bytes())
+    for attempt, events in evidence.events.items():
+        store.create(keys.events(attempt, 0, 0), "\n".join(map(json.dumps, events)).encode())
+    if evidence.certificate:
+        store.create(keys.completed, evidence.certificate.to_bytes())
+    if bills:
+        write_bills(store, [replace(bill, run_id=run_id) for bill in bills_due(evidence, build_accounts(evidence, T))])
+
+
+def listed(workspace: Workspace, **options: Any) -> dict[str, dict[str, Any]]:
+    found = all_runs(workspace, lambda index: index.runs(0.0), clock=lambda: T + 1000, **options)
+    return {run_id: totals for (_, run_id), totals in found}
+
+
+def test_what_is_certified_and_billed_is_read_once(workspace: Workspace, reads: list[str]) -> None:
+    write(workspace.store(), "done", three_attempts())
+    first = listed(workspace)
+    assert (first["done"]["state"], first["done"]["attempts"]) == ("SUCCEEDED", 3)
+    assert listed(workspace) == first
+    assert reads == ["done"]
+
+
+def failed() -> Evidence:
+    """One attempt that failed for good."""
+    end = event(30, "end", reason="failed", exit_code=1)
+    events = {1: [event(15, "start"), phase(15, "load"), phase(20, "train"), step(25, 1), end]}
+    evidence = three_attempts()
+    return replace(
+        evidence, intervals=[row(10, 30, exit_code=1)], attempts=[claim(1, 15)], events=events, commits=[],
+        certificate=None,
+    )  # fmt: skip
+
+
+def test_a_run_that_stands_still_is_read_again_once_it_goes_on(workspace: Workspace, reads: list[str]) -> None:
+    store, keys = workspace.store(), Keys("stands")
+    write(store, "stands", failed())
+    mark = Mark(run_id="stands", attempt=1, at=T + 30, reason="a bug", exit_code=1)
+    store.create(keys.failed, mark.to_bytes())
+    assert listed(workspace)["stands"]["state"] == "FAILED"
+    assert listed(workspace)["stands"]["attempts"] == 1
+    assert len(reads) == 1
+    store.delete([keys.failed])  # somewhere else, it is resumed
+    store.create(keys.attempt(2), replace(claim(2, 400), run_id="stands").to_bytes())
+    assert listed(workspace)["stands"]["attempts"] == 2
+    assert len(reads) == 2
+
+
+def test_a_bill_from_another_machine_is_taken_in(workspace: Workspace, reads: list[str]) -> None:
+    write(workspace.store(), "run-a", three_attempts(), bills=False)
+    unsure = listed(workspace)["run-a"]
+    assert unsure["unreconciled_s"] > 0
+    evidence = three_attempts()
+    bills = [replace(bill, run_id="run-a") for bill in bills_due(evidence, build_accounts(evidence, T + 1000))]
+    write_bills(workspace.store(), bills)
+    sure = listed(workspace)["run-a"]
+    assert sure["unreconciled_s"] == 0
+    assert sure["paid_s"] == 70.0
+
+
+def test_what_is_gone_from_the_bucket_is_gone(workspace: Workspace) -> None:
+    store = workspace.store()
+    for name in ("run-a", "run-b"):
+        write(store, name, three_attempts())
+    assert set(listed(workspace)) == {"run-a", "run-b"}
+    store.delete(store.keys(Keys("run-a").root))
+    assert set(listed(workspace)) == {"run-b"}
+    assert all_runs(workspace, lambda index: {key[1] for key, _ in index.attempts(0.0)}) == {"run-b"}
+
+
+@pytest.mark.parametrize("content", [b"not a database, not at all" * 200, b"", None])
+def test_a_lost_or_broken_index_is_made_anew(workspace: Workspace, content: bytes | None) -> None:
+    write(workspace.store(), "done", three_attempts())
+    first = listed(workspace)
+    path = workspace.env.cache / FILE
+    path.unlink() if content is None else path.write_bytes(content)
+    assert listed(workspace) == first
+    assert Index(str(path)).stamps()
+
+
+def test_an_index_of_another_version_is_made_anew(workspace: Workspace) -> None:
+    write(workspace.store(), "done", three_attempts())
+    first = listed(workspace)
+    Index(str(workspace.env.cache / FILE))._connection.execute("PRAGMA user_version = 9999")
+    assert listed(workspace) == first
+
+
+def test_without_a_place_for_it_everything_is_read_each_time(workspace: Workspace, reads: list[str]) -> None:
+    write(workspace.store(), "done", three_attempts())
+    workspace.env.cache.parent.mkdir(parents=True, exist_ok=True)
+    workspace.env.cache.write_text("a file where the folder would be")
+    assert set(listed(workspace)) == {"done"}
+    assert listed(workspace)["done"]["attempts"] == 3
+    assert len(reads) == 2
+
+
+def test_a_run_that_cannot_be_read_is_said_and_left_out(workspace: Workspace) -> None:
+    write(workspace.store(), "done", three_attempts())
+    workspace.store().write(Keys("broken").run, b"{")
+    said: list[str] = []
+    assert set(listed(workspace, warn=said.append)) == {"done"}
+    assert len(said) == 1
+    assert said[0].startswith("broken is left out: runs/broken/run.json: not a RunRecord")
+
+
+def test_many_runs_are_read_by_processes_with_progress(workspace: Workspace) -> None:
+    names = [f"run-{number:03d}" for number in range(refresh.MANY + 1)]
+    for name in names:
+        write(workspace.store(), name, failed())
+    seen: list[tuple[int, int]] = []
+    found = listed(workspace, progress=lambda done, total: seen.append((done, total)))
+    assert set(found) == set(names)
+    assert seen[-1] == (len(names), len(names))
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_two_at_once_do_no_harm(workspace: Workspace) -> None:
+    for number in range(20):
+        write(workspace.store(), f"run-{number:02d}", three_attempts())
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: listed(workspace), range(8)))
+    assert all(one == found[0] for one in found)
+    assert len(all_runs(workspace, lambda index: index.attempts(0.0))) == 60
