@@ -51,12 +51,12 @@ def _one(run: str, output: str, page: str) -> None:
     from spotune.cost.rows import attempt_rows, indexed_attempts, run_row
     from spotune.cost.table import run_text
 
-    target, workspace = check_target(page) if page else None, open_workspace()
-    report = report_run(workspace, run)
+    target = check_target(page) if page else None
+    report = report_run(open_workspace(), run)
     if target:
         write_page(target, page_of(report))
     if output == "focus":
-        _show_focus([(workspace.env.bucket, run_row(report), indexed_attempts(report))])
+        _show_focus([(report["bucket"], run_row(report), indexed_attempts(report))])
     else:
         show(output, report, attempt_rows(report), lambda: run_text(report))
 

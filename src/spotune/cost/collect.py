@@ -4,11 +4,8 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from spotune.cost.index import Index, use_index
-from spotune.cost.ledger import bills_due, build_accounts, write_bills
-from spotune.cost.read import read_evidence
-from spotune.cost.refresh import Progress, refresh
-from spotune.cost.report import build_report
+from spotune.cost.index import Index, index_file, use_index
+from spotune.cost.refresh import Progress, refresh, report_of
 from spotune.launch.infra import is_infra
 from spotune.launch.status import find_run
 from spotune.launch.workspace import Workspace
@@ -21,11 +18,7 @@ def report_run(workspace: Workspace, run_id: str, clock: Callable[[], float] = t
     status = find_run(workspace, run_id, clock)
     # No rows where the engine's history is out of this machine's reach.
     history = workspace.infra(status.infra).history(run_id) if is_infra(status.infra) else []
-    store, now = workspace.store(status.bucket), clock()
-    evidence = read_evidence(store, run_id, history)
-    accounts = build_accounts(evidence, now)
-    write_bills(store, bills_due(evidence, accounts))
-    return build_report(evidence, status.state, now, accounts)
+    return report_of(workspace.store(status.bucket), status, history, clock())
 
 
 def all_runs(
@@ -44,4 +37,4 @@ def all_runs(
         refresh(workspace, index, clock(), warn, progress)
         return take(index)
 
-    return use_index(workspace.env.cache, use)
+    return use_index(index_file(workspace.env.cache, workspace.env.bucket), use)

@@ -1,9 +1,10 @@
-"""What is known of every run's cost, kept on this machine: SQLite below ``$SPOTUNE_HOME/cache``.
+"""What is known of every run's cost, kept on this machine: SQLite below ``$SPOTUNE_HOME/cache``, a file a bucket.
 
 The bucket and the engine are the truth; the file may be deleted at any time, and one that is broken or of another
 version is made anew. Where no file can be written the index lives in memory, and everything is read each time.
 """
 
+import hashlib
 import json
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +15,6 @@ from typing import Any, TypeVar
 
 from spotune.cost.rows import ATTEMPT
 
-FILE = "cost.sqlite"
 VERSION = 1  # of the tables and of what is in them: raise it when a report's figures are made in another way
 BUSY_S = 10.0
 COLUMNS = (*ATTEMPT, "useful_s", "reconciled")
@@ -80,9 +80,9 @@ class Index:
                 rows = [(*entry.key, *(attempt[name] for name in COLUMNS)) for attempt in entry.attempts]
                 connection.executemany(f"INSERT INTO attempts VALUES ({places})", rows)
 
-    def keep_only(self, keys: set[Key], bucket: str) -> None:
-        """Forgets the runs of a bucket that are no longer in it."""
-        known = self._connection.execute("SELECT bucket, run_id FROM runs WHERE bucket = ?", (bucket,)).fetchall()
+    def keep_only(self, keys: set[Key]) -> None:
+        """Forgets all other runs."""
+        known = self._connection.execute("SELECT bucket, run_id FROM runs").fetchall()
         gone = [key for key in known if key not in keys]
         if gone:
             with self._connection:
@@ -112,9 +112,13 @@ class Index:
             self._connection.execute(f"DELETE FROM {table} WHERE bucket = ? AND run_id = ?", key)
 
 
-def use_index(folder: Path, use: Callable[[Index], Result]) -> Result:
-    """What ``use`` makes of the index in ``folder``. It is called again, with an empty index, where that is broken."""
-    path = folder / FILE
+def index_file(cache: Path, bucket: str) -> Path:
+    """Each bucket's own: what is listed from one has nothing of another's."""
+    return cache / f"cost-{hashlib.sha256(bucket.encode()).hexdigest()[:16]}.sqlite"
+
+
+def use_index(path: Path, use: Callable[[Index], Result]) -> Result:
+    """What ``use`` makes of the index in that file. It is called again, with an empty one, where that is broken."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
     for _ in range(2):

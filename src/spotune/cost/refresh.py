@@ -11,9 +11,9 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from os import cpu_count
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from spotune.contracts.errors import InfraError, InputError, StoreError
+from spotune.contracts.errors import InputError, StoreError
 from spotune.contracts.keys import RUN_ID, RUNS, Keys
 from spotune.contracts.store import Store
 from spotune.cost.index import Entry, Index, Key
@@ -22,7 +22,7 @@ from spotune.cost.read import read_evidence
 from spotune.cost.report import build_report
 from spotune.cost.rows import indexed_attempts, run_row
 from spotune.launch.infra import ACTIVE, JobStatus, PaidInterval
-from spotune.launch.status import certify_if_reachable, read_run
+from spotune.launch.status import certify_if_reachable, jobs_of, read_run
 from spotune.launch.workspace import Workspace
 
 AT_A_TIME = 16
@@ -49,9 +49,10 @@ def refresh(
     """Brings the index up to the bucket and the engines."""
     bucket = workspace.env.bucket
     known = _ask_engines(workspace, warn)
-    here = {(bucket, name) for name in workspace.store().folders(RUNS) if RUN_ID.fullmatch(name)}
-    index.keep_only(here, bucket)
-    stale = _stale(workspace, index, here | known.jobs.keys(), known)
+    wanted = {(bucket, name) for name in workspace.store().folders(RUNS) if RUN_ID.fullmatch(name)}
+    wanted |= {key for key in known.jobs if key[0] != bucket}
+    index.keep_only(wanted)
+    stale = _stale(workspace, index, wanted, known)
     done = 0
     for size, found in _read(workspace, stale, known, now):
         index.put([one for one in found if isinstance(one, Entry)])
@@ -63,15 +64,11 @@ def refresh(
 
 
 def _ask_engines(workspace: Workspace, warn: Callable[[str], None]) -> Known:
-    jobs: dict[Key, JobStatus] = {}
-    is_whole = True
-    for engine in workspace.engines():
-        try:
-            jobs |= {(job.bucket or workspace.env.bucket, job.run_id): job for job in engine.jobs(everyone=True)}
-        except InfraError as error:
-            warn(str(error))
-            is_whole = False
-    return Known(jobs, is_whole)
+    silent: list[str] = []
+    jobs = [job for engine in workspace.engines() for job in jobs_of(engine, True, silent.append)]
+    for message in silent:
+        warn(message)
+    return Known({(job.bucket or workspace.env.bucket, job.run_id): job for job in jobs}, is_whole=not silent)
 
 
 def _stale(workspace: Workspace, index: Index, wanted: Iterable[Key], known: Known) -> list[Key]:
@@ -79,15 +76,13 @@ def _stale(workspace: Workspace, index: Index, wanted: Iterable[Key], known: Kno
     stamps = index.stamps()
 
     def is_stale(key: Key) -> bool:
-        job, stamp = known.jobs.get(key), stamps.get(key)
-        if stamp is None or (stamp and job and job.state in ACTIVE):
+        if key not in stamps or (key in known.jobs and known.jobs[key].state in ACTIVE):
             return True
-        return bool(stamp) and stamp != stamp_of(workspace.store(key[0]), key[1])
+        return stamps[key] != stamp_of(workspace.store(key[0]), key[1])
 
-    # Most are settled by a look into the index: only the others are worth a thread.
-    sure = [key for key in wanted if stamps.get(key) != ""]
-    bucket = workspace.env.bucket
-    return sorted(key for key, stale in zip(sure, _each(bucket, is_stale, sure), strict=True) if stale)
+    open_ones = [key for key in wanted if stamps.get(key) != ""]  # the others cannot change any more
+    answers = _each(workspace.env.bucket, is_stale, open_ones)
+    return sorted(key for key, stale in zip(open_ones, answers, strict=True) if stale)
 
 
 def stamp_of(store: Store, run_id: str) -> str:
@@ -103,7 +98,7 @@ def _read(
 ) -> Iterator[tuple[int, Sequence[Found]]]:
     """A chunk of runs at a time: how many they were, and what was found of them."""
     with_engine = [key for key in stale if key in known.jobs]
-    rest = [run_id for key in stale if key not in known.jobs for run_id in key[1:]]
+    rest = [key[1] for key in stale if key not in known.jobs]
     bucket = workspace.env.bucket
     for keys in _chunks(with_engine):
         yield len(keys), _each(bucket, lambda key: _read_known(workspace, key, known.jobs[key], now), keys)
@@ -162,17 +157,22 @@ def _read_known(workspace: Workspace, key: Key, job: JobStatus, now: float) -> F
 def entry_of(
     store: Store, status: JobStatus, history: Sequence[PaidInterval], stamp: str, is_whole: bool, now: float
 ) -> Entry:
-    """A run's entry; bills that are due are left in the bucket on the way.
+    """A run's entry.
 
     ``is_whole``: whether all engines answered, so that what no row was found for has none here.
     """
-    evidence = read_evidence(store, status.run_id, history)
-    accounts = build_accounts(evidence, now)
-    write_bills(store, bills_due(evidence, accounts))
-    report = build_report(evidence, status.state, now, accounts)
+    report = report_of(store, status, history, now)
     is_off = status.state not in ACTIVE and all(attempt["ended_at"] is not None for attempt in report["attempts"])
     is_reconciled = not report["unreconciled_s"]
     is_final = is_off and is_reconciled and status.state == "SUCCEEDED"
     settled = is_off and (is_whole or is_reconciled)
     totals, attempts = run_row(report), indexed_attempts(report)
     return Entry(store.url, status.run_id, "" if is_final else stamp, settled, totals, attempts)
+
+
+def report_of(store: Store, status: JobStatus, history: Sequence[PaidInterval], now: float) -> dict[str, Any]:
+    """A run's report, with its ``bucket``; bills that are due are left there on the way."""
+    evidence = read_evidence(store, status.run_id, history)
+    accounts = build_accounts(evidence, now)
+    write_bills(store, bills_due(evidence, accounts))
+    return {**build_report(evidence, status.state, now, accounts), "bucket": store.url}

@@ -49,9 +49,9 @@ class Budget:
         """Whether it is time for the warning."""
         return self.spent_usd(now) >= WARN_AT * self.limit_usd
 
-    def is_used_up(self, now: float, save_s: float = 0.0) -> bool:
-        """Whether a stop that takes ``save_s`` from now on reaches the wall."""
-        return self.spent_usd(now + save_s) >= self.limit_usd
+    def is_used_up(self, now: float, stop_s: float) -> bool:
+        """Whether a stop that takes ``stop_s`` from now on reaches the wall."""
+        return self.spent_usd(now + stop_s) >= self.limit_usd
 
 
 class Wall:

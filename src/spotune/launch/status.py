@@ -43,7 +43,7 @@ def list_runs(
         warn: is told of an engine that does not answer, whose runs are then not listed; without it that is an error.
     """
     since = clock() - RECENT_S
-    jobs = [job for engine in workspace.engines() for job in _jobs(engine, everything, warn)]
+    jobs = [job for engine in workspace.engines() for job in jobs_of(engine, everything, warn)]
     shown = [job for job in jobs if everything or job.state in ACTIVE or (job.ended_at or 0.0) >= since]
     with ThreadPoolExecutor(16) as pool:
         rows = list(pool.map(lambda job: certify_if_reachable(job, workspace.store(job.bucket)), shown))
@@ -67,7 +67,8 @@ def find_run(workspace: Workspace, run_id: str, clock: Callable[[], float] = tim
     raise InputError(run_id, "no such run", remedy=f"did you mean {near[0]}?" if near else "spotune queue -a")
 
 
-def _jobs(engine: Infra, everyone: bool, warn: Callable[[str], None] | None) -> list[JobStatus]:
+def jobs_of(engine: Infra, everyone: bool, warn: Callable[[str], None] | None) -> list[JobStatus]:
+    """An engine's jobs; none of one that does not answer, of which ``warn`` is told. Without it that is an error."""
     try:
         return engine.jobs(everyone=everyone)
     except InfraError as error:

@@ -14,7 +14,7 @@ from spotune.contracts.store import Store
 from spotune.cost import refresh
 from spotune.cost.collect import all_runs
 from spotune.cost.evidence import Evidence
-from spotune.cost.index import FILE, Index
+from spotune.cost.index import Index, index_file
 from spotune.cost.ledger import bills_due, build_accounts, write_bills
 from spotune.launch.workspace import Workspace
 from tests.unit.cost.cases import T, claim, event, phase, row, step, three_attempts
@@ -56,6 +56,21 @@ def write(store: Store, run_id: str, evidence: Evidence, bills: bool = True) -> 
 def listed(workspace: Workspace, **options: Any) -> dict[str, dict[str, Any]]:
     found = all_runs(workspace, lambda index: index.runs(0.0), clock=lambda: T + 1000, **options)
     return {run_id: totals for (_, run_id), totals in found}
+
+
+def file_of(workspace: Workspace) -> Path:
+    return index_file(workspace.env.cache, workspace.env.bucket)
+
+
+def test_each_bucket_has_its_own_runs(workspace: Workspace, tmp_path: Path, reads: list[str]) -> None:
+    environ = {"SPOTUNE_HOME": str(tmp_path / "home"), "SPOTUNE_BUCKET": f"file://{tmp_path}/other"}
+    other = Workspace.open(environ, tmp_path)
+    write(workspace.store(), "here", three_attempts())
+    write(other.store(), "there", three_attempts())
+    for _ in range(2):
+        assert set(listed(workspace)) == {"here"}
+        assert set(listed(other)) == {"there"}
+    assert reads == ["here", "there"]
 
 
 def test_what_is_certified_and_billed_is_read_once(workspace: Workspace, reads: list[str]) -> None:
@@ -117,7 +132,7 @@ def test_what_is_gone_from_the_bucket_is_gone(workspace: Workspace) -> None:
 def test_a_lost_or_broken_index_is_made_anew(workspace: Workspace, content: bytes | None) -> None:
     write(workspace.store(), "done", three_attempts())
     first = listed(workspace)
-    path = workspace.env.cache / FILE
+    path = file_of(workspace)
     path.unlink() if content is None else path.write_bytes(content)
     assert listed(workspace) == first
     assert Index(str(path)).stamps()
@@ -126,7 +141,7 @@ def test_a_lost_or_broken_index_is_made_anew(workspace: Workspace, content: byte
 def test_an_index_of_another_version_is_made_anew(workspace: Workspace) -> None:
     write(workspace.store(), "done", three_attempts())
     first = listed(workspace)
-    Index(str(workspace.env.cache / FILE))._connection.execute("PRAGMA user_version = 9999")
+    Index(str(file_of(workspace)))._connection.execute("PRAGMA user_version = 9999")
     assert listed(workspace) == first
 
 
