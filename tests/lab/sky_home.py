@@ -51,13 +51,17 @@ def configure(lab: Layout) -> None:
             path.write_text(text)
     modules = lab.root / "modules"
     modules.mkdir(exist_ok=True)
+    (lab.root / "tmp").mkdir(exist_ok=True)
     shutil.copy(HERE / "sky_plugins.py", modules / "spotune_lab_plugins.py")
     (lab.root / "env").write_text(shell_text(lab))
 
 
 def environ(lab: Layout) -> dict[str, str]:
-    """For whatever starts SkyPilot here: ``Layout.environ`` and where the plug-ins are."""
-    return {**lab.environ(), "PYTHONPATH": str(lab.root / "modules")}
+    """For whatever starts SkyPilot here: ``Layout.environ``, where the plug-ins are, and a TMPDIR of the lab's own.
+
+    SkyPilot's server leaves the files of its requests in TMPDIR.
+    """
+    return {**lab.environ(), "PYTHONPATH": str(lab.root / "modules"), "TMPDIR": str(lab.root / "tmp")}
 
 
 def shell_text(lab: Layout) -> str:

@@ -55,6 +55,9 @@ def main(home: Path, steps: int) -> int:
             return PREEMPTED
         if told == "crash" and step == steps // 2:
             return 1
+        if told == "hang":
+            fault.unlink()
+            time.sleep(60)
     log.phase("teardown")
     time.sleep(2 * STEP_S)
     (bucket / "result").write_text(json.dumps({"steps": steps, "wrong": told == "diverge" and done > 0}))

@@ -118,9 +118,16 @@ def test_a_crash_is_repaired_and_counted(tmp_path: Path) -> None:
 
 
 def test_a_trace_goes_on_while_a_person_repairs(tmp_path: Path) -> None:
-    played = play(tmp_path, Kill("vanish", After(0.45)), fault="crash")  # it crashes after 0.3 s
+    class BadRepair(Stand):
+        def repair(self) -> bool:
+            super().repair()
+            (self.folder / "fault").write_text("hang")
+            return True
+
+    stand = BadRepair(tmp_path / "stand", "crash")  # after 0.3 s; then it hangs once, until it is killed
+    played = Play(stand, (Kill("vanish", After(4.0)),), PACE, tmp_path / "run", lambda life: None).run()
     assert [life.code for life in played.lives] == [1, -9, 0]
-    assert played.lives[1].seconds < 0.4
+    assert 3.5 < played.lives[0].seconds + played.lives[1].seconds < 5.0
 
 
 def test_a_kill_after_the_end_is_missed(tmp_path: Path) -> None:
