@@ -42,11 +42,16 @@ class Project:
             "logging_steps": 4,
         }
         (folder / "run.yaml").write_text(yaml.safe_dump(config))
-        price = {"on_demand": USD_PER_S * 3600, "spot": USD_PER_S * 3600}
-        (folder / "config/spotune.yaml").write_text(yaml.safe_dump({"local": {"prices": {"cpu": price}}}))
+        self.settle({})
         task = {"run": f"{sys.executable} -m spotune.sft $SPOTUNE_CONFIG", "resources": {"use_spot": True}}
         (folder / "tasks/train.yaml").write_text(json.dumps(task))
         self.environ = {**os.environ, "SPOTUNE_HOME": str(self.home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+    def settle(self, budgets: dict[str, Any]) -> None:
+        """The project's settings, with these monthly budgets."""
+        price = {"on_demand": USD_PER_S * 3600, "spot": USD_PER_S * 3600}
+        settings = {"local": {"prices": {"cpu": price}}, "budgets": budgets}
+        (self.folder / "config/spotune.yaml").write_text(yaml.safe_dump(settings))
 
     def spotune(self, *words: str, code: int = 0) -> "subprocess.CompletedProcess[str]":
         done = subprocess.run(
@@ -104,3 +109,27 @@ def test_a_wall_before_the_first_step_pauses_and_says_at_which_step(project: Pro
     row = next(row for row in json.loads(project.spotune("queue", "-a", "--format", "json").stdout))
     assert (row["state"], row["attempt"]) == ("PAUSED", 1)
     assert row["reason"].startswith("budget of $0.0010 used up at step 0: $0.00")
+
+
+def test_what_the_month_has_left_is_a_wall_and_once_it_is_gone_nothing_starts(project: Project) -> None:
+    project.settle({"users": {"*": 0.002}})
+    planned = project.spotune("train", "run.yaml", "--dryrun").stdout
+    assert "$0.0020 left of $0.0020" in planned
+    refused = project.spotune("train", "run.yaml", "--name", "dear", "-y", "--budget", "1", code=2)
+    assert refused.stderr.startswith("--budget: $1.00 is more than is left: user ")
+    attached = project.spotune("train", "run.yaml", "--name", "first", "-y", code=76)
+    assert "this month used up at step 0" in attached.stdout + attached.stderr
+    for words in (
+        ["train", "run.yaml", "--name", "second", "-y"],
+        ["resume", "first"],
+        ["train", "run.yaml", "--dryrun"],
+    ):
+        refused = project.spotune(*words, code=2)
+        assert "config/spotune.yaml: budgets.users.*: user " in refused.stderr
+        assert refused.stdout == ""
+    runs = {row["run_id"] for row in json.loads(project.spotune("queue", "-a", "--format", "json").stdout)}
+    assert runs == {"first"}
+    project.settle({})
+    project.spotune("resume", "first")  # without a month's budget its wall is gone
+    project.spotune("logs", "first", "--follow")
+    assert project.report("first")["state"] == "SUCCEEDED"

@@ -1,4 +1,4 @@
-"""From options to a run under way: what ``train`` and ``dev run`` share."""
+"""From options to a run under way: what ``train``, ``resume`` and ``dev`` share."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -8,6 +8,7 @@ import click
 from spotune.contracts.errors import InputError
 
 if TYPE_CHECKING:
+    from spotune.cost.budgets import Month
     from spotune.launch.plan import Plan, Wish
     from spotune.launch.submit import Submitted
     from spotune.launch.workspace import Workspace
@@ -27,7 +28,7 @@ def plan_of(options: Mapping[str, Any], source: str, workspace: "Workspace") -> 
         raise InputError("train", "needs a config or --from RUN, and not both", remedy="spotune train CONFIG")
     rest = {name: value for name, value in options.items() if name not in (*_RESOURCES, "config")}
     wish = Wish(config_path=config, resources=resources, **rest)
-    return promote(source, wish, workspace) if source else plan_wish(wish, workspace)
+    return _within_month(promote(source, wish, workspace), workspace) if source else plan_wish(wish, workspace)
 
 
 def plan_wish(wish: "Wish", workspace: "Workspace") -> "Plan":
@@ -36,7 +37,33 @@ def plan_wish(wish: "Wish", workspace: "Workspace") -> "Plan":
 
     from spotune.launch.plan import make_plan
 
-    return make_plan(wish, workspace, time.time, SystemRandom())
+    return _within_month(make_plan(wish, workspace, time.time, SystemRandom()), workspace)
+
+
+def month_of(workspace: "Workspace", run_id: str, user: str, team: str) -> "Month":
+    """What the month's budgets have left for a run, or with an empty ``run_id`` for whatever that user pays."""
+    import time
+
+    from spotune.cli.progress import ProgressBar
+    from spotune.cost.budgets import read_month
+
+    with ProgressBar("reading what the month has cost") as progress:
+        warn = lambda message: click.echo(message, err=True)  # noqa: E731
+        return read_month(workspace, run_id, user, team, time.time(), warn, progress)
+
+
+def check_month(workspace: "Workspace") -> None:
+    """Raises InputError where whoever is here has nothing left to spend in this month."""
+    month_of(workspace, "", workspace.env.user, workspace.settings.team).wall_usd(None)
+
+
+def _within_month(plan: "Plan", workspace: "Workspace") -> "Plan":
+    record = plan.record
+    if not workspace.settings.budgets.of(record.user, record.team):
+        return plan
+    from spotune.cost.budgets import within_month
+
+    return within_month(plan, month_of(workspace, plan.run_id, record.user, record.team))
 
 
 def agree_to(plan: "Plan", workspace: "Workspace", yes: bool) -> None:

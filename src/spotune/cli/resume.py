@@ -30,8 +30,8 @@ def resume(run: str, overrides: tuple[str, ...], budget: str, allow_config_chang
 
     workspace = open_workspace()
     budget_usd = parse_usd(budget, "--budget") if budget else None
-    check_budget(workspace, run, budget_usd)
-    edit = Edit(overrides, allow_config_change, budget_usd) if overrides or allow_config_change or budget else None
+    month_usd, owner = check_budget(workspace, run, budget_usd)
+    edit = Edit(overrides, allow_config_change, budget_usd, month_usd, owner)
     resumed = actions.resume(workspace, run, edit)
     changed = f", changed: {resumed.change.as_followed()}" if resumed.change else ""
     if resumed.is_queued:
@@ -40,11 +40,22 @@ def resume(run: str, overrides: tuple[str, ...], budget: str, allow_config_chang
         click.echo(f"{run}: may go on{changed}. Start it again as before, with SPOTUNE_RUN_ID={run}")
 
 
-def check_budget(workspace: "Workspace", run: str, budget_usd: float | None) -> None:
-    """Refuses what would pause again at once: of a run that is paused, or that gets a budget, the cost is looked up."""
+def check_budget(workspace: "Workspace", run: str, budget_usd: float | None) -> tuple[float | None, str]:
+    """Refuses what would pause again at once, or what the month's budgets cannot pay for.
+
+    Returns the wall that these leave to a run without a budget of its own, US dollars in all, and whose they are.
+    """
+    from spotune.cli.launching import month_of
     from spotune.cost.budgets import check_wall
     from spotune.cost.collect import report_run
+    from spotune.launch.settings import Budgets
     from spotune.launch.status import find_run
 
-    if budget_usd is not None or find_run(workspace, run).state == "PAUSED":
-        check_wall(report_run(workspace, run), budget_usd)
+    has_months = workspace.settings.budgets != Budgets()
+    if budget_usd is None and not has_months and find_run(workspace, run).state != "PAUSED":
+        return None, ""
+    report = report_run(workspace, run)
+    check_wall(report, budget_usd)
+    month = month_of(workspace, run, report["user"], report["team"])
+    wall_usd = month.wall_usd(report["budget_usd"] if budget_usd is None else budget_usd)
+    return wall_usd, month.tightest.budget.owner if month.tightest else ""

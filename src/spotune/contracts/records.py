@@ -71,7 +71,8 @@ class RunRecord(Record):
         save_every: ``50`` (steps), ``5m``, or empty for the default.
         prices: a row for every candidate that the run may land on.
         use_spot: whether its machines may be taken away.
-        budget_usd: what it may cost in all; training pauses there. None: no wall.
+        budget_usd: what it may cost in all, as asked for; training pauses there. None: no wall.
+        month_usd: without that, the wall that was left to it by the month's budget of ``month_of``, ``user alice``.
         kind: ``prod`` for managed jobs, ``dev`` for interactive runs.
         revision: 0 as submitted; ``allowed`` names what changed with it that may not change by itself.
     """
@@ -95,6 +96,8 @@ class RunRecord(Record):
     priority: int = 0
     save_every: str = ""
     budget_usd: float | None = None
+    month_usd: float | None = None
+    month_of: str = ""
     prices: list[dict[str, Any]] = field(default_factory=list)
     code: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -102,6 +105,11 @@ class RunRecord(Record):
     revised_at: float = 0.0
     revised_by: str = ""
     allowed: list[str] = field(default_factory=list)
+
+    @property
+    def wall_usd(self) -> float | None:
+        """What it may cost in all, by whichever budget; None: no wall."""
+        return self.month_usd if self.budget_usd is None else self.budget_usd
 
     def price_rows(self) -> list[PriceRow]:
         return [PriceRow.from_dict(row) for row in self.prices]

@@ -45,6 +45,8 @@ def revised(before: RunRecord, wanted: RunRecord, by: str, at: float) -> RunReco
         model_files=wanted.model_files,
         save_every=wanted.save_every or before.save_every,
         budget_usd=before.budget_usd if wanted.budget_usd is None else wanted.budget_usd,
+        month_usd=wanted.month_usd,
+        month_of=wanted.month_of,
         revision=before.revision + 1,
         revised_at=at,
         revised_by=by,

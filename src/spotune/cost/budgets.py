@@ -1,10 +1,142 @@
-"""Budgets as the launcher sees them: may this run go on, and what may still be spent."""
+"""Budgets before anything is spent: may this run start or go on, and how much is left to it.
 
-from collections.abc import Mapping
+A month's budget is kept by whoever launches: what its owner's runs in this bucket have cost in this month, from the
+index, and what those under way may still spend of a ``--budget``, is not there for another run. A run without one gets
+what is left as its wall; it promises nothing, so that several of them at once can pass the month's budget together,
+and the next launch is refused.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from spotune.contracts.errors import InputError
 from spotune.contracts.money import usd
+from spotune.cost.collect import all_runs
+from spotune.cost.index import Index
+from spotune.cost.periods import cut, name_of, start_of
+from spotune.cost.refresh import Progress
+from spotune.launch.infra import ACTIVE
+from spotune.launch.plan import BUDGET_FLAG, Plan
+from spotune.launch.settings import MonthlyBudget
+from spotune.launch.workspace import Workspace
+
+WARN_AT = 0.8
+_PAID = ("started_at", "paid_s", "cost_usd")
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a month's budget still has, US dollars.
+
+    Attributes:
+        month: ``2026-11``.
+        spent_usd: by all runs of its owner, in this month.
+        promised_usd: what the ``runs`` of its owner that are under way may still spend of their own budgets.
+    """
+
+    budget: MonthlyBudget
+    month: str
+    spent_usd: float
+    promised_usd: float
+    runs: int
+
+    @property
+    def usd(self) -> float:
+        return max(0.0, self.budget.limit_usd - self.spent_usd - self.promised_usd)
+
+    def __str__(self) -> str:
+        """``user alice has $12.00 left of $200.00 in 2026-11: $180.00 spent, $8.00 promised to 1 run``."""
+        promised = f", {usd(self.promised_usd)} promised to {_runs(self.runs)}" if self.runs else ""
+        of = f"{usd(self.budget.limit_usd)} in {self.month}: {usd(self.spent_usd)} spent{promised}"
+        return f"{self.budget.owner} has {usd(self.usd)} left of {of}"
+
+    @property
+    def is_low(self) -> bool:
+        return self.spent_usd + self.promised_usd >= WARN_AT * self.budget.limit_usd
+
+
+@dataclass(frozen=True)
+class Month:
+    """The budgets that a run comes out of, and where the run itself stands: its totals in the index, if it is there."""
+
+    left: tuple[Left, ...]
+    totals: Mapping[str, Any] | None = None
+
+    @property
+    def is_active(self) -> bool:
+        return self.totals is not None and self.totals["state"] in ACTIVE
+
+    @property
+    def cost_usd(self) -> float:
+        return (self.totals and self.totals["cost_usd"]) or 0.0
+
+    @property
+    def tightest(self) -> Left | None:
+        return min(self.left, key=lambda left: left.usd, default=None)
+
+    def wall_usd(self, wanted_usd: float | None) -> float | None:
+        """How far the run may go without a budget of its own; None: without end, or as far as its own budget.
+
+        Raises InputError, with the figures, for what these budgets cannot pay.
+        """
+        left = self.tightest
+        if left is None:
+            return None
+        where, key = left.budget.file, left.budget.key
+        if left.usd <= 0:
+            raise InputError(where, f"{left}", key=key, remedy="wait for the next month, or raise it")
+        if wanted_usd is None:
+            return self.cost_usd + left.usd
+        if wanted_usd - self.cost_usd > left.usd:
+            most = usd(self.cost_usd + left.usd).removeprefix("$")
+            what = f"{usd(wanted_usd)} is more than is left: {left}"
+            raise InputError(BUDGET_FLAG, what, remedy=f"{BUDGET_FLAG} {most} at most, or raise {key}")
+        return None
+
+
+def read_month(
+    workspace: Workspace,
+    run_id: str,
+    user: str,
+    team: str,
+    now: float,
+    warn: Callable[[str], None],
+    progress: Progress | None = None,
+) -> Month:
+    """What is left of the budgets of that user and that team; the run's own promise is not counted."""
+    budgets = workspace.settings.budgets.of(user, team)
+    if not budgets:
+        return Month(())
+    since = start_of("month", now)
+
+    def take(index: Index) -> Month:
+        totals = dict(index.runs(0.0))
+        paid = [(totals[key], _within(since, attempt)) for key, attempt in index.attempts_after(since, _PAID)]
+        promised = [
+            (run, max(0.0, run["budget_usd"] - (run["cost_usd"] or 0.0)))
+            for key, run in totals.items()
+            if run["budget_usd"] is not None and run["state"] in ACTIVE and key[1] != run_id
+        ]
+        left = tuple(_left(budget, name_of("month", since), paid, promised) for budget in budgets)
+        return Month(left, totals.get((workspace.env.bucket, run_id)))
+
+    return all_runs(workspace, take, clock=lambda: now, warn=warn, progress=progress)
+
+
+def within_month(plan: Plan, month: Month) -> Plan:
+    """The plan with the wall that the month's budgets set it, and a word on them; raises InputError where none is left.
+
+    What has no price spends nothing of them, and what is under way already is not judged again.
+    """
+    priced = plan.chosen is not None and plan.chosen.price_usd_per_hour > 0
+    if not month.left or not priced or month.is_active:
+        return plan
+    wall_usd = month.wall_usd(plan.record.budget_usd)
+    notes = [f"{left}" for left in month.left if left.is_low or left == month.tightest]
+    month_of = "" if wall_usd is None or month.tightest is None else month.tightest.budget.owner
+    record = replace(plan.record, month_usd=wall_usd, month_of=month_of)
+    return replace(plan, record=record, notes=(*plan.notes, *notes))
 
 
 def check_wall(report: Mapping[str, Any], wanted_usd: float | None) -> None:
@@ -15,3 +147,27 @@ def check_wall(report: Mapping[str, Any], wanted_usd: float | None) -> None:
         return
     remedy = f"spotune resume {report['run_id']} --budget, above what is spent"
     raise InputError(report["run_id"], f"has cost {usd(spent_usd)} of {usd(limit_usd)}", key="budget", remedy=remedy)
+
+
+def _left(
+    budget: MonthlyBudget,
+    month: str,
+    paid: list[tuple[dict[str, Any], float]],
+    promised: list[tuple[dict[str, Any], float]],
+) -> Left:
+    kind, _, name = budget.owner.partition(" ")
+    promises = [amount for run, amount in promised if run[kind] == name]
+    return Left(budget, month, sum(amount for run, amount in paid if run[kind] == name), sum(promises), len(promises))
+
+
+def _within(since: float, attempt: Mapping[str, Any]) -> float:
+    """What an attempt cost from then on, by time."""
+    if not attempt["cost_usd"] or not attempt["paid_s"]:
+        return 0.0
+    until = attempt["started_at"] + attempt["paid_s"]
+    parts = [end - start for month, start, end in cut("month", attempt["started_at"], until) if month >= since]
+    return float(attempt["cost_usd"] * sum(parts) / attempt["paid_s"])
+
+
+def _runs(number: int) -> str:
+    return "1 run" if number == 1 else f"{number} runs"

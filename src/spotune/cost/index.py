@@ -107,6 +107,13 @@ class Index:
         )
         return [((row[0], row[1]), dict(zip(names, row[2:], strict=True))) for row in found]
 
+    def attempts_after(self, at: float, names: Sequence[str]) -> list[tuple[Key, dict[str, Any]]]:
+        """Every attempt that was paid for after that time, of whatever run."""
+        found = self._connection.execute(
+            f"SELECT bucket, run_id, {', '.join(names)} FROM attempts WHERE started_at + paid_s > ?", (at,)
+        )
+        return [((row[0], row[1]), dict(zip(names, row[2:], strict=True))) for row in found]
+
     def _delete(self, key: Key) -> None:
         for table in ("runs", "attempts"):
             self._connection.execute(f"DELETE FROM {table} WHERE bucket = ? AND run_id = ?", key)

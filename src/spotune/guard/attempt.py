@@ -158,7 +158,8 @@ class Attempt:
         reason = watch.wall.reason(step)
         self._leave_mark(self.context.keys.paused, exits.PAUSED, reason, step)
         run_id = self.context.keys.run_id
-        return exits.PAUSED, "paused", f"{run_id} is paused: {reason} (spotune resume {run_id} --budget USD)"
+        flag = "" if self.context.run.budget_usd is None else " --budget USD"
+        return exits.PAUSED, "paused", f"{run_id} is paused: {reason} (spotune resume {run_id}{flag})"
 
     def _mark_failed(self, code: int, message: str) -> None:
         step = self.journal.progress.step or (self._newest.step if self._newest else 0)

@@ -35,12 +35,18 @@ class Budget:
         earlier_usd: what the attempts before this one have cost.
         usd_per_s: of all machines of this attempt together.
         paid_since: epoch seconds.
+        month_of: whose monthly budget left it so much; empty for the run's own.
     """
 
     limit_usd: float
     earlier_usd: float
     usd_per_s: float
     paid_since: float
+    month_of: str = ""
+
+    def __str__(self) -> str:
+        amount = usd(self.limit_usd)
+        return f"the {amount} that {self.month_of} had left this month" if self.month_of else f"the budget of {amount}"
 
     def spent_usd(self, now: float) -> float:
         return self.earlier_usd + max(0.0, now - self.paid_since) * self.usd_per_s
@@ -71,7 +77,7 @@ class Wall:
             self._is_low_said = True
             spent_usd = budget.spent_usd(now)
             self._journal.write("budget", spent_usd=round(spent_usd, 6), budget_usd=budget.limit_usd)
-            say(f"{spent_usd / budget.limit_usd:.0%} of the budget of {usd(budget.limit_usd)} used up")
+            say(f"{spent_usd / budget.limit_usd:.0%} of {budget} used up")
         measured = self._toll.record
         stop_s = sum(measured.get(name, 0.0) for name in ("step_s", "stall_s", "write_s", "send_s"))
         self.reached = budget.is_used_up(now, stop_s)
@@ -81,17 +87,17 @@ class Wall:
         """For people: why the run stands still."""
         assert self._budget
         spent = usd(self._budget.spent_usd(time.time()))
-        return f"budget of {usd(self._budget.limit_usd)} used up at step {step}: {spent} spent"
+        return f"{str(self._budget).removeprefix('the ')} used up at step {step}: {spent} spent"
 
 
 def read_budget(context: Context) -> Budget | None:
     """The run's budget as this attempt finds it; None without one."""
     run, record = context.run, context.record
-    if run.budget_usd is None:
+    if run.wall_usd is None:
         return None
     since = min(record.claimed_at, paid_since(record.infra, run.kind, context.environ) or record.claimed_at)
     earlier = _earlier_usd(context.store, context.keys, run, record.attempt, record.claimed_at - since)
-    return Budget(run.budget_usd, earlier, _usd_per_s(run, record), since)
+    return Budget(run.wall_usd, earlier, _usd_per_s(run, record), since, "" if run.budget_usd else run.month_of)
 
 
 def paid_since(infra: str, kind: str, environ: Mapping[str, str]) -> float | None:

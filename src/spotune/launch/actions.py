@@ -58,7 +58,7 @@ def resume(workspace: Workspace, run_id: str, edit: Edit | None = None) -> Resum
         remedy = "it is finished" if status.state == "SUCCEEDED" else f"spotune logs -f {run_id}"
         raise InputError(run_id, f"is {status.state}: only {', '.join(RESUMABLE)} can be resumed", remedy=remedy)
     change, revision = revise(workspace, status, edit) if edit else (Change(), None)
-    return Resumed(go_on(workspace, status, revision if change else None), change)
+    return Resumed(go_on(workspace, status, revision), change)
 
 
 def go_on(workspace: Workspace, status: JobStatus, revision: RunRecord | None = None) -> bool:

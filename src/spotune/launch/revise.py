@@ -20,22 +20,30 @@ from spotune.launch.workspace import Workspace
 class Edit:
     """``key=value`` overrides of the config in force; ``allow``: also of what may not change by itself.
 
+    ``budget_usd``, ``month_usd``, ``month_of``: as in the record.
     With ``allow`` the data and the model as they are now, seen from here, are taken for the run's own.
     """
 
     overrides: tuple[str, ...] = ()
     allow: bool = False
     budget_usd: float | None = None
+    month_usd: float | None = None
+    month_of: str = ""
 
 
-def revise(workspace: Workspace, status: JobStatus, edit: Edit) -> tuple[Change, RunRecord]:
-    """What changes, and the revision to write for it; raises InputError for what may not change. Writes nothing."""
+def revise(workspace: Workspace, status: JobStatus, edit: Edit) -> tuple[Change, RunRecord | None]:
+    """What changes, and the revision to write for it, if any; raises InputError for what may not change.
+
+    Writes nothing. What a month's budget leaves to a run is no change of it, but is written too.
+    """
     store, keys = workspace.store(status.bucket), Keys(status.run_id)
     record = record_in_force(store, keys)
     if record is None:
         raise InputError(status.run_id, "has no run.json in its bucket")
     revision = revised(record, _wanted(record, edit, workspace), workspace.env.user, time.time())
     change = compare(record, revision)
+    if not change and revision.month_usd == record.month_usd:
+        return change, None
     allowed = admit(change, edit.allow, status.run_id, "would go on with", f"{FLAG}, or a run of its own")
     check_length(store, keys, revision)
     return change, replace(revision, allowed=allowed)
@@ -49,6 +57,8 @@ def _wanted(record: RunRecord, edit: Edit, workspace: Workspace) -> RunRecord:
         config_sha256=fingerprint(config),
         overrides=[*record.overrides, *edit.overrides],
         budget_usd=edit.budget_usd,
+        month_usd=edit.month_usd,
+        month_of=edit.month_of,
     )
     if not edit.allow:  # other data or another model would be refused, so that nobody has to look at them
         return wanted

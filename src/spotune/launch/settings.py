@@ -1,8 +1,9 @@
 """Settings of a project and of a person: ``config/spotune.yaml``, overlaid by ``$SPOTUNE_HOME/config.yaml``."""
 
 import difflib
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,36 @@ class SlurmSettings:
 
 
 @dataclass(frozen=True)
+class MonthlyBudget:
+    """What a user or a team may spend in a month of the calendar, UTC.
+
+    ``owner``: ``user alice``. ``key``, ``file``: where that is said, for errors.
+    """
+
+    owner: str
+    limit_usd: float
+    key: str
+    file: str
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Monthly budgets by name; ``*`` is that of each one who is not named."""
+
+    users: dict[str, MonthlyBudget] = field(default_factory=dict)
+    teams: dict[str, MonthlyBudget] = field(default_factory=dict)
+
+    def of(self, user: str, team: str) -> list[MonthlyBudget]:
+        """Those that what this user spends for this team comes out of."""
+        found = []
+        for kind, name, budgets in (("user", user, self.users), ("team", team, self.teams)):
+            budget = budgets.get(name) or budgets.get("*")
+            if name and budget:
+                found.append(replace(budget, owner=f"{kind} {name}"))
+        return found
+
+
+@dataclass(frozen=True)
 class Settings:
     """What holds for every run of a project unless the command line says otherwise."""
 
@@ -56,6 +87,7 @@ class Settings:
     team: str = ""
     local: LocalSettings = LocalSettings()
     slurm: SlurmSettings = SlurmSettings()
+    budgets: Budgets = Budgets()
     files: tuple[str, ...] = ()
 
 
@@ -72,7 +104,9 @@ def load_settings(cwd: Path, home: Path) -> Settings:
     given = settings.pop("slurm", {})
     lists: dict[str, Any] = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     slurm = SlurmSettings(**{**given, **lists})
-    return Settings(**settings, local=LocalSettings(**local, prices=prices), slurm=slurm, files=tuple(files))
+    budgets = Budgets(**settings.pop("budgets", {}))
+    machine = LocalSettings(**local, prices=prices)
+    return Settings(**settings, budgets=budgets, local=machine, slurm=slurm, files=tuple(files))
 
 
 def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -81,7 +115,7 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(raw: dict[str, Any], path: Path) -> dict[str, Any]:
-    _known(raw, ("infra", "bucket", "team", "local", "slurm"), path, "")
+    _known(raw, ("infra", "bucket", "team", "local", "slurm", "budgets"), path, "")
     for name in ("infra", "bucket", "team"):
         if not isinstance(raw.get(name, ""), str):
             raise InputError(path, f"{raw[name]!r} is not text", key=name)
@@ -95,7 +129,8 @@ def _check(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     prices = _mapping(local.get("prices"), path, "local.prices")
     for name, price in prices.items():
         _check_price(_mapping(price, path, f"local.prices.{name}"), path, f"local.prices.{name}")
-    return {**raw, "local": {**local, "prices": prices}, "slurm": _check_slurm(raw, path)}
+    sections = {"local": {**local, "prices": prices}, "slurm": _check_slurm(raw, path), "budgets": _budgets(raw, path)}
+    return {**raw, **sections}
 
 
 def _check_slurm(raw: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -110,6 +145,19 @@ def _check_slurm(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     if relative := next((folder for folder in slurm.get("shared", ()) if not Path(folder).is_absolute()), None):
         raise InputError(path, f"{relative!r} is not an absolute path", key="slurm.shared")
     return slurm
+
+
+def _budgets(raw: dict[str, Any], path: Path) -> dict[str, dict[str, MonthlyBudget]]:
+    given = _mapping(raw.get("budgets"), path, "budgets")
+    _known(given, ("users", "teams"), path, "budgets.")
+    budgets: dict[str, dict[str, MonthlyBudget]] = {"users": {}, "teams": {}}
+    for kind, found in budgets.items():
+        for name, amount in _mapping(given.get(kind), path, f"budgets.{kind}").items():
+            key = f"budgets.{kind}.{name}"
+            if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not 0 <= amount < math.inf:
+                raise InputError(path, f"{amount!r} is not dollars a month", key=key, remedy=f"{name}: 200")
+            found[str(name)] = MonthlyBudget("", float(amount), key, str(path))
+    return budgets
 
 
 def _check_price(price: dict[str, Any], path: Path, key: str) -> None:

@@ -110,6 +110,7 @@ FILES = {
     "settings: slots": ("config/spotune.yaml", "local: {slots: 0}\n", "local.slots: 0 is not a number of jobs"),
     "settings: price": ("config/spotune.yaml", "local: {prices: {cpu: {spot: 1}}}\n", "local.prices.cpu.on_demand"),
     "settings: nice": ("config/spotune.yaml", "slurm: {nice: -1}\n", "slurm.nice: -1 is not a number from 0 on"),
+    "settings: month": ("config/spotune.yaml", "budgets: {users: {ana: x}}\n", "budgets.users.ana: 'x' is not dollars"),
     "own settings": ("home/config.yaml", "bucket: here\n", "SPOTUNE_BUCKET: 'here' is not a bucket"),
     "task without run": ("tasks/train.yaml", "name: x\n", "tasks/train.yaml: run: a task needs commands"),
     "task: accelerators": (

@@ -29,12 +29,14 @@ def up(name: str, infra: str, envs: tuple[str, ...], **given: object) -> None:
     The code here is synced to it and its environment set up from the lock. A keeper on it counts ssh sessions, VS
     Code, notebooks, jobs, busy CPUs and GPUs as work; without any it stops.
     """
+    from spotune.cli.launching import check_month
     from spotune.launch.skypilot.dev import DevWish
     from spotune.launch.skypilot.dev import up as bring_up
     from spotune.launch.task import env_pairs
 
     workspace = open_workspace()
     infra = infra or ("" if workspace.settings.infra == "local" else workspace.settings.infra)
+    check_month(workspace)
     wish = DevWish(name=chosen(name, workspace), infra=infra, envs=env_pairs(envs), **given)  # type: ignore[arg-type]
     done = bring_up(wish, workspace)
     cluster = done.cluster
