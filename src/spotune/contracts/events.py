@@ -13,7 +13,8 @@ Every line has ``t`` (epoch seconds) and ``event``:
     unsaved  {step, message}                                   it is not, and why; training goes on
     commit   {step, upload_s, bytes}                           it is committed in the bucket
     interval {interval_s, stall_s, slowdown_s, upload_s, ...}  how often to save, and what follows from what
-    budget   {spent_usd, budget_usd}                       most of the run's budget is used up
+    budget   {spent_usd, budget_usd}                           most of the run's budget is used up
+    gpu      {busy, memory_gib, memory_total_gib}              share of time with a kernel on, GiB of the fullest
     notice   {source, grace_s or null}                         the machine is about to be taken
     alive    {}                                                nothing but the time: what was going on still is
     end      {reason, exit_code, step, message}                the attempt's last line, when it had time

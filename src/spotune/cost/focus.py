@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from spotune.cost.groups import gpus_of
+from spotune.cost.gpus import gpus_of
 from spotune.cost.periods import cut, end_of
 
 VERSION = "1.2"

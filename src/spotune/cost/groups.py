@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from spotune.cost.gpus import gpus_of
 from spotune.cost.periods import cut, name_of
 
 By = Literal["user", "team", "infra", "gpu", "day", "week", "kind"]
@@ -53,15 +54,6 @@ def group(by: By, runs: Iterable[Run], attempts: Iterable[Run]) -> list[dict[str
                     setattr(sums, name, (getattr(sums, name) or 0.0) + total[name])
     rows = [_row(by, name, sums) for name, sums in groups.items()]
     return sorted(rows, key=lambda row: row[by] if by in OF_TIME else (-row["cost_usd"], row[by]))
-
-
-def gpus_of(accelerators: str) -> tuple[str, float]:
-    """``L4:2`` -> ``("L4", 2.0)``; a machine without one is ``cpu`` and has none."""
-    name, _, count = accelerators.partition(":")
-    try:
-        return name or "cpu", float(count or 1) if name else 0.0
-    except ValueError:
-        return name, 1.0
 
 
 def _parts(by: By, total: Mapping[str, Any], attempt: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

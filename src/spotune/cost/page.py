@@ -3,7 +3,7 @@
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -11,9 +11,11 @@ from typing import Any
 
 from spotune.contracts.errors import InputError
 from spotune.cost import charts, svg, words
+from spotune.cost import pagetables as tables
 from spotune.cost.table import notes_of
 
 _OPTION = "--html"
+_LOST = "What the machine after it spent until it was as far; what is done again counts with its waits and saves."
 _HEAD = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -72,13 +74,14 @@ def _sections(report: Mapping[str, Any]) -> list[str]:
     present = [phase for phase in words.PHASES if report["phases"][f"{phase}_s"] > 0]
     attempts = f"{charts.legend(present)}{charts.strips(report)}"
     return [
-        _section("time", "Where the paid time went", "", _phases(report, present)) if report["paid_s"] else "",
+        _section("time", "Where the paid time went", "", tables.phases(report, present)) if report["paid_s"] else "",
         _section(
             "attempts", "Attempts over time", "From submission on; where a strip is empty, nothing was paid.", attempts
         ),
         _section("losses", "Loss over steps", "One line across all attempts.", charts.loss_chart(report)),
         _section("money", "Cost over time", "", charts.cost_chart(report)),
-        _section("machines", "Machines", "", _machines(report["attempts"])),
+        _section("lost", "What each lost machine cost", _LOST, tables.lost(report["preemptions"])),
+        _section("machines", "Machines", "", tables.machines(report["attempts"])),
     ]
 
 
@@ -107,13 +110,15 @@ def _figures(report: Mapping[str, Any]) -> str:
     against = f"against {words.usd(base)} on demand{share}" if base is not None else "no on-demand price was frozen"
     again = report["replayed_steps"]
     tone = "" if saved is None else "good" if saved >= 0 else "bad"
+    per_million = report["usd_per_million_tokens"]
+    tokens = f"{words.count(report['tokens'])} tokens"
     cards = [
         ("Cost", words.usd(report["cost_usd"]), "", f"{words.duration(report['paid_s'])} paid"),
         ("Saved" if saved is None or saved >= 0 else "More than on demand",
          words.usd(None if saved is None else abs(saved)), tone, against),
         ("Goodput", words.percent(report["goodput"]), "", "of the paid time was training that counts"),
-        ("Steps", words.count(report["useful_steps"]), "", f"{words.count(again)} done again; "
-         f"{words.count(report['tokens'])} tokens"),
+        ("Steps", words.count(report["useful_steps"]), "", f"{words.count(again)} done again; {tokens}"),
+        ("A million tokens", words.usd(per_million), "", f"at {tokens} trained"),
     ]  # fmt: skip
     body = "".join(
         f'<div><dt>{name}</dt><dd><span class="value {tone}">{value}</span><span class="soft">{escape(more)}</span>'
@@ -124,63 +129,9 @@ def _figures(report: Mapping[str, Any]) -> str:
 
 
 def _notes(report: Mapping[str, Any]) -> str:
-    notes = "".join(f"<li>{escape(note)}</li>" for note in notes_of(report))
+    said = [*words.preemptions(report), *words.gpus(report), *notes_of(report)]
+    notes = "".join(f"<li>{escape(note)}</li>" for note in said)
     return f'<ul class="notes" aria-label="Notes">{notes}</ul>' if notes else ""
-
-
-def _phases(report: Mapping[str, Any], present: Sequence[str]) -> str:
-    rows = ""
-    for phase in present:
-        name, what = words.PHASES[phase]
-        seconds = report["phases"][f"{phase}_s"]
-        share = seconds / report["paid_s"]
-        drawn = f'<svg height="14" aria-hidden="true">{svg.bar(phase, 0, max(share * 100, 0.4), 14)}</svg>'
-        rows += (
-            f'<tr><th scope="row">{svg.swatch(phase)} {name}</th><td class="soft what">{what}</td>'
-            f'<td class="n">{words.duration(seconds)}</td><td class="n">{words.percent(share)}</td>'
-            f'<td class="share">{drawn}</td></tr>'
-        )
-    waited = words.duration(report["phases"]["queue_s"])
-    return (
-        f'{charts.phases_bar(report)}<table class="phases">'
-        f"<caption>{words.duration(report['paid_s'])} paid; another {waited} "
-        'were spent waiting for machines, unpaid.</caption><thead><tr><th scope="col">Phase</th>'
-        '<th scope="col" class="what">What</th><th scope="col" class="n">Time</th><th scope="col" class="n">Share</th>'
-        f'<th scope="col"><span aria-hidden="true"></span></th></tr></thead><tbody>{rows}</tbody></table>'
-    )
-
-
-def _machines(attempts: Sequence[Mapping[str, Any]]) -> str:
-    titles = ("Attempt", "Machine", "Kind", "$/hour", "Paid", "Cost", "Steps", "Ended", "Price from")
-    right = (3, 4, 5, 6)
-    head = "".join(
-        f'<th scope="col"{_right(index in right)}>{title}</th>' for index, title in enumerate(titles)
-    )  # fmt: skip
-    rows = ""
-    for attempt in attempts:
-        price = attempt["price_usd_per_hour"]
-        cells = [
-            words.machine(attempt),
-            words.market(attempt),
-            words.NONE if price is None else f"{price:g}",
-            words.duration(attempt["paid_s"]),
-            words.usd(attempt["cost_usd"]),
-            words.steps(attempt),
-            words.end(attempt),
-            attempt["price_source"],
-        ]
-        body = "".join(
-            f"<td{_right(index in right)}>{escape(cell)}</td>" for index, cell in enumerate(cells[:-1], start=1)
-        )
-        rows += f'<tr><th scope="row">{attempt["attempt"] or words.NONE}</th>{body}<td>{escape(cells[-1])}</td></tr>'
-    return (
-        '<div class="wide" role="region" aria-labelledby="machines" tabindex="0"><table>'
-        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-    )
-
-
-def _right(is_right: bool) -> str:
-    return ' class="n"' if is_right else ' class="nowrap"'
 
 
 def _footer(report: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from spotune.contracts.errors import InputError, StoreError
 from spotune.contracts.keys import RUN_ID, RUNS, Keys
 from spotune.contracts.store import Store
+from spotune.cost.estimates import estimates
 from spotune.cost.index import Entry, Index, Key
 from spotune.cost.ledger import bills_due, build_accounts, write_bills
 from spotune.cost.read import read_evidence
@@ -175,4 +176,5 @@ def report_of(store: Store, status: JobStatus, history: Sequence[PaidInterval], 
     evidence = read_evidence(store, status.run_id, history)
     accounts = build_accounts(evidence, now)
     write_bills(store, bills_due(evidence, accounts))
-    return {**build_report(evidence, status.state, now, accounts), "bucket": store.url}
+    report = build_report(evidence, status.state, now, accounts)
+    return {**report, "bucket": store.url, "estimates": estimates(evidence, store.url)}

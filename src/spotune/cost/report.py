@@ -12,6 +12,8 @@ on_demand_usd   the same useful work, undisturbed, at the cheapest frozen on-dem
 saved_usd       on_demand_usd - cost_usd
 useful_steps    distinct steps known to be completed; replayed_steps: completions of a step that an earlier
                 attempt had completed already
+usd_per_million_tokens   cost_usd / tokens trained that are in the result so far
+preemptions     what each lost machine cost: preemptions.py; gpu_*: gpus.py; estimates (one run only): estimates.py
 unreconciled_s  the part of paid_s that is by the machine's own clock, the engine's row being lost
 
 A figure that cannot be known is null: cost without a frozen price, goodput of nothing paid, GPU use without a GPU.
@@ -25,8 +27,10 @@ from spotune.contracts.records import SCHEMA_VERSION, RunRecord
 from spotune.cost.account import Account
 from spotune.cost.eventlog import number, step_of
 from spotune.cost.evidence import Evidence
+from spotune.cost.gpus import gpu_figures
 from spotune.cost.ledger import build_accounts
 from spotune.cost.phases import PAID_PHASES, total
+from spotune.cost.preemptions import preemptions
 from spotune.cost.thin import rounded, spread, strip
 from spotune.launch.infra import ACTIVE, State
 
@@ -49,6 +53,7 @@ def build_report(
     cost_usd = sum(costs) if costs or not accounts else None
     done = _steps_done(evidence, accounts)
     on_demand = _on_demand(run, accounts, done)
+    tokens = _tokens(evidence)
     report = {
         "schema_version": SCHEMA_VERSION,
         "run_id": run.run_id,
@@ -71,9 +76,11 @@ def build_report(
         "goodput": phases["useful_s"] / paid_s if paid_s > 0 else None,
         "useful_steps": done,
         "replayed_steps": sum(step.again for account in accounts for step in account.steps),
-        "tokens": _tokens(evidence),
+        "tokens": tokens,
         "weights_sha256": evidence.certificate.weights_sha256 if evidence.certificate else None,
-        "gpu_utilization": None,
+        **gpu_figures(accounts),
+        "usd_per_million_tokens": None if cost_usd is None or not tokens else cost_usd / tokens * 1e6,
+        "preemptions": preemptions(accounts),
         "unreconciled_s": sum(account.paid_s for account in accounts if account.machine.interval is None),
         "unpriced_s": sum(account.paid_s for account in accounts if account.price is None),
         "reported_at": now,

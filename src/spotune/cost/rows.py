@@ -13,7 +13,8 @@ ATTEMPT = (
 _RUN = (
     "run_id", "state", "user", "team", "kind", "config", "submitted_at", "started_at", "ended_at", "attempts",
     "paid_s", "useful_s", "cost_usd", "on_demand_usd", "saved_usd", "goodput", "useful_steps", "replayed_steps",
-    "tokens", "unreconciled_s", "unpriced_s", "budget_usd",
+    "tokens", "unreconciled_s", "unpriced_s", "budget_usd", "preemptions", "preemptions_usd",
+    "usd_per_million_tokens", "gpu_hours", "gpu_busy_hours", "gpu_utilization",
 )  # fmt: skip
 
 
@@ -35,7 +36,13 @@ def indexed_attempts(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def run_row(report: Mapping[str, Any]) -> dict[str, Any]:
     """A run in one row: its totals."""
-    flat = {**report, "attempts": len(report["attempts"]), "useful_s": report["phases"]["useful_s"]}
+    flat = {
+        **report,
+        "attempts": len(report["attempts"]),
+        "useful_s": report["phases"]["useful_s"],
+        "preemptions": len(report["preemptions"]),
+        "preemptions_usd": sum(one["cost_usd"] or 0.0 for one in report["preemptions"]),
+    }
     return {name: flat[name] for name in _RUN}
 
 

@@ -73,6 +73,7 @@ def notes_of(report: Mapping[str, Any]) -> list[str]:
         share = words.percent(report["cost_usd"] / report["budget_usd"])
         notes.append(f"{share} of the budget of {words.usd(report['budget_usd'])} is used up.")
     notes += unknowns_of(report["unreconciled_s"], report["unpriced_s"])
+    notes += words.estimated(report)
     unknown = report["phases"]["unknown_s"]
     if report["paid_s"] and unknown / report["paid_s"] >= 0.05:
         is_running = any(attempt["ended_at"] is None for attempt in report["attempts"])
@@ -96,9 +97,13 @@ def _headline(report: Mapping[str, Any]) -> list[str]:
     )
     lines.append(
         f"{words.count(report['useful_steps'])} steps, {words.count(report['replayed_steps'])} of them done again, "
-        f"{words.count(report['tokens'])} tokens"
+        f"{words.count(report['tokens'])} tokens{_per_million(report['usd_per_million_tokens'])}"
     )
-    return lines
+    return [*lines, *words.preemptions(report), *words.gpus(report)]
+
+
+def _per_million(amount: float | None) -> str:
+    return "" if amount is None else f" ({words.usd(amount)} a million)"
 
 
 def _attempts(attempts: Sequence[Mapping[str, Any]]) -> str:

@@ -80,3 +80,48 @@ def saved(report: Mapping[str, Any]) -> str:
         return NONE
     share = f" ({percent(abs(amount) / base)})" if base else ""
     return f"{usd(abs(amount))}{share} {'less' if amount >= 0 else 'more'} than on demand"
+
+
+def preemptions(report: Mapping[str, Any]) -> list[str]:
+    """What all of them cost together, in a line; none for none."""
+    lost = report["preemptions"]
+    if not lost:
+        return []
+    cost, total = sum(one["cost_usd"] or 0.0 for one in lost), report["cost_usd"]
+    again_s = sum(one["replayed_s"] for one in lost)
+    share = f" ({percent(cost / total)})" if total else ""
+    what = "1 lost machine" if len(lost) == 1 else f"{len(lost)} lost machines"
+    restart_s = sum(one["paid_s"] for one in lost) - again_s
+    return [f"{what} cost {usd(cost)}{share}: restart {duration(restart_s)}, done again {duration(again_s)}"]
+
+
+def gpus(report: Mapping[str, Any]) -> list[str]:
+    """How busy and how full the GPUs were, in a line; none where that was not measured."""
+    if report["gpu_utilization"] is None:
+        return []
+    memory = ""
+    if report["gpu_memory_gib"] is not None:
+        memory = f", at most {report['gpu_memory_gib']:.1f} of {report['gpu_memory_total_gib']:.0f} GiB in use"
+    hours = f"{report['gpu_busy_hours']:.2f} of {report['gpu_hours']:.2f} paid GPU hours"
+    return [f"GPUs busy {percent(report['gpu_utilization'])}, {hours}{memory}"]
+
+
+def estimated(report: Mapping[str, Any]) -> list[str]:
+    """What the bucket adds, as far as it can be guessed."""
+    found = report.get("estimates")
+    if not found or found["storage_usd_per_month"] is None:
+        return []
+    moved = found["sent_bytes"] + found["fetched_bytes"]
+    return [
+        f"Not in the cost, estimated: {size(found['stored_bytes'])} in the bucket are"
+        f" {usd(found['storage_usd_per_month'])} a month; {size(moved)} sent and fetched are free in one region,"
+        f" {usd(found['other_region_usd'])} to another, {usd(found['other_cloud_usd'])} to another cloud."
+    ]
+
+
+def size(number: float) -> str:
+    """``0.4 GB``, ``12 MB``: powers of 1000."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.1f} {unit}"
+    return f"{number:.0f} B"

@@ -20,6 +20,7 @@ from spotune.guard.extras import Extras
 from spotune.guard.faults import is_second_fault
 from spotune.guard.finish import certify, copy_output
 from spotune.guard.gang import Leader, gang_token
+from spotune.guard.gpus import GpuMeter
 from spotune.guard.handover import sealed
 from spotune.guard.journal import Journal
 from spotune.guard.notices import Notices
@@ -96,7 +97,8 @@ class Attempt:
         ranks = Ranks(context.folder, context.machine, port, {**context.environ, **trackers})
         try:
             self.journal.write("phase", phase="load")
-            outcome = self.watch.until_ended(ranks, Restoring(context, self.journal, self.leader))
+            with GpuMeter(context.machine.gpus, context.environ, self.journal):
+                outcome = self.watch.until_ended(ranks, Restoring(context, self.journal, self.leader))
         finally:
             ranks.kill()
         return self._conclude(self.watch, outcome)

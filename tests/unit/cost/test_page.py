@@ -61,7 +61,7 @@ def test_every_picture_has_a_text(report: dict[str, Any]) -> None:
 
 def test_the_headline(report: dict[str, Any]) -> None:
     values = [e.text for e in parse(page_of(report)).iter("span") if "value" in str(e.get("class"))]
-    assert values == ["$0.0070", "$0.0016", "26 %", "6"]
+    assert values == ["$0.0070", "$0.0016", "26 %", "6", "$11.67"]
 
 
 def test_what_a_user_typed_is_escaped() -> None:
@@ -105,11 +105,12 @@ def test_a_target_that_cannot_be_is_refused(tmp_path: Path) -> None:
 def test_the_table(report: dict[str, Any]) -> None:
     text = run_text(report)
     assert max(map(len, text.splitlines())) <= WIDTH
-    assert text.splitlines()[:4] == [
+    assert text.splitlines()[:5] == [
         "orders-k3x9  SUCCEEDED  config/runs/orders.yaml  ana (research)",
         "cost $0.0070, $0.0016 (19 %) less than on demand ($0.0086)",
         "goodput 26 % of 1m 10s paid; waited 25 s for machines, unpaid",
-        "6 steps, 2 of them done again, 600 tokens",
+        "6 steps, 2 of them done again, 600 tokens ($11.67 a million)",
+        "2 lost machines cost $0.0022 (31 %): restart 14 s, done again 8.0 s",
     ]
     assert re.search(r"^training +18 s +26 % +█", text, re.MULTILINE)
     assert "4.0 s are unknown" in text

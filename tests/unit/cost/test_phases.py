@@ -1,6 +1,7 @@
 """Whatever a machine wrote, its paid seconds are divided and none is lost or invented."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ from hypothesis import strategies as st
 
 from spotune.cost.eventlog import clean, parse_lines
 from spotune.cost.evidence import Evidence
+from spotune.cost.ledger import bills_due, build_accounts
 from spotune.cost.page import page_of
 from spotune.cost.phases import Span, clock_offset_s, divide, total
 from spotune.cost.report import build_report
 from spotune.cost.table import run_text
+from spotune.launch.infra import PaidInterval
 from tests.unit.cost.cases import T, claim, event, phase, row, run, step, three_attempts
 
 SPAN = Span(T, T + 20)
@@ -104,40 +107,59 @@ EVENTS = st.lists(
 
 
 @st.composite
-def evidences(draw: st.DrawFn) -> Evidence:
-    """Any sequence of machines, claims and events, with rows and claims missing and clocks that differ."""
+def evidences(draw: st.DrawFn) -> tuple[Evidence, list[PaidInterval]]:
+    """Any sequence of machines, claims and events, with records missing, doubled or dated anew, and clocks that differ.
+
+    With it the machines that there really were, each once.
+    """
     intervals, at = [], 0.0
     for _ in range(draw(st.integers(0, 4))):
-        at += draw(st.floats(0, 300))
+        at += draw(st.floats(0.1, 300))
         length = draw(st.floats(0, 600))
         setup_s = draw(st.floats(-5, 700))
         reason = draw(st.sampled_from(["preempted", "exited", "cancelled", "lost", ""]))
         intervals.append(row(at, at + length, setup_s=setup_s, end_reason=reason, nodes=draw(st.integers(0, 3))))
         at += length
     if draw(st.booleans()):
-        intervals.append(row(at, None))
+        intervals.append(row(at + 0.1, None))
     attempts = [claim(n, draw(st.floats(-300, at + 600))) for n in range(1, draw(st.integers(0, 5)) + 1)]
     events = draw(st.dictionaries(st.integers(1, 5), EVENTS, max_size=5))
-    return Evidence(run(), intervals, attempts, events)
+    whole = Evidence(run(), intervals, attempts, events)
+    bills = [bill for bill in bills_due(whole, build_accounts(whole, T + 5000)) if draw(st.booleans())]
+    billed = {bill.started_at for bill in bills}
+    seen = []
+    for one in intervals:
+        if one.started_at not in billed:
+            seen += [one] * draw(st.integers(1, 2))
+        elif one.ended_at is not None and draw(st.booleans()):  # else the engine has forgotten it
+            later = draw(st.floats(0, 0.4)) * (one.ended_at - one.started_at)
+            seen.append(replace(one, started_at=one.started_at + later))
+    return replace(whole, intervals=draw(st.permutations(seen)), bills=bills * draw(st.integers(1, 2))), intervals
 
 
 @settings(max_examples=150, deadline=None, database=None)
 @given(evidences(), st.floats(0, 5000), st.sampled_from(["RUNNING", "RECOVERING", "FAILED", "CANCELLED"]))
-def test_phases_are_never_negative_and_sum_to_what_was_paid(evidence: Evidence, now: float, state: Any) -> None:
+def test_phases_are_never_negative_and_sum_to_what_was_paid(
+    given: tuple[Evidence, list[PaidInterval]], now: float, state: Any
+) -> None:
+    evidence, machines = given
     report = build_report(evidence, state, T + now)
     phases = dict(report["phases"])
     assert phases.pop("queue_s") >= 0
     assert min(phases.values()) >= 0
     assert sum(phases.values()) == pytest.approx(report["paid_s"], abs=1e-3)
-    assert len(report["attempts"]) >= max(len(evidence.intervals), len(evidence.attempts))
+    assert len(report["attempts"]) >= max(len(machines), len(evidence.attempts))
     for attempt in report["attempts"]:
         assert sum(attempt["phases"].values()) == pytest.approx(attempt["paid_s"], abs=1e-3)
         assert min(attempt["phases"].values()) >= 0
-    rows = [one for one in evidence.intervals if one.ended_at is not None]
+    rows = [one for one in machines if one.ended_at is not None]
     paid = sum((one.ended_at or 0.0) - one.started_at for one in rows)
     reconciled = report["paid_s"] - report["unreconciled_s"]
     still = sum(attempt["paid_s"] for attempt in report["attempts"] if attempt["ended_at"] is None)
     assert reconciled - still == pytest.approx(paid, abs=1e-3)
+    for one in report["preemptions"]:
+        assert min(one[name] for name in one if name.endswith("_s")) >= 0
+        assert (one["cost_usd"] or 0) <= (report["cost_usd"] or 0)
     json.dumps(report, allow_nan=False)
     assert run_text(report)
     assert page_of(report)

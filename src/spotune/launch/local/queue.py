@@ -1,5 +1,6 @@
 """The durable queue: one SQLite file (WAL). Verbs add jobs and requests; the supervisor does the rest."""
 
+import fcntl
 import json
 import sqlite3
 import time
@@ -62,12 +63,14 @@ class Queue:
             raise InfraError(f"{self._path}: {error}") from error
 
     def create(self) -> None:
-        """Makes the tables where there are none."""
+        """Makes the tables where there are none. One process at a time: SQLite waits for no lock to change to WAL."""
         try:
-            with closing(sqlite3.connect(self._path, timeout=30)) as connection:
-                connection.execute("PRAGMA journal_mode=WAL")
-                connection.executescript(_SCHEMA)
-        except sqlite3.Error as error:
+            with open(self._path.with_suffix(".lock"), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                with closing(sqlite3.connect(self._path, timeout=30)) as connection:
+                    connection.execute("PRAGMA journal_mode=WAL")
+                    connection.executescript(_SCHEMA)
+        except (sqlite3.Error, OSError) as error:
             raise InfraError(f"{self._path}: {error}") from error
         self._path.chmod(0o600)
 

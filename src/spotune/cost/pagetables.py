@@ -1,0 +1,80 @@
+"""The tables of a report's page."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from spotune.cost import charts, svg, words
+
+
+def phases(report: Mapping[str, Any], present: Sequence[str]) -> str:
+    rows = ""
+    for phase in present:
+        name, what = words.PHASES[phase]
+        seconds = report["phases"][f"{phase}_s"]
+        share = seconds / report["paid_s"]
+        drawn = f'<svg height="14" aria-hidden="true">{svg.bar(phase, 0, max(share * 100, 0.4), 14)}</svg>'
+        rows += (
+            f'<tr><th scope="row">{svg.swatch(phase)} {name}</th><td class="soft what">{what}</td>'
+            f'<td class="n">{words.duration(seconds)}</td><td class="n">{words.percent(share)}</td>'
+            f'<td class="share">{drawn}</td></tr>'
+        )
+    waited = words.duration(report["phases"]["queue_s"])
+    return (
+        f'{charts.phases_bar(report)}<table class="phases">'
+        f"<caption>{words.duration(report['paid_s'])} paid; another {waited} "
+        'were spent waiting for machines, unpaid.</caption><thead><tr><th scope="col">Phase</th>'
+        '<th scope="col" class="what">What</th><th scope="col" class="n">Time</th><th scope="col" class="n">Share</th>'
+        f'<th scope="col"><span aria-hidden="true"></span></th></tr></thead><tbody>{rows}</tbody></table>'
+    )
+
+
+def machines(attempts: Sequence[Mapping[str, Any]]) -> str:
+    titles = ("Attempt", "Machine", "Kind", "$/hour", "Paid", "Cost", "Steps", "Ended", "Price from")
+    right = (3, 4, 5, 6)
+    head = "".join(
+        f'<th scope="col"{_right(index in right)}>{title}</th>' for index, title in enumerate(titles)
+    )  # fmt: skip
+    rows = ""
+    for attempt in attempts:
+        price = attempt["price_usd_per_hour"]
+        cells = [
+            words.machine(attempt),
+            words.market(attempt),
+            words.NONE if price is None else f"{price:g}",
+            words.duration(attempt["paid_s"]),
+            words.usd(attempt["cost_usd"]),
+            words.steps(attempt),
+            words.end(attempt),
+            attempt["price_source"],
+        ]
+        body = "".join(
+            f"<td{_right(index in right)}>{escape(cell)}</td>" for index, cell in enumerate(cells[:-1], start=1)
+        )
+        rows += f'<tr><th scope="row">{attempt["attempt"] or words.NONE}</th>{body}<td>{escape(cells[-1])}</td></tr>'
+    return (
+        '<div class="wide" role="region" aria-labelledby="machines" tabindex="0"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def lost(preemptions: Sequence[Mapping[str, Any]]) -> str:
+    """Empty when there was none."""
+    if not preemptions:
+        return ""
+    titles = ("Attempt", "Ended", "Provision", "Setup", "Loading", "Restore", "Done again", "Paid", "Cost")
+    seconds = ("provision_s", "setup_s", "load_s", "restore_s", "replayed_s", "paid_s")
+    head = "".join(f'<th scope="col"{_right(index > 1)}>{title}</th>' for index, title in enumerate(titles))
+    rows = ""
+    for one in preemptions:
+        cells = "".join(f'<td class="n">{words.duration(one[name])}</td>' for name in seconds)
+        head_cells = f'<th scope="row">{one["attempt"] or words.NONE}</th><td>{escape(words.end(one))}</td>'
+        rows += f'<tr>{head_cells}{cells}<td class="n">{words.usd(one["cost_usd"])}</td></tr>'
+    return (
+        '<div class="wide" role="region" aria-labelledby="lost" tabindex="0"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _right(is_right: bool) -> str:
+    return ' class="n"' if is_right else ' class="nowrap"'

@@ -1,0 +1,89 @@
+"""What a report says beside time and money: lost machines, GPUs, the bucket. By hand."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from spotune.contracts.records import Certificate, Commit
+from spotune.cost.bills import with_bills
+from spotune.cost.estimates import estimates
+from spotune.cost.evidence import Evidence
+from spotune.cost.ledger import bills_due, build_accounts
+from spotune.cost.report import build_report
+from tests.unit.cost.cases import FIRST, RUN_ID, T, claim, event, phase, row, run, step, three_attempts
+
+USD_PER_S = 0.36 / 3600
+
+
+def test_what_each_lost_machine_cost_by_hand() -> None:
+    report = build_report(three_attempts(), "SUCCEEDED", T + 1000)
+    first, second = report["preemptions"]
+    assert (first["attempt"], first["end_reason"], first["waited_s"]) == (1, "preempted", 10)
+    assert [first[f"{name}_s"] for name in ("provision", "setup", "load", "restore", "replayed")] == [5, 0, 2, 1, 0]
+    assert [second[f"{name}_s"] for name in ("provision", "setup", "load", "restore", "replayed")] == pytest.approx(
+        [1, 0, 4, 1, 3 + 2 + 3]  # step 3, the evaluation after it and step 4, all again
+    )
+    assert [first["cost_usd"], second["cost_usd"]] == pytest.approx([8 * USD_PER_S, 14 * USD_PER_S])
+    assert report["usd_per_million_tokens"] == pytest.approx(70 * USD_PER_S / 600 * 1e6)
+
+
+def test_an_end_that_somebody_wanted_is_no_loss() -> None:
+    end = event(28, "end", reason="cancelled", exit_code=1)
+    events = {1: [phase(15, "load"), end], 2: [phase(45, "load")]}
+    intervals = [row(10, 30, end_reason="cancelled"), row(40, 60, end_reason="exited", exit_code=0)]
+    evidence = Evidence(run(), intervals, [claim(1, 15), claim(2, 45)], events)
+    assert build_report(evidence, "FAILED", T + 100)["preemptions"] == []
+
+
+def gpu(at: float, busy: float, used: float = 10.0) -> dict[str, Any]:
+    return event(at, "gpu", busy=busy, memory_gib=used, memory_total_gib=22.5)
+
+
+def test_busy_gpu_hours_are_of_the_attempts_that_were_measured() -> None:
+    events = {1: [phase(0, "train"), gpu(10, 0.5), gpu(20, 1.0, 20.0)], 2: [phase(3700, "train"), gpu(3800, 0.25)]}
+    intervals = [row(0, 3600, accelerators="L4:2"), row(3600, 5400, accelerators="L4:2"), row(5400, 6000)]
+    evidence = Evidence(run(), intervals, [claim(1, 0), claim(2, 3600)], events)
+    report = build_report(evidence, "FAILED", T + 9000)
+    assert report["gpu_hours"] == 3.0
+    assert report["gpu_busy_hours"] == pytest.approx(2 * 0.75 + 1 * 0.25)
+    assert report["gpu_utilization"] == pytest.approx(1.75 / 3)
+    assert (report["gpu_memory_gib"], report["gpu_memory_total_gib"]) == (20.0, 22.5)
+
+
+def test_samples_that_are_none_say_nothing() -> None:
+    events = {1: [phase(0, "train"), {**gpu(10, 7.0), "memory_gib": None}, event(11, "gpu", busy="x")]}
+    report = build_report(Evidence(run(), [row(0, 60)], [claim(1, 0)], events), "FAILED", T + 90)
+    assert report["gpu_utilization"] is report["gpu_memory_gib"] is None
+
+
+def test_the_bucket_by_hand() -> None:
+    def commit(attempt: int, number: int, size: int) -> Commit:
+        return Commit(run_id=RUN_ID, attempt=attempt, step=number, files={"a": {"size": size}})
+
+    events = {
+        1: [event(1, "commit", step=2, bytes=3e9), event(2, "commit", step=4, bytes=3e9)],
+        2: [event(9, "restored", step=2, commit=FIRST), step(10, 3)],
+    }
+    certificate = Certificate(
+        run_id=RUN_ID, attempt=2, step=6, weights_sha256="w", files={"w": {"size": 1_000_000_000}}
+    )
+    evidence = Evidence(run(), events=events, commits=[commit(1, 4, 3 * 10**9)], certificate=certificate)
+    found = estimates(evidence, "s3://bucket/runs")
+    assert found["is_estimate"]
+    assert (found["stored_bytes"], found["sent_bytes"], found["fetched_bytes"]) == (4 * 10**9, 7 * 10**9, 3 * 10**9)
+    assert found["storage_usd_per_month"] == pytest.approx(4 * 0.023)
+    assert (found["other_region_usd"], found["other_cloud_usd"]) == pytest.approx((10 * 0.02, 10 * 0.09))
+    here = estimates(evidence, "file:///bucket")
+    assert here["stored_bytes"] == 4 * 10**9
+    assert here["storage_usd_per_month"] is None
+
+
+def test_a_row_that_is_dated_anew_or_comes_twice_is_counted_once() -> None:
+    evidence = three_attempts()
+    bills = bills_due(evidence, build_accounts(evidence, T + 1000))
+    moved = [replace(one, started_at=one.started_at + 4.0) for one in evidence.intervals]
+    assert [one.started_at for one in with_bills([*moved, *evidence.intervals], bills)] == [T + 10, T + 40, T + 65]
+    doubled = [*evidence.intervals, *evidence.intervals, row(62, 64)]
+    assert [one.started_at - T for one in with_bills(doubled, [])] == [10, 40, 62, 65]
+    assert build_report(replace(evidence, intervals=moved, bills=bills), "SUCCEEDED", T + 1000)["paid_s"] == 70
