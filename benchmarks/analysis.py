@@ -15,7 +15,7 @@ from estimate.cost import work_of
 from estimate.market import read_market
 from estimate.picture import picture
 from estimate.prices import read_rows
-from estimate.tables import assumption_tables, cloud_table, gpu_table, job_text, left_out
+from estimate.tables import READING, assumption_tables, cloud_table, gpu_table, job_text, left_out
 from spotune.contracts.errors import SpotuneError
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
 def analyse(catalog: Path, traces: Path) -> tuple[str, list[tuple[str, list[Quote]]]]:
     """The markdown, and each fine-tune's quotes. Raises InputError."""
     rows, hostless = read_rows(catalog)
-    parts, groups, jobs = [], [], []
+    parts, groups, jobs = [READING], [], []
     for job in FINE_TUNES:
         work, market = work_of(job), read_market(traces, job.traces)
         found = quotes(job, work, market, rows)

@@ -34,13 +34,15 @@ class DataSet(NamedTuple):
 
 DATA = {
     "hf://HuggingFaceH4/ultrachat_200k": DataSet(
-        207_865, 1_397_058_554 / 207_865 / BYTES_PER_TOKEN.value, "its card: 207,865 rows, 1,397,058,554 bytes (train_sft)"
+        207_865,
+        1_397_058_554 / 207_865 / BYTES_PER_TOKEN.value,
+        "its card (train_sft): 207,865 rows, 1,397,058,554 bytes",
     ),
     "hf://trl-lib/Capybara": DataSet(
-        15_806, 71_908_734 / 15_806 / BYTES_PER_TOKEN.value, "its card: 15,806 rows, 71,908,734 bytes (train)"
+        15_806, 71_908_734 / 15_806 / BYTES_PER_TOKEN.value, "its card (train): 15,806 rows, 71,908,734 bytes"
     ),
-    "hf://HuggingFaceH4/no_robots": DataSet(9_500, 300, "its card: 9,500 rows (train); the tokens are a guess"),
-}  # fmt: skip
+    "hf://HuggingFaceH4/no_robots": DataSet(9_500, 300, "its card (train): 9,500 rows; the tokens are a guess"),
+}
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class FineTune:
     model_gb: float
     checkpoint_gb: float
     gpus: int
-    utilization: float  # of the dense bf16 peak, recomputation counted as work
+    utilization: float  # of the dense bf16 peak; what is computed again counts as work
     utilization_source: str
     traces: str  # the spot traces that stand for its machines
 
@@ -64,17 +66,17 @@ class FineTune:
 FINE_TUNES = (
     FineTune(
         "Qwen3-0.6B, LoRA", RUNS / "qwen3-0.6b-lora.yaml", 596.0e6, 10.1e6, 28, 2048, 1.19, 0.121, 1, 0.30,
-        "none, a guess: Qwen's README has 39 % for LoRA on 1.8B (A100, 8 rows of 2048 tokens in 1.7 s)",
+        "none, a guess; LoRA on Qwen-1.8B makes 39 % (its README: A100, 8 rows of 2048 tokens in 1.7 s)",
         "availability/1-node/*/*_v100_1.json",
     ),
     FineTune(
         "Qwen3-8B, QLoRA", RUNS / "qwen3-8b-qlora.yaml", 8190.7e6, 43.6e6, 36, 4096, 16.38, 0.262, 1, 0.38,
-        "Qwen's README, Q-LoRA on 7B: A100, 8 rows of 2048 tokens in 7.0 s",
+        "Q-LoRA on Qwen-7B (its README: A100, 8 rows of 2048 tokens in 7.0 s)",
         "availability/1-node/*/*_v100_1.json",
     ),
     FineTune(
         "Qwen3-8B, full", RUNS / "qwen3-8b-full-fsdp2.yaml", 8190.7e6, 0, 36, 4096, 16.38, 98, 8, 0.33,
-        "torchtitan, its FSDP benchmark: Llama 3.1 8B on 8 H100, 33 % without torch.compile",
+        "Llama 3.1 8B on 8 H100 with FSDP and without torch.compile (torchtitan's benchmarks)",
         "availability/1-node/*/*_v100_8.json",
     ),
 )  # fmt: skip

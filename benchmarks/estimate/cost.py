@@ -51,7 +51,9 @@ def work_of(job: FineTune) -> Work:
 
 def tokens_of(config: dict[str, Any], path: Path) -> float:
     """Of one epoch: the mixture's rows, as spotune takes them."""
-    sizes, weights, tokens = [], [], []
+    sizes: list[int] = []
+    weights: list[float | None] = []
+    tokens: list[float] = []
     for source in config["data"]:
         known = DATA.get(source["source"])
         if not known:
@@ -60,7 +62,7 @@ def tokens_of(config: dict[str, Any], path: Path) -> float:
         sizes.append(known.rows - held_out)
         weights.append(source.get("weight"))
         tokens.append(known.tokens_per_row)
-    return sum(rows * each for rows, each in zip(counts(sizes, weights), tokens, strict=True))
+    return math.fsum(rows * each for rows, each in zip(counts(sizes, weights), tokens, strict=True))
 
 
 def flops_per_token(job: FineTune, row_length: int, again: bool) -> float:

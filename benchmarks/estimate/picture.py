@@ -14,6 +14,10 @@ _STYLE = (
     ".title{font-weight:650;font-size:15px}.soft{fill:#5a5d63;font-size:12px}.grid{stroke:#d9d9d4}"
     ".paid{fill:#85888e}.spot{fill:#0072b2}"
 )
+_KEY = (
+    '<rect class="paid" x="16" y="52" width="22" height="13"/><text x="44" y="63">on-demand</text>'
+    '<rect class="spot" x="136" y="52" width="22" height="13"/><text x="164" y="63">spot, preemptions included</text>'
+)
 
 
 def picture(groups: Sequence[tuple[str, Sequence[Quote]]]) -> str:
@@ -24,17 +28,14 @@ def picture(groups: Sequence[tuple[str, Sequence[Quote]]]) -> str:
         text, height = _group(title, best, y)
         content, y = content + text, y + height
         said.append(f"{title}: " + "; ".join(_words(one) for one in best))
-    key = (
-        '<rect class="paid" x="16" y="52" width="22" height="13"/><text x="44" y="63">on-demand</text>'
-        '<rect class="spot" x="136" y="52" width="22" height="13"/><text x="164" y="63">spot, preemptions paid for</text>'
-    )
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {y:g}" width="{_WIDTH}" height="{y:g}" role="img" '
-        f'aria-labelledby="analysis-t analysis-d">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {y:g}" width="{_WIDTH}" height="{y:g}" '
+        f'role="img" aria-labelledby="analysis-t analysis-d">'
         f'<title id="analysis-t">Dollars for a run, by cloud</title>'
         f'<desc id="analysis-d">{escape(". ".join(said))}.</desc><style>{_STYLE}</style>'
         f'<rect width="{_WIDTH}" height="{y:g}" rx="10" fill="#ffffff" stroke="#d9d9d4"/>'
-        f'<text class="title" x="16" y="32">Dollars for a run: each cloud\'s cheapest machine</text>{key}{content}</svg>\n'
+        f'<text class="title" x="16" y="32">Dollars for a run: the cheapest machine of each cloud</text>'
+        f"{_KEY}{content}</svg>\n"
     )
 
 

@@ -129,7 +129,9 @@ def _prices(cells: Cells) -> tuple[float | None, float | None]:
 
 
 def _place(cells: Cells) -> str:
-    return cells.get("AvailabilityZone") or cells["Region"]
+    """The zone, with its region where the zone's name does not begin with it."""
+    region, zone = cells["Region"], cells.get("AvailabilityZone") or ""
+    return zone if zone.startswith(region) else f"{region} {zone}".strip()
 
 
 def _sum(gpu: float | None, host: float | None) -> float | None:

@@ -4,19 +4,26 @@ from collections.abc import Iterable, Sequence
 
 from estimate.assumptions import DATA, GENERAL, GPUS, FineTune
 from estimate.compare import Quote, by_cloud, by_gpu, fits
-from estimate.cost import Work, on_demand_hours, timing
+from estimate.cost import Work, timing
 from estimate.market import Market
 from estimate.prices import Row
 
 NAMES = {"aws": "AWS", "gcp": "GCP", "lambda": "Lambda", "nebius": "Nebius", "runpod": "RunPod", "vast": "Vast",
          "verda": "Verda"}  # fmt: skip
 
+READING = """\
+A row is the machine on which the run costs least in that cloud, on-demand or spot. On-demand and spot: dollars per hour
+in the cheapest place, and which that is; hours: until the run is done, its start included; hours paid: with what
+preemptions cost; hours to the end: with the wait for machines too; $, median place: at the median spot price of all
+places, not the least; saving: of spot over on-demand; break-even: at so many preemptions per hour spot costs what
+on-demand does. –: no such price in the rows (a spot price of 0.00 is unknown, not free). GCP: GPU and host together."""
+
 
 def cloud_table(found: Sequence[Quote]) -> str:
     head = (
         "cloud|instance type|GPU|on-demand|hours|$|spot|hours paid|hours to the end|$|$, median place|saving|break-even"
     )
-    lines = []
+    lines: list[list[str]] = []
     for one in by_cloud(found):
         offer, spot = one.offer, one.offer.spot is not None
         lines.append(
@@ -24,12 +31,12 @@ def cloud_table(found: Sequence[Quote]) -> str:
                 NAMES.get(offer.cloud, offer.cloud),
                 f"`{offer.instance}`",
                 offer.gpu,
-                place(offer.on_demand, offer.on_demand and offer.on_demand.on_demand),
-                f"{one.on_demand_h:.1f}",
+                _where(offer.on_demand, spot=False),
+                hours(one.on_demand_h),
                 usd(one.on_demand_usd),
-                place(offer.spot, offer.spot and offer.spot.spot),
-                f"{one.paid_h:.1f}" if spot else "–",
-                f"{one.end_h:.1f}" if spot else "–",
+                _where(offer.spot, spot=True),
+                hours(one.paid_h) if spot else "–",
+                hours(one.end_h) if spot else "–",
                 usd(one.spot_usd),
                 usd(one.median_spot_usd),
                 saving(one),
@@ -44,21 +51,27 @@ def gpu_table(found: Sequence[Quote]) -> str:
     lines = []
     for gpu, paid, spot in by_gpu(found):
         known = paid or spot
-        hours = f"{known.on_demand_h:.1f}" if known else "–"
         lines.append(
-            [gpu, hours, _cloud(paid), usd(paid and paid.on_demand_usd), _cloud(spot), usd(spot and spot.spot_usd)]
+            [
+                gpu,
+                hours(known.on_demand_h) if known else "–",
+                _cloud(paid),
+                usd(paid.on_demand_usd if paid else None),
+                _cloud(spot),
+                usd(spot.spot_usd if spot else None),
+            ]
         )
     return table(head, lines)
 
 
 def job_text(job: FineTune, work: Work, market: Market) -> str:
     """The line above a table: what is computed, and on what."""
-    reference = timing(job, work, GPUS["H100"])
+    times = timing(job, work, GPUS["H100"])  # start and loss are the same on all
     return (
         f"`config/runs/{job.config.name}`, profile prod: {work.tokens / 1e6:,.1f} M tokens, {work.flops:.2e} FLOPs, "
-        f"{job.gpus} GPU{'s' * (job.gpus > 1)}; {on_demand_hours(reference):.1f} h on H100. Memory, the estimate of its "
-        f"header: {work.memory_gb} GB per GPU. A start takes {reference.start_h * 60:.0f} min, a preemption costs "
-        f"{reference.lost_h * 60:.0f} min of paid time; {market.per_hour:.2f} of them an hour."
+        f"{job.gpus} GPU{'s' * (job.gpus > 1)}. Memory per GPU, as its header estimates it: {work.memory_gb} GB. "
+        f"A start takes {times.start_h * 60:.0f} min; a preemption costs {times.lost_h * 60:.0f} min of paid time, and "
+        f"there are {market.per_hour:.2f} in a paid hour."
     )
 
 
@@ -79,12 +92,16 @@ def left_out(job: FineTune, work: Work, rows: Iterable[Row], hostless: Iterable[
 def assumption_tables(jobs: Sequence[tuple[FineTune, Work, Market]]) -> str:
     lines = [[one.what, f"{one.value:g} {one.unit}", one.source] for one in GENERAL]
     for job, _, _ in jobs:
-        lines.append([f"{job.title}: share of the dense bf16 peak", f"{job.utilization:.0%}", job.utilization_source])
+        lines.append(
+            [f"{job.title}: share of the dense bf16 peak", f"{job.utilization * 100:.0f} %", job.utilization_source]
+        )
     for name, data in DATA.items():
         lines.append([f"{name}: tokens per row", f"{data.tokens_per_row:,.0f}", data.source])
     for job, _, market in {job.traces: (job, work, market) for job, work, market in jobs}.values():
         where = (
-            f"traces `{job.traces}`: {market.zones} zones, {market.ends} ends, up {market.availability:.0%} of the time"
+            f"traces `{job.traces}`: {market.zones} zones, {market.ends} ends, "
+            f"up {market.availability * 100:.0f} % "
+            "of the time; a machine that is held may outlive an end"
         )
         many = "8 GPUs" if job.gpus > 1 else "1 GPU"
         lines.append([f"preemptions per hour held, {many}", f"{market.per_hour:.2f}", where])
@@ -95,11 +112,12 @@ def assumption_tables(jobs: Sequence[tuple[FineTune, Work, Market]]) -> str:
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
+    top, *rest = (f"| {' | '.join(line)} |" for line in (head, *lines))
+    return "\n".join([top, "|---" * len(head) + "|", *rest])
 
 
-def place(row: Row | None, price: float | None) -> str:
-    return f"{price:.2f}/h {row.place}" if row and price else "–"
+def hours(amount: float) -> str:
+    return f"{amount:.1f}" if amount >= 10 else f"{amount:.2f}"
 
 
 def usd(amount: float | None) -> str:
@@ -114,3 +132,8 @@ def saving(one: Quote) -> str:
 
 def _cloud(one: Quote | None) -> str:
     return NAMES.get(one.offer.cloud, one.offer.cloud) if one else "–"
+
+
+def _where(row: Row | None, spot: bool) -> str:
+    price = row and (row.spot if spot else row.on_demand)
+    return f"{price:.2f}/h {row.place}" if row and price else "–"
