@@ -87,7 +87,8 @@ class Gpu(NamedTuple):
     memory_gb: float
 
 
-# NVIDIA's data sheets, without sparsity; B300 as B200, since sources differ. One that is not here has no bf16 (V100, T4, RTX6000) or an ARM host (GH200).
+# NVIDIA's data sheets, without sparsity; B300 as B200, since sources differ.
+# One that is not here has no bf16 (V100, T4, RTX6000) or an ARM host (GH200).
 GPUS = {
     "A10": Gpu(125, 24),
     "A10G": Gpu(70, 24),
