@@ -5,11 +5,13 @@ without GPUs, has its nodes whole. Where runs together ask for more than there i
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from spotune.contracts.clusters import ClusterRecord
 from spotune.contracts.money import HOUR_S, cost_usd
+from spotune.contracts.records import PriceRow
 from spotune.cost.groups import gpus_of
 
 
@@ -67,7 +69,7 @@ def split(cluster: ClusterRecord, uses: Sequence[Use]) -> Split:
         paid_s += end - start
         within = [(max(use.started_at, start), min(_end(use), end)) for use in uses]
         cuts = sorted({start, end, *(at for piece in within if piece[0] < piece[1] for at in piece)})
-        for began, until in zip(cuts, cuts[1:], strict=False):
+        for began, until in pairwise(cuts):
             present = [index for index, (first, last) in enumerate(within) if first <= began and until <= last]
             asked = sum(parts[index] for index in present)
             for index in present:
@@ -88,13 +90,11 @@ def split(cluster: ClusterRecord, uses: Sequence[Use]) -> Split:
 
 
 def split_all(clusters: Sequence[ClusterRecord], uses: Sequence[Use]) -> list[Split]:
-    """Every cluster's split; of several clusters of a name a use is on the one that it was on longest."""
+    """Every cluster's split."""
     of_cluster: dict[str, list[Use]] = {cluster.key: [] for cluster in clusters}
     for use in uses:
-        named = [cluster for cluster in clusters if cluster.name == use.cluster]
-        longest = max(named, key=lambda cluster: overlap_s(cluster, use.started_at, use.ended_at), default=None)
-        if longest and overlap_s(longest, use.started_at, use.ended_at) > 0:
-            of_cluster[longest.key].append(use)
+        if (home := home_of(clusters, use.cluster, use.started_at)) and _is_within(use, home):
+            of_cluster[home.key].append(use)
     return [split(cluster, of_cluster[cluster.key]) for cluster in clusters]
 
 
@@ -105,10 +105,25 @@ def part_of(cluster: ClusterRecord, gpu_share: float, nodes: int) -> float:
     return of_node * min(1.0, max(1, nodes) / max(1, cluster.nodes))
 
 
-def overlap_s(cluster: ClusterRecord, started_at: float, ended_at: float | None) -> float:
-    """How long of that interval the cluster was paid for."""
-    until = float("inf") if ended_at is None else ended_at
-    return sum(max(0.0, min(until, end) - max(started_at, start)) for start, end in cluster.intervals())
+def home_of(clusters: Sequence[ClusterRecord], name: str, at: float) -> ClusterRecord | None:
+    """Of the clusters of a name the one that was there then: the last that had been launched."""
+    named = [cluster for cluster in clusters if cluster.name == name and cluster.launched_at <= at]
+    return max(named, key=lambda cluster: cluster.launched_at, default=None)
+
+
+def price_of_part(cluster: ClusterRecord, gpu_share: float) -> PriceRow | None:
+    """The frozen price of one node, of which a run has only the GPUs that it asked for; None where none is known."""
+    row, part = cluster.price_row, part_of(cluster, gpu_share, cluster.nodes)
+    if row is None:
+        return None
+    gpu, gpus = gpus_of(cluster.accelerators)
+    accelerators = f"{gpu}:{gpus * part:g}" if gpus else ""
+    source = row.source if part == 1.0 else f"{row.source}, {part:.0%} of {cluster.name}"
+    return replace(row, accelerators=accelerators, price_usd_per_hour=row.price_usd_per_hour * part, source=source)
+
+
+def _is_within(use: Use, cluster: ClusterRecord) -> bool:
+    return any(use.started_at < end and start < _end(use) for start, end in cluster.intervals())
 
 
 def _now(cluster: ClusterRecord, uses: Sequence[Use], parts: Sequence[float]) -> tuple[float | None, float]:

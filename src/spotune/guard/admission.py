@@ -89,7 +89,9 @@ def _remedy(run: RunRecord) -> str:
     return f"put it back, or spotune resume {run.run_id} {FLAG}"
 
 
-def claim_attempt(store: Store, keys: Keys, machine: Machine, at_least: int = 1, gpu_share: float = 0.0) -> AttemptRecord:
+def claim_attempt(
+    store: Store, keys: Keys, machine: Machine, at_least: int = 1, gpu_share: float = 0.0
+) -> AttemptRecord:
     """Claims the next attempt number, create-only: of two machines only one gets it, the other the next.
 
     Args:
