@@ -34,11 +34,12 @@ def note_of(row: Mapping[str, Any], now: float) -> str:
     hourly = row["idle_usd_per_hour"]
     if not row["is_up"] or hourly == 0:
         return ""
-    burns = "at a price that is not known" if hourly is None else f"burning {words.usd(hourly)}/h now"
+    stale_s = now - row["seen_at"]
+    burns = "at a price that is not known" if hourly is None else f"burning {words.usd(hourly)}/h"
+    burns += " now" if stale_s <= STALE_S and hourly is not None else ""
     if row["idle_since"] is None:
         text = f"{row['name']} of {row['owner']} is idle in part, {burns}."
     else:
         lasts = words.duration(row["seen_at"] - row["idle_since"])
         text = f"{row['name']} of {row['owner']} has been idle for {lasts}, {burns} (spotune dev down {row['name']})."
-    stale_s = now - row["seen_at"]
-    return f"{text} That was {words.duration(stale_s)} ago." if stale_s > STALE_S else text
+    return f"{text} That was {words.duration(stale_s)} ago, when SkyPilot was last asked." if stale_s > STALE_S else text
