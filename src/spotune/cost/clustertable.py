@@ -42,4 +42,6 @@ def note_of(row: Mapping[str, Any], now: float) -> str:
     else:
         lasts = words.duration(row["seen_at"] - row["idle_since"])
         text = f"{row['name']} of {row['owner']} has been idle for {lasts}, {burns} (spotune dev down {row['name']})."
-    return f"{text} That was {words.duration(stale_s)} ago, when SkyPilot was last asked." if stale_s > STALE_S else text
+    if stale_s > STALE_S:
+        text += f" That was {words.duration(stale_s)} ago, when SkyPilot was last asked."
+    return text

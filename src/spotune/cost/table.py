@@ -55,18 +55,7 @@ def groups_text(by: str, rows: Sequence[Mapping[str, Any]]) -> str:
     paid_s = sum(row["paid_s"] for row in rows)
     gpu_hours = sum(row["gpu_hours"] for row in rows)
     lines.append(
-        [
-            "all",
-            "",
-            words.duration(paid_s),
-            f"{gpu_hours:,.1f}",
-            words.usd(cost_usd),
-            words.usd(idle_usd),
-            "",
-            "",
-            "",
-            "",
-        ]
+        ["all", "", words.duration(paid_s), f"{gpu_hours:,.1f}", words.usd(cost_usd), words.usd(idle_usd), *[""] * 4]
     )
     if not idle_usd:
         header, *lines = ([*line[:5], *line[6:]] for line in (header, *lines))
