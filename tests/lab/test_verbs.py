@@ -54,6 +54,11 @@ def test_a_dev_cluster_from_up_to_down(lab: Layout, spotune: Spotune) -> None:
         spotune("dev", "down", "-y")
     wait_until(lambda: not slurm.jobs(lab), 120, "the cluster's Slurm job is still there")
     assert json.loads(spotune("dev", "ls", "--format", "json")) == []
+    (paid,) = json.loads(spotune("cost", "--clusters", "--format", "json"))
+    assert (paid["name"], paid["is_up"], paid["price_usd_per_hour"]) == (cluster["name"], False, pytest.approx(0.25))
+    assert paid["runs"]
+    assert all(run["paid_s"] > 0 for run in paid["runs"])
+    assert sum(run["cost_usd"] for run in paid["runs"]) + paid["idle_usd"] == pytest.approx(paid["cost_usd"])
 
 
 def test_of_two_jobs_that_wait_for_a_gpu_the_one_of_higher_priority_runs_first(

@@ -19,16 +19,18 @@ BY = ("user", "team", "infra", "gpu", "day", "week", "kind")
 @click.argument("run", required=False)
 @click.option("--since", default="30d", metavar="DURATION", show_default=True, help="Without RUN: submitted within.")
 @click.option("--by", type=click.Choice(BY), help="Without RUN: chargeback, summed by this; kind is dev or prod.")
+@click.option("--clusters", is_flag=True, help="Without RUN: dev clusters, who used them and what was idle.")
 @click.option(
     "--format", "output", type=click.Choice(FORMATS), default="table", show_default=True,
     help="Output format; focus: FOCUS 1.2, a row a charge.",
 )  # fmt: skip
 @click.option("--html", "page", metavar="FILE", default="", help="Also write RUN's report as one self-contained page.")
-def cost(run: str | None, since: str, by: str | None, output: str, page: str) -> None:
+def cost(run: str | None, since: str, by: str | None, clusters: bool, output: str, page: str) -> None:
     """Show where the time and the money went.
 
     Of RUN: its attempts, the phases of every paid second, and what the same work would have cost on demand.
     Without RUN: one line for every run, or with --by for every user, team, infrastructure, GPU, day or week (UTC).
+    With --clusters: what each dev cluster cost that was paid for within --since, split among its runs, the rest idle.
     """
     from spotune.contracts.durations import parse_duration
     from spotune.contracts.errors import InputError
@@ -38,9 +40,14 @@ def cost(run: str | None, since: str, by: str | None, output: str, page: str) ->
     if by and (run or output == "focus"):
         what = "RUN is not summed" if run else "FOCUS has a row a charge"
         raise InputError("--by", what, remedy="spotune cost --by team")
+    if clusters and (run or by or output == "focus"):
+        what = "lists all clusters" if run else "is a table of its own"
+        raise InputError("--clusters", what, remedy="spotune cost --clusters")
     since_s = parse_duration(since, "--since")
     if run:
         _one(run, output, page)
+    elif clusters:
+        _clusters(since, since_s, output)
     else:
         _many(since, since_s, by, output)
 
@@ -61,9 +68,25 @@ def _one(run: str, output: str, page: str) -> None:
         show(output, report, attempt_rows(report), lambda: run_text(report))
 
 
+def _clusters(since: str, since_s: float, output: str) -> None:
+    import time
+
+    from spotune.cost.clusters import flat_rows
+    from spotune.cost.clustertable import clusters_text
+    from spotune.cost.collect import all_clusters
+
+    now = time.time()
+    with ProgressBar("reading runs") as progress:
+        rows = all_clusters(open_workspace(), now - since_s, warn=_warn, progress=progress)
+    show(
+        output, rows, flat_rows(rows), lambda: clusters_text(rows, now) if rows else f"No dev clusters within {since}."
+    )
+
+
 def _many(since: str, since_s: float, by: str | None, output: str) -> None:
     import time
 
+    from spotune.cost.clusters import charged, idle_of, splits_of
     from spotune.cost.groups import COLUMNS, group
     from spotune.cost.table import groups_text, runs_text
 
@@ -76,8 +99,11 @@ def _many(since: str, since_s: float, by: str | None, output: str) -> None:
             of_run.setdefault(key, []).append(attempt)
         _show_focus([(key[0], totals, of_run.get(key, [])) for key, totals in runs])
     elif by:
-        runs, attempts = _indexed(lambda index: (index.runs(from_at), index.attempts(from_at, COLUMNS)))
-        rows = group(by, runs, attempts)  # type: ignore[arg-type]
+        store = open_workspace().store()
+        runs, attempts, splits = _indexed(
+            lambda index: (index.runs(from_at), index.attempts(from_at, COLUMNS), splits_of(store, index, from_at))
+        )
+        rows = group(by, runs, charged(attempts, splits), idle_of(splits))  # type: ignore[arg-type]
         show(output, rows, rows, lambda: groups_text(by, rows) if rows else nothing)
     else:
         totals = [row for _, row in _indexed(lambda index: index.runs(from_at))]
@@ -89,7 +115,11 @@ def _indexed(take: "Callable[[Index], Any]") -> Any:
     from spotune.cost.collect import all_runs
 
     with ProgressBar("reading runs") as progress:
-        return all_runs(open_workspace(), take, warn=lambda message: click.echo(message, err=True), progress=progress)
+        return all_runs(open_workspace(), take, warn=_warn, progress=progress)
+
+
+def _warn(message: str) -> None:
+    click.echo(message, err=True)
 
 
 def _show_focus(runs: "list[tuple[str, dict[str, Any], list[dict[str, Any]]]]") -> None:

@@ -24,6 +24,10 @@ STATUS_FILE = "SPOTUNE_STATUS_FILE"  # a local file that the guard keeps current
 SAVE_EVERY = "SPOTUNE_SAVE_EVERY"  # `50` steps or `5m`; for a bare launch, `train --save-every` freezes it in run.json
 PATIENCE = "SPOTUNE_BUCKET_PATIENCE"  # for how long training goes on while the bucket is away; default 30m
 ALLOW_CONFIG_CHANGE = "SPOTUNE_ALLOW_CONFIG_CHANGE"  # `1`, for a bare launch: `--allow-config-change` of the script
+GPU_SHARE = "SPOTUNE_GPU_SHARE"  # on a dev cluster: GPUs of each node that the run asked for, 0.5 for half of one
+KIND = "SPOTUNE_KIND"  # `dev` or `prod`, for a bare launch: whose money it is counted as; TEAM and USER likewise
+TEAM = "SPOTUNE_TEAM"
+USER = "SPOTUNE_USER"
 HOLD_AT = "SPOTUNE_HOLD_AT"  # game days only, see holds.py
 HOLD_FILE = "SPOTUNE_HOLD_FILE"
 NUM_PROCESSES = "SPOTUNE_NUM_PROCESSES"  # ranks on this machine; default one per GPU, 1 on CPU
@@ -55,6 +59,9 @@ class RunEnvironment:
     patience_s: float
     grace_s: float | None
     allow_config_change: bool = False
+    gpu_share: float = 0.0
+    kind: str = "prod"
+    team: str = ""
 
     @property
     def cache(self) -> Path:
@@ -81,6 +88,9 @@ class RunEnvironment:
             patience_s=_read_patience(environ.get(PATIENCE) or "30m"),
             grace_s=read_grace(environ),
             allow_config_change=environ.get(ALLOW_CONFIG_CHANGE, "").lower() in ("1", "true", "yes"),
+            gpu_share=_read_share(environ.get(GPU_SHARE, "")),
+            kind="dev" if environ.get(KIND) == "dev" else "prod",
+            team=environ.get(TEAM, ""),
         )
 
 
@@ -98,6 +108,15 @@ def read_grace(environ: Mapping[str, str]) -> float | None:
     return seconds
 
 
+def _read_share(text: str) -> float:
+    """GPUs; 0 where none are named, or nothing that could be."""
+    try:
+        share = float(text or 0.0)
+    except ValueError:
+        return 0.0
+    return share if 0 < share < math.inf else 0.0
+
+
 def _read_patience(text: str) -> float:
     seconds = parse_duration(text, PATIENCE)
     if seconds <= 0:
@@ -108,7 +127,7 @@ def _read_patience(text: str) -> float:
 def user_name(environ: Mapping[str, str]) -> str:
     """Who submits: SkyPilot's user on a machine, else the login name."""
     try:
-        return environ.get("SPOTUNE_USER") or environ.get("SKYPILOT_USER") or getpass.getuser()
+        return environ.get(USER) or environ.get("SKYPILOT_USER") or getpass.getuser()
     except (OSError, KeyError):  # a container's user id without a name
         return "unknown"
 

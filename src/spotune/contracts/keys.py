@@ -13,6 +13,7 @@ runs/<run_id>/output/  output/completed.json        the result and its certifica
 runs/<run_id>/merged/  merged/completed.json        the adapter merged into its base, where asked for; its certificate
 runs/<run_id>/pushed.json                           the result is on the hub, where asked for; create-only
 runs/<run_id>/paused.json failed.json cancelled.json
+clusters/<name>-<launch>.json                       a dev cluster's paid spans; rewritten by the launcher as they grow
 """
 
 import re
@@ -23,6 +24,7 @@ from spotune.contracts.errors import InputError
 
 RUN_ID = re.compile(r"[a-z][a-z0-9-]{1,23}[a-z0-9]")
 RUNS = "runs"
+CLUSTERS = "clusters"
 
 
 def check_run_id(run_id: str, where: str = "--name") -> str:
@@ -127,6 +129,11 @@ class Keys:
 
     def commit(self, attempt: int, step: int) -> str:
         return f"{self.commits}/{attempt:04d}-{step:08d}.json"
+
+
+def cluster_key(name: str, launched_at: float) -> str:
+    """The record of the cluster of that name that came up then, epoch seconds."""
+    return f"{CLUSTERS}/{name}-{int(launched_at)}.json"
 
 
 def revision_of(key: str) -> int | None:

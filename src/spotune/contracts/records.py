@@ -119,7 +119,9 @@ class RunRecord(Record):
 class AttemptRecord(Record):
     """``attempt.json``: an attempt's claim. Its key is the fence: created once, never rewritten.
 
-    ``spells_s``: how long each earlier machine of this run lasted that was taken away, seconds, oldest first.
+    Attributes:
+        gpu_share: how many GPUs of each node it asked a shared cluster for, 0.5 for half of one; 0: not said.
+        spells_s: how long each earlier machine of this run lasted that was taken away, seconds, oldest first.
     """
 
     run_id: str
@@ -135,6 +137,7 @@ class AttemptRecord(Record):
     num_nodes: int = 1
     ranks_per_node: int = 1
     gpu: str = ""
+    gpu_share: float = 0.0
     spells_s: list[float] = field(default_factory=list)
 
 

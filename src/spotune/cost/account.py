@@ -1,7 +1,7 @@
 """What became of one machine: its interval divided, its price, and why it ended."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from spotune.contracts import exits
@@ -67,6 +67,10 @@ def account_of(machine: Machine, events: Sequence[Event], evidence: Evidence, do
     span = _span_of_row(row, now) if row else _span_of_events(record, marks, now)
     place, nodes = _place(row, record)
     price = price_of(place, evidence.run.price_rows())
+    if record and price is None and (price := evidence.parts.get(record.attempt)):
+        place = replace(
+            place, accelerators=price.accelerators, instance_type=price.instance_type, use_spot=price.use_spot
+        )
     segments, steps = divide(span, record.claimed_at if record else None, marks, done_before)
     certificate = evidence.certificate
     is_certified = bool(certificate and record and certificate.attempt == record.attempt)

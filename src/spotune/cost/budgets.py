@@ -6,23 +6,25 @@ what is left as its wall; it promises nothing, so that several of them at once c
 and the next launch is refused.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from spotune.contracts.errors import InputError
 from spotune.contracts.money import usd
+from spotune.cost.clusters import charged, owner_of, splits_of
 from spotune.cost.collect import all_runs
 from spotune.cost.index import Index
-from spotune.cost.periods import cut, name_of, start_of
+from spotune.cost.periods import name_of, start_of
 from spotune.cost.refresh import Progress
+from spotune.cost.sharing import Split
 from spotune.launch.infra import ACTIVE
 from spotune.launch.plan import BUDGET_FLAG, Plan
 from spotune.launch.settings import MonthlyBudget
 from spotune.launch.workspace import Workspace
 
 WARN_AT = 0.8
-_PAID = ("started_at", "paid_s", "cost_usd")
+_PAID = ("attempt", "started_at", "paid_s", "cost_usd")
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Left:
 
     Attributes:
         month: ``2026-11``.
-        spent_usd: by all runs of its owner, in this month.
+        spent_usd: by all runs of its owner, and by dev clusters of its owner's that were idle, in this month.
         promised_usd: what the ``runs`` of its owner that are under way may still spend of their own budgets.
     """
 
@@ -112,7 +114,10 @@ def read_month(
 
     def take(index: Index) -> Month:
         totals = dict(index.runs(0.0))
-        paid = [(totals[key], _within(since, attempt)) for key, attempt in index.attempts_after(since, _PAID)]
+        splits = splits_of(workspace.store(), index, since)
+        attempts = charged(index.attempts_after(since, _PAID), splits)
+        paid = [(totals[key], _within(since, attempt)) for key, attempt in attempts]
+        paid += [(owner_of(split), _idle_within(since, split)) for split in splits]
         promised = [
             (run, max(0.0, run["budget_usd"] - (run["cost_usd"] or 0.0)))
             for key, run in totals.items()
@@ -152,8 +157,8 @@ def check_wall(report: Mapping[str, Any], wanted_usd: float | None) -> None:
 def _left(
     budget: MonthlyBudget,
     month: str,
-    paid: list[tuple[dict[str, Any], float]],
-    promised: list[tuple[dict[str, Any], float]],
+    paid: Sequence[tuple[Mapping[str, Any], float]],
+    promised: Sequence[tuple[Mapping[str, Any], float]],
 ) -> Left:
     kind, _, name = budget.owner.partition(" ")
     promises = [amount for run, amount in promised if run[kind] == name]
@@ -165,8 +170,17 @@ def _within(since: float, attempt: Mapping[str, Any]) -> float:
     if not attempt["cost_usd"] or not attempt["paid_s"]:
         return 0.0
     until = attempt["started_at"] + attempt["paid_s"]
-    parts = [end - start for month, start, end in cut("month", attempt["started_at"], until) if month >= since]
-    return float(attempt["cost_usd"] * sum(parts) / attempt["paid_s"])
+    return float(attempt["cost_usd"] * _seconds_after(since, attempt["started_at"], until) / attempt["paid_s"])
+
+
+def _idle_within(since: float, split: Split) -> float:
+    """What a dev cluster cost its owner from then on while no run was on it: its idle time is taken as even."""
+    seconds = sum(_seconds_after(since, start, end) for start, end in split.cluster.intervals())
+    return (split.idle_usd or 0.0) * seconds / split.paid_s if split.paid_s else 0.0
+
+
+def _seconds_after(since: float, start: float, end: float) -> float:
+    return max(0.0, end - max(start, since))
 
 
 def _runs(number: int) -> str:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from spotune.cost.clusters import cluster_rows, splits_of
 from spotune.cost.index import Index, index_file, use_index
 from spotune.cost.refresh import Progress, refresh, report_of
 from spotune.launch.infra import is_infra
@@ -19,6 +20,24 @@ def report_run(workspace: Workspace, run_id: str, clock: Callable[[], float] = t
     # No rows where the engine's history is out of this machine's reach.
     history = workspace.infra(status.infra).history(run_id) if is_infra(status.infra) else []
     return report_of(workspace.store(status.bucket), status, history, clock())
+
+
+def all_clusters(
+    workspace: Workspace,
+    since: float,
+    clock: Callable[[], float] = time.time,
+    warn: Callable[[str], None] = lambda message: None,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """A row for every dev cluster that was paid for since then; SkyPilot is asked of those that were still up."""
+    from spotune.launch.skypilot.booking import book_open  # here: most reports have nothing to book
+
+    book_open(workspace, warn)
+
+    def take(index: Index) -> list[dict[str, Any]]:
+        return cluster_rows(splits_of(workspace.store(), index, since), index.runs(0.0))
+
+    return all_runs(workspace, take, clock, warn, progress)
 
 
 def all_runs(

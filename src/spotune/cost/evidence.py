@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from spotune.contracts.records import AttemptRecord, Bill, Certificate, Commit, RunRecord
+from spotune.contracts.records import AttemptRecord, Bill, Certificate, Commit, PriceRow, RunRecord
 from spotune.cost.eventlog import Event
 from spotune.launch.infra import PaidInterval
 
@@ -16,6 +16,7 @@ class Evidence:
         intervals: the engine's rows; empty where its history is not to be had.
         events: by attempt, as read.
         certificate: there when the run is certified.
+        parts: by attempt, the price of its part of a dev cluster, where it ran on one.
     """
 
     run: RunRecord
@@ -25,3 +26,4 @@ class Evidence:
     commits: Sequence[Commit] = ()
     certificate: Certificate | None = None
     bills: Sequence[Bill] = ()
+    parts: Mapping[int, PriceRow] = field(default_factory=dict)

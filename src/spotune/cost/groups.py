@@ -1,6 +1,7 @@
 """Chargeback: attempts summed by who had them, where they ran, on what, or when. Pure.
 
-What is a run's as a whole (on_demand_usd, saved_usd) is said where a run belongs to one group: by user, team and kind.
+What is a run's as a whole (on_demand_usd, saved_usd) is said where a run belongs to one group: by user, team and kind;
+there too what dev clusters cost their owners while no run was on them (idle_usd), which is in no other figure.
 Goodput is said where an attempt does. A day or a week has of each attempt the seconds that lie in it.
 """
 
@@ -20,6 +21,7 @@ COLUMNS = ("attempt", "infra", "accelerators", "nodes", "started_at", "paid_s", 
 NOBODY = {"team": "(no team)", "gpu": "cpu", "infra": "(not known)"}
 
 Run = tuple[Any, Mapping[str, Any]]  # its key, its totals or one of its attempts
+Idle = tuple[Mapping[str, Any], float]  # whose a dev cluster is, as a run's totals say it; US dollars
 
 
 @dataclass
@@ -36,9 +38,10 @@ class Sums:
     saved_usd: float | None = None
     unpriced_s: float = 0.0
     unreconciled_s: float = 0.0
+    idle_usd: float = 0.0
 
 
-def group(by: By, runs: Iterable[Run], attempts: Iterable[Run]) -> list[dict[str, Any]]:
+def group(by: By, runs: Iterable[Run], attempts: Iterable[Run], idle: Iterable[Idle] = ()) -> list[dict[str, Any]]:
     """A row a group, the dearest first; those of time in order of time. Every paid second of the attempts is in one."""
     totals = dict(runs)
     groups: dict[str, Sums] = {}
@@ -52,8 +55,12 @@ def group(by: By, runs: Iterable[Run], attempts: Iterable[Run]) -> list[dict[str
             for name in ("on_demand_usd", "saved_usd"):
                 if total[name] is not None:
                     setattr(sums, name, (getattr(sums, name) or 0.0) + total[name])
+        for owner, usd in idle:
+            groups.setdefault(_of_run(by, owner), Sums()).idle_usd += usd
     rows = [_row(by, name, sums) for name, sums in groups.items()]
-    return sorted(rows, key=lambda row: row[by] if by in OF_TIME else (-row["cost_usd"], row[by]))
+    return sorted(
+        rows, key=lambda row: row[by] if by in OF_TIME else (-row["cost_usd"] - (row["idle_usd"] or 0.0), row[by])
+    )
 
 
 def _parts(by: By, total: Mapping[str, Any], attempt: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -101,4 +108,5 @@ def _row(by: By, name: str, sums: Sums) -> dict[str, Any]:
         "goodput": sums.useful_s / sums.paid_s if says_goodput else None,
         "unpriced_s": round(sums.unpriced_s, 3),
         "unreconciled_s": round(sums.unreconciled_s, 3),
+        "idle_usd": round(sums.idle_usd, 9) if by in OF_RUNS else None,
     }

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from spotune.cost.rows import ATTEMPT
+from spotune.cost.rows import INDEXED as COLUMNS
 
 VERSION = 2  # of the tables and of what is in them: raise it when a report's figures are made in another way
 BUSY_S = 10.0
-COLUMNS = (*ATTEMPT, "useful_s", "reconciled")
 _TABLES = f"""
 CREATE TABLE IF NOT EXISTS runs (bucket TEXT, run_id TEXT, stamp TEXT, settled INTEGER, submitted_at REAL, totals TEXT,
                    PRIMARY KEY (bucket, run_id)) WITHOUT ROWID;

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from spotune.contracts.clusters import read_clusters
 from spotune.contracts.errors import InputError
 from spotune.contracts.keys import Keys
-from spotune.contracts.records import AttemptRecord, Bill, Certificate, Commit, Record
+from spotune.contracts.records import AttemptRecord, Bill, Certificate, Commit, PriceRow, Record
 from spotune.contracts.revisions import record_in_force
 from spotune.contracts.store import Store
 from spotune.cost.eventlog import Event, parse_lines
 from spotune.cost.evidence import Evidence
+from spotune.cost.sharing import home_of, price_of_part
 from spotune.launch.infra import PaidInterval
 
 THREADS = 16
@@ -35,15 +37,30 @@ def read_evidence(store: Store, run_id: str, intervals: Sequence[PaidInterval] =
     with ThreadPoolExecutor(THREADS) as pool:
         found = dict(zip(wanted, pool.map(store.read, wanted), strict=True))
     certificate = found[keys.completed]
+    attempts = _records(AttemptRecord, [found[key] for key in names if key.endswith("/attempt.json")])
     return Evidence(
         run=run,
         intervals=intervals,
-        attempts=_records(AttemptRecord, [found[key] for key in names if key.endswith("/attempt.json")]),
+        attempts=attempts,
         events=_events(names, found),
         commits=_records(Commit, [found[key] for key in commits]),
         certificate=next(iter(_records(Certificate, [certificate])), None),
         bills=_records(Bill, [found[key] for key in names if key.endswith("/bill.json")]),
+        parts={} if run.prices else _parts(store, attempts),
     )
+
+
+def _parts(store: Store, attempts: Sequence[AttemptRecord]) -> dict[int, PriceRow]:
+    """What the parts of dev clusters cost that these attempts ran on; a run on one has no prices of its own."""
+    if not (names := {record.cluster_name for record in attempts if record.cluster_name}):
+        return {}
+    clusters = read_clusters(store, sorted(names))
+    parts = {}
+    for record in attempts:
+        home = home_of(clusters, record.cluster_name, record.claimed_at)
+        if home and (price := price_of_part(home, record.gpu_share)):
+            parts[record.attempt] = price
+    return parts
 
 
 def _events(names: Sequence[str], found: dict[str, bytes | None]) -> dict[int, list[Event]]:

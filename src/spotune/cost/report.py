@@ -89,7 +89,7 @@ def build_report(
 
 
 def _attempt_row(account: Account) -> dict[str, Any]:
-    row, place = account.machine.interval, account.place
+    row, record, place = account.machine.interval, account.machine.record, account.place
     points = [
         [step_of(event), event["loss"]]
         for event in account.events
@@ -114,6 +114,8 @@ def _attempt_row(account: Account) -> dict[str, Any]:
         "first_step": account.steps[0].step if account.steps else None,
         "last_step": max([*account.committed, *(step.step for step in account.steps)], default=None),
         "reconciled": row is not None,
+        "cluster": record.cluster_name if record else "",
+        "gpu_share": record.gpu_share if record else 0.0,
         "phases": {f"{phase}_s": seconds for phase, seconds in total(account.segments).items()},
         "commits": list(account.committed),
         "losses": spread(points, _MAX_POINTS),

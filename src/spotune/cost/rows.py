@@ -10,6 +10,8 @@ ATTEMPT = (
     "price_usd_per_hour", "price_source", "started_at", "ended_at", "paid_s", "cost_usd", "end_reason",
     "first_step", "last_step",
 )  # fmt: skip
+_MORE = ("reconciled", "cluster", "gpu_share")
+INDEXED = (*ATTEMPT, *_MORE, "useful_s")  # what the index keeps of an attempt
 _RUN = (
     "run_id", "state", "user", "team", "kind", "config", "submitted_at", "started_at", "ended_at", "attempts",
     "paid_s", "useful_s", "cost_usd", "on_demand_usd", "saved_usd", "goodput", "useful_steps", "replayed_steps",
@@ -29,7 +31,7 @@ def attempt_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 def indexed_attempts(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row an attempt, as the index keeps it."""
     return [
-        {name: attempt[name] for name in (*ATTEMPT, "reconciled")} | {"useful_s": attempt["phases"]["useful_s"]}
+        {name: attempt[name] for name in (*ATTEMPT, *_MORE)} | {"useful_s": attempt["phases"]["useful_s"]}
         for attempt in report["attempts"]
     ]
 

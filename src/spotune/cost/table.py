@@ -23,7 +23,7 @@ def runs_text(rows: Sequence[Mapping[str, Any]]) -> str:
     header = ["RUN", "STATE", "ATTEMPTS", "PAID", "COST", "ON DEMAND", "GOODPUT", "USER"]
     lines = [
         [row["run_id"], row["state"], str(row["attempts"]), words.duration(row["paid_s"]), words.usd(row["cost_usd"]),
-         words.usd(row["on_demand_usd"]), words.percent(row["goodput"]), _cut(row["user"], 12)]
+         words.usd(row["on_demand_usd"]), words.percent(row["goodput"]), cut(row["user"], 12)]
         for row in rows
     ]  # fmt: skip
     paid_s = sum(row["paid_s"] for row in rows)
@@ -33,26 +33,36 @@ def runs_text(rows: Sequence[Mapping[str, Any]]) -> str:
         [f"{len(rows)} runs" if len(rows) != 1 else "1 run", "", str(sum(row["attempts"] for row in rows)),
          words.duration(paid_s), *map(words.usd, sums), words.percent(useful_s / paid_s if paid_s else None), ""]
     )  # fmt: skip
-    return _columns(header, lines, right=(2, 3, 4, 5, 6))
+    return columns(header, lines, right=(2, 3, 4, 5, 6))
 
 
 def groups_text(by: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Chargeback: a group a line with its share of the cost, their sum, and what is not in it."""
-    header = [by.upper(), "RUNS", "PAID", "GPU HOURS", "COST", "ON DEMAND", "GOODPUT", "SHARE", ""]
-    cost_usd = sum(row["cost_usd"] for row in rows)
+    """Chargeback: a group a line with its share of the cost, their sum, and what is not in it.
+
+    What dev clusters cost while no run was on them has a column where there is any, and is part of the share.
+    """
+    header = [by.upper(), "RUNS", "PAID", "GPU HOURS", "COST", "IDLE", "ON DEMAND", "GOODPUT", "SHARE", ""]
+    cost_usd, idle_usd = (sum(row[name] or 0.0 for row in rows) for name in ("cost_usd", "idle_usd"))
+    spent_usd = cost_usd + idle_usd
     lines = []
     for row in rows:
-        share = row["cost_usd"] / cost_usd if cost_usd else 0.0
+        share = (row["cost_usd"] + (row["idle_usd"] or 0.0)) / spent_usd if spent_usd else 0.0
         lines.append(
-            [_cut(row[by], 24), str(row["runs"]), words.duration(row["paid_s"]), f"{row['gpu_hours']:,.1f}",
-             words.usd(row["cost_usd"]), words.usd(row["on_demand_usd"]), words.percent(row["goodput"]),
-             words.percent(share), _bar(share, 12) if share else ""]
+            [cut(row[by], 24), str(row["runs"]), words.duration(row["paid_s"]), f"{row['gpu_hours']:,.1f}",
+             words.usd(row["cost_usd"]), words.usd(row["idle_usd"]), words.usd(row["on_demand_usd"]),
+             words.percent(row["goodput"]), words.percent(share), _bar(share, 12) if share else ""]
         )  # fmt: skip
     paid_s = sum(row["paid_s"] for row in rows)
     gpu_hours = sum(row["gpu_hours"] for row in rows)
-    lines.append(["all", "", words.duration(paid_s), f"{gpu_hours:,.1f}", words.usd(cost_usd), "", "", "", ""])
+    lines.append(
+        ["all", "", words.duration(paid_s), f"{gpu_hours:,.1f}", words.usd(cost_usd), words.usd(idle_usd), *[""] * 4]
+    )
+    if not idle_usd:
+        header, *lines = ([*line[:5], *line[6:]] for line in (header, *lines))
     notes = unknowns_of(*(sum(row[name] for row in rows) for name in ("unreconciled_s", "unpriced_s")))
-    return "\n\n".join([_columns(header, lines, right=(1, 2, 3, 4, 5, 6, 7)), *(["\n".join(notes)] if notes else [])])
+    return "\n\n".join(
+        [columns(header, lines, right=range(1, len(header) - 1)), *(["\n".join(notes)] if notes else [])]
+    )
 
 
 def unknowns_of(unreconciled_s: float, unpriced_s: float) -> list[str]:
@@ -84,7 +94,7 @@ def notes_of(report: Mapping[str, Any]) -> list[str]:
 
 def _headline(report: Mapping[str, Any]) -> list[str]:
     who = report["user"] + (f" ({report['team']})" if report["team"] else "")
-    lines = [f"{report['run_id']}  {report['state']}  {_cut(report['config'], 36)}  {who}"]
+    lines = [f"{report['run_id']}  {report['state']}  {cut(report['config'], 36)}  {who}"]
     cost = words.usd(report["cost_usd"])
     if report["on_demand_usd"] is None:
         lines.append(f"cost {cost}")
@@ -111,7 +121,7 @@ def _attempts(attempts: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         [
             str(attempt["attempt"] or words.NONE),
-            _cut(words.machine(attempt), 20),
+            cut(words.machine(attempt), 20),
             words.market(attempt),
             words.NONE if attempt["price_usd_per_hour"] is None else f"{attempt['price_usd_per_hour']:.2f}",
             words.duration(attempt["paid_s"]),
@@ -121,7 +131,7 @@ def _attempts(attempts: Sequence[Mapping[str, Any]]) -> str:
         ]
         for attempt in attempts
     ]
-    return _columns(header, rows, right=(3, 4, 5, 6))
+    return columns(header, rows, right=(3, 4, 5, 6))
 
 
 def _phases(report: Mapping[str, Any]) -> str:
@@ -132,7 +142,7 @@ def _phases(report: Mapping[str, Any]) -> str:
         if seconds > 0:
             share = seconds / paid_s
             rows.append([name, words.duration(seconds), words.percent(share), _bar(share)])
-    return _columns(["PHASE", "TIME", "SHARE", ""], rows, right=(1, 2))
+    return columns(["PHASE", "TIME", "SHARE", ""], rows, right=(1, 2))
 
 
 def _bar(share: float, width: int = _BAR) -> str:
@@ -141,7 +151,8 @@ def _bar(share: float, width: int = _BAR) -> str:
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
-def _columns(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+def columns(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Cells padded to their column's widest; those of ``right`` end where it does."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(
@@ -153,5 +164,6 @@ def _columns(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequen
     )
 
 
-def _cut(text: str, most: int) -> str:
+def cut(text: str, most: int) -> str:
+    """What of a text fits."""
     return text if len(text) <= most else f"{text[: most - 1]}…"

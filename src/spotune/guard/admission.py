@@ -89,10 +89,14 @@ def _remedy(run: RunRecord) -> str:
     return f"put it back, or spotune resume {run.run_id} {FLAG}"
 
 
-def claim_attempt(store: Store, keys: Keys, machine: Machine, at_least: int = 1) -> AttemptRecord:
+def claim_attempt(
+    store: Store, keys: Keys, machine: Machine, at_least: int = 1, gpu_share: float = 0.0
+) -> AttemptRecord:
     """Claims the next attempt number, create-only: of two machines only one gets it, the other the next.
 
-    ``at_least``: the engine's own count, which is ahead where a machine was lost before it could claim.
+    Args:
+        at_least: the engine's own count, which is ahead where a machine was lost before it could claim.
+        gpu_share: GPUs of each node that it asked a shared cluster for; 0: not said.
     """
     attempt = max(latest_attempt(store, keys), at_least - 1)
     spells_s = earlier_spells(store, keys, attempt)
@@ -111,6 +115,7 @@ def claim_attempt(store: Store, keys: Keys, machine: Machine, at_least: int = 1)
             engine_job_id=machine.engine_job_id,
             num_nodes=machine.num_nodes,
             ranks_per_node=machine.ranks,
+            gpu_share=gpu_share,
             spells_s=spells_s,
         )
         # Read back: a store without conditional puts (some emulators) lets both writers think that they won.

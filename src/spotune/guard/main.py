@@ -99,7 +99,7 @@ def work(
         return Follower(store, keys, machine, scratch, notices).run(environ)
     run = debt.run if debt else read_or_create_run(store, keys, env, request)
     machine = Machine.read(environ, run.config.get("num_processes"))
-    record = admission.claim_attempt(store, keys, machine, env.attempt)
+    record = admission.claim_attempt(store, keys, machine, env.attempt, env.gpu_share)
     reach("claimed")
     context = Context(
         store=store,

@@ -50,6 +50,8 @@ def _new_run(keys: Keys, env: RunEnvironment, request: Request) -> RunRecord:
         run_id=keys.run_id,
         created_at=time.time(),
         user=env.user,
+        team=env.team,
+        kind=env.kind,
         config_path=path,
         profile=request.profile or env.profile,
         overrides=list(request.overrides),

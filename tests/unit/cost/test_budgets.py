@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from spotune.contracts.clusters import ClusterRecord
 from spotune.contracts.errors import InputError
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Progress
@@ -95,6 +96,20 @@ def test_a_budget_that_is_promised_to_a_run_under_way_is_not_left(tmp_path: Path
     assert "promised to 1 run" in str(left)
     (own,) = month(here, "busy", now=now).left
     assert own.promised_usd == 0.0
+
+
+def test_an_idle_cluster_is_on_its_owners_month(tmp_path: Path) -> None:
+    here = workspace(tmp_path, "{users: {ana: 1}}")
+    day = 86400.0
+    cluster = ClusterRecord(
+        name="dev-ana", cluster_hash="h", launched_at=NEXT_MONTH - day, owner="ana", updated_at=NEXT_MONTH + day,
+        price=vars(price(False, 0.01)), spans=[[NEXT_MONTH - day, NEXT_MONTH + day / 2]],
+    )  # fmt: skip
+    here.store().write(cluster.key, cluster.to_bytes())
+    (left,) = month(here, now=NEXT_MONTH + day).left
+    assert left.spent_usd == pytest.approx(0.01 * 12)  # the half day that is December's
+    (bob,) = month(workspace(tmp_path, "{users: {bob: 1}}"), user="bob", now=NEXT_MONTH + day).left
+    assert bob.spent_usd == 0.0
 
 
 def left(limit: float, spent: float, owner: str = "user ana") -> Left:

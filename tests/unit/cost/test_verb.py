@@ -56,6 +56,9 @@ def test_all_runs(bucket: Store) -> None:
         ([RUN_ID, "--html", "."], "--html: . is a folder (--html cost.html)"),
         ([RUN_ID, "--by", "team"], "--by: RUN is not summed (spotune cost --by team)"),
         (["--by", "team", "--format", "focus"], "--by: FOCUS has a row a charge (spotune cost --by team)"),
+        (["--clusters", RUN_ID], "--clusters: lists all clusters (spotune cost --clusters)"),
+        (["--clusters", "--by", "team"], "--clusters: is a table of its own (spotune cost --clusters)"),
+        (["--clusters", "--format", "focus"], "--clusters: is a table of its own (spotune cost --clusters)"),
         (["--since", "soon"], "--since: 'soon' is not a duration (30s, 5m, 1.5h or 2d)"),
     ],
 )

@@ -14,7 +14,8 @@ from spotune.contracts.keys import Keys
 from spotune.contracts.records import Commit, RunRecord
 from spotune.contracts.revisions import record_history
 from spotune.contracts.store import Store
-from spotune.guard.admission import Request, check_data, check_model
+from spotune.guard.admission import Request, check_data, check_model, claim_attempt
+from spotune.guard.machine import Machine
 from spotune.guard.main import parse_arguments
 from spotune.guard.record import read_or_create_run
 
@@ -67,6 +68,16 @@ def test_config_is_not_followed_once_there_is_a_record(hand: Hand, said: Said) -
     assert hand.run("run.yaml", "--set", "max_steps=9") == first
     line = "[spotune] run.yaml is not followed, the run goes on as it was submitted: learning_rate: 0.001 -> 0.002; "
     assert said() == line + "max_steps: 7 -> 9 (to follow it: --allow-config-change)\n"
+
+
+def test_a_run_on_a_dev_cluster_says_whose_it_is(hand: Hand) -> None:
+    record = hand.run("run.yaml", SPOTUNE_KIND="dev", SPOTUNE_TEAM="research", SPOTUNE_USER="ben")
+    assert (record.kind, record.team, record.user) == ("dev", "research", "ben")
+    for text, share in (("0.5", 0.5), ("", 0.0), ("half", 0.0), ("-1", 0.0), ("nan", 0.0)):
+        env = RunEnvironment.read({"SPOTUNE_GPU_SHARE": text})
+        assert env.gpu_share == share
+    claimed = claim_attempt(hand.store, KEYS, Machine.read({}), gpu_share=0.5)
+    assert claimed.gpu_share == 0.5
 
 
 @pytest.mark.parametrize("text", [None, "a: [", "learning_rat: 1\n"])

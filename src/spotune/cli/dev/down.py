@@ -11,9 +11,11 @@ from spotune.cli.options import agree, open_workspace
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 def down(cluster: str, yes: bool) -> None:
     """Take CLUSTER, default your own, down with everything on it."""
-    from spotune.launch.skypilot import clusters
+    from spotune.launch.skypilot import booking, clusters
 
-    name = chosen(cluster, open_workspace())
+    workspace = open_workspace()
+    name = chosen(cluster, workspace)
     agree(f"Take {name} down, with everything that is on it. Proceed?", yes)
     clusters.take_down(name)
+    booking.book_names(workspace, [name], say)
     say(f"{name}: down")

@@ -2,7 +2,8 @@
 
 import click
 
-from spotune.cli.options import format_option, print_json
+from spotune.cli.dev.choose import say
+from spotune.cli.options import format_option, open_workspace, print_json
 
 
 @click.command()
@@ -14,7 +15,7 @@ def ls(output: str) -> None:
     from spotune.cli.dev.listing import clusters_text
     from spotune.launch.skypilot.listing import list_dev
 
-    listed = list_dev()
+    listed = list_dev(open_workspace(), say)
     if output == "json":
         print_json([each.as_row() for each in listed])
         return

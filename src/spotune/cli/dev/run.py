@@ -62,13 +62,14 @@ def run(
 
 def _on_cluster(config: str, name: str, infra: str, cluster: str, wish: "RunWish", workspace: "Workspace") -> int:
     from spotune.cli.launching import check_month
-    from spotune.launch.skypilot import clusters, dev
+    from spotune.launch.skypilot import booking, clusters, dev
 
     run_id = dev.check_run(config, name, wish, workspace)
     check_month(workspace)
     if infra and not clusters.list_clusters([cluster]):
         say(f"{cluster}: not there yet, it is brought up on {infra}")
         up = dev.up(dev.DevWish(name=cluster, infra=infra, gpus=wish.gpus, envs=wish.envs), workspace)
+        booking.book_names(workspace, [cluster], say)
         for note in up.notes:
             say(note)
     found = clusters.find_cluster(cluster)

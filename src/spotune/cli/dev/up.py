@@ -30,6 +30,7 @@ def up(name: str, infra: str, envs: tuple[str, ...], **given: object) -> None:
     Code, notebooks, jobs, busy CPUs and GPUs as work; without any it stops.
     """
     from spotune.cli.launching import check_month
+    from spotune.launch.skypilot.booking import book_names
     from spotune.launch.skypilot.dev import DevWish
     from spotune.launch.skypilot.dev import up as bring_up
     from spotune.launch.task import env_pairs
@@ -40,6 +41,7 @@ def up(name: str, infra: str, envs: tuple[str, ...], **given: object) -> None:
     wish = DevWish(name=chosen(name, workspace), infra=infra, envs=env_pairs(envs), **given)  # type: ignore[arg-type]
     done = bring_up(wish, workspace)
     cluster = done.cluster
+    book_names(workspace, [cluster.name], say)
     for note in done.notes:
         say(note)
     what = f"{cluster.gpus or 'no GPU'} on {cluster.infra}"

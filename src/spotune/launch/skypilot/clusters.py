@@ -3,7 +3,7 @@
 import io
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from typing import Any, TextIO
@@ -64,11 +64,8 @@ def list_clusters(names: list[str] | None = None) -> list[Cluster]:
     return [_cluster(record) for record in records if not record.is_managed]
 
 
-def with_prices(clusters: list[Cluster]) -> list[Cluster]:
-    """The same clusters with what they cost: SkyPilot's own report, at today's price."""
-    if not clusters:
-        return []
-    rows = engine.call(engine.sdk().cost_report, days=None)
+def with_prices(clusters: list[Cluster], rows: Sequence[Mapping[str, Any]]) -> list[Cluster]:
+    """The same clusters with what they cost: rows of SkyPilot's own report, at today's price."""
     by_name = {row["name"]: row for row in rows if row.get("status") is not None}
     return [_priced(cluster, by_name.get(cluster.name, {})) for cluster in clusters]
 

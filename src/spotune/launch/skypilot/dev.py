@@ -125,6 +125,7 @@ def run_task(config: str, run_id: str, cluster: Cluster, wish: "RunWish", worksp
     command = f'exec {python} -m spotune.sft "$SPOTUNE_CONFIG" {shlex.join(flags)}'.rstrip()
     _, dev = load_task(workspace.cwd, DEV)
     envs = {
+        **_whose(workspace),
         **wish.envs,
         environment.RUN_ID: run_id,
         environment.CONFIG: config,
@@ -132,6 +133,9 @@ def run_task(config: str, run_id: str, cluster: Cluster, wish: "RunWish", worksp
         **({environment.SAVE_EVERY: wish.save_every} if wish.save_every else {}),
         **bucket_of(workspace),
     }
+    accelerators = shared(wish.gpus or cluster.gpus, wish.share)
+    if accelerators:
+        envs[environment.GPU_SHARE] = f"{float(accelerators.partition(':')[2] or 1):g}"
     task: dict[str, Any] = {
         "name": run_id,
         "workdir": str(workspace.cwd),
@@ -139,7 +143,7 @@ def run_task(config: str, run_id: str, cluster: Cluster, wish: "RunWish", worksp
         "envs": {**{name: str(value or "") for name, value in (dev.get("envs") or {}).items()}, **envs},
         "run": f"{dev.get('setup') or ''}\n{command}\n",  # a lock that has changed since is set up first
     }
-    if accelerators := shared(wish.gpus or cluster.gpus, wish.share):
+    if accelerators:
         task["resources"]["accelerators"] = accelerators
     return task
 
@@ -168,6 +172,12 @@ def bucket_of(workspace: Workspace) -> dict[str, str]:
     """The bucket where machines can reach it; else the run keeps its state on the cluster, and goes with it."""
     is_given = bool(workspace.environ.get(environment.BUCKET) or workspace.settings.bucket)
     return {environment.BUCKET: workspace.env.bucket} if is_given else {}
+
+
+def _whose(workspace: Workspace) -> dict[str, str]:
+    """Whose money the run is, since its record is made there."""
+    whose = {environment.KIND: "dev", environment.USER: workspace.env.user, environment.TEAM: workspace.settings.team}
+    return {name: value for name, value in whose.items() if value}
 
 
 def shared(gpus: str, share: float | None) -> str:

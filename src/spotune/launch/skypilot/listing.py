@@ -4,8 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from spotune.launch.skypilot import clusters, ssh
+from spotune.launch.skypilot import clusters, engine, ssh
+from spotune.launch.skypilot.booking import Warn, book
 from spotune.launch.skypilot.clusters import Cluster
+from spotune.launch.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,12 @@ class Listed:
         return {**asdict(self.cluster), **rest}
 
 
-def list_dev() -> list[Listed]:
-    """This user's clusters, each asked for its keeper's word."""
-    found = clusters.with_prices(clusters.list_clusters())
+def list_dev(workspace: Workspace, warn: Warn) -> list[Listed]:
+    """This user's clusters, each asked for its keeper's word; what they were paid for is booked on the way."""
+    found = clusters.list_clusters()
+    rows = engine.cost_rows([cluster.name for cluster in found]) if found else []
+    book(workspace, rows, warn)
+    found = clusters.with_prices(found, rows)
     if up := [cluster.name for cluster in found if cluster.status == "UP"]:
         ssh.write_config(*up)
     with ThreadPoolExecutor(8) as pool:

@@ -1,5 +1,6 @@
 """Dev clusters, as far as SkyPilot is not asked: tests/lab does that."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ def test_a_run_on_a_cluster_is_a_bare_launch(tmp_path: Path) -> None:
     assert task["envs"]["SPOTUNE_PROFILE"] == "dev"
     assert task["envs"]["SPOTUNE_SAVE_EVERY"] == "5"
     assert "SPOTUNE_BUCKET" not in task["envs"]
+    assert (task["envs"]["SPOTUNE_GPU_SHARE"], task["envs"]["SPOTUNE_KIND"]) == ("2", "dev")
     assert task["run"].endswith('-m spotune.sft "$SPOTUNE_CONFIG" --set max_steps=3 --set seed=1\n')
     assert "make setup" in task["run"]
     assert task["resources"] == {"cpus": "1+", "accelerators": "L4:2"}
@@ -43,6 +45,9 @@ def test_a_bucket_that_is_named_goes_along(tmp_path: Path) -> None:
     task = dev.run_task("config/runs/demo.yaml", "demo-1", cluster(), dev.RunWish(share=0.5), there)
     assert task["envs"]["SPOTUNE_BUCKET"] == "s3://bucket/x"
     assert task["resources"] == {"cpus": "1+", "accelerators": "L4:0.5"}
+    assert task["envs"]["SPOTUNE_GPU_SHARE"] == "0.5"
+    cpu = dev.run_task("config/runs/demo.yaml", "demo-1", replace(cluster(), accelerators={}), dev.RunWish(), there)
+    assert "SPOTUNE_GPU_SHARE" not in cpu["envs"]
 
 
 def test_a_notebook_asks_the_queue_for_no_gpu(tmp_path: Path) -> None:

@@ -1,0 +1,77 @@
+"""``clusters/<name>-<launch>.json``: what a dev cluster was paid for, and its price as it was when it came up.
+
+Unlike a run's records it is rewritten, while its spans grow. Only the launcher writes it: from SkyPilot's own report,
+so that whoever writes last writes no less than was known.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from spotune.contracts.errors import StoreError
+from spotune.contracts.keys import CLUSTERS, cluster_key
+from spotune.contracts.records import PriceRow, Record
+from spotune.contracts.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterRecord(Record):
+    """One cluster from its launch until it is down; the next of that name has a record of its own.
+
+    Attributes:
+        launched_at: when it was first paid for; a cluster that is stopped and started again keeps it.
+        owner, team: who brought it up, and pays for what no run does.
+        accelerators: of one node, e.g. ``L4:1``; empty for CPU machines.
+        price: the row of one node, frozen with the record; empty where no price was known.
+        spans: paid intervals ``[started_at, ended_at]`` as SkyPilot counts them; None: it is still paid for.
+        updated_at: when SkyPilot was last asked; nothing is known of what came after.
+    """
+
+    name: str
+    cluster_hash: str
+    launched_at: float
+    owner: str
+    team: str = ""
+    infra: str = ""
+    accelerators: str = ""
+    nodes: int = 1
+    price: dict[str, Any] = field(default_factory=dict)
+    spans: list[list[float | None]] = field(default_factory=list)
+    updated_at: float = 0.0
+
+    @property
+    def key(self) -> str:
+        return cluster_key(self.name, self.launched_at)
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it was still paid for when SkyPilot was last asked."""
+        return bool(self.spans) and self.spans[-1][1] is None
+
+    @property
+    def price_row(self) -> PriceRow | None:
+        return PriceRow.from_dict(self.price) if self.price else None
+
+    def intervals(self) -> list[tuple[float, float]]:
+        """The spans in order and apart from each other; one that is open ends where knowledge does."""
+        found: list[tuple[float, float]] = []
+        for start, end in sorted(self.spans, key=lambda span: span[0] or 0.0):
+            began = max(start or 0.0, found[-1][1] if found else 0.0)
+            until = self.updated_at if end is None else end
+            if until > began:
+                found.append((began, until))
+        return found
+
+
+def read_clusters(store: Store, names: Sequence[str] = ()) -> list[ClusterRecord]:
+    """Those in the bucket, the oldest first; with ``names`` those called so. One that cannot be read is left out."""
+    records = []
+    for key in store.keys(CLUSTERS):
+        stem = key.removeprefix(f"{CLUSTERS}/").rpartition("-")[0]
+        if names and stem not in names:
+            continue
+        try:
+            records.append(ClusterRecord.from_bytes(store.read(key) or b"null", key))
+        except StoreError:
+            continue
+    return sorted(records, key=lambda record: record.launched_at)

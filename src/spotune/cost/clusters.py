@@ -1,0 +1,107 @@
+"""Dev clusters for whoever pays for them: which runs were on each, what they had of it, and what was idle."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from spotune.contracts.clusters import read_clusters
+from spotune.contracts.store import Store
+from spotune.cost.groups import Idle, Run
+from spotune.cost.index import Index
+from spotune.cost.sharing import Split, Use, split_all
+from spotune.launch.infra import ACTIVE
+
+_USED = ("attempt", "started_at", "ended_at", "end_reason", "nodes", "cluster", "gpu_share")
+COLUMNS = (
+    "name", "owner", "team", "infra", "accelerators", "nodes", "launched_at", "is_up", "price_usd_per_hour",
+    "price_source", "paid_s", "cost_usd", "runs", "idle_s", "idle_usd", "idle_since", "idle_usd_per_hour", "seen_at",
+)  # fmt: skip
+
+
+def splits_of(store: Store, index: Index, since: float) -> list[Split]:
+    """Of every cluster that was paid for since then, the newest first."""
+    clusters = read_clusters(store)
+    if not clusters:
+        return []
+    runs = [(key, totals) for key, totals in index.runs(0.0) if key[0] == store.url]
+    found = split_all(clusters, list(_uses(runs, index.attempts(0.0, _USED))))
+    return [one for one in reversed(found) if any(end > since for _, end in one.cluster.intervals())]
+
+
+def cluster_rows(splits: Iterable[Split], runs: Iterable[Run]) -> list[dict[str, Any]]:
+    """A row a cluster; its ``runs`` each with what it had, the dearest first. Seconds are of the whole cluster."""
+    totals = dict(runs)
+    return [_row(split, totals) for split in splits]
+
+
+def flat_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The same for a table: how many runs there were."""
+    return [{name: len(row["runs"]) if name == "runs" else row[name] for name in COLUMNS} for row in rows]
+
+
+def charged(attempts: Iterable[Run], splits: Iterable[Split]) -> Iterator[Run]:
+    """Attempts, each on a dev cluster with what it had of that: no more than there was, where runs were in each
+    other's way."""
+    costs = {share.key: share.cost_usd for split in splits for share in split.shares}
+    for key, attempt in attempts:
+        cost_usd = costs.get((key, attempt["attempt"]))
+        yield key, attempt if cost_usd is None else {**attempt, "cost_usd": cost_usd}
+
+
+def idle_of(splits: Iterable[Split]) -> list[Idle]:
+    """What clusters cost while no run was on them, and whose they are."""
+    return [(owner_of(split), split.idle_usd or 0.0) for split in splits]
+
+
+def owner_of(split: Split) -> dict[str, str]:
+    """Who pays for what no run had, as a run's totals say it."""
+    return {"user": split.cluster.owner, "team": split.cluster.team, "kind": "dev"}
+
+
+def _uses(runs: Sequence[Run], attempts: Sequence[Run]) -> Iterator[Use]:
+    """The attempts that name a cluster. The last one of a run that goes on lasts, if it has not said its end."""
+    states = {key: totals["state"] for key, totals in runs}
+    last = {key: attempt["attempt"] for key, attempt in attempts}
+    for key, attempt in attempts:
+        if key not in states or not attempt["cluster"]:
+            continue
+        is_on = states[key] in ACTIVE and attempt["attempt"] == last[key] and attempt["end_reason"] in (None, "lost")
+        yield Use(
+            key=(key, attempt["attempt"]),
+            cluster=attempt["cluster"],
+            started_at=attempt["started_at"],
+            ended_at=None if is_on else attempt["ended_at"],
+            gpu_share=attempt["gpu_share"],
+            nodes=attempt["nodes"],
+        )
+
+
+def _row(split: Split, totals: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:
+    cluster, price = split.cluster, split.cluster.price_row
+    runs: dict[str, dict[str, Any]] = {}
+    for share in split.shares:
+        run = totals[share.key[0]]
+        had = {"run_id": run["run_id"], "user": run["user"], "team": run["team"], "paid_s": 0.0, "cost_usd": None}
+        row = runs.setdefault(run["run_id"], had)
+        row["paid_s"] += share.paid_s
+        if share.cost_usd is not None:
+            row["cost_usd"] = (row["cost_usd"] or 0.0) + share.cost_usd
+    return {
+        "name": cluster.name,
+        "owner": cluster.owner,
+        "team": cluster.team,
+        "infra": cluster.infra,
+        "accelerators": cluster.accelerators,
+        "nodes": cluster.nodes,
+        "launched_at": cluster.launched_at,
+        "is_up": cluster.is_up,
+        "price_usd_per_hour": price.price_usd_per_hour if price else None,
+        "price_source": price.source if price else "no price was known when it came up",
+        "paid_s": split.paid_s,
+        "cost_usd": split.cost_usd,
+        "runs": sorted(runs.values(), key=lambda row: -row["paid_s"]),
+        "idle_s": split.idle_s,
+        "idle_usd": split.idle_usd,
+        "idle_since": split.idle_since,
+        "idle_usd_per_hour": split.idle_usd_per_hour,
+        "seen_at": cluster.updated_at,
+    }
