@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from spotune.contracts.clusters import read_clusters
@@ -12,12 +11,12 @@ from spotune.contracts.keys import Keys
 from spotune.contracts.records import AttemptRecord, Bill, Certificate, Commit, PriceRow, Record
 from spotune.contracts.revisions import record_in_force
 from spotune.contracts.store import Store
+from spotune.cost.each import each
 from spotune.cost.eventlog import Event, parse_lines
 from spotune.cost.evidence import Evidence
 from spotune.cost.sharing import home_of, price_of_part
 from spotune.launch.infra import PaidInterval
 
-THREADS = 16
 _FILE = re.compile(r"/attempts/(\d{4,})/(attempt|bill|events-0-(\d+))\.jsonl?$")
 Kind = TypeVar("Kind", bound=Record)
 
@@ -34,8 +33,7 @@ def read_evidence(store: Store, run_id: str, intervals: Sequence[PaidInterval] =
     names = [key for key in store.keys(keys.attempts) if _FILE.search(key)]
     commits = [key for key in store.keys(keys.commits) if key.endswith(".json")]
     wanted = [*names, *commits, keys.completed]
-    with ThreadPoolExecutor(THREADS) as pool:
-        found = dict(zip(wanted, pool.map(store.read, wanted), strict=True))
+    found = dict(zip(wanted, each(store.url, store.read, wanted), strict=True))
     certificate = found[keys.completed]
     attempts = _records(AttemptRecord, [found[key] for key in names if key.endswith("/attempt.json")])
     return Evidence(

@@ -7,7 +7,7 @@ looked at.
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from os import cpu_count
@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from spotune.contracts.errors import InputError, StoreError
 from spotune.contracts.keys import RUN_ID, RUNS, Keys
 from spotune.contracts.store import Store
+from spotune.cost.each import each
 from spotune.cost.estimates import estimates
 from spotune.cost.index import Entry, Index, Key
 from spotune.cost.ledger import bills_due, build_accounts, write_bills
@@ -26,14 +27,12 @@ from spotune.launch.infra import ACTIVE, JobStatus, PaidInterval
 from spotune.launch.status import certify_if_reachable, jobs_of, read_run
 from spotune.launch.workspace import Workspace
 
-AT_A_TIME = 16
 MANY = 200  # from here on it pays to start processes: reading a run is work for the CPU
 CHUNK = 50
 
 Progress = Callable[[int, int], None]  # runs read, runs to read
 Found = Entry | str | None  # or why it could not be read; None: there is no such run
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def _stale(workspace: Workspace, index: Index, wanted: Iterable[Key], known: Kno
         return stamps[key] != stamp_of(workspace.store(key[0]), key[1])
 
     open_ones = [key for key in wanted if stamps.get(key) != ""]  # the others cannot change any more
-    answers = _each(workspace.env.bucket, is_stale, open_ones)
+    answers = each(workspace.env.bucket, is_stale, open_ones)
     return sorted(key for key, stale in zip(open_ones, answers, strict=True) if stale)
 
 
@@ -102,7 +101,7 @@ def _read(
     rest = [key[1] for key in stale if key not in known.jobs]
     bucket = workspace.env.bucket
     for keys in _chunks(with_engine):
-        yield len(keys), _each(bucket, lambda key: _read_known(workspace, key, known.jobs[key], now), keys)
+        yield len(keys), each(bucket, lambda key: _read_known(workspace, key, known.jobs[key], now), keys)
     if len(rest) < MANY:
         for run_ids in _chunks(rest):
             yield len(run_ids), read_chunk(bucket, run_ids, known.is_whole, now)
@@ -114,14 +113,6 @@ def _read(
         ]
         for size, future in futures:
             yield size, future.result()
-
-
-def _each(bucket: str, call: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """In threads where the bucket is far away; a disk has answered before a thread would."""
-    if bucket.startswith("file://"):
-        return list(map(call, items))
-    with ThreadPoolExecutor(AT_A_TIME) as pool:
-        return list(pool.map(call, items))
 
 
 def _chunks(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
@@ -140,7 +131,7 @@ def read_chunk(bucket: str, run_ids: Sequence[str], is_whole: bool, now: float) 
         except StoreError as error:
             return f"{run_id} is left out: {error}"
 
-    return _each(bucket, read, run_ids)
+    return each(bucket, read, run_ids)
 
 
 def _read_known(workspace: Workspace, key: Key, job: JobStatus, now: float) -> Found:
@@ -162,7 +153,7 @@ def entry_of(
 
     ``is_whole``: whether all engines answered, so that what no row was found for has none here.
     """
-    report = report_of(store, status, history, now)
+    report = report_of(store, status, history, now, is_drawn=False)
     is_off = status.state not in ACTIVE and all(attempt["ended_at"] is not None for attempt in report["attempts"])
     is_reconciled = not report["unreconciled_s"]
     is_final = is_off and is_reconciled and status.state == "SUCCEEDED"
@@ -171,10 +162,12 @@ def entry_of(
     return Entry(store.url, status.run_id, "" if is_final else stamp, settled, totals, attempts)
 
 
-def report_of(store: Store, status: JobStatus, history: Sequence[PaidInterval], now: float) -> dict[str, Any]:
+def report_of(
+    store: Store, status: JobStatus, history: Sequence[PaidInterval], now: float, is_drawn: bool = True
+) -> dict[str, Any]:
     """A run's report, with its ``bucket``; bills that are due are left there on the way."""
     evidence = read_evidence(store, status.run_id, history)
     accounts = build_accounts(evidence, now)
     write_bills(store, bills_due(evidence, accounts))
-    report = build_report(evidence, status.state, now, accounts)
+    report = build_report(evidence, status.state, now, accounts, is_drawn)
     return {**report, "bucket": store.url, "estimates": estimates(evidence, store.url)}

@@ -38,11 +38,13 @@ _MAX_POINTS = 400
 
 
 def build_report(
-    evidence: Evidence, state: State, now: float, accounts: Sequence[Account] | None = None
+    evidence: Evidence, state: State, now: float, accounts: Sequence[Account] | None = None, is_drawn: bool = True
 ) -> dict[str, Any]:
     """The report as ``cost RUN --format json`` prints it, and what its page draws.
 
-    ``accounts``: as ``build_accounts`` makes them of the same evidence, where they are at hand.
+    Args:
+        accounts: as ``build_accounts`` makes them of the same evidence, where they are at hand.
+        is_drawn: with each attempt's losses and timeline.
     """
     accounts = build_accounts(evidence, now) if accounts is None else accounts
     run = evidence.run
@@ -65,7 +67,7 @@ def build_report(
         "submitted_at": run.created_at,
         "started_at": accounts[0].span.started_at if accounts else None,
         "ended_at": max(account.span.ended_at for account in accounts) if accounts and is_over else None,
-        "attempts": [_attempt_row(account) for account in accounts],
+        "attempts": [_attempt_row(account) | (_curves(account) if is_drawn else {}) for account in accounts],
         "phases": phases,
         "paid_s": paid_s,
         "cost_usd": cost_usd,
@@ -90,11 +92,6 @@ def build_report(
 
 def _attempt_row(account: Account) -> dict[str, Any]:
     row, record, place = account.machine.interval, account.machine.record, account.place
-    points = [
-        [step_of(event), event["loss"]]
-        for event in account.events
-        if event["event"] == "log" and step_of(event) and number(event.get("loss")) is not None
-    ]
     return {
         "attempt": account.machine.attempt,
         "infra": place.infra,
@@ -118,6 +115,16 @@ def _attempt_row(account: Account) -> dict[str, Any]:
         "gpu_share": record.gpu_share if record else 0.0,
         "phases": {f"{phase}_s": seconds for phase, seconds in total(account.segments).items()},
         "commits": list(account.committed),
+    }
+
+
+def _curves(account: Account) -> dict[str, Any]:
+    points = [
+        [step_of(event), event["loss"]]
+        for event in account.events
+        if event["event"] == "log" and step_of(event) and number(event.get("loss")) is not None
+    ]
+    return {
         "losses": spread(points, _MAX_POINTS),
         "timeline": strip(account.segments, account.span.started_at, _MAX_POINTS),
     }
