@@ -35,6 +35,7 @@ from spotune.cost.thin import rounded, spread, strip
 from spotune.launch.infra import ACTIVE, State
 
 _MAX_POINTS = 400
+_FEWEST_PLACES = 20
 
 
 def build_report(
@@ -67,7 +68,10 @@ def build_report(
         "submitted_at": run.created_at,
         "started_at": accounts[0].span.started_at if accounts else None,
         "ended_at": max(account.span.ended_at for account in accounts) if accounts and is_over else None,
-        "attempts": [_attempt_row(account) | (_curves(account) if is_drawn else {}) for account in accounts],
+        "attempts": [
+            _attempt_row(account) | (_curves(account, run.created_at, accounts) if is_drawn else {})
+            for account in accounts
+        ],
         "phases": phases,
         "paid_s": paid_s,
         "cost_usd": cost_usd,
@@ -118,7 +122,10 @@ def _attempt_row(account: Account) -> dict[str, Any]:
     }
 
 
-def _curves(account: Account) -> dict[str, Any]:
+def _curves(account: Account, began: float, accounts: Sequence[Account]) -> dict[str, Any]:
+    """What the page draws: on an axis from submission to the end an attempt has only so many places."""
+    length_s = max(1.0, max(one.span.ended_at for one in accounts) - began)
+    places = max(_FEWEST_PLACES, int(_MAX_POINTS * min(1.0, account.paid_s / length_s)))
     points = [
         [step_of(event), event["loss"]]
         for event in account.events
@@ -126,7 +133,7 @@ def _curves(account: Account) -> dict[str, Any]:
     ]
     return {
         "losses": spread(points, _MAX_POINTS),
-        "timeline": strip(account.segments, account.span.started_at, _MAX_POINTS),
+        "timeline": strip(account.segments, account.span.started_at, places),
     }
 
 

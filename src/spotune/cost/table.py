@@ -1,5 +1,6 @@
 """A report as plain text, 80 columns wide."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ def run_text(report: Mapping[str, Any]) -> str:
     parts = ["\n".join(_headline(report))]
     if report["attempts"]:
         parts += [_attempts(report["attempts"]), _phases(report)]
-    parts += ["\n".join(notes)] if (notes := notes_of(report)) else []
+    parts += ["\n".join(textwrap.fill(note, WIDTH) for note in notes)] if (notes := notes_of(report)) else []
     return "\n\n".join(parts)
 
 
