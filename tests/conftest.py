@@ -1,6 +1,7 @@
 """What every test gets: a clean environment, and object stores on loopback for those that ask."""
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ from spotune.contracts.store import Store
 
 pytest.register_assert_rewrite("tests.contract.infra_contract")  # no module of tests, but it asserts
 FOREIGN = ("SPOTUNE_", "SKYPILOT_", "SLURM_", "WANDB_")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for what it starts in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
