@@ -22,6 +22,7 @@ from tests.lab.up import up
 
 ROOT = Path(__file__).parents[2]
 RESOURCES = ["--infra", "slurm/lab/spot", "--no-use-spot", "--gpus", "L4:1", "--cpus", "2", "--memory", "3"]
+MACHINE = ["--infra", "slurm/lab/spot", "--gpus", "L4:1", "--cpus", "3", "--memory", "3"]
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +60,7 @@ def bring_up(lab: Layout, keep: bool) -> None:
 
 
 Launch = Callable[..., Managed]
+Spotune = Callable[..., str]
 
 
 @pytest.fixture(scope="session")
@@ -73,6 +75,24 @@ def launch(lab: Layout) -> Launch:
         return Managed(lab, job_id, name, Store(bucket))
 
     return launch_job
+
+
+@pytest.fixture
+def spotune(lab: Layout, tmp_path: Path) -> Spotune:
+    """Runs ``spotune WORDS`` in the lab; returns its output once its exit code is the expected one."""
+    bucket = lab.shared / f"verbs-{tmp_path.name}"
+    bucket.mkdir()
+    bucket.chmod(0o777)  # the jobs' account writes there too
+    (tmp_path / "config.yaml").write_text(f"slurm: {{shared: [{lab.shared}]}}\n")
+    environ = {**sky.environ(lab), "SPOTUNE_HOME": str(tmp_path), "SPOTUNE_BUCKET": f"file://{bucket}"}
+
+    def run(*words: str, code: int = 0) -> str:
+        program = str(Path(sys.executable).with_name("spotune"))
+        done = subprocess.run([program, *words], env=environ, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The lab's SkyPilot, as a user has it: the ``sky`` program in the lab's HOME, and the record that its server keeps."""
 
 import os
+import pickle
 import re
 import sqlite3
 import subprocess
@@ -92,11 +93,16 @@ def job_events(lab: Layout, job_id: int) -> list[tuple[str, str, str]]:
     return _query(lab, "select timestamp, new_status, reason from job_events where spot_job_id = ? order by id", job_id)
 
 
-def _query(lab: Layout, sql: str, job_id: int) -> list[tuple]:  # type: ignore[type-arg]
-    path = lab.home / ".sky" / "spot_jobs.db"
-    connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10)
+def paid(lab: Layout, job: str) -> list[tuple[float, float | None]]:
+    """From when to when the clusters of a managed job of that name were paid for, by the server's own record."""
+    rows = _query(lab, "select usage_intervals from cluster_history where name like ?", f"{job}-%", "state.db")
+    return sorted(tuple(span) for (blob,) in rows for span in pickle.loads(blob))
+
+
+def _query(lab: Layout, sql: str, value: int | str, file: str = "spot_jobs.db") -> list[tuple]:  # type: ignore[type-arg]
+    connection = sqlite3.connect(f"file:{lab.home / '.sky' / file}?mode=ro", uri=True, timeout=10)
     try:
-        return connection.execute(sql, (job_id,)).fetchall()
+        return connection.execute(sql, (value,)).fetchall()
     finally:
         connection.close()
 

@@ -1,43 +1,20 @@
 """``spotune``'s own verbs on the lab: a dev cluster from up to down, and two jobs that want the same GPU."""
 
 import json
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from spotune.contracts.keys import Keys
 from spotune.contracts.store import Store
-from tests.lab import nodes, sky, slurm
+from tests.lab import nodes, slurm
+from tests.lab.conftest import MACHINE, Spotune
 from tests.lab.daemons import wait_until
 from tests.lab.layout import Layout
 from tests.lab.managed import START_S
 
 pytestmark = pytest.mark.lab
-ROOT = Path(__file__).parents[2]
 CONFIG = "config/runs/demo.yaml"
-MACHINE = ["--infra", "slurm/lab/spot", "--gpus", "L4:1", "--cpus", "3", "--memory", "3"]
-Spotune = Callable[..., str]
-
-
-@pytest.fixture
-def spotune(lab: Layout, tmp_path: Path) -> Spotune:
-    """Runs ``spotune WORDS`` in the lab; returns its output once its exit code is the expected one."""
-    bucket = lab.shared / f"verbs-{tmp_path.name}"
-    bucket.mkdir()
-    bucket.chmod(0o777)  # the jobs' account writes there too
-    (tmp_path / "config.yaml").write_text(f"slurm: {{shared: [{lab.shared}]}}\n")
-    environ = {**sky.environ(lab), "SPOTUNE_HOME": str(tmp_path), "SPOTUNE_BUCKET": f"file://{bucket}"}
-
-    def run(*words: str, code: int = 0) -> str:
-        program = str(Path(sys.executable).with_name("spotune"))
-        done = subprocess.run([program, *words], env=environ, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
-        return done.stdout
-
-    return run
 
 
 def test_a_dev_cluster_from_up_to_down(lab: Layout, spotune: Spotune) -> None:
