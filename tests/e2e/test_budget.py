@@ -47,9 +47,9 @@ class Project:
         (folder / "tasks/train.yaml").write_text(json.dumps(task))
         self.environ = {**os.environ, "SPOTUNE_HOME": str(self.home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
-    def settle(self, budgets: dict[str, Any]) -> None:
-        """The project's settings, with these monthly budgets."""
-        price = {"on_demand": USD_PER_S * 3600, "spot": USD_PER_S * 3600}
+    def settle(self, budgets: dict[str, Any], usd_per_s: float = USD_PER_S) -> None:
+        """The project's settings, with these monthly budgets and this price."""
+        price = {"on_demand": usd_per_s * 3600, "spot": usd_per_s * 3600}
         settings = {"local": {"prices": {"cpu": price}}, "budgets": budgets}
         (self.folder / "config/spotune.yaml").write_text(yaml.safe_dump(settings))
 
@@ -79,6 +79,10 @@ def project(tmp_path: Path) -> Iterator[Project]:
 def test_a_run_pauses_at_its_wall_and_a_raised_budget_changes_nothing_else(project: Project) -> None:
     project.spotune("train", "run.yaml", "--name", "whole", "-y")
     whole = project.report("whole")
+    assert whole["cost_usd"] == pytest.approx(whole["paid_s"] * USD_PER_S)
+    project.settle({}, usd_per_s=100 * USD_PER_S)
+    assert project.report("whole") | {"reported_at": 0} == whole | {"reported_at": 0}  # the price was frozen
+    project.settle({})
     phases = whole["phases"]
     until_half = whole["paid_s"] - phases["teardown_s"] - phases["useful_s"] / 2
     budget = round(until_half * USD_PER_S, 5)
