@@ -1,6 +1,8 @@
 """Takes nodes away from running jobs and gives them back, in the ways that real clusters do."""
 
+import os
 import re
+from contextlib import suppress
 
 import psutil
 
@@ -19,6 +21,23 @@ def fail(lab: Layout, node: Node) -> None:
     """The node is cut off, and down for all that Slurm knows; what runs there goes on, since nobody can end it."""
     _daemon(lab, node).suspend()
     slurm.ask(lab, "scontrol", "update", f"NodeName={node.name}", "State=DOWN", "Reason=failed")
+
+
+def vanish(lab: Layout, node: Node) -> None:
+    """The node is gone without a word, with all that ran on it; ``restore`` brings an empty one back."""
+    daemon = _daemon(lab, node)
+    machine = _host_name_space(daemon.pid)  # each node has one of its own: daemons.py
+    on_it = [one for one in psutil.process_iter() if one != daemon and _host_name_space(one.pid) == machine]
+    fail(lab, node)
+    for process in on_it:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _host_name_space(pid: int) -> str:
+    with suppress(OSError):
+        return os.readlink(f"/proc/{pid}/ns/uts")
+    return ""
 
 
 def _daemon(lab: Layout, node: Node) -> psutil.Process:
