@@ -5,7 +5,6 @@ version is made anew. Where no file can be written the index lives in memory, an
 """
 
 import hashlib
-import json
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -14,11 +13,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from spotune.cost.rows import INDEXED as COLUMNS
+from spotune.cost.rows import RUN as TOTALS
 
-VERSION = 2  # of the tables and of what is in them: raise it when a report's figures are made in another way
+VERSION = 3  # of the tables and of what is in them: raise it when a report's figures are made in another way
 BUSY_S = 10.0
 _TABLES = f"""
-CREATE TABLE IF NOT EXISTS runs (bucket TEXT, run_id TEXT, stamp TEXT, settled INTEGER, submitted_at REAL, totals TEXT,
+CREATE TABLE IF NOT EXISTS runs (bucket TEXT, stamp TEXT, settled INTEGER, {", ".join(TOTALS)},
                    PRIMARY KEY (bucket, run_id)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS attempts (bucket TEXT, run_id TEXT, {", ".join(COLUMNS)});
 CREATE INDEX IF NOT EXISTS attempts_of ON attempts (bucket, run_id);
@@ -69,13 +69,12 @@ class Index:
         return {(bucket, run_id): stamp for bucket, run_id, stamp in found}
 
     def put(self, entries: Iterable[Entry]) -> None:
-        places = ", ".join("?" * (2 + len(COLUMNS)))
+        run_places, places = (", ".join("?" * count) for count in (3 + len(TOTALS), 2 + len(COLUMNS)))
         with self._connection as connection:
             for entry in entries:
                 self._delete(entry.key)
-                totals = (entry.totals["submitted_at"], json.dumps(entry.totals))
-                run = (*entry.key, entry.stamp, entry.settled, *totals)
-                connection.execute("INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?)", run)
+                run = (entry.bucket, entry.stamp, entry.settled, *(entry.totals[name] for name in TOTALS))
+                connection.execute(f"INSERT INTO runs VALUES ({run_places})", run)
                 rows = [(*entry.key, *(attempt[name] for name in COLUMNS)) for attempt in entry.attempts]
                 connection.executemany(f"INSERT INTO attempts VALUES ({places})", rows)
 
@@ -91,17 +90,18 @@ class Index:
     def runs(self, since: float) -> list[tuple[Key, dict[str, Any]]]:
         """The totals of the runs that were submitted since then, the newest first."""
         found = self._connection.execute(
-            "SELECT bucket, run_id, totals FROM runs WHERE submitted_at >= ? ORDER BY submitted_at DESC, run_id",
+            f"SELECT bucket, {', '.join(TOTALS)} FROM runs WHERE submitted_at >= ? ORDER BY submitted_at DESC, run_id",
             (since,),
         )
-        return [((bucket, run_id), json.loads(totals)) for bucket, run_id, totals in found]
+        rows = ((row[0], dict(zip(TOTALS, row[1:], strict=True))) for row in found)
+        return [((bucket, totals["run_id"]), totals) for bucket, totals in rows]
 
     def attempts(self, since: float, names: Sequence[str] = COLUMNS) -> list[tuple[Key, dict[str, Any]]]:
         """Every attempt of those runs, in order of time; ``names``: the columns that are wanted."""
         columns = ", ".join(f"attempts.{name}" for name in names)
         found = self._connection.execute(
             f"SELECT bucket, run_id, {columns} FROM attempts JOIN runs USING (bucket, run_id)"
-            " WHERE submitted_at >= ? ORDER BY started_at",
+            " WHERE submitted_at >= ? ORDER BY attempts.started_at",
             (since,),
         )
         return [((row[0], row[1]), dict(zip(names, row[2:], strict=True))) for row in found]

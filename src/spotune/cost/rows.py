@@ -12,7 +12,7 @@ ATTEMPT = (
 )  # fmt: skip
 _MORE = ("reconciled", "cluster", "gpu_share")
 INDEXED = (*ATTEMPT, *_MORE, "useful_s")  # what the index keeps of an attempt
-_RUN = (
+RUN = (
     "run_id", "state", "user", "team", "kind", "config", "submitted_at", "started_at", "ended_at", "attempts",
     "paid_s", "useful_s", "cost_usd", "on_demand_usd", "saved_usd", "goodput", "useful_steps", "replayed_steps",
     "tokens", "unreconciled_s", "unpriced_s", "budget_usd", "preemptions", "preemptions_usd",
@@ -45,7 +45,7 @@ def run_row(report: Mapping[str, Any]) -> dict[str, Any]:
         "preemptions": len(report["preemptions"]),
         "preemptions_usd": sum(one["cost_usd"] or 0.0 for one in report["preemptions"]),
     }
-    return {name: flat[name] for name in _RUN}
+    return {name: flat[name] for name in RUN}
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
