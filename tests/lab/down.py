@@ -35,6 +35,7 @@ def down(lab: Layout) -> None:
     machine.remove_user(lab)
     machine.remove_hosts(lab)
     lab.profile.unlink(missing_ok=True)
+    remove_files_of_sky(lab)
     subprocess.run(["rm", "-rf", "--", str(lab.root)], check=False)  # a hundred thousand files
     if lab.root.exists():
         raise LabError(f"{lab.root} could not be removed")
@@ -111,6 +112,17 @@ def _uid(process: psutil.Process) -> int:
         return process.uids().real
     except psutil.NoSuchProcess:
         return -1
+
+
+def remove_files_of_sky(lab: Layout) -> None:
+    """What SkyPilot keeps under fixed names in /tmp, whatever TMPDIR is: ssh's sockets, and logs newer than the lab."""
+    sky, env = lab.home / ".sky", lab.root / "env"
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(f"/tmp/sky_ssh_{(sky / 'user_hash').read_text().strip()}", ignore_errors=True)
+        born = env.stat().st_mtime
+        for log in Path("/tmp").glob("*ha_recovery.log"):
+            if log.stat().st_mtime >= born:
+                log.unlink()
 
 
 def remove_files_of(uid: int) -> None:
