@@ -86,9 +86,7 @@ def _clusters(since: str, since_s: float, output: str) -> None:
 def _many(since: str, since_s: float, by: str | None, output: str) -> None:
     import time
 
-    from spotune.cost.clusters import charged, idle_of, splits_of
-    from spotune.cost.groups import COLUMNS, group
-    from spotune.cost.table import groups_text, runs_text
+    from spotune.cost.table import LISTED, groups_text, runs_text
 
     from_at = time.time() - since_s
     nothing = f"No runs within {since}."
@@ -99,6 +97,9 @@ def _many(since: str, since_s: float, by: str | None, output: str) -> None:
             of_run.setdefault(key, []).append(attempt)
         _show_focus([(key[0], totals, of_run.get(key, [])) for key, totals in runs])
     elif by:
+        from spotune.cost.clusters import charged, idle_of, splits_of
+        from spotune.cost.groups import COLUMNS, group
+
         store = open_workspace().store()
         runs, attempts, splits = _indexed(
             lambda index: (index.runs(from_at), index.attempts(from_at, COLUMNS), splits_of(store, index, from_at))
@@ -106,7 +107,8 @@ def _many(since: str, since_s: float, by: str | None, output: str) -> None:
         rows = group(by, runs, charged(attempts, splits), idle_of(splits))  # type: ignore[arg-type]
         show(output, rows, rows, lambda: groups_text(by, rows) if rows else nothing)
     else:
-        totals = [row for _, row in _indexed(lambda index: index.runs(from_at))]
+        wanted = {"names": LISTED} if output == "table" else {}
+        totals = [row for _, row in _indexed(lambda index: index.runs(from_at, **wanted))]
         show(output, totals, totals, lambda: runs_text(totals) if totals else nothing)
 
 

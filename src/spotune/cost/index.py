@@ -87,14 +87,14 @@ class Index:
                 for key in gone:
                     self._delete(key)
 
-    def runs(self, since: float) -> list[tuple[Key, dict[str, Any]]]:
-        """The totals of the runs that were submitted since then, the newest first."""
+    def runs(self, since: float, names: Sequence[str] = TOTALS) -> list[tuple[Key, dict[str, Any]]]:
+        """The totals of the runs that were submitted since then, the newest first; ``names``: those that are wanted."""
         found = self._connection.execute(
-            f"SELECT bucket, {', '.join(TOTALS)} FROM runs WHERE submitted_at >= ? ORDER BY submitted_at DESC, run_id",
+            f"SELECT bucket, run_id, {', '.join(names)} FROM runs WHERE submitted_at >= ?"
+            " ORDER BY submitted_at DESC, run_id",
             (since,),
         )
-        rows = ((row[0], dict(zip(TOTALS, row[1:], strict=True))) for row in found)
-        return [((bucket, totals["run_id"]), totals) for bucket, totals in rows]
+        return [((row[0], row[1]), dict(zip(names, row[2:], strict=True))) for row in found]
 
     def attempts(self, since: float, names: Sequence[str] = COLUMNS) -> list[tuple[Key, dict[str, Any]]]:
         """Every attempt of those runs, in order of time; ``names``: the columns that are wanted."""

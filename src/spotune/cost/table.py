@@ -8,6 +8,7 @@ from spotune.cost import words
 
 WIDTH = 80
 _BAR = 28
+LISTED = ("run_id", "state", "attempts", "paid_s", "useful_s", "cost_usd", "on_demand_usd", "goodput", "user")
 
 
 def run_text(report: Mapping[str, Any]) -> str:
@@ -20,7 +21,7 @@ def run_text(report: Mapping[str, Any]) -> str:
 
 
 def runs_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Many runs, one line each, and their sum."""
+    """Many runs, one line each, and their sum; of each ``LISTED`` is looked at."""
     header = ["RUN", "STATE", "ATTEMPTS", "PAID", "COST", "ON DEMAND", "GOODPUT", "USER"]
     lines = [
         [row["run_id"], row["state"], str(row["attempts"]), words.duration(row["paid_s"]), words.usd(row["cost_usd"]),
@@ -155,14 +156,9 @@ def _bar(share: float, width: int = _BAR) -> str:
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     """Cells padded to their column's widest; those of ``right`` end where it does."""
     lines = [header, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(widths[column]) if column in right else cell.ljust(widths[column])
-            for column, cell in enumerate(line)
-        ).rstrip()
-        for line in lines
-    )
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    form = "  ".join(f"{{:{'>' if index in right else '<'}{width}}}" for index, width in enumerate(widths))
+    return "\n".join(form.format(*line).rstrip() for line in lines)
 
 
 def cut(text: str, most: int) -> str:

@@ -5,7 +5,7 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any, BinaryIO, TypeVar
@@ -53,7 +53,7 @@ class Disk:
         return self._steadily(self._path(key).read_bytes)
 
     def exists(self, key: str) -> bool:
-        return self._steadily(self._path(key).is_file)
+        return self._steadily(lambda: _is_file(f"{self._root}/{key}"))
 
     def create(self, key: str, data: bytes) -> bool:
         def create() -> bool:
@@ -109,8 +109,29 @@ class Disk:
 
     def _files(self, prefix: str) -> list[str]:
         root = len(self._root) + 1
-        walk = os.walk(self._path(prefix))
-        return sorted(os.path.join(folder, name)[root:] for folder, _, names in walk for name in names)
+        return sorted(path[root:] for path in _below(f"{self._root}/{prefix}"))
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def _below(folder: str) -> Iterator[str]:
+    """The files below a folder. Unlike ``os.walk`` it passes over no folder that cannot be read."""
+    folders = [folder]
+    while folders:
+        try:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+                    else:
+                        yield entry.path
+        except (FileNotFoundError, NotADirectoryError):
+            continue
 
 
 def _open_part(path: Path) -> tuple[Path, BinaryIO]:
