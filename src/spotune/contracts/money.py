@@ -23,18 +23,20 @@ class Place:
 
 
 def price_of(place: Place, rows: Sequence[PriceRow]) -> PriceRow | None:
-    """The frozen row of where a machine was, the most specific one; None when none was frozen for it.
+    """The frozen row of where a machine was, the most specific one; None when no price was frozen for it.
+
+    A row of 0 dollars is no price: it is what SkyPilot has for a place whose price nobody has told it.
 
     Where it is not known whether it was a spot machine, the dearer row is taken: a cost is not understated.
     """
-    fits = [row for row in rows if _fits(row, place)]
+    fits = [row for row in rows if row.price_usd_per_hour > 0 and _fits(row, place)]
     return max(fits, key=lambda row: (_precision(row, place), row.price_usd_per_hour), default=None)
 
 
 def on_demand_price(accelerators: Iterable[str], rows: Sequence[PriceRow]) -> PriceRow | None:
     """The cheapest on-demand row with the accelerators that ran."""
     wanted = set(accelerators)
-    fits = [row for row in rows if not row.use_spot and row.accelerators in wanted]
+    fits = [row for row in rows if not row.use_spot and row.accelerators in wanted and row.price_usd_per_hour > 0]
     return min(fits, key=lambda row: row.price_usd_per_hour, default=None)
 
 

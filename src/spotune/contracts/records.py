@@ -112,7 +112,11 @@ class RunRecord(Record):
         return self.month_usd if self.budget_usd is None else self.budget_usd
 
     def price_rows(self) -> list[PriceRow]:
-        return [PriceRow.from_dict(row) for row in self.prices]
+        """Raises StoreError where the record holds what is no price row."""
+        try:
+            return [PriceRow.from_dict(row) for row in self.prices]
+        except (TypeError, AttributeError) as error:
+            raise StoreError(f"{self.run_id}: its record holds no price rows: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +221,8 @@ class Mark(Record):
 @dataclass(frozen=True, kw_only=True)
 class Bill(Record):
     """``bill.json``: the paid interval of an attempt, where it landed, and the frozen price of that place.
+
+    ``attempt`` 0: of a machine that went before it claimed one, in ``lost/``.
 
     ``end_reason`` is the report's word, ``reason`` and ``exit_code`` are the engine's own.
     """

@@ -1,6 +1,5 @@
 """bill.json: an attempt's paid interval, written once it is known, so that any machine can make the report."""
 
-import math
 from collections.abc import Iterable, Sequence
 
 from spotune.contracts.records import Bill
@@ -28,21 +27,35 @@ def interval_of(bill: Bill) -> PaidInterval:
 
 def with_bills(rows: Sequence[PaidInterval], bills: Iterable[Bill]) -> list[PaidInterval]:
     """The intervals to report on: those of bills, and the engine's rows that no bill speaks for; each machine once."""
+    billed = _distinct(map(interval_of, bills))
+    left = _distinct(rows)
+    for is_same in (_is_exact, _is_dated_anew):
+        for bill in billed:
+            if found := next((row for row in left if is_same(row, bill)), None):
+                left.remove(found)
+    return sorted([*billed, *left], key=lambda row: row.started_at)
+
+
+def _distinct(intervals: Iterable[PaidInterval]) -> list[PaidInterval]:
     found: list[PaidInterval] = []
-    for row in (*map(interval_of, bills), *sorted(rows, key=lambda row: row.started_at)):
-        if not any(_is_same(row, interval) for interval in found):
-            found.append(row)
-    return sorted(found, key=lambda row: row.started_at)
+    for one in intervals:
+        if one not in found:
+            found.append(one)
+    return found
 
 
-def _is_same(row: PaidInterval, other: PaidInterval) -> bool:
-    """Whether both are of one machine: a run has one at a time, so that two intervals that share most are one.
+def _is_exact(row: PaidInterval, bill: PaidInterval) -> bool:
+    return _is_at(row.started_at, bill.started_at) and _is_at(row.ended_at, bill.ended_at)
 
-    An engine may come to date a machine's start otherwise than when its bill was written; the bill stands.
-    """
-    if abs(row.started_at - other.started_at) < 0.01:
-        return True
-    ends = [math.inf if one.ended_at is None else one.ended_at for one in (row, other)]
-    common = min(ends) - max(row.started_at, other.started_at)
-    shorter = min(end - one.started_at for end, one in zip(ends, (row, other), strict=True))
-    return common > 0 and common > shorter / 2
+
+def _is_dated_anew(row: PaidInterval, bill: PaidInterval) -> bool:
+    """Whether an engine dates one end of a billed machine otherwise than when the bill was written; the bill stands."""
+    if row.ended_at is None or bill.ended_at is None:
+        return False
+    if min(row.ended_at, bill.ended_at) <= max(row.started_at, bill.started_at):
+        return False
+    return _is_at(row.started_at, bill.started_at) or _is_at(row.ended_at, bill.ended_at)
+
+
+def _is_at(time: float | None, other: float | None) -> bool:
+    return time is not None and other is not None and abs(time - other) < 0.01

@@ -25,21 +25,27 @@ def build_accounts(evidence: Evidence, now: float) -> list[Account]:
     return accounts
 
 
-def bills_due(evidence: Evidence, accounts: Iterable[Account]) -> list[Bill]:
-    """The bills that can be written by now: closed intervals of attempts that have none yet.
+def bills_due(evidence: Evidence, accounts: Iterable[Account], is_over: bool = False) -> list[Bill]:
+    """The bills that can be written by now: closed intervals of machines that have none yet.
 
-    A machine that never claimed is billed once a later one has: until then its number may still be claimed.
+    A machine that never claimed an attempt has the number that was left free for it, if any, once a later machine has
+    claimed: until then it may still be. Without a number it is billed by its start, the last one once the run
+    ``is_over``.
     """
-    billed = {bill.attempt for bill in evidence.bills}
+    billed = {bill.attempt for bill in evidence.bills} - {0}
+    lost = {bill.started_at for bill in evidence.bills if not bill.attempt}
     latest = max((record.attempt for record in evidence.attempts), default=0)
     bills = []
     for account in accounts:
         row, number = account.machine.interval, account.machine.attempt
-        if row and number is not None and row.ended_at is not None and number <= latest and number not in billed:
+        if row is None or row.ended_at is None or row.started_at in lost:
+            continue
+        has_number = number is not None and number <= latest
+        if (number not in billed) if has_number else number is None or is_over:
             bills.append(
                 Bill(
                     run_id=row.run_id,
-                    attempt=number,
+                    attempt=number if number is not None and has_number else 0,
                     started_at=row.started_at,
                     ended_at=row.ended_at,
                     price=vars(account.price) if account.price else {},
@@ -64,7 +70,8 @@ def bills_due(evidence: Evidence, accounts: Iterable[Account]) -> list[Bill]:
 def write_bills(store: Store, bills: Iterable[Bill]) -> None:
     """Writes the bills that are not there yet; whoever may only read the bucket gets the report all the same."""
     for bill in bills:
+        keys = Keys(bill.run_id)
         try:
-            store.create(Keys(bill.run_id).bill(bill.attempt), bill.to_bytes())
+            store.create(keys.bill(bill.attempt) if bill.attempt else keys.lost_bill(bill.started_at), bill.to_bytes())
         except StoreError:
             return

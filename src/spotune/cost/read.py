@@ -12,7 +12,7 @@ from spotune.contracts.records import AttemptRecord, Bill, Certificate, Commit, 
 from spotune.contracts.revisions import record_in_force
 from spotune.contracts.store import Store
 from spotune.cost.each import each
-from spotune.cost.eventlog import Event, parse_lines
+from spotune.cost.eventlog import Event, number, parse_lines
 from spotune.cost.evidence import Evidence
 from spotune.cost.sharing import home_of, price_of_part
 from spotune.launch.infra import PaidInterval
@@ -32,7 +32,8 @@ def read_evidence(store: Store, run_id: str, intervals: Sequence[PaidInterval] =
         raise InputError(run_id, f"no such run in {store.url}")
     names = [key for key in store.keys(keys.attempts) if _FILE.search(key)]
     commits = [key for key in store.keys(keys.commits) if key.endswith(".json")]
-    wanted = [*names, *commits, keys.completed]
+    lost = store.keys(keys.lost)
+    wanted = [*names, *commits, *lost, keys.completed]
     found = dict(zip(wanted, each(store.url, store.read, wanted), strict=True))
     certificate = found[keys.completed]
     attempts = _records(AttemptRecord, [found[key] for key in names if key.endswith("/attempt.json")])
@@ -43,9 +44,18 @@ def read_evidence(store: Store, run_id: str, intervals: Sequence[PaidInterval] =
         events=_events(names, found),
         commits=_records(Commit, [found[key] for key in commits]),
         certificate=next(iter(_records(Certificate, [certificate])), None),
-        bills=_records(Bill, [found[key] for key in names if key.endswith("/bill.json")]),
+        bills=[bill for bill in _records(Bill, _bills(found)) if _is_closed(bill)],
         parts={} if run.prices else _parts(store, attempts),
     )
+
+
+def _bills(found: dict[str, bytes | None]) -> list[bytes | None]:
+    return [data for key, data in found.items() if key.endswith("/bill.json") or "/lost/" in key]
+
+
+def _is_closed(bill: Bill) -> bool:
+    start, end = number(bill.started_at), number(bill.ended_at)
+    return start is not None and end is not None and end >= start
 
 
 def _parts(store: Store, attempts: Sequence[AttemptRecord]) -> dict[int, PriceRow]:

@@ -88,7 +88,7 @@ def _stale(workspace: Workspace, index: Index, wanted: Iterable[Key], known: Kno
 def stamp_of(store: Store, run_id: str) -> str:
     """A digest of the names of a run's records: they are never rewritten, so that a change is a name more or less."""
     keys = Keys(run_id)
-    names = [*store.keys(keys.attempts), *store.keys(keys.revisions)]
+    names = [*store.keys(keys.attempts), *store.keys(keys.lost), *store.keys(keys.revisions)]
     names += [key for key in (keys.completed, keys.failed, keys.paused, keys.cancelled) if store.exists(key)]
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 
@@ -168,6 +168,6 @@ def report_of(
     """A run's report, with its ``bucket``; bills that are due are left there on the way."""
     evidence = read_evidence(store, status.run_id, history)
     accounts = build_accounts(evidence, now)
-    write_bills(store, bills_due(evidence, accounts))
+    write_bills(store, bills_due(evidence, accounts, is_over=status.state not in ACTIVE))
     report = build_report(evidence, status.state, now, accounts, is_drawn)
     return {**report, "bucket": store.url, "estimates": estimates(evidence, store.url)}

@@ -6,9 +6,9 @@ paid_s          wall seconds of the paid intervals (an open one up to now); node
 cost_usd        sum over intervals of hours x nodes x the frozen price of one node where it landed
 goodput         useful_s / paid_s
 on_demand_usd   the same useful work, undisturbed, at the cheapest frozen on-demand row with the accelerators that
-                ran, x nodes: useful_steps x the mean time of a step (useful + data_wait, first times only), eval
-                and save_stall (first times only), one provision + setup + load (those of the first machine that
-                trained), one teardown (that of the last)
+                ran (each kind's own where several did), x nodes: useful_steps x the mean time of a step (useful +
+                data_wait, first times only), eval and save_stall (first times only), one provision + setup + load
+                (those of the first machine that trained), one teardown (that of the last)
 saved_usd       on_demand_usd - cost_usd
 useful_steps    distinct steps known to be completed; replayed_steps: completions of a step that an earlier
                 attempt had completed already
@@ -36,6 +36,8 @@ from spotune.launch.infra import ACTIVE, State
 
 _MAX_POINTS = 400
 _FEWEST_PLACES = 20
+_MOST_TOKENS = 2**53  # more is no count
+_GREATEST_LOSS = 1e30  # what can be drawn
 
 
 def build_report(
@@ -56,7 +58,7 @@ def build_report(
     cost_usd = sum(costs) if costs or not accounts else None
     done = _steps_done(evidence, accounts)
     on_demand = _on_demand(run, accounts, done)
-    tokens = _tokens(evidence)
+    tokens, is_priced = _tokens(evidence), all(account.price for account in accounts)
     report = {
         "schema_version": SCHEMA_VERSION,
         "run_id": run.run_id,
@@ -77,7 +79,7 @@ def build_report(
         "cost_usd": cost_usd,
         "budget_usd": run.budget_usd,
         "on_demand_usd": on_demand.get("usd"),
-        "saved_usd": None if cost_usd is None or not on_demand else on_demand["usd"] - cost_usd,
+        "saved_usd": None if not is_priced or cost_usd is None or not on_demand else on_demand["usd"] - cost_usd,
         "on_demand": on_demand or None,
         "goodput": phases["useful_s"] / paid_s if paid_s > 0 else None,
         "useful_steps": done,
@@ -85,7 +87,7 @@ def build_report(
         "tokens": tokens,
         "weights_sha256": evidence.certificate.weights_sha256 if evidence.certificate else None,
         **gpu_figures(accounts),
-        "usd_per_million_tokens": None if cost_usd is None or not tokens else cost_usd / tokens * 1e6,
+        "usd_per_million_tokens": cost_usd / tokens * 1e6 if is_priced and cost_usd is not None and tokens else None,
         "preemptions": preemptions(accounts),
         "unreconciled_s": sum(account.paid_s for account in accounts if account.machine.interval is None),
         "unpriced_s": sum(account.paid_s for account in accounts if account.price is None),
@@ -129,12 +131,16 @@ def _curves(account: Account, began: float, accounts: Sequence[Account]) -> dict
     points = [
         [step_of(event), event["loss"]]
         for event in account.events
-        if event["event"] == "log" and step_of(event) and number(event.get("loss")) is not None
+        if event["event"] == "log" and step_of(event) and _can_be_drawn(number(event.get("loss")))
     ]
     return {
         "losses": spread(points, _MAX_POINTS),
         "timeline": strip(account.segments, account.span.started_at, places),
     }
+
+
+def _can_be_drawn(loss: float | None) -> bool:
+    return loss is not None and abs(loss) < _GREATEST_LOSS
 
 
 def _phases(run: RunRecord, accounts: Sequence[Account], state: State, now: float) -> dict[str, float]:
@@ -156,22 +162,34 @@ def _queue_s(run: RunRecord, accounts: Sequence[Account], state: State, now: flo
 
 
 def _on_demand(run: RunRecord, accounts: Sequence[Account], done: int) -> dict[str, Any]:
-    """The counterfactual: seconds, price and dollars; empty where no price says what it would have cost."""
-    price = on_demand_price({account.place.accelerators for account in accounts}, run.price_rows())
-    if price is None or not accounts:
-        return {}
-    fresh = total([one for account in accounts for one in account.segments if not one.again])
+    """The counterfactual: seconds, price and dollars; empty where no step or no price says what it would have cost.
+
+    What ran on several kinds of GPU is priced by kind: nobody knows how long one would have taken for another's steps.
+    """
+    rows = run.price_rows()
+    ran = {account.place.accelerators for account in accounts}
+    known = [{account.place.accelerators} if account.machine.interval else ran for account in accounts]
+    prices = [on_demand_price(accelerators, rows) for accelerators in known]
     steps = sum(not step.again for account in accounts for step in account.steps)
-    # Steps that are known to be done, though the events that would time them are lost, take what the others took.
-    seconds = (fresh["useful"] + fresh["data_wait"]) * (done / steps if steps else 0.0)
-    seconds += fresh["eval"] + fresh["save_stall"]
-    if first := next((account for account in accounts if account.steps), None):
-        once = total(first.segments)
-        seconds += once["provision"] + once["setup"] + once["load"] + total(accounts[-1].segments)["teardown"]
-    nodes = max(account.nodes for account in accounts)
-    usd = seconds / HOUR_S * nodes * price.price_usd_per_hour
-    return {"usd": usd, "seconds": seconds, "nodes": nodes, "price_usd_per_hour": price.price_usd_per_hour,
-            "instance_type": price.instance_type, "infra": price.infra}  # fmt: skip
+    if not steps or None in prices:
+        return {}
+    first = next(account for account in accounts if account.steps)
+    seconds = usd_seconds = 0.0
+    for account, price in zip(accounts, prices, strict=True):
+        assert price
+        fresh = total([segment for segment in account.segments if not segment.again])
+        # Steps that are known to be done, though the events that would time them are lost, take what the others took.
+        spent = (fresh["useful"] + fresh["data_wait"]) * done / steps + fresh["eval"] + fresh["save_stall"]
+        if account is first:
+            spent += fresh["provision"] + fresh["setup"] + fresh["load"]
+        if account is accounts[-1]:
+            spent += fresh["teardown"]
+        seconds += spent
+        usd_seconds += spent * price.price_usd_per_hour
+    nodes, hourly = max(account.nodes for account in accounts), usd_seconds / seconds if seconds else 0.0
+    dearest = max((price for price in prices if price), key=lambda price: price.price_usd_per_hour)
+    return {"usd": seconds / HOUR_S * nodes * hourly, "seconds": seconds, "nodes": nodes,
+            "price_usd_per_hour": hourly, "instance_type": dearest.instance_type, "infra": dearest.infra}  # fmt: skip
 
 
 def _steps_done(evidence: Evidence, accounts: Sequence[Account]) -> int:
@@ -191,4 +209,4 @@ def _tokens(evidence: Evidence) -> int:
     if commits:
         return commits[-1].tokens
     counts = [number(event.get("tokens")) for events in evidence.events.values() for event in events]
-    return int(max((count for count in counts if count is not None), default=0))
+    return int(max((count for count in counts if count is not None and count < _MOST_TOKENS), default=0))

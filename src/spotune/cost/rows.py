@@ -5,6 +5,8 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from spotune.cost.words import cost_of
+
 ATTEMPT = (
     "attempt", "infra", "region", "zone", "instance_type", "accelerators", "nodes", "use_spot",
     "price_usd_per_hour", "price_source", "started_at", "ended_at", "paid_s", "cost_usd", "end_reason",
@@ -43,7 +45,7 @@ def run_row(report: Mapping[str, Any]) -> dict[str, Any]:
         "attempts": len(report["attempts"]),
         "useful_s": report["phases"]["useful_s"],
         "preemptions": len(report["preemptions"]),
-        "preemptions_usd": sum(one["cost_usd"] or 0.0 for one in report["preemptions"]),
+        "preemptions_usd": cost_of(report["preemptions"]),
     }
     return {name: flat[name] for name in RUN}
 

@@ -8,7 +8,10 @@ from spotune.cost import words
 
 WIDTH = 80
 _BAR = 28
-LISTED = ("run_id", "state", "attempts", "paid_s", "useful_s", "cost_usd", "on_demand_usd", "goodput", "user")
+LISTED = (
+    "run_id", "state", "attempts", "paid_s", "useful_s", "cost_usd", "on_demand_usd", "goodput", "user",
+    "unreconciled_s", "unpriced_s",
+)  # fmt: skip
 
 
 def run_text(report: Mapping[str, Any]) -> str:
@@ -35,7 +38,8 @@ def runs_text(rows: Sequence[Mapping[str, Any]]) -> str:
         [f"{len(rows)} runs" if len(rows) != 1 else "1 run", "", str(sum(row["attempts"] for row in rows)),
          words.duration(paid_s), *map(words.usd, sums), words.percent(useful_s / paid_s if paid_s else None), ""]
     )  # fmt: skip
-    return columns(header, lines, right=(2, 3, 4, 5, 6))
+    notes = unknowns_of(*(sum(row[name] for row in rows) for name in ("unreconciled_s", "unpriced_s")))
+    return "\n\n".join([columns(header, lines, right=(2, 3, 4, 5, 6)), *(["\n".join(notes)] if notes else [])])
 
 
 def groups_text(by: str, rows: Sequence[Mapping[str, Any]]) -> str:

@@ -1,6 +1,6 @@
 """Figures and phases as people read them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from spotune.contracts import money
@@ -87,12 +87,18 @@ def preemptions(report: Mapping[str, Any]) -> list[str]:
     lost = report["preemptions"]
     if not lost:
         return []
-    cost, total = sum(one["cost_usd"] or 0.0 for one in lost), report["cost_usd"]
+    cost, total = cost_of(lost), report["cost_usd"]
     again_s = sum(one["replayed_s"] for one in lost)
-    share = f" ({percent(cost / total)})" if total else ""
+    share = f" ({percent(cost / total)})" if total and cost is not None else ""
     what = "1 lost machine" if len(lost) == 1 else f"{len(lost)} lost machines"
     restart_s = sum(one["paid_s"] for one in lost) - again_s
     return [f"{what} cost {usd(cost)}{share}: restart {duration(restart_s)}, done again {duration(again_s)}"]
+
+
+def cost_of(rows: Iterable[Mapping[str, Any]]) -> float | None:
+    """Their sum; None where one of them is not known."""
+    costs = [row["cost_usd"] for row in rows]
+    return None if None in costs else sum(costs)
 
 
 def gpus(report: Mapping[str, Any]) -> list[str]:

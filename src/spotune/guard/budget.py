@@ -127,20 +127,25 @@ def _earlier_usd(store: Store, keys: Keys, run: RunRecord, attempt: int, lead_s:
 
 
 def _attempt_usd(store: Store, keys: Keys, run: RunRecord, attempt: int, lead_s: float) -> float:
-    if data := store.read(keys.bill(attempt)):
-        return Bill.from_bytes(data, keys.bill(attempt)).cost_usd
+    bill = Bill.from_bytes(data, keys.bill(attempt)) if (data := store.read(keys.bill(attempt))) else None
+    if bill and bill.price:
+        return bill.cost_usd
     data = store.read(keys.attempt(attempt))
     if data is None:  # lost before it could claim: only a bill can tell of it
-        return 0.0
+        return bill.paid_s * bill.nodes * _dearest(run) / HOUR_S if bill else 0.0
     record = AttemptRecord.from_bytes(data, keys.attempt(attempt))
+    if bill:
+        return bill.paid_s * _usd_per_s(run, record)
     ended_at = float(last_event(store, keys, attempt).get("t") or record.claimed_at)
     return (max(0.0, ended_at - record.claimed_at) + lead_s) * _usd_per_s(run, record)
 
 
 def _usd_per_s(run: RunRecord, record: AttemptRecord) -> float:
     """Where no row was frozen for the place, the dearest one counts: what was spent is not understated."""
-    rows = run.price_rows()
     place = Place(record.infra, record.region, record.zone, use_spot=run.use_spot)
-    dearest = max((row.price_usd_per_hour for row in rows), default=0.0)
-    price = price_of(place, rows)
-    return record.num_nodes * (price.price_usd_per_hour if price else dearest) / HOUR_S
+    price = price_of(place, run.price_rows())
+    return record.num_nodes * (price.price_usd_per_hour if price else _dearest(run)) / HOUR_S
+
+
+def _dearest(run: RunRecord) -> float:
+    return max((row.price_usd_per_hour for row in run.price_rows()), default=0.0)

@@ -69,6 +69,7 @@ def gcs(status: int, words: str = "why") -> Exception:
         (google.auth.exceptions.TransportError("why"), Fault.UNREADY),
         (NonRetryableError("why"), Fault.UNREADY),
         (botocore.exceptions.EndpointConnectionError(endpoint_url="http://x"), Fault.PASSING),
+        (botocore.exceptions.FlexibleChecksumError(error_msg="flipped on the way"), Fault.PASSING),
         (botocore.exceptions.ParamValidationError(report="why"), Fault.LASTING),
         (aiohttp.ClientPayloadError("half"), Fault.PASSING),
         (ConnectionResetError(), Fault.PASSING),

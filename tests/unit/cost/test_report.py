@@ -4,8 +4,12 @@ from dataclasses import replace
 
 import pytest
 
+from spotune.contracts.keys import Keys
 from spotune.cost.evidence import Evidence
+from spotune.cost.ledger import bills_due, build_accounts
 from spotune.cost.report import build_report
+from spotune.cost.rows import run_row
+from spotune.cost.table import run_text
 from tests.unit.cost.cases import RUN_ID, T, claim, commit, event, phase, price, row, run, step, three_attempts
 
 CONTRACT = """run_id state user team config started_at ended_at attempts phases paid_s cost_usd on_demand_usd saved_usd
@@ -132,7 +136,9 @@ def test_a_later_price_changes_nothing_and_the_landing_place_decides() -> None:
         price(False, 0.1, infra="gcp", region="*", instance_type="e2", accelerators=""),
     ]
     place = {"infra": "aws", "region": "us-west-2", "zone": "us-west-2b", "instance_type": "g6.xlarge"}
-    evidence = Evidence(run(prices=[vars(one) for one in prices]), [row(0, 3600, **place, accelerators="L4:1")])
+    events = {1: [phase(5, "train"), step(3000, 1)]}
+    rows = [row(0, 3600, **place, accelerators="L4:1")]
+    evidence = Evidence(run(prices=[vars(one) for one in prices]), rows, [claim(1, 5)], events)
     report = build_report(evidence, "FAILED", T + 9999)
     assert report["cost_usd"] == pytest.approx(2.0)
     assert report["on_demand"]["price_usd_per_hour"] == 2.5  # the cheapest with an L4
@@ -187,3 +193,59 @@ def test_tokens_are_those_of_the_certified_step() -> None:
     assert build_report(evidence, "SUCCEEDED", T + 1000)["tokens"] == 600
     assert build_report(replace(evidence, commits=[], certificate=None), "FAILED", T + 1000)["tokens"] == 600
     assert build_report(evidence, "SUCCEEDED", T + 1000)["run_id"] == RUN_ID
+
+
+def test_a_machine_that_never_claimed_is_billed_by_its_start() -> None:
+    """On SkyPilot claims have no gaps: no number is left for a machine between two of them, nor for the last one."""
+    evidence = three_attempts()
+    rows = [*evidence.intervals, row(31, 39, end_reason="lost"), row(100, 103, end_reason="cancelled")]
+    evidence = replace(evidence, intervals=rows)
+    accounts = build_accounts(evidence, T + 1000)
+    assert {bill.attempt for bill in bills_due(evidence, accounts)} == {0, 1, 2, 3}
+    bills = bills_due(evidence, accounts, is_over=True)
+    lost = {Keys(RUN_ID).lost_bill(bill.started_at): bill.paid_s for bill in bills if not bill.attempt}
+    assert sorted(lost.values()) == [3.0, 8.0]
+    elsewhere = replace(evidence, intervals=[], bills=bills)
+    assert build_report(elsewhere, "SUCCEEDED", T + 1000)["paid_s"] == 70 + 11
+    assert bills_due(elsewhere, build_accounts(elsewhere, T + 1000), is_over=True) == []
+
+
+def test_a_failed_placement_in_the_same_second_is_a_machine_of_its_own() -> None:
+    rows = [row(10, 10), *three_attempts().intervals]
+    report = build_report(replace(three_attempts(), intervals=rows), "SUCCEEDED", T + 1000)
+    assert report["paid_s"] == 70
+    assert len(report["attempts"]) == 4
+
+
+def test_what_is_priced_in_part_has_saved_nobody_knows_what() -> None:
+    rows = [row(10, 30), row(40, 60, infra="aws"), row(65, 95, infra="aws")]
+    report = build_report(replace(three_attempts(), intervals=rows), "SUCCEEDED", T + 1000)
+    assert report["cost_usd"] == pytest.approx(0.002)
+    assert report["unpriced_s"] == 50
+    assert report["saved_usd"] is report["usd_per_million_tokens"] is None
+    assert run_row(report)["preemptions_usd"] is None
+    assert "2 lost machines cost \N{EN DASH}: restart" in run_text(report)
+
+
+def test_what_no_step_tells_of_would_have_cost_nobody_knows_what() -> None:
+    starting = Evidence(run(), [row(0, None)], [claim(1, 20)], {1: [phase(20, "load")]})
+    assert build_report(starting, "RUNNING", T + 60)["on_demand_usd"] is None
+
+
+def test_no_price_is_not_a_price_of_nothing() -> None:
+    prices = [vars(price(use_spot, 0.0, source="no price is known")) for use_spot in (True, False)]
+    report = build_report(replace(three_attempts(), run=run(prices=prices)), "SUCCEEDED", T + 1000)
+    assert report["cost_usd"] is report["on_demand_usd"] is None
+    assert report["unpriced_s"] == 70
+
+
+def test_several_kinds_of_gpu_are_each_priced_as_what_they_are() -> None:
+    prices = [price(spot, usd, accelerators=gpu) for gpu, full in (("A100:1", 7.2), ("L4:1", 0.72))
+              for spot, usd in ((True, full / 2), (False, full))]  # fmt: skip
+    kinds = ("A100:1", "L4:1", "A100:1")
+    rows = [replace(one, accelerators=kind) for one, kind in zip(three_attempts().intervals, kinds, strict=True)]
+    evidence = replace(three_attempts(), run=run(prices=[vars(one) for one in prices]), intervals=rows)
+    report = build_report(evidence, "SUCCEEDED", T + 1000)
+    on_l4 = 6 + 2  # two steps and an evaluation
+    assert report["on_demand"]["seconds"] == pytest.approx(43)
+    assert report["on_demand_usd"] == pytest.approx(((43 - on_l4) * 7.2 + on_l4 * 0.72) / 3600)

@@ -93,7 +93,7 @@ def judge(error: Exception) -> Fault | None:
     passing = (
         *(OSError, json.JSONDecodeError),
         *_kinds("botocore.exceptions", "HTTPClientError", "ConnectionError", "IncompleteReadError"),
-        *_kinds("botocore.exceptions", "ResponseStreamingError"),
+        *_kinds("botocore.exceptions", "ResponseStreamingError", "FlexibleChecksumError"),
         *_kinds("botocore.parsers", "ResponseParserError"),
         *_kinds("aiohttp", "ClientError"),
         *_kinds("gcsfs.retry", "HttpError", "ChecksumError"),
