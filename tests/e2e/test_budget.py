@@ -96,6 +96,7 @@ def test_a_run_pauses_at_its_wall_and_a_raised_budget_changes_nothing_else(proje
     assert [attempt["end_reason"] for attempt in paused["attempts"]] == ["paused"]
     assert 0.8 * budget < paused["cost_usd"] < budget + 3.0 * USD_PER_S
 
+    assert project.spotune("train", "run.yaml", "--dryrun", "--budget", "", code=2).stderr.startswith("--budget: '' is")
     refused = project.spotune("resume", "halved", code=2)
     assert refused.stderr.startswith("halved: budget: has cost $")
     project.spotune("resume", "halved", "--budget", "0.001", code=2)
@@ -137,3 +138,17 @@ def test_what_the_month_has_left_is_a_wall_and_once_it_is_gone_nothing_starts(pr
     project.spotune("resume", "first")  # without a month's budget its wall is gone
     project.spotune("logs", "first", "--follow")
     assert project.report("first")["state"] == "SUCCEEDED"
+
+
+def test_a_budget_that_nothing_could_count_is_refused(project: Project) -> None:
+    (project.folder / "config/spotune.yaml").write_text("budgets: {users: {'*': 0}}\n")
+    for words in ("train run.yaml --dryrun --budget 1", "train run.yaml --name free -y --budget 1"):
+        refused = project.spotune(*words.split(), code=2)
+        assert refused.stderr.startswith("--budget: cannot be kept: ")
+    project.spotune("train", "run.yaml", "--name", "free", "-y", "-d")  # what has no price spends nothing of a month
+    project.spotune("cancel", "free", "-y")
+    assert project.spotune("resume", "free", "--budget", "1", code=2).stderr.startswith("--budget: cannot be kept: ")
+    project.spotune("resume", "free")
+    project.spotune("cancel", "free", "-y")
+    report = project.report("free")
+    assert report["cost_usd"] is None or report["paid_s"] == 0

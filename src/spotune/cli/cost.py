@@ -1,6 +1,6 @@
 """``spotune cost``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,15 +17,18 @@ BY = ("user", "team", "infra", "gpu", "day", "week", "kind")
 
 @click.command()
 @click.argument("run", required=False)
-@click.option("--since", default="30d", metavar="DURATION", show_default=True, help="Without RUN: submitted within.")
+@click.option(
+    "--since", default="30d", metavar="DURATION", show_default=True,
+    help="Without RUN: submitted within; with --by, --clusters and focus: paid for within.",
+)  # fmt: skip
 @click.option("--by", type=click.Choice(BY), help="Without RUN: chargeback, summed by this; kind is dev or prod.")
 @click.option("--clusters", is_flag=True, help="Without RUN: dev clusters, who used them and what was idle.")
 @click.option(
     "--format", "output", type=click.Choice(FORMATS), default="table", show_default=True,
     help="Output format; focus: FOCUS 1.2, a row a charge.",
 )  # fmt: skip
-@click.option("--html", "page", metavar="FILE", default="", help="Also write RUN's report as one self-contained page.")
-def cost(run: str | None, since: str, by: str | None, clusters: bool, output: str, page: str) -> None:
+@click.option("--html", "page", metavar="FILE", help="Also write RUN's report as one self-contained page.")
+def cost(run: str | None, since: str, by: str | None, clusters: bool, output: str, page: str | None) -> None:
     """Show where the time and the money went.
 
     Of RUN: its attempts, the phases of every paid second, and what the same work would have cost on demand.
@@ -35,7 +38,7 @@ def cost(run: str | None, since: str, by: str | None, clusters: bool, output: st
     from spotune.contracts.durations import parse_duration
     from spotune.contracts.errors import InputError
 
-    if page and not run:
+    if page is not None and not run:
         raise InputError("--html", "shows one run", remedy="spotune cost RUN --html FILE")
     if by and (run or output == "focus"):
         what = "RUN is not summed" if run else "FOCUS has a row a charge"
@@ -52,26 +55,26 @@ def cost(run: str | None, since: str, by: str | None, clusters: bool, output: st
         _many(since, since_s, by, output)
 
 
-def _one(run: str, output: str, page: str) -> None:
+def _one(run: str, output: str, page: str | None) -> None:
     from spotune.cost.collect import report_run
     from spotune.cost.page import check_target, page_of, write_page
-    from spotune.cost.rows import attempt_rows, indexed_attempts, run_row
+    from spotune.cost.rows import ATTEMPT_ROW, attempt_rows, indexed_attempts, run_row
     from spotune.cost.table import run_text
 
-    target = check_target(page) if page else None
+    target = None if page is None else check_target(page)
     report = report_run(open_workspace(), run)
     if target:
         write_page(target, page_of(report))
     if output == "focus":
         _show_focus([(report["bucket"], run_row(report), indexed_attempts(report))])
     else:
-        show(output, report, attempt_rows(report), lambda: run_text(report))
+        show(output, report, attempt_rows(report), ATTEMPT_ROW, lambda: run_text(report))
 
 
 def _clusters(since: str, since_s: float, output: str) -> None:
     import time
 
-    from spotune.cost.clusters import flat_rows
+    from spotune.cost.clusters import COLUMNS, flat_rows
     from spotune.cost.clustertable import clusters_text
     from spotune.cost.collect import all_clusters
 
@@ -79,45 +82,48 @@ def _clusters(since: str, since_s: float, output: str) -> None:
     with ProgressBar("reading runs") as progress:
         rows = all_clusters(open_workspace(), now - since_s, warn=_warn, progress=progress)
     show(
-        output, rows, flat_rows(rows), lambda: clusters_text(rows, now) if rows else f"No dev clusters within {since}."
+        output,
+        rows,
+        flat_rows(rows),
+        COLUMNS,
+        lambda: clusters_text(rows, now) if rows else f"No dev clusters within {since}.",
     )
 
 
 def _many(since: str, since_s: float, by: str | None, output: str) -> None:
     import time
 
+    from spotune.cost.rows import RUN
     from spotune.cost.table import LISTED, groups_text, runs_text
 
     from_at = time.time() - since_s
     nothing = f"No runs within {since}."
     if output == "focus":
-        runs, attempts = _indexed(lambda index: (index.runs(from_at), index.attempts(from_at)))
-        of_run: dict[Any, list[dict[str, Any]]] = {}
-        for key, attempt in attempts:
-            of_run.setdefault(key, []).append(attempt)
-        _show_focus([(key[0], totals, of_run.get(key, [])) for key, totals in runs])
+        from spotune.cost.window import charges_since
+
+        _show_focus(_indexed(lambda index: charges_since(index, from_at)))
     elif by:
-        from spotune.cost.clusters import charged, idle_of, splits_of
-        from spotune.cost.groups import COLUMNS, group
+        from spotune.cost.groups import By, columns, group
+        from spotune.cost.window import paid_since
 
         store = open_workspace().store()
-        runs, attempts, splits = _indexed(
-            lambda index: (index.runs(from_at), index.attempts(from_at, COLUMNS), splits_of(store, index, from_at))
-        )
-        rows = group(by, runs, charged(attempts, splits), idle_of(splits))  # type: ignore[arg-type]
-        show(output, rows, rows, lambda: groups_text(by, rows) if rows else nothing)
+        paid = _indexed(lambda index: paid_since(store, index, from_at), asks_clusters=True)
+        kind: By = by  # type: ignore[assignment]
+        rows = group(kind, paid.runs, paid.attempts, paid.idle)
+        show(output, rows, rows, columns(kind), lambda: groups_text(by, rows) if rows else nothing)
     else:
         wanted = {"names": LISTED} if output == "table" else {}
         totals = [row for _, row in _indexed(lambda index: index.runs(from_at, **wanted))]
-        show(output, totals, totals, lambda: runs_text(totals) if totals else nothing)
+        show(output, totals, totals, RUN, lambda: runs_text(totals) if totals else nothing)
 
 
-def _indexed(take: "Callable[[Index], Any]") -> Any:
+def _indexed(take: "Callable[[Index], Any]", asks_clusters: bool = False) -> Any:
     """What is taken from the index, once it is up to date; a long refresh has a bar, where somebody looks."""
-    from spotune.cost.collect import all_runs
+    from spotune.cost.collect import all_runs, with_clusters
 
+    read = with_clusters if asks_clusters else all_runs
     with ProgressBar("reading runs") as progress:
-        return all_runs(open_workspace(), take, warn=_warn, progress=progress)
+        return read(open_workspace(), take, warn=_warn, progress=progress)
 
 
 def _warn(message: str) -> None:
@@ -133,12 +139,12 @@ def _show_focus(runs: "list[tuple[str, dict[str, Any], list[dict[str, Any]]]]") 
     click.echo(as_csv(rows, COLUMNS), nl=False)
 
 
-def show(output: str, value: Any, rows: list[dict[str, Any]], text: Callable[[], str]) -> None:
-    """Prints one of three: data, rows or text."""
+def show(output: str, value: Any, rows: list[dict[str, Any]], columns: Sequence[str], text: Callable[[], str]) -> None:
+    """Prints one of three: data, rows with these columns, or text."""
     from spotune.cli.options import print_json
     from spotune.cost.rows import as_csv
 
     if output == "json":
         print_json(value)
     else:
-        click.echo(as_csv(rows) if output == "csv" else text(), nl=output == "table")
+        click.echo(as_csv(rows, columns) if output == "csv" else text(), nl=output == "table")

@@ -15,9 +15,14 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 def open_workspace() -> "Workspace":
     """This directory, this environment. The one place where the command line reads them."""
+    from spotune.contracts.errors import InputError
     from spotune.launch.workspace import Workspace
 
-    return Workspace.open(dict(os.environ), Path.cwd())
+    try:
+        cwd = Path.cwd()
+    except FileNotFoundError:
+        raise InputError("this folder", "is gone", remedy="cd to one that is there") from None
+    return Workspace.open(dict(os.environ), cwd)
 
 
 def config_options(command: Callable[..., Any]) -> Callable[..., Any]:

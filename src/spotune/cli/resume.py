@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Go on with this key of its config changed."
 )
-@click.option("--budget", default="", metavar="USD", help="Pause once it has cost so much in all, from its start on.")
+@click.option("--budget", metavar="USD", help="Pause once it has cost so much in all, from its start on.")
 @click.option("--allow-config-change", is_flag=True, help="Also with another config, data or model than it began with.")
-def resume(run: str, overrides: tuple[str, ...], budget: str, allow_config_change: bool) -> None:
+def resume(run: str, overrides: tuple[str, ...], budget: str | None, allow_config_change: bool) -> None:
     """Go on with a run that failed, was cancelled or is paused, from its newest checkpoint.
 
     Its training length, logging, saving and evaluation may be --set freely; the rest, and data or a model that were
@@ -29,7 +29,7 @@ def resume(run: str, overrides: tuple[str, ...], budget: str, allow_config_chang
     from spotune.launch.revise import Edit
 
     workspace = open_workspace()
-    budget_usd = parse_usd(budget, "--budget") if budget else None
+    budget_usd = None if budget is None else parse_usd(budget, "--budget")
     month_usd, owner = check_budget(workspace, run, budget_usd)
     edit = Edit(overrides, allow_config_change, budget_usd, month_usd, owner)
     resumed = actions.resume(workspace, run, edit)
@@ -46,13 +46,21 @@ def check_budget(workspace: "Workspace", run: str, budget_usd: float | None) -> 
     Returns the wall that these leave to a run without a budget of its own, US dollars in all, and whose they are.
     """
     from spotune.cli.launching import month_of
+    from spotune.contracts.errors import InputError
+    from spotune.contracts.keys import Keys
+    from spotune.contracts.revisions import record_in_force
     from spotune.cost.budgets import check_wall
     from spotune.cost.collect import report_run
     from spotune.launch.settings import Budgets
     from spotune.launch.status import find_run
 
-    has_months = workspace.settings.budgets != Budgets()
-    if budget_usd is None and not has_months and find_run(workspace, run).state != "PAUSED":
+    record = record_in_force(workspace.store(find_run(workspace, run).bucket), Keys(run))
+    is_priced = record is not None and any(row.price_usd_per_hour > 0 for row in record.price_rows())
+    if budget_usd is not None and not is_priced:
+        raise InputError("--budget", f"cannot be kept: no price was frozen for {run}", remedy="leave it out")
+    if record is None or not is_priced:
+        return None, ""
+    if budget_usd is None and record.budget_usd is None and workspace.settings.budgets == Budgets():
         return None, ""
     report = report_run(workspace, run)
     check_wall(report, budget_usd)

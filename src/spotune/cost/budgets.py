@@ -12,19 +12,17 @@ from typing import Any
 
 from spotune.contracts.errors import InputError
 from spotune.contracts.money import usd
-from spotune.cost.clusters import charged, owner_of, splits_of
-from spotune.cost.collect import all_runs
+from spotune.cost.collect import with_clusters
 from spotune.cost.index import Index
 from spotune.cost.periods import name_of, start_of
 from spotune.cost.refresh import Progress
-from spotune.cost.sharing import Split
+from spotune.cost.window import paid_since
 from spotune.launch.infra import ACTIVE
 from spotune.launch.plan import BUDGET_FLAG, Plan
 from spotune.launch.settings import MonthlyBudget
 from spotune.launch.workspace import Workspace
 
 WARN_AT = 0.8
-_PAID = ("attempt", "started_at", "paid_s", "cost_usd")
 
 
 @dataclass(frozen=True)
@@ -114,19 +112,17 @@ def read_month(
 
     def take(index: Index) -> Month:
         totals = dict(index.runs(0.0))
-        splits = splits_of(workspace.store(), index, since)
-        attempts = charged(index.attempts_after(since, _PAID), splits)
-        paid = [(totals[key], _within(since, attempt)) for key, attempt in attempts]
-        paid += [(owner_of(split), _idle_within(since, split)) for split in splits]
+        paid = paid_since(workspace.store(), index, since)
+        spent = [(totals[key], attempt["cost_usd"] or 0.0) for key, attempt in paid.attempts]
         promised = [
             (run, max(0.0, run["budget_usd"] - (run["cost_usd"] or 0.0)))
             for key, run in totals.items()
             if run["budget_usd"] is not None and run["state"] in ACTIVE and key[1] != run_id
         ]
-        left = tuple(_left(budget, name_of("month", since), paid, promised) for budget in budgets)
+        left = tuple(_left(budget, name_of("month", since), [*spent, *paid.idle], promised) for budget in budgets)
         return Month(left, totals.get((workspace.env.bucket, run_id)))
 
-    return all_runs(workspace, take, clock=lambda: now, warn=warn, progress=progress)
+    return with_clusters(workspace, take, clock=lambda: now, warn=warn, progress=progress)
 
 
 def within_month(plan: Plan, month: Month) -> Plan:
@@ -134,7 +130,7 @@ def within_month(plan: Plan, month: Month) -> Plan:
 
     What has no price spends nothing of them, and what is under way already is not judged again.
     """
-    priced = plan.chosen is not None and plan.chosen.price_usd_per_hour > 0
+    priced = any(offer.price_usd_per_hour > 0 for offer in plan.offers)
     if not month.left or not priced or month.is_active:
         return plan
     wall_usd = month.wall_usd(plan.record.budget_usd)
@@ -157,30 +153,12 @@ def check_wall(report: Mapping[str, Any], wanted_usd: float | None) -> None:
 def _left(
     budget: MonthlyBudget,
     month: str,
-    paid: Sequence[tuple[Mapping[str, Any], float]],
+    spent: Sequence[tuple[Mapping[str, Any], float]],
     promised: Sequence[tuple[Mapping[str, Any], float]],
 ) -> Left:
     kind, _, name = budget.owner.partition(" ")
     promises = [amount for run, amount in promised if run[kind] == name]
-    return Left(budget, month, sum(amount for run, amount in paid if run[kind] == name), sum(promises), len(promises))
-
-
-def _within(since: float, attempt: Mapping[str, Any]) -> float:
-    """What an attempt cost from then on, by time."""
-    if not attempt["cost_usd"] or not attempt["paid_s"]:
-        return 0.0
-    until = attempt["started_at"] + attempt["paid_s"]
-    return float(attempt["cost_usd"] * _seconds_after(since, attempt["started_at"], until) / attempt["paid_s"])
-
-
-def _idle_within(since: float, split: Split) -> float:
-    """What a dev cluster cost its owner from then on while no run was on it: its idle time is taken as even."""
-    seconds = sum(_seconds_after(since, start, end) for start, end in split.cluster.intervals())
-    return (split.idle_usd or 0.0) * seconds / split.paid_s if split.paid_s else 0.0
-
-
-def _seconds_after(since: float, start: float, end: float) -> float:
-    return max(0.0, end - max(start, since))
+    return Left(budget, month, sum(amount for run, amount in spent if run[kind] == name), sum(promises), len(promises))
 
 
 def _runs(number: int) -> str:

@@ -1,9 +1,10 @@
 """Dev clusters for whoever pays for them: which runs were on each, what they had of it, and what was idle."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from spotune.contracts.clusters import read_clusters
+from spotune.contracts.clusters import ClusterRecord, read_clusters
 from spotune.contracts.store import Store
 from spotune.cost.groups import Idle, Run
 from spotune.cost.index import Index
@@ -18,13 +19,18 @@ COLUMNS = (
 
 
 def splits_of(store: Store, index: Index, since: float) -> list[Split]:
-    """Of every cluster that was paid for since then, the newest first."""
-    clusters = read_clusters(store)
+    """Of every cluster that was paid for since then what came after, the newest first."""
+    clusters = [after for record in read_clusters(store) if (after := _after(record, since)).intervals()]
     if not clusters:
         return []
     runs = [(key, totals) for key, totals in index.runs(0.0) if key[0] == store.url]
     found = split_all(clusters, list(_uses(runs, index.attempts(0.0, _USED))))
-    return [one for one in reversed(found) if any(end > since for _, end in one.cluster.intervals())]
+    return list(reversed(found))
+
+
+def _after(record: ClusterRecord, since: float) -> ClusterRecord:
+    spans = [[max(start or 0.0, since), end] for start, end in record.spans if end is None or end > since]
+    return replace(record, spans=spans)
 
 
 def cluster_rows(splits: Iterable[Split], runs: Iterable[Run]) -> list[dict[str, Any]]:
@@ -40,11 +46,13 @@ def flat_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def charged(attempts: Iterable[Run], splits: Iterable[Split]) -> Iterator[Run]:
     """Attempts, each on a dev cluster with what it had of that: no more than there was, where runs were in each
-    other's way."""
-    costs = {share.key: share.cost_usd for split in splits for share in split.shares}
+    other's way. One that outlasts what is known of its cluster keeps what it has cost by its own clock."""
+    shares = {share.key: (share.cost_usd, split.cluster) for split in splits for share in split.shares}
     for key, attempt in attempts:
-        cost_usd = costs.get((key, attempt["attempt"]))
-        yield key, attempt if cost_usd is None else {**attempt, "cost_usd": cost_usd}
+        cost_usd, cluster = shares.get((key, attempt["attempt"]), (None, None))
+        ended_at = attempt["started_at"] + attempt["paid_s"]
+        is_known = cluster is not None and not (cluster.is_up and ended_at > cluster.updated_at)
+        yield key, {**attempt, "cost_usd": cost_usd} if is_known and cost_usd is not None else attempt
 
 
 def idle_of(splits: Iterable[Split]) -> list[Idle]:

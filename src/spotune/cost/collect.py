@@ -29,14 +29,25 @@ def all_clusters(
     warn: Callable[[str], None] = lambda message: None,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """A row for every dev cluster that was paid for since then; SkyPilot is asked of those that were still up."""
-    from spotune.launch.skypilot.booking import book_open  # here: most reports have nothing to book
-
-    book_open(workspace, warn)
+    """A row for every dev cluster that was paid for since then."""
 
     def take(index: Index) -> list[dict[str, Any]]:
         return cluster_rows(splits_of(workspace.store(), index, since), index.runs(0.0))
 
+    return with_clusters(workspace, take, clock, warn, progress)
+
+
+def with_clusters(
+    workspace: Workspace,
+    take: Callable[[Index], Result],
+    clock: Callable[[], float] = time.time,
+    warn: Callable[[str], None] = lambda message: None,
+    progress: Progress | None = None,
+) -> Result:
+    """As ``all_runs``, once SkyPilot was asked of the dev clusters that were still up when it was last."""
+    from spotune.launch.skypilot.booking import book_open  # here: most reports have nothing to book
+
+    book_open(workspace, warn)
     return all_runs(workspace, take, clock, warn, progress)
 
 

@@ -94,6 +94,11 @@ def _add(sums: Sums, key: Any, attempt: Mapping[str, Any], share: float) -> None
     sums.unreconciled_s += 0.0 if attempt["reconciled"] else seconds
 
 
+def columns(by: By) -> list[str]:
+    """What a row has."""
+    return list(_row(by, "", Sums()))
+
+
 def _row(by: By, name: str, sums: Sums) -> dict[str, Any]:
     says_goodput = by not in OF_TIME and sums.paid_s > 0
     return {

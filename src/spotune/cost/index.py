@@ -107,9 +107,11 @@ class Index:
         return [((row[0], row[1]), dict(zip(names, row[2:], strict=True))) for row in found]
 
     def attempts_after(self, at: float, names: Sequence[str]) -> list[tuple[Key, dict[str, Any]]]:
-        """Every attempt that was paid for after that time, of whatever run."""
+        """Every attempt that was paid for after that time, of whatever run, in order of time."""
         found = self._connection.execute(
-            f"SELECT bucket, run_id, {', '.join(names)} FROM attempts WHERE started_at + paid_s > ?", (at,)
+            f"SELECT bucket, run_id, {', '.join(names)} FROM attempts"
+            " WHERE started_at + paid_s > ? OR started_at >= ? ORDER BY started_at",
+            (at, at),
         )
         return [((row[0], row[1]), dict(zip(names, row[2:], strict=True))) for row in found]
 

@@ -15,6 +15,7 @@ from spotune.cost import pagetables as tables
 from spotune.cost.table import notes_of
 
 _OPTION = "--html"
+_LONGEST_NAME = 255 - 16  # bytes, what a file system takes, less the mark of a half-written file
 _LOST = "What the machine after it spent until it was as far; what is done again counts with its waits and saves."
 _HEAD = """<!DOCTYPE html>
 <html lang="en">
@@ -32,6 +33,8 @@ _HEAD = """<!DOCTYPE html>
 def check_target(name: str) -> Path:
     """The path of ``--html``; raises InputError when no page can be written there."""
     path = Path(name)
+    if not name or len(os.fsencode(path.name)) > _LONGEST_NAME:
+        raise InputError(_OPTION, f"{name[:60]!r} is not the name of a file", remedy=f"{_OPTION} cost.html")
     if path.is_dir():
         raise InputError(_OPTION, f"{name} is a folder", remedy=f"{_OPTION} {path / 'cost.html'}")
     folder = path.absolute().parent
@@ -47,7 +50,7 @@ def write_page(path: Path, page: str) -> None:
     part = ""
     try:
         descriptor, part = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.absolute().parent)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="replace") as file:
             file.write(page)
         os.chmod(part, 0o644)
         os.replace(part, path)
@@ -135,8 +138,16 @@ def _notes(report: Mapping[str, Any]) -> str:
 
 
 def _footer(report: Mapping[str, Any]) -> str:
+    rows, own = "the engine's own rows", "the machine's own clock"
+    clock = (
+        rows
+        if not report["unreconciled_s"]
+        else own
+        if report["unreconciled_s"] == report["paid_s"]
+        else (f"{rows}, where they are not to be had {own}")
+    )
     return (
-        "<footer><p>Paid time and dollars follow the engine's own rows at the prices frozen at submission. What is "
+        f"<footer><p>Paid time follows {clock}, dollars the prices frozen at submission. What is "
         "not known is shown as unknown, never spread over the other phases. On demand: the same useful steps, "
         "undisturbed, at the cheapest frozen on-demand price with these accelerators.</p>"
         f"<p>spotune, {_date(report['reported_at'])}</p></footer>"

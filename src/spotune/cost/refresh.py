@@ -33,6 +33,8 @@ CHUNK = 50
 Progress = Callable[[int, int], None]  # runs read, runs to read
 Found = Entry | str | None  # or why it could not be read; None: there is no such run
 Item = TypeVar("Item")
+# A bucket is shared: what somebody else wrote there in another shape costs a line, not the list.
+_BAD_RECORD = (StoreError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def read_chunk(bucket: str, run_ids: Sequence[str], is_whole: bool, now: float) 
             stamp = stamp_of(store, run_id)
             status = read_run(store, run_id, now)
             return entry_of(store, status, [], stamp, is_whole, now) if status else None
-        except StoreError as error:
+        except _BAD_RECORD as error:
             return f"{run_id} is left out: {error}"
 
     return each(bucket, read, run_ids)
@@ -142,7 +144,7 @@ def _read_known(workspace: Workspace, key: Key, job: JobStatus, now: float) -> F
         return entry_of(store, certify_if_reachable(job, store), history, stamp, True, now)
     except InputError:  # the engine remembers a run whose bucket is gone
         return None
-    except StoreError as error:
+    except _BAD_RECORD as error:
         return f"{key[1]} is left out: {error}"
 
 

@@ -5,6 +5,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from spotune.cost.phases import PAID_PHASES
 from spotune.cost.words import cost_of
 
 ATTEMPT = (
@@ -14,6 +15,7 @@ ATTEMPT = (
 )  # fmt: skip
 _MORE = ("reconciled", "cluster", "gpu_share")
 INDEXED = (*ATTEMPT, *_MORE, "useful_s")  # what the index keeps of an attempt
+ATTEMPT_ROW = ("run_id", *ATTEMPT, *(f"{phase}_s" for phase in PAID_PHASES))
 RUN = (
     "run_id", "state", "user", "team", "kind", "config", "submitted_at", "started_at", "ended_at", "attempts",
     "paid_s", "useful_s", "cost_usd", "on_demand_usd", "saved_usd", "goodput", "useful_steps", "replayed_steps",

@@ -41,7 +41,7 @@ class Wish:
     infra: str = ""
     resources: Resources = field(default_factory=Resources)
     save_every: str = ""
-    budget: str = ""
+    budget: str | None = None
     preemptions: str = ""
     envs: tuple[str, ...] = ()
     secrets: tuple[str, ...] = ()
@@ -80,7 +80,7 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
     workspace.check_bucket_reaches(infra)
     run_id = check_run_id(wish.name) if wish.name else new_run_id(Path(wish.config_path).stem, rng)
     parse_save_every(wish.save_every)
-    budget_usd = parse_usd(wish.budget, BUDGET_FLAG) if wish.budget else None
+    budget_usd = None if wish.budget is None else parse_usd(wish.budget, BUDGET_FLAG)
     if wish.preemptions and backend != LOCAL:
         raise InputError("--preemptions", f"{infra} takes machines away by itself", remedy="--infra local")
     config = load_config(wish.config_path, wish.profile, wish.overrides, wish.default_profile)

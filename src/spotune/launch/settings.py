@@ -1,7 +1,6 @@
 """Settings of a project and of a person: ``config/spotune.yaml``, overlaid by ``$SPOTUNE_HOME/config.yaml``."""
 
 import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from spotune.launch.task import shipped_file
 
 PROJECT = "config/spotune.yaml"
 PERSONAL = "config.yaml"
+_MOST_USD = 1e12
 
 
 @dataclass(frozen=True)
@@ -154,23 +154,28 @@ def _budgets(raw: dict[str, Any], path: Path) -> dict[str, dict[str, MonthlyBudg
     for kind, found in budgets.items():
         for name, amount in _mapping(given.get(kind), path, f"budgets.{kind}").items():
             key = f"budgets.{kind}.{name}"
-            if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not 0 <= amount < math.inf:
+            if not _is_amount(amount):
                 raise InputError(path, f"{amount!r} is not dollars a month", key=key, remedy=f"{name}: 200")
             found[str(name)] = MonthlyBudget("", float(amount), key, str(path))
     return budgets
+
+
+def _is_amount(value: Any) -> bool:
+    """Whether it is a number of dollars, 0 or more."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= _MOST_USD
 
 
 def _check_price(price: dict[str, Any], path: Path, key: str) -> None:
     _known(price, ("on_demand", "spot"), path, f"{key}.")
     for kind in ("on_demand", "spot"):
         amount = price.get(kind)
-        if isinstance(amount, bool) or not isinstance(amount, (int, float)) or amount < 0:
+        if not _is_amount(amount):
             raise InputError(path, f"{amount!r} is not dollars an hour", key=f"{key}.{kind}")
 
 
 def _mapping(value: Any, path: Path, key: str) -> dict[str, Any]:
-    if not isinstance(value or {}, dict):
-        raise InputError(path, "must be a mapping", key=key)
+    if value is not None and not isinstance(value, dict):
+        raise InputError(path, "must be a mapping", key=key, remedy="NAME: VALUE")
     return dict(value or {})
 
 

@@ -181,3 +181,21 @@ def test_two_at_once_do_no_harm(workspace: Workspace) -> None:
         found = list(pool.map(lambda _: listed(workspace), range(8)))
     assert all(one == found[0] for one in found)
     assert len(all_runs(workspace, lambda index: index.attempts(0.0))) == 60
+
+
+def test_a_record_of_another_shape_costs_a_line_not_the_list(workspace: Workspace) -> None:
+    store = workspace.store()
+    write(store, "good", three_attempts())
+    odd = three_attempts()
+    write(store, "odd-prices", replace(odd, run=replace(odd.run, prices=[{"infra": "aws"}])), bills=False)
+    write(store, "odd-bill", odd, bills=False)
+    bill = {"run_id": "odd-bill", "attempt": 1, "started_at": "x", "ended_at": None, "price": {}}
+    store.create(Keys("odd-bill").bill(1), json.dumps(bill).encode())
+    events = {1: [*odd.events[1], event(16, "step", step=1) | {"tokens": 1e300}]}
+    write(store, "odd-tokens", replace(odd, events=events, commits=[], certificate=None), bills=False)
+    said: list[str] = []
+    found = listed(workspace, warn=said.append)
+    assert set(found) == {"good", "odd-bill", "odd-tokens"}
+    assert len(said) == 1
+    assert said[0].startswith("odd-prices is left out: odd-prices: its record holds no price rows")
+    assert found["odd-tokens"]["tokens"] < 1e15
