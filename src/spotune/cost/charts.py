@@ -10,6 +10,7 @@ from spotune.cost import svg, words
 from spotune.cost.scale import number_ticks, placer, time_ticks
 
 _STRIP, _PLOT = 26.0, 220.0
+_LABEL = 0.07  # of the picture's width, on a phone too
 Points = list[tuple[float, float]]
 
 
@@ -89,7 +90,8 @@ def loss_chart(report: Mapping[str, Any]) -> str:
 def _starts(attempts: Sequence[Mapping[str, Any]], last: float) -> tuple[str, str, list[str]]:
     """Where attempts go on, with a band over the steps that are done again: marks, their labels, and in words."""
     x = placer(0, last, svg.SIDE)
-    marks, labels, said = "", "", []
+    marks, said = "", []
+    labels: list[tuple[float, str]] = []  # step, names
     reached = attempts[0]["last_step"] or 0
     for attempt in attempts[1:]:
         if attempt["first_step"]:
@@ -100,11 +102,18 @@ def _starts(attempts: Sequence[Mapping[str, Any]], last: float) -> tuple[str, st
                 marks += f'<rect class="band" x="{x(step):.1f}" width="{width:.1f}" height="{svg.SIDE:g}"/>'
                 said[-1] += f", {again - step} steps again"
             marks += f'<path class="mark" d="M{x(step):.1f} 0V{svg.SIDE:g}"/>'
-            anchor, shift = ("end", -5) if step > last * 0.9 else ("start", 5)
-            place = f'x="{x(step) / 10:.2f}%" dx="{shift}" y="12" text-anchor="{anchor}"'
-            labels += f'<text class="halo" {place}>#{attempt["attempt"]}</text>'
+            if labels and step - labels[-1][0] < last * _LABEL:  # else they would lie on each other
+                labels[-1] = (labels[-1][0], f"{labels[-1][1]} #{attempt['attempt']}")
+            else:
+                labels.append((step, f"#{attempt['attempt']}"))
         reached = max(reached, attempt["last_step"] or 0)
-    return marks, labels, said
+    return marks, "".join(_label(x(step) / 10, names) for step, names in labels), said
+
+
+def _label(at: float, names: str) -> str:
+    """``at`` in percent."""
+    anchor, shift = ("end", -5) if at > 90 else ("start", 5)
+    return f'<text class="halo" x="{at:.2f}%" dx="{shift}" y="12" text-anchor="{anchor}">{names}</text>'
 
 
 def cost_chart(report: Mapping[str, Any]) -> str:
