@@ -66,7 +66,9 @@ def measure(count: int, rounds: int) -> Row:
     try:
         make_runs(folder / "bucket", count)
         environ = {**os.environ, "SPOTUNE_HOME": str(folder / "home"), "SPOTUNE_BUCKET": f"file://{folder}/bucket"}
+        os.sync()  # else the disk is busy with what was made just now
         found = {COLD: cpu_seconds([SPOTUNE, "cost"], environ)}
+        os.sync()
         for name, words in COMMANDS.items():
             calls = [cpu_seconds([SPOTUNE, *words], environ) for _ in range(rounds)]
             cpu, wall = (statistics.median(column) for column in zip(*calls, strict=True))
