@@ -10,6 +10,7 @@ from spotune.cli.progress import ProgressBar
 
 if TYPE_CHECKING:
     from spotune.cost.index import Index
+    from spotune.launch.workspace import Workspace
 
 FORMATS = ("table", "json", "csv", "focus")
 BY = ("user", "team", "infra", "gpu", "day", "week", "kind")
@@ -74,20 +75,18 @@ def _one(run: str, output: str, page: str | None) -> None:
 def _clusters(since: str, since_s: float, output: str) -> None:
     import time
 
-    from spotune.cost.clusters import COLUMNS, flat_rows
+    from spotune.cost.clusters import COLUMNS, cluster_rows, flat_rows, splits_of
     from spotune.cost.clustertable import clusters_text
-    from spotune.cost.collect import all_clusters
 
-    now = time.time()
-    with ProgressBar("reading runs") as progress:
-        rows = all_clusters(open_workspace(), now - since_s, warn=_warn, progress=progress)
-    show(
-        output,
-        rows,
-        flat_rows(rows),
-        COLUMNS,
-        lambda: clusters_text(rows, now) if rows else f"No dev clusters within {since}.",
+    now, workspace = time.time(), open_workspace()
+    store = workspace.store()
+    rows = _indexed(
+        workspace,
+        lambda index: cluster_rows(splits_of(store, index, now - since_s), index.runs(0.0)),
+        asks_clusters=True,
     )
+    nothing = f"No dev clusters within {since}."
+    show(output, rows, flat_rows(rows), COLUMNS, lambda: clusters_text(rows, now) if rows else nothing)
 
 
 def _many(since: str, since_s: float, by: str | None, output: str) -> None:
@@ -96,34 +95,33 @@ def _many(since: str, since_s: float, by: str | None, output: str) -> None:
     from spotune.cost.rows import RUN
     from spotune.cost.table import LISTED, groups_text, runs_text
 
-    from_at = time.time() - since_s
+    from_at, workspace = time.time() - since_s, open_workspace()
     nothing = f"No runs within {since}."
     if output == "focus":
         from spotune.cost.window import charges_since
 
-        _show_focus(_indexed(lambda index: charges_since(index, from_at)))
+        _show_focus(_indexed(workspace, lambda index: charges_since(index, from_at)))
     elif by:
         from spotune.cost.groups import By, columns, group
         from spotune.cost.window import paid_since
 
-        store = open_workspace().store()
-        paid = _indexed(lambda index: paid_since(store, index, from_at), asks_clusters=True)
+        store = workspace.store()
+        paid = _indexed(workspace, lambda index: paid_since(store, index, from_at), asks_clusters=True)
         kind: By = by  # type: ignore[assignment]
         rows = group(kind, paid.runs, paid.attempts, paid.idle)
         show(output, rows, rows, columns(kind), lambda: groups_text(by, rows) if rows else nothing)
     else:
         wanted = {"names": LISTED} if output == "table" else {}
-        totals = [row for _, row in _indexed(lambda index: index.runs(from_at, **wanted))]
+        totals = [row for _, row in _indexed(workspace, lambda index: index.runs(from_at, **wanted))]
         show(output, totals, totals, RUN, lambda: runs_text(totals) if totals else nothing)
 
 
-def _indexed(take: "Callable[[Index], Any]", asks_clusters: bool = False) -> Any:
+def _indexed(workspace: "Workspace", take: "Callable[[Index], Any]", asks_clusters: bool = False) -> Any:
     """What is taken from the index, once it is up to date; a long refresh has a bar, where somebody looks."""
-    from spotune.cost.collect import all_runs, with_clusters
+    from spotune.cost.collect import all_runs
 
-    read = with_clusters if asks_clusters else all_runs
     with ProgressBar("reading runs") as progress:
-        return read(open_workspace(), take, warn=_warn, progress=progress)
+        return all_runs(workspace, take, warn=_warn, progress=progress, asks_clusters=asks_clusters)
 
 
 def _warn(message: str) -> None:

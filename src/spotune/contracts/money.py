@@ -8,6 +8,7 @@ from spotune.contracts.errors import InputError
 from spotune.contracts.records import PriceRow
 
 HOUR_S = 3600.0
+WARN_AT = 0.8  # of a budget, a run's or a month's
 
 
 @dataclass(frozen=True)

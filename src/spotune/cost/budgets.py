@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from spotune.contracts.errors import InputError
-from spotune.contracts.money import usd
-from spotune.cost.collect import with_clusters
+from spotune.contracts.money import WARN_AT, usd
+from spotune.cost.collect import all_runs
 from spotune.cost.index import Index
 from spotune.cost.periods import name_of, start_of
 from spotune.cost.refresh import Progress
@@ -21,8 +21,6 @@ from spotune.launch.infra import ACTIVE
 from spotune.launch.plan import BUDGET_FLAG, Plan
 from spotune.launch.settings import MonthlyBudget
 from spotune.launch.workspace import Workspace
-
-WARN_AT = 0.8
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def read_month(
         left = tuple(_left(budget, name_of("month", since), [*spent, *paid.idle], promised) for budget in budgets)
         return Month(left, totals.get((workspace.env.bucket, run_id)))
 
-    return with_clusters(workspace, take, clock=lambda: now, warn=warn, progress=progress)
+    return all_runs(workspace, take, clock=lambda: now, warn=warn, progress=progress, asks_clusters=True)
 
 
 def within_month(plan: Plan, month: Month) -> Plan:

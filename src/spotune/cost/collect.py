@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from spotune.cost.clusters import cluster_rows, splits_of
 from spotune.cost.index import Index, index_file, use_index
 from spotune.cost.refresh import Progress, refresh, report_of
 from spotune.launch.infra import is_infra
@@ -22,46 +21,24 @@ def report_run(workspace: Workspace, run_id: str, clock: Callable[[], float] = t
     return report_of(workspace.store(status.bucket), status, history, clock())
 
 
-def all_clusters(
-    workspace: Workspace,
-    since: float,
-    clock: Callable[[], float] = time.time,
-    warn: Callable[[str], None] = lambda message: None,
-    progress: Progress | None = None,
-) -> list[dict[str, Any]]:
-    """A row for every dev cluster that was paid for since then."""
-
-    def take(index: Index) -> list[dict[str, Any]]:
-        return cluster_rows(splits_of(workspace.store(), index, since), index.runs(0.0))
-
-    return with_clusters(workspace, take, clock, warn, progress)
-
-
-def with_clusters(
-    workspace: Workspace,
-    take: Callable[[Index], Result],
-    clock: Callable[[], float] = time.time,
-    warn: Callable[[str], None] = lambda message: None,
-    progress: Progress | None = None,
-) -> Result:
-    """As ``all_runs``, once SkyPilot was asked of the dev clusters that were still up when it was last."""
-    from spotune.launch.skypilot.booking import book_open  # here: most reports have nothing to book
-
-    book_open(workspace, warn)
-    return all_runs(workspace, take, clock, warn, progress)
-
-
 def all_runs(
     workspace: Workspace,
     take: Callable[[Index], Result],
     clock: Callable[[], float] = time.time,
     warn: Callable[[str], None] = lambda message: None,
     progress: Progress | None = None,
+    asks_clusters: bool = False,
 ) -> Result:
     """What ``take`` takes from the index, once that is up to date.
 
-    ``warn``: is told of an engine that does not answer; its runs are then as the bucket has them.
+    Args:
+        warn: is told of an engine that does not answer; its runs are then as the bucket has them.
+        asks_clusters: SkyPilot is asked first of the dev clusters that were still up when it was last.
     """
+    if asks_clusters:
+        from spotune.launch.skypilot.booking import book_open  # here: most reports have nothing to book
+
+        book_open(workspace, warn)
 
     def use(index: Index) -> Result:
         refresh(workspace, index, clock(), warn, progress)

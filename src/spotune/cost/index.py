@@ -97,21 +97,11 @@ class Index:
         return [((row[0], row[1]), dict(zip(names, row[2:], strict=True))) for row in found]
 
     def attempts(self, since: float, names: Sequence[str] = COLUMNS) -> list[tuple[Key, dict[str, Any]]]:
-        """Every attempt of those runs, in order of time; ``names``: the columns that are wanted."""
-        columns = ", ".join(f"attempts.{name}" for name in names)
-        found = self._connection.execute(
-            f"SELECT bucket, run_id, {columns} FROM attempts JOIN runs USING (bucket, run_id)"
-            " WHERE submitted_at >= ? ORDER BY attempts.started_at",
-            (since,),
-        )
-        return [((row[0], row[1]), dict(zip(names, row[2:], strict=True))) for row in found]
-
-    def attempts_after(self, at: float, names: Sequence[str]) -> list[tuple[Key, dict[str, Any]]]:
-        """Every attempt that was paid for after that time, of whatever run, in order of time."""
+        """Every attempt that was paid for since then, of whatever run, in order of time; ``names``: those wanted."""
         found = self._connection.execute(
             f"SELECT bucket, run_id, {', '.join(names)} FROM attempts"
             " WHERE started_at + paid_s > ? OR started_at >= ? ORDER BY started_at",
-            (at, at),
+            (since, since),
         )
         return [((row[0], row[1]), dict(zip(names, row[2:], strict=True))) for row in found]
 

@@ -8,7 +8,6 @@ from spotune.contracts.store import Store
 from spotune.cost.clusters import charged, idle_of, splits_of
 from spotune.cost.groups import COLUMNS, Idle, Run
 from spotune.cost.index import Index, Key
-from spotune.cost.rows import INDEXED
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Paid:
 def paid_since(store: Store, index: Index, since: float) -> Paid:
     """``store``: the bucket with the clusters' records."""
     splits = splits_of(store, index, since)
-    attempts = list(charged(clip(index.attempts_after(since, COLUMNS), since), splits))
+    attempts = list(charged(clip(index.attempts(since, COLUMNS), since), splits))
     seen = {key for key, _ in attempts}
     runs: list[Run] = []
     for key, totals in index.runs(0.0):
@@ -41,7 +40,7 @@ def charges_since(index: Index, since: float) -> list[tuple[str, dict[str, Any],
     """Bucket, totals and attempts of every run that was paid for since then; the attempts whole."""
     totals = dict(index.runs(0.0))
     found: dict[Key, list[dict[str, Any]]] = {}
-    for key, attempt in index.attempts_after(since, INDEXED):
+    for key, attempt in index.attempts(since):
         found.setdefault(key, []).append(attempt)
     return [(key[0], totals[key], attempts) for key, attempts in found.items()]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spotune.contracts.keys import Keys
-from spotune.contracts.money import HOUR_S, Place, price_of, usd
+from spotune.contracts.money import HOUR_S, WARN_AT, Place, price_of, usd
 from spotune.contracts.records import AttemptRecord, Bill, RunRecord
 from spotune.contracts.store import Store
 from spotune.guard.context import Context
@@ -23,7 +23,6 @@ from spotune.guard.journal import Journal
 from spotune.guard.say import say
 from spotune.guard.toll import Toll
 
-WARN_AT = 0.8
 KERNEL = Path("/proc")
 
 
