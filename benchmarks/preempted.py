@@ -10,7 +10,6 @@ With ``--grace 0`` the node vanishes without a word: what was trained since the 
 
 import argparse
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,12 +20,11 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from spotune.contracts.keys import Keys  # noqa: E402
-from spotune.contracts.records import Certificate  # noqa: E402
 from spotune.contracts.store import Store  # noqa: E402
 from tests.lab import nodes, sky  # noqa: E402
 from tests.lab.layout import Layout  # noqa: E402
 from tests.lab.managed import Managed  # noqa: E402
+from tests.lab.reference import undisturbed  # noqa: E402
 
 STEPS = 40  # an attempt makes, at most, until it is preempted
 RESOURCES = ["--infra", "slurm/lab/spot", "--no-use-spot", "--gpus", "L4:1", "--cpus", "2", "--memory", "3"]
@@ -40,7 +38,8 @@ def main() -> int:
     lab = Layout.read(os.environ)
     nodes.set_grace(lab, asked.grace)
     config = write_config(lab, STEPS * (asked.times + 1))
-    expected = undisturbed(config)
+    with tempfile.TemporaryDirectory() as home:
+        expected = undisturbed(Path(home), str(config))
     managed = launch(lab, f"grace{asked.grace}", config)
     rows = [preempt(managed, number, asked.grace) for number in range(1, asked.times + 1)]
     weights = managed.wait_for_success(seconds=600)
@@ -64,18 +63,6 @@ def write_config(lab: Layout, steps: int) -> Path:
     config = yaml.safe_load((ROOT / "config/runs/demo.yaml").read_text())
     path.write_text(yaml.safe_dump({**config, "max_steps": steps, "profiles": {}}))
     return path
-
-
-def undisturbed(config: Path) -> str:
-    """``weights_sha256`` of the same training on ``--infra local``."""
-    spotune = str(Path(sys.executable).with_name("spotune"))
-    with tempfile.TemporaryDirectory() as home:
-        environ = {**os.environ, "SPOTUNE_HOME": home}
-        words = ["train", str(config), "--infra", "local", "--name", "reference", "-y"]
-        subprocess.run([spotune, *words], env=environ, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        store = Store(f"file://{home}/bucket")
-        key = Keys("reference").completed
-        return Certificate.from_bytes(store.read(key) or b"", key).weights_sha256
 
 
 def launch(lab: Layout, name: str, config: Path) -> Managed:

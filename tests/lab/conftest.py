@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import Certificate
 from spotune.contracts.store import Store
 from tests.lab import sky
 from tests.lab.down import down
 from tests.lab.layout import LabError, Layout
 from tests.lab.machine import check_machine
 from tests.lab.managed import Managed
+from tests.lab.reference import undisturbed
 from tests.lab.up import up
 
 ROOT = Path(__file__).parents[2]
@@ -102,20 +101,7 @@ def reference(lab: Layout, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
     def train(config: str, *words: str) -> str:
         if (config, *words) not in found:
-            found[config, *words] = _train(tmp_path_factory.mktemp("local"), config, *words)
+            found[config, *words] = undisturbed(tmp_path_factory.mktemp("local"), config, *words)
         return found[config, *words]
 
     return train
-
-
-def _train(home: Path, config: str, *words: str) -> str:
-    spotune = str(Path(sys.executable).with_name("spotune"))
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SPOTUNE_", "SKYPILOT_"))}
-    command = [spotune, "train", config, "--infra", "local", "--name", "reference", "-y", *words]
-    done = subprocess.run(
-        command, env={**kept, "SPOTUNE_HOME": str(home)}, cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    data = Store(f"file://{home}/bucket").read(Keys("reference").completed)
-    assert data
-    return Certificate.from_bytes(data).weights_sha256
