@@ -4,6 +4,7 @@
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)       # STORAGE_EMULATOR_HOST for GCS
         proxy.plan = Plan(error=0.2, reset=0.1)                 # from now on, for every request; seeded
         proxy.plan = Plan(hang=1.0, times=1, method="PUT")      # the next PUT hangs, everything after it is well
+        proxy.plan = Plan(hold=1.0, method="PUT")               # PUTs wait here until the next plan is set
         proxy.away = True                                       # nobody there, until it is False again
         assert proxy.count("PUT", "optimizer.pt") == 2          # what was asked for, faults included
         assert proxy.dealt["hang"] == 1
@@ -41,6 +42,7 @@ class Plan:
         truncate: the body of a GET's answer ends half-way, though more was announced.
         short: the body of a GET's answer ends half-way, and no more is announced.
         flip: one bit of the body of a GET's answer is wrong, and nothing says so.
+        hold: the store does not see the request before another plan is set.
         delay: the answer comes ``delay_s`` late.
         delay_s: see ``delay``.
         bandwidth_bytes_per_s: every body passes no faster than this, in both directions; 0 for no limit.
@@ -59,6 +61,7 @@ class Plan:
     truncate: float = 0.0
     short: float = 0.0
     flip: float = 0.0
+    hold: float = 0.0
     delay: float = 0.0
     delay_s: float = 1.0
     bandwidth_bytes_per_s: float = 0.0
@@ -77,7 +80,7 @@ class Plan:
         return ""
 
 
-CHANCES = ("error", "expired", "reset", "lost", "hang", "truncate", "short", "flip", "delay")
+CHANCES = ("error", "expired", "reset", "lost", "hang", "truncate", "short", "flip", "hold", "delay")
 IN_BODIES = ("truncate", "short", "flip")
 
 
@@ -169,6 +172,8 @@ class FaultProxy:
         body = await self._receive(request, plan)
         if fault == "hang":
             await asyncio.sleep(3600)
+        while fault == "hold" and self.plan is plan:
+            await asyncio.sleep(0.01)
         if fault == "delay":
             await asyncio.sleep(plan.delay_s)
         if fault in ("error", "expired"):

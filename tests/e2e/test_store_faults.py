@@ -288,13 +288,14 @@ def test_new_credentials_in_the_file_are_used(
 def test_the_condition_holds_where_looking_first_does_not(verb: str, proxy: FaultProxy, url: str, big: Path) -> None:
     """Somebody else writes the key after it was looked up, and before our write arrives."""
     last = {"method": "PUT"} if verb == "create" else {"method": "POST", "match": "uploadId="}
-    proxy.plan = Plan(delay=1.0, delay_s=1.0, times=1, **last)
+    proxy.plan = Plan(hold=1.0, times=1, **last)
     store, other = Store(url), Store(url)
     with ThreadPoolExecutor(1) as pool:
         ours = pool.submit(VERBS[verb], store, big)
-        while not proxy.dealt["delay"]:
+        while not proxy.dealt["hold"]:
             time.sleep(0.01)
         other.write("runs/a/y", b"theirs")
+        proxy.plan = Plan()
         assert ours.result(20) is False
     assert store.read("runs/a/y") == b"theirs"
 
