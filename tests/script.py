@@ -31,7 +31,7 @@ class Script:
         return self.start(*flags).wait(120)
 
     def wait_for_step(self, process: "subprocess.Popen[str]", step: int) -> None:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline and process.poll() is None:
             if self.status.exists() and json.loads(self.status.read_text())["step"] >= step:
                 return
