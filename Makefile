@@ -18,7 +18,8 @@ help: ## this list
 
 $(VENV)/.ready: requirements.lock requirements-gpu.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || { echo 'Python 3.11 or 3.12 is needed (make setup PYTHON=python3.11)' >&2; exit 2; }
-	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@# An environment that was left half made has no pip.
+	$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV)
 	@# pip, not uv, for torch alone: pip also takes a wheel that lies on disk (find-links), and it brings the CUDA that fits.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
