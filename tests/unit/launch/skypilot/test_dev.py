@@ -36,7 +36,7 @@ def test_a_run_on_a_cluster_is_a_bare_launch(tmp_path: Path) -> None:
     assert "SPOTUNE_BUCKET" not in task["envs"]
     assert (task["envs"]["SPOTUNE_GPU_SHARE"], task["envs"]["SPOTUNE_KIND"]) == ("2", "dev")
     assert task["run"].endswith('-m spotune.sft "$SPOTUNE_CONFIG" --set max_steps=3 --set seed=1\n')
-    assert "make setup" in task["run"]
+    assert "tasks/setup.sh" in task["run"]
     assert task["resources"] == {"cpus": "1+", "accelerators": "L4:2"}
 
 
@@ -55,7 +55,7 @@ def test_a_notebook_asks_the_queue_for_no_gpu(tmp_path: Path) -> None:
     assert task["name"] == "notebook"
     assert task["resources"] == {"cpus": "1+"}
     assert "setup" not in task
-    assert task["run"].index("make setup") < task["run"].index("jupyterlab --no-browser")
+    assert task["run"].index("tasks/setup.sh") < task["run"].index("jupyterlab --no-browser")
     assert task["envs"]["NOTEBOOK_PORT"] == "20001"
 
 
