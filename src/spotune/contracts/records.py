@@ -70,7 +70,7 @@ class RunRecord(Record):
         model_files: the same of the base model: ``{name, size, sha256}`` a file, ``{name, revision}`` from a hub.
         save_every: ``50`` (steps), ``5m``, or empty for the default.
         prices: a row for every candidate that the run may land on.
-        use_spot: whether its machines may be taken away.
+        use_spot: whether its machines may be taken away; ``may_be_on_demand``: they may also be others.
         budget_usd: what it may cost in all, as asked for; training pauses there. None: no wall.
         month_usd: without that, the wall that was left to it by the month's budget of ``month_of``, ``user alice``.
         kind: ``prod`` for managed jobs, ``dev`` for interactive runs.
@@ -93,6 +93,7 @@ class RunRecord(Record):
     model_files: list[dict[str, Any]] = field(default_factory=list)
     infra: str = ""
     use_spot: bool = True
+    may_be_on_demand: bool = False
     priority: int = 0
     save_every: str = ""
     budget_usd: float | None = None

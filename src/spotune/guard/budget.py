@@ -141,7 +141,8 @@ def _attempt_usd(store: Store, keys: Keys, run: RunRecord, attempt: int, lead_s:
 
 def _usd_per_s(run: RunRecord, record: AttemptRecord) -> float:
     """Where no row was frozen for the place, the dearest one counts: what was spent is not understated."""
-    place = Place(record.infra, record.region, record.zone, use_spot=run.use_spot)
+    use_spot = None if run.use_spot and run.may_be_on_demand else run.use_spot  # this machine does not know which
+    place = Place(record.infra, record.region, record.zone, use_spot=use_spot)
     price = price_of(place, run.price_rows())
     return record.num_nodes * (price.price_usd_per_hour if price else _dearest(run)) / HOUR_S
 

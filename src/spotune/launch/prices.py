@@ -20,12 +20,22 @@ class Offers:
         rows: the cheapest first; also those of places that it may not be launched on, to compare with.
         chosen: what SkyPilot tries first, as far as prices tell.
         notes: what is to be said beside the prices.
+        kinds: whether it may get spot machines (True), others (False), or either; empty: the kind of ``chosen``.
     """
 
     task: dict[str, Any]
     rows: list[PriceRow]
     chosen: PriceRow
     notes: tuple[str, ...] = ()
+    kinds: frozenset[bool] = frozenset()
+
+    @property
+    def may_be_spot(self) -> bool:
+        return True in (self.kinds or {self.chosen.use_spot})
+
+    @property
+    def may_be_either(self) -> bool:
+        return len(self.kinds) > 1
 
 
 def local_prices(settings: Settings, gpus: Sequence[Gpu], demand: Demand, at: float) -> list[PriceRow]:

@@ -9,6 +9,7 @@ from typing import Any
 from spotune.contracts import environment, exits
 from spotune.contracts.config import read_yaml
 from spotune.contracts.errors import InputError
+from spotune.launch.alternatives import each_of, may_be_spot, override
 
 TRAIN = "tasks/train.yaml"
 _RESERVED = (
@@ -20,7 +21,7 @@ _RESERVED = (
 
 @dataclass(frozen=True)
 class Resources:
-    """What the command line changes in a task's ``resources``; None leaves what the task says."""
+    """What the command line changes in a task's ``resources``, in each alternative; None leaves what it says."""
 
     gpus: str | None = None
     num_nodes: int | None = None
@@ -35,7 +36,8 @@ class Demand:
     """What a job asks of an infrastructure, read from its task.
 
     Attributes:
-        gpu: name of the accelerator, empty for none; ``gpus`` of them on each node.
+        gpu: name of the first accelerator, empty for none; ``gpus`` of them on each node.
+        use_spot: whether any alternative is a spot machine.
         max_restarts: ``max_restarts_on_errors``.
         recover_codes: ``recover_on_exit_codes``.
     """
@@ -78,18 +80,13 @@ def load_task(cwd: Path, name: str = TRAIN) -> tuple[Path, dict[str, Any]]:
 def fill_in(task: Mapping[str, Any], envs: Mapping[str, str], resources: Resources, run_id: str) -> dict[str, Any]:
     """A copy of the task with its name, environment and resources as this run wants them."""
     filled = {**task, "name": run_id, "envs": {**_texts(task.get("envs")), **envs}}
-    wanted = dict(task.get("resources") or {})
+    said = {name: getattr(resources, name) for name in ("use_spot", "priority", "cpus", "memory")}
     if resources.gpus is not None:
         parse_gpus(resources.gpus, "--gpus")
-        wanted["accelerators"] = resources.gpus
-        for alternatives in ("any_of", "ordered"):
-            wanted.pop(alternatives, None)
-    if resources.use_spot is not None:
-        wanted["use_spot"] = resources.use_spot
-    for name in ("priority", "cpus", "memory"):
-        if (value := getattr(resources, name)) is not None:
-            wanted[name] = value
-    if wanted:
+        said["accelerators"] = resources.gpus
+    changes = {name: value for name, value in said.items() if value is not None}
+    machine = ("instance_type",) if resources.gpus is not None else ()  # that of other GPUs
+    if wanted := override(task.get("resources") or {}, changes, without=machine):
         filled["resources"] = wanted
     if resources.num_nodes is not None:
         filled["num_nodes"] = resources.num_nodes
@@ -112,11 +109,8 @@ def env_pairs(pairs: Iterable[str]) -> dict[str, str]:
 
 def demand_of(task: Mapping[str, Any], where: object = "task") -> Demand:
     """What the task asks for; raises InputError naming what cannot be read."""
-    resources = dict(task.get("resources") or {})
-    for alternatives in ("any_of", "ordered"):
-        first = (resources.get(alternatives) or [None])[0]
-        if isinstance(first, dict):
-            resources = {**first, **resources}
+    wanted = task.get("resources") or {}
+    resources = each_of(wanted)[0]
     recovery = resources.get("job_recovery") or {}
     recovery = recovery if isinstance(recovery, dict) else {}
     gpu, gpus = _first_accelerator(resources.get("accelerators"), where)
@@ -128,7 +122,7 @@ def demand_of(task: Mapping[str, Any], where: object = "task") -> Demand:
             gpu=gpu,
             gpus=gpus,
             num_nodes=1 if nodes is None else int(nodes),
-            use_spot=bool(resources.get("use_spot", False)),
+            use_spot=may_be_spot(wanted),
             priority=int(resources.get("priority") or 0),
             max_restarts=int(recovery.get("max_restarts_on_errors") or 0),
             recover_codes=tuple(int(code) for code in codes or []),

@@ -65,6 +65,23 @@ def test_filling_in_leaves_the_original_alone() -> None:
     assert (filled["name"], filled["num_nodes"]) == ("run-a", 2)
 
 
+def test_flags_hold_for_each_alternative() -> None:
+    """In SkyPilot an entry's words win over those above it."""
+    here, there = {"infra": "aws", "accelerators": "L4:1", "use_spot": True}, {"infra": "gcp", "instance_type": "g2"}
+    task = {"run": "x", "resources": {"use_spot": False, "any_of": [here, there, {"infra": "gcp", "cpus": 4}]}}
+    assert demand_of(task).use_spot
+    flags = Resources(gpus="H100:1", use_spot=False, priority=3)
+    filled = fill_in(task, {}, flags, "run-a")
+    assert filled["resources"] == {
+        "accelerators": "H100:1", "use_spot": False, "priority": 3,
+        "any_of": [{"infra": "aws"}, {"infra": "gcp"}, {"infra": "gcp", "cpus": 4}],
+    }  # fmt: skip
+    assert not demand_of(filled).use_spot
+    ordered = {"run": "x", "resources": {"ordered": [{"use_spot": True}, {"use_spot": False}]}}
+    assert fill_in(ordered, {}, Resources(use_spot=True), "run-a")["resources"] == {"use_spot": True}
+    assert demand_of(ordered).use_spot
+
+
 def test_shipped_settings_and_their_overlay(tmp_path: Path) -> None:
     shipped = load_settings(tmp_path, tmp_path / "home")
     assert shipped.infra == "local"

@@ -10,11 +10,42 @@ from typing import Any
 from spotune.contracts.errors import SpotuneError
 from spotune.launch.skypilot import engine
 from spotune.launch.skypilot.history import accelerators_of
-from spotune.launch.skypilot.prices import Quote
+from spotune.launch.skypilot.prices import Choice, Quote
 from spotune.launch.skypilot.slurm import Partition
 
 CATALOG = "SkyPilot's catalog"
 SLURM_PRICING = "slurm.pricing of SkyPilot's config"
+
+
+PODS = ("kubernetes", "ssh")
+
+
+def has_spot(name: str, task: Any) -> bool:
+    """Whether a cloud has spot machines at all. Of pods only their own cluster can tell: taken for a yes."""
+    if name in PODS:
+        return True
+    try:
+        with engine.translated():
+            spot = engine.sdk().clouds.CloudImplementationFeatures.SPOT_INSTANCE
+            engine.cloud(name).check_features_are_supported(next(iter(task.resources)), {spot})
+    except SpotuneError:
+        return False
+    return True
+
+
+def choices(task: Any) -> list[Choice]:
+    """The task's alternatives, in their order if they have one (then ``task.resources`` is a list)."""
+    return [
+        Choice(
+            accelerators=accelerators_of(one.accelerators),
+            use_spot=bool(one.use_spot),
+            cloud=str(one.cloud or "").lower(),
+            region=one.region or "",
+            zone=one.zone or "",
+            instance_type=one.instance_type or "",
+        )
+        for one in task.resources
+    ]
 
 
 def cloud_quotes(name: str, task: Any) -> list[Quote]:
@@ -26,17 +57,17 @@ def cloud_quotes(name: str, task: Any) -> list[Quote]:
     for resources in task.resources:
         try:
             with engine.translated():
-                found.update(dict.fromkeys(_quotes(name, resources)))
+                found.update(dict.fromkeys(_quotes(name, resources, task.num_nodes)))
         except SpotuneError:
             continue
     return list(found)
 
 
-def _quotes(name: str, resources: Any) -> Iterator[Quote]:
+def _quotes(name: str, resources: Any, num_nodes: int) -> Iterator[Quote]:
     cloud = engine.cloud(name)
     for use_spot in (True, False):
         wanted = resources.copy(cloud=cloud, use_spot=use_spot)
-        for machine in cloud.get_feasible_launchable_resources(wanted).resources_list:
+        for machine in cloud.get_feasible_launchable_resources(wanted, num_nodes).resources_list:
             accelerators = machine.accelerators or resources.accelerators
             regions = cloud.regions_with_offering(
                 machine.instance_type, accelerators, use_spot, resources.region, resources.zone

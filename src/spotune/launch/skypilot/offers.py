@@ -4,14 +4,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from spotune.contracts.errors import InputError
+from spotune.contracts.errors import InfraError, InputError
 from spotune.contracts.records import PriceRow
+from spotune.launch.alternatives import may_be_spot, override
 from spotune.launch.infra import ANY, cloud_of
 from spotune.launch.prices import Offers
 from spotune.launch.settings import SlurmSettings
 from spotune.launch.skypilot import engine, slurm
-from spotune.launch.skypilot.catalog import CATALOG, SLURM_PRICING, cloud_quotes, slurm_quotes
-from spotune.launch.skypilot.prices import choose, price_rows, within
+from spotune.launch.skypilot.catalog import (
+    CATALOG,
+    PODS,
+    SLURM_PRICING,
+    choices,
+    cloud_quotes,
+    has_spot,
+    slurm_quotes,
+)
+from spotune.launch.skypilot.prices import choose, first_tried, price_rows, within
 from spotune.launch.skypilot.slurm import Partition
 from spotune.launch.skypilot.task import placed
 
@@ -38,24 +47,50 @@ def make_offers(wanted: Wanted, at: float) -> Offers:
     cloud = cloud_of(wanted.infra)
     if cloud == "slurm":
         return _on_slurm(wanted, at)
-    resources = wanted.task.get("resources") or {}
-    task = {**wanted.task, "resources": placed(resources, wanted.infra)}
+    clouds = [name for name in engine.enabled_clouds() if name != "slurm"] if cloud == ANY else [cloud]
+    task, asked, notes = _feasible(wanted, clouds)
+    rows = price_rows((quote for name in clouds for quote in cloud_quotes(name, asked)), CATALOG, at)
+    open_to = choices(asked)
+    kinds = frozenset(one.use_spot for one in open_to)
+    chosen = first_tried(within(rows, wanted.infra), open_to, isinstance(asked.resources, list))
+    if chosen is None:
+        chosen = _unpriced(wanted.infra, True in kinds, CATALOG, at)
+        rows = [chosen, *rows]
+    return Offers(task, rows, chosen, notes, kinds)
+
+
+def _feasible(wanted: Wanted, clouds: Sequence[str]) -> tuple[dict[str, Any], Any, tuple[str, ...]]:
+    """The task at its place, that as SkyPilot reads it, and what is to be said.
+
+    A task that wants spot machines where there are none gets others, unless they were asked for with ``--use-spot``.
+    """
+    task = {**wanted.task, "resources": placed(wanted.task.get("resources") or {}, wanted.infra)}
+    asked = engine.task(task)
+    wants_spot = may_be_spot(task["resources"])
+    if wants_spot and clouds and not any(has_spot(name, asked) for name in clouds):
+        if wanted.use_spot:
+            raise InputError("--use-spot", f"{wanted.infra} has no spot machines", remedy="--no-use-spot")
+        return _on_demand(task, wanted.infra)
+    try:
+        engine.check_feasible(asked)
+    except InfraError:
+        if wants_spot and not wanted.use_spot and clouds and set(clouds) <= set(PODS):
+            return _on_demand(task, wanted.infra)
+        raise
+    return task, asked, ()
+
+
+def _on_demand(task: dict[str, Any], infra: str) -> tuple[dict[str, Any], Any, tuple[str, ...]]:
+    task = {**task, "resources": override(task["resources"], {}, without=("use_spot",))}
     asked = engine.task(task)
     engine.check_feasible(asked)
-    clouds = [name for name in engine.enabled_clouds() if name != "slurm"] if cloud == ANY else [cloud]
-    rows = price_rows((quote for name in clouds for quote in cloud_quotes(name, asked)), CATALOG, at)
-    use_spot = bool(resources.get("use_spot"))
-    chosen = choose(within(rows, wanted.infra), use_spot)
-    if chosen is None:
-        chosen = _unpriced(wanted.infra, use_spot, CATALOG, at)
-        rows = [chosen, *rows]
-    return Offers(task, rows, chosen)
+    return task, asked, (f"{infra} has no spot machines for this: on demand instead",)
 
 
 def _on_slurm(wanted: Wanted, at: float) -> Offers:
     known = slurm.partitions_of(wanted.infra, wanted.slurm, wanted.environ)
     resources = wanted.task.get("resources") or {}
-    use_spot = bool(resources.get("use_spot"))
+    use_spot = may_be_spot(resources)
     places = narrowed(wanted.infra, wanted.use_spot, use_spot, known)
     task = {**wanted.task, "resources": placed(resources, wanted.infra, places)}
     asked = engine.task(task)
@@ -69,7 +104,8 @@ def _on_slurm(wanted: Wanted, at: float) -> Offers:
         rows = [chosen, *rows]
     kind = "may be preempted" if chosen.use_spot else "is not preempted"
     where = f"partition {chosen.zone} {kind}" if chosen.zone != "*" else "SkyPilot chooses"
-    return Offers(task, rows, chosen, (f"slurm has no spot machines, the partition decides: {where}",))
+    notes = (f"slurm has no spot machines, the partition decides: {where}",)
+    return Offers(task, rows, chosen, notes, frozenset(row.use_spot for row in open_to))
 
 
 def narrowed(infra: str, said: bool | None, use_spot: bool, known: Mapping[str, Sequence[Partition]]) -> list[str]:

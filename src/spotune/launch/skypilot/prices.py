@@ -23,6 +23,28 @@ class Quote:
     usd_per_hour: float
 
 
+@dataclass(frozen=True)
+class Choice:
+    """One of a task's alternatives, as far as prices depend on it; empty: any. ``accelerators`` as in a price row."""
+
+    accelerators: str
+    use_spot: bool
+    cloud: str = ""
+    region: str = ""
+    zone: str = ""
+    instance_type: str = ""
+
+    def takes(self, row: PriceRow) -> bool:
+        places = (
+            (self.cloud, row.infra),
+            (self.region, row.region),
+            (self.zone, row.zone),
+            (self.instance_type, row.instance_type),
+            (self.accelerators, row.accelerators),
+        )
+        return self.use_spot == row.use_spot and all(asked in ("", found) or found == "*" for asked, found in places)
+
+
 def price_rows(quotes: Iterable[Quote], source: str, at: float) -> list[PriceRow]:
     """The cheapest first. Zones that cost the same are one row for their region.
 
@@ -66,6 +88,16 @@ def within(rows: Sequence[PriceRow], infra: str) -> list[PriceRow]:
     return [row for row in rows if region in ("", "*", row.region) and (zone in ("", "*") or row.zone in ("*", zone))]
 
 
+def first_tried(rows: Sequence[PriceRow], choices: Sequence[Choice], is_ordered: bool) -> PriceRow | None:
+    """What SkyPilot tries first: the cheapest of the places that a choice takes, of ordered ones the first's."""
+    groups = [[one] for one in choices] if is_ordered else [choices]
+    for group in groups:
+        fits = [row for row in rows if any(one.takes(row) for one in group)]
+        if fits:
+            return min(fits, key=lambda row: row.price_usd_per_hour)
+    return None
+
+
 def choose(rows: Sequence[PriceRow], use_spot: bool) -> PriceRow | None:
-    """What SkyPilot tries first: the cheapest of the kind that was asked for, else of any kind."""
+    """On Slurm, where partitions are of a kind: the cheapest of the kind that was asked for, else of any kind."""
     return min(rows, key=lambda row: (row.use_spot != use_spot, row.price_usd_per_hour), default=None)

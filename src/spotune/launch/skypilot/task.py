@@ -6,6 +6,7 @@ from typing import Any
 from spotune.contracts import exits
 from spotune.contracts.environment import BUCKET
 from spotune.contracts.errors import InputError
+from spotune.launch.alternatives import LISTS, each_of, override
 from spotune.launch.infra import ANY, Submission, cloud_of
 from spotune.launch.skypilot.jobs import MARK
 
@@ -43,17 +44,10 @@ def placed(resources: Mapping[str, Any], infra: str, partitions: Sequence[str] =
     Args:
         partitions: where on Slurm it may run, ``slurm/CLUSTER/PARTITION``; empty: wherever SkyPilot likes.
     """
-    wanted = dict(resources)
     cloud = cloud_of(infra)
     if cloud == ANY:
-        return wanted
-    for name in ("any_of", "ordered"):
-        if isinstance(wanted.get(name), list):
-            wanted[name] = [_unplaced(one, cloud) for one in wanted[name]]
-    for name in _PLACES:
-        wanted.pop(name, None)
-    if cloud == "slurm":
-        wanted.pop("use_spot", None)
+        return dict(resources)
+    wanted = override(resources, {}, without=(*_PLACES, "use_spot") if cloud == "slurm" else _PLACES)
     if len(partitions) > 1:
         kind = "ordered" if wanted.get("ordered") else "any_of"
         wanted[kind] = [{**one, "infra": place} for one in wanted.get(kind) or [{}] for place in partitions]
@@ -64,6 +58,9 @@ def placed(resources: Mapping[str, Any], infra: str, partitions: Sequence[str] =
 
 def recovered(resources: Mapping[str, Any]) -> dict[str, Any]:
     """``resources`` of a job that is given another machine when it exits with 75, whatever else its task says."""
+    for name in LISTS:
+        if isinstance(resources.get(name), list):
+            resources = {**resources, name: [_recovered_if_said(one) for one in resources[name]]}
     given = resources.get("job_recovery") or {}
     recovery = dict(given) if isinstance(given, Mapping) else {"strategy": given}
     codes = recovery.get("recover_on_exit_codes") or []
@@ -81,17 +78,11 @@ def queued(config: Mapping[str, Any], nice: int) -> dict[str, Any]:
 
 
 def is_placed(resources: Mapping[str, Any]) -> bool:
-    alternatives = [one for name in ("any_of", "ordered") for one in resources.get(name) or []]
-    return any(
-        isinstance(one, Mapping) and any(one.get(name) for name in _PLACES) for one in [resources, *alternatives]
-    )
+    return any(one.get(name) for one in each_of(resources) for name in _PLACES)
 
 
-def _unplaced(resources: Any, cloud: str) -> Any:
-    if not isinstance(resources, dict):
-        return resources
-    gone = (*_PLACES, "use_spot") if cloud == "slurm" else _PLACES
-    return {name: value for name, value in resources.items() if name not in gone}
+def _recovered_if_said(one: Any) -> Any:
+    return recovered(one) if isinstance(one, Mapping) and "job_recovery" in one else one
 
 
 def check_submission(submission: Submission) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,13 +16,13 @@ from spotune.contracts.errors import InfraError, InputError
 from spotune.contracts.money import Place, price_of
 from spotune.launch.infra import CLOUDS, JobStatus, PaidInterval, Submission, cloud_of, infra_of, is_infra, spell
 from spotune.launch.settings import SlurmSettings, load_settings
-from spotune.launch.skypilot import slurm
+from spotune.launch.skypilot import offers, slurm
 from spotune.launch.skypilot.catalog import slurm_machine
 from spotune.launch.skypilot.infra import SkyInfra
 from spotune.launch.skypilot.jobs import ManagedJob
 from spotune.launch.skypilot.offers import narrowed
 from spotune.launch.skypilot.preempt import take_machine
-from spotune.launch.skypilot.prices import Quote, choose, price_rows, within
+from spotune.launch.skypilot.prices import Choice, Quote, choose, first_tried, price_rows, within
 from spotune.launch.skypilot.registry import Entry, Registry
 from spotune.launch.skypilot.server import Server, server_problems
 from spotune.launch.skypilot.slurm import Partition
@@ -169,6 +170,33 @@ def test_a_task_at_its_place() -> None:
     assert two["any_of"] == [{"accelerators": "L4:1", "infra": f"slurm/lab/{name}"} for name in "ab"]
 
 
+def test_pods_without_spot_nodes_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only SkyPilot's server can tell: it is asked, and asked again without spot."""
+
+    def check(job: Any) -> None:
+        if job.config["resources"].get("use_spot"):
+            raise InfraError("SkyPilot: no spot nodes")
+
+    monkeypatch.setattr(offers.engine, "task", lambda config: SimpleNamespace(config=config))
+    monkeypatch.setattr(offers.engine, "check_feasible", check)
+    task = {"resources": {"accelerators": "L4:1", "use_spot": True}}
+    found, _, notes = offers._feasible(offers.Wanted(task, "kubernetes/lab"), ["kubernetes"])
+    assert found["resources"] == {"accelerators": "L4:1", "infra": "kubernetes/lab"}
+    assert notes == ("kubernetes/lab has no spot machines for this: on demand instead",)
+    with pytest.raises(InfraError, match="no spot nodes"):
+        offers._feasible(offers.Wanted(task, "kubernetes/lab", use_spot=True), ["kubernetes"])
+
+
+def test_what_is_tried_first() -> None:
+    rows = price_rows([quote("a", 0.4), quote("b", 0.8, use_spot=False, accelerators="T4:1")], "catalog", 0.0)
+    spot, other = Choice("L4:1", True, "aws", "us-east-1"), Choice("T4:1", False)
+    for choices, is_ordered, usd in (([other, spot], False, 0.4), ([other, spot], True, 0.8), ([other], False, 0.8)):
+        found = first_tried(rows, choices, is_ordered)
+        assert found
+        assert found.price_usd_per_hour == usd
+    assert first_tried(rows, [Choice("L4:1", False), Choice("L4:1", True, "gcp")], False) is None
+
+
 def test_a_submission_as_a_task() -> None:
     task = {"workdir": ".", "run": "x", "secrets": {"A": None}, "resources": {"infra": "slurm/lab/spot", "priority": 3}}
     task["envs"] = {"SPOTUNE_BUCKET": "file:///b"}
@@ -203,6 +231,8 @@ def test_75_is_always_worth_another_machine() -> None:
     }
     named = {"job_recovery": {"max_restarts_on_errors": 3, "recover_on_exit_codes": 41}}
     assert recovered(named)["job_recovery"] == {"max_restarts_on_errors": 3, "recover_on_exit_codes": [41, 75]}
+    alternatives = recovered({"any_of": [{"job_recovery": "FAILOVER"}, {"cpus": 4}]})["any_of"]
+    assert [one.get("job_recovery", {}).get("recover_on_exit_codes") for one in alternatives] == [[75], None]
     assert recovered({"job_recovery": {"recover_on_exit_codes": [75]}}) == {
         "job_recovery": {"recover_on_exit_codes": [75]}
     }
