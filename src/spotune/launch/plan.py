@@ -1,6 +1,6 @@
 """What would run, where and at what price: made from a wish without doing anything, so that it can be shown."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -90,7 +90,7 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
     task_path, task = load_task(workspace.cwd)
     task = fill_in(task, _environment(wish, workspace, run_id), wish.resources, run_id)
     demand = _check_demand(demand_of(task, task_path), wish, infra, task_path)
-    secrets = _secrets(wish, workspace.environ)
+    secrets = secrets_of(wish.secrets, workspace.environ)
     now = clock()
     offered = _offers(task, wish, infra, demand, workspace, now)
     if budget_usd is not None:
@@ -193,13 +193,15 @@ def _environment(wish: Wish, workspace: Workspace, run_id: str) -> dict[str, str
     return {**env_pairs(wish.envs), **ours}
 
 
-def _secrets(wish: Wish, environ: Mapping[str, str]) -> dict[str, str]:
-    for name in wish.secrets:
+def secrets_of(names: Iterable[str], environ: Mapping[str, str]) -> dict[str, str]:
+    """``--secret NAME`` as a mapping, the values from here; raises InputError for one that has none."""
+    names = tuple(names)
+    for name in names:
         if "=" in name:
             raise InputError("--secret", "takes a name, not a value", remedy=f"export {name.partition('=')[0]}=… first")
         if name not in environ:
             raise InputError("--secret", f"{name} is not set here", remedy=f"export {name}=… first")
-    return {name: environ[name] for name in wish.secrets}
+    return {name: environ[name] for name in names}
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
