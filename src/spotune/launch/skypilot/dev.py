@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import SystemRandom
 from typing import Any
@@ -86,8 +86,8 @@ def up(wish: DevWish, workspace: Workspace) -> Up:
     if found and is_up:
         jobs = clusters.list_jobs(wish.name)
         is_held = "keeper" in [job.name for job in jobs if job.is_active]
-        if not finish_setup(wish.name, jobs, lambda: _setup_job(wish, workspace), wish.name, DEV_JOB):
-            notes = differences(wish, found)
+        is_anew = finish_setup(wish.name, jobs, lambda: _setup_job(wish, workspace), wish.name, DEV_JOB)
+        notes = differences(replace(wish, envs={}, secrets={}) if is_anew else wish, found)
     else:
         # A place that cannot stop a cluster might be chosen: until it is known, what is idle is taken down.
         clusters.launch(_dev_task(wish, workspace), wish.name, idle, wish.down or not (found and _can_stop(found)))

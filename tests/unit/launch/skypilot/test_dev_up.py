@@ -93,13 +93,13 @@ def test_a_setup_that_failed_or_was_stopped_is_done_again(sky: FakeSky, there: W
     sky.add("dev")
     if left:
         sky.add_job("dev", left)
-    done = up(DevWish("dev", envs={"A": "1"}), there)
+    done = up(DevWish("dev", gpus="L4:2", envs={"A": "1"}), there)
     setup, keeper = (task for (task,) in sky.asked("exec"))
     assert (setup["name"], setup["resources"], setup["envs"]["A"]) == ("dev", {"cpus": "1+"}, "1")
     assert "make setup" in setup["run"]
     assert "setup" not in setup
     assert keeper["name"] == "keeper"
-    assert (done.is_new, done.notes[:1]) == (False, ())
+    assert (done.is_new, done.notes) == (False, ("dev has L4:1, not L4:2 (another --name, or dev down first)",))
 
 
 def test_a_setup_under_way_is_waited_for(sky: FakeSky, there: Workspace) -> None:
