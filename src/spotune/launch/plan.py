@@ -128,7 +128,7 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
         task_path=task_path,
         offers=offered.rows,
         chosen=offered.chosen,
-        notes=offered.notes,
+        notes=(*offered.notes, *code.notes()),
         code=code,
         allow_config_change=wish.allow_config_change,
     )

@@ -38,9 +38,8 @@ def promote(source: str, wish: Wish, workspace: Workspace) -> Plan:
         raise InputError(source, "its code is not known: it was not submitted from a git commit")
     for fact, what in (("commit", "code"), ("diff_sha256", "uncommitted code")):
         if record.code.get(fact) != plan.record.code.get(fact):
-            remedy = (
-                f"git checkout {record.code['commit'][:12]}" if fact == "commit" else "runs/…/code/diff.patch has it"
-            )
+            patch = f"{plan.bucket}/{Keys(source).code}/diff.patch has what it was"
+            remedy = f"git checkout {record.code['commit'][:12]}" if fact == "commit" else patch
             raise InputError(source, f"its {what} has changed since", remedy=remedy)
     return plan
 

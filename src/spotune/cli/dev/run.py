@@ -73,7 +73,12 @@ def _on_cluster(config: str, name: str, infra: str, cluster: str, wish: "RunWish
         for note in up.notes:
             say(note)
     found = clusters.find_cluster(cluster)
-    job_id = clusters.execute(dev.run_task(config, run_id, found, wish, workspace), cluster)
+    task, kept = dev.run_task(config, run_id, found, wish, workspace), dev.keep_code(run_id, workspace)
+    try:
+        job_id = clusters.execute(task, cluster)
+    except BaseException:
+        workspace.store().delete(kept)
+        raise
     say(f"{run_id}: job {job_id} on {cluster}")
     try:
         return clusters.follow(cluster, job_id)
