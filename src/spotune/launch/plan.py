@@ -92,6 +92,10 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
     demand = _check_demand(demand_of(task, task_path), wish, infra, task_path)
     secrets = _secrets(wish, workspace.environ)
     now = clock()
+    if backend != LOCAL:
+        from spotune.launch.skypilot.sent import check_sent
+
+        check_sent(config, files, wish.config_path, workspace.cwd, task, infra)
     offered = _offers(task, wish, infra, demand, workspace, now)
     if budget_usd is not None:
         check_priced(offered.chosen)
