@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import copyfile
@@ -12,7 +13,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from spotune.contracts.errors import InputError
-from spotune.contracts.keys import Keys
 from spotune.contracts.store import Store
 
 MAX_PATCH_BYTES = 10 << 20
@@ -30,12 +30,14 @@ class Code:
     Attributes:
         diff: what differs from the commit, as a patch; code that git does not know yet is new in it.
         untracked: files that git does not know and does not ignore, names only.
+        url: of the repository that a machine fetches it from; empty where the folder here is sent.
     """
 
     commit: str = ""
     branch: str = ""
     diff: bytes = b""
     untracked: tuple[str, ...] = ()
+    url: str = ""
 
     @property
     def dirty(self) -> bool:
@@ -48,10 +50,11 @@ class Code:
 
     def facts(self) -> dict[str, Any]:
         """What ``run.json`` and ``code/commit.json`` say."""
-        if not self.commit:
+        if not self.commit and not self.url:
             return {}
         return {
             "commit": self.commit,
+            **({"url": self.url} if self.url else {}),
             "branch": self.branch,
             "dirty": self.dirty,
             "diff_sha256": hashlib.sha256(self.diff).hexdigest() if self.diff else "",
@@ -91,15 +94,33 @@ def read_code(folder: Path) -> Code:
         raise InputError(folder, what, remedy="git status there says more") from error
 
 
-def keep_code(code: Code, store: Store, keys: Keys, written: list[str] | None = None) -> None:
-    """Writes the snapshot to the run's ``code/``, each key also to ``written`` before it is."""
-    files = {"commit.json": json.dumps(code.facts(), indent=1).encode()} if code.commit else {}
+def sent_code(task: Mapping[str, Any], folder: Path) -> Code:
+    """The code that a task runs: of ``folder``, or what its git reference names."""
+    workdir = task.get("workdir")
+    if not isinstance(workdir, Mapping):
+        return read_code(folder)
+    ref = str(workdir.get("ref") or "")
+    return Code(commit=ref if re.fullmatch("[0-9a-f]{40}", ref) else "", branch=ref, url=str(workdir.get("url") or ""))
+
+
+def differs(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """In which of the facts two snapshots differ, in words; empty where they do not."""
+    if then.get("url", "") != now.get("url", ""):
+        return f"from {now.get('url') or 'the folder'}, not {then.get('url') or 'the folder'}"
+    if then.get("commit") != now.get("commit"):
+        return f"commit {str(now.get('commit'))[:12]}, not {str(then.get('commit'))[:12]}"
+    return "" if then.get("diff_sha256") == now.get("diff_sha256") else "its uncommitted changes are others"
+
+
+def keep_code(code: Code, store: Store, folder: str, written: list[str] | None = None) -> None:
+    """Writes the snapshot to the keys ``folder/…``, each also to ``written`` before it is."""
+    files = {"commit.json": json.dumps(facts, indent=1).encode()} if (facts := code.facts()) else {}
     if code.diff and code.is_kept:
         files["diff.patch"] = code.diff
     for name, data in files.items():
         if written is not None:
-            written.append(f"{keys.code}/{name}")
-        store.write(f"{keys.code}/{name}", data)
+            written.append(f"{folder}/{name}")
+        store.write(f"{folder}/{name}", data)
 
 
 def _is_code(path: Path) -> bool:

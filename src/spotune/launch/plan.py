@@ -17,7 +17,7 @@ from spotune.contracts.keys import check_run_id, new_run_id
 from spotune.contracts.money import parse_usd
 from spotune.contracts.records import PriceRow, RunRecord, fingerprint
 from spotune.launch.checks import check_model
-from spotune.launch.code import Code, read_code
+from spotune.launch.code import Code, sent_code
 from spotune.launch.infra import LOCAL, Submission, infra_of, spell
 from spotune.launch.local.gpus import find_gpus
 from spotune.launch.preemptions import read_preemptions
@@ -99,7 +99,7 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
     offered = _offers(task, wish, infra, demand, workspace, now)
     if budget_usd is not None:
         check_priced(offered.chosen)
-    code = read_code(workspace.cwd)
+    code = sent_code(task, workspace.cwd)
     record = RunRecord(
         run_id=run_id,
         created_at=now,

@@ -110,7 +110,7 @@ def _enqueue(plan: Plan, store: Store, infra: Infra, written: list[str]) -> None
     ``written``: the keys that this submission has written already.
     """
     try:
-        keep_code(plan.code, store, Keys(plan.run_id), written)
+        keep_code(plan.code, store, Keys(plan.run_id).code, written)
         infra.submit(plan.submission)
     except BaseException:
         store.delete(written)

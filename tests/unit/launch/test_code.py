@@ -7,7 +7,7 @@ import pytest
 
 from spotune.contracts.errors import InputError
 from spotune.launch import code
-from spotune.launch.code import read_code
+from spotune.launch.code import differs, read_code, sent_code
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -66,3 +66,15 @@ def test_no_git_no_commit(tmp_path: Path) -> None:
     assert read_code(tmp_path).facts() == {}
     git(tmp_path, "init", "-q")
     assert read_code(tmp_path).facts() == {}
+
+
+def test_a_git_reference_is_the_code_that_is_sent(folder: Path) -> None:
+    here = sent_code({"workdir": "."}, folder).facts()
+    named = sent_code({"workdir": {"url": "https://x/y.git", "ref": "main"}}, folder).facts()
+    assert (named["url"], named["commit"], named["branch"]) == ("https://x/y.git", "", "main")
+    assert sent_code({"workdir": {"url": "https://x/y.git", "ref": "a" * 40}}, folder).commit == "a" * 40
+    assert differs(here, named) == "from https://x/y.git, not the folder"
+    assert differs(here, here) == ""
+    git(folder, "commit", "-qm", "two", "--allow-empty")
+    there = read_code(folder).facts()
+    assert differs(here, there) == f"commit {there['commit'][:12]}, not {here['commit'][:12]}"

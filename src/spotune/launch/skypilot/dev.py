@@ -157,7 +157,7 @@ def keep_code(run_id: str, workspace: Workspace) -> list[str]:
     written: list[str] = []
     keys = Keys(run_id)
     if bucket_of(workspace) and not workspace.store().exists(keys.run):
-        code.keep_code(code.read_code(workspace.cwd), workspace.store(), keys, written)
+        code.keep_code(code.read_code(workspace.cwd), workspace.store(), keys.code, written)
     return written
 
 
