@@ -17,7 +17,7 @@ from spotune.contracts.keys import check_run_id, new_run_id
 from spotune.contracts.money import parse_usd
 from spotune.contracts.records import PriceRow, RunRecord, fingerprint
 from spotune.launch.checks import check_model
-from spotune.launch.code import Code, read_code
+from spotune.launch.code import Code, sent_code
 from spotune.launch.infra import LOCAL, Submission, infra_of, spell
 from spotune.launch.local.gpus import find_gpus
 from spotune.launch.preemptions import read_preemptions
@@ -92,10 +92,14 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
     demand = _check_demand(demand_of(task, task_path), wish, infra, task_path)
     secrets = secrets_of(wish.secrets, workspace.environ)
     now = clock()
+    if backend != LOCAL:
+        from spotune.launch.skypilot.sent import check_sent
+
+        check_sent(config, files, wish.config_path, workspace.cwd, task, infra)
     offered = _offers(task, wish, infra, demand, workspace, now)
     if budget_usd is not None:
         check_priced(offered.chosen)
-    code = read_code(workspace.cwd)
+    code = sent_code(task, workspace.cwd)
     record = RunRecord(
         run_id=run_id,
         created_at=now,
@@ -128,7 +132,7 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
         task_path=task_path,
         offers=offered.rows,
         chosen=offered.chosen,
-        notes=offered.notes,
+        notes=(*offered.notes, *code.notes()),
         code=code,
         allow_config_change=wish.allow_config_change,
     )

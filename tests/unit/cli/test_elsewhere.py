@@ -54,6 +54,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     monkeypatch.setitem(infra.BACKENDS, "skypilot", f"{__name__}:FakeSky")
     monkeypatch.setattr("spotune.launch.infra.import_module", _import_module)
     monkeypatch.setattr("spotune.launch.skypilot.offers.make_offers", offers)
+    monkeypatch.setattr("spotune.launch.skypilot.engine.excluded_files", lambda folder: [])
     monkeypatch.setattr("spotune.launch.workspace.Workspace.check_bucket_reaches", lambda self, infra: None)
     FakeSky.reset()
     FakeSky.silent.clear()

@@ -76,13 +76,18 @@ def _on_cluster(config: str, name: str, where: "RunPlace", wish: "RunWish", work
     cluster, is_new = run_cluster(where, wish, workspace, say)
     if is_new:
         booking.book_names(workspace, [cluster.name], say)
-    task, job_id = dev.run_task(config, run_id, cluster, wish, workspace), 0
+    task, kept = dev.run_task(config, run_id, cluster, wish, workspace), dev.keep_code(run_id, workspace)
     try:
         job_id = clusters.execute(task, cluster.name)
-        say(f"{run_id}: job {job_id} on {cluster.name}")
+    except BaseException:
+        clusters.withdraw(cluster.name, run_id)
+        workspace.store().delete(kept)
+        raise
+    say(f"{run_id}: job {job_id} on {cluster.name}")
+    try:
         return joblog.follow(cluster.name, job_id)
     except (KeyboardInterrupt, BrokenPipeError):  # not for trouble on the way to it: the run goes on
-        clusters.cancel(cluster.name, job_id) if job_id else clusters.cancel_named(cluster.name, run_id)
+        clusters.cancel(cluster.name, job_id)
         say(f"{run_id}: stopped")
         raise
 

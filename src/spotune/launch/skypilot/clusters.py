@@ -136,10 +136,11 @@ def cancel(name: str, job_id: int) -> None:
     engine.call(engine.sdk().cancel, name, job_ids=[job_id])
 
 
-def cancel_named(name: str, job: str) -> None:
-    """Cancels the newest job of that name, if one is in the cluster's queue."""
-    if active := [one for one in list_jobs(name) if one.name == job and one.is_active]:
-        cancel(name, active[-1].id)
+def withdraw(name: str, job: str) -> None:
+    """Cancels the newest job of that name, where handing it in was stopped but came as far as the cluster's queue."""
+    with suppress(InfraError, InputError):  # what stopped it is what is reported
+        if active := [one for one in list_jobs(name) if one.name == job and one.is_active]:
+            cancel(name, active[-1].id)
 
 
 @dataclass(frozen=True)

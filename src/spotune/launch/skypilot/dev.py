@@ -10,7 +10,8 @@ from typing import Any
 from spotune.contracts import environment
 from spotune.contracts.config import load_config
 from spotune.contracts.errors import InputError
-from spotune.contracts.keys import check_run_id, new_run_id
+from spotune.contracts.keys import Keys, check_run_id, new_run_id
+from spotune.launch import code
 from spotune.launch.infra import ANY, LOCAL, spell
 from spotune.launch.project import KEEPER as KEEPER_CODE
 from spotune.launch.project import check_project
@@ -165,6 +166,18 @@ def run_task(config: str, run_id: str, cluster: Cluster, wish: "RunWish", worksp
     if accelerators:
         task["resources"]["accelerators"] = accelerators
     return _with_secrets({**task, "secrets": dev.get("secrets")}, wish.secrets)
+
+
+def keep_code(run_id: str, workspace: Workspace) -> list[str]:
+    """Leaves in the bucket which code is sent to the cluster, for the record that is made there, and the keys of it.
+
+    Nothing where the run is there already, or no bucket is given.
+    """
+    written: list[str] = []
+    keys = Keys(run_id)
+    if bucket_of(workspace) and not workspace.store().exists(keys.run):
+        code.keep_code(code.read_code(workspace.cwd), workspace.store(), keys.code, written)
+    return written
 
 
 @dataclass(frozen=True)
