@@ -46,6 +46,9 @@ class FakeInfra:
     def check_resumable(self, run_id: str) -> None:
         self.calls.append(("check_resumable", run_id))
 
+    def workdir(self, run_id: str) -> str:
+        return self.submissions[run_id].workdir
+
     def resume(self, run_id: str) -> None:
         self.calls.append(("resume", run_id))
         self.turn(run_id, state="PENDING", reason="")

@@ -47,6 +47,11 @@ class Project:
         path.write_text(text)
         return path
 
+    def make_checkout(self) -> None:
+        """What a machine of SkyPilot's sets its environment up from, by name only."""
+        for name in ("Makefile", "pyproject.toml", "requirements.lock", "src/spotune/__init__.py"):
+            self.write(name, "")
+
     def run(self, *arguments: str, input: str | None = None) -> click.testing.Result:
         return click.testing.CliRunner(mix_stderr=False).invoke(main, arguments, input=input)
 

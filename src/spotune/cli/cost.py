@@ -1,6 +1,6 @@
 """``spotune cost``."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -58,6 +58,7 @@ def cost(run: str | None, since: str, by: str | None, clusters: bool, output: st
 
 def _one(run: str, output: str, page: str | None) -> None:
     from spotune.cost.collect import report_run
+    from spotune.cost.focus import focus_rows
     from spotune.cost.page import check_target, page_of, write_page
     from spotune.cost.rows import ATTEMPT_ROW, attempt_rows, indexed_attempts, run_row
     from spotune.cost.table import run_text
@@ -67,7 +68,7 @@ def _one(run: str, output: str, page: str | None) -> None:
     if target:
         write_page(target, page_of(report))
     if output == "focus":
-        _show_focus([(report["bucket"], run_row(report), indexed_attempts(report))])
+        _show_focus(focus_rows(run_row(report), indexed_attempts(report), report["bucket"]))
     else:
         show(output, report, attempt_rows(report), ATTEMPT_ROW, lambda: run_text(report))
 
@@ -98,9 +99,14 @@ def _many(since: str, since_s: float, by: str | None, output: str) -> None:
     from_at, workspace = time.time() - since_s, open_workspace()
     nothing = f"No runs within {since}."
     if output == "focus":
+        from spotune.cost.focus import focus_rows, idle_rows
         from spotune.cost.window import charges_since
 
-        _show_focus(_indexed(workspace, lambda index: charges_since(index, from_at)))
+        store = workspace.store()
+        paid = _indexed(workspace, lambda index: charges_since(store, index, from_at), asks_clusters=True)
+        totals = dict(paid.runs)
+        of_runs = (row for key, attempt in paid.attempts for row in focus_rows(totals[key], [attempt], key[0]))
+        _show_focus([*of_runs, *idle_rows(paid.idle, store.url)])
     elif by:
         from spotune.cost.groups import By, columns, group
         from spotune.cost.window import paid_since
@@ -112,8 +118,8 @@ def _many(since: str, since_s: float, by: str | None, output: str) -> None:
         show(output, rows, rows, columns(kind), lambda: groups_text(by, rows) if rows else nothing)
     else:
         wanted = {"names": LISTED} if output == "table" else {}
-        totals = [row for _, row in _indexed(workspace, lambda index: index.runs(from_at, **wanted))]
-        show(output, totals, totals, RUN, lambda: runs_text(totals) if totals else nothing)
+        rows = [row for _, row in _indexed(workspace, lambda index: index.runs(from_at, **wanted))]
+        show(output, rows, rows, RUN, lambda: runs_text(rows) if rows else nothing)
 
 
 def _indexed(workspace: "Workspace", take: "Callable[[Index], Any]", asks_clusters: bool = False) -> Any:
@@ -128,13 +134,11 @@ def _warn(message: str) -> None:
     click.echo(message, err=True)
 
 
-def _show_focus(runs: "list[tuple[str, dict[str, Any], list[dict[str, Any]]]]") -> None:
-    """``runs``: bucket, totals and attempts of each."""
-    from spotune.cost.focus import COLUMNS, focus_rows
+def _show_focus(rows: Iterable[dict[str, Any]]) -> None:
+    from spotune.cost.focus import COLUMNS
     from spotune.cost.rows import as_csv
 
-    rows = [row for bucket, totals, attempts in runs for row in focus_rows(totals, attempts, bucket)]
-    click.echo(as_csv(rows, COLUMNS), nl=False)
+    click.echo(as_csv(list(rows), COLUMNS), nl=False)
 
 
 def show(output: str, value: Any, rows: list[dict[str, Any]], columns: Sequence[str], text: Callable[[], str]) -> None:

@@ -35,6 +35,12 @@ def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def secret_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Values that are passed on without being said: their names, as ``secrets``."""
+    help_text = "Pass K on with its value here; not recorded."
+    return click.option("--secret", "secrets", multiple=True, metavar="K", help=help_text)(command)
+
+
 def format_option(help_text: str = "Output format.") -> Decorator:
     return click.option(
         "--format", "output", type=click.Choice(["table", "json"]), default="table", show_default=True, help=help_text

@@ -34,6 +34,8 @@ def resume(run: str, overrides: tuple[str, ...], budget: str | None, allow_confi
     edit = Edit(overrides, allow_config_change, budget_usd, month_usd, owner)
     resumed = actions.resume(workspace, run, edit)
     changed = f", changed: {resumed.change.as_followed()}" if resumed.change else ""
+    if resumed.code:
+        click.echo(f"{run}: its code is not what it was submitted with: {resumed.code}", err=True)
     if resumed.is_queued:
         click.echo(f"{run}: PENDING{changed}. Follow it: spotune logs -f {run}")
     else:

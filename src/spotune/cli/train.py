@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from spotune.cli.options import config_options, format_option, open_workspace
+from spotune.cli.options import config_options, format_option, open_workspace, secret_option
 
 
 @click.command()
@@ -28,7 +28,7 @@ from spotune.cli.options import config_options, format_option, open_workspace
 @click.option("--budget", metavar="USD", help="Pause, with a checkpoint, once the run has cost so much.")
 @click.option("--preemptions", default="", metavar="FILE", help="Planned preemptions, JSONL (local only).")
 @click.option("--env", "envs", multiple=True, metavar="K=V", help="Environment of the run.")
-@click.option("--secret", "secrets", multiple=True, metavar="K", help="Pass K on with its value here; not recorded.")
+@secret_option
 @click.option("--allow-config-change", is_flag=True, help="Let --name's run go on with another config, data or model.")
 @click.option("--dryrun", is_flag=True, help="Show the plan and stop.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")

@@ -50,7 +50,9 @@ class ClusterRecord(Record):
 
     @property
     def price_row(self) -> PriceRow | None:
-        return PriceRow.from_dict(self.price) if self.price else None
+        """A price of 0 is none: nobody has told it."""
+        row = PriceRow.from_dict(self.price) if self.price else None
+        return row if row and row.price_usd_per_hour > 0 else None
 
     def intervals(self) -> list[tuple[float, float]]:
         """The spans in order and apart from each other; one that is open ends where knowledge does."""

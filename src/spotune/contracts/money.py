@@ -41,7 +41,7 @@ def on_demand_price(accelerators: Iterable[str], rows: Sequence[PriceRow]) -> Pr
     return min(fits, key=lambda row: row.price_usd_per_hour, default=None)
 
 
-def cost_usd(seconds: float, nodes: int, price: PriceRow | None) -> float | None:
+def cost_usd(seconds: float, nodes: float, price: PriceRow | None) -> float | None:
     """Seconds x nodes at the price of one node; None when there is no price."""
     return None if price is None else seconds / HOUR_S * nodes * price.price_usd_per_hour
 

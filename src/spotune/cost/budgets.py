@@ -111,13 +111,17 @@ def read_month(
     def take(index: Index) -> Month:
         totals = dict(index.runs(0.0))
         paid = paid_since(workspace.store(), index, since)
-        spent = [(totals[key], attempt["cost_usd"] or 0.0) for key, attempt in paid.attempts]
+        charges = [
+            *((totals[key], attempt) for key, attempt in paid.attempts),
+            *((piece, piece) for piece in paid.idle),
+        ]
+        spent = [(owner, charge["cost_usd"] or 0.0) for owner, charge in charges]
         promised = [
             (run, max(0.0, run["budget_usd"] - (run["cost_usd"] or 0.0)))
             for key, run in totals.items()
             if run["budget_usd"] is not None and run["state"] in ACTIVE and key[1] != run_id
         ]
-        left = tuple(_left(budget, name_of("month", since), [*spent, *paid.idle], promised) for budget in budgets)
+        left = tuple(_left(budget, name_of("month", since), spent, promised) for budget in budgets)
         return Month(left, totals.get((workspace.env.bucket, run_id)))
 
     return all_runs(workspace, take, clock=lambda: now, warn=warn, progress=progress, asks_clusters=True)

@@ -5,8 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 from spotune.contracts.clusters import ClusterRecord, read_clusters
+from spotune.contracts.money import cost_usd
 from spotune.contracts.store import Store
-from spotune.cost.groups import Idle, Run
+from spotune.cost.groups import Run
 from spotune.cost.index import Index
 from spotune.cost.sharing import Split, Use, split_all
 from spotune.launch.infra import ACTIVE
@@ -55,14 +56,33 @@ def charged(attempts: Iterable[Run], splits: Iterable[Split]) -> Iterator[Run]:
         yield key, {**attempt, "cost_usd": cost_usd} if is_known and cost_usd is not None else attempt
 
 
-def idle_of(splits: Iterable[Split]) -> list[Idle]:
-    """What clusters cost while no run was on them, and whose they are."""
-    return [(owner_of(split), split.idle_usd or 0.0) for split in splits]
-
-
-def owner_of(split: Split) -> dict[str, str]:
-    """Who pays for what no run had, as a run's totals say it."""
-    return {"user": split.cluster.owner, "team": split.cluster.team, "kind": "dev"}
+def idle_of(splits: Iterable[Split]) -> Iterator[dict[str, Any]]:
+    """What clusters cost while no run was on them: a row a piece of time, which says whose it is as a run's totals do,
+    and the rest as an attempt does. ``nodes`` is the part of them that was idle, 0.5 of one, say."""
+    for split in splits:
+        cluster, price = split.cluster, split.cluster.price_row
+        for piece in split.idle:
+            paid_s, nodes = piece.ended_at - piece.started_at, piece.part * max(1, cluster.nodes)
+            yield {
+                "cluster": cluster.name,
+                "key": cluster.key,
+                "user": cluster.owner,
+                "team": cluster.team,
+                "kind": "dev",
+                "infra": cluster.infra.partition("/")[0],
+                "region": price.region.strip("*") if price else "",
+                "zone": price.zone.strip("*") if price else "",
+                "instance_type": price.instance_type if price else "",
+                "accelerators": cluster.accelerators,
+                "nodes": nodes,
+                "use_spot": price is not None and price.use_spot,
+                "price_usd_per_hour": price.price_usd_per_hour if price else None,
+                "price_source": price.source if price else "",
+                "started_at": piece.started_at,
+                "paid_s": paid_s,
+                "cost_usd": cost_usd(paid_s, nodes, price),
+                "reconciled": True,
+            }
 
 
 def _uses(runs: Sequence[Run], attempts: Sequence[Run]) -> Iterator[Use]:

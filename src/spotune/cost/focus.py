@@ -1,4 +1,5 @@
-"""FOCUS 1.2, the FinOps Open Cost and Usage Specification: a row a charge, which is an attempt's time in a month.
+"""FOCUS 1.2, the FinOps Open Cost and Usage Specification: a row a charge, which is an attempt's time in a month, or
+that of a dev cluster on which there was no run.
 
 Columns, their order, units and nullability: https://focus.finops.org/focus-specification/v1-2/. All mandatory columns
 are there, and those conditional and recommended ones that say something here. The price of a machine is the frozen
@@ -9,6 +10,7 @@ is not known to spotune. Columns of our own begin with ``x_``, as the specificat
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -33,6 +35,17 @@ _PROVIDERS = {
 _UNIT = "Hours"
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What a charge is for: an attempt, or an idle cluster."""
+
+    resource_id: str
+    name: str
+    words: str
+    team: str
+    tags: Mapping[str, Any]
+
+
 def focus_rows(
     totals: Mapping[str, Any], attempts: Iterable[Mapping[str, Any]], bucket: str
 ) -> Iterator[dict[str, Any]]:
@@ -41,27 +54,41 @@ def focus_rows(
     Args:
         bucket: stands for the billing account: whose runs lie together are paid for together.
     """
+    run_id, tags = totals["run_id"], {name: totals[name] for name in ("run_id", "user", "team", "kind", "config")}
     for attempt in attempts:
-        if attempt["cost_usd"] is None:
-            continue
-        ended_at = attempt["started_at"] + attempt["paid_s"]
-        for month, began, until in cut("month", attempt["started_at"], ended_at):
-            yield _charge(totals, attempt, bucket, month, began, until)
+        number = attempt["attempt"] if attempt["attempt"] is not None else "lost"
+        words = f"{run_id}, attempt {number}"
+        yield from _charges(Subject(f"{run_id}/{number}", run_id, words, totals["team"], tags), attempt, bucket)
+
+
+def idle_rows(idle: Iterable[Mapping[str, Any]], bucket: str) -> Iterator[dict[str, Any]]:
+    """The charges of dev clusters while no run was on them: see ``clusters.idle_of``."""
+    for piece in idle:
+        name, tags = piece["cluster"], {name: piece[name] for name in ("cluster", "user", "team", "kind")}
+        yield from _charges(Subject(piece["key"], name, f"{name}, idle", piece["team"], tags), piece, bucket)
+
+
+def _charges(subject: Subject, paid: Mapping[str, Any], bucket: str) -> Iterator[dict[str, Any]]:
+    if paid["cost_usd"] is None:
+        return
+    ended_at = paid["started_at"] + paid["paid_s"]
+    for month, began, until in cut("month", paid["started_at"], ended_at):
+        yield _charge(subject, paid, bucket, month, began, until)
 
 
 def _charge(
-    totals: Mapping[str, Any], attempt: Mapping[str, Any], bucket: str, month: float, began: float, until: float
+    subject: Subject, paid: Mapping[str, Any], bucket: str, month: float, began: float, until: float
 ) -> dict[str, Any]:
-    hours = (until - began) / 3600 * attempt["nodes"]
-    price, market = attempt["price_usd_per_hour"], "spot" if attempt["use_spot"] else "on-demand"
-    cost, quantity = _decimal(hours * price), _decimal(hours)
-    cloud = str(attempt["infra"]).partition("/")[0]
+    price, market = paid["price_usd_per_hour"], "spot" if paid["use_spot"] else "on-demand"
+    usd = paid["cost_usd"] * (until - began) / paid["paid_s"] if paid["paid_s"] else 0.0
+    # Hours from dollars: runs that share a cluster have less of its hours than they were on it.
+    cost, quantity = _decimal(usd), _decimal(usd / price)
+    cloud = str(paid["infra"]).partition("/")[0]
     provider = _PROVIDERS.get(cloud, cloud or "Unknown")
-    machine = attempt["instance_type"] or attempt["accelerators"] or cloud or "machine"
-    sku = f"{machine}/{attempt['accelerators']}" if attempt["accelerators"] else machine
-    number = attempt["attempt"] if attempt["attempt"] is not None else "lost"
+    machine = paid["instance_type"] or paid["accelerators"] or cloud or "machine"
+    sku = f"{machine}/{paid['accelerators']}" if paid["accelerators"] else machine
     row = {
-        "AvailabilityZone": attempt["zone"],
+        "AvailabilityZone": paid["zone"],
         "BilledCost": cost,
         "BillingAccountId": bucket,
         "BillingAccountName": bucket,
@@ -70,7 +97,7 @@ def _charge(
         "BillingPeriodEnd": _instant(end_of("month", month)),
         "BillingPeriodStart": _instant(month),
         "ChargeCategory": "Usage",
-        "ChargeDescription": f"{totals['run_id']}, attempt {number}: {attempt['nodes']} x {sku}, {market}",
+        "ChargeDescription": f"{subject.words}: {paid['nodes']:g} x {sku}, {market}",
         "ChargeFrequency": "Usage-Based",
         "ChargePeriodEnd": _instant(math.ceil(until)),
         "ChargePeriodStart": _instant(began),
@@ -82,37 +109,37 @@ def _charge(
         "InvoiceIssuerName": provider,
         "ListCost": cost,
         "ListUnitPrice": _decimal(price),
-        "PricingCategory": "Dynamic" if attempt["use_spot"] else "Standard",
+        "PricingCategory": "Dynamic" if paid["use_spot"] else "Standard",
         "PricingQuantity": quantity,
         "PricingUnit": _UNIT,
         "ProviderName": provider,
         "PublisherName": provider,
-        "RegionId": attempt["region"],
-        "RegionName": attempt["region"],
-        "ResourceId": f"{totals['run_id']}/{number}",
-        "ResourceName": totals["run_id"],
+        "RegionId": paid["region"],
+        "RegionName": paid["region"],
+        "ResourceId": subject.resource_id,
+        "ResourceName": subject.name,
         "ResourceType": "Virtual Machine",
         "ServiceCategory": "Compute",
         "ServiceName": f"{provider} machines",
         "ServiceSubcategory": "Virtual Machines",
         "SkuId": sku,
         "SkuMeter": "Machine Hours",
-        "SkuPriceDetails": _details(attempt),
-        "SkuPriceId": f"{sku}/{attempt['region'] or '*'}/{market}",
-        "SubAccountId": totals["team"],
-        "SubAccountName": totals["team"],
-        "SubAccountType": "team" if totals["team"] else "",
-        "Tags": json.dumps({name: totals[name] for name in ("run_id", "user", "team", "kind", "config")}),
-        "x_PriceSource": attempt["price_source"],
-        "x_Reconciled": "true" if attempt["reconciled"] else "false",
+        "SkuPriceDetails": _details(paid),
+        "SkuPriceId": f"{sku}/{paid['region'] or '*'}/{market}",
+        "SubAccountId": subject.team,
+        "SubAccountName": subject.team,
+        "SubAccountType": "team" if subject.team else "",
+        "Tags": json.dumps(subject.tags),
+        "x_PriceSource": paid["price_source"],
+        "x_Reconciled": "true" if paid["reconciled"] else "false",
     }
     return {name: row.get(name, "") for name in COLUMNS}
 
 
-def _details(attempt: Mapping[str, Any]) -> str:
-    name, count = gpus_of(attempt["accelerators"])
+def _details(paid: Mapping[str, Any]) -> str:
+    name, count = gpus_of(paid["accelerators"])
     gpus = {"GpuCount": count, "x_GpuType": name} if count else {}
-    return json.dumps(({"InstanceType": attempt["instance_type"]} if attempt["instance_type"] else {}) | gpus)
+    return json.dumps(({"InstanceType": paid["instance_type"]} if paid["instance_type"] else {}) | gpus)
 
 
 def _instant(at: float) -> str:

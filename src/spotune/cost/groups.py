@@ -1,8 +1,9 @@
 """Chargeback: attempts summed by who had them, where they ran, on what, or when. Pure.
 
-What is a run's as a whole (on_demand_usd, saved_usd) is said where a run belongs to one group: by user, team and kind;
-there too what dev clusters cost their owners while no run was on them (idle_usd), which is in no other figure.
-Goodput is said where an attempt does. A day or a week has of each attempt the seconds that lie in it.
+What is a run's as a whole (on_demand_usd, saved_usd) is said where a run belongs to one group: by user, team and kind.
+Goodput is said where an attempt does. A day or a week has of each attempt the seconds that lie in it. What dev clusters
+cost while no run was on them (idle_usd) is in no other figure: it is their owners', and was somewhere, on something,
+at some time, as an attempt is.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,7 +22,7 @@ COLUMNS = ("attempt", "infra", "accelerators", "nodes", "started_at", "paid_s", 
 NOBODY = {"team": "(no team)", "gpu": "cpu", "infra": "(not known)"}
 
 Run = tuple[Any, Mapping[str, Any]]  # its key, its totals or one of its attempts
-Idle = tuple[Mapping[str, Any], float]  # whose a dev cluster is, as a run's totals say it; US dollars
+Idle = Mapping[str, Any]  # of a dev cluster: see clusters.idle_of
 
 
 @dataclass
@@ -55,12 +56,11 @@ def group(by: By, runs: Iterable[Run], attempts: Iterable[Run], idle: Iterable[I
             for name in ("on_demand_usd", "saved_usd"):
                 if total[name] is not None:
                     setattr(sums, name, (getattr(sums, name) or 0.0) + total[name])
-        for owner, usd in idle:
-            groups.setdefault(_of_run(by, owner), Sums()).idle_usd += usd
+    for piece in idle:
+        for name, share in _parts(by, piece, piece):
+            groups.setdefault(name, Sums()).idle_usd += (piece["cost_usd"] or 0.0) * share
     rows = [_row(by, name, sums) for name, sums in groups.items()]
-    return sorted(
-        rows, key=lambda row: row[by] if by in OF_TIME else (-row["cost_usd"] - (row["idle_usd"] or 0.0), row[by])
-    )
+    return sorted(rows, key=lambda row: row[by] if by in OF_TIME else (-row["cost_usd"] - row["idle_usd"], row[by]))
 
 
 def _parts(by: By, total: Mapping[str, Any], attempt: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -113,5 +113,5 @@ def _row(by: By, name: str, sums: Sums) -> dict[str, Any]:
         "goodput": sums.useful_s / sums.paid_s if says_goodput else None,
         "unpriced_s": round(sums.unpriced_s, 3),
         "unreconciled_s": round(sums.unreconciled_s, 3),
-        "idle_usd": round(sums.idle_usd, 9) if by in OF_RUNS else None,
+        "idle_usd": round(sums.idle_usd, 9),
     }

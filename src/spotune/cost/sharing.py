@@ -14,6 +14,8 @@ from spotune.contracts.money import HOUR_S, cost_usd
 from spotune.contracts.records import PriceRow
 from spotune.cost.gpus import gpus_of
 
+_LEAST_PART = 1e-9  # less is what sums of thirds leave over
+
 
 @dataclass(frozen=True)
 class Use:
@@ -43,10 +45,21 @@ class Share:
 
 
 @dataclass(frozen=True)
+class Idle:
+    """Paid time in which no run had this part of a cluster: above 0, and at most 1."""
+
+    started_at: float
+    ended_at: float
+    part: float
+
+
+@dataclass(frozen=True)
 class Split:
     """A cluster's time. ``shares`` and idle add up to ``paid_s`` and ``cost_usd``.
 
     Attributes:
+        idle: the pieces of ``idle_s``, in order.
+        idle_s: seconds of the whole cluster.
         idle_since: since when no run has been on it; None while one is, and once it is not up.
         idle_usd_per_hour: what the part that no run has burns now; 0 once it is not up, None without a price.
     """
@@ -55,6 +68,7 @@ class Split:
     paid_s: float
     cost_usd: float | None
     shares: tuple[Share, ...]
+    idle: tuple[Idle, ...]
     idle_s: float
     idle_usd: float | None
     idle_since: float | None
@@ -63,7 +77,7 @@ class Split:
 
 def split(cluster: ClusterRecord, uses: Sequence[Use]) -> Split:
     """Divides what was paid for a cluster among its uses; what of them lies outside its paid spans is nobody's."""
-    seconds, idle_s, paid_s = [0.0] * len(uses), 0.0, 0.0
+    seconds, idle, paid_s = [0.0] * len(uses), list[Idle](), 0.0
     parts = [part_of(cluster, use.gpu_share, use.nodes) for use in uses]
     for start, end in cluster.intervals():
         paid_s += end - start
@@ -74,14 +88,16 @@ def split(cluster: ClusterRecord, uses: Sequence[Use]) -> Split:
             asked = sum(parts[index] for index in present)
             for index in present:
                 seconds[index] += (until - began) * parts[index] / max(1.0, asked)
-            idle_s += (until - began) * max(0.0, 1.0 - asked)
+            _leave(idle, began, until, 1.0 - asked)
     shares = [Share(use.key, spent, _usd(cluster, spent)) for use, spent in zip(uses, seconds, strict=True)]
+    idle_s = sum((piece.ended_at - piece.started_at) * piece.part for piece in idle)
     since, free = _now(cluster, uses, parts)
     return Split(
         cluster=cluster,
         paid_s=paid_s,
         cost_usd=_usd(cluster, paid_s),
         shares=tuple(shares),
+        idle=tuple(idle),
         idle_s=idle_s,
         idle_usd=_usd(cluster, idle_s),
         idle_since=since,
@@ -120,6 +136,15 @@ def price_of_part(cluster: ClusterRecord, gpu_share: float) -> PriceRow | None:
     accelerators = f"{gpu}:{gpus * part:g}" if gpus else ""
     source = row.source if part == 1.0 else f"{row.source}, {part:.0%} of {cluster.name}"
     return replace(row, accelerators=accelerators, price_usd_per_hour=row.price_usd_per_hour * part, source=source)
+
+
+def _leave(idle: list[Idle], began: float, until: float, part: float) -> None:
+    """Adds a piece to what was idle, or makes the last one longer."""
+    if part < _LEAST_PART:
+        return
+    if idle and (idle[-1].ended_at, idle[-1].part) == (began, part):
+        began = idle.pop().started_at
+    idle.append(Idle(began, until, part))
 
 
 def _is_within(use: Use, cluster: ClusterRecord) -> bool:

@@ -48,11 +48,11 @@ def groups_text(by: str, rows: Sequence[Mapping[str, Any]]) -> str:
     What dev clusters cost while no run was on them has a column where there is any, and is part of the share.
     """
     header = [by.upper(), "RUNS", "PAID", "GPU HOURS", "COST", "IDLE", "ON DEMAND", "GOODPUT", "SHARE", ""]
-    cost_usd, idle_usd = (sum(row[name] or 0.0 for row in rows) for name in ("cost_usd", "idle_usd"))
+    cost_usd, idle_usd = (sum(row[name] for row in rows) for name in ("cost_usd", "idle_usd"))
     spent_usd = cost_usd + idle_usd
     lines = []
     for row in rows:
-        share = (row["cost_usd"] + (row["idle_usd"] or 0.0)) / spent_usd if spent_usd else 0.0
+        share = (row["cost_usd"] + row["idle_usd"]) / spent_usd if spent_usd else 0.0
         lines.append(
             [cut(row[by], 24), str(row["runs"]), words.duration(row["paid_s"]), f"{row['gpu_hours']:,.1f}",
              words.usd(row["cost_usd"]), words.usd(row["idle_usd"]), words.usd(row["on_demand_usd"]),

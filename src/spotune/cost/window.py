@@ -2,12 +2,11 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from spotune.contracts.store import Store
 from spotune.cost.clusters import charged, idle_of, splits_of
 from spotune.cost.groups import COLUMNS, Idle, Run
-from spotune.cost.index import Index, Key
+from spotune.cost.index import Index
 
 
 @dataclass(frozen=True)
@@ -33,16 +32,16 @@ def paid_since(store: Store, index: Index, since: float) -> Paid:
             runs.append((key, totals))
         elif key in seen:
             runs.append((key, {**totals, "on_demand_usd": None, "saved_usd": None}))
-    return Paid(runs, attempts, idle_of(splits))
+    return Paid(runs, attempts, list(idle_of(splits)))
 
 
-def charges_since(index: Index, since: float) -> list[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
-    """Bucket, totals and attempts of every run that was paid for since then; the attempts whole."""
-    totals = dict(index.runs(0.0))
-    found: dict[Key, list[dict[str, Any]]] = {}
-    for key, attempt in index.attempts(since):
-        found.setdefault(key, []).append(attempt)
-    return [(key[0], totals[key], attempts) for key, attempts in found.items()]
+def charges_since(store: Store, index: Index, since: float) -> Paid:
+    """The same, but nothing is cut: attempts and what was idle, whole, where a part of it was paid for since then."""
+    splits = splits_of(store, index, 0.0)
+    attempts = list(charged(index.attempts(since), splits))
+    seen = {key for key, _ in attempts}
+    runs = [(key, totals) for key, totals in index.runs(0.0) if key in seen]
+    return Paid(runs, attempts, [piece for piece in idle_of(splits) if piece["started_at"] + piece["paid_s"] > since])
 
 
 def clip(attempts: Iterable[Run], since: float) -> Iterator[Run]:

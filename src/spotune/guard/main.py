@@ -4,12 +4,13 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 
 from spotune.contracts import exits
 from spotune.contracts.change import FLAG
 from spotune.contracts.config import parse_flags
-from spotune.contracts.environment import RunEnvironment
-from spotune.contracts.errors import InputError, SpotuneError
+from spotune.contracts.environment import NUM_PROCESSES, RunEnvironment
+from spotune.contracts.errors import InputError, SpotuneError, StoreError
 from spotune.contracts.holds import reach
 from spotune.contracts.keys import Keys
 from spotune.contracts.store import Patience, Store
@@ -28,6 +29,7 @@ from spotune.guard.own_step import enter_own_step
 from spotune.guard.record import read_or_create_run
 from spotune.guard.say import say
 
+FIRST_LOOK_S = 300.0
 USAGE = "python -m spotune.sft CONFIG [--profile P] [--set key=value]... [--allow-config-change] [TRL's own flags]"
 
 
@@ -37,9 +39,24 @@ def main(argv: list[str]) -> int:
     notices = Notices().install()
     try:
         return run_attempt(parse_arguments(argv), notices, os.environ)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        bar_restarts(error, os.environ)
+        return error.exit_code
     except SpotuneError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+
+
+def bar_restarts(error: InputError, environ: Mapping[str, str]) -> None:
+    """Bad input before an attempt is claimed: a managed job's next machine would only find the same."""
+    with suppress(SpotuneError):
+        sound = {name: value for name, value in environ.items() if name != NUM_PROCESSES}
+        env, machine = RunEnvironment.read(sound), Machine.read(sound)
+        if machine.job_id:
+            keys = Keys(admission.choose_run_id(env, machine, admission.Request("", "", ())))
+            facts = {"reason": str(error), "exit_code": error.exit_code}
+            admission.leave_mark(Store(env.bucket), keys.failed, keys.run_id, 0, **facts)
 
 
 def parse_arguments(argv: list[str]) -> admission.Request:
@@ -81,6 +98,12 @@ def attend(
     return code
 
 
+def first_look(env: RunEnvironment, machine: Machine) -> Store:
+    """The bucket for somebody whom an outage of minutes would cost a machine, or who waits at a terminal."""
+    longest_s = FIRST_LOOK_S if machine.job_id else Patience.deadline_s
+    return Store(env.bucket, Patience(deadline_s=min(longest_s, env.patience_s / 4)))
+
+
 def work(
     request: admission.Request, env: RunEnvironment, machine: Machine, notices: Notices, environ: Mapping[str, str]
 ) -> int:
@@ -88,7 +111,14 @@ def work(
     # One request gives up well before the run does: that is said, and a newer checkpoint takes its turn.
     store = Store(env.bucket, Patience(deadline_s=min(Patience.deadline_s, env.patience_s / 4)))
     keys = Keys(admission.choose_run_id(env, machine, request))
-    verdict = admission.standing_verdict(store, keys)
+    try:
+        verdict = admission.standing_verdict(first_look(env, machine), keys)
+    except StoreError as error:
+        if not machine.job_id:
+            raise
+        # Nothing can be counted where nothing can be written: SkyPilot counts an error, and ends the job at its cap.
+        say(f"this machine has never reached its bucket: {error}", bare=True)
+        return exits.FAILED
     debt = debt_of(store, keys) if verdict == exits.SUCCEEDED and not machine.node_rank else None
     if verdict is not None and debt is None:
         return verdict

@@ -3,6 +3,7 @@
 Once there is one, CONFIG is not followed. ``--allow-config-change`` follows it all the same, by a revision.
 """
 
+import json
 import time
 from dataclasses import replace
 
@@ -29,18 +30,18 @@ def read_or_create_run(store: Store, keys: Keys, env: RunEnvironment, request: R
     """
     run = record_in_force(store, keys)
     if run is None:
-        store.create(keys.run, _new_run(keys, env, request).to_bytes())
+        store.create(keys.run, _new_run(store, keys, env, request).to_bytes())
         run = record_in_force(store, keys)
         if run is None:
             raise StoreError(f"{keys.run}: written, but not there when read back")
     elif request.allow_config_change or env.allow_config_change:
-        return _follow(store, keys, run, _as_asked(run, env, request), env)
+        return _follow(store, keys, run, _as_asked(store, run, env, request), env)
     else:
         _say_what_is_not_followed(run, env, request)
     return run
 
 
-def _new_run(keys: Keys, env: RunEnvironment, request: Request) -> RunRecord:
+def _new_run(store: Store, keys: Keys, env: RunEnvironment, request: Request) -> RunRecord:
     path = request.config_path or env.config
     if not path:
         raise InputError("command line", "no config", remedy="python -m spotune.sft CONFIG")
@@ -59,15 +60,26 @@ def _new_run(keys: Keys, env: RunEnvironment, request: Request) -> RunRecord:
         config_sha256="",
         data_sha256="",
         save_every=env.save_every,
+        code=_code(store, keys),
         versions={"spotune": __version__},
     )
     return _resolved(bare, config, env)
 
 
-def _as_asked(run: RunRecord, env: RunEnvironment, request: Request) -> RunRecord:
+def _code(store: Store, keys: Keys) -> dict[str, object]:
+    """What the launcher of a dev run on a cluster left of the code that it sent there; empty where nobody did."""
+    data = store.read(f"{keys.code}/commit.json")
+    try:
+        facts = json.loads(data or b"{}")
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _as_asked(store: Store, run: RunRecord, env: RunEnvironment, request: Request) -> RunRecord:
     """What the command line asks for now; without a CONFIG on it, the config in force with its overrides on top."""
     if request.config_path or env.config:
-        return _new_run(Keys(run.run_id), env, request)
+        return _new_run(store, Keys(run.run_id), env, request)
     overrides = [*run.overrides, *request.overrides]
     parse_save_every(env.save_every, "SPOTUNE_SAVE_EVERY")
     wanted = replace(run, overrides=overrides, save_every=env.save_every)

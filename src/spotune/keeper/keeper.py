@@ -19,10 +19,8 @@ NEWEST = "keeper.newest"  # the keeper that holds this machine: the one that cam
 
 def keep(settings: Settings, look: Look, clock: Callable[[], float], sleep: Callable[[float], None]) -> int:
     """Returns the exit code once nothing has worked for the idle time, or a newer keeper has come."""
-    settings.folder.mkdir(parents=True, exist_ok=True)
-    me = f"{os.uname().nodename}-{os.getpid()}-{clock():.6f}"
     newest = settings.folder / NEWEST
-    newest.write_text(me)
+    me = _claim(newest, f"{os.uname().nodename}-{os.getpid()}-{clock():.6f}")
     started = last = clock()
     said, what = "", "the start of the keeper"
     print(f"keeper: holds this cluster until nothing has worked for {settings.idle_s / 60:g} min", flush=True)
@@ -33,7 +31,7 @@ def keep(settings: Settings, look: Look, clock: Callable[[], float], sleep: Call
             last, what = signs[0].at, signs[0].what
         busy = [sign.what for sign in signs if sign.at >= now]
         idle_s = now - last
-        if _read(newest) != me:
+        if _read(newest) not in (me, ""):  # gone, unreadable or half written: nobody newer has said so
             print("keeper: a newer one holds this cluster now", flush=True)
             return 0
         is_over = idle_s >= settings.idle_s
@@ -84,9 +82,20 @@ def _end(settings: Settings) -> None:
             print(f"keeper: {command[0]}: {error}", flush=True)
 
 
+def _claim(path: Path, me: str) -> str:
+    """Writes that this keeper is the newest; returns what stands there then, which is another's where it cannot."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(me)
+    except OSError as error:  # a full disk: both hold
+        print(f"keeper: {path}: {error}", flush=True)
+        return _read(path)
+    return me
+
+
 def _read(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(errors="replace")
     except OSError:
         return ""
 

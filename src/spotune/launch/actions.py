@@ -3,13 +3,16 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
 
 from spotune.contracts.change import Change
 from spotune.contracts.errors import InputError, StoreError
 from spotune.contracts.exits import FAILED
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Mark, RunRecord
-from spotune.contracts.revisions import write_revision
+from spotune.contracts.revisions import record_in_force, write_revision
+from spotune.launch.code import differs, keep_code, read_code
 from spotune.launch.infra import ACTIVE, JobStatus, is_infra
 from spotune.launch.revise import Edit, revise
 from spotune.launch.status import find_run
@@ -20,10 +23,14 @@ RESUMABLE = ("FAILED", "CANCELLED", "PAUSED")
 
 @dataclass(frozen=True)
 class Resumed:
-    """``is_queued``: whether the run is back in a queue; ``change``: what it goes on with that is new."""
+    """``is_queued``: whether the run is back in a queue; ``change``: what it goes on with that is new.
+
+    ``code``: how the code that it goes on with differs from what it was submitted with, in words.
+    """
 
     is_queued: bool
     change: Change = field(default_factory=Change)
+    code: str = ""
 
 
 def cancel(workspace: Workspace, run_id: str, clock: Callable[[], float] = time.time) -> JobStatus:
@@ -58,7 +65,8 @@ def resume(workspace: Workspace, run_id: str, edit: Edit | None = None) -> Resum
         remedy = "it is finished" if status.state == "SUCCEEDED" else f"spotune logs -f {run_id}"
         raise InputError(run_id, f"is {status.state}: only {', '.join(RESUMABLE)} can be resumed", remedy=remedy)
     change, revision = revise(workspace, status, edit) if edit else (Change(), None)
-    return Resumed(go_on(workspace, status, revision), change)
+    is_queued = go_on(workspace, status, revision)
+    return Resumed(is_queued, change, _keep_other_code(workspace, status) if is_queued else "")
 
 
 def go_on(workspace: Workspace, status: JobStatus, revision: RunRecord | None = None) -> bool:
@@ -73,6 +81,21 @@ def go_on(workspace: Workspace, status: JobStatus, revision: RunRecord | None = 
     if is_queued:
         workspace.infra(status.infra).resume(status.run_id)
     return is_queued
+
+
+def _keep_other_code(workspace: Workspace, status: JobStatus) -> str:
+    """How the code differs from what the run was submitted with; if it does, it is kept beside that."""
+    store, keys = workspace.store(status.bucket), Keys(status.run_id)
+    record, folder = record_in_force(store, keys), workspace.infra(status.infra).workdir(status.run_id)
+    if record is None or not record.code or not folder:
+        return ""
+    try:
+        code = read_code(Path(folder))
+    except InputError:  # the run goes on all the same
+        return "git cannot say how"
+    if words := differs(record.code, code.facts()):
+        keep_code(code, store, f"{keys.code}/{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
+    return words
 
 
 def preempt(workspace: Workspace, run_id: str, notice_s: float) -> None:

@@ -1,13 +1,26 @@
 """Which code a run was submitted from: the commit, and the difference to it."""
 
+import hashlib
+import json
+import os
+import re
 import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import copyfile
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from spotune.contracts.records import fingerprint
+from spotune.contracts.errors import InputError
+from spotune.contracts.store import Store
 
-MAX_DIFF_BYTES = 10 << 20
+MAX_PATCH_BYTES = 10 << 20
+MAX_FILE_BYTES = 1 << 20
+MAX_NAMES = 1000
+# What of the files that git does not know is code, and part of the difference; the rest is data, logs, notebooks.
+SUFFIXES = (".py", ".pyi", ".sh", ".yaml", ".yml", ".toml", ".cfg", ".ini", ".jinja", ".j2")
+_DIFF = ("diff", "--no-ext-diff", "--no-textconv", "--no-color", "--binary", "HEAD")
 
 
 @dataclass(frozen=True)
@@ -15,50 +28,119 @@ class Code:
     """The state of a working tree; ``commit`` is empty outside a git repository.
 
     Attributes:
-        diff: what differs from the commit, as a patch; cut off when it is huge.
+        diff: what differs from the commit, as a patch; code that git does not know yet is new in it.
         untracked: files that git does not know and does not ignore, names only.
+        url: of the repository that a machine fetches it from; empty where the folder here is sent.
     """
 
     commit: str = ""
     branch: str = ""
     diff: bytes = b""
     untracked: tuple[str, ...] = ()
+    url: str = ""
 
     @property
     def dirty(self) -> bool:
         return bool(self.diff or self.untracked)
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether the patch goes with the run; of a huge one only its fingerprint does."""
+        return len(self.diff) <= MAX_PATCH_BYTES
+
     def facts(self) -> dict[str, Any]:
         """What ``run.json`` and ``code/commit.json`` say."""
-        if not self.commit:
+        if not self.commit and not self.url:
             return {}
-        diff_sha256 = fingerprint(self.diff.decode(errors="replace")) if self.diff else ""
         return {
             "commit": self.commit,
+            **({"url": self.url} if self.url else {}),
             "branch": self.branch,
             "dirty": self.dirty,
-            "diff_sha256": diff_sha256,
-            "untracked": list(self.untracked),
+            "diff_sha256": hashlib.sha256(self.diff).hexdigest() if self.diff else "",
+            "diff_bytes": len(self.diff),
+            "untracked": list(self.untracked[:MAX_NAMES]),
         }
+
+    def notes(self) -> list[str]:
+        """What people should know of it before it is submitted."""
+        if self.is_kept:
+            return []
+        most = MAX_PATCH_BYTES >> 20
+        return [f"uncommitted changes of {len(self.diff) >> 20} MiB are not kept with the run ({most} MiB at most)"]
 
 
 def read_code(folder: Path) -> Code:
-    """Asks git; a folder without git or without a commit is a Code without a commit."""
-    commit = _git(folder, "rev-parse", "HEAD").strip().decode()
-    if not commit:
-        return Code()
-    untracked = _git(folder, "ls-files", "--others", "--exclude-standard").decode(errors="replace").splitlines()
-    return Code(
-        commit=commit,
-        branch=_git(folder, "rev-parse", "--abbrev-ref", "HEAD").strip().decode(),
-        diff=_git(folder, "diff", "--binary", "HEAD")[:MAX_DIFF_BYTES],
-        untracked=tuple(untracked[:1000]),
-    )
+    """Asks git; a folder without git or without a commit is a Code without a commit.
 
-
-def _git(folder: Path, *arguments: str) -> bytes:
-    command = ["git", "-C", str(folder), *arguments]
+    Raises InputError where git knows the commit, but cannot say what differs from it.
+    """
     try:
-        return subprocess.run(command, capture_output=True, timeout=30, check=True).stdout
+        commit = _git(folder, "rev-parse", "HEAD").strip().decode()
     except (OSError, subprocess.SubprocessError):
-        return b""
+        return Code()
+    try:
+        names = _git(folder, "ls-files", "-z", "--others", "--exclude-standard").split(b"\0")
+        untracked = [os.fsdecode(name) for name in names if name]
+        return Code(
+            commit=commit,
+            branch=_git(folder, "rev-parse", "--abbrev-ref", "HEAD").strip().decode(),
+            diff=_diff(folder, [name for name in untracked if _is_code(folder / name)]),
+            untracked=tuple(untracked),
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error).encode()
+        what = f"git cannot say what differs from the commit: {' '.join(said.decode(errors='replace').split())[:200]}"
+        raise InputError(folder, what, remedy="git status there says more") from error
+
+
+def sent_code(task: Mapping[str, Any], folder: Path) -> Code:
+    """The code that a task runs: of ``folder``, or what its git reference names."""
+    workdir = task.get("workdir")
+    if not isinstance(workdir, Mapping):
+        return read_code(folder)
+    ref = str(workdir.get("ref") or "")
+    return Code(commit=ref if re.fullmatch("[0-9a-f]{40}", ref) else "", branch=ref, url=str(workdir.get("url") or ""))
+
+
+def differs(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """In which of the facts two snapshots differ, in words; empty where they do not."""
+    if then.get("url", "") != now.get("url", ""):
+        return f"from {now.get('url') or 'the folder'}, not {then.get('url') or 'the folder'}"
+    if then.get("commit") != now.get("commit"):
+        return f"commit {str(now.get('commit'))[:12]}, not {str(then.get('commit'))[:12]}"
+    return "" if then.get("diff_sha256") == now.get("diff_sha256") else "its uncommitted changes are others"
+
+
+def keep_code(code: Code, store: Store, folder: str, written: list[str] | None = None) -> None:
+    """Writes the snapshot to the keys ``folder/…``, each also to ``written`` before it is."""
+    files = {"commit.json": json.dumps(facts, indent=1).encode()} if (facts := code.facts()) else {}
+    if code.diff and code.is_kept:
+        files["diff.patch"] = code.diff
+    for name, data in files.items():
+        if written is not None:
+            written.append(f"{folder}/{name}")
+        store.write(f"{folder}/{name}", data)
+
+
+def _is_code(path: Path) -> bool:
+    return path.suffix in SUFFIXES and path.is_file() and path.stat().st_size <= MAX_FILE_BYTES
+
+
+def _diff(folder: Path, added: Sequence[str]) -> bytes:
+    """The difference to HEAD, with the files ``added`` as new ones. The repository itself is not touched."""
+    if not added:
+        return _git(folder, *_DIFF)
+    index = folder / os.fsdecode(_git(folder, "rev-parse", "--git-path", "index").strip())
+    with TemporaryDirectory() as scratch:
+        own = f"{scratch}/index"
+        if index.exists():
+            copyfile(index, own)
+        add = ("--literal-pathspecs", "add", "--intent-to-add", "--pathspec-from-file=-", "--pathspec-file-nul")
+        _git(folder, *add, index=own, given=b"\0".join(map(os.fsencode, added)))
+        return _git(folder, *_DIFF, index=own)
+
+
+def _git(folder: Path, *arguments: str, index: str = "", given: bytes = b"") -> bytes:
+    command = [*(["env", f"GIT_INDEX_FILE={index}"] if index else []), "git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, timeout=120, check=True, input=given).stdout

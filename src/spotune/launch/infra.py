@@ -91,6 +91,9 @@ class Infra(Protocol):
     def check_resumable(self, run_id: str) -> None:
         """Raises InputError when ``resume`` would; nothing is changed."""
 
+    def workdir(self, run_id: str) -> str:
+        """The folder here whose code a run gets when it is resumed; empty where that is a git reference."""
+
     def resume(self, run_id: str) -> None:
         """Puts a run that has ended back into the queue, at its old priority."""
 

@@ -1,6 +1,6 @@
 """What would run, where and at what price: made from a wish without doing anything, so that it can be shown."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -17,11 +17,12 @@ from spotune.contracts.keys import check_run_id, new_run_id
 from spotune.contracts.money import parse_usd
 from spotune.contracts.records import PriceRow, RunRecord, fingerprint
 from spotune.launch.checks import check_model
-from spotune.launch.code import Code, read_code
+from spotune.launch.code import Code, sent_code
 from spotune.launch.infra import LOCAL, Submission, infra_of, spell
 from spotune.launch.local.gpus import find_gpus
 from spotune.launch.preemptions import read_preemptions
 from spotune.launch.prices import Offers, local_prices
+from spotune.launch.project import check_project
 from spotune.launch.task import Demand, Resources, demand_of, env_pairs, fill_in, load_task
 from spotune.launch.workspace import Workspace
 
@@ -90,12 +91,18 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
     task_path, task = load_task(workspace.cwd)
     task = fill_in(task, _environment(wish, workspace, run_id), wish.resources, run_id)
     demand = _check_demand(demand_of(task, task_path), wish, infra, task_path)
-    secrets = _secrets(wish, workspace.environ)
+    secrets = secrets_of(wish.secrets, workspace.environ)
     now = clock()
+    if backend != LOCAL:
+        from spotune.launch.skypilot.sent import check_sent
+
+        if isinstance(task.get("workdir"), str):
+            check_project(workspace.cwd, task)
+        check_sent(config, files, wish.config_path, workspace.cwd, task, infra)
     offered = _offers(task, wish, infra, demand, workspace, now)
     if budget_usd is not None:
         check_priced(offered.chosen)
-    code = read_code(workspace.cwd)
+    code = sent_code(task, workspace.cwd)
     record = RunRecord(
         run_id=run_id,
         created_at=now,
@@ -129,7 +136,7 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
         task_path=task_path,
         offers=offered.rows,
         chosen=offered.chosen,
-        notes=offered.notes,
+        notes=(*offered.notes, *code.notes()),
         code=code,
         allow_config_change=wish.allow_config_change,
     )
@@ -194,13 +201,15 @@ def _environment(wish: Wish, workspace: Workspace, run_id: str) -> dict[str, str
     return {**env_pairs(wish.envs), **ours}
 
 
-def _secrets(wish: Wish, environ: Mapping[str, str]) -> dict[str, str]:
-    for name in wish.secrets:
+def secrets_of(names: Iterable[str], environ: Mapping[str, str]) -> dict[str, str]:
+    """``--secret NAME`` as a mapping, the values from here; raises InputError for one that has none."""
+    names = tuple(names)
+    for name in names:
         if "=" in name:
             raise InputError("--secret", "takes a name, not a value", remedy=f"export {name.partition('=')[0]}=… first")
         if name not in environ:
             raise InputError("--secret", f"{name} is not set here", remedy=f"export {name}=… first")
-    return {name: environ[name] for name in wish.secrets}
+    return {name: environ[name] for name in names}
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from spotune.contracts.errors import InputError
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import RunRecord, fingerprint
 from spotune.contracts.revisions import record_in_force
+from spotune.launch.code import differs
 from spotune.launch.plan import Plan, Wish, make_plan
 from spotune.launch.status import find_run
 from spotune.launch.workspace import Workspace
@@ -36,12 +37,11 @@ def promote(source: str, wish: Wish, workspace: Workspace) -> Plan:
         raise InputError(source, "its model has changed since", remedy="submit the config itself")
     if not record.code.get("commit") or not plan.record.code:
         raise InputError(source, "its code is not known: it was not submitted from a git commit")
-    for fact, what in (("commit", "code"), ("diff_sha256", "uncommitted code")):
-        if record.code.get(fact) != plan.record.code.get(fact):
-            remedy = (
-                f"git checkout {record.code['commit'][:12]}" if fact == "commit" else "runs/…/code/diff.patch has it"
-            )
-            raise InputError(source, f"its {what} has changed since", remedy=remedy)
+    if words := differs(record.code, plan.record.code):
+        is_there = record.code["commit"] == plan.record.code.get("commit")
+        patch = f"{plan.bucket}/{Keys(source).code}/diff.patch has what they were"
+        remedy = patch if is_there else f"git checkout {record.code['commit'][:12]}"
+        raise InputError(source, f"its code has changed since: {words}", remedy=remedy)
     return plan
 
 

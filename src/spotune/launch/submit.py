@@ -4,7 +4,6 @@ An id that is taken already: the same run is left alone, or goes on. With anothe
 a revision, if it stands still and what changed may change, by itself or because it was asked for.
 """
 
-import json
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -15,6 +14,7 @@ from spotune.contracts.records import RunRecord
 from spotune.contracts.revisions import check_length, record_in_force, revised, write_revision
 from spotune.contracts.store import Store
 from spotune.launch.actions import go_on
+from spotune.launch.code import keep_code
 from spotune.launch.infra import ACTIVE, Infra, JobStatus
 from spotune.launch.plan import Plan
 from spotune.launch.status import find_run
@@ -109,14 +109,8 @@ def _enqueue(plan: Plan, store: Store, infra: Infra, written: list[str]) -> None
 
     ``written``: the keys that this submission has written already.
     """
-    keys = Keys(plan.run_id)
     try:
-        if plan.code.commit:
-            written.append(f"{keys.code}/commit.json")
-            store.write(written[-1], json.dumps(plan.code.facts(), indent=1).encode())
-        if plan.code.diff:
-            written.append(f"{keys.code}/diff.patch")
-            store.write(written[-1], plan.code.diff)
+        keep_code(plan.code, store, Keys(plan.run_id).code, written)
         infra.submit(plan.submission)
     except BaseException:
         store.delete(written)

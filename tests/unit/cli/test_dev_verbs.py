@@ -28,7 +28,12 @@ def test_help_is_light(verb: str) -> None:
     ("argv", "line"),
     [
         (["up", "-i", "1"], "--idle-minutes-to-autostop: 1 is too short"),
-        (["up", "--infra", "slurm/lab", "--gpus", "L4:1", "--share", "0.5"], "--share: Slurm hands out whole GPUs"),
+        (["up", "--infra", "awss"], "--infra: 'awss' is no infrastructure (did you mean aws?)"),
+        (["up", "--infra", "local"], "--infra: local is this machine"),
+        (["up", "--secret", "NOT_SET_HERE"], "--secret: NOT_SET_HERE is not set here (export NOT_SET_HERE=… first)"),
+        (["run", "config/runs/demo.yaml", "-c", "dev", "--secret", "K=V"], "--secret: takes a name, not a value"),
+        (["run", "config/runs/demo.yaml", "-c", "dev", "--infra", "local"], "--infra: local is this machine"),
+        (["run", "config/runs/demo.yaml", "-c", "dev", "--gpus", "L4:3", "--share", "0.5"], "--share: 0.5 of L4:3 is"),
         (["up", "--env", "nonsense"], "--env: 'nonsense' is not NAME=value"),
         (["run", "config/runs/demo.yaml", "--share", "0.5"], "--share: runs here share a GPU without it"),
         (["run", "config/runs/demo.yaml", "-c", "dev", "--name", "X"], "--name: 'X' is not a run id"),

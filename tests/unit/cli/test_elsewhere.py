@@ -54,10 +54,20 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     monkeypatch.setitem(infra.BACKENDS, "skypilot", f"{__name__}:FakeSky")
     monkeypatch.setattr("spotune.launch.infra.import_module", _import_module)
     monkeypatch.setattr("spotune.launch.skypilot.offers.make_offers", offers)
+    monkeypatch.setattr("spotune.launch.skypilot.engine.excluded_files", lambda folder: [])
     monkeypatch.setattr("spotune.launch.workspace.Workspace.check_bucket_reaches", lambda self, infra: None)
     FakeSky.reset()
     FakeSky.silent.clear()
-    return Project(tmp_path / "project", monkeypatch)
+    made = Project(tmp_path / "project", monkeypatch)
+    made.make_checkout()
+    return made
+
+
+def test_a_folder_that_no_machine_could_be_set_up_from_is_refused(project: Project) -> None:
+    (project.folder / "requirements.lock").unlink()
+    result = project.run("train", "run.yaml", "--infra", "aws", "--dryrun")
+    assert result.exit_code == 2
+    assert result.stderr.endswith("has no requirements.lock (cd to a checkout of spotune)\n")
 
 
 def _import_module(name: str) -> Any:

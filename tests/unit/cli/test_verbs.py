@@ -12,12 +12,16 @@ from spotune.cli import VERBS
 from spotune.cli.follow import exit_code_of, settled
 from spotune.cli.live import live_view
 from spotune.cli.render import duration, shorten, table
+from spotune.contracts.environment import RunEnvironment
 from spotune.contracts.errors import InputError
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Certificate, Mark, RunRecord
 from spotune.contracts.store import Store
+from spotune.guard.main import parse_arguments
+from spotune.guard.record import read_or_create_run
 from spotune.launch.infra import JobStatus
 from spotune.launch.local.gpus import Gpu
+from spotune.launch.skypilot import dev
 from spotune.launch.status import as_row
 from tests.unit.project import Project
 
@@ -154,9 +158,14 @@ def test_a_launcher_that_died_after_run_json_is_repaired(project: Project) -> No
     assert "run-a" in project.infra.submissions
 
 
-def test_code_is_recorded(project: Project) -> None:
+def commit(folder: Path) -> None:
+    (folder / "helper.py").write_text("x = 1\n")  # not added
     for command in ("init -q", "add run.yaml", "-c user.name=x -c user.email=x@y commit -qm one"):
-        subprocess.run(["git", *command.split()], cwd=project.folder, check=True)
+        subprocess.run(["git", *command.split()], cwd=folder, check=True)
+
+
+def test_code_is_recorded(project: Project) -> None:
+    commit(project.folder)
     project.write("run.yaml", (project.folder / "run.yaml").read_text() + "seed: 1\n")
     project.submit()
     facts = json.loads(project.store.read("runs/run-a/code/commit.json") or b"")
@@ -169,6 +178,40 @@ def test_code_is_recorded(project: Project) -> None:
     changed = project.run("train", "--from", "run-a", "-y", "-d")
     assert changed.exit_code == 2
     assert "has changed since" in changed.stderr
+
+
+def test_a_run_of_a_dev_cluster_is_promoted(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its record is made on the cluster, which has no git: the launcher leaves beside it which code it sent."""
+    commit(project.folder)
+    workspace = project.workspace(SPOTUNE_BUCKET=project.store.url)
+    kept = dev.keep_code("run-a", workspace)
+    on_it = {"SPOTUNE_KIND": "dev", "SPOTUNE_PROFILE": "dev", "SPOTUNE_CONFIG": "run.yaml", "SPOTUNE_USER": "ada"}
+    env = RunEnvironment.read({"SPOTUNE_BUCKET": project.store.url, **on_it})
+    record = read_or_create_run(project.store, Keys("run-a"), env, parse_arguments([]))
+    assert len(record.code["commit"]) == 40
+    assert dev.keep_code("run-a", workspace) == []  # it has begun: what is sent now is not what it began with
+    assert kept == ["runs/run-a/code/commit.json", "runs/run-a/code/diff.patch"]
+    promoted = project.run("train", "--from", "run-a", "--name", "run-b", "-y", "-d")
+    assert promoted.stdout == "run-b\n", promoted.stderr
+    project.write("helper.py", "x = 2\n")
+    changed = project.run("train", "--from", "run-a", "-y", "-d")
+    line = f"run-a: its code has changed since: its uncommitted changes are others ({project.store.url}/{kept[1]} has"
+    assert changed.stderr.startswith(line)
+
+
+def test_a_resume_says_and_keeps_what_code_it_goes_on_with(project: Project) -> None:
+    commit(project.folder)
+    project.submit()
+    project.run("cancel", "run-a", "-y")
+    assert project.run("resume", "run-a").stderr == ""
+    project.run("cancel", "run-a", "-y")
+    project.write("helper.py", "x = 2\n")
+    resumed = project.run("resume", "run-a")
+    assert resumed.exit_code == 0
+    line = "run-a: its code is not what it was submitted with: its uncommitted changes are others\n"
+    assert resumed.stderr == line
+    (kept,) = [key for key in project.store.keys("runs/run-a/code") if key.count("/") == 4 and "patch" in key]
+    assert b"+x = 2" in (project.store.read(kept) or b"")
 
 
 def test_promotion_needs_a_commit(project: Project) -> None:

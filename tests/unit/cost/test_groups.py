@@ -124,7 +124,7 @@ def test_focus_has_every_mandatory_column_and_its_sums() -> None:
 
 
 def test_a_charge_lies_in_one_billing_period() -> None:
-    long = attempt(at("2026-10-31 23:00"), 2 * 3600.0, nodes=2, use_spot=False)
+    long = attempt(at("2026-10-31 23:00"), 2 * 3600.0, nodes=2, use_spot=False, cost_usd=1.44)
     first, second = focus_rows(totals(), [long], "s3://b")
     assert (first["ChargePeriodEnd"], second["BillingPeriodStart"]) == ("2026-11-01T00:00:00Z",) * 2
     assert (first["PricingQuantity"], first["BilledCost"], first["PricingCategory"]) == ("2", "0.72", "Standard")

@@ -1,6 +1,9 @@
 """A cluster's paid time is split, whoever was on it and for how long; none of it is lost or invented."""
 
+import csv
+import io
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +115,8 @@ def test_the_parts_are_the_whole(
     parts = [share.paid_s for share in found.shares]
     assert all(part >= 0 for part in (*parts, found.idle_s, found.paid_s))
     assert sum(parts) + found.idle_s == pytest.approx(found.paid_s, abs=1e-3)
+    assert all(0 < piece.part <= 1 and piece.started_at < piece.ended_at for piece in found.idle)
+    assert all(one.ended_at <= other.started_at for one, other in pairwise(found.idle))
     assert found.cost_usd is not None
     assert found.idle_usd is not None
     costs = [share.cost_usd for share in found.shares if share.cost_usd is not None]
@@ -138,9 +143,16 @@ def test_no_dollar_is_counted_twice() -> None:
     pairs = [(key, attempt(T, 600.0, cost_usd=0.12)) for key in "ab"]
     costs = [one["cost_usd"] for _, one in charged([*pairs, ("c", attempt(T, 1.0, cost_usd=9.0))], found)]
     assert costs == pytest.approx([0.06, 0.06, 9.0])
-    ((owner, idle_usd),) = idle_of(found)
-    assert owner == {"user": "ana", "team": "research", "kind": "dev"}
-    assert sum(costs[:2]) + idle_usd == pytest.approx(0.2)
+    (idle,) = idle_of(found)
+    assert [idle[name] for name in ("user", "team", "kind", "infra")] == ["ana", "research", "dev", "aws"]
+    assert (idle["started_at"], idle["paid_s"]) == (T + 600, 400)
+    assert sum(costs[:2]) + idle["cost_usd"] == pytest.approx(0.2)
+
+
+def focus(*arguments: str) -> list[dict[str, str]]:
+    result = CliRunner(mix_stderr=False).invoke(main, ["cost", *arguments, "--format", "focus"])
+    assert result.exit_code == 0, result.output
+    return list(csv.DictReader(io.StringIO(result.stdout)))
 
 
 def cost(*arguments: str) -> Any:
@@ -171,3 +183,10 @@ def test_a_run_on_a_cluster_from_the_bucket_to_every_report(tmp_path: Path, monk
     assert groups["ben"]["cost_usd"] == pytest.approx(0.24)
     assert (groups["ana"]["cost_usd"], groups["ana"]["idle_usd"]) == (0.0, pytest.approx(0.48))
     assert groups["ana"]["runs"] == 0
+    for by in ("team", "kind", "infra", "gpu", "day", "week"):
+        rows = cost("--by", by, "--since", "9999d")
+        assert sum(one["cost_usd"] + one["idle_usd"] for one in rows) == pytest.approx(0.72), by
+    charges = [(charge["ResourceName"], float(charge["BilledCost"])) for charge in focus("--since", "9999d")]
+    # The run's half; ten minutes whole, the other half while the run was on it, and ten minutes whole again.
+    assert [name for name, _ in charges] == ["dev-run", "dev-ana", "dev-ana", "dev-ana"]
+    assert [usd for _, usd in charges] == pytest.approx([0.24, 0.12, 0.24, 0.12])

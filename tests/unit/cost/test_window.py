@@ -44,9 +44,11 @@ def test_a_run_of_before_counts_with_what_was_paid_since(workspace: Workspace) -
 
 def test_focus_has_whole_charges_of_what_was_paid_since(workspace: Workspace) -> None:
     write(workspace.store(), "run-a", three_attempts())
-    ((_, totals, attempts),) = all_runs(workspace, lambda index: charges_since(index, T + 50), clock=lambda: T + 1000)
-    assert totals["run_id"] == "run-a"
-    assert [attempt["paid_s"] for attempt in attempts] == [20, 30]
+    cluster(workspace.store(), hours=0.02, seen=1)  # idle for 72 s
+    found = all_runs(workspace, lambda index: charges_since(workspace.store(), index, T + 50), clock=lambda: T + 1000)
+    assert [totals["run_id"] for _, totals in found.runs] == ["run-a"]
+    assert [attempt["paid_s"] for _, attempt in found.attempts] == [20, 30]
+    assert [piece["paid_s"] for piece in found.idle] == [pytest.approx(72)]
 
 
 def test_what_lies_before_is_cut_off_in_proportion() -> None:

@@ -86,6 +86,25 @@ def test_the_newest_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "a newer one" in capsys.readouterr().out
 
 
+def test_a_mark_that_is_gone_or_cannot_be_read_or_written_is_no_newer_one(tmp_path: Path) -> None:
+    clock = Clock()
+    newest = tmp_path / ".spotune" / NEWEST
+    spoil = [newest.unlink, newest.mkdir, newest.rmdir, lambda: newest.write_text("")]
+
+    def sleep(seconds: float) -> None:
+        if spoil:
+            spoil.pop(0)()
+        clock.sleep(seconds)
+
+    assert keep(settings(tmp_path), lambda now: [Sign("VS Code", now)] if now < 2000 else [], clock, sleep) == 0
+    assert clock.now >= 2000 + 600 - 30
+    clock.now = 1000.0
+    newest.unlink()
+    newest.mkdir()  # nothing can be written there
+    assert keep(settings(tmp_path), lambda now: [], clock, clock.sleep) == 0
+    assert clock.now == 1000 + 600
+
+
 def test_on_slurm_it_can_take_the_allocation_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("scancel", "scontrol"):
         stand_in = tmp_path / name

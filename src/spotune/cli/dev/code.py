@@ -20,7 +20,7 @@ def code(cluster: str, only_print: bool) -> None:
     from spotune.launch.skypilot import ssh
 
     name = chosen(cluster, open_workspace())
-    ssh.write_config(name)
+    ssh.write_config(name, everyones=bool(cluster))
     folder = ssh.read(name, "cd ~/sky_workdir 2> /dev/null || cd; pwd").strip()
     command = ["code", "--remote", f"ssh-remote+{name}", folder]
     click.echo(f"vscode://vscode-remote/ssh-remote+{name}{folder}")

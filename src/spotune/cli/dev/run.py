@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from spotune.cli.dev.choose import chosen, cluster_option, say
-from spotune.cli.options import config_options, open_workspace
+from spotune.cli.dev.choose import cluster_option, say
+from spotune.cli.options import config_options, open_workspace, secret_option
 
 if TYPE_CHECKING:
     from spotune.launch.skypilot.dev import RunWish
+    from spotune.launch.skypilot.runplace import RunPlace
     from spotune.launch.workspace import Workspace
 
 
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 @click.option("--infra", default="", metavar="NAME", help="Where; default as in config/spotune.yaml (local).")
 @cluster_option("Run it on this dev cluster.")
 @click.option("--gpus", metavar="L4:1", help="GPUs to use; on a cluster all of its machine's.")
-@click.option("--share", type=float, metavar="0.5", help="A share of each GPU of a cluster, so that two runs fit.")
+@click.option("--share", type=float, metavar="0.5", help="A share of a GPU of a cluster, so that two runs fit.")
 @click.option("--env", "envs", multiple=True, metavar="K=V", help="Environment of the run.")
+@secret_option
 @click.option("--save-every", default="", metavar="50|5m", help="Save every so many steps, or so often.")
 def run(
     config: str,
@@ -37,6 +39,7 @@ def run(
     gpus: str | None,
     share: float | None,
     envs: tuple[str, ...],
+    secrets: tuple[str, ...],
     save_every: str,
 ) -> None:
     """Run CONFIG now with its profile `dev`. Ctrl-C stops it; it is never recovered.
@@ -45,40 +48,46 @@ def run(
     up when it is not there. The code here is synced to it first.
     """
     from spotune.contracts.errors import InputError
+    from spotune.launch.skypilot.runplace import RunPlace
 
     workspace = open_workspace()
-    infra = infra or workspace.settings.infra
     with _ended_by_hangup():
-        if cluster or infra.split("/", 1)[0] != "local":
+        if where := RunPlace.read(cluster, infra, workspace):
+            from spotune.launch.plan import secrets_of
             from spotune.launch.skypilot.dev import RunWish
             from spotune.launch.task import env_pairs
 
-            wish = RunWish(profile, overrides, gpus, share, save_every, env_pairs(envs))
-            sys.exit(_on_cluster(config, name, "" if cluster else infra, chosen(cluster, workspace), wish, workspace))
+            values = secrets_of(secrets, workspace.environ)
+            wish = RunWish(profile, overrides, gpus, share, save_every, env_pairs(envs), values)
+            sys.exit(_on_cluster(config, name, where, wish, workspace))
         if share is not None:
             raise InputError("--share", "runs here share a GPU without it", remedy="leave it out")
-        sys.exit(_here(config, workspace, gpus, profile, overrides, name=name, envs=envs, save_every=save_every))
+        given = {"name": name, "envs": envs, "secrets": secrets, "save_every": save_every}
+        sys.exit(_here(config, workspace, gpus, profile, overrides, **given))
 
 
-def _on_cluster(config: str, name: str, infra: str, cluster: str, wish: "RunWish", workspace: "Workspace") -> int:
+def _on_cluster(config: str, name: str, where: "RunPlace", wish: "RunWish", workspace: "Workspace") -> int:
     from spotune.cli.launching import check_month
-    from spotune.launch.skypilot import booking, clusters, dev
+    from spotune.launch.skypilot import booking, clusters, dev, joblog
+    from spotune.launch.skypilot.runplace import run_cluster
 
     run_id = dev.check_run(config, name, wish, workspace)
     check_month(workspace)
-    if infra and not clusters.list_clusters([cluster]):
-        say(f"{cluster}: not there yet, it is brought up on {infra}")
-        up = dev.up(dev.DevWish(name=cluster, infra=infra, gpus=wish.gpus, envs=wish.envs), workspace)
-        booking.book_names(workspace, [cluster], say)
-        for note in up.notes:
-            say(note)
-    found = clusters.find_cluster(cluster)
-    job_id = clusters.execute(dev.run_task(config, run_id, found, wish, workspace), cluster)
-    say(f"{run_id}: job {job_id} on {cluster}")
+    cluster, is_new = run_cluster(where, wish, workspace, say)
+    if is_new:
+        booking.book_names(workspace, [cluster.name], say)
+    task, kept = dev.run_task(config, run_id, cluster, wish, workspace), dev.keep_code(run_id, workspace)
     try:
-        return clusters.follow(cluster, job_id)
+        job_id = clusters.execute(task, cluster.name)
     except BaseException:
-        clusters.cancel(cluster, job_id)
+        clusters.withdraw(cluster.name, run_id)
+        workspace.store().delete(kept)
+        raise
+    say(f"{run_id}: job {job_id} on {cluster.name}")
+    try:
+        return joblog.follow(cluster.name, job_id)
+    except (KeyboardInterrupt, BrokenPipeError):  # not for trouble on the way to it: the run goes on
+        clusters.cancel(cluster.name, job_id)
         say(f"{run_id}: stopped")
         raise
 

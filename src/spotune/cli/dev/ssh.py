@@ -16,5 +16,5 @@ def ssh(cluster: str, command: tuple[str, ...]) -> None:
     from spotune.launch.skypilot import ssh
 
     name = chosen(cluster, open_workspace())
-    ssh.write_config(name)
+    ssh.write_config(name, everyones=bool(cluster))
     sys.exit(ssh.attach([*ssh.ssh_command(name), *command]))

@@ -70,6 +70,9 @@ class LocalInfra:
     def check_resumable(self, run_id: str) -> None:
         check_secrets(run_id, self._job(run_id).secrets, self._environ)
 
+    def workdir(self, run_id: str) -> str:
+        return self._job(run_id).workdir
+
     def resume(self, run_id: str) -> None:
         job = self._job(run_id)
         self.check_resumable(run_id)

@@ -1,16 +1,14 @@
 """Dev clusters: what SkyPilot has, brings up, runs something on, and takes away again."""
 
-import io
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
-from typing import Any, TextIO
+from typing import Any
 
 from spotune.contracts.errors import InfraError, InputError
-from spotune.launch.skypilot import engine
-from spotune.launch.skypilot.logs import exit_code
+from spotune.launch.skypilot import engine, joblog
 
 # Where a cluster can only be taken down: CloudImplementationFeatures.STOP in sky/clouds/*.py (0.14.1).
 _NO_STOP = (
@@ -26,6 +24,7 @@ class Cluster:
     Attributes:
         status: INIT, UP or STOPPED; ``autostop_minutes`` of SkyPilot's own idle count, None where there is none.
         price_usd_per_hour, spent_usd: as SkyPilot counts them, None where it does not know a price.
+        cpus, memory: of each machine as SkyPilot says it, memory in GB; empty where it does not.
     """
 
     name: str
@@ -38,6 +37,8 @@ class Cluster:
     to_down: bool
     price_usd_per_hour: float | None = None
     spent_usd: float | None = None
+    cpus: str = ""
+    memory: str = ""
 
     @property
     def gpus(self) -> str:
@@ -70,13 +71,30 @@ def with_prices(clusters: list[Cluster], rows: Sequence[Mapping[str, Any]]) -> l
     return [_priced(cluster, by_name.get(cluster.name, {})) for cluster in clusters]
 
 
+def own_cluster(name: str) -> Cluster | None:
+    """This user's cluster of that name, None where there is none; raises InputError for another's.
+
+    SkyPilot itself would launch onto another's, and overwrite what is synced there. Who is whom its server knows.
+    """
+    if mine := list_clusters([name]):
+        return mine[0]
+    for record in engine.call(engine.sdk().status, cluster_names=[name], all_users=True):
+        what = f"is the cluster of another SkyPilot user, {record.user_name} ({record.user_hash})"
+        raise InputError(name, what, remedy="another name: spotune dev up --name NAME")
+    return None
+
+
 def find_cluster(name: str) -> Cluster:
+    """Raises InputError for one that is not there, not up, or another's."""
+    return check_up(own_cluster(name), name)
+
+
+def check_up(cluster: Cluster | None, name: str) -> Cluster:
     """Raises InputError for one that is not there or not up."""
-    for cluster in list_clusters([name]):
-        if cluster.status == "UP":
-            return cluster
-        raise InputError(name, f"is {cluster.status}, not UP", remedy=f"spotune dev up --name {name}")
-    raise InputError(name, "no such cluster", remedy=f"spotune dev up --name {name}")
+    if cluster and cluster.status == "UP":
+        return cluster
+    what = f"is {cluster.status}, not UP" if cluster else "no such cluster"
+    raise InputError(name, what, remedy=f"spotune dev up --name {name}")
 
 
 def launch(task: Mapping[str, Any], name: str, idle_minutes: int, down: bool) -> None:
@@ -85,58 +103,82 @@ def launch(task: Mapping[str, Any], name: str, idle_minutes: int, down: bool) ->
     with engine.translated(), redirect_stdout(sys.stderr):
         request = sky.launch(engine.task(task), cluster_name=name, idle_minutes_to_autostop=idle_minutes, down=down)
         job_id, _ = engine.watch(request, sys.stderr)
-        code = sky.tail_logs(name, job_id, follow=True, output_stream=sys.stderr) if job_id else 0
-    if code:
+    if job_id:
+        see_setup(name, job_id)
+
+
+def see_setup(name: str, job_id: int) -> None:
+    """Shows a setup until it is done; raises InfraError when it fails."""
+    if joblog.follow(name, job_id, out=sys.stderr):
         raise InfraError(
             f"{name}: its setup failed (spotune dev up again once it is mended, or spotune dev down {name})"
         )
 
 
 def execute(task: Mapping[str, Any], name: str) -> int:
-    """Puts a job into the cluster's queue, its working directory synced; returns its number."""
+    """Puts a job into the cluster's queue, its working directory synced; returns its number.
+
+    Ctrl-C meanwhile calls the request off, which may have come as far as the queue already.
+    """
     sky = engine.sdk()
     with engine.translated(), redirect_stdout(sys.stderr):
-        job_id, _ = engine.ask(sky.exec(engine.task(task), cluster_name=name))
+        request = sky.exec(engine.task(task), cluster_name=name)
+        try:
+            job_id, _ = engine.ask(request)
+        except KeyboardInterrupt:
+            with suppress(InfraError, InputError):
+                engine.call(sky.api_cancel, [request], silent=True)
+            raise
     return int(job_id)
-
-
-def follow(name: str, job_id: int) -> int:
-    """Prints a job's log until it ends; returns its script's exit code, 1 where SkyPilot does not tell it."""
-    log = _Log(sys.stdout)
-    with engine.translated():
-        failed = engine.sdk().tail_logs(name, job_id, follow=True, output_stream=log)
-    return (log.exit_code or 1) if failed else 0
-
-
-class _Log(io.TextIOBase):
-    """Passes a log on, and keeps what it says of the job's end: SkyPilot's client hands out no exit code of a job."""
-
-    def __init__(self, out: TextIO) -> None:
-        self._out, self._end = out, ""
-
-    def write(self, text: str) -> int:
-        self._end = (self._end + text)[-4096:]
-        return self._out.write(text)
-
-    def flush(self) -> None:
-        self._out.flush()
-
-    @property
-    def exit_code(self) -> int | None:
-        return exit_code(self._end)
 
 
 def cancel(name: str, job_id: int) -> None:
     engine.call(engine.sdk().cancel, name, job_ids=[job_id])
 
 
+def withdraw(name: str, job: str) -> None:
+    """Cancels the newest job of that name, where handing it in was stopped but came as far as the cluster's queue."""
+    with suppress(InfraError, InputError):  # what stopped it is what is reported
+        if active := [one for one in list_jobs(name) if one.name == job and one.is_active]:
+            cancel(name, active[-1].id)
+
+
+@dataclass(frozen=True)
+class ClusterJob:
+    """A job in a cluster's queue; ``status`` in SkyPilot's words."""
+
+    id: int
+    name: str
+    status: str
+
+    @property
+    def is_active(self) -> bool:
+        return self.status in ("INIT", "PENDING", "SETTING_UP", "RUNNING")
+
+
+def list_jobs(name: str) -> list[ClusterJob]:
+    """This user's jobs of a cluster since it was launched, oldest first."""
+    records = engine.call(engine.sdk().queue, name)
+    jobs = [ClusterJob(int(record.job_id), str(record.job_name), record.status.value) for record in records]
+    return sorted(jobs, key=lambda job: job.id)
+
+
 def running_jobs(name: str) -> list[str]:
     """Names of the jobs in a cluster's queue that are not over."""
-    return [str(job.job_name) for job in engine.call(engine.sdk().queue, name, skip_finished=True)]
+    return [job.name for job in list_jobs(name) if job.is_active]
 
 
-def set_autostop(name: str, minutes: int, down: bool) -> None:
-    engine.call(engine.sdk().autostop, name, minutes, down=down)
+def set_autostop(name: str, minutes: int, down: bool) -> bool:
+    """Returns whether the cluster will be taken down: as asked, or since this machine, a spot one say, cannot stop."""
+    sky = engine.sdk()
+    try:
+        engine.call(sky.autostop, name, minutes, down=down)
+    except InfraError as error:
+        if down or type(error.__cause__).__name__ != "NotSupportedError":
+            raise
+        engine.call(sky.autostop, name, minutes, down=True)
+        return True
+    return down
 
 
 def stop(name: str) -> None:
@@ -175,6 +217,8 @@ def _cluster(record: Any) -> Cluster:
         launched_at=float(record.launched_at),
         autostop_minutes=record.autostop if record.autostop >= 0 else None,
         to_down=record.to_down,
+        cpus=str(record.cpus or ""),
+        memory=str(record.memory or ""),
     )
 
 

@@ -1,9 +1,8 @@
 """What ``spotune dev`` does with a cluster: up with its keeper, a run on it, a notebook."""
 
-import math
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import SystemRandom
 from typing import Any
@@ -11,13 +10,21 @@ from typing import Any
 from spotune.contracts import environment
 from spotune.contracts.config import load_config
 from spotune.contracts.errors import InputError
-from spotune.contracts.keys import check_run_id, new_run_id
+from spotune.contracts.keys import Keys, check_run_id, new_run_id
+from spotune.launch import code
+from spotune.launch.infra import ANY, LOCAL, spell
+from spotune.launch.project import KEEPER as KEEPER_CODE
+from spotune.launch.project import check_project
 from spotune.launch.skypilot import clusters
 from spotune.launch.skypilot.clusters import Cluster
-from spotune.launch.task import Resources, fill_in, load_task, parse_gpus
+from spotune.launch.skypilot.reuse import differences, finish_setup
+from spotune.launch.skypilot.share import check_share, shared
+from spotune.launch.skypilot.task import placed
+from spotune.launch.task import Resources, fill_in, load_task
 from spotune.launch.workspace import Workspace
 
 DEV, KEEPER, NOTEBOOK = "tasks/dev.yaml", "tasks/keeper.yaml", "tasks/notebook.yaml"
+DEV_JOB = "dev"  # what a bare `sky launch` calls the job of tasks/dev.yaml
 IDLE_MINUTES = 30
 MIN_IDLE_MINUTES = 2
 # A place in the cluster's queue. On Slurm a job that does not say takes all CPUs, beside the keeper's one for ever
@@ -30,25 +37,25 @@ class DevWish:
     """What ``dev up`` asks for; None leaves what is there, or the default.
 
     Attributes:
-        share: of each GPU, above 0 and at most 1.
+        infra: as ``place`` gives it; empty: wherever SkyPilot likes.
         down: take the cluster down when it is idle, not only stop it.
+        secrets: with their values.
     """
 
     name: str
     infra: str = ""
     gpus: str | None = None
-    share: float | None = None
     cpus: str | None = None
     memory: str | None = None
     idle_minutes: int | None = None
     down: bool = False
     envs: Mapping[str, str] = field(default_factory=dict)
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.idle_minutes is not None and self.idle_minutes < MIN_IDLE_MINUTES:
             remedy = f"{MIN_IDLE_MINUTES} or more: SkyPilot itself looks once a minute"
             raise InputError("--idle-minutes-to-autostop", f"{self.idle_minutes} is too short", remedy=remedy)
-        check_share(self.share, self.infra)
 
 
 @dataclass(frozen=True)
@@ -65,30 +72,42 @@ class Up:
     notes: tuple[str, ...] = ()
 
 
+def place(infra: str) -> str:
+    """``--infra`` as a cluster is launched with it: empty where SkyPilot may choose. Raises InputError for no place."""
+    if (spelt := spell(infra)) == LOCAL:
+        raise InputError("--infra", "local is this machine: it needs no cluster", remedy="spotune dev run CONFIG")
+    return "" if spelt == ANY else spelt
+
+
 def up(wish: DevWish, workspace: Workspace) -> Up:
     """Brings the cluster up, or reuses the one of that name, and starts its keeper."""
-    found = next(iter(clusters.list_clusters([wish.name])), None)
-    infra = found.infra if found else wish.infra
-    idle = wish.idle_minutes or IDLE_MINUTES
-    down, notes = wish.down, []
-    if not down and infra and not clusters.can_stop(infra):
-        down = True
-        notes.append(f"{infra} cannot stop a cluster: it is taken down when it is idle (as with --down)")
-    is_up = False
-    if found and found.status == "UP":
-        is_up = True
-        notes += _differences(wish, found)
+    found = clusters.own_cluster(wish.name)
+    idle, notes = wish.idle_minutes or IDLE_MINUTES, []
+    is_up, is_held = found is not None and found.status == "UP", False
+    if found and is_up:
+        jobs = clusters.list_jobs(wish.name)
+        is_held = "keeper" in [job.name for job in jobs if job.is_active]
+        is_anew = finish_setup(wish.name, jobs, lambda: _setup_job(wish, workspace), wish.name, DEV_JOB)
+        notes = differences(replace(wish, envs={}, secrets={}) if is_anew else wish, found)
     else:
-        clusters.launch(_dev_task(wish, workspace), wish.name, idle, down)
+        # A place that cannot stop a cluster might be chosen: until it is known, what is idle is taken down.
+        clusters.launch(_dev_task(wish, workspace), wish.name, idle, wish.down or not (found and _can_stop(found)))
         found = clusters.find_cluster(wish.name)
-    if is_up and not wish.idle_minutes and not wish.down and "keeper" in clusters.running_jobs(wish.name):
+    if is_held and not wish.idle_minutes and not wish.down:
         return Up(found, False, None, found.to_down, tuple(notes))
-    start_keeper(found, idle, down, workspace)
+    down = start_keeper(found, idle, wish.down or not _can_stop(found), workspace)
+    if down and not wish.down:
+        notes.append(f"{found.infra} cannot stop this cluster: it is taken down when it is idle (as with --down)")
     return Up(found, not is_up, idle, down, tuple(notes))
 
 
-def start_keeper(cluster: Cluster, idle_minutes: int, down: bool, workspace: Workspace) -> None:
+def _can_stop(cluster: Cluster) -> bool:
+    return bool(cluster.infra) and clusters.can_stop(cluster.infra)
+
+
+def start_keeper(cluster: Cluster, idle_minutes: int, down: bool, workspace: Workspace) -> bool:
     """A keeper that holds the cluster in place of the one before; then SkyPilot's own count is set to the rest.
+    Returns whether the cluster will be taken down, also where only that is possible.
 
     On Slurm the keeper takes the allocation down itself: the skylet, which autostop is part of, is not there when
     another cluster's has its port on the same node.
@@ -103,7 +122,7 @@ def start_keeper(cluster: Cluster, idle_minutes: int, down: bool, workspace: Wor
             "SPOTUNE_KEEPER_ENDS": "scancel",
         }
     clusters.execute(fill_in(task, envs, Resources(), "keeper"), cluster.name)
-    clusters.set_autostop(cluster.name, lead, down)
+    return clusters.set_autostop(cluster.name, lead, down)
 
 
 def check_run(config: str, name: str, wish: "RunWish", workspace: Workspace) -> str:
@@ -119,11 +138,12 @@ def check_run(config: str, name: str, wish: "RunWish", workspace: Workspace) -> 
 
 def run_task(config: str, run_id: str, cluster: Cluster, wish: "RunWish", workspace: Workspace) -> dict[str, Any]:
     """A job that runs CONFIG on the cluster as a bare launch: its record is made there."""
-    check_share(wish.share, cluster.infra)
+    check_place(cluster.infra, wish, workspace)
     flags = [flag for pair in wish.overrides for flag in ("--set", pair)]
     python = '"${SPOTUNE_PYTHON:-.venv/bin/python}"'
     command = f'exec {python} -m spotune.sft "$SPOTUNE_CONFIG" {shlex.join(flags)}'.rstrip()
     _, dev = load_task(workspace.cwd, DEV)
+    check_project(workspace.cwd, fill_in(dev, wish.envs, Resources(), run_id))
     envs = {
         **_whose(workspace),
         **wish.envs,
@@ -145,7 +165,19 @@ def run_task(config: str, run_id: str, cluster: Cluster, wish: "RunWish", worksp
     }
     if accelerators:
         task["resources"]["accelerators"] = accelerators
-    return task
+    return _with_secrets({**task, "secrets": dev.get("secrets")}, wish.secrets)
+
+
+def keep_code(run_id: str, workspace: Workspace) -> list[str]:
+    """Leaves in the bucket which code is sent to the cluster, for the record that is made there, and the keys of it.
+
+    Nothing where the run is there already, or no bucket is given.
+    """
+    written: list[str] = []
+    keys = Keys(run_id)
+    if bucket_of(workspace) and not workspace.store().exists(keys.run):
+        code.keep_code(code.read_code(workspace.cwd), workspace.store(), keys.code, written)
+    return written
 
 
 @dataclass(frozen=True)
@@ -158,14 +190,29 @@ class RunWish:
     share: float | None = None
     save_every: str = ""
     envs: Mapping[str, str] = field(default_factory=dict)
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        check_share(self.share, "")
+        if self.gpus:
+            shared(self.gpus, self.share)
 
 
-def notebook_task(port: int, token: str, envs: Mapping[str, str], workspace: Workspace) -> dict[str, Any]:
+def check_place(infra: str, wish: RunWish, workspace: Workspace) -> None:
+    """Raises InputError for what a cluster there cannot give a run; ``infra`` empty: anywhere."""
+    check_share(wish.share, infra)
+    if bucket_of(workspace):
+        workspace.check_bucket_reaches(infra or ANY)
+
+
+def notebook_task(
+    port: int, token: str, envs: Mapping[str, str], secrets: Mapping[str, str], workspace: Workspace
+) -> dict[str, Any]:
     """Jupyter as a job of a cluster that is there: it sees the GPUs and asks the queue for none."""
     _, task = load_task(workspace.cwd, NOTEBOOK)
-    filled = fill_in(task, {**envs, "NOTEBOOK_PORT": str(port), "JUPYTER_TOKEN": token}, Resources(), "notebook")
-    setup = filled.pop("setup", "")
-    return {**filled, "resources": dict(_ONE_CPU), "workdir": str(workspace.cwd), "run": f"{setup}\n{filled['run']}"}
+    filled = fill_in(task, {**envs, "NOTEBOOK_PORT": str(port)}, Resources(), "notebook")
+    check_project(workspace.cwd, filled)
+    return _with_secrets(_as_job(filled, workspace), {**secrets, "JUPYTER_TOKEN": token})
 
 
 def bucket_of(workspace: Workspace) -> dict[str, str]:
@@ -180,45 +227,30 @@ def _whose(workspace: Workspace) -> dict[str, str]:
     return {name: value for name, value in whose.items() if value}
 
 
-def shared(gpus: str, share: float | None) -> str:
-    """``L4:1`` and 0.5 -> ``L4:0.5``."""
-    if not gpus or share is None:
-        return gpus
-    name, count = parse_gpus(gpus, "--gpus")
-    return f"{name}:{count * share:g}"
-
-
-def check_share(share: float | None, infra: str) -> None:
-    """Raises InputError for a share that is none, or where GPUs come whole."""
-    if share is None:
-        return
-    if not 0 < share <= 1 or math.isnan(share):
-        raise InputError("--share", f"{share:g} is no share of a GPU", remedy="--share 0.5")
-    if share < 1 and infra.split("/", 1)[0].lower() == "slurm":
-        what = "Slurm hands out whole GPUs: SkyPilot runs its jobs there as steps, without Ray that would share one"
-        raise InputError("--share", what, remedy="leave it out, or another --infra")
-
-
 def _dev_task(wish: DevWish, workspace: Workspace) -> dict[str, Any]:
     _, task = load_task(workspace.cwd, DEV)
-    filled = fill_in(task, wish.envs, Resources(gpus=wish.gpus), wish.name)
-    resources = dict(filled.get("resources") or {})
+    asked = Resources(gpus=wish.gpus, cpus=wish.cpus, memory=wish.memory)
+    filled = fill_in(task, wish.envs, asked, wish.name)
+    check_project(workspace.cwd, filled, KEEPER_CODE)
+    resources = placed(filled.get("resources") or {}, wish.infra or ANY)
     resources.pop("autostop", None)  # set with the launch
-    if wish.share is not None:
-        if not wish.gpus:
-            raise InputError("--share", "of which GPU?", remedy="--gpus L4:1 --share 0.5")
-        resources["accelerators"] = shared(wish.gpus, wish.share)
-    for key in ("infra", "cpus", "memory"):
-        if value := getattr(wish, key):
-            resources[key] = value
-    return {**filled, "resources": resources, "workdir": str(workspace.cwd)}
+    return _with_secrets({**filled, "resources": resources, "workdir": str(workspace.cwd)}, wish.secrets)
 
 
-def _differences(wish: DevWish, found: Cluster) -> list[str]:
-    """What the cluster that is there does not have of what is asked for."""
-    notes = []
-    if wish.infra and not found.infra.lower().startswith(wish.infra.lower()):
-        notes.append(f"{found.name} is on {found.infra}, not on {wish.infra} (another --name, or dev down first)")
-    if wish.gpus and found.gpus.partition(":")[0].lower() != wish.gpus.partition(":")[0].lower():
-        notes.append(f"{found.name} has {found.gpus or 'no GPU'}, not {wish.gpus} (another --name, or dev down first)")
-    return notes
+def _setup_job(wish: DevWish, workspace: Workspace) -> dict[str, Any]:
+    """What ``dev up`` launches, as a job of a cluster that is there; it waits for no GPU."""
+    return _as_job(_dev_task(wish, workspace), workspace)
+
+
+def _as_job(task: Mapping[str, Any], workspace: Workspace) -> dict[str, Any]:
+    """A task's setup and run for ``sky exec``, which leaves a setup out."""
+    rest = {name: value for name, value in task.items() if name != "setup"}
+    run = f"{task.get('setup') or ''}\n{task['run']}"
+    return {**rest, "resources": dict(_ONE_CPU), "workdir": str(workspace.cwd), "run": run}
+
+
+def _with_secrets(task: Mapping[str, Any], secrets: Mapping[str, str]) -> dict[str, Any]:
+    """One that has no value is SkyPilot's to refuse."""
+    both = {**(task.get("secrets") or {}), **secrets}
+    rest = {name: value for name, value in task.items() if name != "secrets"}
+    return {**rest, "secrets": both} if both else rest

@@ -140,6 +140,15 @@ def _post(path: str, body: str, **fields: Any) -> Any:
         return client.get(common.get_request_id(common.make_authenticated_request("POST", path, json=content)))
 
 
+def excluded_files(folder: str) -> list[str]:
+    """What of a folder is not sent, files and folders relative to it: as git ignores, or as .skyignore says."""
+    with translated():
+        sdk()
+        from sky.data import storage_utils
+
+        return list(storage_utils.get_excluded_files(folder))
+
+
 def enabled_clouds() -> list[str]:
     """As ``sky check`` left them, in our spelling."""
     with translated():

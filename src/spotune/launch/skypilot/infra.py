@@ -101,6 +101,10 @@ class SkyInfra:
         if isinstance(entry.task.get("workdir"), str) and not Path(entry.workdir).is_dir():
             raise InputError(run_id, f"its folder {entry.workdir} is gone", remedy=f"spotune train --from {run_id}")
 
+    def workdir(self, run_id: str) -> str:
+        entry = self._entry(run_id)
+        return entry.workdir if isinstance(entry.task.get("workdir"), str) else ""
+
     def resume(self, run_id: str) -> None:
         """A further managed job of the same name."""
         self.check_resumable(run_id)

@@ -38,10 +38,16 @@ def find(name: str) -> Server | None:
 
 
 def start(
-    name: str, envs: Mapping[str, str], workspace: Workspace, clock: Callable[[], float] = time.monotonic
+    name: str,
+    envs: Mapping[str, str],
+    given: Mapping[str, str],
+    workspace: Workspace,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Server:
-    """Starts one as a job and waits for it. Its port is one of many: a Slurm node has other users."""
-    task = notebook_task(SystemRandom().randint(20000, 29999), secrets.token_urlsafe(24), envs, workspace)
+    """Starts one as a job, with the secrets ``given``, and waits for it. Its port is one of many: a Slurm node has
+    other users. Raises InputError on another's cluster, where the code here would overwrite what is there."""
+    clusters.find_cluster(name)
+    task = notebook_task(SystemRandom().randint(20000, 29999), secrets.token_urlsafe(24), envs, given, workspace)
     job_id = clusters.execute(task, name)
     end = clock() + START_S
     while clock() < end:

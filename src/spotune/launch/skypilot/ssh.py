@@ -28,9 +28,9 @@ def ssh_command(name: str, *options: str) -> list[str]:
     return ["ssh", "-F", str(config), *identity, "-o", "LogLevel=ERROR", *options, name]
 
 
-def write_config(*names: str) -> None:
+def write_config(*names: str, everyones: bool = False) -> None:
     """Lets SkyPilot write its ssh configuration of clusters, as ``sky status NAME`` does; raises InputError where
-    there is none of a name, or not up.
+    there is none of a name, or not up. ``everyones``: other users' too, which nobody comes to without naming them.
 
     Every time, also where there is one: an API server that shares this HOME writes its own at each launch, which on
     Slurm leads to the login node (sky/backends/cloud_vm_ray_backend.py, after provisioning).
@@ -38,7 +38,7 @@ def write_config(*names: str) -> None:
     sky = engine.sdk()
     command = import_module(f"{sky.__name__}.client.cli.command")
     with engine.translated():
-        records = engine.ask(sky.status(cluster_names=list(names), all_users=True, _include_credentials=True))
+        records = engine.ask(sky.status(cluster_names=list(names), all_users=everyones, _include_credentials=True))
         proxy = command._get_ws_proxy_command()
         for record in records:
             if record.credentials and getattr(record.handle, "cached_external_ips", None):

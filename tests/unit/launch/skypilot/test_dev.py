@@ -8,6 +8,7 @@ import pytest
 from spotune.contracts.errors import InputError
 from spotune.launch.skypilot import dev, ssh
 from spotune.launch.skypilot.clusters import Cluster, can_stop, check_can_stop, default_name
+from spotune.launch.skypilot.share import shared
 from spotune.launch.workspace import Workspace
 
 ROOT = Path(__file__).parents[4]
@@ -51,25 +52,82 @@ def test_a_bucket_that_is_named_goes_along(tmp_path: Path) -> None:
 
 
 def test_a_notebook_asks_the_queue_for_no_gpu(tmp_path: Path) -> None:
-    task = dev.notebook_task(20001, "t0k", {}, workspace(tmp_path))
+    task = dev.notebook_task(20001, "t0k", {}, {"HF_TOKEN": "hf"}, workspace(tmp_path))
     assert task["name"] == "notebook"
     assert task["resources"] == {"cpus": "1+"}
     assert "setup" not in task
     assert task["run"].index("tasks/setup.sh") < task["run"].index("jupyterlab --no-browser")
     assert task["envs"]["NOTEBOOK_PORT"] == "20001"
+    assert task["secrets"] == {"HF_TOKEN": "hf", "JUPYTER_TOKEN": "t0k"}
+    assert "t0k" not in str(task["envs"])
 
 
 @pytest.mark.parametrize("share", [0.0, 1.5, -1.0, float("nan")])
 def test_what_is_no_share(share: float) -> None:
     with pytest.raises(InputError, match="no share of a GPU"):
-        dev.check_share(share, "aws")
+        dev.RunWish(share=share)
 
 
 def test_slurm_shares_no_gpu() -> None:
     with pytest.raises(InputError, match="--share: Slurm hands out whole GPUs"):
-        dev.DevWish(name="dev", infra="slurm/lab/spot", gpus="L4:1", share=0.5)
-    with pytest.raises(InputError, match="whole GPUs"):
         dev.run_task("c", "demo", cluster("slurm/lab/spot"), dev.RunWish(share=0.5), None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "share", "asked"), [("L4:1", 0.25, "L4:0.25"), ("L4:4", 0.5, "L4:2"), ("L4:2", 0.25, "L4:0.5")]
+)
+def test_a_share_is_of_one_gpu_or_of_whole_ones(gpus: str, share: float, asked: str) -> None:
+    assert shared(gpus, share) == asked
+
+
+@pytest.mark.parametrize(
+    ("gpus", "says"),
+    [
+        ("L4:3", r"0.5 of L4:3 is 1.5 GPUs.*\(--gpus L4:1 --share 0.5, or --gpus L4:2\)"),
+        ("", "there is no GPU to share"),
+        ("L4:0.5", "'L4:0.5' is no accelerator"),
+    ],
+)
+def test_a_share_that_is_not_to_be_had(gpus: str, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        shared(gpus, 0.5)
+
+
+def test_secrets_are_no_environment_and_shown_nowhere(tmp_path: Path) -> None:
+    wish = dev.RunWish(secrets={"HF_TOKEN": "hf_value"})
+    task = dev.run_task("config/runs/demo.yaml", "demo-1", cluster(), wish, workspace(tmp_path))
+    assert task["secrets"] == {"HF_TOKEN": "hf_value"}
+    assert "hf_value" not in str(task["envs"]) + repr(wish) + repr(dev.DevWish("dev", secrets=wish.secrets))
+
+
+def test_a_bucket_that_the_cluster_cannot_see(tmp_path: Path) -> None:
+    there = workspace(tmp_path, SPOTUNE_BUCKET=f"file://{tmp_path}/bucket")
+    with pytest.raises(InputError, match="machines of aws/us-east-1 cannot see file://"):
+        dev.run_task("config/runs/demo.yaml", "demo-1", cluster(), dev.RunWish(), there)
+
+
+def test_a_folder_that_no_machine_could_work_in(tmp_path: Path) -> None:
+    elsewhere = Workspace.open({"SPOTUNE_HOME": str(tmp_path / "home")}, tmp_path)
+    says = r"is what the machine would get, and has no Makefile, pyproject.toml, requirements.lock, src/spotune \(cd to"
+    with pytest.raises(InputError, match=says):
+        dev.run_task("demo.yaml", "demo-1", cluster(), dev.RunWish(), elsewhere)
+    with pytest.raises(InputError, match=says):
+        dev.notebook_task(20001, "t0k", {}, {}, elsewhere)
+    there_already = dev.RunWish(envs={"SPOTUNE_PYTHON": "/opt/python"})
+    assert dev.run_task("demo.yaml", "demo-1", cluster(), there_already, elsewhere)["workdir"] == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("infra", "there"), [("any", ""), ("K8s/My/Ctx", "kubernetes/My/Ctx"), ("slurm/lab", "slurm/lab")]
+)
+def test_a_place_is_spelt_as_skypilot_does(infra: str, there: str) -> None:
+    assert dev.place(infra) == there
+
+
+@pytest.mark.parametrize(("infra", "says"), [("awss", "did you mean aws"), ("local", "needs no cluster")])
+def test_a_place_that_is_none(infra: str, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        dev.place(infra)
 
 
 def test_an_idle_time_that_skypilot_cannot_count() -> None:

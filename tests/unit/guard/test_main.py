@@ -1,0 +1,61 @@
+"""What a managed job's machine leaves behind when it ends before an attempt is claimed."""
+
+from pathlib import Path
+
+import pytest
+
+from spotune.contracts.keys import Keys
+from spotune.contracts.records import Mark
+from spotune.contracts.store import Store
+from spotune.guard import main as guard
+
+KEYS = Keys("a-run")
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SPOTUNE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SPOTUNE_RUN_ID", KEYS.run_id)
+    monkeypatch.setenv("SPOTUNE_BUCKET", f"file://{tmp_path}/bucket")
+    return Store(f"file://{tmp_path}/bucket")
+
+
+@pytest.mark.parametrize(
+    ("argv", "ranks", "reason"),
+    [
+        (["none.yaml"], "", "none.yaml: no such file"),
+        (["none.yaml", "--set"], "", "command line: "),
+        (["none.yaml"], "many", "num_processes: many ranks"),
+    ],
+)
+def test_bad_input_bars_the_net_of_restarts(
+    store: Store, monkeypatch: pytest.MonkeyPatch, argv: list[str], ranks: str, reason: str
+) -> None:
+    monkeypatch.setenv("SPOTUNE_NUM_PROCESSES", ranks)
+    assert guard.main(argv) == 2
+    assert store.keys("runs") == []  # by hand it is put right and started again
+    monkeypatch.setenv("SKYPILOT_MANAGED_JOB_ID", "7")
+    assert guard.main(argv) == 2
+    mark = Mark.from_bytes(store.read(KEYS.failed) or b"")
+    assert (mark.attempt, mark.exit_code) == (0, 2)
+    assert mark.reason.startswith(reason)
+    monkeypatch.setenv("SPOTUNE_NUM_PROCESSES", "")
+    assert guard.main(["none.yaml"]) == 2
+    assert store.keys("runs") == [KEYS.failed]
+
+
+def test_a_bucket_that_was_never_reached_is_an_error_that_is_counted(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """75 would be repeated without end: SkyPilot does not count it, and nobody can write that it was."""
+    monkeypatch.setenv("SPOTUNE_BUCKET", "s3://nowhere/x")
+    monkeypatch.setenv("SPOTUNE_BUCKET_PATIENCE", "2s")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    assert guard.main(["none.yaml"]) == 75
+    monkeypatch.setenv("SKYPILOT_MANAGED_JOB_ID", "7")
+    capsys.readouterr()
+    assert guard.main(["none.yaml"]) == 1
+    assert capsys.readouterr().err.startswith("this machine has never reached its bucket: s3://nowhere/x/runs/a-run/")
