@@ -8,16 +8,17 @@ from spotune.contracts.errors import InputError
 
 PYTHON = "SPOTUNE_PYTHON"  # an environment that is there already, so that nothing is set up
 KEEPER = "src/spotune/keeper"  # runs with the machine's own Python, before any setup
-_SETUP = ("Makefile", "pyproject.toml", "requirements.lock", "src/spotune")
+SCRIPT = "tasks/setup.sh"  # of the shipped tasks' setup: make setup, and what machines lack for it
+_SETUP = (SCRIPT, "Makefile", "pyproject.toml", "requirements.lock", "src/spotune")
 
 
 def check_project(folder: Path, task: Mapping[str, Any], *more: str) -> None:
     """Raises InputError where ``folder`` lacks what a machine that gets it needs: ``more``, and for a task that sets
-    its environment up with ``make setup`` what that takes.
+    its environment up with ``SCRIPT`` what that takes.
 
     Tasks are found beside the package too, so that nothing else would fail before the machine is paid for.
     """
-    is_set_up = bool((task.get("envs") or {}).get(PYTHON)) or "make setup" not in (task.get("setup") or "")
+    is_set_up = bool((task.get("envs") or {}).get(PYTHON)) or SCRIPT not in (task.get("setup") or "")
     missing = [name for name in (*(() if is_set_up else _SETUP), *more) if not (folder / name).exists()]
     if missing:
         what = f"is what the machine would get, and has no {', '.join(missing)}"

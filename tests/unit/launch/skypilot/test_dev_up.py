@@ -96,7 +96,7 @@ def test_a_setup_that_failed_or_was_stopped_is_done_again(sky: FakeSky, there: W
     done = up(DevWish("dev", gpus="L4:2", envs={"A": "1"}), there)
     setup, keeper = (task for (task,) in sky.asked("exec"))
     assert (setup["name"], setup["resources"], setup["envs"]["A"]) == ("dev", {"cpus": "1+"}, "1")
-    assert "make setup" in setup["run"]
+    assert "tasks/setup.sh" in setup["run"]
     assert "setup" not in setup
     assert keeper["name"] == "keeper"
     assert (done.is_new, done.notes) == (False, ("dev has L4:1, not L4:2 (another --name, or dev down first)",))
