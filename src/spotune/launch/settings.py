@@ -41,11 +41,12 @@ class SlurmSettings:
         preemptible: partitions, ``CLUSTER/PARTITION``, whose jobs may be thrown out for others. None: Slurm is asked.
         nice: of a job of priority 0; what a job's priority is above it makes its ``sbatch --nice`` smaller, down to 0.
             Slurm lets no user raise a job above others', only lower one: this is what is given up to be raised from.
+            The highest priority there is, so that every two of them differ.
     """
 
     shared: tuple[str, ...] = ()
     preemptible: tuple[str, ...] | None = None
-    nice: int = 100
+    nice: int = 1000
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def _check_slurm(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     _known(slurm, ("shared", "preemptible", "nice"), path, "slurm.")
     nice = slurm.get("nice", 0)
     if isinstance(nice, bool) or not isinstance(nice, int) or nice < 0:
-        raise InputError(path, f"{nice!r} is not a number from 0 on", key="slurm.nice", remedy="nice: 100")
+        raise InputError(path, f"{nice!r} is not a number from 0 on", key="slurm.nice", remedy="nice: 1000")
     for name, values in ((name, slurm[name]) for name in ("shared", "preemptible") if name in slurm):
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
             raise InputError(path, f"{values!r} is not a list of texts", key=f"slurm.{name}")

@@ -15,6 +15,7 @@ import pytest
 from spotune.contracts.errors import InfraError, InputError
 from spotune.contracts.money import Place, price_of
 from spotune.launch.infra import CLOUDS, JobStatus, PaidInterval, Submission, cloud_of, infra_of, is_infra, spell
+from spotune.launch.plan import PRIORITIES
 from spotune.launch.settings import SlurmSettings, load_settings
 from spotune.launch.skypilot import offers, slurm
 from spotune.launch.skypilot.catalog import slurm_machine
@@ -212,12 +213,14 @@ def test_a_submission_as_a_task() -> None:
 
 
 def test_priority_goes_on_in_slurms_queue() -> None:
-    def options(priority: int, infra: str = "slurm/lab", **task: Any) -> Any:
-        found = task_config(Submission("run-a", task, "/w", "ada", infra=infra, priority=priority), 100)
+    def options(priority: int, infra: str = "slurm/lab", nice: int | None = None, **task: Any) -> Any:
+        submission = Submission("run-a", task, "/w", "ada", infra=infra, priority=priority)
+        found = task_config(submission, SlurmSettings().nice if nice is None else nice)
         return found.get("config", {}).get("slurm", {}).get("sbatch_options")
 
-    assert [options(priority)["nice"] for priority in (-1000, 0, 20, 100, 1000)] == [1100, 100, 80, 0, 0]
-    assert options(0, "any") == {"nice": 100}
+    assert [options(priority)["nice"] for priority in (*PRIORITIES, 0, 20, 900)] == [2000, 0, 1000, 980, 100]
+    assert [options(priority, nice=100)["nice"] for priority in (-20, 20, 100, 900)] == [120, 80, 0, 0]
+    assert options(0, "any") == {"nice": 1000}
     assert options(0, "aws") is None
     given = {"slurm": {"sbatch_options": {"nice": 7, "qos": "low"}, "quota": {"account": "nlp"}}}
     assert options(5, config=given) == {"nice": 7, "qos": "low"}
