@@ -70,11 +70,23 @@ def load_task(cwd: Path, name: str = TRAIN) -> tuple[Path, dict[str, Any]]:
         raise InputError(path, "a task needs commands", key="run", remedy="run: exec python -m spotune.sft …")
     if not isinstance(task.get("setup") or "", str):
         raise InputError(path, "must be text", key="setup")
+    task = _secrets_as_mapping(task, path)
     for section in ("envs", "resources", "secrets", "config"):
         if not isinstance(task.get(section) or {}, dict):
             raise InputError(path, "must be a mapping", key=section)
     demand_of(task, path)
     return path, task
+
+
+def _secrets_as_mapping(task: dict[str, Any], path: Path) -> dict[str, Any]:
+    """SkyPilot's list of ``secrets:NAME`` in its other spelling, so that values from here can be added."""
+    given = task.get("secrets")
+    if not isinstance(given, list):
+        return task
+    for name in given:
+        if not (isinstance(name, str) and name.startswith("secrets:")):
+            raise InputError(path, f"{name!r} names no secret", key="secrets", remedy="- secrets:NAME, or NAME: null")
+    return {**task, "secrets": dict.fromkeys(given)}
 
 
 def fill_in(task: Mapping[str, Any], envs: Mapping[str, str], resources: Resources, run_id: str) -> dict[str, Any]:

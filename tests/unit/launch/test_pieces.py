@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from spotune.contracts.errors import InputError
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Commit, Mark
 from spotune.contracts.store import Store
@@ -63,6 +64,16 @@ def test_filling_in_leaves_the_original_alone() -> None:
     assert filled["envs"] == {"A": "2", "B": ""}
     assert filled["resources"] == {"cpus": 4, "accelerators": "L4:1", "use_spot": False, "priority": 3}
     assert (filled["name"], filled["num_nodes"]) == ("run-a", 2)
+
+
+def test_skypilots_list_of_secrets(tmp_path: Path) -> None:
+    (tmp_path / "tasks").mkdir()
+    task = tmp_path / "tasks/train.yaml"
+    task.write_text("run: x\nsecrets: ['secrets:HF_TOKEN', 'secrets:team.KEY']\n")
+    assert load_task(tmp_path)[1]["secrets"] == {"secrets:HF_TOKEN": None, "secrets:team.KEY": None}
+    task.write_text("run: x\nsecrets: [HF_TOKEN]\n")
+    with pytest.raises(InputError, match=r"secrets: 'HF_TOKEN' names no secret \(- secrets:NAME"):
+        load_task(tmp_path)
 
 
 def test_flags_hold_for_each_alternative() -> None:
