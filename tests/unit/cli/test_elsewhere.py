@@ -45,8 +45,10 @@ def offers(wanted: Wanted, at: float) -> Offers:
         PriceRow(infra="aws", region="us-east-1", zone=zone, use_spot=spot, price_usd_per_hour=usd, source="catalog")
         for zone, spot, usd in (("a", True, 0.4), ("b", True, 0.5), ("*", False, 0.8))
     ]
-    asked = bool(wanted.task["resources"]["use_spot"])
-    return Offers(wanted.task, rows, next(row for row in rows if row.use_spot == asked), ("a note",))
+    resources = wanted.task["resources"]
+    kinds = frozenset(bool(one["use_spot"]) for one in resources.get("any_of") or [resources])
+    chosen = next(row for row in rows if row.use_spot == (True in kinds))
+    return Offers(wanted.task, rows, chosen, ("a note",), kinds)
 
 
 @pytest.fixture
@@ -86,6 +88,14 @@ def test_a_run_elsewhere_has_the_prices_of_all_places(project: Project) -> None:
     assert not project.infra.submissions
     record = RunRecord.from_bytes(project.store.read("runs/run-a/run.json") or b"")
     assert (record.infra, record.use_spot, len(record.prices)) == ("aws", True, 3)
+
+
+def test_a_run_that_may_get_either_kind_may_lose_its_machine(project: Project) -> None:
+    project.write("tasks/train.yaml", "run: x\nresources: {any_of: [{use_spot: false}, {use_spot: true}]}\n")
+    for name, flag in (("run-a", ()), ("run-b", ("--no-use-spot",))):
+        project.submit(name, "--infra", "aws", *flag)
+    records = [RunRecord.from_bytes(project.store.read(f"runs/run-{name}/run.json") or b"") for name in "ab"]
+    assert [(one.use_spot, one.may_be_on_demand) for one in records] == [(True, True), (False, False)]
 
 
 def test_the_plan_shows_places_and_notes(project: Project) -> None:

@@ -17,6 +17,7 @@ from spotune.contracts.records import AttemptRecord, Commit, RunRecord
 from spotune.contracts.store import Store
 from spotune.guard.admission import Request, choose_run_id, claim_attempt
 from spotune.guard.attempt import make_job
+from spotune.guard.budget import _usd_per_s
 from spotune.guard.context import Context
 from spotune.guard.faults import is_second_fault, last_event
 from spotune.guard.journal import Journal
@@ -206,3 +207,14 @@ def test_wandb_is_one_run(local_store: Store) -> None:
         lines = [json.dumps({"event": "log", "t": 0, "step": step, "loss": loss}) for step, loss in losses.items()]
         local_store.write(KEYS.events(attempt, 0, 0), "\n".join(lines).encode())
     assert [(log["step"], log["loss"]) for log in surviving_logs(local_store, KEYS)] == [(5, 3.0), (10, 2.5), (15, 1.0)]
+
+
+def test_a_machine_that_may_be_either_counts_as_the_dearer() -> None:
+    """It cannot tell whether it is a spot machine."""
+    prices = [
+        {"infra": "aws", "use_spot": spot, "price_usd_per_hour": usd, "source": "catalog"}
+        for spot, usd in ((True, 36.0), (False, 72.0))
+    ]
+    attempt = AttemptRecord(run_id="a-run", attempt=1, claimed_at=0, claim_id="c", infra="aws")
+    facts = ({"use_spot": True}, {"use_spot": False}, {"use_spot": True, "may_be_on_demand": True})
+    assert [_usd_per_s(replace(RUN, prices=prices, **one), attempt) for one in facts] == [0.01, 0.02, 0.02]
