@@ -3,8 +3,9 @@
     spent = earlier attempts + (now - this machine's start) x nodes x the frozen price of where it is
 
 An earlier attempt counts by its bill; without one from its claim to its last event, and as long before its claim as
-this machine was up before its own. What only the engine sees, a machine that waits to be found lost, is in the bill
-once somebody has looked at the cost. The price is the one that the report will take (contracts/money.py).
+this machine was up before its own. A machine that never claimed one counts by its bill. What only the engine sees, a
+machine that waits to be found lost, is in the bill once somebody has looked at the cost. The price is the one that the
+report will take (contracts/money.py).
 """
 
 import os
@@ -122,7 +123,13 @@ def _process_started_at(pid: int) -> float | None:
 
 
 def _earlier_usd(store: Store, keys: Keys, run: RunRecord, attempt: int, lead_s: float) -> float:
-    return sum(_attempt_usd(store, keys, run, number, lead_s) for number in range(1, attempt))
+    claimed = sum(_attempt_usd(store, keys, run, number, lead_s) for number in range(1, attempt))
+    lost = (Bill.from_bytes(store.read(key) or b"null", key) for key in store.keys(keys.lost))
+    return claimed + sum(_billed_usd(run, bill) for bill in lost)
+
+
+def _billed_usd(run: RunRecord, bill: Bill) -> float:
+    return bill.cost_usd if bill.price else bill.paid_s * bill.nodes * _dearest(run) / HOUR_S
 
 
 def _attempt_usd(store: Store, keys: Keys, run: RunRecord, attempt: int, lead_s: float) -> float:
@@ -131,7 +138,7 @@ def _attempt_usd(store: Store, keys: Keys, run: RunRecord, attempt: int, lead_s:
         return bill.cost_usd
     data = store.read(keys.attempt(attempt))
     if data is None:  # lost before it could claim: only a bill can tell of it
-        return bill.paid_s * bill.nodes * _dearest(run) / HOUR_S if bill else 0.0
+        return _billed_usd(run, bill) if bill else 0.0
     record = AttemptRecord.from_bytes(data, keys.attempt(attempt))
     if bill:
         return bill.paid_s * _usd_per_s(run, record)
