@@ -1,5 +1,6 @@
 """What the verbs call: SkyInfra turns them into SkyPilot's managed jobs, and those back into runs."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
@@ -97,6 +98,8 @@ class SkyInfra:
 
         ``is_asked``: the server has the request. Else a server that does not answer has never heard of it.
         """
+        if isinstance(why, KeyboardInterrupt):  # it takes a while, and a second Ctrl-C would leave the job there
+            print(f"{entry.run_id}: being taken back from SkyPilot", file=sys.stderr)
         try:
             self._end(entry)
         except BaseException as error:

@@ -11,7 +11,7 @@ from spotune.launch.skypilot.jobs import ManagedJob
 _TIMEOUT_S = 60.0
 # What has a cloud give the notice that it gives of an interruption of its own, with its own tools.
 _NOTICES = {
-    "aws": "aws ec2 send-spot-instance-interruptions",
+    "aws": "AWS FIS (aws:ec2:send-spot-instance-interruptions)",
     "gcp": "gcloud compute instances simulate-maintenance-event",
     "azure": "az vm simulate-eviction",
 }

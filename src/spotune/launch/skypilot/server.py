@@ -42,7 +42,7 @@ def server_problems(server: Server) -> list[str]:
     if many and server.controllers_mb > server.free_mb:
         problems.append(
             f"{many} job controllers hold {server.controllers_mb:.0f} MB of memory and {server.free_mb:.0f} MB are left"
-            " (SkyPilot starts one for each 0.8 GB that it finds: a memory limit on its server makes them fewer)"
+            " (SkyPilot starts one for each 0.8 GB that it takes for its own: give its server a limit of memory)"
         )
     if many and server.cpus and many > 2 * server.cpus:
         seconds = many * CONTROLLER_CPU_S / server.cpus

@@ -46,7 +46,11 @@ def test_a_clouds_instances_go_once_it_is_agreed(terminated: list[Machine]) -> N
     ("job", "notice_s", "says"),
     [
         (replace(JOB, cluster_on_cloud=""), 0, "no machine to take away"),
-        (JOB, 30, "--notice: aws gives none .*--no-notice, or aws ec2 send-spot-instance-interruptions for run-a-7-x"),
+        (
+            JOB,
+            30,
+            "--notice: aws gives none .*--no-notice, or AWS FIS .*-interruptions.* for run-a-7-x",
+        ),
         (replace(JOB, infra="lambda/x"), 30, r"lambda gives none when it is told to terminate \(--no-notice\)"),
         (replace(JOB, cluster="run-a-8"), 0, r"not in this machine's records .*the API server's machine"),
         (replace(JOB, cluster_on_cloud="run-a-7-y"), 0, "not in this machine's records"),  # the next one already
@@ -58,32 +62,49 @@ def test_what_is_not_taken(terminated: list[Machine], job: ManagedJob, notice_s:
     assert not terminated
 
 
-WITH_SKYPILOTS_OWN_RECORDS = """
+AGAINST_EC2 = """
 from types import SimpleNamespace
-from sky import clouds, global_user_state, provision
+
+import boto3
+from moto import mock_aws
+from sky import clouds, global_user_state
 from sky.server import common
+
 from spotune.launch.skypilot import engine
 
 handle = SimpleNamespace(
     cluster_name_on_cloud="run-a-7-x", cluster_yaml="run-a-7.yml", launched_nodes=2,
     launched_resources=SimpleNamespace(cloud=clouds.AWS()),
 )
-record = {"run-a-7": {"handle": handle, "workspace": "default"}}
-global_user_state.get_cluster_from_name = record.get
-global_user_state.get_cluster_yaml_dict = {"run-a-7.yml": {"provider": {"region": "us-east-1"}}}.get
-provision.aws.terminate_instances = lambda *given: print("told", given)
-machine = engine.machine("run-a-7")
-print(engine.machine("run-a-8"), machine.nodes)
-engine.terminate(machine)
+provider = {"region": "us-east-1", "security_group": {"GroupName": "sky-sg-x"}}
+global_user_state.get_cluster_from_name = {"run-a-7": {"handle": handle, "workspace": "default"}}.get
+global_user_state.get_cluster_yaml_dict = {"run-a-7.yml": {"provider": provider}}.get
+with mock_aws():
+    ec2 = boto3.resource("ec2", region_name="us-east-1")
+    vpc = next(iter(ec2.vpcs.all()))
+    ec2.create_security_group(GroupName="sky-sg-x", Description="x", VpcId=vpc.id)
+    instances = []
+    for name, count in (("run-a-7-x", 2), ("run-b-8-y", 1)):
+        tags = [{"Key": key, "Value": name} for key in ("ray-cluster-name", "skypilot-cluster-name")]
+        instances += ec2.create_instances(
+            ImageId="ami-12c6146b", MinCount=count, MaxCount=count, InstanceType="g6.xlarge",
+            TagSpecifications=[{"ResourceType": "instance", "Tags": tags}],
+        )
+    machine = engine.machine("run-a-7")
+    print(engine.machine("run-a-8"), machine.nodes)
+    engine.terminate(machine)
+    for instance in instances:
+        instance.reload()
+        print(instance.state["Name"])
 common.is_api_server_local = lambda: False
 print(engine.machine("run-a-7"))
 """
 
 
-def test_the_provisioner_is_told_the_clusters_record(tmp_path: Path) -> None:
-    """In a process of its own, which imports SkyPilot: its records and the cloud's own call are stood in for."""
-    environ = {**os.environ, "HOME": str(tmp_path), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
-    command = [sys.executable, "-c", WITH_SKYPILOTS_OWN_RECORDS]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+def test_skypilots_provisioner_terminates_that_cluster_alone(tmp_path: Path) -> None:
+    """SkyPilot's own code against a stand-in for EC2, in a process of its own; the cluster's record is made up."""
+    keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
+    environ = {**os.environ, **keys, "HOME": str(tmp_path), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
+    done = subprocess.run([sys.executable, "-c", AGAINST_EC2], env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["None 2", "told ('run-a-7-x', {'region': 'us-east-1'})", "None"]
+    assert done.stdout.splitlines() == ["None 2", "terminated", "terminated", "running", "None"]

@@ -35,7 +35,9 @@ def states(infra: SkyInfra) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_ctrl_c_ends_the_request_and_the_job_that_it_got(client: FakeClient, infra: SkyInfra, late: bool) -> None:
+def test_ctrl_c_ends_the_request_and_the_job_that_it_got(
+    client: FakeClient, infra: SkyInfra, late: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     client.waits, client.late = interrupt, late
     with pytest.raises(KeyboardInterrupt):
         infra.submit(SUBMISSION)
@@ -43,6 +45,7 @@ def test_ctrl_c_ends_the_request_and_the_job_that_it_got(client: FakeClient, inf
     assert not client.under_way
     assert all(row.status == "CANCELLED" for row in client.rows)
     assert infra.jobs() == []  # and the name is free
+    assert capsys.readouterr().err == "run-a: being taken back from SkyPilot\n"
 
 
 def test_a_refusal_leaves_nothing(client: FakeClient, infra: SkyInfra) -> None:
