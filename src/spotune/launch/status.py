@@ -21,6 +21,7 @@ from spotune.launch.workspace import Workspace
 
 UNCERTIFIED = "ended without a certificate"
 SILENT, ELSEWHERE = "no sign of life, and not in this machine's queue", "runs outside this machine's queue"
+LOST = "no sign of life, and neither in this machine's queue nor in SkyPilot's"
 RECENT_S = 86400.0
 HEARTBEAT_S = 120.0  # progress.json is rewritten at most every 15 s
 _COLUMNS = "run_id state priority submitted_at started_at ended_at attempt recoveries step max_steps infra user reason"
@@ -83,7 +84,8 @@ def heard_of(workspace: Workspace, rows: list[JobStatus]) -> list[JobStatus]:
         said = {row.run_id: _as_last_seen(row, str(error)) for row in unsure}
     else:
         store = workspace.store()
-        said = {job.run_id: certify_if_reachable(job, store) for job in found if job.bucket == store.url}
+        said = {row.run_id: replace(row, reason=LOST) for row in unsure if row.reason == SILENT}
+        said |= {job.run_id: certify_if_reachable(job, store) for job in found if job.bucket == store.url}
     return [said.get(row.run_id, row) for row in rows]
 
 

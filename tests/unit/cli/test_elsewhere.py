@@ -172,7 +172,7 @@ def test_no_verdict_on_a_run_that_nobody_can_be_asked_of(project: Project) -> No
     assert project.run("resume", "run-a").exit_code == 2
     FakeSky.silent.clear()  # it answers, and has no such job
     (row,) = project.json("queue", "-a")
-    assert (row["state"], row["reason"][:15]) == ("FAILED", "no sign of life")
+    assert (row["state"], row["reason"][-17:]) == ("FAILED", "nor in SkyPilot's")
 
 
 def test_of_local_runs_alone_skypilot_is_not_asked(project: Project) -> None:
