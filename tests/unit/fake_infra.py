@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from spotune.contracts.errors import InfraError, InputError
-from spotune.launch.infra import JobStatus, PaidInterval, Submission
+from spotune.launch.infra import Agree, JobStatus, PaidInterval, Submission
 
 
 class FakeInfra:
@@ -17,13 +17,14 @@ class FakeInfra:
     states: ClassVar[dict[str, JobStatus]] = {}
     calls: ClassVar[list[tuple[Any, ...]]] = []
     refuses: ClassVar[list[str]] = []
+    bought: ClassVar[list[str]] = []  # what preempt would terminate
 
     def __init__(self, **options: Any) -> None:
         self.options = options
 
     @classmethod
     def reset(cls) -> None:
-        for remembered in (cls.submissions, cls.states, cls.calls, cls.refuses):
+        for remembered in (cls.submissions, cls.states, cls.calls, cls.refuses, cls.bought):
             remembered.clear()
 
     def submit(self, submission: Submission) -> None:
@@ -57,9 +58,11 @@ class FakeInfra:
         self.calls.append(("cancel", run_id))
         self.turn(run_id, state="CANCELLED", reason="cancelled")
 
-    def preempt(self, run_id: str, notice_s: float) -> None:
+    def preempt(self, run_id: str, notice_s: float, agree: Agree = lambda question: None) -> None:
         if run_id not in self.states:
             raise InputError(run_id, "no such run")
+        if self.bought:
+            agree(f"Terminate {self.bought[0]}?")
         self.calls.append(("preempt", run_id, notice_s))
 
     def jobs(self, run_ids: list[str] | None = None, everyone: bool = False) -> list[JobStatus]:

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 import click
 
 from spotune.contracts import exits
+from spotune.contracts.errors import InfraError
 
 if TYPE_CHECKING:
     from spotune.launch.infra import Infra, JobStatus
+    from spotune.launch.outage import Outage
     from spotune.launch.workspace import Workspace
 
 REFRESH_S = 0.5
@@ -24,6 +26,7 @@ Say = Callable[[str], None]
 
 def follow(workspace: "Workspace", run_id: str) -> int:
     """Streams until the run has ended; returns the exit code of ``train``. Ctrl-C is the caller's."""
+    from spotune.launch.outage import Outage
     from spotune.launch.status import find_run
 
     status = find_run(workspace, run_id)
@@ -31,7 +34,7 @@ def follow(workspace: "Workspace", run_id: str) -> int:
     lines: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
     logs = engine.logs(run_id, follow=True)
     threading.Thread(target=_pump, args=(logs, lines), daemon=True).start()
-    shown_at = 0.0
+    shown_at, outage = 0.0, Outage()
     with _view(run_id) as (say, show):
         while True:
             try:
@@ -41,13 +44,17 @@ def follow(workspace: "Workspace", run_id: str) -> int:
             else:
                 if line is _END:
                     break
+                if isinstance(line, InfraError):
+                    raise _goes_on(run_id, line)
                 if isinstance(line, BaseException):
                     raise line
                 say(settled(line))
             if time.monotonic() - shown_at >= max(REFRESH_S, engine.refresh_s):
-                show(seen(workspace, engine, run_id))
+                if now := _asked(lambda: seen(workspace, engine, run_id), run_id, outage):
+                    show(now)
                 shown_at = time.monotonic()
-    ended = find_run(workspace, run_id)
+    while not (ended := _asked(lambda: find_run(workspace, run_id), run_id, outage)):
+        time.sleep(REFRESH_S)
     step = f" at step {ended.step}" if ended.step is not None else ""
     reason = f": {ended.reason}" if ended.reason else ""
     click.echo(f"{run_id}: {ended.state}{step}, {ended.attempt} attempt(s){reason}", err=True)
@@ -62,6 +69,25 @@ def seen(workspace: "Workspace", engine: "Infra", run_id: str) -> "JobStatus":
     return status if engine.name == "local" else certify_if_reachable(status, workspace.store(status.bucket))
 
 
+def _asked(ask: Callable[[], "JobStatus"], run_id: str, outage: "Outage") -> "JobStatus | None":
+    """What it answers, None while it does not; raises InfraError once that lasts. Of the first time it is said."""
+    try:
+        status = ask()
+    except InfraError as error:
+        try:
+            if outage.bear(error):
+                click.echo(f"{run_id}: goes on unseen, {error}", err=True)
+        except InfraError as last:
+            raise _goes_on(run_id, last) from last
+        return None
+    outage.end()
+    return status
+
+
+def _goes_on(run_id: str, error: InfraError) -> InfraError:
+    return InfraError(f"{error}; {run_id} goes on (follow it: spotune logs -f {run_id})")
+
+
 def settled(line: str) -> str:
     """What a terminal would show in the end of a line that was rewritten, as progress bars do."""
     return line.rstrip("\r").rpartition("\r")[2]
@@ -70,6 +96,8 @@ def settled(line: str) -> str:
 def exit_code_of(status: "JobStatus") -> int:
     """What an attached ``train`` exits with."""
     match status.state:
+        case "FAILED" if status.by_infra:
+            return exits.INFRA_FAILED
         case "SUCCEEDED":
             return exits.SUCCEEDED
         case "PAUSED":
@@ -80,15 +108,14 @@ def exit_code_of(status: "JobStatus") -> int:
 
 
 def _pump(logs: Iterator[str], lines: "queue.SimpleQueue[str | BaseException | None]") -> None:
-    """Moves lines to where the main thread can wait for them; an error travels the same way."""
-    from spotune.contracts.errors import SpotuneError
-
+    """Moves lines to where the main thread can wait for them; an error, whatever it is, travels the same way."""
     try:
         for line in logs:
             lines.put(line)
-    except SpotuneError as error:
+    except BaseException as error:
         lines.put(error)
-    lines.put(_END)
+    finally:
+        lines.put(_END)
 
 
 @contextmanager

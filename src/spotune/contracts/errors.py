@@ -3,6 +3,7 @@
 SpotuneError            exit 1   something failed; one line says what
 ├── InputError          exit 2   what the user gave is wrong: FILE: KEY or ROW: what (remedy)
 ├── InfraError          exit 3   the infrastructure failed: launcher side only
+│   └── Unsettled       exit 3   and may have taken the run all the same
 ├── StoreError          exit 75  the bucket cannot be reached or answers wrongly: another machine may
 └── Fenced              exit 75  a later attempt has taken the run over: this one must stop
 """
@@ -37,6 +38,10 @@ class InfraError(SpotuneError):
     """The infrastructure (SkyPilot, the local queue) refused or failed."""
 
     exit_code = exits.INFRA_FAILED
+
+
+class Unsettled(InfraError):
+    """A submission was stopped half way and could not be taken back: the run may start, and stays known."""
 
 
 class StoreError(SpotuneError):

@@ -13,7 +13,7 @@ from spotune.contracts.keys import Keys
 from spotune.contracts.records import Mark, RunRecord
 from spotune.contracts.revisions import record_in_force, write_revision
 from spotune.launch.code import differs, keep_code, read_code
-from spotune.launch.infra import ACTIVE, JobStatus, is_infra
+from spotune.launch.infra import ACTIVE, Agree, JobStatus, is_infra
 from spotune.launch.revise import Edit, revise
 from spotune.launch.status import find_run
 from spotune.launch.workspace import Workspace
@@ -61,7 +61,7 @@ def resume(workspace: Workspace, run_id: str, edit: Edit | None = None) -> Resum
     again where it was.
     """
     status = find_run(workspace, run_id)
-    if status.state not in RESUMABLE:
+    if status.state not in RESUMABLE and not _stands(workspace, status):
         remedy = "it is finished" if status.state == "SUCCEEDED" else f"spotune logs -f {run_id}"
         raise InputError(run_id, f"is {status.state}: only {', '.join(RESUMABLE)} can be resumed", remedy=remedy)
     change, revision = revise(workspace, status, edit) if edit else (Change(), None)
@@ -69,12 +69,23 @@ def resume(workspace: Workspace, run_id: str, edit: Edit | None = None) -> Resum
     return Resumed(is_queued, change, _keep_other_code(workspace, status) if is_queued else "")
 
 
+def _stands(workspace: Workspace, status: JobStatus) -> bool:
+    """Whether a run that its engine is still at has paused or failed for good: every further attempt ends at once."""
+    keys, store = Keys(status.run_id), workspace.store(status.bucket)
+    return status.state in ACTIVE and any(store.exists(key) for key in (keys.paused, keys.failed))
+
+
 def go_on(workspace: Workspace, status: JobStatus, revision: RunRecord | None = None) -> bool:
-    """Puts a run that stands still back into its queue; returns False where there is none within reach."""
+    """Puts a run that stands still back into its queue; returns False where there is none within reach.
+
+    One whose engine still starts it again, to no end, is ended first.
+    """
     keys, store = Keys(status.run_id), workspace.store(status.bucket)
     is_queued = has_engine(workspace, status)
     if is_queued:
         workspace.infra(status.infra).check_resumable(status.run_id)
+        if status.state in ACTIVE:
+            workspace.infra(status.infra).cancel(status.run_id)
     if revision:  # before the marks go: from then on an attempt may start
         write_revision(store, keys, revision)
     store.delete([keys.failed, keys.cancelled, keys.paused])
@@ -98,17 +109,17 @@ def _keep_other_code(workspace: Workspace, status: JobStatus) -> str:
     return words
 
 
-def preempt(workspace: Workspace, run_id: str, notice_s: float) -> None:
-    """Takes the run's machine away as a cloud does."""
+def preempt(workspace: Workspace, run_id: str, notice_s: float, agree: Agree) -> None:
+    """Takes the run's machine away as a cloud does; ``agree`` is asked before one of a cloud's is terminated."""
     status = engine_run(workspace, run_id)
     if status.state not in ACTIVE:
         raise InputError(run_id, f"is {status.state}: it has no machine to take away")
-    workspace.infra(status.infra).preempt(run_id, notice_s)
+    workspace.infra(status.infra).preempt(run_id, notice_s, agree)
 
 
 def has_engine(workspace: Workspace, status: JobStatus) -> bool:
     """Whether an engine within reach has the run."""
-    return is_infra(status.infra) and bool(workspace.infra(status.infra).jobs([status.run_id]))
+    return is_infra(status.infra) and bool(workspace.infra(status.infra).jobs([status.run_id], everyone=True))
 
 
 def engine_run(workspace: Workspace, run_id: str) -> JobStatus:

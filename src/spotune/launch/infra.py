@@ -1,7 +1,7 @@
 """What an infrastructure is: the one interface behind ``local`` and ``skypilot``, with the same contract tests."""
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal, Protocol
@@ -10,6 +10,8 @@ from spotune.contracts.errors import InputError
 
 State = Literal["PENDING", "STARTING", "RUNNING", "RECOVERING", "PAUSED", "SUCCEEDED", "FAILED", "CANCELLED"]
 ACTIVE: tuple[State, ...] = ("PENDING", "STARTING", "RUNNING", "RECOVERING")
+
+Agree = Callable[[str], None]  # puts a question to whoever sits there
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class JobStatus:
     recoveries: int = 0
     reason: str = ""
     exit_code: int | None = None
+    by_infra: bool = False  # FAILED without a fault of the run: no machine could be had, or the engine itself failed
     step: int | None = None
     max_steps: int | None = None
     loss: float | None = None
@@ -100,13 +103,17 @@ class Infra(Protocol):
     def cancel(self, run_id: str) -> None:
         """Returns once nothing of the run is running any more; no error when it has ended already."""
 
-    def preempt(self, run_id: str, notice_s: float) -> None:
-        """Takes the run's machine away as this infrastructure does, after ``notice_s`` of warning (0: none)."""
+    def preempt(self, run_id: str, notice_s: float, agree: Agree = lambda question: None) -> None:
+        """Takes the run's machine away as this infrastructure does, after ``notice_s`` of warning (0: none).
+
+        ``agree`` is asked where that means to terminate what was bought, and raises where it may not be done.
+        """
 
     def jobs(self, run_ids: list[str] | None = None, everyone: bool = False) -> list[JobStatus]:
         """All known jobs (or those named), ordered as they would run: priority, then order of submission.
 
-        ``everyone``: also those of other users, where the engine serves several.
+        ``everyone``: also those of other users, where the engine serves several; among those named, too, what was not
+        submitted from here.
         """
 
     def logs(self, run_id: str, follow: bool) -> Iterator[str]:

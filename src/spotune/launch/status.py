@@ -16,10 +16,12 @@ from spotune.contracts.errors import InfraError, InputError, StoreError
 from spotune.contracts.keys import RUN_ID, RUNS, Keys
 from spotune.contracts.records import Mark, Progress, RunRecord
 from spotune.contracts.store import Store
-from spotune.launch.infra import ACTIVE, LOCAL, Infra, JobStatus, State
+from spotune.launch.infra import ACTIVE, ANY, LOCAL, SKYPILOT, Infra, JobStatus, State, infra_of, is_infra
 from spotune.launch.workspace import Workspace
 
 UNCERTIFIED = "ended without a certificate"
+SILENT, ELSEWHERE = "no sign of life, and not in this machine's queue", "runs outside this machine's queue"
+LOST = "no sign of life, and neither in this machine's queue nor in SkyPilot's"
 RECENT_S = 86400.0
 HEARTBEAT_S = 120.0  # progress.json is rewritten at most every 15 s
 _COLUMNS = "run_id state priority submitted_at started_at ended_at attempt recoveries step max_steps infra user reason"
@@ -51,7 +53,7 @@ def list_runs(
             known = {job.run_id for job in jobs if job.bucket == workspace.env.bucket}
             ids = [name for name in workspace.store().folders(RUNS) if RUN_ID.fullmatch(name) and name not in known]
             found = pool.map(lambda run_id: read_run(workspace.store(), run_id, clock()), ids)
-            rows += [status for status in found if status]
+            rows += heard_of(workspace, [status for status in found if status])
     return rows
 
 
@@ -61,10 +63,40 @@ def find_run(workspace: Workspace, run_id: str, clock: Callable[[], float] = tim
         for job in engine.jobs([run_id]):
             return certify_if_reachable(job, workspace.store(job.bucket))
     if RUN_ID.fullmatch(run_id) and (status := read_run(workspace.store(), run_id, clock())):
-        return status
+        return heard_of(workspace, [status])[0]
     known = [job.run_id for job in workspace.infra(LOCAL).jobs()]
     near = difflib.get_close_matches(run_id, [*known, *workspace.store().folders(RUNS)], n=1)
     raise InputError(run_id, "no such run", remedy=f"did you mean {near[0]}?" if near else "spotune queue -a")
+
+
+def heard_of(workspace: Workspace, rows: list[JobStatus]) -> list[JobStatus]:
+    """Runs that only the bucket knows, with SkyPilot's word on those of its that have no end.
+
+    One that waits for a machine, its first or its next, gives no sign of life: where SkyPilot cannot be asked that is
+    no verdict, and it stays in the state that it was last seen in.
+    """
+    unsure = [row for row in rows if row.reason in (SILENT, ELSEWHERE) and _is_skypilots(row)]
+    if not unsure:
+        return rows
+    try:
+        found = workspace.infra(ANY).jobs([row.run_id for row in unsure], everyone=True)
+    except InfraError as error:
+        said = {row.run_id: _as_last_seen(row, str(error)) for row in unsure}
+    else:
+        store = workspace.store()
+        said = {row.run_id: replace(row, reason=LOST) for row in unsure if row.reason == SILENT}
+        said |= {job.run_id: certify_if_reachable(job, store) for job in found if job.bucket == store.url}
+    return [said.get(row.run_id, row) for row in rows]
+
+
+def _is_skypilots(row: JobStatus) -> bool:
+    return is_infra(row.infra) and infra_of(row.infra) == SKYPILOT
+
+
+def _as_last_seen(row: JobStatus, why: str) -> JobStatus:
+    if row.state in ACTIVE:
+        return row
+    return replace(row, state="RUNNING" if row.attempt else "PENDING", reason=f"as last seen: {why}")
 
 
 def jobs_of(engine: Infra, everyone: bool, warn: Callable[[str], None] | None) -> list[JobStatus]:
@@ -95,14 +127,14 @@ def certify(job: JobStatus, store: Store) -> JobStatus:
         done = _read_certificate(data)
         ended_at = job.ended_at or done.get("completed_at")
         step = done.get("step") or job.step
-        return replace(job, state="SUCCEEDED", reason="", exit_code=0, ended_at=ended_at, step=step)
+        return replace(job, state="SUCCEEDED", reason="", exit_code=0, by_infra=False, ended_at=ended_at, step=step)
     if job.state == "SUCCEEDED":
         return replace(job, state="FAILED", reason=UNCERTIFIED)
     if job.state not in (*ACTIVE, "CANCELLED") and (data := store.read(keys.paused)):
         return replace(job, state="PAUSED", reason=Mark.from_bytes(data, keys.paused).reason)
     if job.state == "FAILED" and (data := store.read(keys.failed)):  # the run's own word, not the engine's
         mark = Mark.from_bytes(data, keys.failed)
-        return replace(job, reason=mark.reason, exit_code=mark.exit_code)
+        return replace(job, reason=mark.reason, exit_code=mark.exit_code, by_infra=False)
     return job
 
 
@@ -139,8 +171,8 @@ def read_run(store: Store, run_id: str, now: float) -> JobStatus | None:
             return replace(status, state=state, reason=mark.reason, ended_at=mark.at, exit_code=mark.exit_code)
     beat = store.read(keys.progress)
     if beat and now - Progress.from_bytes(beat, keys.progress).at < HEARTBEAT_S:
-        return replace(status, state="RUNNING", reason="runs outside this machine's queue")
-    return replace(status, state="FAILED", reason="no sign of life, and not in this machine's queue")
+        return replace(status, state="RUNNING", reason=ELSEWHERE)
+    return replace(status, state="FAILED", reason=SILENT)
 
 
 def _with_progress(job: JobStatus, store: Store) -> JobStatus:

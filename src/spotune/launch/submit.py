@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from spotune.contracts.change import FLAG, Change, admit, compare
-from spotune.contracts.errors import InputError
+from spotune.contracts.errors import InputError, Unsettled
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import RunRecord
 from spotune.contracts.revisions import check_length, record_in_force, revised, write_revision
@@ -107,11 +107,15 @@ def _check_open(plan: Plan, record: RunRecord, status: JobStatus | None, change:
 def _enqueue(plan: Plan, store: Store, infra: Infra, written: list[str]) -> None:
     """Writes the code's state and hands the job over; whatever stops it, no trace of the run stays behind.
 
+    Unless nobody can tell whether the engine has taken it: then it stays a run.
+
     ``written``: the keys that this submission has written already.
     """
     try:
         keep_code(plan.code, store, Keys(plan.run_id).code, written)
         infra.submit(plan.submission)
+    except Unsettled:
+        raise
     except BaseException:
         store.delete(written)
         raise

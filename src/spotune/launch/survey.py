@@ -7,6 +7,7 @@ from typing import Any
 
 from spotune.contracts.basemodel import model_files, model_sha256
 from spotune.contracts.config import load_config, read_yaml
+from spotune.contracts.errors import InfraError
 from spotune.contracts.fingerprint import data_files, data_sha256
 from spotune.contracts.keys import RUNS
 from spotune.contracts.records import fingerprint
@@ -58,10 +59,19 @@ def survey_machine(workspace: Workspace) -> dict[str, Any]:
     }
 
 
-def survey_place(workspace: Workspace, infra: str) -> dict[str, Any]:
-    """Facts about ``--infra NAME``; nothing more of this machine, which ``survey_machine`` tells of."""
-    if infra_of(infra) == LOCAL:
+def survey_place(workspace: Workspace, infra: str = "") -> dict[str, Any]:
+    """Facts about ``--infra NAME``, or else of what the settings name; nothing more of this machine.
+
+    Raises InfraError where the API server of one that was asked for does not answer; else that is one of the problems.
+    """
+    place = infra or workspace.settings.infra
+    if infra_of(place) == LOCAL:
         return {"infra": LOCAL}
     from spotune.launch.skypilot.survey import survey_infra
 
-    return survey_infra(spell(infra), workspace.settings.slurm, workspace.environ)
+    try:
+        return survey_infra(spell(place), workspace.settings.slurm, workspace.environ)
+    except InfraError as error:
+        if infra:
+            raise
+        return {"infra": place, "problems": [str(error)]}

@@ -1,11 +1,14 @@
 """The verbs over two engines at once: this machine, and a SkyPilot that only remembers, or does not answer."""
 
+import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
-from spotune.contracts.errors import InfraError
+from spotune.contracts.errors import InfraError, Unsettled
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Mark, PriceRow, RunRecord
 from spotune.launch import infra
@@ -25,12 +28,13 @@ class FakeSky(FakeInfra):
     calls: ClassVar[list[tuple[Any, ...]]] = []
     refuses: ClassVar[list[str]] = []
     silent: ClassVar[list[str]] = []
+    foreign: ClassVar[list[str]] = []  # not submitted from here
 
     def jobs(self, run_ids: list[str] | None = None, everyone: bool = False) -> list[JobStatus]:
-        if self.silent and not (run_ids and not set(run_ids) & set(self.states)):
+        if self.silent and (not run_ids or everyone or set(run_ids) & set(self.states)):
             raise InfraError("SkyPilot: the server does not answer (sky api start)")
         self.calls.append(("jobs", everyone))
-        return super().jobs(run_ids)
+        return [job for job in super().jobs(run_ids) if everyone or job.run_id not in self.foreign]
 
     def submit(self, submission: Submission) -> None:
         super().submit(submission)
@@ -60,6 +64,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     monkeypatch.setattr("spotune.launch.workspace.Workspace.check_bucket_reaches", lambda self, infra: None)
     FakeSky.reset()
     FakeSky.silent.clear()
+    FakeSky.foreign.clear()
     made = Project(tmp_path / "project", monkeypatch)
     made.make_checkout()
     return made
@@ -160,3 +165,144 @@ def test_verbs_reach_the_engine_that_has_the_run(project: Project) -> None:
         "resume",
     ]
     assert not project.infra.calls
+
+
+def test_a_run_of_a_colleague_is_what_skypilot_says(project: Project) -> None:
+    """Seen from a home whose settings say `infra: local` and that has no run of its own."""
+    project.submit("run-a", "--infra", "aws")
+    FakeSky().turn("run-a", state="RECOVERING", reason="Cluster preempted")
+    FakeSky.foreign.append("run-a")
+    (row,) = project.json("queue", "-a")
+    assert (row["state"], row["reason"], row["infra"]) == ("RECOVERING", "Cluster preempted", "aws")
+    refused = project.run("resume", "run-a")
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "is RECOVERING" in refused.stderr
+    assert project.run("cancel", "run-a", "-y").exit_code == 0
+    assert ("cancel", "run-a") in FakeSky.calls
+
+
+def test_no_verdict_on_a_run_that_nobody_can_be_asked_of(project: Project) -> None:
+    project.submit("run-a", "--infra", "aws")
+    FakeSky.foreign.append("run-a")
+    FakeSky.states.clear()
+    FakeSky.silent.append("x")
+    result = project.run("queue", "-a", "--format", "json")
+    (row,) = json.loads(result.stdout)
+    assert (row["state"], row["reason"][:12]) == ("PENDING", "as last seen")
+    assert project.run("resume", "run-a").exit_code == 2
+    FakeSky.silent.clear()  # it answers, and has no such job
+    (row,) = project.json("queue", "-a")
+    assert (row["state"], row["reason"][-17:]) == ("FAILED", "nor in SkyPilot's")
+
+
+def test_of_local_runs_alone_skypilot_is_not_asked(project: Project) -> None:
+    project.submit("run-b")
+    FakeSky.silent.append("x")
+    assert [row["run_id"] for row in project.json("queue")] == ["run-b"]
+    asked = [call for call in FakeSky.calls if call[0] == "jobs"]
+    assert not asked
+
+
+def test_a_paused_run_that_is_started_again_to_no_end_goes_on(project: Project) -> None:
+    """SkyPilot's net for errors takes the pause for one: the run is RECOVERING, and every attempt ends at once."""
+    project.submit("run-a", "--infra", "aws")
+    FakeSky().turn("run-a", state="RECOVERING", attempt=1)
+    refused = project.run("resume", "run-a")
+    assert "is RECOVERING" in refused.stderr
+    mark = Mark(run_id="run-a", attempt=1, at=5.0, reason="its budget is used up", exit_code=76)
+    project.store.create(Keys("run-a").paused, mark.to_bytes())
+    resumed = project.run("resume", "run-a")
+    assert (resumed.exit_code, resumed.stderr) == (0, "")
+    assert [call[0] for call in FakeSky.calls if call[0] != "jobs"] == ["check_resumable", "cancel", "resume"]
+    assert not project.store.exists(Keys("run-a").paused)
+    assert not project.store.exists(Keys("run-a").cancelled)
+
+
+def test_a_submission_of_unknown_end_stays_a_run(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def submit(self: FakeSky, submission: Submission) -> None:
+        raise Unsettled("no route; whether SkyPilot took run-a is not known (spotune cancel run-a …)")
+
+    monkeypatch.setattr(FakeSky, "submit", submit)
+    result = project.run("train", "run.yaml", "--name", "run-a", "--infra", "aws", "-y", "-d")
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert "is not known" in result.stderr
+    assert project.store.exists(Keys("run-a").run)
+
+
+def test_what_was_bought_is_not_terminated_unasked(project: Project) -> None:
+    project.submit("run-a", "--infra", "aws")
+    FakeSky().turn("run-a", state="RUNNING")
+    FakeSky.bought.append("the instance of cluster run-a-7-x on aws/us-east-1")
+    refused = project.run("preempt", "run-a", "--no-notice", input="y\n")  # a pipe is no terminal
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "nobody to ask: Terminate the instance of cluster run-a-7-x on aws/us-east-1? (add -y)" in refused.stderr
+    assert ("preempt", "run-a", 0.0) not in FakeSky.calls
+    assert project.run("preempt", "run-a", "--no-notice", "-y").exit_code == 0
+    assert ("preempt", "run-a", 0.0) in FakeSky.calls
+
+
+def test_a_follower_bears_a_server_that_does_not_answer_for_a_while(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter(["no", "no", "no", "yes"])
+
+    def logs(self: FakeSky, run_id: str, follow: bool) -> Iterator[str]:
+        for _ in range(2):
+            yield "a line"
+            time.sleep(0.6)
+        self.silent.append("x")
+        time.sleep(0.6)
+
+    ask = FakeSky.jobs
+
+    def jobs(self: FakeSky, *arguments: Any, **options: Any) -> list[JobStatus]:
+        if self.silent and next(answers, "yes") == "yes":
+            self.silent.clear()
+            self.turn("run-a", state="SUCCEEDED")
+        return ask(self, *arguments, **options)
+
+    monkeypatch.setattr(FakeSky, "logs", logs)
+    monkeypatch.setattr(FakeSky, "jobs", jobs)
+    result = project.run("train", "run.yaml", "--name", "run-a", "--infra", "aws", "-y")
+    assert result.exit_code == 1  # it ended, without a certificate
+    assert result.stderr.count("goes on unseen, SkyPilot: the server does not answer") == 1
+
+
+def test_a_follower_gives_up_after_a_while_and_says_that_the_run_goes_on(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def logs(self: FakeSky, run_id: str, follow: bool) -> Iterator[str]:
+        yield "a line"
+        raise InfraError("SkyPilot: the server does not answer (sky api start)")
+
+    monkeypatch.setattr(FakeSky, "logs", logs)
+    result = project.run("train", "run.yaml", "--name", "run-a", "--infra", "aws", "-y")
+    assert result.exit_code == 3
+    assert result.stderr.endswith("does not answer (sky api start); run-a goes on (follow it: spotune logs -f run-a)\n")
+
+
+def test_a_fault_in_the_log_is_not_waited_for(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def logs(self: FakeSky, run_id: str, follow: bool) -> Iterator[str]:
+        yield "a line"
+        raise KeyError("pid")
+
+    monkeypatch.setattr(FakeSky, "logs", logs)
+    result = project.run("train", "run.yaml", "--name", "run-a", "--infra", "aws", "-y")
+    assert isinstance(result.exception, KeyError)
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_check_asks_what_the_settings_name(project: Project, monkeypatch: pytest.MonkeyPatch, silent: bool) -> None:
+    def survey(infra: str, *_: object) -> dict[str, Any]:
+        if silent:
+            raise InfraError("SkyPilot: the server does not answer (sky api start)")
+        return {"infra": infra, "consolidation": "on", "problems": []}
+
+    monkeypatch.setattr("spotune.launch.skypilot.survey.survey_infra", survey)
+    assert "problems" not in project.json("check")
+    project.write("config/spotune.yaml", "infra: aws\n")
+    found = project.json("check")
+    assert (found["infra"], found["task"][-10:]) == ("aws", "train.yaml")
+    assert found["problems"] == (["SkyPilot: the server does not answer (sky api start)"] if silent else [])
+    assert "problems" not in project.json("check", "run.yaml")
+    assert project.run("check", "--infra", "aws").exit_code == (3 if silent else 0)

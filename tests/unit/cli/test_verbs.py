@@ -358,6 +358,11 @@ def test_exit_codes(state: str, engine_code: int | None, code: int) -> None:
     assert as_row(status)["state"] == state
 
 
+def test_what_the_infrastructure_ended_is_3() -> None:
+    status = JobStatus("run-a", "FAILED", 0, "ada", "aws", 1.0, by_infra=True)
+    assert exit_code_of(status) == 3
+
+
 def test_the_live_line_takes_any_log_line_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     with live_view("run-a") as (say, show):
         say("a line with [brackets] and [/] in it")

@@ -8,7 +8,7 @@ from typing import Any
 
 from spotune.contracts import environment
 from spotune.contracts.errors import InfraError, InputError
-from spotune.launch.infra import JobStatus, PaidInterval, Submission, check_secrets
+from spotune.launch.infra import Agree, JobStatus, PaidInterval, Submission, check_secrets
 from spotune.launch.local import daemon
 from spotune.launch.local.gpus import find_gpus
 from spotune.launch.local.layout import Layout
@@ -92,7 +92,7 @@ class LocalInfra:
                 raise InfraError(f"{run_id}: not cancelled within {CANCEL_S:g} s, see {self.layout.supervisor_log}")
             self._sleep(POLL_S)
 
-    def preempt(self, run_id: str, notice_s: float) -> None:
+    def preempt(self, run_id: str, notice_s: float, agree: Agree = lambda question: None) -> None:
         job = self._job(run_id)
         if not any(attempt.ended_at is None for attempt in self._queue.attempts(run_id)):
             raise InputError(run_id, f"is {job.state}: it has no machine to take away")

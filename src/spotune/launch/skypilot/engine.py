@@ -1,4 +1,4 @@
-"""The one door to SkyPilot: its client is imported here and nowhere else, and its errors end here as one line.
+"""The one door to SkyPilot: its client is imported here and nowhere else, and its errors end here (``refusals.py``).
 
 ``import sky`` costs seconds of CPU, so no verb comes here before it knows that SkyPilot has something to say.
 """
@@ -6,28 +6,28 @@
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import replace
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.errors import InfraError, InputError
-from spotune.launch.skypilot.logs import plain
+from spotune.contracts.errors import InfraError
+from spotune.launch.skypilot.controllers import find_controllers, free_memory_mb
+from spotune.launch.skypilot.refusals import masked
+from spotune.launch.skypilot.refusals import translated as translated
 from spotune.launch.skypilot.server import Server
 
-# SkyPilot's exception -> what to do about it. The message itself is SkyPilot's.
-_REMEDIES = {
-    "ApiServerConnectionError": "sky api start, or sky api login for a team's server",
-    "ApiServerAuthenticationError": "sky api login",
-    "APIVersionMismatchError": "install the SkyPilot version of the API server",
-    "NoCloudAccessError": "sky check says what is missing",
-    "InvalidCloudCredentials": "sky check says what is missing",
-    "ResourcesUnavailableError": "other --gpus, --cpus or --memory, another --infra, or later",
-    "ConcurrentWorkerExhaustedError": "the API server is busy, try again",
-    "ServerTemporarilyUnavailableError": "the API server is busy, try again",
-}
-_USERS = ("InvalidSkyPilotConfigError", "InvalidClusterNameError", "UserRequestRejectedByPolicy", "ValueError")
+
+@dataclass(frozen=True)
+class Machine:
+    """What SkyPilot's provisioner needs of a cluster: its name there, ``provider`` and its settings ``config``."""
+
+    name: str
+    provider: str
+    config: Mapping[str, Any]
+    nodes: int = 1
+    workspace: str = "default"
 
 
 def sdk() -> Any:
@@ -52,32 +52,6 @@ def watch(request_id: Any, output: Any = None) -> Any:
         return sdk().stream_and_get(request_id, output_stream=output)
 
 
-@contextmanager
-def translated(where: str = "SkyPilot") -> Iterator[None]:
-    """Turns SkyPilot's exceptions into ours: bad input names ``where`` it was given, all else is an InfraError."""
-    import click
-    import requests
-
-    kinds: list[type[Exception]] = [click.ClickException, requests.RequestException, ValueError, RuntimeError, OSError]
-    kinds += [
-        kind for kind in vars(sdk().exceptions).values() if isinstance(kind, type) and issubclass(kind, Exception)
-    ]
-    try:
-        yield
-    except tuple(kinds) as error:
-        name, text = type(error).__name__, one_line(error)
-        if name in _USERS:
-            raise InputError(where, text) from error
-        remedy = _REMEDIES.get(name)
-        raise InfraError(f"SkyPilot: {text}{f' ({remedy})' if remedy else ''}") from error
-
-
-def one_line(error: BaseException) -> str:
-    """What an exception of SkyPilot's says, without its colours and line breaks."""
-    text = " ".join(plain(str(error)).split()).split(" To fix: ")[0].rstrip(".")
-    return text or type(error).__name__
-
-
 # What SkyPilot is asked, each in SkyPilot's own values.
 
 
@@ -93,11 +67,30 @@ def task(config: Mapping[str, Any], where: str = "task") -> Any:
         return sdk().Task.from_yaml_config(json.loads(json.dumps(config)))  # a copy: SkyPilot changes what it is given
 
 
-def launch(config: Mapping[str, Any], name: str) -> list[int]:
-    """Submits a managed job; returns its ids."""
-    job = task(config)
-    ids, _ = call(sdk().jobs.launch, job, name=name)
-    return list(ids or [])
+def launch(job: Any, name: str) -> Any:
+    """Submits a task as a managed job; returns the request, whose result is (ids, handle)."""
+    with translated():
+        return sdk().jobs.launch(job, name=name)
+
+
+def end_launches(name: str) -> bool:
+    """Ends the requests under way that submit managed jobs of this name; returns whether there was one.
+
+    To stop waiting for a request does not stop it. One that is told to end may have got its job into the queue before.
+    """
+    with translated():
+        client = sdk()
+        under_way = [
+            one.request_id for one in client.api_status() if one.name == _LAUNCH and _body(one)["name"] == name
+        ]
+        if under_way:
+            client.get(client.api_cancel(under_way, silent=True))
+    return bool(under_way)
+
+
+def _body(request: Any) -> dict[str, Any]:
+    """What a request was given; of somebody else's nothing is told."""
+    return {"name": None, **(json.loads(request.request_body) or {})}
 
 
 def check_feasible(job: Any) -> None:
@@ -158,6 +151,17 @@ def enabled_clouds() -> list[str]:
     return [str(name).lower() for name in call(client.enabled_clouds)]
 
 
+def check_answers() -> None:
+    """Raises InfraError where no API server answers; every other question starts one on this machine."""
+    with translated():
+        sdk()
+        from sky.server import common
+
+        status = common.get_api_server_status().status.value
+    if status != "healthy":
+        raise InfraError(f"no API server of SkyPilot's answers: {status} (sky api login for a team's server)")
+
+
 def server() -> Server:
     """The API server, and what can be told of it from here: of a local one, that is on this machine, most."""
     with translated():
@@ -167,25 +171,49 @@ def server() -> Server:
 
         health = client.api_info()
         url = common.get_server_url()
-        found = Server(url=url, version=str(health.version), is_local=common.is_api_server_local(url))
+        found = Server(url=masked(url), version=str(health.version), is_local=common.is_api_server_local(url))
         if not found.is_local:
             return found
+        controllers = find_controllers(Path.home())
         return replace(
             found,
             consolidation=controller_utils.is_jobs_consolidation_mode(),
-            controllers=_controllers(),
-            memory_mb=common_utils.get_mem_size_gb() * 1024,
+            controllers=controllers.count,
+            controllers_mb=controllers.memory_mb,
+            free_mb=free_memory_mb(),
             cpus=common_utils.get_cpu_count(),
         )
 
 
-def _controllers() -> int | None:
-    """How many job controllers the local server has started; None before it started any."""
-    try:
-        lines = Path("~/.sky/job_controller_pid").expanduser().read_text().split()
-    except OSError:
-        return None
-    return len(lines)
+def machine(cluster: str) -> Machine | None:
+    """The record of a cluster, None where this machine's SkyPilot has none: the API server is elsewhere, say."""
+    with translated():
+        sdk()
+        from sky import global_user_state
+        from sky.server import common
+
+        record = global_user_state.get_cluster_from_name(cluster) if common.is_api_server_local() else None
+        if record is None:
+            return None
+        handle = record["handle"]
+        config = global_user_state.get_cluster_yaml_dict(handle.cluster_yaml)
+        return Machine(
+            name=handle.cluster_name_on_cloud,
+            provider=repr(handle.launched_resources.cloud),
+            config=config["provider"],
+            nodes=handle.launched_nodes,
+            workspace=record["workspace"],
+        )
+
+
+def terminate(machine: Machine) -> None:
+    """Terminates all instances of a cluster; SkyPilot finds out when it next looks."""
+    with translated():
+        sdk()
+        from sky import provision, skypilot_config
+
+        with skypilot_config.local_active_workspace_ctx(machine.workspace):
+            provision.terminate_instances(machine.provider, machine.name, dict(machine.config))
 
 
 def cloud(name: str) -> Any:
@@ -211,6 +239,7 @@ def log_pieces(job_id: int, follow: bool, controller: bool = False) -> Iterator[
 
 
 _EVER_DAYS = 3650
+_LAUNCH = "sky.jobs.launch"  # as the API server names the request
 
 
 def _epoch(value: Any) -> float:

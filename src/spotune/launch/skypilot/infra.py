@@ -1,24 +1,24 @@
 """What the verbs call: SkyInfra turns them into SkyPilot's managed jobs, and those back into runs."""
 
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 
 from spotune.contracts.environment import BUCKET
-from spotune.contracts.errors import InfraError, InputError
-from spotune.launch.infra import ACTIVE, JobStatus, PaidInterval, Submission, check_secrets
+from spotune.contracts.errors import InfraError, InputError, SpotuneError, Unsettled
+from spotune.launch.infra import ACTIVE, Agree, JobStatus, PaidInterval, Submission, check_secrets
 from spotune.launch.settings import SlurmSettings
-from spotune.launch.skypilot import engine
+from spotune.launch.skypilot import engine, following, lookup
+from spotune.launch.skypilot.following import POLL_S
 from spotune.launch.skypilot.history import Event, Usage, intervals, usages
 from spotune.launch.skypilot.jobs import FIELDS, ManagedJob, by_run, managed_job, run_status
-from spotune.launch.skypilot.logs import attempts_in, begins, lines_of, said
 from spotune.launch.skypilot.preempt import take_machine
 from spotune.launch.skypilot.registry import Entry, Registry
 from spotune.launch.skypilot.slurm import preemptible_partitions
 from spotune.launch.skypilot.task import check_submission, task_config
 
-POLL_S = 2.0
 CANCEL_S = 300.0
 
 
@@ -55,8 +55,9 @@ class SkyInfra:
     def submit(self, submission: Submission) -> None:
         """Launches the managed job and returns; nothing of it is left behind when it is refused."""
         check_submission(submission)
-        if self._registry.entry(submission.run_id):
-            raise InfraError(f"{submission.run_id} was submitted from here already ({self._registry.folder})")
+        if kept := self._registry.entry(submission.run_id):
+            what = f"{submission.run_id} was submitted from here already, with the bucket {kept.bucket}"
+            raise InputError("--name", what, remedy="another --name")
         entry = Entry(
             run_id=submission.run_id,
             infra=submission.infra,
@@ -69,25 +70,49 @@ class SkyInfra:
             secrets=sorted(submission.secrets),
             preemptible=self._preemptible(submission.infra),
         )
-        self._registry.write(entry)  # first: a job that nobody here knows of would be one that nobody ends
+        self._launch(entry, submission, None)
+
+    def _launch(self, entry: Entry, submission: Submission, before: Entry | None) -> None:
+        """Written down first: a job that nobody here knows of would be one that nobody ends.
+
+        ``before``: the entry as it is to be again when the job is refused, or taken back; None for none.
+        """
+        job = engine.task(task_config(submission, self._slurm.nice))
+        entry = replace(entry, submitting=True, ended=None, history=None)
+        self._registry.write(entry)
+        request = None
         try:
-            self._launch(entry, submission)
-        except BaseException:
-            self._withdraw(entry)
+            request = engine.launch(job, submission.run_id)
+            ids, _ = engine.ask(request)
+        except BaseException as error:
+            self._take_back(entry, error, request is not None)
+            if before:
+                self._registry.write(before)
+            else:
+                self._registry.remove(entry.run_id)
             raise
+        self._registry.write(replace(entry, submitting=False, jobs=[*entry.jobs, *(ids or [])]))
 
-    def _launch(self, entry: Entry, submission: Submission) -> None:
-        ids = engine.launch(task_config(submission, self._slurm.nice), submission.run_id)
-        self._registry.write(replace(entry, jobs=[*entry.jobs, *ids], ended=None, history=None))
+    def _take_back(self, entry: Entry, why: BaseException, is_asked: bool) -> None:
+        """A submission that was stopped half way, by Ctrl-C say: nothing of it runs when this returns.
 
-    def _withdraw(self, entry: Entry) -> None:
-        """A submission that was stopped half way, by Ctrl-C say: what SkyPilot has of it is cancelled."""
+        ``is_asked``: the server has the request. Else a server that does not answer has never heard of it.
+        """
+        if isinstance(why, KeyboardInterrupt):  # it takes a while, and a second Ctrl-C would leave the job there
+            print(f"{entry.run_id}: being taken back from SkyPilot", file=sys.stderr)
         try:
-            if left := [job.id for job in self._jobs_of(entry.run_id, entry) if not job.is_ended]:
-                engine.call(engine.sdk().jobs.cancel, job_ids=left)
-        except (InfraError, InputError):
-            pass  # it does not answer: what stopped the submission is what is reported
-        self._registry.remove(entry.run_id)
+            self._end(entry)
+        except BaseException as error:
+            if not is_asked and isinstance(error, SpotuneError):
+                return
+            what = f"{str(why) or 'interrupted'}; whether SkyPilot took {entry.run_id} is not known"
+            raise Unsettled(f"{what} (spotune cancel {entry.run_id} ends it once the server answers)") from error
+
+    def _end(self, entry: Entry) -> None:
+        """Ends what is being submitted, then what the queue has; returns once nothing of the run is left there."""
+        if engine.end_launches(entry.run_id):
+            self._sleep(POLL_S)  # a request is told to end, and may get its job into the queue before it does
+        self._cancel_active(entry.run_id)
 
     def _preemptible(self, infra: str) -> list[str]:
         """Slurm partitions that count as spot, asked for once."""
@@ -118,9 +143,19 @@ class SkyInfra:
             priority=entry.priority,
             secrets={name: self._environ[name] for name in entry.secrets},
         )
-        self._launch(entry, submission)
+        self._launch(entry, submission, entry)
 
     def cancel(self, run_id: str) -> None:
+        entry = self._registry.entry(run_id)
+        if not entry or not entry.submitting:
+            self._cancel_active(run_id)
+            return
+        self._end(entry)
+        if not lookup.has_further(self._jobs_of(run_id, entry), entry):
+            now = replace(entry.status(), state="CANCELLED", reason="cancelled", ended_at=self._clock())
+            self._registry.settle(now)
+
+    def _cancel_active(self, run_id: str) -> None:
         active = self._active(run_id)
         if not active:
             return
@@ -131,17 +166,19 @@ class SkyInfra:
                 raise InfraError(f"{run_id}: not cancelled within {CANCEL_S:g} s (sky jobs logs --controller says why)")
             self._sleep(POLL_S)
 
-    def preempt(self, run_id: str, notice_s: float) -> None:
+    def preempt(self, run_id: str, notice_s: float, agree: Agree = lambda question: None) -> None:
         active = self._active(run_id)
         if not active:
             raise InputError(run_id, "has no machine to take away")
-        take_machine(active[-1], notice_s, self._environ)
+        take_machine(active[-1], notice_s, self._environ, agree)
 
     def jobs(self, run_ids: list[str] | None = None, everyone: bool = False) -> list[JobStatus]:
         """SkyPilot is asked only where something may have changed since it was last asked."""
         known = {entry.run_id: entry for entry in self._registry.entries()}
         if run_ids is not None:
             found = [status for run_id in run_ids if (status := self._status(run_id, known.get(run_id)))]
+            if everyone and not self._asks:
+                found += self._foreign(set(run_ids) - known.keys())
         elif self._asks or (everyone and known) or any(entry.ended is None for entry in known.values()):
             found = self._statuses(known, everyone)
         else:
@@ -158,6 +195,13 @@ class SkyInfra:
             return self._settled(jobs, entry)
         return entry.status() if entry else None
 
+    def _foreign(self, run_ids: Set[str]) -> list[JobStatus]:
+        """Runs that were not submitted from here, of a server that is there: none is started for them."""
+        if not run_ids:
+            return []
+        engine.check_answers()
+        return [one for one in self._statuses({}, True) if one.run_id in run_ids]
+
     def _statuses(self, known: Mapping[str, Entry], everyone: bool) -> list[JobStatus]:
         self._listed = [job for record in engine.managed_jobs(FIELDS, everyone) if (job := managed_job(record)).marks]
         self._paid = {}
@@ -165,13 +209,18 @@ class SkyInfra:
         listed = []
         for jobs in found:
             entry = known.get(jobs[0].run_id)
-            is_ours = entry is not None and _is_of(jobs[0], entry)
+            is_ours = entry is not None and lookup.is_of(jobs[0], entry)
             listed.append(self._settled(jobs, entry if is_ours else None))
             if is_ours:
                 known = {run_id: one for run_id, one in known.items() if run_id != jobs[0].run_id}
         return [*listed, *(entry.status() for entry in known.values())]
 
     def _settled(self, jobs: Sequence[ManagedJob], entry: Entry | None) -> JobStatus:
+        if entry and entry.submitting:
+            if not lookup.has_further(jobs, entry):
+                return entry.status()
+            entry = replace(entry, submitting=False, jobs=sorted({*entry.jobs, *(job.id for job in jobs)}))
+            self._registry.write(entry)
         submitted = replace(entry, ended=None).status() if entry else None
         status = run_status(jobs, submitted)
         if entry and status.state not in ACTIVE:
@@ -183,51 +232,11 @@ class SkyInfra:
         if not jobs:
             raise InputError(run_id, "SkyPilot has no such job")
         for job in jobs:
-            yield from self._lines(job, follow and job is jobs[-1])
+            look = self._look if follow and job is jobs[-1] else None
+            yield from following.lines(job, look, self._sleep)
 
-    def _lines(self, job: ManagedJob, follow: bool) -> Iterator[str]:
-        """Of one managed job, its earlier attempts first."""
-        earlier = self._earlier(job) if job.recoveries else []
-        if job.is_ended or not follow:
-            last = list(self._last(job, False))
-            for lines in earlier[:-1] if earlier and earlier[-1] == last else earlier:
-                yield from lines
-            yield from last
-            return
-        for lines in earlier[: job.recoveries]:
-            yield from lines
-        yield from self._followed(job)
-
-    def _earlier(self, job: ManagedJob) -> list[list[str]]:
-        return attempts_in(lines_of(engine.log_pieces(job.id, False, controller=True)))
-
-    def _last(self, job: ManagedJob, follow: bool) -> Iterator[str]:
-        texts = lines_of(engine.log_pieces(job.id, follow))
-        return (line for text in texts if (line := said(text)) is not None)
-
-    def _followed(self, job: ManagedJob) -> Iterator[str]:
-        """SkyPilot ends its stream early now and then, at a recovery say; this one ends with the job."""
-        shown: list[str] = []  # of the machine that it is on
-        while True:
-            fresh = 0
-            for text in lines_of(engine.log_pieces(job.id, True)):
-                if begins(text) and fresh:
-                    shown, fresh = [], 0
-                if (line := said(text)) is None:
-                    continue
-                fresh += 1
-                if fresh > len(shown):
-                    shown.append(line)
-                    yield line
-            found = self._jobs_of(job.run_id, None, [job.id])
-            now = found[0] if found else replace(job, status="CANCELLED")
-            if now.is_ended:
-                last = list(self._last(now, False))  # it may have ended before the stream came to it
-                yield from last[len(shown) :] if last[: len(shown)] == shown else last
-                return
-            shown = shown if now.attempts == job.attempts else []
-            job = now
-            self._sleep(POLL_S)
+    def _look(self, job: ManagedJob) -> ManagedJob | None:
+        return next(iter(self._jobs_of(job.run_id, None, [job.id])), None)
 
     def history(self, run_id: str) -> list[PaidInterval]:
         entry = self._registry.entry(run_id)
@@ -236,7 +245,9 @@ class SkyInfra:
         jobs = self._recent(run_id, entry)
         if not jobs:
             return []
-        events = {job.id: [Event(*event) for event in engine.events(job.id)] for job in jobs if _needs_events(job)}
+        events = {
+            job.id: [Event(*event) for event in engine.events(job.id)] for job in jobs if lookup.needs_events(job)
+        }
         spot = entry.preemptible if entry else self._preemptible(jobs[-1].infra)
         found = intervals(run_id, jobs, self._usages(jobs), events, spot)
         if jobs[-1].is_ended:
@@ -245,8 +256,8 @@ class SkyInfra:
 
     def _recent(self, run_id: str, entry: Entry | None) -> list[ManagedJob]:
         """As listed a moment ago, for verbs over all runs: they would ask once for each."""
-        if listed := [job for job in self._listed if job.run_id == run_id and _is_of(job, entry)]:
-            return sorted(_of_one_bucket(listed), key=lambda job: job.id)
+        if listed := [job for job in self._listed if job.run_id == run_id and lookup.is_of(job, entry)]:
+            return sorted(lookup.of_one_bucket(listed), key=lambda job: job.id)
         return self._jobs_of(run_id, entry) if entry or self._asks else []
 
     def _usages(self, jobs: Sequence[ManagedJob]) -> list[Usage]:
@@ -262,13 +273,13 @@ class SkyInfra:
     def _entry(self, run_id: str) -> Entry:
         entry = self._registry.entry(run_id)
         if entry is None:
-            what = "was not submitted from here" if self._asks and self._jobs_of(run_id, None) else "no such run"
-            raise InputError(run_id, what, remedy="go where it was submitted, or spotune train --from it")
+            remedy = f"go where it was, or spotune train --from {run_id}"
+            raise InputError(run_id, "was not submitted from here", remedy=remedy)
         return entry
 
     def _active(self, run_id: str) -> list[ManagedJob]:
         entry = self._registry.entry(run_id)
-        jobs = self._jobs_of(run_id, entry) if entry or self._asks else []
+        jobs = self._jobs_of(run_id, entry)
         if not jobs and not entry:
             raise InputError(run_id, "no such run of SkyPilot's")
         return [job for job in jobs if not job.is_ended]
@@ -277,24 +288,5 @@ class SkyInfra:
         """The managed jobs of a run, in order of submission: by name, since a resume elsewhere is one of them too."""
         records = engine.managed_jobs(FIELDS, True, "" if ids else run_id, ids)
         found = [managed_job(record) for record in records]
-        found = [job for job in found if job.run_id == run_id and (ids or _is_of(job, entry))]
-        return sorted(found if ids or entry else _of_one_bucket(found), key=lambda job: job.id)
-
-
-def _is_of(job: ManagedJob, entry: Entry | None) -> bool:
-    """Whether a managed job of a run's name is that run; without an entry: whether it is a run of spotune's at all."""
-    if entry is None:
-        return job.marks is not None
-    return job.id in entry.jobs or (job.marks or {}).get("bucket") == entry.bucket
-
-
-def _of_one_bucket(jobs: Sequence[ManagedJob]) -> list[ManagedJob]:
-    """Those of the newest one's bucket: a name may stand for several runs, in several buckets."""
-    newest = max(jobs, key=lambda job: job.id, default=None)
-    bucket = (newest.marks or {}).get("bucket") if newest else None
-    return [job for job in jobs if (job.marks or {}).get("bucket") == bucket]
-
-
-def _needs_events(job: ManagedJob) -> bool:
-    """Whether its status alone does not say how each of its machines went."""
-    return job.recoveries > 0 or not job.is_ended
+        found = [job for job in found if job.run_id == run_id and (ids or lookup.is_of(job, entry))]
+        return sorted(found if ids or entry else lookup.of_one_bucket(found), key=lambda job: job.id)

@@ -32,6 +32,7 @@ _FAILURES = {
     "FAILED_PRECHECKS": "refused: ",
     "FAILED_CONTROLLER": "SkyPilot's controller failed: ",
 }
+_BY_INFRA = ("FAILED_NO_RESOURCE", "FAILED_PRECHECKS", "FAILED_CONTROLLER")
 _CODES = re.compile(r"exit codes? \[?(\d+(?:, \d+)*)\]?")
 _ENDED = ("SUCCEEDED", "CANCELLED")
 
@@ -123,6 +124,7 @@ def run_status(jobs: Sequence[ManagedJob], known: JobStatus | None = None) -> Jo
         recoveries=max(0, attempts - 1),
         reason=reason_of(newest),
         exit_code=newest.exit_code,
+        by_infra=newest.status in _BY_INFRA,
         bucket=known.bucket if known else str(marks.get("bucket") or ""),
     )
 

@@ -4,19 +4,21 @@ import subprocess
 from collections.abc import Mapping
 
 from spotune.contracts.errors import InfraError, InputError
-from spotune.launch.skypilot import slurm
+from spotune.launch.infra import Agree
+from spotune.launch.skypilot import engine, slurm
 from spotune.launch.skypilot.jobs import ManagedJob
 
 _TIMEOUT_S = 60.0
-# Clouds terminate what is paid for: that stays in the hands of whoever has their credentials.
-_BY_HAND = {
-    "aws": "aws ec2 terminate-instances on {name}",
-    "gcp": "gcloud compute instances simulate-maintenance-event on {name}",
-    "azure": "az vmss simulate-eviction, or az vm simulate-eviction, on {name}",
+# What has a cloud give the notice that it gives of an interruption of its own, with its own tools.
+_NOTICES = {
+    "aws": "AWS FIS (aws:ec2:send-spot-instance-interruptions)",
+    "gcp": "gcloud compute instances simulate-maintenance-event",
+    "azure": "az vm simulate-eviction",
 }
+_CONSOLE = "run it on the API server's machine, or terminate it in the cloud's console"
 
 
-def take_machine(job: ManagedJob, notice_s: float, environ: Mapping[str, str]) -> None:
+def take_machine(job: ManagedJob, notice_s: float, environ: Mapping[str, str], agree: Agree) -> None:
     """Raises InputError where there is no machine, or where it is not for spotune to take."""
     cloud, name = job.infra.split("/", 1)[0], job.cluster_on_cloud
     if not name:
@@ -27,8 +29,27 @@ def take_machine(job: ManagedJob, notice_s: float, environ: Mapping[str, str]) -
     elif cloud == "kubernetes":
         _delete_pods(job, notice_s, environ)
     else:
-        by_hand = _BY_HAND.get(cloud, "terminate {name} in its console").format(name=name)
-        raise InputError(job.run_id, f"spotune terminates no machine of {cloud}", remedy=by_hand)
+        if notice_s:
+            by_hand = f", or {_NOTICES[cloud]} for {name}" if cloud in _NOTICES else ""
+            raise InputError(
+                "--notice", f"{cloud} gives none when it is told to terminate", remedy=f"--no-notice{by_hand}"
+            )
+        terminate(job, agree)
+
+
+def terminate(job: ManagedJob, agree: Agree) -> None:
+    """Terminates all instances of the job's cluster without SkyPilot's knowledge, as a cloud does.
+
+    By SkyPilot's own provisioner, which every infrastructure has, and which needs the cluster's record: the API server
+    has it, so that server must be on this machine.
+    """
+    machine = engine.machine(job.cluster)
+    if machine is None or machine.name != job.cluster_on_cloud:
+        what = f"its cluster {job.cluster} on {job.infra} is not in this machine's records of SkyPilot's"
+        raise InputError(job.run_id, what, remedy=_CONSOLE)
+    nodes = "instance" if machine.nodes == 1 else f"{machine.nodes} instances"
+    agree(f"Terminate the {nodes} of cluster {machine.name} on {job.infra}?")
+    engine.terminate(machine)
 
 
 def _delete_pods(job: ManagedJob, notice_s: float, environ: Mapping[str, str]) -> None:

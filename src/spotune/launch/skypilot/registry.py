@@ -24,6 +24,7 @@ class Entry:
         task: as the plan has it; how SkyPilot gets it is ``task.py``'s business.
         jobs: the managed jobs that were launched for it, in order: one, and one more for each ``resume``.
         preemptible: Slurm partitions, ``CLUSTER/PARTITION``, whose jobs may be thrown out.
+        submitting: a further job was asked for, and SkyPilot has not said yet that it took it.
         ended: how it ended, as SkyPilot said; None while it may still change.
         history: the machines it was given, once all of them are gone.
     """
@@ -39,6 +40,7 @@ class Entry:
     secrets: list[str] = field(default_factory=list)
     jobs: list[int] = field(default_factory=list)
     preemptible: list[str] = field(default_factory=list)
+    submitting: bool = False
     ended: dict[str, Any] | None = None
     history: list[dict[str, Any]] | None = None
 
@@ -53,6 +55,7 @@ class Entry:
             user=self.user,
             infra=self.infra,
             submitted_at=self.submitted_at,
+            reason="not in SkyPilot's queue yet" if self.submitting else "",
             bucket=self.bucket,
         )
 
@@ -100,7 +103,7 @@ class Registry:
         """Keeps how a run has ended."""
         entry = self.entry(status.run_id)
         if entry and status.state not in ACTIVE and entry.ended != asdict(status):
-            self.write(replace(entry, ended=asdict(status)))
+            self.write(replace(entry, ended=asdict(status), submitting=False))
 
     def keep_history(self, run_id: str, intervals: Sequence[PaidInterval]) -> None:
         """Keeps the machines of a run that has ended, so that SkyPilot may forget them."""

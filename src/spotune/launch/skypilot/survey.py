@@ -19,7 +19,7 @@ def survey_infra(infra: str, settings: SlurmSettings, environ: Mapping[str, str]
         "infra": infra,
         "api_server": f"{server.url} ({'local' if server.is_local else 'remote'}, SkyPilot {server.version})",
         "enabled": clouds,
-        "consolidation": {True: "on", False: "off", None: "not known: ask who runs the server"}[server.consolidation],
+        "consolidation": {True: "on", False: "off", None: "not known"}[server.consolidation],
         "controllers": server.controllers if server.controllers is not None else "not known",
     }
     problems = server_problems(server)

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from spotune.contracts.errors import InfraError, InputError
@@ -19,10 +20,9 @@ from spotune.launch.plan import PRIORITIES
 from spotune.launch.settings import SlurmSettings, load_settings
 from spotune.launch.skypilot import offers, slurm
 from spotune.launch.skypilot.catalog import slurm_machine
+from spotune.launch.skypilot.controllers import PIDS, find_controllers
 from spotune.launch.skypilot.infra import SkyInfra
-from spotune.launch.skypilot.jobs import ManagedJob
 from spotune.launch.skypilot.offers import narrowed
-from spotune.launch.skypilot.preempt import take_machine
 from spotune.launch.skypilot.prices import Choice, Quote, choose, first_tried, price_rows, within
 from spotune.launch.skypilot.registry import Entry, Registry
 from spotune.launch.skypilot.server import Server, server_problems
@@ -273,7 +273,7 @@ def test_of_what_has_ended_skypilot_is_not_asked(tmp_path: Path) -> None:
     """Nothing of this imports sky: the door is not even opened."""
     infra = SkyInfra(tmp_path, {})
     assert infra.jobs() == infra.jobs(["run-a"]) == infra.jobs(everyone=True) == infra.history("run-a") == []
-    for verb in (infra.cancel, infra.resume, infra.check_resumable, lambda run_id: infra.preempt(run_id, 0)):
+    for verb in (infra.resume, infra.check_resumable):
         with pytest.raises(InputError, match="run-a"):
             verb("run-a")
     registry = Registry(tmp_path)
@@ -282,14 +282,6 @@ def test_of_what_has_ended_skypilot_is_not_asked(tmp_path: Path) -> None:
     assert [(job.run_id, job.state, job.reason) for job in infra.jobs()] == [("run-a", "FAILED", "why")]
     with pytest.raises(InputError, match="secret TOKEN is not set here"):
         infra.check_resumable("run-a")
-
-
-def test_only_a_clusters_own_tool_takes_a_machine_of_a_cloud(tmp_path: Path) -> None:
-    job = ManagedJob(7, "run-a", "RUNNING", 1.0, infra="aws/us-east-1", cluster_on_cloud="run-a-7-x")
-    with pytest.raises(InputError, match="terminate-instances on run-a-7-x"):
-        take_machine(job, 0, {})
-    with pytest.raises(InputError, match="no machine"):
-        take_machine(replace(job, cluster_on_cloud=""), 0, {})
 
 
 def test_slurm_is_told_to_take_the_allocation(tmp_path: Path) -> None:
@@ -320,12 +312,30 @@ def test_slurm_is_told_to_take_the_allocation(tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_with_a_server() -> None:
-    fine = Server("http://x", "0.14.1", True, consolidation=True, controllers=2, memory_mb=24000, cpus=2)
+    fine = Server(
+        "http://x", "0.14.1", True, consolidation=True, controllers=2, controllers_mb=400, free_mb=9000, cpus=2
+    )
     assert server_problems(fine) == []
     assert "consolidation mode is off" in server_problems(replace(fine, consolidation=False))[0]
     assert "12 job controllers on 2 CPUs" in server_problems(replace(fine, controllers=12))[0]
-    assert "of 4000 MB" in server_problems(replace(fine, controllers=6, memory_mb=4000, cpus=8))[0]
-    assert server_problems(Server("http://far", "0.14.1", False)) == []
+    assert (
+        "hold 2300 MB of memory and 1900 MB are left"
+        in server_problems(replace(fine, controllers=12, controllers_mb=2300, free_mb=1900, cpus=8))[0]
+    )
+    assert "cannot be told from here" in server_problems(Server("http://far", "0.14.1", False))[0]
+
+
+def test_controllers_that_are_gone_are_none(tmp_path: Path) -> None:
+    assert find_controllers(tmp_path).count == 0
+    pids = tmp_path / PIDS
+    pids.parent.mkdir()
+    me = psutil.Process()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    pids.write_text(f"{gone.pid},5.0\n{me.pid},{me.create_time()}\n{me.pid},5.0\n{me.pid}\nnonsense\n")
+    found = find_controllers(tmp_path)
+    assert found.count == 2  # the one with its time, the one without
+    assert found.memory_mb > 10
 
 
 def test_a_bucket_of_files_needs_shared_storage(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from spotune.contracts.errors import InfraError
 from spotune.launch.skypilot import engine
 from spotune.launch.skypilot.history import Event, Usage, intervals, usages
 from spotune.launch.skypilot.infra import SkyInfra
@@ -65,6 +66,7 @@ def test_places_that_skypilot_does_not_know_yet() -> None:
 def test_states(status: str, state: str, reason: str) -> None:
     found = run_status([job(status=status, details="In backoff", failure_reason="nothing left")])
     assert (found.state, found.reason) == (state, reason)
+    assert found.by_infra == (status == "FAILED_NO_RESOURCE")
 
 
 def test_how_a_program_failed() -> None:
@@ -248,6 +250,22 @@ def test_a_follower_of_a_job_that_is_over_at_once(
 ) -> None:
     streams["live"], streams["kept"] = [[None, None]], [[BEGIN, "(run-a, pid=2) all\n"]]
     assert follow(monkeypatch, tmp_path, job(status="FAILED")) == ["all"]
+
+
+def test_a_follower_outlasts_a_server_that_is_started_anew(
+    streams: dict[str, list[list[str | None]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    streams["live"] = [["(run-a, pid=1) one\n"], ["(run-a, pid=1) one\n", "(run-a, pid=1) two\n"]]
+    streams["kept"] = [["(run-a, pid=1) one\n", "(run-a, pid=1) two\n"]]
+    infra, answers = SkyInfra(tmp_path, {}, sleep=lambda seconds: None), iter([job(), None, job(status="SUCCEEDED")])
+
+    def look(*_: object) -> list[ManagedJob]:
+        if answer := next(answers):
+            return [answer]
+        raise InfraError("SkyPilot: no answer")
+
+    monkeypatch.setattr(infra, "_jobs_of", look)
+    assert list(infra.logs("run-a", follow=True)) == ["one", "two"]
 
 
 def test_all_runs_are_asked_for_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
