@@ -23,7 +23,9 @@ def test_a_dev_cluster_from_up_to_down(lab: Layout, spotune: Spotune) -> None:
         (cluster,) = json.loads(spotune("dev", "ls", "--format", "json"))
         run = ["dev", "run", CONFIG, "-c", cluster["name"], "--set", "max_steps=3"]
         run += ["--env", f"SPOTUNE_PYTHON={lab.job_python}"]
-        assert "certified" in spotune(*run)
+        assert "certified" in spotune(*run, "--name", "tried")
+        promoted = spotune("train", "--from", "tried", *MACHINE, "--dryrun", "--format", "json")
+        assert json.loads(promoted)["config"]["max_steps"] == 3
         spotune(*run, "--set", "adam_beta1=2.0", code=1)
         assert spotune("dev", "ssh", "hostname").strip() in [node.name for node in lab.nodes]
         spotune("dev", "ssh", "exit 7", code=7)
