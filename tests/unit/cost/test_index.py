@@ -197,5 +197,5 @@ def test_a_record_of_another_shape_costs_a_line_not_the_list(workspace: Workspac
     found = listed(workspace, warn=said.append)
     assert set(found) == {"good", "odd-bill", "odd-tokens"}
     assert len(said) == 1
-    assert said[0].startswith("odd-prices is left out: odd-prices: its record holds no price rows")
+    assert said[0].startswith("odd-prices is left out: runs/odd-prices/run.json: prices: not a PriceRow: ")
     assert found["odd-tokens"]["tokens"] < 1e15
