@@ -6,8 +6,7 @@ Times are epoch seconds (``*_at``), durations seconds (``*_s``), money US dollar
 
 import hashlib
 import json
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from functools import cache
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from spotune.contracts.errors import BadRecord
@@ -39,16 +38,7 @@ class Record:
         """Raises ValueError, naming the field, for what is no such record. Fields that are not known are ignored."""
         if not isinstance(data, dict):
             raise ValueError("no JSON object")
-        found = checked(cls, data)
-        if missing := _required(cls) - found.keys():
-            raise ValueError(f"{min(missing)}: missing")
-        return cls(**found)
-
-
-@cache
-def _required(record: type[Record]) -> frozenset[str]:
-    without = (f for f in fields(record) if f.default is MISSING and f.default_factory is MISSING)
-    return frozenset(f.name for f in without)
+        return cls(**checked(cls, data))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ of another type, or a time that is none, is a bad record with a field to name, a
 """
 
 from collections.abc import Callable
+from dataclasses import MISSING, fields
 from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -19,20 +20,28 @@ Check = tuple[str, Callable[[Any], bool]]  # what is expected, in words, and whe
 
 
 def checked(record: type, values: dict[str, Any]) -> dict[str, Any]:
-    """The values of fields that the class has; raises ValueError, naming the field, for one that is not what it says."""
-    checks, found = fields_of(record), {}
+    """The values of the fields that the class has. Raises ValueError, naming the field, for one that is missing, or is
+    not what the class says."""
+    checks, found = _checks(record), {}
     for name, value in values.items():
         if check := checks.get(name):
             if not check[1](value):
                 raise ValueError(f"{name}: not {check[0]}: {_shown(value)}")
             found[name] = value
+    if missing := _required(record) - found.keys():
+        raise ValueError(f"{min(missing)}: missing")
     return found
 
 
 @cache
-def fields_of(record: type) -> dict[str, Check]:
-    """A check for each field."""
+def _checks(record: type) -> dict[str, Check]:
     return {name: _check(kind) for name, kind in get_type_hints(record, include_extras=True).items()}
+
+
+@cache
+def _required(record: Any) -> frozenset[str]:
+    without = (one for one in fields(record) if one.default is MISSING and one.default_factory is MISSING)
+    return frozenset(one.name for one in without)
 
 
 def _check(kind: Any) -> Check:

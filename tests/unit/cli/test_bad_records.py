@@ -45,7 +45,7 @@ def edit(key: str, **facts: object) -> Spoil:
         (copy, "a-copy", f"runs/a-copy/run.json: run_id: '{RUN_ID}', not that of its folder (a copy, or renamed)"),
         (edit(KEYS.run, user=["a"]), RUN_ID, f"{KEYS.run}: not a RunRecord: user: not a text: […]"),
         (lambda store: store.delete([KEYS.run]), RUN_ID, f"{KEYS.run}: missing, though there are attempts"),
-        (lambda store: store.write(KEYS.run, b"[" * 200_000), RUN_ID, f"{KEYS.run}: not a RunRecord: maximum recursion"),
+        (lambda store: store.write(KEYS.run, b"[" * 200_000), RUN_ID, f"{KEYS.run}: not a RunRecord: maximum"),
         (edit(KEYS.run, prices=[{}]), RUN_ID, f"{KEYS.run}: prices: not a PriceRow: infra: missing"),
     ],
 )  # fmt: skip
