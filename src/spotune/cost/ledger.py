@@ -10,16 +10,22 @@ from spotune.cost.account import Account, account_of
 from spotune.cost.bills import with_bills
 from spotune.cost.evidence import Evidence
 from spotune.cost.join import join
+from spotune.launch.infra import State
+
+_ON: tuple[State, ...] = ("STARTING", "RUNNING")  # a PENDING or RECOVERING run has no machine
 
 
-def build_accounts(evidence: Evidence, now: float) -> list[Account]:
-    """What became of each machine, in order of time."""
-    intervals = with_bills(evidence.intervals, evidence.bills)
+def build_accounts(evidence: Evidence, now: float, state: State | None = None) -> list[Account]:
+    """What became of each machine, in order of time.
+
+    ``state``: the run's. The newest attempt of one that runs is on, also where the engine's row of it is not to be had.
+    """
+    billed, rows = with_bills(evidence.intervals, evidence.bills)
+    newest = max((record.attempt for record in evidence.attempts), default=0) if state in _ON else 0
     accounts: list[Account] = []
     done_before = 0
-    for machine in join(intervals, evidence.attempts, now):
-        events = evidence.events.get(machine.record.attempt, ()) if machine.record else ()
-        account = account_of(machine, events, evidence, done_before, now)
+    for machine in join(rows, evidence.attempts, now, billed):
+        account = account_of(machine, evidence, done_before, now, is_on=machine.attempt == newest)
         accounts.append(account)
         done_before = max([done_before, *account.committed, *(step.step for step in account.steps)])
     return accounts
