@@ -65,6 +65,8 @@ def _one(run: str, output: str, page: str | None) -> None:
 
     target = None if page is None else check_target(page)
     report = report_run(open_workspace(), run)
+    for line in report["unread"]:
+        _warn(f"left out: {line}")
     if target:
         write_page(target, page_of(report))
     if output == "focus":

@@ -130,10 +130,9 @@ def test_the_newest_attempt_of_a_run_that_runs_is_on_without_a_row_too(
     state: State, ended: str | None, is_last: bool, expected: tuple[float | None, str | None, float, float]
 ) -> None:
     """``expected``: of attempt 2, when and why it ended and what was paid for; and the wait for a machine after it."""
-    said = [phase(100, "load"), phase(104, "train"), step(110, 3)] + (
-        [event(112, "end", reason=ended)] if ended else []
-    )
-    claims = [claim(1, 10), claim(2, 100)] + ([claim(3, 110)] if last == 1 else [])
+    end = [event(112, "end", reason=ended)] if ended else []
+    said = [phase(100, "load"), phase(104, "train"), step(110, 3), *end]
+    claims = [claim(1, 10), claim(2, 100), *([] if is_last else [claim(3, 110)])]
     evidence = Evidence(run(), attempts=claims, events={1: [event(100, "end", reason="preempted")], 2: said})
     report = build_report(evidence, state, T + 125)
     attempt = report["attempts"][1]
