@@ -80,7 +80,7 @@ def read_clusters(
 ) -> list[ClusterRecord]:
     """Those in the bucket, the oldest first; with ``names`` those called so.
 
-    ``warn`` is told of one that cannot be read, which is left out.
+    ``warn`` is told, naming the key, of one that cannot be read, which is left out.
     """
     records = []
     for key in store.keys(CLUSTERS):
@@ -90,5 +90,5 @@ def read_clusters(
         try:
             records.append(ClusterRecord.from_bytes(store.read(key) or b"null", key))
         except BadRecord as error:
-            warn(f"a dev cluster is left out: {error}")
+            warn(str(error))
     return sorted(records, key=lambda record: record.launched_at)

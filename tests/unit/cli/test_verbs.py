@@ -11,7 +11,7 @@ import pytest
 from spotune.cli import VERBS
 from spotune.cli.follow import exit_code_of, settled
 from spotune.cli.live import live_view
-from spotune.cli.render import duration, shorten, table
+from spotune.cli.render import duration
 from spotune.contracts.errors import InputError
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Certificate, Mark, RunRecord
@@ -324,9 +324,7 @@ def test_the_live_line_takes_any_log_line_as_it_is(capsys: pytest.CaptureFixture
 
 
 def test_words() -> None:
-    assert shorten("abcdef", 4) == "abc…"
     assert [duration(s) for s in (0, 59, 60, 723, 18_120, 273_600)] == ["0s", "59s", "1m", "12m 3s", "5h 2m", "3d 4h"]
-    assert table(["A", "B"], [["long", "x"]]) == "A     B\nlong  x"
     assert settled("a\rb\r") == "b"
 
 
