@@ -1,6 +1,7 @@
 """The machines of a run in order, each accounted for; and the bills that follow from that."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 from spotune.contracts.errors import InputError, StoreError
 from spotune.contracts.keys import Keys
@@ -74,30 +75,21 @@ def bills_due(evidence: Evidence, accounts: Iterable[Account], is_over: bool = F
 
 
 def leave_bills(store: Store, evidence: Evidence, accounts: Sequence[Account], is_over: bool) -> None:
-    """Writes the bills that are due.
+    """Writes the bills that are due; whoever may only read the bucket gets the report all the same.
 
     Of a certified run whose every attempt is billed an index looks at nothing any more: that a machine is billed which
-    claimed none is said beside.
+    claimed none is said beside, and first, since a bill is written once.
     """
     due = bills_due(evidence, accounts, is_over)
     claimed = {record.attempt for record in evidence.attempts}
-    if write_bills(store, due) and evidence.certificate and any(bill.attempt not in claimed for bill in due):
-        _create(store, Keys(evidence.run.run_id).late, b"")
+    with suppress(InputError, StoreError):
+        if evidence.certificate and any(bill.attempt not in claimed for bill in due):
+            store.create(Keys(evidence.run.run_id).late, b"")
+        write_bills(store, due)
 
 
-def write_bills(store: Store, bills: Iterable[Bill]) -> bool:
-    """Writes the bills that are not there yet; False where the bucket may only be read, which spoils no report."""
+def write_bills(store: Store, bills: Iterable[Bill]) -> None:
+    """Writes the bills that are not there yet. Raises InputError or StoreError."""
     for bill in bills:
         keys = Keys(bill.run_id)
-        key = keys.bill(bill.attempt) if bill.attempt else keys.lost_bill(bill.started_at)
-        if not _create(store, key, bill.to_bytes()):
-            return False
-    return True
-
-
-def _create(store: Store, key: str, data: bytes) -> bool:
-    try:
-        store.create(key, data)
-    except (InputError, StoreError):
-        return False
-    return True
+        store.create(keys.bill(bill.attempt) if bill.attempt else keys.lost_bill(bill.started_at), bill.to_bytes())

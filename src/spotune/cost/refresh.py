@@ -80,7 +80,7 @@ def _lines(found: Found, indexed: set[Key]) -> list[str]:
         case Failure(key, why):
             return [f"{key[1]} is {'shown as it was' if key in indexed else 'left out'}: {why}"]
         case Entry():
-            return [f"{found.run_id} is shown without a record of its: {line}" for line in found.unread]
+            return [f"{found.run_id} is shown without one of its records: {line}" for line in found.unread]
     return []
 
 

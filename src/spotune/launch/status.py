@@ -126,7 +126,7 @@ def read_run(store: Store, run_id: str, now: float) -> JobStatus | None:
     keys = Keys(run_id)
     record = record_as_submitted(store, keys)
     if record is None:
-        if store.keys(keys.attempts):
+        if store.keys(keys.attempts) or store.keys(keys.lost):
             raise BadRecord(f"{keys.run}: missing, though there are attempts")
         return None
     attempts = len(store.folders(keys.attempts))

@@ -198,7 +198,7 @@ def test_a_record_of_another_shape_costs_a_line_not_the_list(workspace: Workspac
     found = listed(workspace, warn=said.append)
     assert set(found) == {"good", "odd-bill", "odd-tokens"}
     assert len(said) == 2
-    assert said[0].startswith(f"odd-bill is shown without a record of its: {Keys('odd-bill').bill(1)}: not a Bill: ")
+    assert said[0].startswith(f"odd-bill is shown without one of its records: {Keys('odd-bill').bill(1)}: not a Bill: ")
     assert said[1].startswith("odd-prices is left out: runs/odd-prices/run.json: prices: not a PriceRow: ")
     assert found["odd-tokens"]["tokens"] < 1e15
 
@@ -216,7 +216,7 @@ def test_a_record_that_cannot_be_read_is_said_each_time_until_it_is_mended(
         assert listed(workspace, warn=said.append)["done"]["unreconciled_s"] > 0
     assert len(said) == 2
     assert {line.partition(": not a Bill")[0] for line in said} == {
-        f"done is shown without a record of its: {keys.bill(2)}"
+        f"done is shown without one of its records: {keys.bill(2)}"
     }
     store.write(keys.bill(2), bill)  # its name tells nobody
     assert listed(workspace, warn=said.append)["done"]["unreconciled_s"] == 0
