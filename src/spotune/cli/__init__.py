@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import click
 
 from spotune.cli.lazy import Lazy
-from spotune.contracts.errors import SpotuneError
+from spotune.contracts.errors import SpotuneError, launcher_code
 
 VERBS = {
     "check": "Check CONFIG, its data and its model, or this machine, without running anything.",
@@ -39,7 +39,7 @@ class Verbs(Lazy):
         except (click.Abort, KeyboardInterrupt):
             fail("interrupted", INTERRUPTED)
         except SpotuneError as error:
-            fail(str(error), error.exit_code)
+            fail(str(error), launcher_code(error))
         except BrokenPipeError:  # the reader of our output has left
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)

@@ -65,6 +65,8 @@ def _one(run: str, output: str, page: str | None) -> None:
 
     target = None if page is None else check_target(page)
     report = report_run(open_workspace(), run)
+    for line in report["unread"]:
+        _warn(f"left out: {line}")
     if target:
         write_page(target, page_of(report))
     if output == "focus":
@@ -83,7 +85,7 @@ def _clusters(since: str, since_s: float, output: str) -> None:
     store = workspace.store()
     rows = _indexed(
         workspace,
-        lambda index: cluster_rows(splits_of(store, index, now - since_s), index.runs(0.0)),
+        lambda index: cluster_rows(splits_of(store, index, now - since_s, _warn), index.runs(0.0)),
         asks_clusters=True,
     )
     nothing = f"No dev clusters within {since}."
@@ -103,7 +105,7 @@ def _many(since: str, since_s: float, by: str | None, output: str) -> None:
         from spotune.cost.window import charges_since
 
         store = workspace.store()
-        paid = _indexed(workspace, lambda index: charges_since(store, index, from_at), asks_clusters=True)
+        paid = _indexed(workspace, lambda index: charges_since(store, index, from_at, _warn), asks_clusters=True)
         totals = dict(paid.runs)
         of_runs = (row for key, attempt in paid.attempts for row in focus_rows(totals[key], [attempt], key[0]))
         _show_focus([*of_runs, *idle_rows(paid.idle, store.url)])
@@ -112,7 +114,7 @@ def _many(since: str, since_s: float, by: str | None, output: str) -> None:
         from spotune.cost.window import paid_since
 
         store = workspace.store()
-        paid = _indexed(workspace, lambda index: paid_since(store, index, from_at), asks_clusters=True)
+        paid = _indexed(workspace, lambda index: paid_since(store, index, from_at, _warn), asks_clusters=True)
         kind: By = by  # type: ignore[assignment]
         rows = group(kind, paid.runs, paid.attempts, paid.idle)
         show(output, rows, rows, columns(kind), lambda: groups_text(by, rows) if rows else nothing)

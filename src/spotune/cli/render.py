@@ -3,21 +3,14 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from spotune.contracts.columns import columns, cut, plain
+
 if TYPE_CHECKING:
     from spotune.contracts.records import PriceRow
     from spotune.launch.infra import JobStatus
     from spotune.launch.plan import Plan
 
 MAX_OFFERS = 10
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest cell, two spaces apart."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
 
 
 def plan_text(plan: "Plan") -> str:
@@ -49,8 +42,8 @@ def plan_text(plan: "Plan") -> str:
     if plan.submission.preemptions:
         facts.append(("preemptions", f"{len(plan.submission.preemptions)} planned"))
     facts += [("note", note) for note in plan.notes]
-    text = "\n".join(f"{name:<12}{value}" for name, value in facts)
-    priced = table(["INFRA", "INSTANCE", "ACCELERATORS", "KIND", "$/HOUR", "CHOSEN"], offers)
+    text = "\n".join(f"{name:<12}{plain(value)}" for name, value in facts)
+    priced = columns(["INFRA", "INSTANCE", "ACCELERATORS", "KIND", "$/HOUR", "CHOSEN"], offers)
     more = f"\n… and {len(plan.offers) - len(shown)} more" if len(plan.offers) > len(shown) else ""
     return f"{text}\n\n{priced}{more}"
 
@@ -92,15 +85,11 @@ def queue_text(runs: "Sequence[JobStatus]", now: float, reason_width: int | None
             progress(run),
             run.infra,
             run.user,
-            shorten(run.reason, reason_width),
+            run.reason if reason_width is None else cut(plain(run.reason), reason_width),
         ]
         for run in runs
     ]
-    return table(header, rows)
-
-
-def shorten(text: str, width: int | None) -> str:
-    return text if width is None or len(text) <= width else f"{text[: width - 1]}…"
+    return columns(header, rows)
 
 
 def progress(run: "JobStatus") -> str:

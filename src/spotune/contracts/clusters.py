@@ -4,13 +4,14 @@ Unlike a run's records it is rewritten, while its spans grow. Only the launcher 
 so that whoever writes last writes no less than was known.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from spotune.contracts.errors import StoreError
+from spotune.contracts.errors import BadRecord
 from spotune.contracts.keys import CLUSTERS, cluster_key
 from spotune.contracts.records import PriceRow, Record
+from spotune.contracts.shapes import Time
 from spotune.contracts.store import Store
 
 
@@ -29,15 +30,24 @@ class ClusterRecord(Record):
 
     name: str
     cluster_hash: str
-    launched_at: float
+    launched_at: Time
     owner: str
     team: str = ""
     infra: str = ""
     accelerators: str = ""
     nodes: int = 1
     price: dict[str, Any] = field(default_factory=dict)
-    spans: list[list[float | None]] = field(default_factory=list)
-    updated_at: float = 0.0
+    spans: list[list[Time | None]] = field(default_factory=list)
+    updated_at: Time = 0.0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for spans or a price that are none."""
+        if any(len(span) != 2 or span[0] is None for span in self.spans):
+            raise ValueError("spans: not pairs of times, of which the last may be null")
+        try:
+            _ = self.price_row
+        except ValueError as error:
+            raise ValueError(f"price: {error}") from error
 
     @property
     def key(self) -> str:
@@ -65,8 +75,13 @@ class ClusterRecord(Record):
         return found
 
 
-def read_clusters(store: Store, names: Sequence[str] = ()) -> list[ClusterRecord]:
-    """Those in the bucket, the oldest first; with ``names`` those called so. One that cannot be read is left out."""
+def read_clusters(
+    store: Store, names: Sequence[str] = (), warn: Callable[[str], None] = lambda message: None
+) -> list[ClusterRecord]:
+    """Those in the bucket, the oldest first; with ``names`` those called so.
+
+    ``warn`` is told, naming the key, of one that cannot be read, which is left out.
+    """
     records = []
     for key in store.keys(CLUSTERS):
         stem = key.removeprefix(f"{CLUSTERS}/").rpartition("-")[0]
@@ -74,6 +89,6 @@ def read_clusters(store: Store, names: Sequence[str] = ()) -> list[ClusterRecord
             continue
         try:
             records.append(ClusterRecord.from_bytes(store.read(key) or b"null", key))
-        except StoreError:
-            continue
+        except BadRecord as error:
+            warn(str(error))
     return sorted(records, key=lambda record: record.launched_at)

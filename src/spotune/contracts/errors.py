@@ -5,7 +5,11 @@ SpotuneError            exit 1   something failed; one line says what
 ├── InfraError          exit 3   the infrastructure failed: launcher side only
 │   └── Unsettled       exit 3   and may have taken the run all the same
 ├── StoreError          exit 75  the bucket cannot be reached or answers wrongly: another machine may
+│   └── BadRecord       exit 75  it holds a record that cannot be read: KEY: what
 └── Fenced              exit 75  a later attempt has taken the run over: this one must stop
+
+75 is an attempt's word to its engine. A verb of the launcher has none to give it to: there a bucket that fails is
+infrastructure, 3, and a bad record bad input, 2 (``launcher_code``).
 """
 
 from spotune.contracts import exits
@@ -50,7 +54,18 @@ class StoreError(SpotuneError):
     exit_code = exits.PREEMPTED
 
 
+class BadRecord(StoreError):
+    """A record in the bucket is not what its class says, as ``KEY: WHAT``."""
+
+
 class Fenced(SpotuneError):
     """A newer attempt owns the run; whatever this one still does must not be committed."""
 
     exit_code = exits.PREEMPTED
+
+
+def launcher_code(error: SpotuneError) -> int:
+    """The exit code of a verb of the launcher."""
+    if isinstance(error, StoreError):
+        return exits.BAD_INPUT if isinstance(error, BadRecord) else exits.INFRA_FAILED
+    return error.exit_code

@@ -15,6 +15,7 @@ runs/<run_id>/merged/  merged/completed.json        the adapter merged into its 
 runs/<run_id>/pushed.json                           the result is on the hub, where asked for; create-only
 runs/<run_id>/paused.json failed.json cancelled.json
 clusters/<name>-<launch>.json                       a dev cluster's paid spans; rewritten by the launcher as they grow
+late/<run_id>                                       a bill was written after the run was certified; empty
 """
 
 import re
@@ -26,6 +27,7 @@ from spotune.contracts.errors import InputError
 RUN_ID = re.compile(r"[a-z][a-z0-9-]{1,23}[a-z0-9]")
 RUNS = "runs"
 CLUSTERS = "clusters"
+LATE = "late"
 
 
 def check_run_id(run_id: str, where: str = "--name") -> str:
@@ -121,6 +123,10 @@ class Keys:
 
     def bill(self, attempt: int) -> str:
         return f"{self.attempts}/{attempt:04d}/bill.json"
+
+    @property
+    def late(self) -> str:
+        return f"{LATE}/{self.run_id}"
 
     @property
     def lost(self) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from spotune.contracts.errors import InputError
 from spotune.contracts.records import PriceRow
@@ -32,6 +32,17 @@ def price_of(place: Place, rows: Sequence[PriceRow]) -> PriceRow | None:
     """
     fits = [row for row in rows if row.price_usd_per_hour > 0 and _fits(row, place)]
     return max(fits, key=lambda row: (_precision(row, place), row.price_usd_per_hour), default=None)
+
+
+def narrowed(place: Place, rows: Sequence[PriceRow]) -> Place:
+    """The place with what is not known of its machine, as far as all rows that were frozen for it say the same."""
+    fits = [row for row in rows if _fits(row, place)]
+    told = {
+        name: values.pop()
+        for name in ("instance_type", "accelerators", "use_spot")
+        if getattr(place, name) in ("", None) and len(values := {getattr(row, name) for row in fits}) == 1
+    }
+    return replace(place, **told)
 
 
 def on_demand_price(accelerators: Iterable[str], rows: Sequence[PriceRow]) -> PriceRow | None:

@@ -6,10 +6,12 @@ Times are epoch seconds (``*_at``), durations seconds (``*_s``), money US dollar
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
-from spotune.contracts.errors import StoreError
+from spotune.contracts.errors import BadRecord
+from spotune.contracts.keys import Keys
+from spotune.contracts.shapes import Time, checked
 
 SCHEMA_VERSION = 1
 
@@ -25,16 +27,18 @@ class Record:
 
     @classmethod
     def from_bytes(cls, data: bytes, key: str = "record") -> Self:
-        """Reads a record; raises StoreError naming ``key`` when it is not one."""
+        """Reads a record; raises BadRecord naming ``key``, and the field if it is one, when it is none."""
         try:
             return cls.from_dict(json.loads(data))
-        except (ValueError, TypeError, AttributeError) as error:
-            raise StoreError(f"{key}: not a {cls.__name__}: {error}") from error
+        except (ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
+            raise BadRecord(f"{key}: not a {cls.__name__}: {error}") from error
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
-        known = {f.name for f in fields(cls)}
-        return cls(**{name: value for name, value in data.items() if name in known})
+    def from_dict(cls, data: Any) -> Self:
+        """Raises ValueError, naming the field, for what is no such record. Fields that are not known are ignored."""
+        if not isinstance(data, dict):
+            raise ValueError("no JSON object")
+        return cls(**checked(cls, data))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +82,7 @@ class RunRecord(Record):
     """
 
     run_id: str
-    created_at: float
+    created_at: Time
     user: str
     team: str = ""
     kind: str = "prod"
@@ -103,7 +107,7 @@ class RunRecord(Record):
     code: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     revision: int = 0
-    revised_at: float = 0.0
+    revised_at: Time = 0.0
     revised_by: str = ""
     allowed: list[str] = field(default_factory=list)
 
@@ -113,11 +117,13 @@ class RunRecord(Record):
         return self.month_usd if self.budget_usd is None else self.budget_usd
 
     def price_rows(self) -> list[PriceRow]:
-        """Raises StoreError where the record holds what is no price row."""
+        """Raises BadRecord where the record holds what is no price row."""
         try:
             return [PriceRow.from_dict(row) for row in self.prices]
-        except (TypeError, AttributeError) as error:
-            raise StoreError(f"{self.run_id}: its record holds no price rows: {error}") from error
+        except ValueError as error:
+            keys = Keys(self.run_id)
+            key = keys.revision(self.revision) if self.revision else keys.run
+            raise BadRecord(f"{key}: prices: not a PriceRow: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +137,7 @@ class AttemptRecord(Record):
 
     run_id: str
     attempt: int
-    claimed_at: float
+    claimed_at: Time
     claim_id: str
     host: str = ""
     infra: str = ""
@@ -172,7 +178,7 @@ class Commit(Record):
     data_sha256: str = ""
     model_sha256: str = ""
     versions: dict[str, str] = field(default_factory=dict)
-    committed_at: float = 0.0
+    committed_at: Time = 0.0
     best_step: int | None = None
     global_batch: int = 0
     ordinal: int = 0
@@ -188,7 +194,7 @@ class Certificate(Record):
     attempt: int
     step: int
     weights_sha256: str
-    completed_at: float = 0.0
+    completed_at: Time = 0.0
     files: dict[str, dict[str, Any]]
 
 
@@ -204,7 +210,7 @@ class Progress(Record):
     loss: float | None = None
     tokens: int = 0
     committed_step: int = 0
-    at: float = 0.0
+    at: Time = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +219,7 @@ class Mark(Record):
 
     run_id: str
     attempt: int
-    at: float
+    at: Time
     reason: str
     exit_code: int
     step: int = 0
@@ -230,8 +236,8 @@ class Bill(Record):
 
     run_id: str
     attempt: int
-    started_at: float
-    ended_at: float
+    started_at: Time
+    ended_at: Time
     price: dict[str, Any]
     nodes: int = 1
     paid_s: float = 0.0

@@ -8,7 +8,7 @@ what its checkpoints may have been made with.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from spotune.contracts.errors import InputError
+from spotune.contracts.errors import BadRecord, InputError
 from spotune.contracts.keys import Keys, commit_of, revision_of
 from spotune.contracts.records import Commit, RunRecord
 from spotune.contracts.store import Store
@@ -16,17 +16,22 @@ from spotune.contracts.store import Store
 
 def record_in_force(store: Store, keys: Keys) -> RunRecord | None:
     """The newest revision, else ``run.json``; None when there is no such run."""
-    submitted = _read(store, keys.run)
+    submitted = record_as_submitted(store, keys)
     numbers = _numbers(store, keys) if submitted else []
-    return _read(store, keys.revision(numbers[-1])) if numbers else submitted
+    return _read(store, keys, keys.revision(numbers[-1])) if numbers else submitted
+
+
+def record_as_submitted(store: Store, keys: Keys) -> RunRecord | None:
+    """``run.json``; None when there is no such run. Raises BadRecord where it is another run's: a copied folder."""
+    return _read(store, keys, keys.run)
 
 
 def record_history(store: Store, keys: Keys) -> list[RunRecord]:
     """``run.json`` and all revisions, oldest first; empty when there is no such run."""
-    submitted = _read(store, keys.run)
+    submitted = record_as_submitted(store, keys)
     if submitted is None:
         return []
-    later = [_read(store, keys.revision(number)) for number in _numbers(store, keys)]
+    later = [_read(store, keys, keys.revision(number)) for number in _numbers(store, keys)]
     return [submitted, *(record for record in later if record)]
 
 
@@ -92,6 +97,11 @@ def _numbers(store: Store, keys: Keys) -> list[int]:
     return sorted(number for key in store.keys(keys.revisions) if (number := revision_of(key)))
 
 
-def _read(store: Store, key: str) -> RunRecord | None:
+def _read(store: Store, keys: Keys, key: str) -> RunRecord | None:
     data = store.read(key)
-    return None if data is None else RunRecord.from_bytes(data, key)
+    if data is None:
+        return None
+    record = RunRecord.from_bytes(data, key)
+    if record.run_id != keys.run_id:  # counted under either name, it would be counted twice
+        raise BadRecord(f"{key}: run_id: {record.run_id!r}, not that of its folder (a copy, or renamed)")
+    return record

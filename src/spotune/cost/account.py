@@ -7,7 +7,7 @@ from typing import Any
 from spotune.contracts import exits
 from spotune.contracts.events import EndReason
 from spotune.contracts.keys import commit_of
-from spotune.contracts.money import Place, cost_usd, price_of
+from spotune.contracts.money import Place, cost_usd, narrowed, price_of
 from spotune.contracts.records import AttemptRecord, PriceRow
 from spotune.cost.eventlog import Event, clean, step_of
 from spotune.cost.evidence import Evidence
@@ -60,22 +60,27 @@ class Account:
         return is_final or self.end_reason in ("cancelled", "paused", "completed")
 
 
-def account_of(machine: Machine, events: Sequence[Event], evidence: Evidence, done_before: int, now: float) -> Account:
-    """Everything about one machine, from its row, its claim and what it wrote."""
-    marks = clean(events)
+def account_of(machine: Machine, evidence: Evidence, done_before: int, now: float, is_on: bool = False) -> Account:
+    """Everything about one machine, from its row, its claim and what it wrote.
+
+    ``is_on``: it is known to run; only of one without a row that has to be told.
+    """
+    number = machine.attempt or 0
+    marks = clean(evidence.events.get(number, ()))
     row, record = machine.interval, machine.record
-    span = _span_of_row(row, now) if row else _span_of_events(record, marks, now)
+    span = _span_of_row(row, now) if row else _span_of_events(record, marks, now, is_on)
     place, nodes = _place(row, record)
-    price = price_of(place, evidence.run.price_rows())
+    place = place if row else narrowed(place, evidence.prices)
+    price = price_of(place, evidence.prices)
     if record and price is None and (price := evidence.parts.get(record.attempt)):
         place = replace(
             place, accelerators=price.accelerators, instance_type=price.instance_type, use_spot=price.use_spot
         )
     segments, steps = divide(span, record.claimed_at if record else None, marks, done_before)
     certificate = evidence.certificate
-    is_certified = bool(certificate and record and certificate.attempt == record.attempt)
-    reason: EndReason | None = "completed" if is_certified else _end_reason(row, marks)
-    committed = _committed(record.attempt, evidence) if record else []
+    is_certified = bool(certificate and certificate.attempt == number)
+    reason: EndReason | None = "completed" if is_certified else _end_reason(row, marks, span)
+    committed = _committed(number, evidence)
     return Account(machine, span, place, price, nodes, marks, segments, steps, committed, reason)
 
 
@@ -94,9 +99,11 @@ def _span_of_row(row: PaidInterval, now: float) -> Span:
     return Span(row.started_at, max(row.started_at, ended_at), row.setup_s, is_open=row.ended_at is None)
 
 
-def _span_of_events(record: AttemptRecord | None, marks: Sequence[Event], now: float) -> Span:
-    """By the machine's own clock: from its claim to its last word; what is dated in the future is no word."""
+def _span_of_events(record: AttemptRecord | None, marks: Sequence[Event], now: float, is_on: bool) -> Span:
+    """By its own clock: from its claim to its last word, or up to now. What is dated in the future is none."""
     assert record
+    if is_on and not any(mark["event"] == "end" for mark in marks):
+        return Span(record.claimed_at, max(record.claimed_at, now), is_open=True)
     spoken = [mark["t"] for mark in marks if mark["t"] <= now]
     return Span(record.claimed_at, max([record.claimed_at, *spoken[-1:]]))
 
@@ -109,15 +116,15 @@ def _place(row: PaidInterval | None, record: AttemptRecord | None) -> tuple[Plac
     return Place(record.infra, record.region, record.zone), max(1, record.num_nodes)
 
 
-def _end_reason(row: PaidInterval | None, marks: Sequence[Event]) -> EndReason | None:
+def _end_reason(row: PaidInterval | None, marks: Sequence[Event], span: Span) -> EndReason | None:
     """The machine's own word, but a cancelled run says what the user did; else the engine's; None while it runs."""
     said = next((str(mark.get("reason")) for mark in marks if mark["event"] == "end"), "")
     if row and row.end_reason == "cancelled":
         return "cancelled"
     if said in _REASONS:
         return _REASONS[said]
+    if span.is_open:
+        return None
     if row is None:
         return "lost"
-    if row.ended_at is None:
-        return None
     return _REASONS.get(row.end_reason) or _OF_EXIT_CODE.get(row.exit_code, "failed")

@@ -1,9 +1,11 @@
 """bill.json: an attempt's paid interval, written once it is known, so that any machine can make the report."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from spotune.contracts.records import Bill
 from spotune.launch.infra import PaidInterval
+
+Billed = tuple[int, PaidInterval]  # whose it is: an attempt's, or 0, of a machine that went before it claimed one
 
 
 def interval_of(bill: Bill) -> PaidInterval:
@@ -25,23 +27,17 @@ def interval_of(bill: Bill) -> PaidInterval:
     )
 
 
-def with_bills(rows: Sequence[PaidInterval], bills: Iterable[Bill]) -> list[PaidInterval]:
-    """The intervals to report on: those of bills, and the engine's rows that no bill speaks for; each machine once."""
-    billed = _distinct(map(interval_of, bills))
-    left = _distinct(rows)
+def with_bills(rows: Iterable[PaidInterval], bills: Iterable[Bill]) -> tuple[list[Billed], list[PaidInterval]]:
+    """What to report on, each machine once: what bills say, and the engine's rows that no bill speaks for."""
+    billed: dict[PaidInterval, int] = {}
+    for bill in sorted(bills, key=lambda bill: bill.attempt == 0):  # of one that is billed twice the attempt's stands
+        billed.setdefault(interval_of(bill), bill.attempt)
+    left = list(dict.fromkeys(rows))
     for is_same in (_is_exact, _is_dated_anew):
-        for bill in billed:
-            if found := next((row for row in left if is_same(row, bill)), None):
+        for interval in billed:
+            if found := next((row for row in left if is_same(row, interval)), None):
                 left.remove(found)
-    return sorted([*billed, *left], key=lambda row: row.started_at)
-
-
-def _distinct(intervals: Iterable[PaidInterval]) -> list[PaidInterval]:
-    found: list[PaidInterval] = []
-    for one in intervals:
-        if one not in found:
-            found.append(one)
-    return found
+    return [(number, interval) for interval, number in billed.items()], left
 
 
 def _is_exact(row: PaidInterval, bill: PaidInterval) -> bool:

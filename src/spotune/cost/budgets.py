@@ -110,7 +110,7 @@ def read_month(
 
     def take(index: Index) -> Month:
         totals = dict(index.runs(0.0))
-        paid = paid_since(workspace.store(), index, since)
+        paid = paid_since(workspace.store(), index, since, warn)
         charges = [
             *((totals[key], attempt) for key, attempt in paid.attempts),
             *((piece, piece) for piece in paid.idle),

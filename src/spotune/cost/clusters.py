@@ -1,6 +1,6 @@
 """Dev clusters for whoever pays for them: which runs were on each, what they had of it, and what was idle."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,9 +19,13 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def splits_of(store: Store, index: Index, since: float) -> list[Split]:
-    """Of every cluster that was paid for since then what came after, the newest first."""
-    clusters = [after for record in read_clusters(store) if (after := _after(record, since)).intervals()]
+def splits_of(store: Store, index: Index, since: float, warn: Callable[[str], None]) -> list[Split]:
+    """Of every cluster that was paid for since then what came after, the newest first.
+
+    ``warn`` is told of a record that cannot be read.
+    """
+    records = read_clusters(store, warn=lambda line: warn(f"a dev cluster is left out: {line}"))
+    clusters = [after for record in records if (after := _after(record, since)).intervals()]
     if not clusters:
         return []
     runs = [(key, totals) for key, totals in index.runs(0.0) if key[0] == store.url]

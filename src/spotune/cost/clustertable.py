@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from spotune.contracts.columns import columns, cut, plain
 from spotune.cost import words
-from spotune.cost.table import columns, cut
 
 STALE_S = 600.0
 
@@ -34,14 +34,15 @@ def note_of(row: Mapping[str, Any], now: float) -> str:
     hourly = row["idle_usd_per_hour"]
     if not row["is_up"] or hourly == 0:
         return ""
+    whose = plain(f"{row['name']} of {row['owner']}")
     stale_s = now - row["seen_at"]
     burns = "at a price that is not known" if hourly is None else f"burning {words.usd(hourly)}/h"
     burns += " now" if stale_s <= STALE_S and hourly is not None else ""
     if row["idle_since"] is None:
-        text = f"{row['name']} of {row['owner']} is idle in part, {burns}."
+        text = f"{whose} is idle in part, {burns}."
     else:
         lasts = words.duration(row["seen_at"] - row["idle_since"])
-        text = f"{row['name']} of {row['owner']} has been idle for {lasts}, {burns} (spotune dev down {row['name']})."
+        text = f"{whose} has been idle for {lasts}, {burns} (spotune dev down {plain(row['name'])})."
     if stale_s > STALE_S:
         text += f" That was {words.duration(stale_s)} ago, when SkyPilot was last asked."
     return text

@@ -56,4 +56,4 @@ def estimates(evidence: Evidence, bucket: str) -> dict[str, Any]:
 
 
 def _size(files: Mapping[str, Mapping[str, Any]]) -> int:
-    return sum(int(file.get("size") or 0) for file in files.values())
+    return sum(int(number(file.get("size")) or 0) for file in files.values())

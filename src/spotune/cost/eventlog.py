@@ -14,7 +14,7 @@ def parse_lines(data: bytes) -> list[Event]:
     lines = data.splitlines()
     try:
         found = json.loads(b"[" + b",".join(lines) + b"]")  # whole, as most are: in one go, in half the time
-    except ValueError:
+    except (ValueError, RecursionError):
         found = [_parse(line) for line in lines]
     return [event for event in found if isinstance(event, dict)]
 
@@ -22,7 +22,7 @@ def parse_lines(data: bytes) -> list[Event]:
 def _parse(line: bytes) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

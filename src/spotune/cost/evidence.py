@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from spotune.contracts.records import AttemptRecord, Bill, Certificate, Commit, PriceRow, RunRecord
 from spotune.cost.eventlog import Event
@@ -17,6 +18,7 @@ class Evidence:
         events: by attempt, as read.
         certificate: there when the run is certified.
         parts: by attempt, the price of its part of a dev cluster, where it ran on one.
+        unread: a line for each record that cannot be read; the rest is as if it had never been written.
     """
 
     run: RunRecord
@@ -27,3 +29,9 @@ class Evidence:
     certificate: Certificate | None = None
     bills: Sequence[Bill] = ()
     parts: Mapping[int, PriceRow] = field(default_factory=dict)
+    unread: Sequence[str] = ()
+
+    @cached_property
+    def prices(self) -> Sequence[PriceRow]:
+        """As frozen at submission. Raises BadRecord."""
+        return self.run.price_rows()

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from spotune.contracts.money import HOUR_S
+from spotune.contracts.shapes import MOST
 from spotune.cost.account import Account
 from spotune.cost.eventlog import number
 
@@ -12,9 +13,10 @@ def gpus_of(accelerators: str) -> tuple[str, float]:
     """``L4:2`` -> ``("L4", 2.0)``; a machine without one is ``cpu`` and has none."""
     name, _, count = accelerators.partition(":")
     try:
-        return name or "cpu", float(count or 1) if name else 0.0
+        number = float(count or 1)
     except ValueError:
-        return name, 1.0
+        number = 1.0
+    return name or "cpu", (number if 0 < number <= MOST else 1.0) if name else 0.0
 
 
 def gpu_figures(accounts: Sequence[Account]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Chargeback: attempts summed by who had them, where they ran, on what, or when. Pure.
 
 What is a run's as a whole (on_demand_usd, saved_usd) is said where a run belongs to one group: by user, team and kind.
+It is summed over the runs of which it is known (compared_runs), so that saved_usd compares like with like. A sum of
+dollars of which no part is known is None, and what is not in one for want of a price is unpriced_s.
 Goodput is said where an attempt does. A day or a week has of each attempt the seconds that lie in it. What dev clusters
 cost while no run was on them (idle_usd) is in no other figure: it is their owners', and was somewhere, on something,
 at some time, as an attempt is.
@@ -35,11 +37,13 @@ class Sums:
     gpu_s: float = 0.0
     useful_s: float = 0.0
     cost_usd: float = 0.0
-    on_demand_usd: float | None = None
-    saved_usd: float | None = None
+    on_demand_usd: float = 0.0
+    saved_usd: float = 0.0
+    compared: int = 0
     unpriced_s: float = 0.0
     unreconciled_s: float = 0.0
     idle_usd: float = 0.0
+    idle_unpriced_s: float = 0.0
 
 
 def group(by: By, runs: Iterable[Run], attempts: Iterable[Run], idle: Iterable[Idle] = ()) -> list[dict[str, Any]]:
@@ -53,14 +57,22 @@ def group(by: By, runs: Iterable[Run], attempts: Iterable[Run], idle: Iterable[I
         for key, total in totals.items():
             sums = groups.setdefault(_of_run(by, total), Sums())
             sums.runs.add(key)
-            for name in ("on_demand_usd", "saved_usd"):
-                if total[name] is not None:
-                    setattr(sums, name, (getattr(sums, name) or 0.0) + total[name])
+            if total["saved_usd"] is not None:
+                sums.on_demand_usd += total["on_demand_usd"]
+                sums.saved_usd += total["saved_usd"]
+                sums.compared += 1
     for piece in idle:
         for name, share in _parts(by, piece, piece):
-            groups.setdefault(name, Sums()).idle_usd += (piece["cost_usd"] or 0.0) * share
+            sums = groups.setdefault(name, Sums())
+            sums.idle_usd += (piece["cost_usd"] or 0.0) * share
+            sums.idle_unpriced_s += piece["paid_s"] * share if piece["cost_usd"] is None else 0.0
     rows = [_row(by, name, sums) for name, sums in groups.items()]
-    return sorted(rows, key=lambda row: row[by] if by in OF_TIME else (-row["cost_usd"] - row["idle_usd"], row[by]))
+    return sorted(rows, key=lambda row: row[by] if by in OF_TIME else (-spent_usd(row), row[by]))
+
+
+def spent_usd(row: Mapping[str, Any]) -> float:
+    """What is known of what a group has cost, its idle dev clusters too."""
+    return (row["cost_usd"] or 0.0) + (row["idle_usd"] or 0.0)
 
 
 def _parts(by: By, total: Mapping[str, Any], attempt: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -107,11 +119,17 @@ def _row(by: By, name: str, sums: Sums) -> dict[str, Any]:
         "attempts": len(sums.attempts),
         "paid_s": round(sums.paid_s, 3),
         "gpu_hours": round(sums.gpu_s / 3600, 6),
-        "cost_usd": round(sums.cost_usd, 9),
-        "on_demand_usd": sums.on_demand_usd,
-        "saved_usd": sums.saved_usd,
+        "cost_usd": _known(sums.cost_usd, sums.unpriced_s),
+        "on_demand_usd": round(sums.on_demand_usd, 9) if sums.compared else None,
+        "saved_usd": round(sums.saved_usd, 9) if sums.compared else None,
+        "compared_runs": sums.compared,
         "goodput": sums.useful_s / sums.paid_s if says_goodput else None,
         "unpriced_s": round(sums.unpriced_s, 3),
         "unreconciled_s": round(sums.unreconciled_s, 3),
-        "idle_usd": round(sums.idle_usd, 9),
+        "idle_usd": _known(sums.idle_usd, sums.idle_unpriced_s),
     }
+
+
+def _known(usd: float, unpriced_s: float) -> float | None:
+    """A sum; None where there was something to add, and no price for any of it."""
+    return None if unpriced_s and not usd else round(usd, 9)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from spotune.cost.rows import INDEXED as COLUMNS
 from spotune.cost.rows import RUN as TOTALS
 
-VERSION = 3  # of the tables and of what is in them: raise it when a report's figures are made in another way
+VERSION = 4  # of the tables and of what is in them: raise it when a report's figures are made in another way
 BUSY_S = 10.0
 _TABLES = f"""
 CREATE TABLE IF NOT EXISTS runs (bucket TEXT, stamp TEXT, settled INTEGER, {", ".join(TOTALS)},
@@ -38,6 +38,7 @@ class Entry:
     Attributes:
         stamp: of what it was made from; empty where that cannot change any more.
         settled: whether it stays as it is for as long as the stamp does.
+        unread: a line for each of its records that cannot be read; it is not kept.
     """
 
     bucket: str
@@ -46,6 +47,7 @@ class Entry:
     settled: bool
     totals: dict[str, Any]
     attempts: Sequence[dict[str, Any]]
+    unread: Sequence[str] = ()
 
     @property
     def key(self) -> Key:
@@ -78,14 +80,14 @@ class Index:
                 rows = [(*entry.key, *(attempt[name] for name in COLUMNS)) for attempt in entry.attempts]
                 connection.executemany(f"INSERT INTO attempts VALUES ({places})", rows)
 
-    def keep_only(self, keys: set[Key]) -> None:
-        """Forgets all other runs."""
-        known = self._connection.execute("SELECT bucket, run_id FROM runs").fetchall()
-        gone = [key for key in known if key not in keys]
-        if gone:
+    def keep_only(self, keys: set[Key]) -> set[Key]:
+        """Forgets all other runs; returns those of which something is known."""
+        known = set(self._connection.execute("SELECT bucket, run_id FROM runs"))
+        if gone := known - keys:
             with self._connection:
                 for key in gone:
                     self._delete(key)
+        return known & keys
 
     def runs(self, since: float, names: Sequence[str] = TOTALS) -> list[tuple[Key, dict[str, Any]]]:
         """The totals of the runs that were submitted since then, the newest first; ``names``: those that are wanted."""

@@ -1,9 +1,11 @@
-"""Which machine of the engine's history made which attempt in the bucket: by time, in order."""
+"""Which machine of the engine's history made which attempt in the bucket: as its bill says, else by time, in order."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from spotune.contracts.records import AttemptRecord
+from spotune.cost.bills import Billed
 from spotune.launch.infra import PaidInterval
 
 MAX_SKEW_S = 900.0
@@ -13,8 +15,9 @@ MAX_SKEW_S = 900.0
 class Machine:
     """A machine that was paid for, an attempt that ran, or, as it should be, both in one.
 
-    ``interval`` None: the engine's row is not to be had. ``record`` None: it died before its guard claimed, and
-    ``attempt`` is the number that the claims after it have left free, None where they have left none.
+    ``interval`` None: the engine's row is not to be had. ``record`` None: it died before its guard claimed, or its
+    claim cannot be read. ``attempt`` is that of its claim or its bill, else the number that those after it have left
+    free, None where they have left none.
     """
 
     interval: PaidInterval | None
@@ -22,36 +25,61 @@ class Machine:
     attempt: int | None = None
 
 
-def join(intervals: Sequence[PaidInterval], attempts: Sequence[AttemptRecord], now: float) -> list[Machine]:
-    """Pairs rows with attempts so that order is kept, most are paired, and claims lie in or near their interval.
+def join(
+    rows: Iterable[PaidInterval], attempts: Iterable[AttemptRecord], now: float, billed: Iterable[Billed] = ()
+) -> list[Machine]:
+    """Every machine, in order of time.
 
-    A claim may lie up to MAX_SKEW_S outside, since it was made by another clock. Among assignments that pair
-    equally many, the one with the least distance wins.
+    What is ``billed`` is its attempt's, whatever the clocks say. The other rows are paired with the attempts that are
+    left so that order is kept, most are paired, and claims lie in or near their interval: a claim may lie up to
+    MAX_SKEW_S outside, since it was made by another clock. Among assignments that pair equally many, the one with the
+    least distance wins.
     """
-    rows = sorted(intervals, key=lambda row: row.started_at)
-    claims = sorted(attempts, key=lambda record: record.attempt)
-    pairs = _assign([[_distance_s(row, claim, now) for claim in claims] for row in rows])
-    paired = {column for _, column in pairs}
-    found = dict(pairs)
-    machines = [Machine(row, claims[found[i]] if i in found else None) for i, row in enumerate(rows)]
-    machines += [Machine(None, claim) for column, claim in enumerate(claims) if column not in paired]
+    claims = {record.attempt: record for record in attempts}
+    of_bills: dict[int, PaidInterval] = {}
+    machines: list[Machine] = []
+    for number, row in billed:
+        is_its = bool(number) and of_bills.setdefault(number, row) is row
+        machines.append(Machine(row, claims.pop(number, None), number) if is_its else Machine(row, None))
+    left = sorted(rows, key=lambda row: row.started_at)
+    open_claims = [claims[number] for number in sorted(claims)]
+    between = [_between(claim.attempt, of_bills) for claim in open_claims]
+    pairs = list(zip(open_claims, between, strict=True))
+    found = dict(_assign([[_distance_s(row, claim, when, now) for claim, when in pairs] for row in left]))
+    machines += [_made_by(row, open_claims[found[i]] if i in found else None) for i, row in enumerate(left)]
+    paired = set(found.values())
+    machines += [_made_by(None, claim) for column, claim in enumerate(open_claims) if column not in paired]
     return _numbered(sorted(machines, key=_order))
 
 
+def _made_by(row: PaidInterval | None, claim: AttemptRecord | None) -> Machine:
+    return Machine(row, claim, claim.attempt if claim else None)
+
+
 def _numbered(machines: list[Machine]) -> list[Machine]:
+    taken = {machine.attempt for machine in machines}
     numbered: list[Machine] = []
     last = 0
     for index, machine in enumerate(machines):
-        later = next((one.record.attempt for one in machines[index:] if one.record), None)
-        number = machine.record.attempt if machine.record else last + 1
-        is_free = machine.record is not None or later is None or number < later
-        numbered.append(replace(machine, attempt=number if is_free else None))
-        last = number if is_free else last
+        later = next((one.attempt for one in machines[index:] if one.attempt), None)
+        free = last + 1 if last + 1 not in taken and (later is None or last + 1 < later) else None
+        number = machine.attempt or free
+        numbered.append(replace(machine, attempt=number))
+        last = max(last, number or 0)
     return numbered
 
 
-def _distance_s(row: PaidInterval, claim: AttemptRecord, now: float) -> float | None:
+def _between(attempt: int, billed: Mapping[int, PaidInterval]) -> tuple[float, float]:
+    """When its machine can have started, since the machines of other attempts are known."""
+    earlier = (row.started_at for number, row in billed.items() if number < attempt)
+    later = (row.started_at for number, row in billed.items() if number > attempt)
+    return max(earlier, default=-math.inf), min(later, default=math.inf)
+
+
+def _distance_s(row: PaidInterval, claim: AttemptRecord, between: tuple[float, float], now: float) -> float | None:
     """How far the claim lies outside the interval; None when too far to belong to it."""
+    if not between[0] <= row.started_at <= between[1]:
+        return None
     outside = max(row.started_at - claim.claimed_at, claim.claimed_at - (row.ended_at or now), 0.0)
     return outside if outside <= MAX_SKEW_S else None
 

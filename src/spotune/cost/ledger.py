@@ -1,8 +1,9 @@
 """The machines of a run in order, each accounted for; and the bills that follow from that."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
-from spotune.contracts.errors import StoreError
+from spotune.contracts.errors import InputError, StoreError
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Bill
 from spotune.contracts.store import Store
@@ -10,16 +11,22 @@ from spotune.cost.account import Account, account_of
 from spotune.cost.bills import with_bills
 from spotune.cost.evidence import Evidence
 from spotune.cost.join import join
+from spotune.launch.infra import State
+
+_ON: tuple[State, ...] = ("STARTING", "RUNNING")  # a PENDING or RECOVERING run has no machine
 
 
-def build_accounts(evidence: Evidence, now: float) -> list[Account]:
-    """What became of each machine, in order of time."""
-    intervals = with_bills(evidence.intervals, evidence.bills)
+def build_accounts(evidence: Evidence, now: float, state: State | None = None) -> list[Account]:
+    """What became of each machine, in order of time.
+
+    ``state``: the run's. The newest attempt of one that runs is on, also where the engine's row of it is not to be had.
+    """
+    billed, rows = with_bills(evidence.intervals, evidence.bills)
+    newest = max((record.attempt for record in evidence.attempts), default=0) if state in _ON else 0
     accounts: list[Account] = []
     done_before = 0
-    for machine in join(intervals, evidence.attempts, now):
-        events = evidence.events.get(machine.record.attempt, ()) if machine.record else ()
-        account = account_of(machine, events, evidence, done_before, now)
+    for machine in join(rows, evidence.attempts, now, billed):
+        account = account_of(machine, evidence, done_before, now, is_on=machine.attempt == newest)
         accounts.append(account)
         done_before = max([done_before, *account.committed, *(step.step for step in account.steps)])
     return accounts
@@ -67,11 +74,22 @@ def bills_due(evidence: Evidence, accounts: Iterable[Account], is_over: bool = F
     return bills
 
 
+def leave_bills(store: Store, evidence: Evidence, accounts: Sequence[Account], is_over: bool) -> None:
+    """Writes the bills that are due; whoever may only read the bucket gets the report all the same.
+
+    Of a certified run whose every attempt is billed an index looks at nothing any more: that a machine is billed which
+    claimed none is said beside, and first, since a bill is written once.
+    """
+    due = bills_due(evidence, accounts, is_over)
+    claimed = {record.attempt for record in evidence.attempts}
+    with suppress(InputError, StoreError):
+        if evidence.certificate and any(bill.attempt not in claimed for bill in due):
+            store.create(Keys(evidence.run.run_id).late, b"")
+        write_bills(store, due)
+
+
 def write_bills(store: Store, bills: Iterable[Bill]) -> None:
-    """Writes the bills that are not there yet; whoever may only read the bucket gets the report all the same."""
+    """Writes the bills that are not there yet. Raises InputError or StoreError."""
     for bill in bills:
         keys = Keys(bill.run_id)
-        try:
-            store.create(keys.bill(bill.attempt) if bill.attempt else keys.lost_bill(bill.started_at), bill.to_bytes())
-        except StoreError:
-            return
+        store.create(keys.bill(bill.attempt) if bill.attempt else keys.lost_bill(bill.started_at), bill.to_bytes())

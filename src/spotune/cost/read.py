@@ -1,30 +1,32 @@
 """Reads what the bucket holds on a run; the parts side by side, since each may be a request."""
 
-import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from spotune.contracts.clusters import read_clusters
-from spotune.contracts.errors import InputError
-from spotune.contracts.keys import Keys
+from spotune.contracts.errors import BadRecord, InputError
+from spotune.contracts.keys import Keys, attempt_of
 from spotune.contracts.records import AttemptRecord, Bill, Certificate, Commit, PriceRow, Record
 from spotune.contracts.revisions import record_in_force
 from spotune.contracts.store import Store
 from spotune.cost.each import each
-from spotune.cost.eventlog import Event, number, parse_lines
+from spotune.cost.eventlog import Event, parse_lines
 from spotune.cost.evidence import Evidence
 from spotune.cost.sharing import home_of, price_of_part
 from spotune.launch.infra import PaidInterval
 
 _FILE = re.compile(r"/attempts/(\d{4,})/(attempt|bill|events-0-(\d+))\.jsonl?$")
+_YEAR_2000 = 946_684_800  # a machine whose clock says less has not set it; half a century is paid for by nobody
 Kind = TypeVar("Kind", bound=Record)
 
 
 def read_evidence(store: Store, run_id: str, intervals: Sequence[PaidInterval] = ()) -> Evidence:
     """All that is known of a run. Raises InputError when the bucket has no such run, StoreError when it fails.
 
-    A record of an attempt that cannot be read is left out, as if it had never been written.
+    A record of an attempt that cannot be read is left out, as if it had never been written, and said in ``unread``.
     """
     keys = Keys(run_id)
     run = record_in_force(store, keys)
@@ -32,37 +34,65 @@ def read_evidence(store: Store, run_id: str, intervals: Sequence[PaidInterval] =
         raise InputError(run_id, f"no such run in {store.url}")
     names = [key for key in store.keys(keys.attempts) if _FILE.search(key)]
     commits = [key for key in store.keys(keys.commits) if key.endswith(".json")]
-    lost = store.keys(keys.lost)
+    lost = [key for key in store.keys(keys.lost) if key.endswith(".json")]
     wanted = [*names, *commits, *lost, keys.completed]
-    found = dict(zip(wanted, each(store.url, store.read, wanted), strict=True))
-    certificate = found[keys.completed]
-    attempts = _records(AttemptRecord, [found[key] for key in names if key.endswith("/attempt.json")])
+    records = _Records(dict(zip(wanted, each(store.url, store.read, wanted), strict=True)))
+    attempts = records.read(AttemptRecord, (key for key in names if key.endswith("/attempt.json")))
     return Evidence(
         run=run,
         intervals=intervals,
         attempts=attempts,
-        events=_events(names, found),
-        commits=_records(Commit, [found[key] for key in commits]),
-        certificate=next(iter(_records(Certificate, [certificate])), None),
-        bills=[bill for bill in _records(Bill, _bills(found)) if _is_closed(bill)],
-        parts={} if run.prices else _parts(store, attempts),
+        events=_events(names, records.found),
+        commits=records.read(Commit, commits),
+        certificate=next(iter(records.read(Certificate, [keys.completed])), None),
+        bills=records.read(Bill, [*(key for key in names if key.endswith("/bill.json")), *lost]),
+        parts={} if run.prices else _parts(store, attempts, records.unread.append),
+        unread=records.unread,
     )
 
 
-def _bills(found: dict[str, bytes | None]) -> list[bytes | None]:
-    return [data for key, data in found.items() if key.endswith("/bill.json") or "/lost/" in key]
+@dataclass(frozen=True)
+class _Records:
+    """What was fetched, by key; a line is kept for each that is no record."""
+
+    found: Mapping[str, bytes | None]
+    unread: list[str] = field(default_factory=list)
+
+    def read(self, kind: type[Kind], keys: Iterable[str]) -> list[Kind]:
+        records: list[Kind] = []
+        for key in keys:
+            try:
+                if (data := self.found[key]) is not None:
+                    record = kind.from_bytes(data, key)
+                    _check(record, key)
+                    records.append(record)
+            except BadRecord as error:
+                self.unread.append(str(error))
+        return records
 
 
-def _is_closed(bill: Bill) -> bool:
-    start, end = number(bill.started_at), number(bill.ended_at)
-    return start is not None and end is not None and end >= start
+def _check(record: Record, key: str) -> None:
+    """Raises BadRecord for a claim or bill that is of another folder, and for times that money cannot be counted by."""
+    match record:
+        case AttemptRecord():
+            name, began, ended = "claimed_at", record.claimed_at, math.inf
+        case Bill():
+            name, began, ended = "started_at", record.started_at, record.ended_at
+        case _:
+            return
+    if record.attempt != (attempt_of(key) or 0):
+        raise BadRecord(f"{key}: attempt: {record.attempt}, not that of its folder (a copy, or renamed)")
+    if began < _YEAR_2000:
+        raise BadRecord(f"{key}: {name}: {began}, before the year 2000")
+    if ended < began:
+        raise BadRecord(f"{key}: ended_at: {ended}, before {name}")
 
 
-def _parts(store: Store, attempts: Sequence[AttemptRecord]) -> dict[int, PriceRow]:
+def _parts(store: Store, attempts: Sequence[AttemptRecord], warn: Callable[[str], None]) -> dict[int, PriceRow]:
     """What the parts of dev clusters cost that these attempts ran on; a run on one has no prices of its own."""
     if not (names := {record.cluster_name for record in attempts if record.cluster_name}):
         return {}
-    clusters = read_clusters(store, sorted(names))
+    clusters = read_clusters(store, sorted(names), warn)
     parts = {}
     for record in attempts:
         home = home_of(clusters, record.cluster_name, record.claimed_at)
@@ -71,7 +101,7 @@ def _parts(store: Store, attempts: Sequence[AttemptRecord]) -> dict[int, PriceRo
     return parts
 
 
-def _events(names: Sequence[str], found: dict[str, bytes | None]) -> dict[int, list[Event]]:
+def _events(names: Sequence[str], found: Mapping[str, bytes | None]) -> dict[int, list[Event]]:
     """By attempt, its parts in order. Rank 0 speaks for the attempt."""
     parts = []
     for key in names:
@@ -82,13 +112,3 @@ def _events(names: Sequence[str], found: dict[str, bytes | None]) -> dict[int, l
     for attempt, _, data in sorted(parts):
         events.setdefault(attempt, []).extend(parse_lines(data))
     return events
-
-
-def _records(kind: type[Kind], found: Sequence[bytes | None]) -> list[Kind]:
-    records: list[Kind] = []
-    for data in found:
-        try:
-            records.append(kind.from_dict(json.loads(data or b"null")))
-        except (ValueError, TypeError, AttributeError):
-            continue
-    return records

@@ -8,18 +8,19 @@ looked at.
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from os import cpu_count
 from typing import Any, TypeVar
 
-from spotune.contracts.errors import InputError, StoreError
-from spotune.contracts.keys import RUN_ID, RUNS, Keys
+from spotune.contracts.errors import BadRecord, InputError, StoreError
+from spotune.contracts.keys import LATE, RUN_ID, RUNS, Keys
 from spotune.contracts.store import Store
 from spotune.cost.each import each
 from spotune.cost.estimates import estimates
 from spotune.cost.index import Entry, Index, Key
-from spotune.cost.ledger import bills_due, build_accounts, write_bills
+from spotune.cost.ledger import build_accounts, leave_bills
 from spotune.cost.read import read_evidence
 from spotune.cost.report import build_report
 from spotune.cost.rows import indexed_attempts, run_row
@@ -31,10 +32,18 @@ MANY = 200  # from here on it pays to start processes: reading a run is work for
 CHUNK = 50
 
 Progress = Callable[[int, int], None]  # runs read, runs to read
-Found = Entry | str | None  # or why it could not be read; None: there is no such run
 Item = TypeVar("Item")
-# A bucket is shared: what somebody else wrote there in another shape costs a line, not the list.
-_BAD_RECORD = (StoreError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that could not be read, and why."""
+
+    key: Key
+    why: str
+
+
+Found = Entry | Failure | None  # None: there is no such run
 
 
 @dataclass(frozen=True)
@@ -48,21 +57,31 @@ class Known:
 def refresh(
     workspace: Workspace, index: Index, now: float, warn: Callable[[str], None], progress: Progress | None = None
 ) -> None:
-    """Brings the index up to the bucket and the engines."""
+    """Brings the index up to the bucket and the engines. ``warn`` is told of what could not be read."""
     bucket = workspace.env.bucket
     known = _ask_engines(workspace, warn)
     wanted = {(bucket, name) for name in workspace.store().folders(RUNS) if RUN_ID.fullmatch(name)}
     wanted |= {key for key in known.jobs if key[0] != bucket}
-    index.keep_only(wanted)
+    indexed = index.keep_only(wanted)
     stale = _stale(workspace, index, wanted, known)
     done = 0
     for size, found in _read(workspace, stale, known, now):
         index.put([one for one in found if isinstance(one, Entry)])
-        for message in (one for one in found if isinstance(one, str)):
+        for message in (line for one in found for line in _lines(one, indexed)):
             warn(message)
         done += size
         if progress:
             progress(done, len(stale))
+
+
+def _lines(found: Found, indexed: set[Key]) -> list[str]:
+    """What has to be said of a run."""
+    match found:
+        case Failure(key, why):
+            return [f"{key[1]} is {'shown as it was' if key in indexed else 'left out'}: {why}"]
+        case Entry():
+            return [f"{found.run_id} is shown without one of its records: {line}" for line in found.unread]
+    return []
 
 
 def _ask_engines(workspace: Workspace, warn: Callable[[str], None]) -> Known:
@@ -76,13 +95,15 @@ def _ask_engines(workspace: Workspace, warn: Callable[[str], None]) -> Known:
 def _stale(workspace: Workspace, index: Index, wanted: Iterable[Key], known: Known) -> list[Key]:
     """Those of the runs that have to be read, in order."""
     stamps = index.stamps()
+    late = set(workspace.store().keys(LATE))
 
     def is_stale(key: Key) -> bool:
         if key not in stamps or (key in known.jobs and known.jobs[key].state in ACTIVE):
             return True
         return stamps[key] != stamp_of(workspace.store(key[0]), key[1])
 
-    open_ones = [key for key in wanted if stamps.get(key) != ""]  # the others cannot change any more
+    # The others cannot change any more, but for a bill that comes late.
+    open_ones = [key for key in wanted if stamps.get(key) != "" or Keys(key[1]).late in late]
     answers = each(workspace.env.bucket, is_stale, open_ones)
     return sorted(key for key, stale in zip(open_ones, answers, strict=True) if stale)
 
@@ -130,8 +151,8 @@ def read_chunk(bucket: str, run_ids: Sequence[str], is_whole: bool, now: float) 
             stamp = stamp_of(store, run_id)
             status = read_run(store, run_id, now)
             return entry_of(store, status, [], stamp, is_whole, now) if status else None
-        except _BAD_RECORD as error:
-            return f"{run_id} is left out: {error}"
+        except StoreError as error:
+            return Failure((bucket, run_id), str(error))
 
     return each(bucket, read, run_ids)
 
@@ -144,8 +165,8 @@ def _read_known(workspace: Workspace, key: Key, job: JobStatus, now: float) -> F
         return entry_of(store, certify_if_reachable(job, store), history, stamp, True, now)
     except InputError:  # the engine remembers a run whose bucket is gone
         return None
-    except _BAD_RECORD as error:
-        return f"{key[1]} is left out: {error}"
+    except StoreError as error:
+        return Failure(key, str(error))
 
 
 def entry_of(
@@ -156,20 +177,32 @@ def entry_of(
     ``is_whole``: whether all engines answered, so that what no row was found for has none here.
     """
     report = report_of(store, status, history, now, is_drawn=False)
+    unread = report["unread"]  # it may be mended, under the same name
     is_off = status.state not in ACTIVE and all(attempt["ended_at"] is not None for attempt in report["attempts"])
     is_reconciled = not report["unreconciled_s"]
-    is_final = is_off and is_reconciled and status.state == "SUCCEEDED"
-    settled = is_off and (is_whole or is_reconciled)
+    is_claimed = all(attempt["claimed"] for attempt in report["attempts"])
+    is_final = is_off and is_reconciled and is_claimed and status.state == "SUCCEEDED"
+    settled = is_off and (is_whole or is_reconciled) and not unread
     totals, attempts = run_row(report), indexed_attempts(report)
-    return Entry(store.url, status.run_id, "" if is_final else stamp, settled, totals, attempts)
+    return Entry(store.url, status.run_id, "" if is_final else stamp, settled, totals, attempts, unread)
 
 
 def report_of(
     store: Store, status: JobStatus, history: Sequence[PaidInterval], now: float, is_drawn: bool = True
 ) -> dict[str, Any]:
     """A run's report, with its ``bucket``; bills that are due are left there on the way."""
-    evidence = read_evidence(store, status.run_id, history)
-    accounts = build_accounts(evidence, now)
-    write_bills(store, bills_due(evidence, accounts, is_over=status.state not in ACTIVE))
-    report = build_report(evidence, status.state, now, accounts, is_drawn)
-    return {**report, "bucket": store.url, "estimates": estimates(evidence, store.url)}
+    with _one_shape(status.run_id):
+        evidence = read_evidence(store, status.run_id, history)
+        accounts = build_accounts(evidence, now, status.state)
+        leave_bills(store, evidence, accounts, is_over=status.state not in ACTIVE)
+        report = build_report(evidence, status.state, now, accounts, is_drawn)
+        return {**report, "bucket": store.url, "estimates": estimates(evidence, store.url)}
+
+
+@contextmanager
+def _one_shape(run_id: str) -> Iterator[None]:
+    """A bucket is shared: what somebody else wrote there in a shape that nobody expects costs a line, not the list."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise BadRecord(f"{Keys(run_id).root}: a record is not in the shape that it should be: {error!r}") from error

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from spotune.contracts.money import HOUR_S, on_demand_price
-from spotune.contracts.records import SCHEMA_VERSION, RunRecord
+from spotune.contracts.records import SCHEMA_VERSION, PriceRow, RunRecord
 from spotune.cost.account import Account
 from spotune.cost.eventlog import number, step_of
 from spotune.cost.evidence import Evidence
@@ -49,7 +49,7 @@ def build_report(
         accounts: as ``build_accounts`` makes them of the same evidence, where they are at hand.
         is_drawn: with each attempt's losses and timeline.
     """
-    accounts = build_accounts(evidence, now) if accounts is None else accounts
+    accounts = build_accounts(evidence, now, state) if accounts is None else accounts
     run = evidence.run
     is_over = state not in ACTIVE
     phases = _phases(run, accounts, state, now)
@@ -57,7 +57,7 @@ def build_report(
     costs = [account.cost_usd for account in accounts if account.cost_usd is not None]
     cost_usd = sum(costs) if costs or not accounts else None
     done = _steps_done(evidence, accounts)
-    on_demand = _on_demand(run, accounts, done)
+    on_demand = _on_demand(evidence.prices, accounts, done)
     tokens, is_priced = _tokens(evidence), all(account.price for account in accounts)
     report = {
         "schema_version": SCHEMA_VERSION,
@@ -92,6 +92,7 @@ def build_report(
         "unreconciled_s": sum(account.paid_s for account in accounts if account.machine.interval is None),
         "unpriced_s": sum(account.paid_s for account in accounts if account.price is None),
         "reported_at": now,
+        "unread": list(evidence.unread),
     }
     return {name: rounded(value) for name, value in report.items()}
 
@@ -117,6 +118,7 @@ def _attempt_row(account: Account) -> dict[str, Any]:
         "first_step": account.steps[0].step if account.steps else None,
         "last_step": max([*account.committed, *(step.step for step in account.steps)], default=None),
         "reconciled": row is not None,
+        "claimed": record is not None,
         "cluster": record.cluster_name if record else "",
         "gpu_share": record.gpu_share if record else 0.0,
         "phases": {f"{phase}_s": seconds for phase, seconds in total(account.segments).items()},
@@ -161,14 +163,14 @@ def _queue_s(run: RunRecord, accounts: Sequence[Account], state: State, now: flo
     return waited
 
 
-def _on_demand(run: RunRecord, accounts: Sequence[Account], done: int) -> dict[str, Any]:
+def _on_demand(rows: Sequence[PriceRow], accounts: Sequence[Account], done: int) -> dict[str, Any]:
     """The counterfactual: seconds, price and dollars; empty where no step or no price says what it would have cost.
 
     What ran on several kinds of GPU is priced by kind: nobody knows how long one would have taken for another's steps.
     """
-    rows = run.price_rows()
     ran = {account.place.accelerators for account in accounts}
-    known = [{account.place.accelerators} if account.machine.interval else ran for account in accounts]
+    kinds = [(account.machine.interval, account.place.accelerators) for account in accounts]
+    known = [{accelerators} if row or accelerators else ran for row, accelerators in kinds]
     prices = [on_demand_price(accelerators, rows) for accelerators in known]
     steps = sum(not step.again for account in accounts for step in account.steps)
     if not steps or None in prices:

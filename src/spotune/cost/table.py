@@ -4,7 +4,9 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from spotune.contracts.columns import columns, cut, plain
 from spotune.cost import words
+from spotune.cost.groups import spent_usd
 
 WIDTH = 80
 _BAR = 28
@@ -33,10 +35,14 @@ def runs_text(rows: Sequence[Mapping[str, Any]]) -> str:
     ]  # fmt: skip
     paid_s = sum(row["paid_s"] for row in rows)
     useful_s = sum(row["useful_s"] for row in rows)
-    sums = [sum(row[name] or 0.0 for row in rows) for name in ("cost_usd", "on_demand_usd")]
+    cost_usd = words.known(row["cost_usd"] for row in rows)
+    # Beside the cost of all: of some of them it would look like a loss.
+    on_demand = [row["on_demand_usd"] for row in rows if row["paid_s"]]
+    on_demand_usd = None if None in on_demand else sum(on_demand)
     lines.append(
         [f"{len(rows)} runs" if len(rows) != 1 else "1 run", "", str(sum(row["attempts"] for row in rows)),
-         words.duration(paid_s), *map(words.usd, sums), words.percent(useful_s / paid_s if paid_s else None), ""]
+         words.duration(paid_s), words.usd(cost_usd), words.usd(on_demand_usd),
+         words.percent(useful_s / paid_s if paid_s else None), ""]
     )  # fmt: skip
     notes = unknowns_of(*(sum(row[name] for row in rows) for name in ("unreconciled_s", "unpriced_s")))
     return "\n\n".join([columns(header, lines, right=(2, 3, 4, 5, 6)), *(["\n".join(notes)] if notes else [])])
@@ -47,25 +53,30 @@ def groups_text(by: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
     What dev clusters cost while no run was on them has a column where there is any, and is part of the share.
     """
-    header = [by.upper(), "RUNS", "PAID", "GPU HOURS", "COST", "IDLE", "ON DEMAND", "GOODPUT", "SHARE", ""]
-    cost_usd, idle_usd = (sum(row[name] for row in rows) for name in ("cost_usd", "idle_usd"))
-    spent_usd = cost_usd + idle_usd
+    header = [by.upper(), "RUNS", "PAID", "GPU HOURS", "COST", "IDLE", "SAVED", "GOODPUT", "SHARE", ""]
+    cost_usd, idle_usd = (words.known(row[name] for row in rows) for name in ("cost_usd", "idle_usd"))
+    all_usd = (cost_usd or 0.0) + (idle_usd or 0.0)
     lines = []
     for row in rows:
-        share = (row["cost_usd"] + row["idle_usd"]) / spent_usd if spent_usd else 0.0
+        share = spent_usd(row) / all_usd if all_usd else 0.0
         lines.append(
             [cut(row[by], 24), str(row["runs"]), words.duration(row["paid_s"]), f"{row['gpu_hours']:,.1f}",
-             words.usd(row["cost_usd"]), words.usd(row["idle_usd"]), words.usd(row["on_demand_usd"]),
+             words.usd(row["cost_usd"]), words.usd(row["idle_usd"]), words.usd(row["saved_usd"]),
              words.percent(row["goodput"]), words.percent(share), _bar(share, 12) if share else ""]
         )  # fmt: skip
     paid_s = sum(row["paid_s"] for row in rows)
     gpu_hours = sum(row["gpu_hours"] for row in rows)
+    saved = [row["saved_usd"] for row in rows if row["compared_runs"]]
     lines.append(
-        ["all", "", words.duration(paid_s), f"{gpu_hours:,.1f}", words.usd(cost_usd), words.usd(idle_usd), *[""] * 4]
-    )
-    if not idle_usd:
+        ["all", "", words.duration(paid_s), f"{gpu_hours:,.1f}", words.usd(cost_usd), words.usd(idle_usd),
+         words.usd(sum(saved)) if saved else "", *[""] * 3]
+    )  # fmt: skip
+    if idle_usd == 0:
         header, *lines = ([*line[:5], *line[6:]] for line in (header, *lines))
     notes = unknowns_of(*(sum(row[name] for row in rows) for name in ("unreconciled_s", "unpriced_s")))
+    compared, runs = (sum(row[name] for row in rows) for name in ("compared_runs", "runs"))
+    if saved and compared < runs:
+        notes.append(f"Saved is of {compared} of {runs} runs: what the others would have cost on demand is not known.")
     return "\n\n".join(
         [columns(header, lines, right=range(1, len(header) - 1)), *(["\n".join(notes)] if notes else [])]
     )
@@ -100,7 +111,7 @@ def notes_of(report: Mapping[str, Any]) -> list[str]:
 
 def _headline(report: Mapping[str, Any]) -> list[str]:
     who = report["user"] + (f" ({report['team']})" if report["team"] else "")
-    lines = [f"{report['run_id']}  {report['state']}  {cut(report['config'], 36)}  {who}"]
+    lines = [f"{report['run_id']}  {report['state']}  {cut(plain(report['config']), 36)}  {plain(who)}"]
     cost = words.usd(report["cost_usd"])
     if report["on_demand_usd"] is None:
         lines.append(f"cost {cost}")
@@ -155,16 +166,3 @@ def _bar(share: float, width: int = _BAR) -> str:
     """Eighths of a block; whatever there is shows at least one."""
     eighths = max(1, round(share * width * 8))
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
-
-
-def columns(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Cells padded to their column's widest; those of ``right`` end where it does."""
-    lines = [header, *rows]
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    form = "  ".join(f"{{:{'>' if index in right else '<'}{width}}}" for index, width in enumerate(widths))
-    return "\n".join(form.format(*line).rstrip() for line in lines)
-
-
-def cut(text: str, most: int) -> str:
-    """What of a text fits."""
-    return text if len(text) <= most else f"{text[: most - 1]}…"

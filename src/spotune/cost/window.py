@@ -1,12 +1,14 @@
 """What was paid since a time, whenever it was submitted: attempts and dev clusters, cut there."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from spotune.contracts.store import Store
 from spotune.cost.clusters import charged, idle_of, splits_of
 from spotune.cost.groups import COLUMNS, Idle, Run
 from spotune.cost.index import Index
+
+Warn = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,9 @@ class Paid:
     idle: Sequence[Idle]
 
 
-def paid_since(store: Store, index: Index, since: float) -> Paid:
-    """``store``: the bucket with the clusters' records."""
-    splits = splits_of(store, index, since)
+def paid_since(store: Store, index: Index, since: float, warn: Warn) -> Paid:
+    """``store``: the bucket with the clusters' records; ``warn`` is told of one that cannot be read."""
+    splits = splits_of(store, index, since, warn)
     attempts = list(charged(clip(index.attempts(since, COLUMNS), since), splits))
     seen = {key for key, _ in attempts}
     runs: list[Run] = []
@@ -35,9 +37,9 @@ def paid_since(store: Store, index: Index, since: float) -> Paid:
     return Paid(runs, attempts, list(idle_of(splits)))
 
 
-def charges_since(store: Store, index: Index, since: float) -> Paid:
+def charges_since(store: Store, index: Index, since: float, warn: Warn) -> Paid:
     """The same, but nothing is cut: attempts and what was idle, whole, where a part of it was paid for since then."""
-    splits = splits_of(store, index, 0.0)
+    splits = splits_of(store, index, 0.0, warn)
     attempts = list(charged(index.attempts(since), splits))
     seen = {key for key, _ in attempts}
     runs = [(key, totals) for key, totals in index.runs(0.0) if key in seen]

@@ -101,6 +101,13 @@ def cost_of(rows: Iterable[Mapping[str, Any]]) -> float | None:
     return None if None in costs else sum(costs)
 
 
+def known(amounts: Iterable[float | None]) -> float | None:
+    """The sum of those that are known; None where none is."""
+    found = list(amounts)
+    told = [amount for amount in found if amount is not None]
+    return sum(told) if told or not found else None
+
+
 def gpus(report: Mapping[str, Any]) -> list[str]:
     """How busy and how full the GPUs were, in a line; none where that was not measured."""
     if report["gpu_utilization"] is None:

@@ -5,16 +5,17 @@ FAILED. ``paused.json`` and the engine has ended: PAUSED. Else the engine's stat
 """
 
 import difflib
-import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from spotune.contracts.errors import InfraError, InputError, StoreError
+from spotune.contracts import exits
+from spotune.contracts.errors import BadRecord, InfraError, InputError, StoreError
 from spotune.contracts.keys import RUN_ID, RUNS, Keys
-from spotune.contracts.records import Mark, Progress, RunRecord
+from spotune.contracts.records import Certificate, Mark, Progress
+from spotune.contracts.revisions import record_as_submitted
 from spotune.contracts.store import Store
 from spotune.launch.infra import ACTIVE, ANY, LOCAL, SKYPILOT, Infra, JobStatus, State, infra_of, is_infra
 from spotune.launch.workspace import Workspace
@@ -42,7 +43,8 @@ def list_runs(
 
     Args:
         everything: also those that ended more than a day ago, those of others, and those that only the bucket knows.
-        warn: is told of an engine that does not answer, whose runs are then not listed; without it that is an error.
+        warn: is told of an engine that does not answer, whose runs are then not listed, and of a run whose record
+            cannot be read; without it that is an error.
     """
     since = clock() - RECENT_S
     jobs = [job for engine in workspace.engines() for job in jobs_of(engine, everything, warn)]
@@ -52,9 +54,19 @@ def list_runs(
         if everything:
             known = {job.run_id for job in jobs if job.bucket == workspace.env.bucket}
             ids = [name for name in workspace.store().folders(RUNS) if RUN_ID.fullmatch(name) and name not in known]
-            found = pool.map(lambda run_id: read_run(workspace.store(), run_id, clock()), ids)
+            found = pool.map(lambda run_id: _read_one(workspace.store(), run_id, clock(), warn), ids)
             rows += heard_of(workspace, [status for status in found if status])
     return rows
+
+
+def _read_one(store: Store, run_id: str, now: float, warn: Callable[[str], None] | None) -> JobStatus | None:
+    try:
+        return read_run(store, run_id, now)
+    except BadRecord as error:
+        if warn is None:
+            raise
+        warn(f"{run_id} is left out: {error}")
+        return None
 
 
 def find_run(workspace: Workspace, run_id: str, clock: Callable[[], float] = time.time) -> JobStatus:
@@ -65,7 +77,8 @@ def find_run(workspace: Workspace, run_id: str, clock: Callable[[], float] = tim
     if RUN_ID.fullmatch(run_id) and (status := read_run(workspace.store(), run_id, clock())):
         return heard_of(workspace, [status])[0]
     known = [job.run_id for job in workspace.infra(LOCAL).jobs()]
-    near = difflib.get_close_matches(run_id, [*known, *workspace.store().folders(RUNS)], n=1)
+    names = {*known, *workspace.store().folders(RUNS)} - {run_id}  # a folder of that name may be there, and empty
+    near = difflib.get_close_matches(run_id, sorted(names), n=1)
     raise InputError(run_id, "no such run", remedy=f"did you mean {near[0]}?" if near else "spotune queue -a")
 
 
@@ -75,7 +88,7 @@ def heard_of(workspace: Workspace, rows: list[JobStatus]) -> list[JobStatus]:
     One that waits for a machine, its first or its next, gives no sign of life: where SkyPilot cannot be asked that is
     no verdict, and it stays in the state that it was last seen in.
     """
-    unsure = [row for row in rows if row.reason in (SILENT, ELSEWHERE) and _is_skypilots(row)]
+    unsure = [row for row in rows if row.reason.startswith((SILENT, ELSEWHERE)) and _is_skypilots(row)]
     if not unsure:
         return rows
     try:
@@ -84,7 +97,7 @@ def heard_of(workspace: Workspace, rows: list[JobStatus]) -> list[JobStatus]:
         said = {row.run_id: _as_last_seen(row, str(error)) for row in unsure}
     else:
         store = workspace.store()
-        said = {row.run_id: replace(row, reason=LOST) for row in unsure if row.reason == SILENT}
+        said = {row.run_id: replace(row, reason=LOST) for row in unsure if row.reason.startswith(SILENT)}
         said |= {job.run_id: certify_if_reachable(job, store) for job in found if job.bucket == store.url}
     return [said.get(row.run_id, row) for row in rows]
 
@@ -124,27 +137,30 @@ def certify(job: JobStatus, store: Store) -> JobStatus:
     if job.step is None and job.attempt:
         job = _with_progress(job, store)
     if data := store.read(keys.completed):
-        done = _read_certificate(data)
-        ended_at = job.ended_at or done.get("completed_at")
-        step = done.get("step") or job.step
+        done = _read_certificate(data, keys.completed)
+        ended_at = job.ended_at or (done and done.completed_at) or None
+        step = (done and done.step) or job.step
         return replace(job, state="SUCCEEDED", reason="", exit_code=0, by_infra=False, ended_at=ended_at, step=step)
     if job.state == "SUCCEEDED":
         return replace(job, state="FAILED", reason=UNCERTIFIED)
-    if job.state not in (*ACTIVE, "CANCELLED") and (data := store.read(keys.paused)):
-        return replace(job, state="PAUSED", reason=Mark.from_bytes(data, keys.paused).reason)
-    if job.state == "FAILED" and (data := store.read(keys.failed)):  # the run's own word, not the engine's
-        mark = Mark.from_bytes(data, keys.failed)
+    if job.state not in (*ACTIVE, "CANCELLED") and (mark := _mark(store, keys.paused)):
+        return replace(job, state="PAUSED", reason=mark.reason)
+    if job.state == "FAILED" and (mark := _mark(store, keys.failed)):  # the run's own word, not the engine's
         return replace(job, reason=mark.reason, exit_code=mark.exit_code, by_infra=False)
     return job
 
 
 def read_run(store: Store, run_id: str, now: float) -> JobStatus | None:
-    """A run that no engine of this machine knows, as far as the bucket tells; None when it is not there."""
+    """A run that no engine of this machine knows, as far as the bucket tells; None when it is not there.
+
+    Raises BadRecord where there is a run, but no record of it that can be read.
+    """
     keys = Keys(run_id)
-    data = store.read(keys.run)
-    if data is None:
-        return None
-    record = RunRecord.from_bytes(data, keys.run)
+    record = record_as_submitted(store, keys)
+    if record is None:
+        if store.keys(keys.attempts) or store.keys(keys.lost):
+            raise BadRecord(f"{keys.run}: missing, though there are attempts")
+        return _never_begun(store, keys)
     attempts = len(store.folders(keys.attempts))
     status = JobStatus(
         run_id=run_id,
@@ -166,28 +182,62 @@ def read_run(store: Store, run_id: str, now: float) -> JobStatus | None:
         ("PAUSED", keys.paused),
     )
     for state, key in ends:
-        if data := store.read(key):
-            mark = Mark.from_bytes(data, key)
-            return replace(status, state=state, reason=mark.reason, ended_at=mark.at, exit_code=mark.exit_code)
-    beat = store.read(keys.progress)
-    if beat and now - Progress.from_bytes(beat, keys.progress).at < HEARTBEAT_S:
+        if mark := _mark(store, key):
+            ended_at = mark.at or None
+            return replace(status, state=state, reason=mark.reason, ended_at=ended_at, exit_code=mark.exit_code)
+    seen, why = _progress(store, keys)
+    if seen and now - seen.at < HEARTBEAT_S:
         return replace(status, state="RUNNING", reason=ELSEWHERE)
-    return replace(status, state="FAILED", reason=SILENT)
+    return replace(status, state="FAILED", reason=f"{SILENT}{why}")
+
+
+def _never_begun(store: Store, keys: Keys) -> JobStatus | None:
+    """A bare launch whose input was bad: it has left a mark, and no record."""
+    mark = _mark(store, keys.failed)
+    if mark is None:
+        return None
+    return JobStatus(
+        run_id=keys.run_id,
+        state="FAILED",
+        priority=0,
+        user="",
+        infra="by hand",
+        submitted_at=mark.at,
+        ended_at=mark.at,
+        reason=mark.reason,
+        exit_code=mark.exit_code,
+        bucket=store.url,
+    )
+
+
+def _mark(store: Store, key: str) -> Mark | None:
+    """A mark is one by being there: of one that cannot be read nothing else is known."""
+    data = store.read(key)
+    try:
+        return None if data is None else Mark.from_bytes(data, key)
+    except BadRecord as error:
+        return Mark(run_id="", attempt=0, at=0.0, reason=str(error), exit_code=exits.FAILED)
+
+
+def _progress(store: Store, keys: Keys) -> tuple[Progress | None, str]:
+    """The heartbeat, or why there is none."""
+    data = store.read(keys.progress)
+    try:
+        return (None if data is None else Progress.from_bytes(data, keys.progress)), ""
+    except BadRecord as error:
+        return None, f": {error}"
 
 
 def _with_progress(job: JobStatus, store: Store) -> JobStatus:
-    keys = Keys(job.run_id)
-    data = store.read(keys.progress)
-    if data is None:
+    seen, _ = _progress(store, Keys(job.run_id))
+    if seen is None:
         return job
-    seen = Progress.from_bytes(data, keys.progress)
     return replace(job, step=seen.step, max_steps=seen.max_steps or None, loss=seen.loss, phase=seen.phase)
 
 
-def _read_certificate(data: bytes) -> dict[str, Any]:
+def _read_certificate(data: bytes, key: str) -> Certificate | None:
     """A certificate is one by being there: of one that cannot be read nothing else is known."""
     try:
-        found = json.loads(data)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+        return Certificate.from_bytes(data, key)
+    except BadRecord:
+        return None

@@ -11,7 +11,7 @@ import pytest
 from spotune.cli import VERBS
 from spotune.cli.follow import exit_code_of, settled
 from spotune.cli.live import live_view
-from spotune.cli.render import duration, shorten, table
+from spotune.cli.render import duration
 from spotune.contracts.environment import RunEnvironment
 from spotune.contracts.errors import InputError
 from spotune.contracts.keys import Keys
@@ -214,6 +214,19 @@ def test_a_resume_says_and_keeps_what_code_it_goes_on_with(project: Project) -> 
     assert b"+x = 2" in (project.store.read(kept) or b"")
 
 
+def test_a_bare_launch_that_never_began_is_listed_and_may_go_on(project: Project) -> None:
+    """Its config was bad, so that there is no record; the mark keeps SkyPilot from trying it again and again."""
+    keys = Keys("run-a")
+    mark = Mark(run_id="run-a", attempt=0, at=7.0, reason="run.yaml: no such file", exit_code=2)
+    project.store.create(keys.failed, mark.to_bytes())
+    (row,) = project.json("queue", "-a")
+    assert (row["run_id"], row["state"], row["reason"]) == ("run-a", "FAILED", "run.yaml: no such file")
+    assert "has no run.json" in project.run("resume", "run-a", "--set", "max_steps=3").stderr
+    resumed = project.run("resume", "run-a")
+    assert resumed.stdout.startswith("run-a: may go on. Start it again as before"), resumed.stderr
+    assert project.store.keys("runs") == []
+
+
 def test_promotion_needs_a_commit(project: Project) -> None:
     project.submit()
     result = project.run("train", "--from", "run-a", "-y", "-d")
@@ -372,9 +385,7 @@ def test_the_live_line_takes_any_log_line_as_it_is(capsys: pytest.CaptureFixture
 
 
 def test_words() -> None:
-    assert shorten("abcdef", 4) == "abc…"
     assert [duration(s) for s in (0, 59, 60, 723, 18_120, 273_600)] == ["0s", "59s", "1m", "12m 3s", "5h 2m", "3d 4h"]
-    assert table(["A", "B"], [["long", "x"]]) == "A     B\nlong  x"
     assert settled("a\rb\r") == "b"
 
 

@@ -83,7 +83,10 @@ def test_a_row_that_is_dated_anew_or_comes_twice_is_counted_once() -> None:
     evidence = three_attempts()
     bills = bills_due(evidence, build_accounts(evidence, T + 1000))
     moved = [replace(one, started_at=one.started_at + 4.0) for one in evidence.intervals]
-    assert [one.started_at for one in with_bills([*moved, *evidence.intervals], bills)] == [T + 10, T + 40, T + 65]
-    doubled = [*evidence.intervals, *evidence.intervals, row(62, 64)]
-    assert [one.started_at - T for one in with_bills(doubled, [])] == [10, 40, 62, 65]
+    billed, left = with_bills([*moved, *evidence.intervals], bills)
+    assert ([(number, one.started_at) for number, one in billed], left) == ([(1, T + 10), (2, T + 40), (3, T + 65)], [])
+    doubled = [*evidence.intervals, *evidence.intervals, row(66, 68)]
+    assert with_bills(doubled, []) == ([], [*evidence.intervals, row(66, 68)])
+    twice = [replace(bills[0], attempt=0), *bills]  # in lost/ too, by a machine that did not see the claim
+    assert with_bills([], twice) == (billed, [])
     assert build_report(replace(evidence, intervals=moved, bills=bills), "SUCCEEDED", T + 1000)["paid_s"] == 70

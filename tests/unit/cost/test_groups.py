@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spotune.contracts.columns import columns, plain
 from spotune.cost.focus import COLUMNS, focus_rows
 from spotune.cost.groups import BY, By, gpus_of, group
 from spotune.cost.periods import Period, cut, end_of, name_of, start_of
 from spotune.cost.report import build_report
 from spotune.cost.rows import as_csv, indexed_attempts, run_row
-from spotune.cost.table import groups_text
+from spotune.cost.table import groups_text, runs_text
 from tests.unit.cost.cases import T, three_attempts
 
 # https://focus.finops.org/focus-specification/v1-2/: mandatory columns, and those that must have a value.
@@ -66,7 +67,7 @@ def test_a_group_says_what_can_be_said_of_it() -> None:
     ana, ben = group("user", runs, pairs)
     assert (ana["user"], ana["runs"], ana["attempts"], ana["gpu_hours"]) == ("ana", 1, 2, 2.0)
     assert (ana["on_demand_usd"], ana["saved_usd"], ana["goodput"]) == (2.0, 1.0, 0.5)
-    assert (ben["cost_usd"], ben["unpriced_s"], ben["unreconciled_s"]) == (0.0, 600.0, 600.0)
+    assert (ben["cost_usd"], ben["unpriced_s"], ben["unreconciled_s"]) == (None, 600.0, 600.0)
     assert ben["on_demand_usd"] is None
     aws, gcp = group("infra", runs, pairs)
     assert (aws["infra"], aws["runs"], gcp["runs"], aws["on_demand_usd"]) == ("aws", 2, 1, None)
@@ -75,6 +76,35 @@ def test_a_group_says_what_can_be_said_of_it() -> None:
     assert "no price was frozen" in text
     assert "own clock" in text
     assert max(map(len, text.splitlines()[:4])) <= 100
+
+
+def test_what_is_saved_compares_like_with_like_and_no_price_is_no_nothing() -> None:
+    runs = [("a", totals(on_demand_usd=2.0, saved_usd=1.5)), ("b", totals(on_demand_usd=None, saved_usd=None)),
+            ("c", totals(team="ops", on_demand_usd=9.0, saved_usd=None))]  # fmt: skip
+    pairs = [("a", attempt(0.0, 3600.0, cost_usd=0.5)), ("b", attempt(0.0, 3600.0, cost_usd=7.0)),
+             ("c", attempt(0.0, 60.0, cost_usd=None))]  # fmt: skip
+    idle = {"team": "ops", "paid_s": 60.0, "cost_usd": None}
+    research, ops = group("team", runs, pairs, [idle])
+    assert (research["cost_usd"], research["on_demand_usd"], research["saved_usd"]) == (7.5, 2.0, 1.5)
+    assert (research["runs"], research["compared_runs"], research["idle_usd"]) == (2, 1, 0.0)
+    assert (ops["cost_usd"], ops["idle_usd"], ops["saved_usd"], ops["compared_runs"]) == (None, None, None, 0)
+    text = groups_text("team", [research, ops])
+    assert "Saved is of 1 of 3 runs" in text
+    assert "$0.00" not in text.splitlines()[2]
+    assert "Saved is of" not in groups_text("infra", group("infra", runs, pairs))
+
+
+def test_a_sum_beside_the_cost_of_all_is_of_all() -> None:
+    def line(**facts: Any) -> dict[str, Any]:
+        nothing = dict.fromkeys(("useful_s", "goodput", "unreconciled_s", "unpriced_s"), 0.0)
+        given = {"run_id": "r", "state": "FAILED", "attempts": 1, "paid_s": 9.0, "cost_usd": 1.0, "on_demand_usd": 2.0}
+        return nothing | given | {"user": "u"} | facts
+
+    waits = line(paid_s=0.0, cost_usd=0.0, on_demand_usd=None)
+    last = runs_text([line(), line(), waits]).splitlines()[4].split()
+    assert last[-4:-2] == ["$2.00", "$4.00"]
+    assert runs_text([line(), line(on_demand_usd=None)]).splitlines()[3].split()[-4:-2] == ["$2.00", "\N{EN DASH}"]
+    assert runs_text([line(cost_usd=None, on_demand_usd=None)]).splitlines()[2].count("\N{EN DASH}") == 2
 
 
 TIMES = st.floats(1.6e9, 2e9)
@@ -142,3 +172,10 @@ def test_every_way_to_sum_is_offered() -> None:
 
     offered: tuple[By, ...] = OFFERED  # type: ignore[assignment]
     assert offered == BY
+
+
+def test_columns() -> None:
+    assert columns(["A", "B"], [["long", "x"], ["a\nb", ""]]) == "A     B\nlong  x\na\\nb"
+    assert columns(["A", "B"], [["x", "9"]], right=[1]) == "A  B\nx  9"
+    assert plain("grün 2 %") == "grün 2 %"
+    assert plain("a\x1b[31m\u202e") == "a\\x1b[31m\\u202e"

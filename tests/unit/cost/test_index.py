@@ -15,7 +15,8 @@ from spotune.cost import refresh
 from spotune.cost.collect import all_runs
 from spotune.cost.evidence import Evidence
 from spotune.cost.index import Index, index_file
-from spotune.cost.ledger import bills_due, build_accounts, write_bills
+from spotune.cost.ledger import bills_due, build_accounts, leave_bills, write_bills
+from spotune.cost.read import read_evidence
 from spotune.launch.workspace import Workspace
 from tests.unit.cost.cases import T, claim, event, phase, row, step, three_attempts
 
@@ -196,6 +197,60 @@ def test_a_record_of_another_shape_costs_a_line_not_the_list(workspace: Workspac
     said: list[str] = []
     found = listed(workspace, warn=said.append)
     assert set(found) == {"good", "odd-bill", "odd-tokens"}
-    assert len(said) == 1
-    assert said[0].startswith("odd-prices is left out: odd-prices: its record holds no price rows")
+    assert len(said) == 2
+    assert said[0].startswith(f"odd-bill is shown without one of its records: {Keys('odd-bill').bill(1)}: not a Bill: ")
+    assert said[1].startswith("odd-prices is left out: runs/odd-prices/run.json: prices: not a PriceRow: ")
     assert found["odd-tokens"]["tokens"] < 1e15
+
+
+def test_a_record_that_cannot_be_read_is_said_each_time_until_it_is_mended(
+    workspace: Workspace, reads: list[str]
+) -> None:
+    store, keys = workspace.store(), Keys("done")
+    write(store, "done", three_attempts())
+    bill = store.read(keys.bill(2))
+    assert bill
+    store.write(keys.bill(2), bill[:50])
+    said: list[str] = []
+    for _ in range(2):
+        assert listed(workspace, warn=said.append)["done"]["unreconciled_s"] > 0
+    assert len(said) == 2
+    assert {line.partition(": not a Bill")[0] for line in said} == {
+        f"done is shown without one of its records: {keys.bill(2)}"
+    }
+    store.write(keys.bill(2), bill)  # its name tells nobody
+    assert listed(workspace, warn=said.append)["done"]["unreconciled_s"] == 0
+    assert len(said) == 2
+
+
+def test_a_run_that_cannot_be_read_any_more_is_shown_as_it_was(workspace: Workspace) -> None:
+    store, keys = workspace.store(), Keys("stands")
+    write(store, "stands", failed())
+    first = listed(workspace)
+    record = store.read(keys.run)
+    assert record
+    store.write(keys.run, record[:50])
+    store.create(keys.attempt(2), replace(claim(2, 400), run_id="stands").to_bytes())  # else nobody looks
+    said: list[str] = []
+    assert listed(workspace, warn=said.append) == first
+    assert [line.partition(": not a")[0] for line in said] == [f"stands is shown as it was: {keys.run}"]
+    store.write(keys.run, record)
+    assert listed(workspace, warn=said.append)["stands"]["attempts"] == 2
+    assert len(said) == 1
+
+
+def test_a_bill_of_a_machine_without_a_claim_is_taken_in_however_late_it_comes(
+    workspace: Workspace, reads: list[str]
+) -> None:
+    """Here a run is final; where its engine is known, a row of a machine that never claimed is found only then."""
+    store = workspace.store()
+    write(store, "done", three_attempts())
+    assert listed(workspace)["done"]["paid_s"] == 70
+    assert listed(workspace)["done"]["paid_s"] == 70
+    assert reads == ["done"]
+    evidence = replace(read_evidence(store, "done"), intervals=[replace(row(31, 36, end_reason="lost"), run_id="done")])
+    leave_bills(store, evidence, build_accounts(evidence, T + 1000), is_over=True)
+    assert store.keys(Keys("done").lost)
+    assert listed(workspace)["done"]["paid_s"] == 75
+    assert listed(workspace)["done"]["paid_s"] == 75
+    assert len(reads) == 2  # its names are compared from now on

@@ -48,3 +48,34 @@ def test_machines_that_never_claimed_have_the_numbers_that_are_left_free() -> No
 def test_hundreds_of_attempts_are_paired_in_order() -> None:
     rows: Rows = [(100.0 * n, 100.0 * n + 80) for n in range(300)]
     assert pairs(rows, [100.0 * n + 5 for n in range(300)], now=1e6) == [(True, n) for n in range(1, 301)]
+
+
+def test_a_billed_machine_is_its_attempts_whatever_the_clocks_say() -> None:
+    first, second = row(0, 60), row(100, 160)
+    hour_off = [claim(1, 3605), claim(2, 3705)]
+    machines = join([], hour_off, T + 9999, [(1, first), (2, second)])
+    assert [(one.interval, one.record, one.attempt) for one in machines] == [
+        (first, hour_off[0], 1), (second, hour_off[1], 2),
+    ]  # fmt: skip
+
+
+def test_a_machine_that_never_claimed_has_no_claim_though_one_is_near() -> None:
+    lost, billed = row(0, 90), row(110, 400)
+    behind = claim(1, -17)
+    machines = join([], [behind], T + 9999, [(1, billed), (0, lost)])
+    assert [(one.interval, one.record, one.attempt) for one in machines] == [(lost, None, None), (billed, behind, 1)]
+
+
+def test_a_row_that_is_not_billed_keeps_its_place_between_those_that_are() -> None:
+    rows = [row(start, start + 10) for start in (0, 20, 40, 60)]
+    ahead = [claim(number, at) for number, at in enumerate((41, 61, 81, 101), 1)]  # by 40 s
+    machines = join([rows[1], rows[3]], ahead, T + 9999, [(1, rows[0]), (3, rows[2])])
+    assert [one.attempt for one in machines] == [1, 2, 3, 4]
+    assert [one.interval for one in machines] == rows
+    alone = join([rows[3]], ahead[:2], T + 9999, [(2, rows[2])])  # what came after the second is not the first
+    assert [(one.interval, one.attempt) for one in alone] == [(rows[2], 2), (None, 1), (rows[3], 3)]
+
+
+def test_a_number_is_given_once() -> None:
+    copied = join([], [claim(1, 1)], T + 9999, [(1, row(0, 10)), (1, row(20, 30)), (0, row(40, 50))])
+    assert [(one.record is not None, one.attempt) for one in copied] == [(True, 1), (False, 2), (False, 3)]

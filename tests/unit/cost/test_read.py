@@ -18,19 +18,20 @@ from tests.unit.cost.cases import RUN_ID, T, three_attempts
 KEYS = Keys(RUN_ID)
 
 
-def write(store: Store, evidence: Evidence, lines_a_part: int = 4) -> None:
+def write(store: Store, evidence: Evidence, lines_a_part: int = 4, run_id: str = RUN_ID) -> None:
     """What a run leaves in its bucket, in many parts."""
-    store.create(KEYS.run, evidence.run.to_bytes())
+    keys = Keys(run_id)
+    store.create(keys.run, replace(evidence.run, run_id=run_id).to_bytes())
     for record in evidence.attempts:
-        store.create(KEYS.attempt(record.attempt), record.to_bytes())
+        store.create(keys.attempt(record.attempt), record.to_bytes())
     for attempt, events in evidence.events.items():
         for part, start in enumerate(range(0, len(events), lines_a_part)):
             lines = [json.dumps(event) for event in events[start : start + lines_a_part]]
-            store.create(KEYS.events(attempt, 0, part), "\n".join(lines).encode())
+            store.create(keys.events(attempt, 0, part), "\n".join(lines).encode())
     for commit in evidence.commits:
-        store.create(KEYS.commit(commit.attempt, commit.step), commit.to_bytes())
+        store.create(keys.commit(commit.attempt, commit.step), commit.to_bytes())
     if evidence.certificate:
-        store.create(KEYS.completed, evidence.certificate.to_bytes())
+        store.create(keys.completed, evidence.certificate.to_bytes())
 
 
 def due(evidence: Evidence) -> list[Bill]:

@@ -1,15 +1,18 @@
 """A report by hand: every second and every cent of a small run."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from spotune.contracts.keys import Keys
+from spotune.contracts.records import PriceRow
 from spotune.cost.evidence import Evidence
 from spotune.cost.ledger import bills_due, build_accounts
 from spotune.cost.report import build_report
 from spotune.cost.rows import run_row
 from spotune.cost.table import run_text
+from spotune.launch.infra import State
 from tests.unit.cost.cases import RUN_ID, T, claim, commit, event, phase, price, row, run, step, three_attempts
 
 CONTRACT = """run_id state user team config started_at ended_at attempts phases paid_s cost_usd on_demand_usd saved_usd
@@ -110,6 +113,57 @@ def test_a_running_machine_is_paid_up_to_now() -> None:
     assert report["attempts"][0]["ended_at"] is None
     assert report["phases"]["unknown_s"] == pytest.approx(5)  # not reported yet
     assert report["tokens"] == 100
+
+
+@pytest.mark.parametrize(
+    ("state", "ended", "is_last", "expected"),
+    [
+        ("RUNNING", None, True, (None, None, 25, 0)),
+        ("STARTING", None, True, (None, None, 25, 0)),
+        ("RECOVERING", None, True, (110, "lost", 10, 15)),  # its machine is gone
+        ("FAILED", None, True, (110, "lost", 10, 0)),
+        ("RUNNING", "preempted", True, (112, "preempted", 12, 13)),  # and the next has not claimed yet
+        ("RUNNING", None, False, (110, "lost", 10, 0)),  # a later one runs
+    ],
+)
+def test_the_newest_attempt_of_a_run_that_runs_is_on_without_a_row_too(
+    state: State, ended: str | None, is_last: bool, expected: tuple[float | None, str | None, float, float]
+) -> None:
+    """``expected``: of attempt 2, when and why it ended and what was paid for; and the wait for a machine after it."""
+    end = [event(112, "end", reason=ended)] if ended else []
+    said = [phase(100, "load"), phase(104, "train"), step(110, 3), *end]
+    claims = [claim(1, 10), claim(2, 100), *([] if is_last else [claim(3, 110)])]
+    evidence = Evidence(run(), attempts=claims, events={1: [event(100, "end", reason="preempted")], 2: said})
+    report = build_report(evidence, state, T + 125)
+    attempt = report["attempts"][1]
+    ended_at, reason, paid_s, waited = expected
+    assert (attempt["ended_at"], attempt["end_reason"], attempt["paid_s"]) == (
+        ended_at and T + ended_at,
+        reason,
+        paid_s,
+    )
+    assert report["phases"]["queue_s"] == pytest.approx(10 + waited)
+
+
+def test_a_machine_without_a_row_is_what_all_prices_of_its_place_say() -> None:
+    kind = {"infra": "aws", "region": "us-east-1", "accelerators": "L4:1", "instance_type": "g6.xlarge"}
+    spot, on_demand = price(True, 0.36, **kind), price(False, 0.72, **kind)
+    dearer = price(True, 0.5, infra="aws", region="us-west-2", accelerators="A10G:1", instance_type="g5.xlarge")
+    busy = [phase(1, "train"), *(event(at, "gpu", busy=0.5) for at in (5, 20)), step(3601, 1)]
+
+    def attempt(place: str, *prices: PriceRow) -> tuple[Any, ...]:
+        where = {"infra": "aws", "region": place}
+        evidence = Evidence(
+            run(prices=[vars(one) for one in prices]), attempts=[claim(1, 1, **where)], events={1: busy}
+        )
+        report = build_report(evidence, "FAILED", T + 9999)
+        (row,) = report["attempts"]
+        names = ("accelerators", "instance_type", "use_spot", "price_usd_per_hour")
+        return *(row[name] for name in names), report["gpu_hours"], report["gpu_utilization"]
+
+    assert attempt("us-east-1", spot, on_demand, dearer) == ("L4:1", "g6.xlarge", None, 0.72, 1.0, 0.5)
+    assert attempt("us-east-1", spot, dearer) == ("L4:1", "g6.xlarge", True, 0.36, 1.0, 0.5)
+    assert attempt("us-east-1", on_demand, replace(dearer, region="*")) == ("", "", None, 0.72, 0.0, None)
 
 
 def test_nothing_paid_yet() -> None:

@@ -26,7 +26,9 @@ def workspace(tmp_path: Path) -> Workspace:
 
 
 def paid(workspace: Workspace, since: float, by: By) -> dict[str, dict[str, Any]]:
-    found = all_runs(workspace, lambda index: paid_since(workspace.store(), index, since), clock=lambda: T + 30 * HOUR)
+    found = all_runs(
+        workspace, lambda index: paid_since(workspace.store(), index, since, pytest.fail), clock=lambda: T + 30 * HOUR
+    )
     return {row[by]: row for row in group(by, found.runs, found.attempts, found.idle)}
 
 
@@ -45,7 +47,9 @@ def test_a_run_of_before_counts_with_what_was_paid_since(workspace: Workspace) -
 def test_focus_has_whole_charges_of_what_was_paid_since(workspace: Workspace) -> None:
     write(workspace.store(), "run-a", three_attempts())
     cluster(workspace.store(), hours=0.02, seen=1)  # idle for 72 s
-    found = all_runs(workspace, lambda index: charges_since(workspace.store(), index, T + 50), clock=lambda: T + 1000)
+    found = all_runs(
+        workspace, lambda index: charges_since(workspace.store(), index, T + 50, pytest.fail), clock=lambda: T + 1000
+    )
     assert [totals["run_id"] for _, totals in found.runs] == ["run-a"]
     assert [attempt["paid_s"] for _, attempt in found.attempts] == [20, 30]
     assert [piece["paid_s"] for piece in found.idle] == [pytest.approx(72)]

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from spotune.cli.render import duration, table
+from spotune.cli.render import duration
+from spotune.contracts.columns import columns
 
 if TYPE_CHECKING:
     from spotune.launch.skypilot.listing import Listed
@@ -25,7 +26,7 @@ def clusters_text(listed: "Sequence[Listed]", now: float) -> str:
         ]
         for each in listed
     ]
-    return table(["CLUSTER", "STATUS", "INFRA", "GPUS", "AGE", "$/HOUR", "SPENT $", "IDLE", "STOPS", "WHY"], rows)
+    return columns(["CLUSTER", "STATUS", "INFRA", "GPUS", "AGE", "$/HOUR", "SPENT $", "IDLE", "STOPS", "WHY"], rows)
 
 
 def _money(amount: float | None, digits: int) -> str:
