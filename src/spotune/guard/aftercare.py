@@ -2,10 +2,11 @@
 
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 from spotune.contracts import exchange, exits
-from spotune.contracts.errors import SpotuneError
+from spotune.contracts.errors import BadRecord, SpotuneError
 from spotune.contracts.extras import CONFIG_KEYS
 from spotune.contracts.records import Certificate, Progress
 from spotune.guard.context import Context
@@ -49,5 +50,7 @@ def _shown(context: Context) -> Progress:
     """What could be seen of the run last: its steps do not go back to 0."""
     key = context.keys.progress
     data = context.store.read(key)
-    seen = Progress.from_bytes(data, key) if data else Progress(run_id=context.keys.run_id, attempt=context.attempt)
+    seen = Progress(run_id=context.keys.run_id, attempt=context.attempt)
+    with suppress(BadRecord):  # a broken heartbeat costs nothing else
+        seen = Progress.from_bytes(data, key) if data else seen
     return replace(seen, attempt=context.attempt, at=time.time())
