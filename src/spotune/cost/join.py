@@ -17,12 +17,13 @@ class Machine:
 
     ``interval`` None: the engine's row is not to be had. ``record`` None: it died before its guard claimed, or its
     claim cannot be read. ``attempt`` is that of its claim or its bill, else the number that those after it have left
-    free, None where they have left none.
+    free, None where they have left none. ``is_billed``: the interval is a bill's.
     """
 
     interval: PaidInterval | None
     record: AttemptRecord | None
     attempt: int | None = None
+    is_billed: bool = False
 
 
 def join(
@@ -40,8 +41,9 @@ def join(
     machines: list[Machine] = []
     for number, row in billed:
         is_its = bool(number) and of_bills.setdefault(number, row) is row
-        machines.append(Machine(row, claims.pop(number, None), number) if is_its else Machine(row, None))
-    left = sorted(rows, key=lambda row: row.started_at)
+        claim = claims.pop(number, None) if is_its else None
+        machines.append(Machine(row, claim, number if is_its else None, is_billed=True))
+    left = sorted(rows, key=_times)
     open_claims = [claims[number] for number in sorted(claims)]
     between = [_between(claim.attempt, of_bills) for claim in open_claims]
     pairs = list(zip(open_claims, between, strict=True))
@@ -110,8 +112,13 @@ def _assign(distances: list[list[float | None]]) -> list[tuple[int, int]]:
     return found
 
 
-def _order(machine: Machine) -> float:
+def _order(machine: Machine) -> tuple[float, float]:
     if machine.interval:
-        return machine.interval.started_at
+        return _times(machine.interval)
     assert machine.record
-    return machine.record.claimed_at
+    return machine.record.claimed_at, math.inf
+
+
+def _times(row: PaidInterval) -> tuple[float, float]:
+    """A placement that failed and the machine after it may begin in the same second."""
+    return row.started_at, math.inf if row.ended_at is None else row.ended_at

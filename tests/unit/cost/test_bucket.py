@@ -63,6 +63,29 @@ def report(store: Store, rows: list[PaidInterval]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name != "reported_at"}
 
 
+def test_a_failed_placement_in_the_same_second_keeps_no_machine_from_being_billed(local_store: Store) -> None:
+    """SkyPilot counts whole seconds."""
+    local_store.create(KEYS.run, run().to_bytes())
+    local_store.create(KEYS.attempt(1), claim(1, 160).to_bytes())
+    failed = row(100, 100, end_reason="lost")
+    under_way = JobStatus(RUN_ID, "RUNNING", 0, "ana", "local", T)
+    report_of(local_store, under_way, [failed, row(100, None)], T + 300)
+    assert len(local_store.keys(KEYS.lost)) == 1
+    ended = row(100, 5000, end_reason="exited", exit_code=1)
+    first = report(local_store, [failed, ended])
+    assert [(one["attempt"], one["paid_s"]) for one in first["attempts"]] == [(None, 0), (1, 4900)]
+    assert report(local_store, [failed, ended]) == first
+    assert report(local_store, []) == first
+
+
+def test_machines_that_never_claimed_and_began_at_once_have_a_bill_each(local_store: Store) -> None:
+    local_store.create(KEYS.run, run().to_bytes())
+    local_store.create(KEYS.attempt(1), claim(1, 160).to_bytes())
+    rows = [row(100, 130, end_reason="lost"), row(100, 140, end_reason="lost"), row(150, 400)]
+    assert report(local_store, rows)["paid_s"] == 320
+    assert report(local_store, [])["paid_s"] == 320
+
+
 @settings(max_examples=60, deadline=None, database=None)
 @given(histories(), st.data())
 def test_what_was_paid_is_paid_whatever_is_left_and_once(

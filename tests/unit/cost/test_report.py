@@ -249,7 +249,7 @@ def test_tokens_are_those_of_the_certified_step() -> None:
     assert build_report(evidence, "SUCCEEDED", T + 1000)["run_id"] == RUN_ID
 
 
-def test_a_machine_that_never_claimed_is_billed_by_its_start() -> None:
+def test_a_machine_that_never_claimed_is_billed_by_its_times() -> None:
     """On SkyPilot claims have no gaps: no number is left for a machine between two of them, nor for the last one."""
     evidence = three_attempts()
     rows = [*evidence.intervals, row(31, 39, end_reason="lost"), row(100, 103, end_reason="cancelled")]
@@ -257,7 +257,7 @@ def test_a_machine_that_never_claimed_is_billed_by_its_start() -> None:
     accounts = build_accounts(evidence, T + 1000)
     assert {bill.attempt for bill in bills_due(evidence, accounts)} == {0, 1, 2, 3}
     bills = bills_due(evidence, accounts, is_over=True)
-    lost = {Keys(RUN_ID).lost_bill(bill.started_at): bill.paid_s for bill in bills if not bill.attempt}
+    lost = {Keys(RUN_ID).lost_bill(bill.started_at, bill.ended_at): bill.paid_s for bill in bills if not bill.attempt}
     assert sorted(lost.values()) == [3.0, 8.0]
     elsewhere = replace(evidence, intervals=[], bills=bills)
     assert build_report(elsewhere, "SUCCEEDED", T + 1000)["paid_s"] == 70 + 11
