@@ -102,6 +102,18 @@ def test_an_attempt_without_a_row_goes_by_its_own_clock() -> None:
     assert (first["reconciled"], first["use_spot"], first["end_reason"]) == (False, None, "preempted")
 
 
+def test_attempts_without_rows_are_told_in_their_order_though_clocks_differ() -> None:
+    events = {
+        1: [phase(300, "train"), *(step(300 + 5 * number, number) for number in range(1, 5))],
+        2: [phase(160, "train"), *(step(160 + 5 * number, number) for number in range(1, 7))],
+    }
+    report = build_report(Evidence(run(), [], [claim(1, 299), claim(2, 159)], events), "FAILED", T + 999)
+    assert [one["attempt"] for one in report["attempts"]] == [1, 2]
+    assert (report["phases"]["useful_s"], report["phases"]["replayed_s"]) == (30, 20)
+    assert [one["attempt"] for one in report["preemptions"]] == [1]
+    assert report["started_at"] == T + 159
+
+
 def test_a_running_machine_is_paid_up_to_now() -> None:
     evidence = Evidence(
         run(), [row(10, None)], [claim(1, 12)], {1: [phase(13, "load"), phase(14, "train"), step(20, 1)]}
