@@ -5,7 +5,7 @@ from contextlib import suppress
 
 from spotune.contracts.errors import InputError, StoreError
 from spotune.contracts.keys import Keys
-from spotune.contracts.records import Bill
+from spotune.contracts.records import AttemptRecord, Bill
 from spotune.contracts.store import Store
 from spotune.cost.account import Account, account_of
 from spotune.cost.bills import with_bills
@@ -77,14 +77,18 @@ def leave_bills(store: Store, evidence: Evidence, accounts: Sequence[Account], i
     """Writes the bills that are due; whoever may only read the bucket gets the report all the same.
 
     Of a certified run whose every attempt is billed an index looks at nothing any more: that a machine is billed which
-    claimed none is said beside, and first, since a bill is written once.
+    claimed none, or came after the certificate, is said beside, and first, since a bill is written once.
     """
     due = bills_due(evidence, accounts, is_over)
-    claimed = {record.attempt for record in evidence.attempts}
     with suppress(InputError, StoreError):
-        if evidence.certificate and any(bill.attempt not in claimed for bill in due):
+        if (certificate := evidence.certificate) and _is_late(due, evidence.attempts, certificate.attempt):
             store.create(Keys(evidence.run.run_id).late, b"")
         write_bills(store, due)
+
+
+def _is_late(due: Iterable[Bill], claims: Iterable[AttemptRecord], certified: int) -> bool:
+    known = {record.attempt for record in claims if record.attempt <= certified}
+    return any(bill.attempt not in known for bill in due)
 
 
 def write_bills(store: Store, bills: Iterable[Bill]) -> None:
