@@ -9,7 +9,7 @@ from spotune.contracts.money import cost_usd
 from spotune.contracts.store import Store
 from spotune.cost.groups import Run
 from spotune.cost.index import Index
-from spotune.cost.sharing import Split, Use, split_all
+from spotune.cost.sharing import Split, Use, price_of_part, split_all
 from spotune.launch.infra import ACTIVE
 
 _USED = ("attempt", "started_at", "ended_at", "end_reason", "nodes", "cluster", "gpu_share")
@@ -56,8 +56,20 @@ def charged(attempts: Iterable[Run], splits: Iterable[Split]) -> Iterator[Run]:
     for key, attempt in attempts:
         cost_usd, cluster = shares.get((key, attempt["attempt"]), (None, None))
         ended_at = attempt["started_at"] + attempt["paid_s"]
-        is_known = cluster is not None and not (cluster.is_up and ended_at > cluster.updated_at)
-        yield key, {**attempt, "cost_usd": cost_usd} if is_known and cost_usd is not None else attempt
+        if cluster is None or cost_usd is None or (cluster.is_up and ended_at > cluster.updated_at):
+            yield key, attempt
+        else:
+            yield key, {**_priced(attempt, cluster), "cost_usd": cost_usd}
+
+
+def _priced(attempt: Mapping[str, Any], cluster: ClusterRecord) -> Mapping[str, Any]:
+    """With a price, where one is asked for, also if the cluster was booked only after the run was read."""
+    if attempt.get("price_usd_per_hour", 0.0) is not None or not (
+        price := price_of_part(cluster, attempt["gpu_share"])
+    ):
+        return attempt
+    names = ("price_usd_per_hour", "accelerators", "instance_type", "use_spot")
+    return {**attempt, **{name: getattr(price, name) for name in names}, "price_source": price.source}
 
 
 def idle_of(splits: Iterable[Split]) -> Iterator[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """Which runs have to be read again, and reading them: what cannot have changed is taken from the index.
 
-A run stays as it is indexed once it does not run any more, every machine of its is off, and nothing of its records in
-the bucket has come or gone since; of a certified one whose machines the engine has accounted for, not even that is
-looked at.
+A run stays as it is indexed once it does not run any more, every machine of its is off, a dev cluster that it was on
+has a price, and nothing of its records in the bucket has come or gone since; of a certified one whose machines the
+engine has accounted for, not even that is looked at.
 """
 
 import hashlib
@@ -186,7 +186,8 @@ def entry_of(
     is_reconciled = not report["unreconciled_s"]
     is_claimed = all(attempt["claimed"] for attempt in report["attempts"])
     is_final = is_off and is_reconciled and is_claimed and status.state == "SUCCEEDED"
-    settled = is_off and (is_whole or is_reconciled) and not unread
+    is_booked = all(attempt["cost_usd"] is not None for attempt in report["attempts"] if attempt["cluster"])
+    settled = is_off and (is_whole or is_reconciled) and is_booked and not unread
     totals, attempts = run_row(report), indexed_attempts(report)
     return Entry(store.url, status.run_id, "" if is_final else stamp, settled, totals, attempts, unread)
 
