@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spotune.contracts.errors import InputError, StoreError
 from spotune.contracts.keys import Keys
 from spotune.contracts.store import Store
 from spotune.cost.refresh import report_of
@@ -76,6 +77,19 @@ def test_a_failed_placement_in_the_same_second_keeps_no_machine_from_being_bille
     assert [(one["attempt"], one["paid_s"]) for one in first["attempts"]] == [(None, 0), (1, 4900)]
     assert report(local_store, [failed, ended]) == first
     assert report(local_store, []) == first
+
+
+@pytest.mark.parametrize("error", [InputError("SPOTUNE_BUCKET", "access denied"), StoreError("the bucket is away")])
+def test_whoever_may_only_read_the_bucket_gets_the_report(
+    local_store: Store, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuse(store: Store, key: str, data: bytes) -> bool:
+        raise error
+
+    local_store.create(KEYS.run, run().to_bytes())
+    local_store.create(KEYS.attempt(1), claim(1, 160).to_bytes())
+    monkeypatch.setattr(Store, "create", refuse)
+    assert report(local_store, [row(150, 400)])["paid_s"] == 250
 
 
 def test_machines_that_never_claimed_and_began_at_once_have_a_bill_each(local_store: Store) -> None:
