@@ -1,7 +1,6 @@
 """Dev clusters for whoever pays for them: which runs were on each, what they had of it, and what was idle."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from spotune.contracts.clusters import ClusterRecord, read_clusters
@@ -20,28 +19,25 @@ COLUMNS = (
 
 
 def splits_of(store: Store, index: Index, since: float, warn: Callable[[str], None]) -> list[Split]:
-    """Of every cluster that was paid for since then what came after, the newest first.
+    """Of every cluster what was paid for since then, the newest first.
 
     ``warn`` is told of a record that cannot be read.
     """
-    records = read_clusters(store, warn=lambda line: warn(f"a dev cluster is left out: {line}"))
-    clusters = [after for record in records if (after := _after(record, since)).intervals()]
+    clusters = read_clusters(store, warn=lambda line: warn(f"a dev cluster is left out: {line}"))
     if not clusters:
         return []
     runs = [(key, totals) for key, totals in index.runs(0.0) if key[0] == store.url]
-    found = split_all(clusters, list(_uses(runs, index.attempts(0.0, _USED))))
+    found = split_all(clusters, list(_uses(runs, index.attempts(0.0, _USED))), since)
     return list(reversed(found))
 
 
-def _after(record: ClusterRecord, since: float) -> ClusterRecord:
-    spans = [[max(start or 0.0, since), end] for start, end in record.spans if end is None or end > since]
-    return replace(record, spans=spans)
-
-
 def cluster_rows(splits: Iterable[Split], runs: Iterable[Run]) -> list[dict[str, Any]]:
-    """A row a cluster; its ``runs`` each with what it had, the dearest first. Seconds are of the whole cluster."""
+    """A row a cluster that was paid for; its ``runs`` each with what it had, the dearest first.
+
+    Seconds are of the whole cluster.
+    """
     totals = dict(runs)
-    return [_row(split, totals) for split in splits]
+    return [_row(split, totals) for split in splits if split.paid_s]
 
 
 def flat_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -122,7 +118,7 @@ def _uses(runs: Sequence[Run], attempts: Sequence[Run]) -> Iterator[Use]:
 def _row(split: Split, totals: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:
     cluster, price = split.cluster, split.cluster.price_row
     runs: dict[str, dict[str, Any]] = {}
-    for share in split.shares:
+    for share in (share for share in split.shares if share.paid_s):
         run = totals[share.key[0]]
         had = {"run_id": run["run_id"], "user": run["user"], "team": run["team"], "paid_s": 0.0, "cost_usd": None}
         row = runs.setdefault(run["run_id"], had)

@@ -95,6 +95,13 @@ def test_idle_time_is_cut_where_it_was(workspace: Workspace) -> None:
     assert paid(workspace, T + 7 * HOUR, "user")["ben"]["cost_usd"] == pytest.approx(3.0)
 
 
+def test_what_a_run_says_after_its_cluster_is_gone_is_not_charged_in_any_window(workspace: Workspace) -> None:
+    cluster(workspace.store(), hours=10, seen=20)
+    dev_run(workspace.store(), 5, 10.05)  # the clocks differ
+    costs = [paid(workspace, T + at * HOUR, "user")["ben"]["cost_usd"] for at in (0, 9, 9.99, 10.001)]
+    assert costs == pytest.approx([5.0, 1.0, 0.01, 0.0])
+
+
 def test_a_dev_run_that_was_read_before_its_cluster_was_booked_gets_its_price(workspace: Workspace) -> None:
     def cost(index: Index) -> Any:
         return [totals["cost_usd"] for _, totals in index.runs(0.0)]
