@@ -6,7 +6,7 @@ runs/<run_id>/code/                                 commit, and the diff when di
 runs/<run_id>/attempts/<4d>/attempt.json            claims the attempt (the fence); create-only
 runs/<run_id>/attempts/<4d>/events-<rank>-<n>.jsonl phase changes, steps, losses; never rewritten
 runs/<run_id>/attempts/<4d>/bill.json               price row and paid interval; create-only
-runs/<run_id>/lost/<start, epoch ms>.json           bill of a machine that went before it claimed; create-only
+runs/<run_id>/lost/<start>-<end, epoch ms>.json     bill of a machine that went before it claimed; create-only
 runs/<run_id>/progress.json                         latest step, phase, loss, heartbeat; overwritten
 runs/<run_id>/checkpoints/<step 8d>-<attempt 4d>/   Trainer's checkpoint-N layout; never rewritten
 runs/<run_id>/commits/<attempt 4d>-<step 8d>.json   the commit, create-only, last
@@ -132,9 +132,9 @@ class Keys:
     def lost(self) -> str:
         return f"{self.root}/lost"
 
-    def lost_bill(self, started_at: float) -> str:
-        """Of a machine that was paid for from then on, epoch seconds, and never claimed an attempt."""
-        return f"{self.lost}/{round(started_at * 1000)}.json"
+    def lost_bill(self, started_at: float, ended_at: float) -> str:
+        """Of a machine that was paid for in that time, epoch seconds, and never claimed an attempt."""
+        return f"{self.lost}/{round(started_at * 1000)}-{round(ended_at * 1000)}.json"
 
     def events(self, attempt: int, rank: int, part: int) -> str:
         return f"{self.attempts}/{attempt:04d}/events-{rank}-{part}.jsonl"

@@ -46,11 +46,15 @@ def _is_exact(row: PaidInterval, bill: PaidInterval) -> bool:
 
 def _is_dated_anew(row: PaidInterval, bill: PaidInterval) -> bool:
     """Whether an engine dates one end of a billed machine otherwise than when the bill was written; the bill stands."""
-    if row.ended_at is None or bill.ended_at is None:
+    if row.ended_at is None or bill.ended_at is None or _place(row) != _place(bill):
         return False
     if min(row.ended_at, bill.ended_at) <= max(row.started_at, bill.started_at):
         return False
     return _is_at(row.started_at, bill.started_at) or _is_at(row.ended_at, bill.ended_at)
+
+
+def _place(row: PaidInterval) -> tuple[str, str, str, str, bool]:
+    return row.infra, row.region, row.zone, row.instance_type, row.use_spot
 
 
 def _is_at(time: float | None, other: float | None) -> bool:

@@ -6,6 +6,7 @@ what is left as its wall; it promises nothing, so that several of them at once c
 and the next launch is refused.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,8 @@ from spotune.launch.infra import ACTIVE
 from spotune.launch.plan import BUDGET_FLAG, Plan
 from spotune.launch.settings import MonthlyBudget
 from spotune.launch.workspace import Workspace
+
+_LEAST_USD = 1e-9  # less is what sums of cents leave over
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,9 @@ class Month:
             raise InputError(where, f"{left}", key=key, remedy="wait for the next month, or raise it")
         if wanted_usd is None:
             return self.cost_usd + left.usd
-        if wanted_usd - self.cost_usd > left.usd:
-            most = usd(self.cost_usd + left.usd).removeprefix("$")
+        if wanted_usd > self.cost_usd + left.usd + _LEAST_USD:
             what = f"{usd(wanted_usd)} is more than is left: {left}"
+            most = _typed(self.cost_usd + left.usd, places=2 if left.usd >= 0.01 else 6)
             raise InputError(BUDGET_FLAG, what, remedy=f"{BUDGET_FLAG} {most} at most, or raise {key}")
         return None
 
@@ -161,6 +164,11 @@ def _left(
     kind, _, name = budget.owner.partition(" ")
     promises = [amount for run, amount in promised if run[kind] == name]
     return Left(budget, month, sum(amount for run, amount in spent if run[kind] == name), sum(promises), len(promises))
+
+
+def _typed(amount_usd: float, places: int) -> str:
+    """No more than the amount, as a flag takes it: ``1999.00``."""
+    return f"{math.floor((amount_usd + _LEAST_USD) * 10**places) / 10**places:.{places}f}"
 
 
 def _runs(number: int) -> str:

@@ -1,7 +1,6 @@
 """Dev clusters for whoever pays for them: which runs were on each, what they had of it, and what was idle."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from spotune.contracts.clusters import ClusterRecord, read_clusters
@@ -9,7 +8,7 @@ from spotune.contracts.money import cost_usd
 from spotune.contracts.store import Store
 from spotune.cost.groups import Run
 from spotune.cost.index import Index
-from spotune.cost.sharing import Split, Use, split_all
+from spotune.cost.sharing import Split, Use, price_of_part, split_all
 from spotune.launch.infra import ACTIVE
 
 _USED = ("attempt", "started_at", "ended_at", "end_reason", "nodes", "cluster", "gpu_share")
@@ -20,28 +19,25 @@ COLUMNS = (
 
 
 def splits_of(store: Store, index: Index, since: float, warn: Callable[[str], None]) -> list[Split]:
-    """Of every cluster that was paid for since then what came after, the newest first.
+    """Of every cluster what was paid for since then, the newest first.
 
     ``warn`` is told of a record that cannot be read.
     """
-    records = read_clusters(store, warn=lambda line: warn(f"a dev cluster is left out: {line}"))
-    clusters = [after for record in records if (after := _after(record, since)).intervals()]
+    clusters = read_clusters(store, warn=lambda line: warn(f"a dev cluster is left out: {line}"))
     if not clusters:
         return []
     runs = [(key, totals) for key, totals in index.runs(0.0) if key[0] == store.url]
-    found = split_all(clusters, list(_uses(runs, index.attempts(0.0, _USED))))
+    found = split_all(clusters, list(_uses(runs, index.attempts(0.0, _USED))), since)
     return list(reversed(found))
 
 
-def _after(record: ClusterRecord, since: float) -> ClusterRecord:
-    spans = [[max(start or 0.0, since), end] for start, end in record.spans if end is None or end > since]
-    return replace(record, spans=spans)
-
-
 def cluster_rows(splits: Iterable[Split], runs: Iterable[Run]) -> list[dict[str, Any]]:
-    """A row a cluster; its ``runs`` each with what it had, the dearest first. Seconds are of the whole cluster."""
+    """A row a cluster that was paid for; its ``runs`` each with what it had, the dearest first.
+
+    Seconds are of the whole cluster.
+    """
     totals = dict(runs)
-    return [_row(split, totals) for split in splits]
+    return [_row(split, totals) for split in splits if split.paid_s]
 
 
 def flat_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -56,8 +52,20 @@ def charged(attempts: Iterable[Run], splits: Iterable[Split]) -> Iterator[Run]:
     for key, attempt in attempts:
         cost_usd, cluster = shares.get((key, attempt["attempt"]), (None, None))
         ended_at = attempt["started_at"] + attempt["paid_s"]
-        is_known = cluster is not None and not (cluster.is_up and ended_at > cluster.updated_at)
-        yield key, {**attempt, "cost_usd": cost_usd} if is_known and cost_usd is not None else attempt
+        if cluster is None or cost_usd is None or (cluster.is_up and ended_at > cluster.updated_at):
+            yield key, attempt
+        else:
+            yield key, {**_priced(attempt, cluster), "cost_usd": cost_usd}
+
+
+def _priced(attempt: Mapping[str, Any], cluster: ClusterRecord) -> Mapping[str, Any]:
+    """With a price, where one is asked for, also if the cluster was booked only after the run was read."""
+    if attempt.get("price_usd_per_hour", 0.0) is not None or not (
+        price := price_of_part(cluster, attempt["gpu_share"])
+    ):
+        return attempt
+    names = ("price_usd_per_hour", "accelerators", "instance_type", "use_spot")
+    return {**attempt, **{name: getattr(price, name) for name in names}, "price_source": price.source}
 
 
 def idle_of(splits: Iterable[Split]) -> Iterator[dict[str, Any]]:
@@ -110,7 +118,7 @@ def _uses(runs: Sequence[Run], attempts: Sequence[Run]) -> Iterator[Use]:
 def _row(split: Split, totals: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:
     cluster, price = split.cluster, split.cluster.price_row
     runs: dict[str, dict[str, Any]] = {}
-    for share in split.shares:
+    for share in (share for share in split.shares if share.paid_s):
         run = totals[share.key[0]]
         had = {"run_id": run["run_id"], "user": run["user"], "team": run["team"], "paid_s": 0.0, "cost_usd": None}
         row = runs.setdefault(run["run_id"], had)

@@ -49,7 +49,7 @@ class Subject:
 def focus_rows(
     totals: Mapping[str, Any], attempts: Iterable[Mapping[str, Any]], bucket: str
 ) -> Iterator[dict[str, Any]]:
-    """The charges of a run; an attempt without a price, whose cost nobody knows, is none.
+    """The charges of a run; an attempt without a price, whose cost nobody knows, is none, nor one that took no time.
 
     Args:
         bucket: stands for the billing account: whose runs lie together are paid for together.
@@ -73,14 +73,15 @@ def _charges(subject: Subject, paid: Mapping[str, Any], bucket: str) -> Iterator
         return
     ended_at = paid["started_at"] + paid["paid_s"]
     for month, began, until in cut("month", paid["started_at"], ended_at):
-        yield _charge(subject, paid, bucket, month, began, until)
+        if until > began:  # a charge period is never empty
+            yield _charge(subject, paid, bucket, month, began, until)
 
 
 def _charge(
     subject: Subject, paid: Mapping[str, Any], bucket: str, month: float, began: float, until: float
 ) -> dict[str, Any]:
     price, market = paid["price_usd_per_hour"], "spot" if paid["use_spot"] else "on-demand"
-    usd = paid["cost_usd"] * (until - began) / paid["paid_s"] if paid["paid_s"] else 0.0
+    usd = paid["cost_usd"] * (until - began) / paid["paid_s"]
     # Hours from dollars: runs that share a cluster have less of its hours than they were on it.
     cost, quantity = _decimal(usd), _decimal(usd / price)
     cloud = str(paid["infra"]).partition("/")[0]

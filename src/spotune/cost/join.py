@@ -1,7 +1,7 @@
 """Which machine of the engine's history made which attempt in the bucket: as its bill says, else by time, in order."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from spotune.contracts.records import AttemptRecord
@@ -17,18 +17,19 @@ class Machine:
 
     ``interval`` None: the engine's row is not to be had. ``record`` None: it died before its guard claimed, or its
     claim cannot be read. ``attempt`` is that of its claim or its bill, else the number that those after it have left
-    free, None where they have left none.
+    free, None where they have left none. ``is_billed``: the interval is a bill's.
     """
 
     interval: PaidInterval | None
     record: AttemptRecord | None
     attempt: int | None = None
+    is_billed: bool = False
 
 
 def join(
     rows: Iterable[PaidInterval], attempts: Iterable[AttemptRecord], now: float, billed: Iterable[Billed] = ()
 ) -> list[Machine]:
-    """Every machine, in order of time.
+    """Every machine, in order of time; an attempt without a row, whose time is by another clock, in order of attempts.
 
     What is ``billed`` is its attempt's, whatever the clocks say. The other rows are paired with the attempts that are
     left so that order is kept, most are paired, and claims lie in or near their interval: a claim may lie up to
@@ -40,20 +41,34 @@ def join(
     machines: list[Machine] = []
     for number, row in billed:
         is_its = bool(number) and of_bills.setdefault(number, row) is row
-        machines.append(Machine(row, claims.pop(number, None), number) if is_its else Machine(row, None))
-    left = sorted(rows, key=lambda row: row.started_at)
+        claim = claims.pop(number, None) if is_its else None
+        machines.append(Machine(row, claim, number if is_its else None, is_billed=True))
+    left = sorted(rows, key=_times)
     open_claims = [claims[number] for number in sorted(claims)]
     between = [_between(claim.attempt, of_bills) for claim in open_claims]
     pairs = list(zip(open_claims, between, strict=True))
     found = dict(_assign([[_distance_s(row, claim, when, now) for claim, when in pairs] for row in left]))
     machines += [_made_by(row, open_claims[found[i]] if i in found else None) for i, row in enumerate(left)]
+    machines.sort(key=_order)
     paired = set(found.values())
-    machines += [_made_by(None, claim) for column, claim in enumerate(open_claims) if column not in paired]
-    return _numbered(sorted(machines, key=_order))
+    for column, claim in enumerate(open_claims):
+        if column not in paired:
+            machines.insert(_place_of(claim, machines), _made_by(None, claim))
+    return _numbered(machines)
 
 
 def _made_by(row: PaidInterval | None, claim: AttemptRecord | None) -> Machine:
     return Machine(row, claim, claim.attempt if claim else None)
+
+
+def _place_of(claim: AttemptRecord, machines: Sequence[Machine]) -> int:
+    """Between the attempts before and after it; among machines there that claimed none, by time."""
+    numbers = [machine.attempt or 0 for machine in machines]
+    at = max((index + 1 for index, number in enumerate(numbers) if 0 < number < claim.attempt), default=0)
+    end = next((index for index, number in enumerate(numbers) if number > claim.attempt), len(machines))
+    while at < end and _order(machines[at])[0] <= claim.claimed_at:
+        at += 1
+    return at
 
 
 def _numbered(machines: list[Machine]) -> list[Machine]:
@@ -110,8 +125,13 @@ def _assign(distances: list[list[float | None]]) -> list[tuple[int, int]]:
     return found
 
 
-def _order(machine: Machine) -> float:
+def _order(machine: Machine) -> tuple[float, float]:
     if machine.interval:
-        return machine.interval.started_at
+        return _times(machine.interval)
     assert machine.record
-    return machine.record.claimed_at
+    return machine.record.claimed_at, math.inf
+
+
+def _times(row: PaidInterval) -> tuple[float, float]:
+    """A placement that failed and the machine after it may begin in the same second."""
+    return row.started_at, math.inf if row.ended_at is None else row.ended_at

@@ -5,7 +5,7 @@ from contextlib import suppress
 
 from spotune.contracts.errors import InputError, StoreError
 from spotune.contracts.keys import Keys
-from spotune.contracts.records import Bill
+from spotune.contracts.records import AttemptRecord, Bill
 from spotune.contracts.store import Store
 from spotune.cost.account import Account, account_of
 from spotune.cost.bills import with_bills
@@ -36,16 +36,15 @@ def bills_due(evidence: Evidence, accounts: Iterable[Account], is_over: bool = F
     """The bills that can be written by now: closed intervals of machines that have none yet.
 
     A machine that never claimed an attempt has the number that was left free for it, if any, once a later machine has
-    claimed: until then it may still be. Without a number it is billed by its start, the last one once the run
+    claimed: until then it may still be. Without a number it is billed by its times, the last one once the run
     ``is_over``.
     """
     billed = {bill.attempt for bill in evidence.bills} - {0}
-    lost = {bill.started_at for bill in evidence.bills if not bill.attempt}
     latest = max((record.attempt for record in evidence.attempts), default=0)
     bills = []
     for account in accounts:
         row, number = account.machine.interval, account.machine.attempt
-        if row is None or row.ended_at is None or row.started_at in lost:
+        if row is None or row.ended_at is None or account.machine.is_billed:
             continue
         has_number = number is not None and number <= latest
         if (number not in billed) if has_number else number is None or is_over:
@@ -78,18 +77,23 @@ def leave_bills(store: Store, evidence: Evidence, accounts: Sequence[Account], i
     """Writes the bills that are due; whoever may only read the bucket gets the report all the same.
 
     Of a certified run whose every attempt is billed an index looks at nothing any more: that a machine is billed which
-    claimed none is said beside, and first, since a bill is written once.
+    claimed none, or came after the certificate, is said beside, and first, since a bill is written once.
     """
     due = bills_due(evidence, accounts, is_over)
-    claimed = {record.attempt for record in evidence.attempts}
     with suppress(InputError, StoreError):
-        if evidence.certificate and any(bill.attempt not in claimed for bill in due):
+        if (certificate := evidence.certificate) and _is_late(due, evidence.attempts, certificate.attempt):
             store.create(Keys(evidence.run.run_id).late, b"")
         write_bills(store, due)
+
+
+def _is_late(due: Iterable[Bill], claims: Iterable[AttemptRecord], certified: int) -> bool:
+    known = {record.attempt for record in claims if record.attempt <= certified}
+    return any(bill.attempt not in known for bill in due)
 
 
 def write_bills(store: Store, bills: Iterable[Bill]) -> None:
     """Writes the bills that are not there yet. Raises InputError or StoreError."""
     for bill in bills:
         keys = Keys(bill.run_id)
-        store.create(keys.bill(bill.attempt) if bill.attempt else keys.lost_bill(bill.started_at), bill.to_bytes())
+        lost = keys.lost_bill(bill.started_at, bill.ended_at)
+        store.create(keys.bill(bill.attempt) if bill.attempt else lost, bill.to_bytes())

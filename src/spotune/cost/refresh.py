@@ -1,15 +1,15 @@
 """Which runs have to be read again, and reading them: what cannot have changed is taken from the index.
 
-A run stays as it is indexed once it does not run any more, every machine of its is off, and nothing of its records in
-the bucket has come or gone since; of a certified one whose machines the engine has accounted for, not even that is
-looked at.
+A run stays as it is indexed once it does not run any more, every machine of its is off, a dev cluster that it was on
+has a price, and nothing of its records in the bucket has come or gone since; of a certified one whose machines the
+engine has accounted for, not even that is looked at.
 """
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from os import cpu_count
 from typing import Any, TypeVar
@@ -97,13 +97,14 @@ def _stale(workspace: Workspace, index: Index, wanted: Iterable[Key], known: Kno
     stamps = index.stamps()
     late = set(workspace.store().keys(LATE))
 
+    def is_active(key: Key) -> bool:
+        return key in known.jobs and known.jobs[key].state in ACTIVE
+
     def is_stale(key: Key) -> bool:
-        if key not in stamps or (key in known.jobs and known.jobs[key].state in ACTIVE):
-            return True
-        return stamps[key] != stamp_of(workspace.store(key[0]), key[1])
+        return key not in stamps or is_active(key) or stamps[key] != stamp_of(workspace.store(key[0]), key[1])
 
     # The others cannot change any more, but for a bill that comes late.
-    open_ones = [key for key in wanted if stamps.get(key) != "" or Keys(key[1]).late in late]
+    open_ones = [key for key in wanted if stamps.get(key) != "" or is_active(key) or Keys(key[1]).late in late]
     answers = each(workspace.env.bucket, is_stale, open_ones)
     return sorted(key for key, stale in zip(open_ones, answers, strict=True) if stale)
 
@@ -162,7 +163,10 @@ def _read_known(workspace: Workspace, key: Key, job: JobStatus, now: float) -> F
         store = workspace.store(key[0])
         stamp = stamp_of(store, key[1])
         history = workspace.infra(job.infra).history(key[1])
-        return entry_of(store, certify_if_reachable(job, store), history, stamp, True, now)
+        status = certify_if_reachable(job, store)
+        entry = entry_of(store, status, history, stamp, True, now)
+        # A machine that is lost right after the certificate is followed by another.
+        return replace(entry, settled=False) if job.state in ACTIVE else entry
     except InputError:  # the engine remembers a run whose bucket is gone
         return None
     except StoreError as error:
@@ -182,7 +186,8 @@ def entry_of(
     is_reconciled = not report["unreconciled_s"]
     is_claimed = all(attempt["claimed"] for attempt in report["attempts"])
     is_final = is_off and is_reconciled and is_claimed and status.state == "SUCCEEDED"
-    settled = is_off and (is_whole or is_reconciled) and not unread
+    is_booked = all(attempt["cost_usd"] is not None for attempt in report["attempts"] if attempt["cluster"])
+    settled = is_off and (is_whole or is_reconciled) and is_booked and not unread
     totals, attempts = run_row(report), indexed_attempts(report)
     return Entry(store.url, status.run_id, "" if is_final else stamp, settled, totals, attempts, unread)
 

@@ -68,7 +68,7 @@ def build_report(
         "kind": run.kind,
         "config": run.config_path,
         "submitted_at": run.created_at,
-        "started_at": accounts[0].span.started_at if accounts else None,
+        "started_at": min((account.span.started_at for account in accounts), default=None),
         "ended_at": max(account.span.ended_at for account in accounts) if accounts and is_over else None,
         "attempts": [
             _attempt_row(account) | (_curves(account, run.created_at, accounts) if is_drawn else {})

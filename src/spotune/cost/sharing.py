@@ -105,13 +105,18 @@ def split(cluster: ClusterRecord, uses: Sequence[Use]) -> Split:
     )
 
 
-def split_all(clusters: Sequence[ClusterRecord], uses: Sequence[Use]) -> list[Split]:
-    """Every cluster's split."""
+def split_all(clusters: Sequence[ClusterRecord], uses: Sequence[Use], since: float = 0.0) -> list[Split]:
+    """Every cluster's split, of what was paid since then. A use has a share of nothing where it had all before."""
     of_cluster: dict[str, list[Use]] = {cluster.key: [] for cluster in clusters}
     for use in uses:
         if (home := home_of(clusters, use.cluster, use.started_at)) and _is_within(use, home):
             of_cluster[home.key].append(use)
-    return [split(cluster, of_cluster[cluster.key]) for cluster in clusters]
+    return [split(_after(cluster, since), of_cluster[cluster.key]) for cluster in clusters]
+
+
+def _after(cluster: ClusterRecord, since: float) -> ClusterRecord:
+    spans = [[max(start or 0.0, since), end] for start, end in cluster.spans if end is None or end > since]
+    return replace(cluster, spans=spans)
 
 
 def part_of(cluster: ClusterRecord, gpu_share: float, nodes: int) -> float:

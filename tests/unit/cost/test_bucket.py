@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spotune.contracts.errors import InputError, StoreError
 from spotune.contracts.keys import Keys
 from spotune.contracts.store import Store
 from spotune.cost.refresh import report_of
@@ -61,6 +62,42 @@ def report(store: Store, rows: list[PaidInterval]) -> dict[str, Any]:
     status = JobStatus(RUN_ID, "FAILED", 0, "ana", "local", T)
     found = report_of(store, status, rows, T + 1e5)
     return {name: value for name, value in found.items() if name != "reported_at"}
+
+
+def test_a_failed_placement_in_the_same_second_keeps_no_machine_from_being_billed(local_store: Store) -> None:
+    """SkyPilot counts whole seconds."""
+    local_store.create(KEYS.run, run().to_bytes())
+    local_store.create(KEYS.attempt(1), claim(1, 160).to_bytes())
+    failed = row(100, 100, end_reason="lost")
+    under_way = JobStatus(RUN_ID, "RUNNING", 0, "ana", "local", T)
+    report_of(local_store, under_way, [failed, row(100, None)], T + 300)
+    assert len(local_store.keys(KEYS.lost)) == 1
+    ended = row(100, 5000, end_reason="exited", exit_code=1)
+    first = report(local_store, [failed, ended])
+    assert [(one["attempt"], one["paid_s"]) for one in first["attempts"]] == [(None, 0), (1, 4900)]
+    assert report(local_store, [failed, ended]) == first
+    assert report(local_store, []) == first
+
+
+@pytest.mark.parametrize("error", [InputError("SPOTUNE_BUCKET", "access denied"), StoreError("the bucket is away")])
+def test_whoever_may_only_read_the_bucket_gets_the_report(
+    local_store: Store, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuse(store: Store, key: str, data: bytes) -> bool:
+        raise error
+
+    local_store.create(KEYS.run, run().to_bytes())
+    local_store.create(KEYS.attempt(1), claim(1, 160).to_bytes())
+    monkeypatch.setattr(Store, "create", refuse)
+    assert report(local_store, [row(150, 400)])["paid_s"] == 250
+
+
+def test_machines_that_never_claimed_and_began_at_once_have_a_bill_each(local_store: Store) -> None:
+    local_store.create(KEYS.run, run().to_bytes())
+    local_store.create(KEYS.attempt(1), claim(1, 160).to_bytes())
+    rows = [row(100, 130, end_reason="lost"), row(100, 140, end_reason="lost"), row(150, 400)]
+    assert report(local_store, rows)["paid_s"] == 320
+    assert report(local_store, [])["paid_s"] == 320
 
 
 @settings(max_examples=60, deadline=None, database=None)

@@ -10,6 +10,7 @@ import pytest
 from spotune.contracts.clusters import ClusterRecord
 from spotune.contracts.errors import InputError
 from spotune.contracts.keys import Keys
+from spotune.contracts.money import parse_usd
 from spotune.contracts.records import Progress
 from spotune.contracts.store import Store
 from spotune.cost.budgets import Left, Month, read_month, within_month
@@ -145,6 +146,28 @@ def test_what_cannot_be_paid_is_refused_with_the_figures() -> None:
         within_month(plan(), Month((left(10, 11),)))
     with pytest.raises(InputError, match=r"\(--budget 6.00 at most, or raise budgets.user ana\)"):
         within_month(plan(7), Month((left(10, 4),)))
+
+
+@pytest.mark.parametrize(
+    ("limit", "spent", "own", "most"),
+    [
+        (10, 3.994, 0, "6.00"),
+        (2000, 1, 0, "1999.00"),
+        (10, 9.7, 0.6, "0.90"),
+        (1, 0.9958, 0, "0.004200"),
+        (1, 0.998, 5.004, "5.006000"),
+    ],
+)
+def test_what_is_offered_instead_is_taken(limit: float, spent: float, own: float, most: str) -> None:
+    month = Month((left(limit, spent),), {"state": "PAUSED", "cost_usd": own})
+    with pytest.raises(InputError, match=rf"\(--budget {most} at most"):
+        month.wall_usd(9999)
+    assert month.wall_usd(parse_usd(most, "--budget")) is None
+
+
+def test_exactly_what_is_left_is_not_too_much() -> None:
+    assert Month((left(0.31, 0),), {"state": "PAUSED", "cost_usd": 0.58}).wall_usd(0.58 + 0.31) is None
+    assert Month((left(0.3, 0.1),), {"state": "PAUSED", "cost_usd": 0.1}).wall_usd(0.3) is None
 
 
 def test_the_warning_comes_at_80_percent() -> None:

@@ -87,6 +87,8 @@ def test_a_row_that_is_dated_anew_or_comes_twice_is_counted_once() -> None:
     assert ([(number, one.started_at) for number, one in billed], left) == ([(1, T + 10), (2, T + 40), (3, T + 65)], [])
     doubled = [*evidence.intervals, *evidence.intervals, row(66, 68)]
     assert with_bills(doubled, []) == ([], [*evidence.intervals, row(66, 68)])
+    overlapping = row(5, 30, infra="aws", end_reason="lost")  # until the same second, somewhere else
+    assert with_bills([*evidence.intervals, overlapping], bills)[1] == [overlapping]
     twice = [replace(bills[0], attempt=0), *bills]  # in lost/ too, by a machine that did not see the claim
     assert with_bills([], twice) == (billed, [])
     assert build_report(replace(evidence, intervals=moved, bills=bills), "SUCCEEDED", T + 1000)["paid_s"] == 70

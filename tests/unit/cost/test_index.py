@@ -1,6 +1,7 @@
 """The index of all runs: it follows the bucket, reads what may have changed, and may be lost."""
 
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from spotune.cost.evidence import Evidence
 from spotune.cost.index import Index, index_file
 from spotune.cost.ledger import bills_due, build_accounts, leave_bills, write_bills
 from spotune.cost.read import read_evidence
+from spotune.launch.infra import JobStatus, PaidInterval
 from spotune.launch.workspace import Workspace
 from tests.unit.cost.cases import T, claim, event, phase, row, step, three_attempts
 
@@ -237,6 +239,55 @@ def test_a_run_that_cannot_be_read_any_more_is_shown_as_it_was(workspace: Worksp
     store.write(keys.run, record)
     assert listed(workspace, warn=said.append)["stands"]["attempts"] == 2
     assert len(said) == 1
+
+
+class Engine:
+    """One that knows a run."""
+
+    name = "local"
+
+    def __init__(self, job: JobStatus, rows: list[PaidInterval]) -> None:
+        self.job, self.rows = job, rows
+
+    def jobs(self, run_ids: Sequence[str] | None = None, everyone: bool = False) -> list[JobStatus]:
+        return [self.job]
+
+    def history(self, run_id: str) -> list[PaidInterval]:
+        return [replace(one, run_id=run_id) for one in self.rows]
+
+
+@pytest.mark.parametrize("is_known_before", [True, False])
+def test_a_certified_run_is_looked_at_while_its_engine_goes_on(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, reads: list[str], is_known_before: bool
+) -> None:
+    """The machine was taken after the certificate and before its exit: the engine brings up another."""
+    store = workspace.store()
+    write(store, "done", three_attempts())
+    if is_known_before:
+        assert listed(workspace)["done"]["paid_s"] == 70
+    job = JobStatus("done", "RECOVERING", 0, "ana", "local", T, attempt=3, bucket=store.url)
+    engine = Engine(job, list(three_attempts().intervals))
+    monkeypatch.setattr(Workspace, "engines", lambda self: [engine])
+    monkeypatch.setattr(Workspace, "infra", lambda self, infra: engine)
+    assert listed(workspace)["done"]["paid_s"] == 70
+    engine.rows.append(row(200, 800, end_reason="exited", exit_code=0))  # between two looks
+    engine.job = replace(job, state="SUCCEEDED")
+    assert listed(workspace)["done"]["paid_s"] == 670
+    seen = len(reads)
+    listed(workspace)
+    assert listed(workspace)["done"]["paid_s"] == 670
+    assert len(reads) <= seen + 1
+
+
+def test_a_bill_of_an_attempt_after_the_certificate_is_taken_in(workspace: Workspace) -> None:
+    """It does what the certified run still owes: merge, push."""
+    store, keys = workspace.store(), Keys("done")
+    write(store, "done", three_attempts())
+    assert listed(workspace)["done"]["paid_s"] == 70
+    store.create(keys.attempt(4), replace(claim(4, 105), run_id="done").to_bytes())
+    evidence = replace(read_evidence(store, "done"), intervals=[replace(row(100, 130), run_id="done")])
+    leave_bills(store, evidence, build_accounts(evidence, T + 1000), is_over=True)
+    assert listed(workspace)["done"]["paid_s"] == 100
 
 
 def test_a_bill_of_a_machine_without_a_claim_is_taken_in_however_late_it_comes(

@@ -73,7 +73,19 @@ def test_a_row_that_is_not_billed_keeps_its_place_between_those_that_are() -> No
     assert [one.attempt for one in machines] == [1, 2, 3, 4]
     assert [one.interval for one in machines] == rows
     alone = join([rows[3]], ahead[:2], T + 9999, [(2, rows[2])])  # what came after the second is not the first
-    assert [(one.interval, one.attempt) for one in alone] == [(rows[2], 2), (None, 1), (rows[3], 3)]
+    assert [(one.interval, one.attempt) for one in alone] == [(None, 1), (rows[2], 2), (rows[3], 3)]
+
+
+def test_attempts_without_a_row_keep_their_order_though_clocks_differ() -> None:
+    ahead, behind = claim(1, 299), claim(2, 159)
+    assert [one.attempt for one in join([], [ahead, behind], T + 9999)] == [1, 2]
+    late = row(3000, 3090)
+    assert [one.attempt for one in join([late], [ahead, behind], T + 9999)] == [1, 2, 3]
+    first, third = row(100, 200), row(300, 400)
+    machines = join([third], [claim(1, 110), claim(2, 90), claim(3, 310)], T + 9999, [(1, first)])
+    assert [one.attempt for one in machines] == [1, 2, 3]
+    rows = [row(2000, 2010), row(6000, 6010)]  # neither claimed
+    assert [one.attempt for one in join(rows, [claim(4, 4000)], T + 9999)] == [1, 4, 5]
 
 
 def test_a_number_is_given_once() -> None:

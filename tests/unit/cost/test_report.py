@@ -102,6 +102,18 @@ def test_an_attempt_without_a_row_goes_by_its_own_clock() -> None:
     assert (first["reconciled"], first["use_spot"], first["end_reason"]) == (False, None, "preempted")
 
 
+def test_attempts_without_rows_are_told_in_their_order_though_clocks_differ() -> None:
+    events = {
+        1: [phase(300, "train"), *(step(300 + 5 * number, number) for number in range(1, 5))],
+        2: [phase(160, "train"), *(step(160 + 5 * number, number) for number in range(1, 7))],
+    }
+    report = build_report(Evidence(run(), [], [claim(1, 299), claim(2, 159)], events), "FAILED", T + 999)
+    assert [one["attempt"] for one in report["attempts"]] == [1, 2]
+    assert (report["phases"]["useful_s"], report["phases"]["replayed_s"]) == (30, 20)
+    assert [one["attempt"] for one in report["preemptions"]] == [1]
+    assert report["started_at"] == T + 159
+
+
 def test_a_running_machine_is_paid_up_to_now() -> None:
     evidence = Evidence(
         run(), [row(10, None)], [claim(1, 12)], {1: [phase(13, "load"), phase(14, "train"), step(20, 1)]}
@@ -249,7 +261,7 @@ def test_tokens_are_those_of_the_certified_step() -> None:
     assert build_report(evidence, "SUCCEEDED", T + 1000)["run_id"] == RUN_ID
 
 
-def test_a_machine_that_never_claimed_is_billed_by_its_start() -> None:
+def test_a_machine_that_never_claimed_is_billed_by_its_times() -> None:
     """On SkyPilot claims have no gaps: no number is left for a machine between two of them, nor for the last one."""
     evidence = three_attempts()
     rows = [*evidence.intervals, row(31, 39, end_reason="lost"), row(100, 103, end_reason="cancelled")]
@@ -257,7 +269,7 @@ def test_a_machine_that_never_claimed_is_billed_by_its_start() -> None:
     accounts = build_accounts(evidence, T + 1000)
     assert {bill.attempt for bill in bills_due(evidence, accounts)} == {0, 1, 2, 3}
     bills = bills_due(evidence, accounts, is_over=True)
-    lost = {Keys(RUN_ID).lost_bill(bill.started_at): bill.paid_s for bill in bills if not bill.attempt}
+    lost = {Keys(RUN_ID).lost_bill(bill.started_at, bill.ended_at): bill.paid_s for bill in bills if not bill.attempt}
     assert sorted(lost.values()) == [3.0, 8.0]
     elsewhere = replace(evidence, intervals=[], bills=bills)
     assert build_report(elsewhere, "SUCCEEDED", T + 1000)["paid_s"] == 70 + 11

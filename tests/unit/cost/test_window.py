@@ -11,7 +11,9 @@ from spotune.contracts.keys import Keys
 from spotune.contracts.records import AttemptRecord
 from spotune.contracts.store import Store
 from spotune.cost.collect import all_runs
+from spotune.cost.focus import focus_rows
 from spotune.cost.groups import By, group
+from spotune.cost.index import Index
 from spotune.cost.window import charges_since, clip, paid_since
 from spotune.launch.workspace import Workspace
 from tests.unit.cost.cases import T, event, phase, price, run, three_attempts
@@ -91,6 +93,31 @@ def test_idle_time_is_cut_where_it_was(workspace: Workspace) -> None:
     assert late["ana"]["idle_usd"] == pytest.approx(1.0)
     assert late["ben"]["cost_usd"] == pytest.approx(5.0)
     assert paid(workspace, T + 7 * HOUR, "user")["ben"]["cost_usd"] == pytest.approx(3.0)
+
+
+def test_what_a_run_says_after_its_cluster_is_gone_is_not_charged_in_any_window(workspace: Workspace) -> None:
+    cluster(workspace.store(), hours=10, seen=20)
+    dev_run(workspace.store(), 5, 10.05)  # the clocks differ
+    costs = [paid(workspace, T + at * HOUR, "user")["ben"]["cost_usd"] for at in (0, 9, 9.99, 10.001)]
+    assert costs == pytest.approx([5.0, 1.0, 0.01, 0.0])
+
+
+def test_a_dev_run_that_was_read_before_its_cluster_was_booked_gets_its_price(workspace: Workspace) -> None:
+    def cost(index: Index) -> Any:
+        return [totals["cost_usd"] for _, totals in index.runs(0.0)]
+
+    def charges(index: Index) -> list[dict[str, Any]]:
+        cluster(workspace.store(), hours=10, seen=20)  # by another launcher, just now
+        ((_, totals),) = index.runs(0.0)
+        found = charges_since(workspace.store(), index, T, pytest.fail)
+        return list(focus_rows(totals, [attempt for _, attempt in found.attempts], "file:///b"))
+
+    dev_run(workspace.store(), 1, 2)
+    assert all_runs(workspace, cost, clock=lambda: T + 30 * HOUR) == [None]
+    (charge,) = all_runs(workspace, charges, clock=lambda: T + 30 * HOUR)
+    assert (charge["BilledCost"], charge["ListUnitPrice"], charge["PricingQuantity"]) == ("1", "1", "1")
+    assert charge["x_PriceSource"] == "local price table"
+    assert all_runs(workspace, cost, clock=lambda: T + 30 * HOUR) == [1.0]
 
 
 def test_a_run_that_outlasts_what_is_known_of_its_cluster_keeps_its_own_cost(workspace: Workspace) -> None:

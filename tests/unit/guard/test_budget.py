@@ -34,7 +34,7 @@ def test_every_machine_before_this_one_counts_once(tmp_path: Path, monkeypatch: 
     store.create(KEYS.attempt(2), claim(2, 2100).to_bytes())  # no bill: to its last event, and the lead
     store.create(KEYS.events(2, 0, 0), json.dumps(event(3000, "end")).encode())
     for lost in (bill(0, 4000, 5000), bill(0, 6000, 6500, priced=False)):  # machines that never claimed an attempt
-        store.create(KEYS.lost_bill(lost.started_at), lost.to_bytes())
+        store.create(KEYS.lost_bill(lost.started_at, lost.ended_at), lost.to_bytes())
     monkeypatch.setattr(budget, "paid_since", lambda *_: T + 7250)
     context = Context(
         store=store, keys=KEYS, run=run(budget_usd=1.0, prices=[vars(ROW)]), record=record, machine=Machine.read({}),
