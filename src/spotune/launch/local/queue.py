@@ -103,7 +103,7 @@ class Queue:
                 )  # fmt: skip
                 prepare()
         except sqlite3.IntegrityError as error:
-            what = f"{submission.run_id} is in this machine's queue already, with another bucket"
+            what = f"{submission.run_id} is in this machine's queue already"
             raise InputError("--name", what, remedy="another --name") from error
 
     def requeue(self, run_id: str) -> None:
