@@ -34,7 +34,7 @@ class Project:
             "data": [{"source": "data.jsonl"}],
             "max_steps": STEPS,
             "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 8,
+            "gradient_accumulation_steps": 24,  # long beside what loading takes now more, now less
             "packing": True,
             "max_length": 64,
             "bf16": False,
