@@ -8,7 +8,7 @@ from typing import Any
 
 from spotune.contracts import environment, exits
 from spotune.contracts.config import read_yaml
-from spotune.contracts.errors import InputError
+from spotune.contracts.errors import InputError, shown
 from spotune.launch.alternatives import each_of, may_be_spot, override
 
 TRAIN = "tasks/train.yaml"
@@ -85,7 +85,9 @@ def _secrets_as_mapping(task: dict[str, Any], path: Path) -> dict[str, Any]:
         return task
     for name in given:
         if not (isinstance(name, str) and name.startswith("secrets:")):
-            raise InputError(path, f"{name!r} names no secret", key="secrets", remedy="- secrets:NAME, or NAME: null")
+            raise InputError(
+                path, f"{shown(name)} names no secret", key="secrets", remedy="- secrets:NAME, or NAME: null"
+            )
     return {**task, "secrets": dict.fromkeys(given)}
 
 
@@ -111,7 +113,7 @@ def env_pairs(pairs: Iterable[str]) -> dict[str, str]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name.isidentifier():
-            raise InputError("--env", f"{pair!r} is not NAME=value", remedy="--env NCCL_DEBUG=INFO")
+            raise InputError("--env", f"{shown(pair)} is not NAME=value", remedy="--env NCCL_DEBUG=INFO")
         if name in _RESERVED:
             remedy = f"export {environment.BUCKET}=… for the bucket"
             raise InputError("--env", f"{name} is for spotune to set", remedy=remedy)
@@ -147,7 +149,7 @@ def parse_gpus(text: str, where: object) -> tuple[str, int]:
     """``L4:1`` or ``L4`` -> (name, count). Raises InputError."""
     found = re.fullmatch(r"([A-Za-z][A-Za-z0-9-]*)(?::(\d+))?", text.strip())
     if not found or found[2] == "0":
-        raise InputError(where, f"{text!r} is no accelerator", remedy="L4:1")
+        raise InputError(where, f"{shown(text)} is no accelerator", remedy="L4:1")
     return found[1], int(found[2] or 1)
 
 
