@@ -9,10 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.aliases import refuse_cycles
 from spotune.contracts.configkeys import check_keys, one_of, schema
 from spotune.contracts.configwhole import check_whole
 from spotune.contracts.errors import InputError, shown
+from spotune.contracts.yamlonly import refuse_cycles
 
 OVERRIDE = "--set"
 

@@ -55,6 +55,9 @@ COMMAND_LINES = {
     "--save-every without end": ([*TRAIN, "--save-every", "9" * 5000], "--save-every: '999"),
     "a budget without end": ([*TRAIN, "--budget", "1e308"], "--budget: '1e308' is no amount"),
     "a seed without end": ([*TRAIN, "--set", f"seed={'9' * 400}"], "seed: 999"),
+    "--cpus of no number": ([*TRAIN, "--cpus", "abc"], "--cpus: 'abc' is not an amount (4, or 4+)"),
+    "--cpus below zero": ([*TRAIN, "--cpus=-4"], "--cpus: '-4' is not an amount"),
+    "--memory of no number": ([*TRAIN, "--memory", "nan"], "--memory: 'nan' is not an amount"),
     "no such preemptions": ([*TRAIN, "--preemptions", "none.jsonl"], "none.jsonl: no such file"),
     "unknown run to promote": (["train", "--from", "nobody", "-y"], "nobody: no such run"),
     "unknown run to cancel": (["cancel", "nobody", "-y"], "nobody: no such run"),
@@ -169,6 +172,26 @@ FILES = {
         "run: x\nresources: {accelerators: '4'}\n",
         "resources.accelerators: '4'",
     ),
+    "task: empty": ("tasks/train.yaml", "", "train.yaml: must be a mapping of keys to values (run: "),
+    **{
+        f"task: {text}": ("tasks/train.yaml", f"run: x\n{text}\n", f"tasks/train.yaml: {says}")
+        for text, says in (
+            ("resources: {accelerators: {L4: x}}", "resources.accelerators.L4: 'x' is not a whole number"),
+            ("resources: {accelerators: {L4: [1]}}", "resources.accelerators.L4: [1] is not"),
+            ("resources: {accelerators: {L4: .inf}}", "resources.accelerators.L4: inf is not"),
+            ("resources: {any_of: 5}", "resources.any_of: must be a list"),
+            ("resources: {ordered: [x]}", "resources.ordered: must be a list"),
+            ("resources: {priority: .inf}", "resources.priority: inf is not"),
+            ("num_nodes: .inf", "num_nodes: inf is not"),
+            ("num_nodes: x", "num_nodes: 'x' is not a whole number"),
+            (
+                "resources: {job_recovery: {recover_on_exit_codes: [.inf]}}",
+                "resources.job_recovery.recover_on_exit_codes: inf",
+            ),
+            ("foo: 2026-01-01", "foo: '2026-01-01' is read as a date (quote it)"),
+            ("config: &c {a: [*c]}", "config.a[0]: holds itself"),
+        )
+    },
     "task: not a mapping": ("tasks/train.yaml", "run: x\nenvs: [a]\n", "tasks/train.yaml: envs: must be a mapping"),
 }
 
