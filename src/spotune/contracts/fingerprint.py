@@ -60,8 +60,11 @@ def _resolve_remote(source: str, where: object, key: str) -> list[str]:
     try:
         fs, path = _open_store(source)
         if not any(mark in path for mark in "*?["):
-            path = f"{path.rstrip('/')}/**" if fs.isdir(path) else path
-        found = fs.glob(path) if any(mark in path for mark in "*?[") else [path] * fs.exists(path)
+            # Not isdir and exists: each would wait for a store that cannot be reached.
+            path = f"{path.rstrip('/')}/**" if fs.info(path)["type"] == "directory" else path
+        found = fs.glob(path) if any(mark in path for mark in "*?[") else [path]
+    except FileNotFoundError:
+        return []
     except Exception as error:
         raise _unreachable(source, where, key, error) from error
     return sorted(f"{protocol}://{name}" for name in found)

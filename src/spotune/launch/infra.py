@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal, Protocol
 
-from spotune.contracts.errors import InputError
+from spotune.contracts.errors import InputError, shown
 
 State = Literal["PENDING", "STARTING", "RUNNING", "RECOVERING", "PAUSED", "SUCCEEDED", "FAILED", "CANCELLED"]
 ACTIVE: tuple[State, ...] = ("PENDING", "STARTING", "RUNNING", "RECOVERING")
@@ -152,7 +152,7 @@ def infra_of(name: str, where: object = "--infra") -> str:
     if name == LOCAL:
         return LOCAL
     if cloud_of(name, where) == ANY and name != ANY:
-        raise InputError(where, f"{name!r}: {ANY} leaves the place to SkyPilot", remedy="--infra any")
+        raise InputError(where, f"{shown(name)}: {ANY} leaves the place to SkyPilot", remedy="--infra any")
     return SKYPILOT
 
 
@@ -169,11 +169,11 @@ def cloud_of(name: str, where: object = "--infra") -> str:
         known = (LOCAL, ANY, *CLOUDS)
         near = difflib.get_close_matches(first, [*known, *_ALIASES], n=1)
         remedy = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
-        raise InputError(where, f"{name!r} is no infrastructure", remedy=remedy)
+        raise InputError(where, f"{shown(name)} is no infrastructure", remedy=remedy)
     if "" in places or (len(places) >= _DEPTH and cloud not in ("kubernetes", "ssh")):
         shape = {"slurm": "slurm/CLUSTER/PARTITION", "kubernetes": "kubernetes/CONTEXT"}
         remedy = shape.get(cloud, f"{cloud}/REGION/ZONE")
-        raise InputError(where, f"{name!r} is no place", remedy=remedy)
+        raise InputError(where, f"{shown(name)} is no place", remedy=remedy)
     return cloud
 
 

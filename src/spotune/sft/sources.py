@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.errors import InputError, SpotuneError
+from spotune.contracts.errors import InputError, SpotuneError, shown
 from spotune.contracts.fingerprint import resolve_source
 from spotune.sft.align import concatenate
 from spotune.sft.fetch import fetch
@@ -118,7 +118,7 @@ def _with_columns(source: Source, dataset: Any) -> tuple[Any, str]:
     for ours, theirs in source.names.items():
         if theirs not in dataset.column_names:
             remedy = f"it has {', '.join(dataset.column_names)}"
-            raise source.error(f"{source.url} has no column {theirs!r}", remedy, f"columns.{ours}")
+            raise source.error(f"{source.url} has no column {shown(theirs)}", remedy, f"columns.{ours}")
         if ours != theirs:
             dataset = dataset.remove_columns(ours) if ours in dataset.column_names else dataset
             dataset = dataset.rename_column(theirs, ours)

@@ -256,8 +256,8 @@ def test_an_attempt_that_is_no_number() -> None:
     assert RunEnvironment.read({"SPOTUNE_ATTEMPT": "²"}).attempt == 1
 
 
-@pytest.mark.parametrize("seen", [True, False])
-def test_a_store_that_cannot_be_reached(project: Project, seen: bool) -> None:
+@pytest.mark.parametrize("source", ["away://b/x.jsonl", "away://b/*.jsonl"])
+def test_a_store_that_cannot_be_reached(project: Project, source: str) -> None:
     class NoCredentialsError(Exception):
         """As of botocore: neither OSError nor ValueError."""
 
@@ -267,14 +267,11 @@ def test_a_store_that_cannot_be_reached(project: Project, seen: bool) -> None:
         def info(self, path: str, **_: object) -> dict[str, Any]:
             raise NoCredentialsError("Unable to locate credentials")
 
-        def isdir(self, path: str) -> bool:
-            return False
-
-        def exists(self, path: str, **_: object) -> bool:
-            return seen or bool(self.info(path))
+        def glob(self, path: str, **_: object) -> list[str]:  # type: ignore[override]
+            return [path.replace("*", "x")]  # and then it goes away
 
     fsspec.register_implementation("away", Away, clobber=True)
-    project.write("run.yaml", "model_name_or_path: ./model\ndata: [{source: away://b/x.jsonl}]\n")
+    project.write("run.yaml", f"model_name_or_path: ./model\ndata: [{{source: '{source}'}}]\n")
     says = "run.yaml: data[0].source: cannot reach away://b/x.jsonl: Unable to locate credentials (is the name right"
     assert_one_line(project, TRAIN, says)
 
