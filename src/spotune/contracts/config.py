@@ -12,7 +12,7 @@ from typing import Any
 from spotune.contracts.configkeys import check_keys, one_of, schema
 from spotune.contracts.configwhole import check_whole
 from spotune.contracts.errors import InputError, shown
-from spotune.contracts.yamlonly import refuse_cycles
+from spotune.contracts.yamlonly import refuse_endless
 
 OVERRIDE = "--set"
 
@@ -82,7 +82,7 @@ def read_yaml(path: str | Path, remedy: str = "model_name_or_path: …", may_be_
     for key in data:
         if not isinstance(key, str):
             raise InputError(path, "keys are text", key=shown(key))
-    refuse_cycles(data, path)
+    refuse_endless(data, path)
     return data
 
 
@@ -120,7 +120,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
             parsed[key.strip().replace("-", "_")] = yaml.safe_load(text) if text else ""
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise InputError(OVERRIDE, f"the value {shown(text)} is not YAML", key=key) from error
-    refuse_cycles(parsed, OVERRIDE)
+    refuse_endless(parsed, OVERRIDE)
     return parsed
 
 

@@ -42,7 +42,7 @@ class InputError(SpotuneError):
     exit_code = exits.BAD_INPUT
 
     def __init__(self, where: object, what: str, *, key: str = "", remedy: str = "") -> None:
-        parts = [shortened(part) for part in (str(where), key, " ".join(what.split()))]
+        parts = [shortened(str(where)), shortened(key, 200), shortened(" ".join(what.split()))]
         super().__init__(": ".join(part for part in parts if part) + (f" ({shortened(remedy)})" if remedy else ""))
 
 

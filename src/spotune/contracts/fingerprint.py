@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.errors import InputError
+from spotune.contracts.errors import InputError, SpotuneError, StoreError
 from spotune.contracts.records import fingerprint
+from spotune.contracts.store.faults import Fault, judge, words_of
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 # What of a config says which rows are trained on, besides the files themselves.
@@ -24,7 +25,7 @@ _CHECKSUMS = ("ETag", "etag", "md5Hash", "generation", "checksum")
 def resolve_source(source: str, where: object, key: str) -> list[str]:
     """The files that a source names, sorted: globs and folders resolved, on disk and in stores.
 
-    Raises InputError when it names none. ``hf://`` sources are returned as they are.
+    Raises InputError when it names none, StoreError where a store is away. ``hf://`` sources are returned as they are.
     """
     if source.startswith(("hf://", "http://", "https://")):
         return [source]
@@ -80,14 +81,18 @@ def _open_store(url: str) -> tuple[Any, str]:
     return found
 
 
-def _unreachable(url: str, where: object, key: str, error: Exception) -> InputError:
-    """Of whatever class: each store's client has exceptions of its own for no network and no credentials."""
+def _unreachable(url: str, where: object, key: str, error: Exception) -> SpotuneError:
+    """Of any class of a store's client: a StoreError for what may pass, since another machine may reach it."""
     remedy = "is the name right, are there credentials for it, and a way to it from here?"
-    return InputError(where, f"cannot reach {url}: {str(error) or type(error).__name__}", key=key, remedy=remedy)
+    fault = InputError(where, f"cannot reach {url}: {words_of(error)}", key=key, remedy=remedy)
+    return StoreError(str(fault)) if judge(error) in (Fault.PASSING, Fault.UNREADY) else fault
 
 
 def data_files(config: Mapping[str, Any], where: object) -> list[dict[str, Any]]:
-    """What the config trains on: one ``{source, url, size, sha256 | checksum}`` a file. Raises InputError."""
+    """What the config trains on: one ``{source, url, size, sha256 | checksum}`` a file.
+
+    Raises InputError, StoreError as ``resolve_source``.
+    """
     found: list[dict[str, Any]] = []
     for index, source in enumerate(config.get("data") or []):
         for url in resolve_source(source["source"], where, key := f"data[{index}].source"):

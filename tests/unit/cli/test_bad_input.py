@@ -134,6 +134,11 @@ FILES = {
         f"model_name_or_path: a/b\nseed: [{'1, ' * 9000}]\n",
         "seed: [1, 1, 1, 1, 1, 1, ...] is not a whole",
     ),
+    "a value of more digits than Python writes": (
+        "run.yaml",
+        f"model_name_or_path: a/b\nenv: {{A: 0x{'f' * 9000}}}\n",
+        "run.yaml: env.A: a number of thousands of digits is too large",
+    ),
     "a key of any length": ("run.yaml", f"{'k' * 900}: 1\n", "kkk: unknown key"),
     "data that holds itself": ("run.yaml", "model_name_or_path: a/b\nenv: &e {A: *e}\n", "env.A: holds itself"),
     "an environment of ours": (
@@ -254,6 +259,21 @@ def test_settings_that_cannot_be_read(project: Project, name: str) -> None:
 
 def test_an_attempt_that_is_no_number() -> None:
     assert RunEnvironment.read({"SPOTUNE_ATTEMPT": "²"}).attempt == 1
+
+
+def test_a_store_that_is_away(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Infrastructure, no bad input: a machine on which it is met makes room for another one."""
+
+    def info(self: object, path: str, **_: object) -> dict[str, Any]:
+        raise ConnectionRefusedError("nobody listens")
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.info", info)
+    project.write("run.yaml", "model_name_or_path: ./model\ndata: [{source: memory://b/x.jsonl}]\n")
+    result = project.run(*TRAIN)
+    assert (result.exit_code, result.stdout) == (3, "")
+    says = "run.yaml: data[0].source: cannot reach memory://b/x.jsonl: nobody listens ("
+    assert says in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("source", ["away://b/x.jsonl", "away://b/*.jsonl"])
