@@ -23,7 +23,7 @@ def check_model(config: Mapping[str, Any], where: object) -> str:
             raise InputError(where, f"{name} holds no model", key="model_name_or_path", remedy="it needs a config.json")
         return "local"
     if os.path.isfile(path):
-        raise InputError(where, f"{name} is a file", key="model_name_or_path", remedy="org/name")
+        raise InputError(where, f"{name} is a file", key="model_name_or_path", remedy="a hub id or a folder")
     if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
         raise InputError(where, f"no such folder {name}", key="model_name_or_path", remedy="a hub id or a local folder")
     if len(name) > _MOST_HUB or "\0" in name:
