@@ -11,7 +11,8 @@ from typing import Any
 
 from spotune.contracts.configkeys import check_keys, one_of, schema
 from spotune.contracts.configwhole import check_whole
-from spotune.contracts.errors import InputError
+from spotune.contracts.errors import InputError, shown
+from spotune.contracts.yamlonly import refuse_endless
 
 OVERRIDE = "--set"
 
@@ -36,12 +37,12 @@ def load_config(
         raise InputError(path, "must map names to settings", key="profiles", remedy="profiles: {dev: {max_steps: 30}}")
     for name, overlay in profiles.items():
         if not isinstance(name, str):
-            raise InputError(path, f"the name {name!r} is not text", key="profiles", remedy="write it in quotes")
+            raise InputError(path, f"the name {shown(name)} is not text", key="profiles", remedy="write it in quotes")
         if "profiles" in overlay:
             raise InputError(path, "profiles do not nest", key=f"profiles.{name}.profiles")
         check_keys(overlay, f"{path}: profiles.{name}")
     if profile and profile not in profiles:
-        raise InputError(path, f"no profile {profile!r}", key="profiles", remedy=one_of(profiles) or "it has none")
+        raise InputError(path, f"no profile {shown(profile)}", key="profiles", remedy=one_of(profiles) or "it has none")
     chosen = profile or (default_profile if default_profile in profiles else "")
     config = {**raw, **(profiles[chosen] if chosen else {}), **parse_overrides(overrides)}
     check_keys(config, path)
@@ -57,8 +58,8 @@ def overlay(config: Mapping[str, Any], overrides: Iterable[str], where: object) 
     return changed
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML mapping; raises InputError naming file and line."""
+def read_yaml(path: str | Path, remedy: str = "model_name_or_path: …", may_be_empty: bool = False) -> dict[str, Any]:
+    """A YAML mapping; raises InputError naming file and line. ``remedy``: the start of such a file."""
     import yaml
 
     try:
@@ -74,11 +75,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise InputError(path, f"not YAML: {error.problem}", key=line) from error
     except yaml.YAMLError as error:
         raise InputError(path, f"not YAML: {error}") from error
+    if data is None and may_be_empty:
+        return {}
     if not isinstance(data, dict):
-        raise InputError(path, "must be a mapping of keys to values", remedy="model_name_or_path: …")
+        raise InputError(path, "must be a mapping of keys to values", remedy=remedy)
     for key in data:
         if not isinstance(key, str):
-            raise InputError(path, "keys are text", key=repr(key))
+            raise InputError(path, "keys are text", key=shown(key))
+    refuse_endless(data, path)
     return data
 
 
@@ -95,7 +99,7 @@ def _unique_loader() -> type:
                 if key_node.tag != "tag:yaml.org,2002:merge" and isinstance(key, str):
                     if key in seen:
                         raise yaml.constructor.ConstructorError(
-                            None, None, f"key {key!r} given twice", key_node.start_mark
+                            None, None, f"key {shown(key)} given twice", key_node.start_mark
                         )
                     seen.add(key)
             return super().construct_mapping(node, deep)
@@ -111,11 +115,12 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise InputError(OVERRIDE, f"{override!r} is not key=value", remedy="--set max_steps=50")
+            raise InputError(OVERRIDE, f"{shown(override)} is not key=value", remedy="--set max_steps=50")
         try:
             parsed[key.strip().replace("-", "_")] = yaml.safe_load(text) if text else ""
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise InputError(OVERRIDE, f"the value {text!r} is not YAML", key=key) from error
+            raise InputError(OVERRIDE, f"the value {shown(text)} is not YAML", key=key) from error
+    refuse_endless(parsed, OVERRIDE)
     return parsed
 
 
@@ -126,7 +131,7 @@ def parse_flags(flags: list[str]) -> list[str]:
     while position < len(flags):
         flag = flags[position]
         if not flag.startswith("--"):
-            raise InputError("command line", f"unexpected {flag!r}", remedy="CONFIG [--key value]...")
+            raise InputError("command line", f"unexpected {shown(flag)}", remedy="CONFIG [--key value]...")
         name, equals, value = flag[2:].partition("=")
         position += 1
         if not equals:

@@ -8,7 +8,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from spotune.contracts.errors import InputError
+from spotune.contracts.errors import InputError, shown
 
 
 @cache
@@ -38,18 +38,24 @@ def _check_value(where: object, key: str, value: Any, rule: Mapping[str, Any]) -
     if kinds and not any(_is_kind(value, kind) for kind in kinds):
         is_bare_no = value is False and "no" in rule.get("enum", ())  # YAML 1.1 reads a bare no as false
         raise InputError(
-            where, f"{value!r} is not {_spell(kinds)}", key=key, remedy='write it in quotes: "no"' if is_bare_no else ""
+            where,
+            f"{shown(value)} is not {_spell(kinds)}",
+            key=key,
+            remedy='write it in quotes: "no"' if is_bare_no else "",
         )
     choices = rule.get("enum")
     if choices and value not in choices:
         near = difflib.get_close_matches(str(value), map(str, choices), n=1)
         named = f"did you mean {near[0]}?" if near else one_of(str(choice) for choice in choices if choice is not None)
-        raise InputError(where, f"{value!r} is not known", key=key, remedy=named)
+        raise InputError(where, f"{shown(value)} is not known", key=key, remedy=named)
     low, above = rule.get("minimum"), rule.get("exclusiveMinimum")
     number = number_of(value)
     if number is not None and ((low is not None and number < low) or (above is not None and number <= above)):
         raise InputError(
-            where, f"{value!r} is too small", key=key, remedy=f"at least {low}" if low is not None else f"above {above}"
+            where,
+            f"{shown(value)} is too small",
+            key=key,
+            remedy=f"at least {low}" if low is not None else f"above {above}",
         )
 
 
@@ -66,13 +72,15 @@ def _check_datasets(where: object, entries: Any, rule: Mapping[str, Any]) -> Non
 
 
 def number_of(value: Any) -> float | None:
-    """A number, also one that YAML 1.1 reads as text; None for anything else."""
+    """A number, also one that YAML 1.1 reads as text, infinite beyond a float; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
         return float(value)
     except ValueError:
         return None
+    except OverflowError:
+        return math.inf if isinstance(value, int) and value > 0 else -math.inf
 
 
 def _is_kind(value: Any, kind: str) -> bool:

@@ -6,12 +6,13 @@ read on the machine's side only, see ``guard/machine.py``.
 
 import getpass
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from spotune.contracts.durations import parse_duration
-from spotune.contracts.errors import InputError
+from spotune.contracts.errors import InputError, shown
 
 BUCKET = "SPOTUNE_BUCKET"
 HOME = "SPOTUNE_HOME"
@@ -72,7 +73,8 @@ class RunEnvironment:
     def read(cls, environ: Mapping[str, str]) -> "RunEnvironment":
         try:
             home = Path(environ.get(HOME) or "~/.spotune").expanduser().absolute()
-        except RuntimeError as error:  # no such user, or none at all
+            home.exists()
+        except (RuntimeError, OSError) as error:  # no such user, or none at all; a name that is too long
             raise InputError(HOME, str(error), remedy="an absolute path") from error
         bucket = environ.get(BUCKET) or f"file://{home}/bucket"
         return cls(
@@ -83,7 +85,7 @@ class RunEnvironment:
             profile=environ.get(PROFILE, ""),
             save_every=environ.get(SAVE_EVERY, ""),
             status_file=environ.get(STATUS_FILE, ""),
-            attempt=int(count) if (count := environ.get(ATTEMPT, "")).isdigit() else 1,
+            attempt=int(count) if re.fullmatch("[0-9]{1,9}", count := environ.get(ATTEMPT, "")) else 1,
             user=user_name(environ),
             patience_s=_read_patience(environ.get(PATIENCE) or "30m"),
             grace_s=read_grace(environ),
@@ -104,7 +106,7 @@ def read_grace(environ: Mapping[str, str]) -> float | None:
     except ValueError:
         seconds = math.nan
     if not 0 <= seconds < math.inf:
-        raise InputError(GRACE_S, f"{text!r} is not a number of seconds", remedy="30")
+        raise InputError(GRACE_S, f"{shown(text)} is not a number of seconds", remedy="30")
     return seconds
 
 
@@ -120,7 +122,7 @@ def _read_share(text: str) -> float:
 def _read_patience(text: str) -> float:
     seconds = parse_duration(text, PATIENCE)
     if seconds <= 0:
-        raise InputError(PATIENCE, f"{text!r} is no time at all", remedy="30m, as when it is not set")
+        raise InputError(PATIENCE, f"{shown(text)} is no time at all", remedy="30m, as when it is not set")
     return seconds
 
 
@@ -132,12 +134,12 @@ def user_name(environ: Mapping[str, str]) -> str:
         return "unknown"
 
 
-def check_bucket(url: str) -> str:
+def check_bucket(url: str, where: object = BUCKET) -> str:
     """Returns the bucket's URL without a trailing slash; raises InputError when it cannot be one."""
     remedy = "file:///absolute/path, s3://bucket/prefix or gs://bucket/prefix"
     scheme, separator, rest = url.partition("://")
     if not separator or scheme not in ("file", "s3", "gs", "gcs"):
-        raise InputError(BUCKET, f"{url!r} is not a bucket", remedy=remedy)
+        raise InputError(where, f"{shown(url)} is not a bucket", remedy=remedy)
     if not rest.strip("/") or (scheme == "file" and not rest.startswith("/")):
-        raise InputError(BUCKET, f"{url!r} names no place", remedy=remedy)
+        raise InputError(where, f"{shown(url)} names no place", remedy=remedy)
     return url.rstrip("/")

@@ -12,7 +12,15 @@ SpotuneError            exit 1   something failed; one line says what
 infrastructure, 3, and a bad record bad input, 2 (``launcher_code``).
 """
 
+import reprlib
+from typing import Any
+
 from spotune.contracts import exits
+
+_MOST = 1000  # characters of each part of a message: what a user wrote may have any length
+_VALUES = reprlib.Repr()
+_VALUES.maxlevel = 3
+_VALUES.maxstring = _VALUES.maxother = _VALUES.maxlong = 80
 
 
 class SpotuneError(Exception):
@@ -34,8 +42,8 @@ class InputError(SpotuneError):
     exit_code = exits.BAD_INPUT
 
     def __init__(self, where: object, what: str, *, key: str = "", remedy: str = "") -> None:
-        parts = [str(where), key, " ".join(what.split())]
-        super().__init__(": ".join(part for part in parts if part) + (f" ({remedy})" if remedy else ""))
+        parts = [shortened(str(where)), shortened(key, 200), shortened(" ".join(what.split()))]
+        super().__init__(": ".join(part for part in parts if part) + (f" ({shortened(remedy)})" if remedy else ""))
 
 
 class InfraError(SpotuneError):
@@ -62,6 +70,20 @@ class Fenced(SpotuneError):
     """A newer attempt owns the run; whatever this one still does must not be committed."""
 
     exit_code = exits.PREEMPTED
+
+
+def shown(value: Any) -> str:
+    """A value as Python writes it, in 80 characters, for a message."""
+    try:
+        return shortened(_VALUES.repr(value), 80)
+    except ValueError:  # more digits than Python turns to text
+        return "a number of thousands of digits"
+
+
+def shortened(text: str, most: int = _MOST) -> str:
+    """A text without its middle, where it is longer than ``most`` characters."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[: half - 1]}…{text[-half:]}"
 
 
 def launcher_code(error: SpotuneError) -> int:

@@ -22,7 +22,7 @@ import re
 from dataclasses import dataclass
 from random import Random
 
-from spotune.contracts.errors import InputError
+from spotune.contracts.errors import InputError, shown
 
 RUN_ID = re.compile(r"[a-z][a-z0-9-]{1,23}[a-z0-9]")
 RUNS = "runs"
@@ -34,7 +34,7 @@ def check_run_id(run_id: str, where: str = "--name") -> str:
     """Returns ``run_id`` when it is one, else raises InputError."""
     if not RUN_ID.fullmatch(run_id):
         remedy = "3 to 25 of a-z, 0-9 and '-', a letter first, no '-' at the end"
-        raise InputError(where, f"{run_id!r} is not a run id", remedy=remedy)
+        raise InputError(where, f"{shown(run_id)} is not a run id", remedy=remedy)
     return run_id
 
 

@@ -4,10 +4,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from spotune.contracts.errors import InputError
+from spotune.contracts.errors import InputError, shown
 from spotune.contracts.records import PriceRow
 
 HOUR_S = 3600.0
+MOST_USD = 1e9  # of a budget: more is a slip
 WARN_AT = 0.8  # of a budget, a run's or a month's
 
 
@@ -58,13 +59,13 @@ def cost_usd(seconds: float, nodes: float, price: PriceRow | None) -> float | No
 
 
 def parse_usd(text: str, name: str) -> float:
-    """``20``, ``0.05`` or ``$20``: dollars, above 0. Raises InputError naming ``name``."""
+    """``20``, ``0.05`` or ``$20``: dollars, above 0, up to a billion. Raises InputError naming ``name``."""
     try:
         amount = float(text.strip().removeprefix("$"))
     except ValueError:
         amount = math.nan
-    if not 0 < amount < math.inf:
-        raise InputError(name, f"{text!r} is no amount of US dollars", remedy="20, or 0.05")
+    if not 0 < amount <= MOST_USD:
+        raise InputError(name, f"{shown(text)} is no amount of US dollars", remedy="20, or 0.05")
     return amount
 
 

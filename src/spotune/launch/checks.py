@@ -1,11 +1,13 @@
 """What can be told about a config's model and folders before anything runs; the machine checks the rest."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.errors import InputError
+from spotune.contracts.errors import InputError, shown
 
+_MOST_HUB = 96  # characters of a name, as the hub says
 _MODEL_FILES = ("config.json", "adapter_config.json")
 
 
@@ -16,12 +18,16 @@ def check_model(config: Mapping[str, Any], where: object) -> str:
         path = Path(name).expanduser()
     except RuntimeError as error:  # ~name of nobody
         raise InputError(where, f"{name}: {error}", key="model_name_or_path") from error
-    if path.is_dir():
-        if not any((path / file).is_file() for file in _MODEL_FILES):
+    if os.path.isdir(path):
+        if not any(os.path.isfile(path / file) for file in _MODEL_FILES):
             raise InputError(where, f"{name} holds no model", key="model_name_or_path", remedy="it needs a config.json")
         return "local"
-    if path.is_file():
+    if os.path.isfile(path):
         raise InputError(where, f"{name} is a file", key="model_name_or_path", remedy="a hub id or a folder")
     if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
         raise InputError(where, f"no such folder {name}", key="model_name_or_path", remedy="a hub id or a local folder")
+    if len(name) > _MOST_HUB or "\0" in name:
+        raise InputError(
+            where, f"{shown(name)} is no name on the hub", key="model_name_or_path", remedy="a hub id or a folder"
+        )
     return "hub"

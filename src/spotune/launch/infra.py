@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal, Protocol
 
-from spotune.contracts.errors import InputError
+from spotune.contracts.errors import InputError, shown
 
 State = Literal["PENDING", "STARTING", "RUNNING", "RECOVERING", "PAUSED", "SUCCEEDED", "FAILED", "CANCELLED"]
 ACTIVE: tuple[State, ...] = ("PENDING", "STARTING", "RUNNING", "RECOVERING")
@@ -147,12 +147,12 @@ _ALIASES = {"k8s": "kubernetes"}
 _DEPTH = 3  # CLOUD/REGION/ZONE; a Kubernetes context may hold slashes
 
 
-def infra_of(name: str) -> str:
+def infra_of(name: str, where: object = "--infra") -> str:
     """The backend that serves ``--infra NAME``; raises InputError, naming the nearest known one, for any other."""
     if name == LOCAL:
         return LOCAL
-    if cloud_of(name) == ANY and name != ANY:
-        raise InputError("--infra", f"{name!r}: {ANY} leaves the place to SkyPilot", remedy="--infra any")
+    if cloud_of(name, where) == ANY and name != ANY:
+        raise InputError(where, f"{shown(name)}: {ANY} leaves the place to SkyPilot", remedy="--infra any")
     return SKYPILOT
 
 
@@ -161,7 +161,7 @@ def spell(name: str) -> str:
     return name if infra_of(name) == LOCAL else "/".join([cloud_of(name), *name.split("/")[1:]])
 
 
-def cloud_of(name: str) -> str:
+def cloud_of(name: str, where: object = "--infra") -> str:
     """The cloud in ``CLOUD[/REGION[/ZONE]]`` as SkyPilot spells it, or ``any``; raises InputError for no such thing."""
     first, *places = name.lower().split("/")
     cloud = _ALIASES.get(first, first)
@@ -169,11 +169,11 @@ def cloud_of(name: str) -> str:
         known = (LOCAL, ANY, *CLOUDS)
         near = difflib.get_close_matches(first, [*known, *_ALIASES], n=1)
         remedy = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
-        raise InputError("--infra", f"{name!r} is no infrastructure", remedy=remedy)
+        raise InputError(where, f"{shown(name)} is no infrastructure", remedy=remedy)
     if "" in places or (len(places) >= _DEPTH and cloud not in ("kubernetes", "ssh")):
         shape = {"slurm": "slurm/CLUSTER/PARTITION", "kubernetes": "kubernetes/CONTEXT"}
         remedy = shape.get(cloud, f"{cloud}/REGION/ZONE")
-        raise InputError("--infra", f"{name!r} is no place", remedy=remedy)
+        raise InputError(where, f"{shown(name)} is no place", remedy=remedy)
     return cloud
 
 

@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.errors import InputError
+from spotune.contracts.errors import InputError, shown
 
 _KEYS = ("after_s", "at_step", "notice_s")
+_MOST = 1e9
 _EXAMPLE = '{"after_s": 20, "notice_s": 0} or {"at_step": 40, "notice_s": 30}'
 
 
@@ -25,20 +26,20 @@ def read_preemptions(path: Path) -> tuple[dict[str, float], ...]:
 def _parse(line: str, path: Path, row: str) -> dict[str, float]:
     try:
         planned = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(path, f"not JSON: {error}", key=row, remedy=_EXAMPLE) from error
     if not isinstance(planned, dict) or ("after_s" in planned) == ("at_step" in planned):
         raise InputError(path, "needs either after_s or at_step", key=row, remedy=_EXAMPLE)
     for key, value in planned.items():
         if key not in _KEYS:
-            raise InputError(path, f"unknown key {key!r}", key=row, remedy=_EXAMPLE)
+            raise InputError(path, f"unknown key {shown(key)}", key=row, remedy=_EXAMPLE)
         if not _is_amount(value):
-            raise InputError(path, f"{key} {value!r} is not a number from 0", key=row, remedy=_EXAMPLE)
+            raise InputError(path, f"{key} {shown(value)} is not a number from 0", key=row, remedy=_EXAMPLE)
     return {key: float(value) for key, value in planned.items()}
 
 
 def _is_amount(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= _MOST
 
 
 def due(planned: Sequence[Mapping[str, float]], fired: Sequence[int], elapsed_s: float, step: int | None) -> int | None:

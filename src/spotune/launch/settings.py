@@ -1,6 +1,7 @@
 """Settings of a project and of a person: ``config/spotune.yaml``, overlaid by ``$SPOTUNE_HOME/config.yaml``."""
 
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import Any
 
 from spotune.contracts.config import read_yaml
 from spotune.contracts.environment import check_bucket
-from spotune.contracts.errors import InputError
+from spotune.contracts.errors import InputError, shown
+from spotune.launch.infra import infra_of
 from spotune.launch.task import shipped_file
 
 PROJECT = "config/spotune.yaml"
 PERSONAL = "config.yaml"
 _MOST_USD = 1e12
+_MOST_SLOTS = 1024
 
 
 @dataclass(frozen=True)
@@ -96,9 +99,11 @@ def load_settings(cwd: Path, home: Path) -> Settings:
     """Reads both files where they exist; raises InputError naming file and key."""
     settings: dict[str, Any] = {}
     files: list[str] = []
-    for path in (shipped_file(PROJECT, cwd), home / PERSONAL):
-        if path is not None and path.is_file() and path.stat().st_size:
-            settings = _overlay(settings, _check(read_yaml(path), path))
+    own = cwd / PROJECT
+    for path in (own if os.path.lexists(own) else shipped_file(PROJECT, cwd), home / PERSONAL):
+        if path is not None and os.path.lexists(path):  # a folder or a broken link is an error: budgets may be meant
+            raw = read_yaml(path, remedy="infra: local", may_be_empty=True)
+            settings = _overlay(settings, _check(raw, path))
             files.append(str(path))
     local = settings.pop("local", {})
     prices = {name: Price(**price) for name, price in local.pop("prices", {}).items()}
@@ -119,14 +124,18 @@ def _check(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     _known(raw, ("infra", "bucket", "team", "local", "slurm", "budgets"), path, "")
     for name in ("infra", "bucket", "team"):
         if not isinstance(raw.get(name, ""), str):
-            raise InputError(path, f"{raw[name]!r} is not text", key=name)
+            raise InputError(path, f"{shown(raw[name])} is not text", key=name)
     if raw.get("bucket"):
-        check_bucket(raw["bucket"])
+        check_bucket(raw["bucket"], f"{path}: bucket")
+    if "infra" in raw:
+        infra_of(raw["infra"], f"{path}: infra")
     local = _mapping(raw.get("local"), path, "local")
     _known(local, ("slots", "prices"), path, "local.")
     slots = local.get("slots", 1)
-    if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
-        raise InputError(path, f"{slots!r} is not a number of jobs", key="local.slots", remedy="slots: 1")
+    if isinstance(slots, bool) or not isinstance(slots, int) or not 1 <= slots <= _MOST_SLOTS:
+        raise InputError(
+            path, f"{shown(slots)} is not a number of jobs", key="local.slots", remedy=f"1 to {_MOST_SLOTS}"
+        )
     prices = _mapping(local.get("prices"), path, "local.prices")
     for name, price in prices.items():
         _check_price(_mapping(price, path, f"local.prices.{name}"), path, f"local.prices.{name}")
@@ -139,12 +148,12 @@ def _check_slurm(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     _known(slurm, ("shared", "preemptible", "nice"), path, "slurm.")
     nice = slurm.get("nice", 0)
     if isinstance(nice, bool) or not isinstance(nice, int) or nice < 0:
-        raise InputError(path, f"{nice!r} is not a number from 0 on", key="slurm.nice", remedy="nice: 1000")
+        raise InputError(path, f"{shown(nice)} is not a number from 0 on", key="slurm.nice", remedy="nice: 1000")
     for name, values in ((name, slurm[name]) for name in ("shared", "preemptible") if name in slurm):
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-            raise InputError(path, f"{values!r} is not a list of texts", key=f"slurm.{name}")
+            raise InputError(path, f"{shown(values)} is not a list of texts", key=f"slurm.{name}")
     if relative := next((folder for folder in slurm.get("shared", ()) if not Path(folder).is_absolute()), None):
-        raise InputError(path, f"{relative!r} is not an absolute path", key="slurm.shared")
+        raise InputError(path, f"{shown(relative)} is not an absolute path", key="slurm.shared")
     return slurm
 
 
@@ -156,7 +165,7 @@ def _budgets(raw: dict[str, Any], path: Path) -> dict[str, dict[str, MonthlyBudg
         for name, amount in _mapping(given.get(kind), path, f"budgets.{kind}").items():
             key = f"budgets.{kind}.{name}"
             if not _is_amount(amount):
-                raise InputError(path, f"{amount!r} is not dollars a month", key=key, remedy=f"{name}: 200")
+                raise InputError(path, f"{shown(amount)} is not dollars a month", key=key, remedy=f"{name}: 200")
             found[str(name)] = MonthlyBudget("", float(amount), key, str(path))
     return budgets
 
@@ -171,7 +180,7 @@ def _check_price(price: dict[str, Any], path: Path, key: str) -> None:
     for kind in ("on_demand", "spot"):
         amount = price.get(kind)
         if not _is_amount(amount):
-            raise InputError(path, f"{amount!r} is not dollars an hour", key=f"{key}.{kind}")
+            raise InputError(path, f"{shown(amount)} is not dollars an hour", key=f"{key}.{kind}")
 
 
 def _mapping(value: Any, path: Path, key: str) -> dict[str, Any]:

@@ -8,10 +8,14 @@ from typing import Any
 
 from spotune.contracts import environment, exits
 from spotune.contracts.config import read_yaml
-from spotune.contracts.errors import InputError
-from spotune.launch.alternatives import each_of, may_be_spot, override
+from spotune.contracts.errors import InputError, shown
+from spotune.contracts.yamlonly import refuse_dates
+from spotune.launch.alternatives import LISTS, each_of, may_be_spot, override
 
 TRAIN = "tasks/train.yaml"
+_MOST = 10**9  # of any count
+_CPUS = re.compile(r"(?=.*[1-9])[0-9]{0,9}(\.[0-9]{1,9})?\+?")  # as SkyPilot takes them
+_MEMORY = re.compile(r"[0-9]{0,9}(?<=[0-9])(\.[0-9]{1,9})?([kmgtp]?b)?[+x]?", re.IGNORECASE)  # 0: Slurm's own
 _RESERVED = (
     *(environment.RUN_ID, environment.CONFIG, environment.PROFILE, environment.HOME, environment.STATUS_FILE),
     environment.BUCKET,
@@ -65,7 +69,7 @@ def load_task(cwd: Path, name: str = TRAIN) -> tuple[Path, dict[str, Any]]:
     path = shipped_file(name, cwd)
     if path is None:
         raise InputError(name, "no such file", remedy="run from a checkout of the project")
-    task = read_yaml(path)
+    task = read_yaml(path, remedy="run: exec python -m spotune.sft …")
     if not isinstance(task.get("run"), str) or not task["run"].strip():
         raise InputError(path, "a task needs commands", key="run", remedy="run: exec python -m spotune.sft …")
     if not isinstance(task.get("setup") or "", str):
@@ -74,6 +78,11 @@ def load_task(cwd: Path, name: str = TRAIN) -> tuple[Path, dict[str, Any]]:
     for section in ("envs", "resources", "secrets", "config"):
         if not isinstance(task.get(section) or {}, dict):
             raise InputError(path, "must be a mapping", key=section)
+    for name in LISTS:
+        listed = (task.get("resources") or {}).get(name) or []
+        if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
+            raise InputError(path, "must be a list of resources", key=f"resources.{name}", remedy="- {infra: aws}")
+    refuse_dates({key: value for key, value in task.items() if key != "envs"}, path)  # those go as text
     demand_of(task, path)
     return path, task
 
@@ -85,7 +94,9 @@ def _secrets_as_mapping(task: dict[str, Any], path: Path) -> dict[str, Any]:
         return task
     for name in given:
         if not (isinstance(name, str) and name.startswith("secrets:")):
-            raise InputError(path, f"{name!r} names no secret", key="secrets", remedy="- secrets:NAME, or NAME: null")
+            raise InputError(
+                path, f"{shown(name)} names no secret", key="secrets", remedy="- secrets:NAME, or NAME: null"
+            )
     return {**task, "secrets": dict.fromkeys(given)}
 
 
@@ -96,6 +107,8 @@ def fill_in(task: Mapping[str, Any], envs: Mapping[str, str], resources: Resourc
     if resources.gpus is not None:
         parse_gpus(resources.gpus, "--gpus")
         said["accelerators"] = resources.gpus
+    _check_amount("--cpus", said["cpus"], _CPUS, "4, or 4+")
+    _check_amount("--memory", said["memory"], _MEMORY, "16, 16+ or 16GB")
     changes = {name: value for name, value in said.items() if value is not None}
     machine = ("instance_type",) if resources.gpus is not None else ()  # that of other GPUs
     if wanted := override(task.get("resources") or {}, changes, without=machine):
@@ -105,13 +118,18 @@ def fill_in(task: Mapping[str, Any], envs: Mapping[str, str], resources: Resourc
     return filled
 
 
+def _check_amount(flag: str, text: str | None, spelling: re.Pattern[str], remedy: str) -> None:
+    if text is not None and not spelling.fullmatch(text):
+        raise InputError(flag, f"{shown(text)} is not an amount", remedy=remedy)
+
+
 def env_pairs(pairs: Iterable[str]) -> dict[str, str]:
     """``--env K=V`` as a mapping; raises InputError, also for a name that spotune gives itself."""
     given: dict[str, str] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name.isidentifier():
-            raise InputError("--env", f"{pair!r} is not NAME=value", remedy="--env NCCL_DEBUG=INFO")
+            raise InputError("--env", f"{shown(pair)} is not NAME=value", remedy="--env NCCL_DEBUG=INFO")
         if name in _RESERVED:
             remedy = f"export {environment.BUCKET}=… for the bucket"
             raise InputError("--env", f"{name} is for spotune to set", remedy=remedy)
@@ -127,27 +145,37 @@ def demand_of(task: Mapping[str, Any], where: object = "task") -> Demand:
     recovery = recovery if isinstance(recovery, dict) else {}
     gpu, gpus = _first_accelerator(resources.get("accelerators"), where)
     codes = recovery.get("recover_on_exit_codes", [])
-    codes = [codes] if isinstance(codes, int) else codes
-    nodes = task.get("num_nodes")
+    codes = codes if isinstance(codes, list) else [] if codes is None else [codes]
+    kept = "resources.job_recovery"
+    return Demand(
+        gpu=gpu,
+        gpus=gpus,
+        num_nodes=_whole(task.get("num_nodes"), 1, where, "num_nodes"),
+        use_spot=may_be_spot(wanted),
+        priority=_whole(resources.get("priority"), 0, where, "resources.priority"),
+        max_restarts=_whole(recovery.get("max_restarts_on_errors"), 0, where, f"{kept}.max_restarts_on_errors"),
+        recover_codes=tuple(_whole(code, 0, where, f"{kept}.recover_on_exit_codes") for code in codes),
+    )
+
+
+def _whole(value: Any, default: int, where: object, key: str) -> int:
+    """A number of a task, also one in quotes; raises InputError naming the key for what is none."""
+    if value is None:
+        return default
     try:
-        return Demand(
-            gpu=gpu,
-            gpus=gpus,
-            num_nodes=1 if nodes is None else int(nodes),
-            use_spot=may_be_spot(wanted),
-            priority=int(resources.get("priority") or 0),
-            max_restarts=int(recovery.get("max_restarts_on_errors") or 0),
-            recover_codes=tuple(int(code) for code in codes or []),
-        )
-    except (TypeError, ValueError) as error:
-        raise InputError(where, f"not a whole number: {error}", key="resources") from error
+        number = int(value)
+    except (TypeError, ValueError, OverflowError):
+        number = _MOST + 1
+    if abs(number) > _MOST:
+        raise InputError(where, f"{shown(value)} is not a whole number", key=key)
+    return number
 
 
 def parse_gpus(text: str, where: object) -> tuple[str, int]:
     """``L4:1`` or ``L4`` -> (name, count). Raises InputError."""
     found = re.fullmatch(r"([A-Za-z][A-Za-z0-9-]*)(?::(\d+))?", text.strip())
     if not found or found[2] == "0":
-        raise InputError(where, f"{text!r} is no accelerator", remedy="L4:1")
+        raise InputError(where, f"{shown(text)} is no accelerator", remedy="L4:1")
     return found[1], int(found[2] or 1)
 
 
@@ -157,7 +185,8 @@ def _first_accelerator(wanted: Any, where: object) -> tuple[str, int]:
         return "", 0
     if isinstance(wanted, dict):
         name, count = next(iter(wanted.items()))
-        return parse_gpus(f"{name}:{int(count or 1)}", f"{where}: resources.accelerators")
+        count = _whole(count or None, 1, where, f"resources.accelerators.{name}")
+        return parse_gpus(f"{name}:{count}", f"{where}: resources.accelerators")
     first = wanted[0] if isinstance(wanted, list) else wanted
     return parse_gpus(str(first), f"{where}: resources.accelerators")
 

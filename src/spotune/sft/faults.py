@@ -4,7 +4,7 @@ import errno
 import traceback
 from collections.abc import Iterator
 
-from spotune.contracts.errors import InputError, SpotuneError
+from spotune.contracts.errors import InputError, SpotuneError, StoreError
 from spotune.contracts.exchange import Outcome
 
 # Faults of a machine or of the way to the hub: another machine may do better.
@@ -37,7 +37,7 @@ def outcome_of(error: BaseException, step: int) -> Outcome:
     if isinstance(error, InputError):
         return Outcome("bad_input", step, str(error))
     if isinstance(error, SpotuneError):
-        return Outcome("failed", step, str(error))
+        return Outcome("retry" if isinstance(error, StoreError) else "failed", step, str(error))
     if _is_out_of_memory(error):  # it would come again on the same kind of machine
         return Outcome("failed", step, f"the GPU ran out of memory ({_MEMORY_REMEDY})")
     if type(error).__name__ == "SafetensorError":  # named, not imported: this module comes before the libraries

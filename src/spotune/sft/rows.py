@@ -33,9 +33,10 @@ def columns_of(format: str, text_field: str = "text") -> tuple[str, ...]:
 
 
 def find_misfit(dataset: Any, format: str, text_field: str) -> Misfit | None:
-    """Checks every row of a data set."""
+    """Checks every row of a data set. Raises ValueError for text that is not UTF-8: JSON is read without a look."""
     start = 0
     for table in dataset.with_format("arrow").iter(BATCH_ROWS):
+        table.validate(full=True)
         found = [_column_misfit(name, table[name], format) for name in columns_of(format, text_field)]
         misfits = [misfit for misfit in found if misfit]
         if misfits:

@@ -1,12 +1,13 @@
 """One entry of ``data:`` -> one data set with the columns of its format, every row checked."""
 
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.errors import InputError, SpotuneError
+from spotune.contracts.errors import InputError, SpotuneError, shown
 from spotune.contracts.fingerprint import resolve_source
 from spotune.sft.align import concatenate
 from spotune.sft.fetch import fetch
@@ -59,7 +60,11 @@ def load(source: Source, cache: Path) -> tuple[Any, str]:
         raise source.error(f"the files of {source.url} have different formats", "name one with format:")
     if limit := source.entry.get("limit"):
         dataset = dataset.select(range(min(limit, len(dataset))))
-    misfit = find_misfit(dataset, format, source.text_field)
+    try:
+        misfit = find_misfit(dataset, format, source.text_field)
+    except ValueError as error:
+        _scan(source, files, format)
+        raise InputError(source.url, f"cannot be read: {error}") from error
     if misfit:
         if misfit.is_type:
             _scan(source, files, format)  # names the row itself where it can
@@ -102,7 +107,7 @@ def _load_group(source: Source, builder: str, group: list[str], files: Mapping[s
 
     try:
         return load_dataset(builder, data_files=group, split="train")
-    except (DatasetGenerationError, ValueError, TypeError, StopIteration) as error:
+    except (DatasetGenerationError, ValueError, TypeError, StopIteration, OSError, EOFError) as error:
         cause = error.__cause__ or error
         _scan(source, {file: files[file] for file in group}, source.entry.get("format") or "")
         raise InputError(source.url, f"cannot be read: {cause}") from error
@@ -113,7 +118,7 @@ def _with_columns(source: Source, dataset: Any) -> tuple[Any, str]:
     for ours, theirs in source.names.items():
         if theirs not in dataset.column_names:
             remedy = f"it has {', '.join(dataset.column_names)}"
-            raise source.error(f"{source.url} has no column {theirs!r}", remedy, f"columns.{ours}")
+            raise source.error(f"{source.url} has no column {shown(theirs)}", remedy, f"columns.{ours}")
         if ours != theirs:
             dataset = dataset.remove_columns(ours) if ours in dataset.column_names else dataset
             dataset = dataset.rename_column(theirs, ours)
@@ -143,8 +148,11 @@ def _scan(source: Source, files: Mapping[str, str], format: str) -> None:
         for number, text in _json_rows(file, url):
             count += 1
             try:
+                text.encode() if isinstance(text, str) else None
                 row = json.loads(text) if isinstance(text, str) else text
-            except ValueError as error:
+            except UnicodeEncodeError as error:
+                raise InputError(url, "not UTF-8", key=f"row {number}", remedy="save the file as UTF-8") from error
+            except (ValueError, RecursionError) as error:
                 remedy = "one JSON object per line"
                 raise InputError(url, f"not JSON: {error}", key=f"row {number}", remedy=remedy) from error
             told = format or _format_of_row(row, source)
@@ -164,20 +172,34 @@ def _format_of_row(row: Any, source: Source) -> str:
 
 
 def _json_rows(file: str, url: str) -> Iterator[tuple[int, Any]]:
-    """(number from 1, line or parsed row) of a JSON lines file, or of a JSON file with one list in it."""
+    """(number from 1, line or parsed row) of a JSON lines file, or of a JSON file with one list in it.
+
+    What is not UTF-8 in a line becomes surrogates, which no text can be encoded with.
+    """
     import fsspec
 
-    with fsspec.open(file, "rt", compression="infer", encoding="utf-8", errors="replace") as lines:
-        first = next((line for line in lines if line.strip()), "")
-        lines.seek(0)
-        if first.lstrip().startswith("["):
-            try:
-                parsed = json.load(lines)
-            except ValueError as error:
-                raise InputError(url, f"not JSON: {error}") from error
-            yield from enumerate(parsed, 1)
-            return
-        yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+    try:
+        with fsspec.open(file, "rt", compression="infer", encoding="utf-8", errors="surrogateescape") as lines:
+            first = next((line for line in lines if line.strip()), "")
+            lines.seek(0)
+            if first.lstrip().startswith("[") and not (_is_json(first) and next(lines) and any(map(str.strip, lines))):
+                lines.seek(0)
+                yield from enumerate(json.load(lines), 1)
+                return
+            lines.seek(0)
+            yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+    except (ValueError, RecursionError) as error:
+        raise InputError(url, f"not JSON: {error}") from error
+    except (OSError, EOFError, zlib.error) as error:  # a name that ends in .gz, and no gzip in it
+        raise InputError(url, f"cannot be read: {error}") from error
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _place(files: Mapping[str, str], row: int) -> tuple[str, int]:

@@ -1,9 +1,12 @@
 """Every kind of bad input on the launcher's side: one clear line on stderr, nothing on stdout, exit code 2."""
 
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
 
+from spotune.contracts.environment import RunEnvironment
 from tests.unit.project import Project
 
 
@@ -48,6 +51,13 @@ COMMAND_LINES = {
     ),
     "unset secret": ([*TRAIN, "--secret", "NO_SUCH_TOKEN"], "--secret: NO_SUCH_TOKEN is not set here"),
     "secret with a value": ([*TRAIN, "--secret", "TOKEN=x"], "--secret: takes a name"),
+    "--save-every of a superscript": ([*TRAIN, "--save-every", "²"], "--save-every: '²' is neither"),
+    "--save-every without end": ([*TRAIN, "--save-every", "9" * 5000], "--save-every: '999"),
+    "a budget without end": ([*TRAIN, "--budget", "1e308"], "--budget: '1e308' is no amount"),
+    "a seed without end": ([*TRAIN, "--set", f"seed={'9' * 400}"], "seed: 999"),
+    "--cpus of no number": ([*TRAIN, "--cpus", "abc"], "--cpus: 'abc' is not an amount (4, or 4+)"),
+    "--cpus below zero": ([*TRAIN, "--cpus=-4"], "--cpus: '-4' is not an amount"),
+    "--memory of no number": ([*TRAIN, "--memory", "nan"], "--memory: 'nan' is not an amount"),
     "no such preemptions": ([*TRAIN, "--preemptions", "none.jsonl"], "none.jsonl: no such file"),
     "unknown run to promote": (["train", "--from", "nobody", "-y"], "nobody: no such run"),
     "unknown run to cancel": (["cancel", "nobody", "-y"], "nobody: no such run"),
@@ -111,13 +121,82 @@ FILES = {
     "settings: price": ("config/spotune.yaml", "local: {prices: {cpu: {spot: 1}}}\n", "local.prices.cpu.on_demand"),
     "settings: nice": ("config/spotune.yaml", "slurm: {nice: -1}\n", "slurm.nice: -1 is not a number from 0 on"),
     "settings: month": ("config/spotune.yaml", "budgets: {users: {ana: x}}\n", "budgets.users.ana: 'x' is not dollars"),
-    "own settings": ("home/config.yaml", "bucket: here\n", "SPOTUNE_BUCKET: 'here' is not a bucket"),
+    "own settings": ("home/config.yaml", "bucket: here\n", "home/config.yaml: bucket: 'here' is not a bucket"),
+    "own settings: infra": ("home/config.yaml", "infra: nope\n", "home/config.yaml: infra: 'nope' is no infra"),
+    "own settings: a list": (
+        "home/config.yaml",
+        "- a\n",
+        "home/config.yaml: must be a mapping of keys to values (infra:",
+    ),
+    "settings: no end of slots": ("config/spotune.yaml", "local: {slots: 99999999999999999999}\n", "local.slots: 9999"),
+    "a value of any length": (
+        "run.yaml",
+        f"model_name_or_path: a/b\nseed: [{'1, ' * 9000}]\n",
+        "seed: [1, 1, 1, 1, 1, 1, ...] is not a whole",
+    ),
+    "a value of more digits than Python writes": (
+        "run.yaml",
+        f"model_name_or_path: a/b\nenv: {{A: 0x{'f' * 9000}}}\n",
+        "run.yaml: env.A: a number of thousands of digits is too large",
+    ),
+    "a key of any length": ("run.yaml", f"{'k' * 900}: 1\n", "kkk: unknown key"),
+    "data that holds itself": ("run.yaml", "model_name_or_path: a/b\nenv: &e {A: *e}\n", "env.A: holds itself"),
+    "an environment of ours": (
+        "run.yaml",
+        "model_name_or_path: a/b\ndata: [{source: data.jsonl}]\nenv: {SPOTUNE_HOME: x}\n",
+        "env.SPOTUNE_HOME: is for spotune to set",
+    ),
+    "an environment of lists": (
+        "run.yaml",
+        "model_name_or_path: a/b\ndata: [{source: data.jsonl}]\nenv: {A: [1]}\n",
+        "run.yaml: env.A: [1] is not text",
+    ),
+    "no name of the environment": (
+        "run.yaml",
+        "model_name_or_path: a/b\ndata: [{source: data.jsonl}]\nenv: {'A B': x}\n",
+        "env.A B: is no name of the environment",
+    ),
+    "a weight without end": (
+        "run.yaml",
+        f"model_name_or_path: a/b\ndata: [{{source: data.jsonl, weight: {'9' * 400}}}]\n",
+        "data[0].weight: 999",
+    ),
+    "a source that is too long": (
+        "run.yaml",
+        f"model_name_or_path: a/b\ndata: [{{source: {'x' * 5000}}}]\n",
+        "run.yaml: data[0].source: no file matches xxx",
+    ),
+    "a model that is too long": (
+        "run.yaml",
+        f"model_name_or_path: {'x' * 300}\ndata: [{{source: data.jsonl}}]\n",
+        "run.yaml: model_name_or_path: 'xxx",
+    ),
     "task without run": ("tasks/train.yaml", "name: x\n", "tasks/train.yaml: run: a task needs commands"),
     "task: accelerators": (
         "tasks/train.yaml",
         "run: x\nresources: {accelerators: '4'}\n",
         "resources.accelerators: '4'",
     ),
+    "task: empty": ("tasks/train.yaml", "", "train.yaml: must be a mapping of keys to values (run: "),
+    **{
+        f"task: {text}": ("tasks/train.yaml", f"run: x\n{text}\n", f"tasks/train.yaml: {says}")
+        for text, says in (
+            ("resources: {accelerators: {L4: x}}", "resources.accelerators.L4: 'x' is not a whole number"),
+            ("resources: {accelerators: {L4: [1]}}", "resources.accelerators.L4: [1] is not"),
+            ("resources: {accelerators: {L4: .inf}}", "resources.accelerators.L4: inf is not"),
+            ("resources: {any_of: 5}", "resources.any_of: must be a list"),
+            ("resources: {ordered: [x]}", "resources.ordered: must be a list"),
+            ("resources: {priority: .inf}", "resources.priority: inf is not"),
+            ("num_nodes: .inf", "num_nodes: inf is not"),
+            ("num_nodes: x", "num_nodes: 'x' is not a whole number"),
+            (
+                "resources: {job_recovery: {recover_on_exit_codes: [.inf]}}",
+                "resources.job_recovery.recover_on_exit_codes: inf",
+            ),
+            ("foo: 2026-01-01", "foo: '2026-01-01' is read as a date (quote it)"),
+            ("config: &c {a: [*c]}", "config.a[0]: holds itself"),
+        )
+    },
     "task: not a mapping": ("tasks/train.yaml", "run: x\nenvs: [a]\n", "tasks/train.yaml: envs: must be a mapping"),
 }
 
@@ -137,6 +216,8 @@ PREEMPTIONS = {
     "not a number": '{"at_step": "ten"}',
     "unknown key": '{"after_s": 1, "notice": 3}',
     "not an object": "[20]",
+    "brackets without end": "[" * 100_000,
+    "a number without end": f'{{"after_s": {"9" * 400}}}',
 }
 
 
@@ -150,6 +231,69 @@ def test_environment(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     for bucket in ("here", "file://relative/path", "ftp://x/y", "s3://"):
         monkeypatch.setenv("SPOTUNE_BUCKET", bucket)
         assert_one_line(project, TRAIN, "SPOTUNE_BUCKET: ")
+
+
+def test_a_home_that_cannot_be(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPOTUNE_HOME", f"/{'h' * 300}")
+    assert_one_line(project, TRAIN, "SPOTUNE_HOME: ")
+
+
+@pytest.mark.parametrize("text", ["", "\n", "# budgets: see the wiki\n"])
+def test_settings_may_say_nothing(project: Project, text: str) -> None:
+    project.home.mkdir(exist_ok=True)
+    project.write("config/spotune.yaml", text)
+    project.write("home/config.yaml", text)
+    result = project.run("queue")
+    assert (result.exit_code, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", ["config/spotune.yaml", "home/config.yaml"])
+def test_settings_that_cannot_be_read(project: Project, name: str) -> None:
+    path = project.folder / name
+    path.mkdir(parents=True)
+    assert_one_line(project, TRAIN, f"{name}: cannot be read: ")
+    path.rmdir()
+    path.symlink_to("nowhere")
+    assert_one_line(project, TRAIN, f"{name}: no such file")
+
+
+def test_an_attempt_that_is_no_number() -> None:
+    assert RunEnvironment.read({"SPOTUNE_ATTEMPT": "²"}).attempt == 1
+
+
+def test_a_store_that_is_away(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Infrastructure, no bad input: a machine on which it is met makes room for another one."""
+
+    def info(self: object, path: str, **_: object) -> dict[str, Any]:
+        raise ConnectionRefusedError("nobody listens")
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.info", info)
+    project.write("run.yaml", "model_name_or_path: ./model\ndata: [{source: memory://b/x.jsonl}]\n")
+    result = project.run(*TRAIN)
+    assert (result.exit_code, result.stdout) == (3, "")
+    says = "run.yaml: data[0].source: cannot reach memory://b/x.jsonl: nobody listens ("
+    assert says in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("source", ["away://b/x.jsonl", "away://b/*.jsonl"])
+def test_a_store_that_cannot_be_reached(project: Project, source: str) -> None:
+    class NoCredentialsError(Exception):
+        """As of botocore: neither OSError nor ValueError."""
+
+    class Away(fsspec.AbstractFileSystem):
+        protocol = "away"
+
+        def info(self, path: str, **_: object) -> dict[str, Any]:
+            raise NoCredentialsError("Unable to locate credentials")
+
+        def glob(self, path: str, **_: object) -> list[str]:  # type: ignore[override]
+            return [path.replace("*", "x")]  # and then it goes away
+
+    fsspec.register_implementation("away", Away, clobber=True)
+    project.write("run.yaml", f"model_name_or_path: ./model\ndata: [{{source: '{source}'}}]\n")
+    says = "run.yaml: data[0].source: cannot reach away://b/x.jsonl: Unable to locate credentials (is the name right"
+    assert_one_line(project, TRAIN, says)
 
 
 CHANGES = {

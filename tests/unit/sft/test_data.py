@@ -1,5 +1,6 @@
 """``data:``: sources read, told apart, checked row by row, held out, mixed and aligned."""
 
+import gc
 import gzip
 import json
 from collections.abc import Callable
@@ -161,3 +162,30 @@ def test_rows_in_a_bucket(read: Loader, bucket: str, tmp_path: Path) -> None:
     assert read({"source": f"{bucket}/rows/a*"}).train["text"] == ["a"]
     with pytest.raises(InputError, match=r"b\.jsonl: row 2: text is empty"):
         read({"source": f"{bucket}/rows/"})
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves a CSV file open
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.jsonl.gz", b'{"text": "a"}\n', r"a\.jsonl\.gz: cannot be read: .*gzip"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9)[:-9], r"a\.jsonl\.gz: cannot be read: "),
+        ("a.csv.gz", b"text\na\n", r"a\.csv\.gz: cannot be read: .*gzip"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl: row 2: not UTF-8 \("),
+        (
+            "a.jsonl",
+            b'{"prompt": "a", "completion": "b"}\n{"prompt": "\xff", "completion": "b"}\n',
+            r"a\.jsonl: row 2: not UTF-8 \(",
+        ),
+        ("a.csv", b"text\n\xff\n", r"a\.csv: cannot be read: .*utf-8"),
+        ("a.jsonl", b'[1, 2]\n{"text": "a"}\n', r"a\.jsonl: row 1: not an object"),
+        ("a.jsonl", b'{"text": "a"}\n' + b"[" * 100_000 + b"\n", r"a\.jsonl: row 2: not JSON"),
+    ],
+)
+def test_bytes_that_are_no_rows(read: Loader, tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=says) as caught:
+        read({"source": str(tmp_path / name)})
+    assert str(caught.value).count("\n") == 0
+    del caught
+    gc.collect()  # the file is closed here, not in another test

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from spotune.contracts.errors import InputError
+from spotune.contracts.errors import InputError, StoreError
 from spotune.contracts.exchange import CONTROL, Job, write_json
 from spotune.sft.arguments import effective, usable_trackers
 from spotune.sft.control import Control, Wish
@@ -28,6 +28,7 @@ def wrapped(cause: Exception) -> Exception:
     ("error", "how"),
     [
         (InputError("c.yaml", "no"), "bad_input"),
+        (StoreError("c.yaml: data[0].source: cannot reach s3://b/x.jsonl"), "retry"),
         (Stopped(3), "stopped"),
         (ValueError("a bug"), "failed"),
         (OutOfMemoryError("CUDA out of memory. Tried to allocate"), "failed"),
