@@ -67,7 +67,6 @@ def agree(question: str, yes: bool) -> None:
     if not answer:  # end of input: not a terminal
         from spotune.contracts.errors import InputError
 
-        click.echo(err=True)
         raise InputError("stdin", "nobody to ask", remedy="add -y")
     if answer.strip().lower() not in ("", "y", "yes"):
         raise click.exceptions.Exit(1)

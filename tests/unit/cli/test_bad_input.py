@@ -14,7 +14,10 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
 
 TRAIN = ["train", "run.yaml", "-y", "-d"]
 COMMAND_LINES = {
-    "no verb of that name": (["trian", "x"], "No such command 'trian'"),
+    "no verb of that name": (["trian", "x"], "No such command 'trian'. (did you mean train?)\n"),
+    "nothing like a verb": (["zzz"], "No such command 'zzz'. (spotune --help)\n"),
+    "no run": (["logs"], "Missing argument 'RUN'. (spotune logs --help)\n"),
+    "a word too many": (["queue", "x"], "Got unexpected extra argument (x) (spotune queue --help)\n"),
     "unknown option": (["train", "run.yaml", "--spot"], "--spot"),
     "no config": (["train", "-y"], "needs a config"),
     "config and --from": ([*TRAIN, "--from", "x"], "not both"),
