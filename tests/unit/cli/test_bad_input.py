@@ -61,6 +61,8 @@ COMMAND_LINES = {
     "preempt without a choice": (["preempt", "x"], "--notice 30s or --no-notice"),
     "bad notice": (["preempt", "x", "--notice", "soon"], "--notice: 'soon' is not a duration"),
     "unknown format": (["queue", "--format", "xml"], "'xml' is not one of"),
+    "check of a profile of nothing": (["check", "--profile", "x"], "--profile and --set are of a CONFIG"),
+    "check of a change of nothing": (["check", "--set", "a"], "--profile and --set are of a CONFIG"),
     "check of nothing": (["check", "nothing.yaml"], "nothing.yaml: no such file"),
     "dev run of nothing": (["dev", "run", "nothing.yaml"], "nothing.yaml: no such file"),
 }
@@ -153,6 +155,13 @@ def test_environment(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     for bucket in ("here", "file://relative/path", "ftp://x/y", "s3://"):
         monkeypatch.setenv("SPOTUNE_BUCKET", bucket)
         assert_one_line(project, TRAIN, "SPOTUNE_BUCKET: ")
+
+
+@pytest.mark.parametrize("verb", [["check"], ["queue"], ["cost"], ["train", "run.yaml", "--dryrun"]], ids=" ".join)
+def test_a_home_that_is_a_file(project: Project, monkeypatch: pytest.MonkeyPatch, verb: list[str]) -> None:
+    for below in ("", "/below/it"):
+        monkeypatch.setenv("SPOTUNE_HOME", f"{project.folder}/run.yaml{below}")
+        assert_one_line(project, verb, f"SPOTUNE_HOME: {project.folder}/run.yaml is a file (a folder")
 
 
 CHANGES = {
