@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from spotune.contracts.errors import InfraError, InputError
+from spotune.contracts.errors import InputError
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Commit
 from spotune.contracts.store import Store
@@ -262,7 +262,7 @@ def test_a_folder_that_is_gone_fails_the_run_and_not_the_supervisor(bench: Bench
 
 def test_a_run_id_is_taken_once(bench: Bench) -> None:
     bench.submit("run-a", CERTIFY)
-    with pytest.raises(InfraError, match="run-a"):
+    with pytest.raises(InputError, match="--name: run-a is in this machine.s queue already"):
         bench.submit("run-a", CERTIFY)
 
 

@@ -177,6 +177,17 @@ def test_a_transfer_that_makes_progress_has_no_deadline(proxy: FaultProxy, url: 
     assert time.monotonic() - started > patience.limit_s(RANGE_BYTES)
 
 
+def test_a_record_is_not_waited_for_like_a_large_file(proxy: FaultProxy, url: str) -> None:
+    patience = Patience(request_s=0.5, deadline_s=1.0, first_wait_s=0.05, longest_wait_s=0.4)
+    store = Store(url, patience)
+    store.write("runs/a/x", b"1")
+    proxy.away = True
+    started = time.monotonic()
+    with pytest.raises(StoreError, match="runs/a/x: cannot read"):
+        store.read("runs/a/x")
+    assert time.monotonic() - started < 60 < patience.limit_s(RANGE_BYTES)
+
+
 def test_a_flipped_bit_is_seen(proxy: FaultProxy, url: str, big: Path) -> None:
     store = Store(url, QUICK)
     store.upload(big, "runs/a/big")

@@ -38,10 +38,10 @@ def revise(workspace: Workspace, status: JobStatus, edit: Edit) -> tuple[Change,
     """
     store, keys = workspace.store(status.bucket), Keys(status.run_id)
     record = record_in_force(store, keys)
-    if record is None and edit == Edit():  # it never began: nothing could be changed of it
-        return Change(), None
     if record is None:
-        raise InputError(status.run_id, "has no run.json in its bucket")
+        if edit == Edit() and store.exists(keys.failed):  # it never began: nothing could be changed of it
+            return Change(), None
+        raise InputError(status.run_id, "has no run.json in its bucket", remedy=f"is all of {store.url} there?")
     revision = revised(record, _wanted(record, edit, workspace), workspace.env.user, time.time())
     change = compare(record, revision)
     if not change and revision.month_usd == record.month_usd:

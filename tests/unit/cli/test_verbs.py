@@ -227,6 +227,17 @@ def test_a_bare_launch_that_never_began_is_listed_and_may_go_on(project: Project
     assert project.store.keys("runs") == []
 
 
+def test_a_run_whose_bucket_is_away_does_not_begin_anew(project: Project) -> None:
+    project.submit()
+    project.run("cancel", "run-a", "-y")
+    (project.home / "bucket").rename(project.home / "away")
+    project.infra.calls.clear()
+    resumed = project.run("resume", "run-a")
+    assert resumed.exit_code == 2
+    assert resumed.stderr == f"run-a: has no run.json in its bucket (is all of {project.store.url} there?)\n"
+    assert ("resume", "run-a") not in project.infra.calls
+
+
 def test_promotion_needs_a_commit(project: Project) -> None:
     project.submit()
     result = project.run("train", "--from", "run-a", "-y", "-d")

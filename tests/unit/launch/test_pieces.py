@@ -1,5 +1,7 @@
 """Tasks, settings, GPUs, preemptions, prices: the launcher's small pure parts."""
 
+import datetime
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,13 @@ from spotune.contracts.keys import Keys
 from spotune.contracts.records import Commit, Mark
 from spotune.contracts.store import Store
 from spotune.launch import task as tasks
+from spotune.launch.infra import Submission
 from spotune.launch.local import gpus
 from spotune.launch.local.layout import Layout
 from spotune.launch.local.look import look
 from spotune.launch.local.machine import keep_environment, kept_environment
 from spotune.launch.local.processes import Identity, boot_id, members
+from spotune.launch.local.queue import Queue
 from spotune.launch.preemptions import due
 from spotune.launch.prices import local_prices
 from spotune.launch.settings import load_settings
@@ -188,3 +192,17 @@ def test_a_recycled_pid_is_not_the_process_that_had_it() -> None:
 
 def test_a_file_beats_a_missing_one(tmp_path: Path) -> None:
     assert tasks.shipped_file("no/such/file.yaml", tmp_path) is None
+
+
+def test_a_refused_job_leaves_the_one_of_its_name_alone(tmp_path: Path) -> None:
+    queue, told = Queue(tmp_path / "queue.db"), list[str]()
+    queue.create()
+    first = Submission(run_id="run-a", task={"run": "x"}, workdir="/", user="ana", secrets={"KEY": "v"})
+    queue.add(first, "file:///b", lambda: told.append("first"))
+    with pytest.raises(InputError, match="--name: run-a is in this machine's queue already \\(another --name\\)"):
+        queue.add(first, "file:///other", lambda: told.append("second"))
+    date = replace(first, run_id="run-b", task={"run": datetime.date(2026, 1, 1)})
+    with pytest.raises(TypeError):
+        queue.add(date, "file:///b", lambda: told.append("third"))
+    assert told == ["first"]
+    assert [job.run_id for job in queue.jobs()] == ["run-a"]

@@ -17,6 +17,7 @@ from spotune.contracts.store.faults import GaveUp, local_side, opened
 from spotune.contracts.store.patience import Patience
 
 RANGE_BYTES = 12 << 20
+RECORD_BYTES = 256 << 10  # of what is read whole, most is smaller: one request
 RANGES_AHEAD = 3  # with the one in hand, and the one before it that is being hashed: 60 MiB a file
 UPLOAD_TRIES = 3  # of a whole multipart upload, when somebody removes it under way
 
@@ -89,7 +90,7 @@ class Objects:
         return f"{self._root}/{key}".rstrip("/")
 
     def read(self, key: str) -> bytes:
-        return b"".join(self._ranges(key))
+        return b"".join(self._ranges(key, RECORD_BYTES))
 
     def exists(self, key: str) -> bool:
         try:
@@ -155,17 +156,20 @@ class Objects:
     def _head(self, key: str) -> Head:
         return self._line.ask("read", partial(self._api.head, path=self._path(key)))
 
-    def _ranges(self, key: str) -> Generator[bytes | bytearray, None, None]:
-        """The object's bytes in order; while one range is used the next ones are on their way."""
+    def _ranges(self, key: str, first: int = RANGE_BYTES) -> Generator[bytes | bytearray, None, None]:
+        """The object's bytes in order; while one range is used the next ones are on their way.
+
+        ``first``: length of the first range, which says how long a store may be waited for that does not answer.
+        """
         path = self._path(key)
 
-        def submit(start: int) -> Pending[Piece]:
-            step = partial(self._api.get, path=path, start=start, length=RANGE_BYTES)
-            return self._line.submit("read", step, RANGE_BYTES)
+        def submit(start: int, length: int = RANGE_BYTES) -> Pending[Piece]:
+            step = partial(self._api.get, path=path, start=start, length=length)
+            return self._line.submit("read", step, length)
 
-        piece = self._line.wait(submit(0))
+        piece = self._line.wait(submit(0, first))
         known = piece.version, piece.size
-        starts = iter(range(RANGE_BYTES, piece.size, RANGE_BYTES))
+        starts = iter(range(first, piece.size, RANGE_BYTES))
         ahead = deque(submit(start) for start in islice(starts, RANGES_AHEAD))
         try:
             yield piece.data

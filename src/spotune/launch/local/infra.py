@@ -63,8 +63,8 @@ class LocalInfra:
         self._queue.note("slots", slots)
         self._queue.note("gpus", [vars(gpu) for gpu in gpus])
         bucket = submission.task.get("envs", {}).get(environment.BUCKET) or f"file://{self.layout.home}/bucket"
-        keep_environment(self.layout.environment(submission.run_id), self._environ, submission.secrets)
-        self._queue.add(submission, bucket)
+        kept = self.layout.environment(submission.run_id)
+        self._queue.add(submission, bucket, lambda: keep_environment(kept, self._environ, submission.secrets))
         self._wake()
 
     def check_resumable(self, run_id: str) -> None:

@@ -4,12 +4,12 @@ import fcntl
 import json
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.errors import InfraError
+from spotune.contracts.errors import InfraError, InputError
 from spotune.launch.infra import ACTIVE, Submission
 from spotune.launch.local.rows import Attempt, Job, Request
 from spotune.launch.local.verdict import Verdict
@@ -84,21 +84,27 @@ class Queue:
 
     # What the verbs write.
 
-    def add(self, submission: Submission, bucket: str) -> None:
-        """A new job at the end of its priority; raises InfraError when the run id is in the queue already."""
+    def add(self, submission: Submission, bucket: str, prepare: Callable[[], None] = lambda: None) -> None:
+        """A new job at the end of its priority; raises InputError when the run id is in the queue already.
+
+        ``prepare`` is called before anybody can see the job, and not for one that is refused.
+        """
         stored: dict[str, Any] = {"task": submission.task, "workdir": submission.workdir}
         stored["secrets"] = sorted(submission.secrets)
         stored["preemptions"] = list(submission.preemptions)
+        text = json.dumps(stored)
         try:
             with self._transaction() as connection:
                 connection.execute(
                     "INSERT INTO jobs (run_id, position, priority, state, user, bucket, submission, interactive,"
                     f" submitted_at) VALUES (?, {_NEXT_POSITION}, ?, 'PENDING', ?, ?, ?, ?, ?)",
-                    (submission.run_id, submission.priority, submission.user, bucket, json.dumps(stored),
+                    (submission.run_id, submission.priority, submission.user, bucket, text,
                      submission.interactive, time.time()),
                 )  # fmt: skip
+                prepare()
         except sqlite3.IntegrityError as error:
-            raise InfraError(f"{submission.run_id} is in this machine's queue already ({self._path})") from error
+            what = f"{submission.run_id} is in this machine's queue already"
+            raise InputError("--name", what, remedy="another --name") from error
 
     def requeue(self, run_id: str) -> None:
         """An ended job goes to the end of its priority, with everything it may ask for restored."""

@@ -15,6 +15,7 @@ from spotune.launch.local.rows import Attempt, Job
 from spotune.launch.local.verdict import Ending, Patience, Verdict, decide
 
 LOOK_TIMEOUT_S = 120.0
+CANCEL_TIMEOUT_S = 20.0  # of a job that is cancelled: somebody waits, and little hangs on the answer
 RETRY_S = 3.0  # between two tries at a bucket that does not answer
 
 
@@ -52,11 +53,12 @@ class Settler:
 
     def _look(self, job: Job, attempt: Attempt) -> Look | None:
         """What the bucket says, None while it is being asked; one that does not answer is asked again."""
-        if self._is_helper_busy(attempt):
+        if self._is_helper_busy(job, attempt):
             return None
         files = self._layout.attempt(attempt.run_id, attempt.attempt)
         seen = _answer(files.look)
-        if (seen is None or seen.error) and self._clock() >= self._not_before.get(attempt.marker, 0.0):
+        is_open = seen is None or (seen.error and not job.cancelling)
+        if is_open and self._clock() >= self._not_before.get(attempt.marker, 0.0):
             self._not_before[attempt.marker] = self._clock() + RETRY_S
             if not job.bucket.startswith("file://"):
                 self._ask(job, attempt, files.look)
@@ -65,7 +67,7 @@ class Settler:
             write_json(files.look, seen)
         if seen is None:
             return None
-        if seen.error:
+        if seen.error and not job.cancelling:  # a cancelled one that is certified is found to be so when it is listed
             self._queue.explain(job, f"waiting for its bucket: {seen.error}")
             return None
         return seen
@@ -75,16 +77,20 @@ class Settler:
         command = [sys.executable, "-P", "-m", "spotune.launch.local.look", job.bucket, job.run_id, str(answer)]
         environ = kept_environment(self._layout, job.run_id) | job.task.get("envs", {})
         helper = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL)
-        self._helpers[attempt.marker] = (helper, self._clock() + LOOK_TIMEOUT_S)
+        self._helpers[attempt.marker] = (helper, self._clock())
 
-    def _is_helper_busy(self, attempt: Attempt) -> bool:
-        helper, deadline = self._helpers.get(attempt.marker, (None, 0.0))
+    def _is_helper_busy(self, job: Job, attempt: Attempt) -> bool:
+        helper, since = self._helpers.get(attempt.marker, (None, 0.0))
         if helper is None:
             return False
         if helper.poll() is None:
-            if self._clock() > deadline:
-                helper.kill()
-            return True
+            now, limit_s = self._clock(), CANCEL_TIMEOUT_S if job.cancelling else LOOK_TIMEOUT_S
+            if now - since <= limit_s:
+                return True
+            helper.kill()
+            helper.wait()
+            silent = Look(error=f"it has not answered for {limit_s:g} s", at=now)
+            write_json(self._layout.attempt(attempt.run_id, attempt.attempt).look, silent)
         del self._helpers[attempt.marker]
         return False
 
