@@ -41,10 +41,10 @@ def train(source: str, dryrun: bool, yes: bool, detach: bool, output: str, **giv
     the training length, logging, saving or evaluation changed, else with --allow-config-change.
 
     Uses the config's profile `prod` if it has one. Shows the plan and asks, as `sky` does; where nobody can be asked
-    it needs -y, unless it runs on this machine. Ctrl-C and a reader that leaves (`| head`) stop following, the run
-    goes on. Exit codes: 0 finished and certified, 1 failed, 2 bad input, 3 infrastructure failed, 75 ended by a fault
-    that another machine may not have, 76 paused. A secret's value is kept on this machine alone, readable by you alone, until the run has ended;
-    elsewhere it is handed to SkyPilot's server and not kept.
+    it needs -y, unless it runs on this machine. Ctrl-C and a reader that leaves (`| head`) stop following, the run goes
+    on. Exit codes: 0 finished and certified, 1 failed, 2 bad input, 3 infrastructure failed, 75 ended by a fault that
+    another machine may not have, 76 paused. A secret's value is kept on this machine alone, readable by you alone,
+    until the run has ended; elsewhere it is handed to SkyPilot's server and not kept.
     """
     from spotune.cli.follow import follow
     from spotune.cli.launching import agree_to, plan_of, submit_plan

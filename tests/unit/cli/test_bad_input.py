@@ -134,6 +134,13 @@ def test_files(project: Project, name: str, text: str, says: str) -> None:
     assert_one_line(project, TRAIN, says)
 
 
+@pytest.mark.parametrize("verb", [["check"], ["queue"], ["cost"], ["train", "run.yaml", "--dryrun"]], ids=" ".join)
+def test_a_home_that_is_a_file(project: Project, monkeypatch: pytest.MonkeyPatch, verb: list[str]) -> None:
+    for below in ("", "/below/it"):
+        monkeypatch.setenv("SPOTUNE_HOME", f"{project.folder}/run.yaml{below}")
+        assert_one_line(project, verb, f"SPOTUNE_HOME: {project.folder}/run.yaml is a file (a folder")
+
+
 PREEMPTIONS = {
     "not JSON": "at 20 s",
     "neither": '{"notice_s": 3}',
@@ -155,13 +162,6 @@ def test_environment(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     for bucket in ("here", "file://relative/path", "ftp://x/y", "s3://"):
         monkeypatch.setenv("SPOTUNE_BUCKET", bucket)
         assert_one_line(project, TRAIN, "SPOTUNE_BUCKET: ")
-
-
-@pytest.mark.parametrize("verb", [["check"], ["queue"], ["cost"], ["train", "run.yaml", "--dryrun"]], ids=" ".join)
-def test_a_home_that_is_a_file(project: Project, monkeypatch: pytest.MonkeyPatch, verb: list[str]) -> None:
-    for below in ("", "/below/it"):
-        monkeypatch.setenv("SPOTUNE_HOME", f"{project.folder}/run.yaml{below}")
-        assert_one_line(project, verb, f"SPOTUNE_HOME: {project.folder}/run.yaml is a file (a folder")
 
 
 CHANGES = {
