@@ -53,7 +53,7 @@ class Project:
             self.write(name, "")
 
     def run(self, *arguments: str, input: str | None = None) -> click.testing.Result:
-        return click.testing.CliRunner(mix_stderr=False).invoke(main, arguments, input=input)
+        return click.testing.CliRunner(mix_stderr=False).invoke(main, arguments, input=input, prog_name="spotune")
 
     def submit(self, name: str = "run-a", *arguments: str) -> str:
         result = self.run("train", "run.yaml", "--name", name, "-y", "-d", *arguments)

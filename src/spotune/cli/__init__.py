@@ -3,13 +3,13 @@
 A verb ``x`` is the click command ``x`` in ``spotune/cli/x.py``. Only click is imported at the top of these files.
 """
 
-import os
 import sys
 from typing import Any, NoReturn
 
 import click
 
 from spotune.cli.lazy import Lazy
+from spotune.cli.streams import is_output, let_go, open_streams
 from spotune.contracts.errors import SpotuneError, launcher_code
 
 VERBS = {
@@ -30,20 +30,36 @@ class Verbs(Lazy):
     """Every error is one line on stderr and an exit code."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        open_streams()
         try:
-            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+            code = super().main(*args, **{"prog_name": "spotune", **kwargs, "standalone_mode": False})
+            sys.stdout.flush()
         except click.exceptions.Exit as left:
             sys.exit(left.exit_code)
+        except click.UsageError as error:
+            fail(_with_remedy(error), error.exit_code)
         except click.ClickException as error:
-            fail(" ".join(error.format_message().split()), error.exit_code)
+            fail(error.format_message(), error.exit_code)
         except (click.Abort, KeyboardInterrupt):
             fail("interrupted", INTERRUPTED)
         except SpotuneError as error:
             fail(str(error), launcher_code(error))
         except BrokenPipeError:  # the reader of our output has left
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            let_go()
             sys.exit(1)
+        except OSError as error:
+            if not is_output(error):
+                raise
+            let_go()
+            fail(f"cannot write the output: {error.strerror}", 1)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _with_remedy(error: click.UsageError) -> str:
+    """What click says, and where it offers nothing itself, where to look."""
+    said = error.format_message()
+    has_one = "id you mean" in said or "Possible options" in said
+    return said if has_one or error.ctx is None else f"{said} ({error.ctx.command_path} --help)"
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -1,5 +1,8 @@
 """``spotune check``."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import click
 
 from spotune.cli.options import config_options, format_option, open_workspace
@@ -17,17 +20,25 @@ def check(config: str | None, profile: str, overrides: tuple[str, ...], infra: s
     the settings name an infrastructure of its.
     """
     from spotune.cli.options import print_json
+    from spotune.contracts.errors import InfraError
     from spotune.launch.survey import survey_config, survey_machine
 
-    workspace = open_workspace()
+    if not config and (profile or overrides):
+        raise click.UsageError("--profile and --set are of a CONFIG, and there is none.")
+    workspace, silent = open_workspace(), None
     found = survey_config(config, profile, overrides, workspace.env.cache) if config else survey_machine(workspace)
     if infra or not config:
         from spotune.launch.survey import survey_place
 
-        found |= survey_place(workspace, infra)
-    if output == "json":
-        print_json(found)
-        return
-    for name, value in found.items():
-        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        click.echo(f"{name:<16}{text or '-'}")
+        try:
+            found |= survey_place(workspace, infra)
+        except InfraError as error:  # what was found without it is shown all the same
+            silent = error
+    print_json(found) if output == "json" else click.echo(_text(found))
+    if silent:
+        raise silent
+
+
+def _text(found: Mapping[str, Any]) -> str:
+    values = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in found.items()}
+    return "\n".join(f"{name:<16}{'-' if value in ('', None) else value}" for name, value in values.items())

@@ -24,6 +24,18 @@ class Lazy(click.Group):
         command: click.Command = getattr(import_module(f"{self.package}.{cmd_name}"), cmd_name)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            import difflib
+
+            if near := difflib.get_close_matches(args[0], self.verbs, n=1):
+                error.message += f" (did you mean {near[0]}?)"
+            raise
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(self.verbs.items()))

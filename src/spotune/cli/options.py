@@ -15,6 +15,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 def open_workspace() -> "Workspace":
     """This directory, this environment. The one place where the command line reads them."""
+    from spotune.contracts.environment import HOME
     from spotune.contracts.errors import InputError
     from spotune.launch.workspace import Workspace
 
@@ -22,7 +23,12 @@ def open_workspace() -> "Workspace":
         cwd = Path.cwd()
     except FileNotFoundError:
         raise InputError("this folder", "is gone", remedy="cd to one that is there") from None
-    return Workspace.open(dict(os.environ), cwd)
+    workspace = Workspace.open(dict(os.environ), cwd)
+    home = workspace.env.home
+    there = next(place for place in (home, *home.parents) if os.path.exists(place))
+    if not there.is_dir():
+        raise InputError(HOME, f"{there} is a file", remedy="a folder, or one to be made")
+    return workspace
 
 
 def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,7 +73,6 @@ def agree(question: str, yes: bool) -> None:
     if not answer:  # end of input: not a terminal
         from spotune.contracts.errors import InputError
 
-        click.echo(err=True)
         raise InputError("stdin", "nobody to ask", remedy="add -y")
     if answer.strip().lower() not in ("", "y", "yes"):
         raise click.exceptions.Exit(1)

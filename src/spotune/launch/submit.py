@@ -71,14 +71,13 @@ def submit(plan: Plan, workspace: Workspace) -> Submitted:
 
 def existing(plan: Plan, workspace: Workspace) -> Existing | None:
     """The run that has the plan's id, None when there is none; raises what ``submit`` would raise. Writes nothing."""
-    store, infra = workspace.store(plan.bucket), workspace.infra(plan.infra)
-    keys = Keys(plan.run_id)
+    store, keys = workspace.store(plan.bucket), Keys(plan.run_id)
     record = record_in_force(store, keys)
     if record is None:
         return None
     revision = revised(record, plan.record, plan.record.user, plan.record.created_at)
     change = compare(record, revision)
-    is_started = infra.jobs([plan.run_id]) or store.folders(keys.attempts)
+    is_started = workspace.infra(plan.infra).jobs([plan.run_id]) or store.folders(keys.attempts)
     status = find_run(workspace, plan.run_id) if is_started else None
     if not change:
         if status and status.state not in (*ACTIVE, "SUCCEEDED"):

@@ -17,7 +17,10 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
 
 TRAIN = ["train", "run.yaml", "-y", "-d"]
 COMMAND_LINES = {
-    "no verb of that name": (["trian", "x"], "No such command 'trian'"),
+    "no verb of that name": (["trian", "x"], "No such command 'trian'. (did you mean train?)\n"),
+    "nothing like a verb": (["zzz"], "No such command 'zzz'. (spotune --help)\n"),
+    "no run": (["logs"], "Missing argument 'RUN'. (spotune logs --help)\n"),
+    "a word too many": (["queue", "x"], "Got unexpected extra argument (x) (spotune queue --help)\n"),
     "unknown option": (["train", "run.yaml", "--spot"], "--spot"),
     "no config": (["train", "-y"], "needs a config"),
     "config and --from": ([*TRAIN, "--from", "x"], "not both"),
@@ -68,6 +71,8 @@ COMMAND_LINES = {
     "preempt without a choice": (["preempt", "x"], "--notice 30s or --no-notice"),
     "bad notice": (["preempt", "x", "--notice", "soon"], "--notice: 'soon' is not a duration"),
     "unknown format": (["queue", "--format", "xml"], "'xml' is not one of"),
+    "check of a profile of nothing": (["check", "--profile", "x"], "--profile and --set are of a CONFIG"),
+    "check of a change of nothing": (["check", "--set", "a"], "--profile and --set are of a CONFIG"),
     "check of nothing": (["check", "nothing.yaml"], "nothing.yaml: no such file"),
     "dev run of nothing": (["dev", "run", "nothing.yaml"], "nothing.yaml: no such file"),
 }
@@ -206,6 +211,13 @@ def test_files(project: Project, name: str, text: str, says: str) -> None:
     project.home.mkdir(exist_ok=True)
     project.write(name, text)
     assert_one_line(project, TRAIN, says)
+
+
+@pytest.mark.parametrize("verb", [["check"], ["queue"], ["cost"], ["train", "run.yaml", "--dryrun"]], ids=" ".join)
+def test_a_home_that_is_a_file(project: Project, monkeypatch: pytest.MonkeyPatch, verb: list[str]) -> None:
+    for below in ("", "/below/it"):
+        monkeypatch.setenv("SPOTUNE_HOME", f"{project.folder}/run.yaml{below}")
+        assert_one_line(project, verb, f"SPOTUNE_HOME: {project.folder}/run.yaml is a file (a folder")
 
 
 PREEMPTIONS = {

@@ -295,3 +295,16 @@ def test_check_and_dryrun_name_the_model(project: Project) -> None:
     assert checked == project.json("train", "run.yaml", "--dryrun")["model_sha256"]
     project.write("model/config.json", '{"a": 1}')
     assert project.json("check", "run.yaml")["model_sha256"] != checked
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("max_steps=3", "max_steps: 3 steps, but the newest checkpoint is of step 5"),
+        ("seed=3", "--allow-config-change"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_submission_would(ended: Project, change: str, says: str) -> None:
+    ended.store.write(KEYS.commit(1, 5), b"{}")
+    assert says in refused(ended, *TRAIN, "--set", change)
+    assert says in refused(ended, *TRAIN, "--set", change, "--dryrun")

@@ -306,3 +306,5 @@ def test_check_asks_what_the_settings_name(project: Project, monkeypatch: pytest
     assert found["problems"] == (["SkyPilot: the server does not answer (sky api start)"] if silent else [])
     assert "problems" not in project.json("check", "run.yaml")
     assert project.run("check", "--infra", "aws").exit_code == (3 if silent else 0)
+    done = project.run("check", "run.yaml", "--infra", "aws")
+    assert ("config_sha256" in done.stdout, "sky api start" in done.stderr) == (True, silent)

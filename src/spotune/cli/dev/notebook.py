@@ -8,7 +8,7 @@ from spotune.cli.options import open_workspace, secret_option
 
 @click.command()
 @cluster_argument
-@click.option("--port", type=int, default=8888, show_default=True, metavar="N", help="Port here.")
+@click.option("--port", type=click.IntRange(1, 65535), default=8888, show_default=True, metavar="N", help="Port here.")
 @click.option("--env", "envs", multiple=True, metavar="K=V", help="Environment of Jupyter.")
 @secret_option
 def notebook(cluster: str, port: int, envs: tuple[str, ...], secrets: tuple[str, ...]) -> None:
@@ -21,13 +21,13 @@ def notebook(cluster: str, port: int, envs: tuple[str, ...], secrets: tuple[str,
     from spotune.launch.task import env_pairs
 
     workspace = open_workspace()
-    given = secrets_of(secrets, workspace.environ)
+    given, pairs = secrets_of(secrets, workspace.environ), env_pairs(envs)
     name = chosen(cluster, workspace)
     ssh.write_config(name, everyones=bool(cluster))
     server = notebook.find(name)
     if server is None:
         say(f"{name}: starting Jupyter, which is installed there the first time")
-        server = notebook.start(name, env_pairs(envs), given, workspace)
+        server = notebook.start(name, pairs, given, workspace)
     elif envs or secrets:
         say(f"{name}: Jupyter runs there already, without this --env or --secret (File > Shut Down ends it)")
     click.echo(f"http://localhost:{port}/lab?token={server.token}")

@@ -12,7 +12,10 @@ from spotune.launch.task import Demand, demand_of
 
 @dataclass(frozen=True)
 class Job:
-    """A job as the queue has it; ``secrets`` are names only, their values are never here."""
+    """A job as the queue has it; ``secrets`` are names only, their values are never here.
+
+    One without a ``task`` has a row that cannot be read: ``reason`` says so, and it is never started.
+    """
 
     id: int
     run_id: str
@@ -41,10 +44,13 @@ class Job:
     @classmethod
     def from_row(cls, row: sqlite3.Row) -> "Job":
         values = {name: row[name] for name in row.keys() if name not in ("position", "submission")}  # noqa: SIM118
-        values |= json.loads(row["submission"])
-        values["fired"] = json.loads(row["fired"])
         values["interactive"], values["cancelling"] = bool(row["interactive"]), bool(row["cancelling"])
-        return cls(**values)
+        try:
+            return cls(**values | {"fired": json.loads(row["fired"])} | json.loads(row["submission"]))
+        except (ValueError, TypeError) as error:
+            reason = f"its row in queue.db cannot be read: {error} (train it anew, under another --name)"
+            empty = {"fired": [], "task": {}, "workdir": "", "secrets": [], "preemptions": []}
+            return cls(**values | empty | {"reason": reason})
 
     @property
     def is_active(self) -> bool:

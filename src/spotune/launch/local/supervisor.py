@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from uuid import uuid4
 
-from spotune.contracts.exits import FAILED
+from spotune.contracts.exits import BAD_INPUT, FAILED
 from spotune.launch.local import daemon, processes
 from spotune.launch.local.gpus import Gpu
 from spotune.launch.local.layout import Layout
@@ -110,6 +110,9 @@ class Supervisor:
                 blocked = True
 
     def _start(self, job: Job, slots: list[int], gpus: list[Gpu]) -> None:
+        if not job.task:
+            self._end(job, Verdict("FAILED", job.reason, BAD_INPUT))
+            return
         attempt = Attempt(
             run_id=job.run_id,
             attempt=job.attempt + 1,

@@ -9,6 +9,7 @@ from typing import Any
 
 from spotune.contracts import environment
 from spotune.contracts.config import load_config
+from spotune.contracts.durations import parse_save_every
 from spotune.contracts.errors import InputError
 from spotune.contracts.keys import Keys, check_run_id, new_run_id
 from spotune.launch import code
@@ -17,6 +18,7 @@ from spotune.launch.project import KEEPER as KEEPER_CODE
 from spotune.launch.project import check_project
 from spotune.launch.skypilot import clusters
 from spotune.launch.skypilot.clusters import Cluster
+from spotune.launch.skypilot.devchecks import check_machine, check_model_goes_along, check_name
 from spotune.launch.skypilot.reuse import differences, finish_setup
 from spotune.launch.skypilot.share import check_share, shared
 from spotune.launch.skypilot.task import placed
@@ -53,6 +55,8 @@ class DevWish:
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        check_name(self.name)
+        check_machine(self.gpus, self.cpus, self.memory)
         if self.idle_minutes is not None and self.idle_minutes < MIN_IDLE_MINUTES:
             remedy = f"{MIN_IDLE_MINUTES} or more: SkyPilot itself looks once a minute"
             raise InputError("--idle-minutes-to-autostop", f"{self.idle_minutes} is too short", remedy=remedy)
@@ -130,9 +134,10 @@ def check_run(config: str, name: str, wish: "RunWish", workspace: Workspace) -> 
     run_id = check_run_id(name) if name else new_run_id(Path(config).stem, SystemRandom())
     if run_id in ("keeper", "notebook"):
         raise InputError("--name", f"{run_id} is the name of another job of a cluster", remedy="another --name")
-    load_config(config, wish.profile, wish.overrides, "dev")
+    checked = load_config(config, wish.profile, wish.overrides, "dev")
     if not (workspace.cwd / config).resolve().is_relative_to(workspace.cwd.resolve()):
         raise InputError(config, f"is not below {workspace.cwd}, which is what a cluster gets", remedy="copy it here")
+    check_model_goes_along(checked, config, workspace.cwd)
     return run_id
 
 
@@ -194,6 +199,8 @@ class RunWish:
 
     def __post_init__(self) -> None:
         check_share(self.share, "")
+        check_machine(self.gpus)
+        parse_save_every(self.save_every)
         if self.gpus:
             shared(self.gpus, self.share)
 

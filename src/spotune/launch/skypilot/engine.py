@@ -169,6 +169,7 @@ def server() -> Server:
         from sky.server import common
         from sky.utils import common_utils, controller_utils
 
+        common.check_server_healthy()  # as every other request does; api_info alone says less of one that is away
         health = client.api_info()
         url = common.get_server_url()
         found = Server(url=masked(url), version=str(health.version), is_local=common.is_api_server_local(url))

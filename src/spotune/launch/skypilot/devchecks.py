@@ -1,0 +1,43 @@
+"""What is refused of a dev cluster or of a run on one before SkyPilot is asked."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spotune.contracts.errors import InputError
+from spotune.launch.checks import check_model
+from spotune.launch.task import parse_gpus
+
+_NAME = re.compile(r"[a-zA-Z]([-_.a-zA-Z0-9]*[a-zA-Z0-9])?")  # SkyPilot's own (CLUSTER_NAME_VALID_REGEX)
+_AMOUNT = {
+    "--cpus": (re.compile(r"\d+(\.\d+)?\+?"), "4, or 4+ for at least 4"),
+    "--memory": (re.compile(r"\d+(\.\d+)?([KMGTP]B)?\+?", re.IGNORECASE), "16 (GB), or 16+ for at least 16"),
+}
+
+
+def check_name(name: str) -> None:
+    """Raises InputError for what SkyPilot would not call a cluster."""
+    if not _NAME.fullmatch(name):
+        remedy = "letters, digits, '-', '_' and '.', a letter first, a letter or digit last"
+        raise InputError("--name", f"{name!r} is no name of a cluster", remedy=remedy)
+
+
+def check_machine(gpus: str | None, cpus: str | None = None, memory: str | None = None) -> None:
+    """Raises InputError for GPUs, CPUs or a memory that are none; None is not asked for."""
+    if gpus:
+        parse_gpus(gpus, "--gpus")
+    for flag, given in (("--cpus", cpus), ("--memory", memory)):
+        form, remedy = _AMOUNT[flag]
+        if given is not None and not form.fullmatch(given.strip()):
+            raise InputError(flag, f"{given!r} is no amount", remedy=remedy)
+
+
+def check_model_goes_along(config: Mapping[str, Any], where: str, folder: Path) -> None:
+    """Raises InputError for a model that the cluster will not find; an absolute path may be there alone."""
+    name = str(config["model_name_or_path"])
+    if name.startswith(("/", "~")) or check_model(config, where) == "hub":
+        return
+    if not (folder / name).resolve().is_relative_to(folder.resolve()):
+        what = f"{name} is not below {folder}, which is what a cluster gets"
+        raise InputError(where, what, key="model_name_or_path", remedy="copy it here")
