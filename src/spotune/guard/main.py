@@ -43,6 +43,9 @@ def main(argv: list[str]) -> int:
         print(error, file=sys.stderr)
         bar_restarts(error, os.environ)
         return error.exit_code
+    except StoreError as error:  # no attempt is claimed yet: nobody could count that it failed
+        print(error, file=sys.stderr)
+        return exits.FAILED if managed_job(os.environ) and not notices.given else error.exit_code
     except SpotuneError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -51,12 +54,18 @@ def main(argv: list[str]) -> int:
 def bar_restarts(error: InputError, environ: Mapping[str, str]) -> None:
     """Bad input before an attempt is claimed: a managed job's next machine would only find the same."""
     with suppress(SpotuneError):
-        sound = {name: value for name, value in environ.items() if name != NUM_PROCESSES}
-        env, machine = RunEnvironment.read(sound), Machine.read(sound)
-        if machine.job_id:
+        env, machine = RunEnvironment.read(environ), managed_job(environ)
+        if machine:
             keys = Keys(admission.choose_run_id(env, machine, admission.Request("", "", ())))
             facts = {"reason": str(error), "exit_code": error.exit_code}
             admission.leave_mark(Store(env.bucket), keys.failed, keys.run_id, 0, **facts)
+
+
+def managed_job(environ: Mapping[str, str]) -> Machine | None:
+    """This machine where it is one of a managed job's, which SkyPilot starts again: without end after a 75, and a few
+    times after an error."""
+    machine = Machine.read({name: value for name, value in environ.items() if name != NUM_PROCESSES})
+    return machine if machine.job_id else None
 
 
 def parse_arguments(argv: list[str]) -> admission.Request:
@@ -111,14 +120,7 @@ def work(
     # One request gives up well before the run does: that is said, and a newer checkpoint takes its turn.
     store = Store(env.bucket, Patience(deadline_s=min(Patience.deadline_s, env.patience_s / 4)))
     keys = Keys(admission.choose_run_id(env, machine, request))
-    try:
-        verdict = admission.standing_verdict(first_look(env, machine), keys)
-    except StoreError as error:
-        if not machine.job_id:
-            raise
-        # Nothing can be counted where nothing can be written: SkyPilot counts an error, and ends the job at its cap.
-        say(f"this machine has never reached its bucket: {error}", bare=True)
-        return exits.FAILED
+    verdict = admission.standing_verdict(first_look(env, machine), keys)
     debt = debt_of(store, keys) if verdict == exits.SUCCEEDED and not machine.node_rank else None
     if verdict is not None and debt is None:
         return verdict

@@ -107,8 +107,7 @@ def fill_in(task: Mapping[str, Any], envs: Mapping[str, str], resources: Resourc
     if resources.gpus is not None:
         parse_gpus(resources.gpus, "--gpus")
         said["accelerators"] = resources.gpus
-    _check_amount("--cpus", said["cpus"], _CPUS, "4, or 4+")
-    _check_amount("--memory", said["memory"], _MEMORY, "16, 16+ or 16GB")
+    check_amounts(resources.cpus, resources.memory)
     changes = {name: value for name, value in said.items() if value is not None}
     machine = ("instance_type",) if resources.gpus is not None else ()  # that of other GPUs
     if wanted := override(task.get("resources") or {}, changes, without=machine):
@@ -118,9 +117,14 @@ def fill_in(task: Mapping[str, Any], envs: Mapping[str, str], resources: Resourc
     return filled
 
 
-def _check_amount(flag: str, text: str | None, spelling: re.Pattern[str], remedy: str) -> None:
-    if text is not None and not spelling.fullmatch(text):
-        raise InputError(flag, f"{shown(text)} is not an amount", remedy=remedy)
+def check_amounts(cpus: str | None, memory: str | None) -> None:
+    """Raises InputError for CPUs or a memory that SkyPilot would not read; None is not asked for."""
+    for flag, text, spelling, remedy in (
+        ("--cpus", cpus, _CPUS, "4, or 4+"),
+        ("--memory", memory, _MEMORY, "16, 16+ or 16GB"),
+    ):
+        if text is not None and not spelling.fullmatch(text):
+            raise InputError(flag, f"{shown(text)} is not an amount", remedy=remedy)
 
 
 def env_pairs(pairs: Iterable[str]) -> dict[str, str]:

@@ -7,13 +7,9 @@ from typing import Any
 
 from spotune.contracts.errors import InputError
 from spotune.launch.checks import check_model
-from spotune.launch.task import parse_gpus
+from spotune.launch.task import check_amounts, parse_gpus
 
 _NAME = re.compile(r"[a-zA-Z]([-_.a-zA-Z0-9]*[a-zA-Z0-9])?")  # SkyPilot's own (CLUSTER_NAME_VALID_REGEX)
-_AMOUNT = {
-    "--cpus": (re.compile(r"\d+(\.\d+)?\+?"), "4, or 4+ for at least 4"),
-    "--memory": (re.compile(r"\d+(\.\d+)?([KMGTP]B)?\+?", re.IGNORECASE), "16 (GB), or 16+ for at least 16"),
-}
 
 
 def check_name(name: str) -> None:
@@ -27,10 +23,7 @@ def check_machine(gpus: str | None, cpus: str | None = None, memory: str | None 
     """Raises InputError for GPUs, CPUs or a memory that are none; None is not asked for."""
     if gpus:
         parse_gpus(gpus, "--gpus")
-    for flag, given in (("--cpus", cpus), ("--memory", memory)):
-        form, remedy = _AMOUNT[flag]
-        if given is not None and not form.fullmatch(given.strip()):
-            raise InputError(flag, f"{given!r} is no amount", remedy=remedy)
+    check_amounts(cpus, memory)
 
 
 def check_model_goes_along(config: Mapping[str, Any], where: str, folder: Path) -> None:
