@@ -5,6 +5,7 @@ and keeps ``progress.json`` and the local status file current.
 """
 
 import json
+import math
 import os
 import threading
 import time
@@ -133,7 +134,9 @@ class Journal:
                 changes = {"step": event["step"], "tokens": event.get("tokens") or self._shown.tokens}
                 self.first_step = self.first_step or event["step"]
             case "log" if "loss" in event:
-                changes = {"loss": event["loss"]}
+                loss = event["loss"]
+                is_number = isinstance(loss, (int, float)) and math.isfinite(loss)  # a run may diverge
+                changes = {"loss": loss if is_number else None}
             case "restored" if event.get("step"):
                 changes = {"step": event["step"], "committed_step": event["step"]}
             case "commit":

@@ -13,7 +13,7 @@ from spotune.contracts.environment import RunEnvironment
 from spotune.contracts.errors import InputError, StoreError
 from spotune.contracts.events import EventLog
 from spotune.contracts.keys import Keys
-from spotune.contracts.records import AttemptRecord, Commit, RunRecord
+from spotune.contracts.records import AttemptRecord, Commit, Progress, RunRecord
 from spotune.contracts.store import Store
 from spotune.guard.admission import Request, choose_run_id, claim_attempt
 from spotune.guard.attempt import make_job
@@ -87,6 +87,9 @@ def test_the_journal_keeps_order_progress_and_parts(local_store: Store, tmp_path
     journal.write("commit", step=7, upload_s=0.1, bytes=1)
     shown = json.loads(status.read_text())
     assert (shown["step"], shown["max_steps"], shown["loss"], shown["phase"]) == (7, 50, 1.5, "train")
+    log.write("log", step=7, loss=float("nan"))  # it has diverged: what is seen of it stays a record
+    journal.write("note")
+    assert json.loads(status.read_text())["loss"] is None
     with open(tmp_path / "events", "a") as file:
         file.write('{"t": 1, "event": "st')  # a worker that was killed in mid-write
     journal.write("end", reason="preempted", exit_code=75, step=7, message="")
@@ -94,10 +97,10 @@ def test_the_journal_keeps_order_progress_and_parts(local_store: Store, tmp_path
     log.close()
     parts = [key for key in local_store.keys(KEYS.attempts) if "events-0-" in key]
     events = [json.loads(line) for key in parts for line in (local_store.read(key) or b"").splitlines()]
-    assert [event["event"] for event in events] == ["plan", "phase", "step", "log", "commit", "end"]
+    assert [event["event"] for event in events] == ["plan", "phase", "step", "log", "commit", "log", "note", "end"]
     assert last_event(local_store, KEYS, 3)["reason"] == "preempted"
-    progress = json.loads(local_store.read(KEYS.progress) or b"")
-    assert (progress["phase"], progress["committed_step"]) == ("preempted", 7)
+    progress = Progress.from_bytes(local_store.read(KEYS.progress) or b"")
+    assert (progress.phase, progress.committed_step, progress.loss) == ("preempted", 7, None)
 
 
 @pytest.mark.parametrize(
