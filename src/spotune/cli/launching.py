@@ -77,6 +77,7 @@ def agree_to(plan: "Plan", workspace: "Workspace", yes: bool) -> None:
     from spotune.launch.infra import infra_of
     from spotune.launch.submit import existing
 
+    workspace.infra(plan.infra)  # opens it: there may be no room for its files
     found = existing(plan, workspace)
     asks = not yes and can_ask()
     if not yes and not asks and infra_of(plan.infra) != "local":
