@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from spotune.contracts.errors import InputError
+from spotune.contracts.errors import InfraError, InputError
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Commit, Mark
 from spotune.contracts.store import Store
@@ -206,3 +206,9 @@ def test_a_refused_job_leaves_the_one_of_its_name_alone(tmp_path: Path) -> None:
         queue.add(date, "file:///b", lambda: told.append("third"))
     assert told == ["first"]
     assert [job.run_id for job in queue.jobs()] == ["run-a"]
+
+
+def test_a_queue_that_is_none_is_named_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "queue.db").write_bytes(b"no database, and long enough to be looked at as one" * 100)
+    with pytest.raises(InfraError, match=r"queue\.db: file is not a database \(move it away: .*\)"):
+        Queue(tmp_path / "queue.db").create()

@@ -39,6 +39,12 @@ _ACTIVE = "(" + ", ".join(f"'{state}'" for state in ACTIVE) + ")"
 _NEXT_POSITION = "(SELECT COALESCE(MAX(position), 0) + 1 FROM jobs)"
 
 
+def _failed(path: Path, error: Exception) -> InfraError:
+    """OperationalError is a matter of now: a full disk, a lock. Any other says that the file is no such database."""
+    is_broken = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
+    return InfraError(f"{path}: {error}" + (" (move it away: what runs have saved is in their bucket)" * is_broken))
+
+
 class Queue:
     """Every method opens what it needs and leaves nothing open: verbs and the supervisor share the file."""
 
@@ -60,7 +66,7 @@ class Queue:
         except sqlite3.IntegrityError:
             raise
         except sqlite3.Error as error:
-            raise InfraError(f"{self._path}: {error}") from error
+            raise _failed(self._path, error) from error
 
     def create(self) -> None:
         """Makes the tables where there are none. One process at a time: SQLite waits for no lock to change to WAL."""
@@ -71,7 +77,7 @@ class Queue:
                     connection.execute("PRAGMA journal_mode=WAL")
                     connection.executescript(_SCHEMA)
         except (sqlite3.Error, OSError) as error:
-            raise InfraError(f"{self._path}: {error}") from error
+            raise _failed(self._path, error) from error
         self._path.chmod(0o600)
 
     def _rows(self, sql: str, *values: Any) -> list[sqlite3.Row]:
@@ -80,7 +86,7 @@ class Queue:
                 connection.row_factory = sqlite3.Row
                 return connection.execute(sql, values).fetchall()
         except sqlite3.Error as error:
-            raise InfraError(f"{self._path}: {error}") from error
+            raise _failed(self._path, error) from error
 
     # What the verbs write.
 
