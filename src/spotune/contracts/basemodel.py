@@ -62,7 +62,7 @@ def _base_of(folder: Path, where: object) -> list[tuple[str, Path | None, str]]:
     if not path.is_file():
         return []
     try:
-        adapter = json.loads(path.read_text())
+        adapter = json.loads(path.read_bytes())
         base, revision = str(adapter["base_model_name_or_path"]), str(adapter.get("revision") or "main")
     except (OSError, ValueError, KeyError, TypeError) as error:
         remedy = "base_model_name_or_path in it"

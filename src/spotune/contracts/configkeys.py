@@ -14,7 +14,7 @@ from spotune.contracts.errors import InputError, shown
 @cache
 def schema() -> dict[str, Any]:
     """The JSON schema of a config, as editors use it too."""
-    found: dict[str, Any] = json.loads(resources.files("spotune.contracts").joinpath("schema.json").read_text())
+    found: dict[str, Any] = json.loads(resources.files("spotune.contracts").joinpath("schema.json").read_bytes())
     return found
 
 

@@ -59,7 +59,7 @@ def _state(path: Path) -> list[int]:
 
 def _recall(cache: Path) -> dict[str, list[Any]]:
     try:
-        known = json.loads((cache / MEMORY).read_text())
+        known = json.loads((cache / MEMORY).read_bytes())
     except (OSError, ValueError):  # not there, or damaged: everything is read again
         return {}
     return {path: entry for path, entry in known.items() if isinstance(entry, list)} if isinstance(known, dict) else {}

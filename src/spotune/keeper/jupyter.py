@@ -30,7 +30,7 @@ def servers(runtime: Path) -> Iterator[Server]:
     """Servers that run; Jupyter leaves the files of killed ones behind."""
     for path in sorted(runtime.glob("jpserver-*.json")):
         try:
-            said = json.loads(path.read_text())
+            said = json.loads(path.read_bytes())
             server = Server(str(said["url"]), str(said.get("token", "")), int(said["pid"]))
             os.kill(server.pid, 0)
         except (OSError, ValueError, KeyError, TypeError):

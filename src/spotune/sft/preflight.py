@@ -88,7 +88,7 @@ def _check_weights(folder: Path, name: str, where: str) -> None:
             where, f"{name} has no weights", key="model_name_or_path", remedy="*.safetensors beside config.json"
         )
     try:
-        json.loads((folder / "config.json").read_text())
+        json.loads((folder / "config.json").read_bytes())
     except ValueError as error:
         raise InputError(folder / "config.json", f"not JSON: {error}") from error
 
@@ -107,7 +107,7 @@ def has_template(folder: Path) -> bool:
     if (folder / "chat_template.jinja").exists() or (folder / "chat_template.json").exists():
         return True
     settings = folder / "tokenizer_config.json"
-    return settings.exists() and bool(json.loads(settings.read_text()).get("chat_template"))
+    return settings.exists() and bool(json.loads(settings.read_bytes()).get("chat_template"))
 
 
 def _check_hub(name: str, revision: str, where: str) -> None:

@@ -42,7 +42,7 @@ def _check_complete(checkpoint: Path, trainer: Any) -> None:
 
 def _patch_best(checkpoint: Path, best_checkpoint: str | None) -> None:
     """Puts this machine's path of the best checkpoint into the state; by rename, since files may be hard links."""
-    state = json.loads((checkpoint / STATE).read_text())
+    state = json.loads((checkpoint / STATE).read_bytes())
     if state.get("best_global_step") == state.get("global_step"):
         best_checkpoint = str(checkpoint)
     if state.get("best_model_checkpoint") == best_checkpoint:

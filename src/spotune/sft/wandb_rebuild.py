@@ -9,7 +9,7 @@ def rebuild(folder: Path) -> None:
     """Logs every surviving line once, in order, with Trainer's own names (``train/loss``, ``eval/loss``)."""
     import wandb
 
-    spec = json.loads((folder / "run.json").read_text())
+    spec = json.loads((folder / "run.json").read_bytes())
     run = wandb.init(
         id=spec["run_id"],
         name=spec["run_id"],

@@ -81,7 +81,7 @@ class AttemptFiles:
     def read_status(self) -> dict[str, Any]:
         """What the guard said last; empty when there is nothing that can be read: a task may write it too."""
         try:
-            status = json.loads(self.status.read_text())
+            status = json.loads(self.status.read_bytes())
         except (OSError, ValueError):
             return {}
         return status if isinstance(status, dict) else {}

@@ -75,7 +75,7 @@ class Registry:
     def entry(self, run_id: str) -> Entry | None:
         path = self._path(run_id)
         try:
-            found = json.loads(path.read_text())
+            found = json.loads(path.read_bytes())
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
