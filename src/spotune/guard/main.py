@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 
@@ -10,7 +11,7 @@ from spotune.contracts import exits
 from spotune.contracts.change import FLAG
 from spotune.contracts.config import parse_flags
 from spotune.contracts.environment import NUM_PROCESSES, RunEnvironment
-from spotune.contracts.errors import InputError, SpotuneError, StoreError
+from spotune.contracts.errors import BadRecord, InputError, SpotuneError, StoreError
 from spotune.contracts.holds import reach
 from spotune.contracts.keys import Keys
 from spotune.contracts.store import Patience, Store
@@ -107,10 +108,18 @@ def attend(
     return code
 
 
-def first_look(env: RunEnvironment, machine: Machine) -> Store:
-    """The bucket for somebody whom an outage of minutes would cost a machine, or who waits at a terminal."""
-    longest_s = FIRST_LOOK_S if machine.job_id else Patience.deadline_s
-    return Store(env.bucket, Patience(deadline_s=min(longest_s, env.patience_s / 4)))
+def first_look(store: Store, keys: Keys, patience_s: float) -> int | None:
+    """The run's verdict; a store that does not answer is asked again for ``patience_s``."""
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            return admission.standing_verdict(store, keys)
+        except BadRecord:
+            raise
+        except StoreError:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(1.0)  # one on a disk says at once that it fails
 
 
 def work(
@@ -120,7 +129,8 @@ def work(
     # One request gives up well before the run does: that is said, and a newer checkpoint takes its turn.
     store = Store(env.bucket, Patience(deadline_s=min(Patience.deadline_s, env.patience_s / 4)))
     keys = Keys(admission.choose_run_id(env, machine, request))
-    verdict = admission.standing_verdict(first_look(env, machine), keys)
+    # An outage of minutes would cost a managed job a machine; who starts one by hand waits at a terminal.
+    verdict = first_look(store, keys, min(FIRST_LOOK_S, env.patience_s / 4) if machine.job_id else 0.0)
     debt = debt_of(store, keys) if verdict == exits.SUCCEEDED and not machine.node_rank else None
     if verdict is not None and debt is None:
         return verdict
