@@ -22,7 +22,6 @@ from spotune.launch.infra import LOCAL, Submission, infra_of, spell
 from spotune.launch.local.gpus import find_gpus
 from spotune.launch.preemptions import read_preemptions
 from spotune.launch.prices import Offers, local_prices
-from spotune.launch.project import check_project
 from spotune.launch.task import Demand, Resources, demand_of, env_pairs, fill_in, load_task
 from spotune.launch.workspace import Workspace
 
@@ -96,8 +95,6 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
     if backend != LOCAL:
         from spotune.launch.skypilot.sent import check_sent
 
-        if isinstance(task.get("workdir"), str):
-            check_project(workspace.cwd, task)
         check_sent(config, files, wish.config_path, workspace.cwd, task, infra)
     offered = _offers(task, wish, infra, demand, workspace, now)
     if budget_usd is not None:

@@ -23,3 +23,9 @@ def check_project(folder: Path, task: Mapping[str, Any], *more: str) -> None:
     if missing:
         what = f"is what the machine would get, and has no {', '.join(missing)}"
         raise InputError(folder, what, remedy="cd to a checkout of spotune")
+
+
+def inside(path: Path, folder: Path) -> Path | None:
+    """``path`` relative to ``folder``, links followed; None where it is elsewhere."""
+    path, folder = path.resolve(), folder.resolve()
+    return path.relative_to(folder) if path.is_relative_to(folder) else None

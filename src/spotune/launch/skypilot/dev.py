@@ -15,13 +15,13 @@ from spotune.contracts.keys import Keys, check_run_id, new_run_id
 from spotune.launch import code
 from spotune.launch.infra import ANY, LOCAL, spell
 from spotune.launch.project import KEEPER as KEEPER_CODE
-from spotune.launch.project import check_project
+from spotune.launch.project import check_project, inside
 from spotune.launch.skypilot import clusters
 from spotune.launch.skypilot.clusters import Cluster
 from spotune.launch.skypilot.devchecks import check_machine, check_model_goes_along, check_name
 from spotune.launch.skypilot.reuse import differences, finish_setup
 from spotune.launch.skypilot.share import check_share, shared
-from spotune.launch.skypilot.task import placed
+from spotune.launch.skypilot.task import placed, with_secrets
 from spotune.launch.task import Resources, fill_in, load_task
 from spotune.launch.workspace import Workspace
 
@@ -135,7 +135,7 @@ def check_run(config: str, name: str, wish: "RunWish", workspace: Workspace) -> 
     if run_id in ("keeper", "notebook"):
         raise InputError("--name", f"{run_id} is the name of another job of a cluster", remedy="another --name")
     checked = load_config(config, wish.profile, wish.overrides, "dev")
-    if not (workspace.cwd / config).resolve().is_relative_to(workspace.cwd.resolve()):
+    if inside(workspace.cwd / config, workspace.cwd) is None:
         raise InputError(config, f"is not below {workspace.cwd}, which is what a cluster gets", remedy="copy it here")
     check_model_goes_along(checked, config, workspace.cwd)
     return run_id
@@ -170,7 +170,7 @@ def run_task(config: str, run_id: str, cluster: Cluster, wish: "RunWish", worksp
     }
     if accelerators:
         task["resources"]["accelerators"] = accelerators
-    return _with_secrets({**task, "secrets": dev.get("secrets")}, wish.secrets)
+    return with_secrets({**task, "secrets": dev.get("secrets")}, wish.secrets)
 
 
 def keep_code(run_id: str, workspace: Workspace) -> list[str]:
@@ -219,7 +219,7 @@ def notebook_task(
     _, task = load_task(workspace.cwd, NOTEBOOK)
     filled = fill_in(task, {**envs, "NOTEBOOK_PORT": str(port)}, Resources(), "notebook")
     check_project(workspace.cwd, filled)
-    return _with_secrets(_as_job(filled, workspace), {**secrets, "JUPYTER_TOKEN": token})
+    return with_secrets(_as_job(filled, workspace), {**secrets, "JUPYTER_TOKEN": token})
 
 
 def bucket_of(workspace: Workspace) -> dict[str, str]:
@@ -241,7 +241,7 @@ def _dev_task(wish: DevWish, workspace: Workspace) -> dict[str, Any]:
     check_project(workspace.cwd, filled, KEEPER_CODE)
     resources = placed(filled.get("resources") or {}, wish.infra or ANY)
     resources.pop("autostop", None)  # set with the launch
-    return _with_secrets({**filled, "resources": resources, "workdir": str(workspace.cwd)}, wish.secrets)
+    return with_secrets({**filled, "resources": resources, "workdir": str(workspace.cwd)}, wish.secrets)
 
 
 def _setup_job(wish: DevWish, workspace: Workspace) -> dict[str, Any]:
@@ -254,10 +254,3 @@ def _as_job(task: Mapping[str, Any], workspace: Workspace) -> dict[str, Any]:
     rest = {name: value for name, value in task.items() if name != "setup"}
     run = f"{task.get('setup') or ''}\n{task['run']}"
     return {**rest, "resources": dict(_ONE_CPU), "workdir": str(workspace.cwd), "run": run}
-
-
-def _with_secrets(task: Mapping[str, Any], secrets: Mapping[str, str]) -> dict[str, Any]:
-    """One that has no value is SkyPilot's to refuse."""
-    both = {**(task.get("secrets") or {}), **secrets}
-    rest = {name: value for name, value in task.items() if name != "secrets"}
-    return {**rest, "secrets": both} if both else rest

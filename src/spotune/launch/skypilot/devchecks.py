@@ -7,6 +7,7 @@ from typing import Any
 
 from spotune.contracts.errors import InputError
 from spotune.launch.checks import check_model
+from spotune.launch.project import inside
 from spotune.launch.task import check_amounts, parse_gpus
 
 _NAME = re.compile(r"[a-zA-Z]([-_.a-zA-Z0-9]*[a-zA-Z0-9])?")  # SkyPilot's own (CLUSTER_NAME_VALID_REGEX)
@@ -31,6 +32,6 @@ def check_model_goes_along(config: Mapping[str, Any], where: str, folder: Path) 
     name = str(config["model_name_or_path"])
     if name.startswith(("/", "~")) or check_model(config, where) == "hub":
         return
-    if not (folder / name).resolve().is_relative_to(folder.resolve()):
+    if inside(folder / name, folder) is None:
         what = f"{name} is not below {folder}, which is what a cluster gets"
         raise InputError(where, what, key="model_name_or_path", remedy="copy it here")

@@ -6,6 +6,7 @@ from typing import Any
 
 from spotune.contracts.errors import InputError
 from spotune.launch.infra import cloud_of
+from spotune.launch.project import check_project, inside
 from spotune.launch.skypilot import engine
 
 _IGNORED = "is ignored by git, so that SkyPilot does not send it"
@@ -19,7 +20,8 @@ def check_sent(
     task: Mapping[str, Any],
     infra: str,
 ) -> None:
-    """Raises InputError for data or a model that lies here and would not be there. The config goes by the bucket.
+    """Raises InputError for a folder that no machine could be set up from, and for data or a model that lies here and
+    would not be there. The config goes by the bucket.
 
     Args:
         files: the data, as ``fingerprint.data_files`` has it.
@@ -29,6 +31,7 @@ def check_sent(
     """
     if not isinstance(task.get("workdir"), str):
         return
+    check_project(folder, task)
     mounts = [Path(target) for target in task.get("file_mounts") or {} if target.startswith("/")]
     excluded = engine.excluded_files(str(folder))
     for key, path in _local(config, files):
@@ -38,11 +41,11 @@ def check_sent(
                 continue
             what = f"{path} is a path of this machine"
             raise InputError(where, what, key=key, remedy=f"a path below {folder}, relative to it, or a bucket's URL")
-        inside = _inside(folder / path, folder)
-        if inside is None:
+        sent = inside(folder / path, folder)
+        if sent is None:
             what = f"{path} is not below {folder}, which is what a machine gets"
             raise InputError(where, what, key=key, remedy="copy it there, or a bucket's URL")
-        if any(inside.is_relative_to(one) for one in excluded):
+        if any(sent.is_relative_to(one) for one in excluded):
             raise InputError(where, f"{path} {_IGNORED}", key=key, remedy="a .skyignore of your own, or a bucket's URL")
 
 
@@ -54,9 +57,3 @@ def _local(config: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) -> Ite
     for file in files:
         if "://" not in (name := str(file["url"]).removeprefix("file://")):
             yield "data", Path(name)
-
-
-def _inside(path: Path, folder: Path) -> Path | None:
-    """``path`` relative to ``folder``, links followed; None where it is elsewhere."""
-    path, folder = path.resolve(), folder.resolve()
-    return path.relative_to(folder) if path.is_relative_to(folder) else None

@@ -22,9 +22,7 @@ def task_config(submission: Submission, nice: int) -> dict[str, Any]:
     task["resources"] = recovered(resources if is_placed(resources) else placed(resources, submission.infra))
     if cloud_of(submission.infra) in ("slurm", ANY):
         task["config"] = queued(task.get("config") or {}, max(0, nice - submission.priority))
-    secrets = {**(task.get("secrets") or {}), **submission.secrets}  # one that has no value is SkyPilot's to refuse
-    if secrets:
-        task["secrets"] = secrets
+    task = with_secrets(task, submission.secrets)
     envs = task.get("envs") or {}
     marks = {
         "user": submission.user,
@@ -34,6 +32,13 @@ def task_config(submission: Submission, nice: int) -> dict[str, Any]:
     }
     task["_metadata"] = {**(task.get("_metadata") or {}), MARK: marks}
     return task
+
+
+def with_secrets(task: Mapping[str, Any], values: Mapping[str, str]) -> dict[str, Any]:
+    """The task with these beside its own ``secrets``; one that has no value is SkyPilot's to refuse."""
+    both = {**(task.get("secrets") or {}), **values}
+    rest = {name: value for name, value in task.items() if name != "secrets"}
+    return {**rest, "secrets": both} if both else rest
 
 
 def placed(resources: Mapping[str, Any], infra: str, partitions: Sequence[str] = ()) -> dict[str, Any]:
