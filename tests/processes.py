@@ -1,11 +1,29 @@
 """The processes of one SPOTUNE_HOME, as tests look for them and put an end to them."""
 
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
 from spotune.contracts.environment import HOME
+
+
+def is_live(process: psutil.Process) -> bool:
+    """A zombie is not: its parent may take its time."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def command(process: psutil.Process) -> str:
+    """Its command line as one string; empty where it is gone."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def processes_of(home: Path) -> list[psutil.Process]:
@@ -14,11 +32,34 @@ def processes_of(home: Path) -> list[psutil.Process]:
     for process in psutil.process_iter():
         try:
             ours = process.environ().get(HOME) == str(home) or str(home) in process.cmdline()
-            if ours and process.status() != psutil.STATUS_ZOMBIE:
+            if ours and is_live(process):
                 found.append(process)
         except (psutil.Error, OSError):
             continue
     return found
+
+
+def named(home: Path, *names: str) -> list[psutil.Process]:
+    """Those of them that run one of these programs."""
+    found = []
+    for process in processes_of(home):
+        with suppress(psutil.NoSuchProcess):
+            if process.name() in names:
+                found.append(process)
+    return found
+
+
+def kill(processes: Iterable[psutil.Process]) -> None:
+    """Kills them all; one that ended by itself meanwhile (a shell's ``sleep 0.05``) is as good."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def kill_tree(process: psutil.Process) -> None:
+    """Kills it and all that it has started, it first: it starts nothing more, and sees no child of its own die."""
+    children = process.children(recursive=True)
+    kill([process, *children])
 
 
 def end_processes_of(home: Path) -> None:
@@ -26,5 +67,4 @@ def end_processes_of(home: Path) -> None:
     deadline = time.monotonic() + 20
     while left := processes_of(home):
         assert time.monotonic() < deadline
-        for process in left:
-            process.kill()
+        kill(left)

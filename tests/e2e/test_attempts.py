@@ -5,11 +5,12 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
+import psutil
 import pytest
 import yaml
 
+from tests.processes import command
 from tests.script import Script
 from tests.tiny import make_model, rows, write_jsonl
 
@@ -125,7 +126,9 @@ def test_two_faults_in_a_row_are_the_last(local_script: Callable[[str], Script])
     for expected in (75, 1):
         process = script.start()
         script.wait_for_step(process, 1)
-        worker = next(child for child in _children(process.pid) if "spotune.sft.worker" in " ".join(child.cmdline()))
+        (worker,) = (
+            child for child in psutil.Process(process.pid).children() if "spotune.sft.worker" in command(child)
+        )
         worker.kill()
         assert process.wait(60) == expected, script.log()
     mark = script.json(script.keys.failed)
@@ -133,12 +136,6 @@ def test_two_faults_in_a_row_are_the_last(local_script: Callable[[str], Script])
     assert "SIGKILL" in mark["reason"]
     assert script.run() == 1  # until `resume`
     assert len(script.store.folders(script.keys.attempts)) == 2
-
-
-def _children(pid: int) -> list[Any]:
-    import psutil
-
-    return psutil.Process(pid).children(recursive=True)
 
 
 def _two_nodes(script: Script, home: Path) -> "list[subprocess.Popen[str]]":

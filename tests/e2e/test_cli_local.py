@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.contract.infra_contract import CERTIFY, WAIT
-from tests.processes import end_processes_of, processes_of
+from tests.processes import end_processes_of, named, processes_of
 
 SPOTUNE = [sys.executable, "-c", "from spotune.cli import main; main()"]
 
@@ -97,7 +97,7 @@ def test_ctrl_c_stops_a_dev_run(shell: Shell) -> None:
     assert process.returncode == 130
     assert "Traceback" not in out + err
     assert shell.state("run-a") == "CANCELLED"
-    assert not [process for process in processes_of(shell.home) if process.name() in ("bash", "sleep")]
+    assert named(shell.home, "bash", "sleep") == []
 
 
 def test_the_supervisor_leaves_when_there_is_nothing_to_do(shell: Shell) -> None:

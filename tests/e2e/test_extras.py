@@ -18,6 +18,7 @@ import yaml
 from spotune.contracts.keys import Keys
 from spotune.contracts.store import Store
 from tests.fake_hub import TOKEN, Hub, fake_hub
+from tests.processes import kill_tree
 from tests.tiny import make_model, rows, write_jsonl
 
 KEYS = Keys("extras")
@@ -51,9 +52,7 @@ class Script:
             assert process.poll() is None, self.log
             assert time.monotonic() < deadline, self.log
             time.sleep(0.05)
-        tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-        for one in tree:
-            one.kill()
+        kill_tree(psutil.Process(process.pid))
         process.wait()
 
     @property

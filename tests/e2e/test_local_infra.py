@@ -19,7 +19,7 @@ from spotune.contracts.store import Store
 from spotune.launch.infra import Submission
 from spotune.launch.local.infra import LocalInfra
 from tests.contract.infra_contract import CERTIFY, DEAF, HEEDS, SECOND_TIME, WAIT, Bench, InfraContract
-from tests.processes import end_processes_of, processes_of
+from tests.processes import command, end_processes_of, is_live, kill_tree, named, processes_of
 
 
 @pytest.fixture
@@ -109,12 +109,12 @@ def test_a_vanished_machine_takes_everything_on_it_along(bench: Bench) -> None:
     deadline = time.monotonic() + 30
     while len(before) < 3:  # the one that runs away may start a moment after the other has said that it is up
         assert time.monotonic() < deadline, before
-        before = [process for process in processes_of(local(bench).layout.home) if process.name() in ("bash", "sleep")]
+        before = named(local(bench).layout.home, "bash", "sleep")
     node_of(bench, "run-a").kill()
     job = bench.end("run-a")
     assert (job.state, job.attempt) == ("SUCCEEDED", 2)
     assert bench.infra.history("run-a")[0].end_reason == "lost"
-    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in before)
+    assert not any(is_live(process) for process in before)
 
 
 def test_a_killed_program_is_recovered_without_limit_but_slower_and_slower(bench: Bench) -> None:
@@ -142,7 +142,7 @@ def test_progress_resets_the_slowing_down(bench: Bench) -> None:
 def test_what_a_run_leaves_behind_is_killed_with_its_machine(bench: Bench) -> None:
     bench.submit("run-a", f"nohup sleep 300 & setsid sleep 300 & {CERTIFY}")
     bench.end("run-a")
-    assert not [process for process in processes_of(local(bench).layout.home) if process.name() == "sleep"]
+    assert named(local(bench).layout.home, "sleep") == []
 
 
 def test_after_a_reboot_the_machine_is_lost_at_its_last_heartbeat(bench: Bench) -> None:
@@ -150,8 +150,7 @@ def test_after_a_reboot_the_machine_is_lost_at_its_last_heartbeat(bench: Bench) 
     bench.says("run-a", "up")
     node = node_of(bench, "run-a")
     stop_supervisor(bench)
-    for process in [node, *node.children(recursive=True)]:
-        process.kill()
+    kill_tree(node)
     queue = local(bench)._queue
     queue.update_attempt(queue.attempts("run-a")[0], boot="the boot before")
     heartbeat = local(bench).layout.attempt("run-a", 1).heartbeat.stat().st_mtime
@@ -167,10 +166,8 @@ def test_cancel_leaves_no_process(bench: Bench) -> None:
     bench.says("run-a", "up")
     bench.infra.cancel("run-a")
     assert bench.job("run-a").state == "CANCELLED"
-    left = [
-        process for process in processes_of(local(bench).layout.home) if "supervisor" not in " ".join(process.cmdline())
-    ]
-    assert left == []
+    left = [process for process in processes_of(local(bench).layout.home) if "supervisor" not in command(process)]
+    assert not any(is_live(process) for process in left)
 
 
 def test_setup_runs_once_and_its_failure_is_a_failure(bench: Bench) -> None:
@@ -284,8 +281,7 @@ def test_many_submit_at_once(bench: Bench, home: Path) -> None:
     for thread in threads:
         thread.join()
     bench.until(lambda: [job.state for job in bench.infra.jobs()] == ["SUCCEEDED"] * 6)
-    supervisors = [p for p in processes_of(home) if "spotune.launch.local.supervisor" in p.cmdline()]
-    assert len(supervisors) == 1
+    assert len([one for one in processes_of(home) if "spotune.launch.local.supervisor" in command(one)]) == 1
 
 
 def test_the_log_never_tears_a_character(bench: Bench) -> None:

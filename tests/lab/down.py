@@ -14,6 +14,7 @@ import psutil
 
 from tests.lab import daemons, machine, slurm
 from tests.lab.layout import LabError, Layout
+from tests.processes import is_live
 
 SKY = re.compile(r"(?:\b|-m)sky\.(server|jobs|serve)\b|/bin/sky ")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmstepd", "sshd")
@@ -97,14 +98,6 @@ def end(processes: list[psutil.Process], seconds: float = 5) -> None:
         deadline = time.monotonic() + seconds
         while (processes := [process for process in processes if is_live(process)]) and time.monotonic() < deadline:
             time.sleep(0.05)
-
-
-def is_live(process: psutil.Process) -> bool:
-    """A zombie is not: its parent may take its time."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _uid(process: psutil.Process) -> int:

@@ -17,6 +17,7 @@ from drill.show import Board
 from drill.timeline import replayed
 from spotune.contracts.environment import HOME
 from spotune.launch.local.processes import MARKER
+from tests.processes import is_live
 from tests.unit.drill.stand import PACE, STEPS, Stand
 
 VANISH = Kill("vanish", Instant("train", 0.3))
@@ -34,7 +35,7 @@ def living(tmp_path: Path) -> list[psutil.Process]:
         try:
             environ = process.environ()
             is_ours = MARKER in environ and environ.get(HOME, "").startswith(str(tmp_path))
-            if is_ours and process.status() != psutil.STATUS_ZOMBIE:
+            if is_ours and is_live(process):
                 found.append(process)
         except psutil.Error:
             continue
@@ -63,7 +64,7 @@ def test_a_machine_vanishes_with_everything_on_it(tmp_path: Path) -> None:
     assert child.pid != machine.process.pid
     machine.vanish()
     assert machine.code == -9
-    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    assert not is_live(child)
 
 
 def test_what_outlives_its_guard_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from spotune.guard.extras import debt_of
 from spotune.guard.finish import certify
 from spotune.guard.machine import Machine
 from tests.fake_hub import TOKEN, Hub, fake_hub
+from tests.processes import is_live, kill
 
 KEYS = Keys("a-run")
 REPO = "somebody/a-run"
@@ -174,7 +175,7 @@ def test_the_process_dies_with_its_guard_and_at_a_keyboard_at_once(script: Scrip
         process.communicate(timeout=10)
         assert process.returncode == code
         psutil.wait_procs(children, timeout=10)
-        assert not any(child.is_running() for child in children)
+        assert not any(is_live(child) for child in children)
 
 
 def test_a_later_attempt_does_it_alone(script: Script, hub: Hub) -> None:
@@ -222,8 +223,7 @@ def test_a_process_that_hangs_or_vanishes_is_an_answer(tmp_path: Path, hub: Hub)
     def kill_when_asked(seconds: float) -> None:
         time.sleep(seconds)
         if len(hub.asked) > asked:
-            for child in set(psutil.Process().children()) - others:
-                child.kill()
+            kill(set(psutil.Process().children()) - others)
 
     answer = run_extra(PUSH, tmp_path, {}, environ, kill_when_asked)
     assert (answer.done, answer.message) == (False, "its process was killed by SIGKILL without a word")
