@@ -112,8 +112,11 @@ def _stale(workspace: Workspace, index: Index, wanted: Iterable[Key], known: Kno
 def stamp_of(store: Store, run_id: str) -> str:
     """A digest of the names of a run's records: they are never rewritten, so that a change is a name more or less."""
     keys = Keys(run_id)
-    names = [*store.keys(keys.attempts), *store.keys(keys.lost), *store.keys(keys.revisions)]
-    names += [key for key in (keys.completed, keys.failed, keys.paused, keys.cancelled) if store.exists(key)]
+    there = {f"{keys.root}/{name}" for name in store.names(keys.root)}  # spares asking for what is not
+    folders = [folder for folder in (keys.attempts, keys.lost, keys.revisions) if f"{folder}/" in there]
+    names = [key for folder in folders for key in store.keys(folder)]
+    names += [keys.completed] if f"{keys.output}/" in there and store.exists(keys.completed) else []
+    names += [key for key in (keys.failed, keys.paused, keys.cancelled) if key in there]
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 
 

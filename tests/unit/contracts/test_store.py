@@ -12,6 +12,7 @@ from threading import Barrier
 from typing import Any, BinaryIO
 
 import pytest
+from s3fs import S3FileSystem
 
 from spotune.contracts.errors import InputError, StoreError
 from spotune.contracts.fingerprint import file_facts
@@ -32,8 +33,18 @@ def test_objects_are_written_read_listed_and_deleted(store: Store, tmp_path: Pat
     assert store.exists("runs/a/x")
     assert store.keys("runs") == ["runs/a/x", "runs/b/deep/y"]
     assert store.folders("runs") == ["a", "b"]
+    assert (store.names("runs"), store.names("runs/b/deep"), store.names("runs/c")) == (["a/", "b/"], ["y"], [])
     store.delete(["runs/a/x", "runs/a/never"])
     assert store.keys("runs") == ["runs/b/deep/y"]
+
+
+@pytest.mark.parametrize("bucket", ["s3"], indirect=True)
+def test_an_object_for_the_folder_itself_is_none_of_what_lies_in_it(store: Store) -> None:
+    """The console makes one when somebody makes the folder there."""
+    bucket, _, place = store.url.removeprefix("s3://").partition("/")
+    S3FileSystem().call_s3("put_object", Bucket=bucket, Key=f"{place}/runs/a/", Body=b"")
+    store.write("runs/a/x", b"1")
+    assert (store.names("runs/a"), store.folders("runs")) == (["x"], ["a"])
 
 
 def test_create_happens_once(store: Store) -> None:

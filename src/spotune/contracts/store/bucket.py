@@ -26,7 +26,7 @@ class Bucket(Protocol):
     def upload_new(self, local: Path, key: str) -> bool: ...
     def download(self, key: str, local: Path) -> dict[str, Any]: ...
     def keys(self, prefix: str) -> list[str]: ...
-    def folders(self, prefix: str) -> list[str]: ...
+    def names(self, prefix: str) -> list[str]: ...
     def delete(self, key: str) -> None: ...
     def abort_uploads(self, prefix: str, older_than_s: float) -> list[str]: ...
 
@@ -96,10 +96,14 @@ class Store:
         with self._faults("list", prefix):
             return self._bucket.keys(prefix)
 
+    def names(self, prefix: str) -> list[str]:
+        """What lies directly below the folder ``prefix``, sorted; a folder's name ends with a slash."""
+        with self._faults("list", prefix):
+            return self._bucket.names(prefix)
+
     def folders(self, prefix: str) -> list[str]:
         """The names of the folders directly below ``prefix``, sorted."""
-        with self._faults("list", prefix):
-            return self._bucket.folders(prefix)
+        return [name[:-1] for name in self.names(prefix) if name.endswith("/")]
 
     def delete(self, keys: Iterable[str]) -> None:
         """Removes the objects; those that are gone already are no error."""

@@ -5,7 +5,7 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any, BinaryIO, TypeVar
@@ -75,17 +75,16 @@ class Disk:
         return self._steadily(lambda: _take_out(self._path(key), local))
 
     def keys(self, prefix: str) -> list[str]:
-        return [
-            key for key in self._steadily(lambda: self._files(prefix)) if not os.path.basename(key).startswith(PART)
-        ]
+        return [key for key in self._steadily(lambda: self._files(prefix)) if f"/{PART}" not in key]
 
-    def folders(self, prefix: str) -> list[str]:
+    def names(self, prefix: str) -> list[str]:
         def scan() -> list[str]:
             try:
-                with os.scandir(self._path(prefix)) as entries:
-                    return sorted(entry.name for entry in entries if entry.is_dir())
+                with os.scandir(f"{self._root}/{prefix}") as entries:
+                    found = [f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries]
             except FileNotFoundError:
                 return []
+            return sorted(name for name in found if not name.startswith(PART))
 
         return self._steadily(scan)
 
@@ -109,7 +108,7 @@ class Disk:
 
     def _files(self, prefix: str) -> list[str]:
         root = len(self._root) + 1
-        return sorted(path[root:] for path in _below(f"{self._root}/{prefix}"))
+        return sorted([path[root:] for path in _below(f"{self._root}/{prefix}")])
 
 
 def _is_file(path: str) -> bool:
@@ -119,19 +118,18 @@ def _is_file(path: str) -> bool:
         return False
 
 
-def _below(folder: str) -> Iterator[str]:
+def _below(folder: str) -> list[str]:
     """The files below a folder. Unlike ``os.walk`` it passes over no folder that cannot be read."""
+    files: list[str] = []
     folders = [folder]
     while folders:
         try:
             with os.scandir(folders.pop()) as entries:
                 for entry in entries:
-                    if entry.is_dir(follow_symlinks=False):
-                        folders.append(entry.path)
-                    else:
-                        yield entry.path
+                    (folders if entry.is_dir(follow_symlinks=False) else files).append(entry.path)
         except (FileNotFoundError, NotADirectoryError):
             continue
+    return files
 
 
 def _open_part(path: Path) -> tuple[Path, BinaryIO]:

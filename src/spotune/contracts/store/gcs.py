@@ -141,7 +141,7 @@ class Gcs:
         bucket, prefix, _ = client.split_path(path)
         names = {"prefix": f"{prefix}/" if prefix else None, "delimiter": None if flat else "/"}
         answer = await client._call("GET", "b/{}/o", bucket, json_out=True, **names, pageToken=marker or None)
-        found = [item["name"] for item in answer.get("items", [])] if flat else []
+        found = [item["name"] for item in answer.get("items", [])]
         found += answer.get("prefixes", [])
         return Page([f"{bucket}/{name}" for name in found], answer.get("nextPageToken"))
 

@@ -70,7 +70,7 @@ class Api(Protocol):
     async def abort(self, client: Any, upload: Any) -> None: ...
 
     async def page(self, client: Any, path: str, flat: bool, marker: Any) -> Page:
-        """What is below a folder: all objects (``flat``), or the folders directly in it."""
+        """What is below a folder: all objects (``flat``), or those directly in it, and folders with a slash."""
 
     async def unfinished(self, client: Any, path: str, older_than_s: float, marker: Any) -> Page:
         """The uploads below a folder that were begun so long ago and not finished, as (path, upload)."""
@@ -124,9 +124,10 @@ class Objects:
         found = self._list(partial(self._api.page, path=self._path(prefix), flat=True))
         return sorted(name.removeprefix(f"{self._root}/") for name in found)
 
-    def folders(self, prefix: str) -> list[str]:
-        found = self._list(partial(self._api.page, path=self._path(prefix), flat=False))
-        return sorted(name.rstrip("/").rpartition("/")[2] for name in found)
+    def names(self, prefix: str) -> list[str]:
+        path = self._path(prefix)
+        found = (name.removeprefix(f"{path}/") for name in self._list(partial(self._api.page, path=path, flat=False)))
+        return sorted(name for name in found if name)  # a console may have made an object for the folder itself
 
     def delete(self, key: str) -> None:
         with suppress(FileNotFoundError):

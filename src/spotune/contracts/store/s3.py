@@ -126,7 +126,7 @@ class S3:
         names = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else "", "Delimiter": "" if flat else "/"}
         following = {"ContinuationToken": marker} if marker else {}
         answer = await client._call_s3("list_objects_v2", **names, **following, **client.req_kw)
-        found = [entry["Key"] for entry in answer.get("Contents", [])] if flat else []
+        found = [entry["Key"] for entry in answer.get("Contents", [])]
         found += [entry["Prefix"] for entry in answer.get("CommonPrefixes", [])]
         return Page([f"{bucket}/{name}" for name in found], answer.get("NextContinuationToken"))
 
