@@ -64,7 +64,7 @@ def kill_tree(process: psutil.Process) -> None:
 
 def end_processes_of(home: Path) -> None:
     """Kills what a test has left, a supervisor that is just starting too."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while left := processes_of(home):
         assert time.monotonic() < deadline
         kill(left)

@@ -28,7 +28,7 @@ class Script:
             return subprocess.Popen(command, env={**os.environ, **self.environ}, stdout=log, stderr=log, text=True)
 
     def run(self, *flags: str) -> int:
-        return self.start(*flags).wait(120)
+        return self.start(*flags).wait(300)
 
     def wait_for_step(self, process: "subprocess.Popen[str]", step: int) -> None:
         deadline = time.monotonic() + 300

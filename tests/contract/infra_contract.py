@@ -47,7 +47,7 @@ class Bench:
     infra: Infra
     store: Store
     workdir: str
-    patience_s: float = 20.0
+    patience_s: float = 60.0
     poll_s: float = 0.03
     heeds: str = HEEDS
     deaf: str = DEAF

@@ -55,7 +55,7 @@ class Project:
 
     def spotune(self, *words: str, code: int = 0) -> "subprocess.CompletedProcess[str]":
         done = subprocess.run(
-            [*SPOTUNE, *words], cwd=self.folder, env=self.environ, capture_output=True, text=True, timeout=200
+            [*SPOTUNE, *words], cwd=self.folder, env=self.environ, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == code, done.stdout[-2000:] + done.stderr[-2000:]
         return done

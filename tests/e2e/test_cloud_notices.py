@@ -20,7 +20,7 @@ def test_a_machine_whose_metadata_says_that_it_goes(material: Path, tmp_path: Pa
         first = script.start(*steps)
         script.wait_for_step(first, 8)
         preempted = True
-        assert first.wait(60) == 75, script.log()
+        assert first.wait(300) == 75, script.log()
         noticed = script.json(script.keys.progress)
         assert noticed["phase"] == "preempted"
         assert noticed["step"] < 120

@@ -52,7 +52,7 @@ class Project:
 
     def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         command = [*SPOTUNE, *arguments]
-        return subprocess.run(command, cwd=self.folder, env=self.environ, capture_output=True, text=True, timeout=180)
+        return subprocess.run(command, cwd=self.folder, env=self.environ, capture_output=True, text=True, timeout=300)
 
     def refused(self, *arguments: str) -> str:
         ran = self.run(*arguments)
@@ -76,7 +76,7 @@ class Project:
         return found
 
     def wait_for_step(self, run_id: str, step: int) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while (seen := self.row(run_id))["step"] is None or seen["step"] < step:
             assert time.monotonic() < deadline, seen
             assert seen["state"] != "FAILED", seen
@@ -159,11 +159,11 @@ def test_by_hand(project: Project) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     first.send_signal(signal.SIGTERM)
-    first.communicate(timeout=60)
+    first.communicate(timeout=300)
     assert first.returncode == 75
 
     write_jsonl(project.folder / "data.jsonl", rows(200, seed=1))
-    _, said = project.by_hand("by-hand", "--learning_rate", "0.002").communicate(timeout=60)
+    _, said = project.by_hand("by-hand", "--learning_rate", "0.002").communicate(timeout=300)
     not_followed, why = said.splitlines()
     assert (
         "run.yaml is not followed, the run goes on as it was submitted: learning_rate: 0.001 -> 0.002" in not_followed
@@ -173,7 +173,7 @@ def test_by_hand(project: Project) -> None:
 
     assert "changed: data: data.jsonl" in project.accepted("resume", "by-hand", "--allow-config-change")
     last = project.by_hand("by-hand", "--learning_rate", "0.002", "--allow-config-change")
-    _, said = last.communicate(timeout=120)
+    _, said = last.communicate(timeout=300)
     assert last.returncode == 0, said
     assert "by-hand, revision 2: learning_rate: 0.001 -> 0.002\n" in said
     assert "resumed from the checkpoint of step" in said

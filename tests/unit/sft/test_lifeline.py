@@ -46,14 +46,14 @@ os.kill(rank, signal.SIGKILL)
 
 
 def children_in(folder: Path, count: int) -> list[int]:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while len(found := [int(path.name[6:]) for path in folder.glob("child-*")]) < count:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return found
 
 
-def gone(pid: int, seconds: float = 5) -> bool:
+def gone(pid: int, seconds: float = 60) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:

@@ -298,12 +298,14 @@ def test_slurm_is_told_to_take_the_allocation(tmp_path: Path) -> None:
         done = subprocess.run(["bash", "-c", command], env=environ, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
-    assert run(slurm.taking("run-a-7-x", 0.6)) == "taken"  # does not wait for the end
+    assert run(slurm.taking("run-a-7-x", 2)) == "taken"  # does not wait for the end
     asked, signalled = said.read_text().splitlines()
     assert "--name=run-a-7-x" in asked
     assert signalled == "scancel --signal=URG 41"
-    time.sleep(1.5)
-    assert said.read_text().splitlines()[2:] == ["scancel 41"]
+    deadline = time.monotonic() + 300
+    while len(lines := said.read_text().splitlines()) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert lines[2:] == ["scancel 41"]
     said.unlink()
     assert run(slurm.taking("run-a-7-x", 0)) == "taken"
     assert said.read_text().splitlines()[1:] == ["scancel --full --signal=KILL 41", "scancel 41"]
