@@ -101,7 +101,10 @@ def _stale(workspace: Workspace, index: Index, wanted: Iterable[Key], known: Kno
         return key in known.jobs and known.jobs[key].state in ACTIVE
 
     def is_stale(key: Key) -> bool:
-        return key not in stamps or is_active(key) or stamps[key] != stamp_of(workspace.store(key[0]), key[1])
+        try:
+            return key not in stamps or is_active(key) or stamps[key] != stamp_of(workspace.store(key[0]), key[1])
+        except InputError:  # the engine remembers a run whose bucket is gone
+            return True
 
     # The others cannot change any more, but for a bill that comes late.
     open_ones = [key for key in wanted if stamps.get(key) != "" or is_active(key) or Keys(key[1]).late in late]

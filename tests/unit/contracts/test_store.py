@@ -268,8 +268,14 @@ def test_a_bucket_that_is_not_there_is_bad_input(
     reach(scheme, request, monkeypatch)
     store = Store(f"{scheme}://no-such-bucket/x")
     assert store.read("runs/a/x") is None
-    with pytest.raises(InputError, match=r"SPOTUNE_BUCKET: no such bucket: .*no-such-bucket/x \(create it first\)"):
-        store.create("runs/a/x", b"1")
+    verbs: list[Callable[[], Any]] = [
+        lambda: store.create("runs/a/x", b"1"),
+        lambda: store.keys("runs"),
+        lambda: store.folders("runs"),
+    ]
+    for verb in verbs:
+        with pytest.raises(InputError, match=r"SPOTUNE_BUCKET: no such bucket: .*no-such-bucket/x \(create it first\)"):
+            verb()
 
 
 def test_no_credentials_are_bad_input(

@@ -1,6 +1,7 @@
 """The index of all runs: it follows the bucket, reads what may have changed, and may be lost."""
 
 import json
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from s3fs import S3FileSystem
 
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Mark
@@ -20,6 +22,7 @@ from spotune.cost.ledger import bills_due, build_accounts, leave_bills, write_bi
 from spotune.cost.read import read_evidence
 from spotune.launch.infra import JobStatus, PaidInterval
 from spotune.launch.workspace import Workspace
+from tests.conftest import reach
 from tests.unit.cost.cases import T, claim, event, phase, row, step, three_attempts
 
 
@@ -254,6 +257,25 @@ class Engine:
 
     def history(self, run_id: str) -> list[PaidInterval]:
         return [replace(one, run_id=run_id) for one in self.rows]
+
+
+def test_a_run_whose_bucket_is_gone_is_shown_as_it_was(
+    workspace: Workspace, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine remembers it; the others are not to suffer for it."""
+    reach("s3", request, monkeypatch)
+    files, bucket = S3FileSystem(), f"gone-{time.time_ns()}"
+    files.mkdir(bucket)
+    other = Store(f"s3://{bucket}/team")
+    write(other, "elsewhere", failed())
+    write(workspace.store(), "here", three_attempts())
+    engine = Engine(JobStatus("elsewhere", "FAILED", 0, "ana", "local", T, attempt=1, bucket=other.url), [])
+    monkeypatch.setattr(Workspace, "engines", lambda self: [engine])
+    monkeypatch.setattr(Workspace, "infra", lambda self, infra: engine)
+    first = listed(workspace)
+    assert set(first) == {"elsewhere", "here"}
+    files.rm(bucket, recursive=True)
+    assert listed(workspace) == first
 
 
 @pytest.mark.parametrize("is_known_before", [True, False])

@@ -11,7 +11,7 @@ from spotune.contracts.store.disk import Disk
 from spotune.contracts.store.faults import Denied, GaveUp, LocalFault, words_of
 from spotune.contracts.store.patience import Patience
 
-WRITING = ("create", "write", "upload")
+NEED_A_BUCKET = ("create", "write", "upload", "list")  # where nothing is found, it is the bucket that is missing
 DEFAULT = Patience()
 
 
@@ -128,7 +128,7 @@ class Store:
         except LocalFault as fault:
             raise fault.error from None
         except FileNotFoundError as error:
-            if verb not in WRITING:
+            if verb not in NEED_A_BUCKET:
                 raise
             remedy = "a folder that can be made" if self.is_local else "create it first"
             raise InputError(BUCKET, f"no such bucket: {self.url}", remedy=remedy) from error

@@ -147,10 +147,7 @@ class Objects:
         entries: list[Any] = []
         page = Page([], "")
         while page.marker is not None:
-            try:
-                page = self._line.ask("list", partial(step, marker=page.marker))
-            except FileNotFoundError:  # no such bucket
-                break
+            page = self._line.ask("list", partial(step, marker=page.marker))
             entries += page.entries
         return entries
 
