@@ -9,9 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from spotune.cli import main
 from spotune.contracts.errors import InputError, StoreError
-from spotune.contracts.store import Patience, Store
+from spotune.contracts.store import Patience, Store, connection
 from spotune.contracts.store.faults import GaveUp
 from spotune.contracts.store.objects import RANGE_BYTES
 from tests.conftest import reach
@@ -148,6 +150,20 @@ def test_a_store_that_comes_back_is_used_again(proxy: FaultProxy, url: str) -> N
             time.sleep(0.01)
         proxy.away = False
         assert reading.result(30) == b"1"
+
+
+def test_who_waits_at_a_terminal_is_told_so_once(
+    proxy: FaultProxy, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "SILENT_S", 0.2)
+    monkeypatch.setenv("SPOTUNE_BUCKET", url)
+    monkeypatch.setenv("SPOTUNE_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    proxy.plan = Plan(delay=1.0, delay_s=1.0)
+    result = CliRunner(mix_stderr=False).invoke(main, ["queue", "-a"])
+    assert result.exit_code == 0
+    told = [line for line in result.stderr.splitlines() if "no answer" in line]
+    assert told == [f"{url}: no answer for 0.2 s; asked again for up to 60 s"]
 
 
 def test_nothing_listens_at_all(scheme: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ def open_workspace() -> "Workspace":
         cwd = Path.cwd()
     except FileNotFoundError:
         raise InputError("this folder", "is gone", remedy="cd to one that is there") from None
-    workspace = Workspace.open(dict(os.environ), cwd)
+    workspace = Workspace.open(dict(os.environ), cwd, waiting=partial(click.echo, err=True))
     home = workspace.env.home
     there = next(place for place in (home, *home.parents) if os.path.exists(place))
     if not there.is_dir():

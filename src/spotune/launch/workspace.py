@@ -1,6 +1,6 @@
 """Where a verb is run: directory, environment, settings, and from these the bucket and the infrastructure."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,28 +15,29 @@ from spotune.launch.settings import Settings, load_settings
 
 @dataclass(frozen=True)
 class Workspace:
-    """Read once at the start of a verb; what it opens, it opens once."""
+    """Read once at the start of a verb; what it opens, it opens once. ``waiting``: told of a bucket that is silent."""
 
     cwd: Path
     environ: Mapping[str, str]
     env: RunEnvironment
     settings: Settings
+    waiting: Callable[[str], None] | None = None
     _stores: dict[str, Store] = field(default_factory=dict)
     _infras: dict[str, Infra] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, environ: Mapping[str, str], cwd: Path) -> "Workspace":
+    def open(cls, environ: Mapping[str, str], cwd: Path, waiting: Callable[[str], None] | None = None) -> "Workspace":
         """Raises InputError for an environment or settings that cannot be."""
         env = RunEnvironment.read(environ)
         settings = load_settings(cwd, env.home)
         if settings.bucket and not environ.get(environment.BUCKET):
             env = RunEnvironment.read({**environ, environment.BUCKET: settings.bucket})
-        return cls(cwd, environ, env, settings)
+        return cls(cwd, environ, env, settings, waiting)
 
     def store(self, bucket: str = "") -> Store:
         url = bucket or self.env.bucket
         if url not in self._stores:
-            self._stores[url] = Store(url)
+            self._stores[url] = Store(url, waiting=self.waiting)
         return self._stores[url]
 
     def infra(self, name: str = LOCAL) -> Infra:

@@ -1,6 +1,6 @@
 """Store: the verbs, and what their faults are called."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,12 +38,14 @@ class Store:
     that: StoreError (one line, naming the key). InputError at once when there is no such bucket, or no access to it
     and never was. What happens to the local file of a transfer (a full disk) is an OSError, as it is.
     Safe to use from several threads of one process; not across a fork.
+
+    ``waiting`` is told once, in one line, of a store that does not answer for some seconds.
     """
 
-    def __init__(self, url: str, patience: Patience = DEFAULT) -> None:
+    def __init__(self, url: str, patience: Patience = DEFAULT, waiting: Callable[[str], None] | None = None) -> None:
         self.url = check_bucket(url)
         self.is_local = self.url.startswith("file://")
-        self._bucket = _open(self.url, patience)
+        self._bucket = _open(self.url, patience, waiting and (lambda what: waiting(f"{self.url}: {what}")))
 
     def read(self, key: str) -> bytes | None:
         """The object's bytes, None when there is none."""
@@ -142,7 +144,7 @@ class Store:
             raise StoreError(f"{self.url}/{key}: cannot {verb}: {words_of(error)}") from error
 
 
-def _open(url: str, patience: Patience) -> Bucket:
+def _open(url: str, patience: Patience, waiting: Callable[[str], None] | None) -> Bucket:
     scheme, _, root = url.partition("://")
     if scheme == "file":
         return Disk(root, patience)
@@ -150,4 +152,4 @@ def _open(url: str, patience: Patience) -> Bucket:
     from spotune.contracts.store.objects import Objects
     from spotune.contracts.store.s3 import S3
 
-    return Objects(S3(patience) if scheme == "s3" else Gcs(patience), root, patience)
+    return Objects(S3(patience) if scheme == "s3" else Gcs(patience), root, patience, waiting)

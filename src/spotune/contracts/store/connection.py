@@ -15,6 +15,7 @@ from spotune.contracts.store.patience import Patience
 
 T = TypeVar("T")
 Step = Callable[[Any], Awaitable[T]]
+SILENT_S = 5.0  # after that, who waits for an answer is told so
 CLOSING_S = 2.0  # what the end of a process may wait for open connections
 
 
@@ -68,12 +69,15 @@ class Pending(Generic[T]):
 class Connection:
     """Runs single requests (``step(client)``) with time-outs, retries and back-off. Safe to use from many threads.
 
+    ``waiting`` is told once, in words, that the store is silent.
+
     Two things are left behind and replaced when they fail: a client whose credentials are refused (new ones may be in
     the credentials file, or come from the instance role), and a loop that does not answer any more.
     """
 
-    def __init__(self, connector: Connector, patience: Patience) -> None:
+    def __init__(self, connector: Connector, patience: Patience, waiting: Callable[[str], None] | None = None) -> None:
         self.patience = patience
+        self._waiting = waiting
         self._connector = connector
         self._rng = Random()
         self._lock = threading.Lock()
@@ -100,6 +104,10 @@ class Connection:
         """What became of a request. Raises FileNotFoundError, FileExistsError, Denied or GaveUp."""
         limit = self.patience.limit_s(pending.size) + self.patience.request_s
         try:
+            if self._waiting and not pending.size:  # a large body takes its time
+                with suppress(TimeoutError):
+                    return pending.future.result(SILENT_S)
+                self._tell()
             return pending.future.result(limit)
         except TimeoutError as error:  # the loop itself hangs: a client blocks it
             with self._lock:
@@ -110,6 +118,12 @@ class Connection:
             raise GaveUp("the process ends") from error
         finally:
             pending.future.cancel()
+
+    def _tell(self) -> None:
+        with self._lock:
+            waiting, self._waiting = self._waiting, None
+        if waiting:
+            waiting(f"no answer for {SILENT_S:g} s; asked again for up to {self.patience.deadline_s:g} s")
 
     def tidy(self, step: Step[Any]) -> None:
         """One try of a request that nobody depends on; it may fail."""

@@ -81,10 +81,10 @@ class Api(Protocol):
 class Objects:
     """A bucket in an object store; the verbs of ``Store``, faults not yet translated."""
 
-    def __init__(self, api: Api, root: str, patience: Patience) -> None:
+    def __init__(self, api: Api, root: str, patience: Patience, waiting: Callable[[str], None] | None = None) -> None:
         self._api = api
         self._root = root
-        self._line = Connection(api, patience)
+        self._line = Connection(api, patience, waiting)
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}".rstrip("/")
