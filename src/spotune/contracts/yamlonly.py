@@ -1,4 +1,4 @@
-"""What YAML can say and JSON cannot: a value inside itself, an integer without end (in hex), a date."""
+"""What YAML can say and JSON cannot: a value inside itself or in thousands of places, an endless integer, a date."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,22 +6,26 @@ from typing import Any
 from spotune.contracts.errors import InputError, shown
 
 _MOST_BITS = 4096  # Python writes no integer of more than 4300 digits
+_MOST_VALUES = 100_000
 
 
 def refuse_endless(value: Any, where: object) -> None:
-    """Raises InputError naming the key that holds itself, as in ``env: &e {A: *e}``, or too many digits."""
-    _walk(value, where, "", (), set())
+    """Raises InputError naming the key that holds itself, as in ``env: &e {A: *e}``, or too many digits or values."""
+    _count(value, where, "", (), {})
 
 
-def _walk(value: Any, where: object, key: str, above: tuple[int, ...], done: set[int]) -> None:
+def _count(value: Any, where: object, key: str, above: tuple[int, ...], known: dict[int, int]) -> int:
+    """How many values it is when written without aliases; each is looked at once."""
     if id(value) in above:
         raise InputError(where, "holds itself", key=key, remedy="no alias inside what it names")
     if isinstance(value, int) and value.bit_length() > _MOST_BITS:
         raise InputError(where, f"{shown(value)} is too large", key=key)
-    if id(value) not in done:
-        for name, inner in _inside(value, key):
-            _walk(inner, where, name, (*above, id(value)), done)
-        done.add(id(value))
+    if id(value) not in known:
+        inside = _inside(value, key)
+        known[id(value)] = 1 + sum(_count(inner, where, name, (*above, id(value)), known) for name, inner in inside)
+    if known[id(value)] > _MOST_VALUES:
+        raise InputError(where, f"more than {_MOST_VALUES:,} values", key=key, remedy="fewer aliases of aliases")
+    return known[id(value)]
 
 
 def refuse_dates(value: Any, where: object, key: str = "") -> None:

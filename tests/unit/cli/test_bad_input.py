@@ -145,6 +145,12 @@ FILES = {
         "run.yaml: env.A: a number of thousands of digits is too large",
     ),
     "a key of any length": ("run.yaml", f"{'k' * 900}: 1\n", "kkk: unknown key"),
+    "aliases of aliases": (
+        "run.yaml",
+        "model_name_or_path: a/b\n"
+        + "".join(f"k{n}: &k{n} [{', '.join([f'*k{n - 1}' if n else 'x'] * 9)}]\n" for n in range(9)),
+        "k5: more than 100,000 values (fewer aliases of aliases)",
+    ),
     "data that holds itself": ("run.yaml", "model_name_or_path: a/b\nenv: &e {A: *e}\n", "env.A: holds itself"),
     "an environment of ours": (
         "run.yaml",
