@@ -18,14 +18,6 @@ def is_live(process: psutil.Process) -> bool:
         return False
 
 
-def command(process: psutil.Process) -> str:
-    """Its command line as one string; empty where it is gone."""
-    try:
-        return " ".join(process.cmdline())
-    except psutil.NoSuchProcess:
-        return ""
-
-
 def processes_of(home: Path) -> list[psutil.Process]:
     """Live processes that work for this home: jobs, ranks, its supervisor."""
     found = []

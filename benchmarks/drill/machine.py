@@ -83,7 +83,7 @@ class Machine:
         deadline = time.monotonic() + LIFELINE_S
         while (living := self.members()) and time.monotonic() < deadline:
             time.sleep(0.05)
-        survivors = [_command(process) or str(process.pid) for process in living]
+        survivors = [command_of(process) or str(process.pid) for process in living]
         self.vanish()
         return survivors
 
@@ -112,10 +112,11 @@ def _workers_below(pid: int) -> list[psutil.Process]:
 
 
 def _is_worker(process: psutil.Process) -> bool:
-    return "spotune.sft.worker" in _command(process)  # what is dead already has no command line
+    return "spotune.sft.worker" in command_of(process)  # what is dead already has no command line
 
 
-def _command(process: psutil.Process) -> str:
+def command_of(process: psutil.Process) -> str:
+    """Its command line as one string; empty where it is gone."""
     try:
         return " ".join(process.cmdline())
     except psutil.Error:

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.processes import command
+from drill.machine import command_of
 from tests.script import Script
 from tests.tiny import make_model, rows, write_jsonl
 
@@ -127,7 +127,7 @@ def test_two_faults_in_a_row_are_the_last(local_script: Callable[[str], Script])
         process = script.start()
         script.wait_for_step(process, 1)
         (worker,) = (
-            child for child in psutil.Process(process.pid).children() if "spotune.sft.worker" in command(child)
+            child for child in psutil.Process(process.pid).children() if "spotune.sft.worker" in command_of(child)
         )
         worker.kill()
         assert process.wait(300) == expected, script.log()

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
+from drill.machine import command_of
 from spotune.contracts.errors import InputError
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Commit
@@ -19,7 +20,7 @@ from spotune.contracts.store import Store
 from spotune.launch.infra import Submission
 from spotune.launch.local.infra import LocalInfra
 from tests.contract.infra_contract import CERTIFY, DEAF, HEEDS, SECOND_TIME, WAIT, Bench, InfraContract
-from tests.processes import command, end_processes_of, is_live, kill_tree, named, processes_of
+from tests.processes import end_processes_of, is_live, kill_tree, named, processes_of
 
 
 @pytest.fixture
@@ -166,7 +167,7 @@ def test_cancel_leaves_no_process(bench: Bench) -> None:
     bench.says("run-a", "up")
     bench.infra.cancel("run-a")
     assert bench.job("run-a").state == "CANCELLED"
-    left = [process for process in processes_of(local(bench).layout.home) if "supervisor" not in command(process)]
+    left = [process for process in processes_of(local(bench).layout.home) if "supervisor" not in command_of(process)]
     assert not any(is_live(process) for process in left)
 
 
@@ -281,7 +282,7 @@ def test_many_submit_at_once(bench: Bench, home: Path) -> None:
     for thread in threads:
         thread.join()
     bench.until(lambda: [job.state for job in bench.infra.jobs()] == ["SUCCEEDED"] * 6)
-    assert len([one for one in processes_of(home) if "spotune.launch.local.supervisor" in command(one)]) == 1
+    assert len([one for one in processes_of(home) if "spotune.launch.local.supervisor" in command_of(one)]) == 1
 
 
 def test_the_log_never_tears_a_character(bench: Bench) -> None:
