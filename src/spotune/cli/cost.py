@@ -39,16 +39,16 @@ def cost(run: str | None, since: str, by: str | None, clusters: bool, output: st
     from spotune.contracts.durations import parse_duration
     from spotune.contracts.errors import InputError
 
-    if page is not None and not run:
+    if page is not None and run is None:
         raise InputError("--html", "shows one run", remedy="spotune cost RUN --html FILE")
-    if by and (run or output == "focus"):
-        what = "RUN is not summed" if run else "FOCUS has a row a charge"
+    if by and (run is not None or output == "focus"):
+        what = "RUN is not summed" if run is not None else "FOCUS has a row a charge"
         raise InputError("--by", what, remedy="spotune cost --by team")
-    if clusters and (run or by or output == "focus"):
-        what = "lists all clusters" if run else "is a table of its own"
+    if clusters and (run is not None or by or output == "focus"):
+        what = "lists all clusters" if run is not None else "is a table of its own"
         raise InputError("--clusters", what, remedy="spotune cost --clusters")
     since_s = parse_duration(since, "--since")
-    if run:
+    if run is not None:
         _one(run, output, page)
     elif clusters:
         _clusters(since, since_s, output)
@@ -62,9 +62,12 @@ def _one(run: str, output: str, page: str | None) -> None:
     from spotune.cost.page import check_target, page_of, write_page
     from spotune.cost.rows import ATTEMPT_ROW, attempt_rows, indexed_attempts, run_row
     from spotune.cost.table import run_text
+    from spotune.launch.status import LAST_SEEN
 
     target = None if page is None else check_target(page)
     report = report_run(open_workspace(), run)
+    if report["reason"].startswith(LAST_SEEN):
+        _warn(f"{run} is {report['state']} {report['reason']}")
     for line in report["unread"]:
         _warn(f"left out: {line}")
     if target:

@@ -11,7 +11,7 @@ from typing import Any
 from spotune.contracts.errors import BadRecord
 from spotune.contracts.keys import CLUSTERS, cluster_key
 from spotune.contracts.records import PriceRow, Record
-from spotune.contracts.shapes import Time
+from spotune.contracts.shapes import YEAR_2000, Time
 from spotune.contracts.store import Store
 
 
@@ -44,6 +44,8 @@ class ClusterRecord(Record):
         """Raises ValueError for spans or a price that are none."""
         if any(len(span) != 2 or span[0] is None for span in self.spans):
             raise ValueError("spans: not pairs of times, of which the last may be null")
+        if any((span[0] or 0.0) < YEAR_2000 for span in self.spans):
+            raise ValueError("spans: before the year 2000")
         try:
             _ = self.price_row
         except ValueError as error:
@@ -88,7 +90,10 @@ def read_clusters(
         if names and stem not in names:
             continue
         try:
-            records.append(ClusterRecord.from_bytes(store.read(key) or b"null", key))
+            record = ClusterRecord.from_bytes(store.read(key) or b"null", key)
+            if record.key != key:
+                raise BadRecord(f"{key}: name, launched_at: those of {record.key} (a copy, or renamed)")
+            records.append(record)
         except BadRecord as error:
             warn(str(error))
     return sorted(records, key=lambda record: record.launched_at)

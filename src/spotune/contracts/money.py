@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from spotune.contracts.errors import InputError, shown
-from spotune.contracts.records import PriceRow
+from spotune.contracts.records import AttemptRecord, PriceRow, RunRecord
 
 HOUR_S = 3600.0
 MOST_USD = 1e9  # of a budget: more is a slip
@@ -33,6 +33,14 @@ def price_of(place: Place, rows: Sequence[PriceRow]) -> PriceRow | None:
     """
     fits = [row for row in rows if row.price_usd_per_hour > 0 and _fits(row, place)]
     return max(fits, key=lambda row: (_precision(row, place), row.price_usd_per_hour), default=None)
+
+
+def claimed_place(record: AttemptRecord, run: RunRecord, rows: Sequence[PriceRow]) -> Place:
+    """Where a claim says that its machine is, which does not know whether it is a spot one: where all that the run may
+    land on are, or none is, it is told by that."""
+    use_spot = None if run.use_spot and run.may_be_on_demand else run.use_spot
+    place = Place(record.infra, record.region, record.zone, use_spot=use_spot)
+    return place if price_of(place, rows) else replace(place, use_spot=None)
 
 
 def narrowed(place: Place, rows: Sequence[PriceRow]) -> Place:
@@ -99,8 +107,14 @@ def _fits(row: PriceRow, place: Place) -> bool:
 
 
 def _precision(row: PriceRow, place: Place) -> int:
-    pairs = ((row.region, place.region), (row.zone, place.zone), (row.instance_type, place.instance_type))
-    return sum(given == known for given, known in (*pairs, (row.accelerators, place.accelerators)))
+    pairs = (
+        (row.infra.lower(), place.infra.lower()),
+        (row.region, place.region),
+        (row.zone, place.zone),
+        (row.instance_type, place.instance_type),
+        (row.accelerators, place.accelerators),
+    )
+    return sum(given == known for given, known in pairs)
 
 
 def _backend(infra: str) -> str:

@@ -118,12 +118,15 @@ class RunRecord(Record):
 
     def price_rows(self) -> list[PriceRow]:
         """Raises BadRecord where the record holds what is no price row."""
-        try:
-            return [PriceRow.from_dict(row) for row in self.prices]
-        except ValueError as error:
-            keys = Keys(self.run_id)
-            key = keys.revision(self.revision) if self.revision else keys.run
-            raise BadRecord(f"{key}: prices: not a PriceRow: {error}") from error
+        rows = []
+        for index, row in enumerate(self.prices):
+            try:
+                rows.append(PriceRow.from_dict(row))
+            except ValueError as error:
+                keys = Keys(self.run_id)
+                key = keys.revision(self.revision) if self.revision else keys.run
+                raise BadRecord(f"{key}: prices[{index}]: not a PriceRow: {error}") from error
+        return rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +255,15 @@ class Bill(Record):
     setup_s: float = 0.0
     reason: str = ""
     exit_code: int | None = None
+
+    @property
+    def price_row(self) -> PriceRow | None:
+        """None where it has none, or none that can be read, or one of 0: nobody has told it."""
+        try:
+            row = PriceRow.from_dict(self.price)
+        except ValueError:
+            return None
+        return row if row.price_usd_per_hour > 0 else None
 
 
 def fingerprint(value: Any) -> str:

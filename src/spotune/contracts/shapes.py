@@ -14,7 +14,8 @@ Time = Annotated[float, "epoch seconds, 1970 to 2200; 0 by default: not said"]
 
 MOST = 2**53  # of what is counted: more is no count, and more than JSON and SQLite are sure to keep
 _GREATEST = 1e100  # of what is measured: products of some of these are finite
-_YEAR_2200 = 7_258_118_400  # a time in milliseconds is far beyond it
+YEAR_2000 = 946_684_800  # a machine whose clock says less has not set it; half a century is paid for by nobody
+YEAR_2200 = 7_258_118_400  # a time in milliseconds is far beyond it
 
 Check = tuple[str, Callable[[Any], bool]]  # what is expected, in words, and whether a value is that
 
@@ -68,7 +69,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_time(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < _YEAR_2200
+    return type(value) in (int, float) and 0 <= value < YEAR_2200
 
 
 _PLAIN: dict[Any, Check] = {

@@ -7,8 +7,9 @@ from typing import Any
 from spotune.contracts import exits
 from spotune.contracts.events import EndReason
 from spotune.contracts.keys import commit_of
-from spotune.contracts.money import Place, cost_usd, narrowed, price_of
+from spotune.contracts.money import Place, claimed_place, cost_usd, narrowed, price_of
 from spotune.contracts.records import AttemptRecord, PriceRow
+from spotune.cost.bills import interval_of
 from spotune.cost.eventlog import Event, clean, step_of
 from spotune.cost.evidence import Evidence
 from spotune.cost.join import Machine
@@ -69,9 +70,9 @@ def account_of(machine: Machine, evidence: Evidence, done_before: int, now: floa
     marks = clean(evidence.events.get(number, ()))
     row, record = machine.interval, machine.record
     span = _span_of_row(row, now) if row else _span_of_events(record, marks, now, is_on)
-    place, nodes = _place(row, record)
+    place, nodes = _place(row, record, evidence)
     place = place if row else narrowed(place, evidence.prices)
-    price = price_of(place, evidence.prices)
+    price = price_of(place, evidence.prices) or _billed_price(machine, evidence)
     if record and price is None and (price := evidence.parts.get(record.attempt)):
         place = replace(
             place, accelerators=price.accelerators, instance_type=price.instance_type, use_spot=price.use_spot
@@ -80,8 +81,16 @@ def account_of(machine: Machine, evidence: Evidence, done_before: int, now: floa
     certificate = evidence.certificate
     is_certified = bool(certificate and certificate.attempt == number)
     reason: EndReason | None = "completed" if is_certified else _end_reason(row, marks, span)
+    if certificate and reason == "failed" and row and row.exit_code == exits.SUCCEEDED:
+        reason = "completed"  # it came up after the certificate, and found nothing left to do
     committed = _committed(number, evidence)
     return Account(machine, span, place, price, nodes, marks, segments, steps, committed, reason)
+
+
+def _billed_price(machine: Machine, evidence: Evidence) -> PriceRow | None:
+    """What its bill says, where the run's own record has no price for the place."""
+    its = (bill for bill in evidence.bills if machine.is_billed and interval_of(bill) == machine.interval)
+    return next((bill.price_row for bill in its), None)
 
 
 def _committed(attempt: int, evidence: Evidence) -> list[int]:
@@ -108,12 +117,12 @@ def _span_of_events(record: AttemptRecord | None, marks: Sequence[Event], now: f
     return Span(record.claimed_at, max([record.claimed_at, *spoken[-1:]]))
 
 
-def _place(row: PaidInterval | None, record: AttemptRecord | None) -> tuple[Place, int]:
+def _place(row: PaidInterval | None, record: AttemptRecord | None, evidence: Evidence) -> tuple[Place, int]:
     if row:
         where = Place(row.infra, row.region, row.zone, row.instance_type, row.accelerators, row.use_spot)
         return where, max(1, row.nodes)
     assert record
-    return Place(record.infra, record.region, record.zone), max(1, record.num_nodes)
+    return claimed_place(record, evidence.run, evidence.prices), max(1, record.num_nodes)
 
 
 def _end_reason(row: PaidInterval | None, marks: Sequence[Event], span: Span) -> EndReason | None:

@@ -9,20 +9,22 @@ Billed = tuple[int, PaidInterval]  # whose it is: an attempt's, or 0, of a machi
 
 
 def interval_of(bill: Bill) -> PaidInterval:
-    """The engine's row that a bill was made from."""
+    """The engine's row that a bill was made from; where it was is in its price too, and only there in one that has no
+    more than the price and the interval."""
+    place = bill.price_row if not bill.infra and bill.price_row else bill
     return PaidInterval(
         run_id=bill.run_id,
         started_at=bill.started_at,
         ended_at=bill.ended_at,
-        infra=bill.infra,
-        region=bill.region,
-        zone=bill.zone,
-        instance_type=bill.instance_type,
-        accelerators=bill.accelerators,
-        use_spot=bill.use_spot,
+        infra=place.infra,
+        region=place.region.strip("*"),
+        zone=place.zone.strip("*"),
+        instance_type=place.instance_type,
+        accelerators=place.accelerators,
+        use_spot=place.use_spot,
         nodes=bill.nodes,
         setup_s=bill.setup_s,
-        end_reason=bill.reason,
+        end_reason=bill.reason or ("" if bill.exit_code is not None else bill.end_reason),
         exit_code=bill.exit_code,
     )
 

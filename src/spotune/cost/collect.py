@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from spotune.cost.index import Index, index_file, use_index
 from spotune.cost.refresh import Progress, refresh, report_of
 from spotune.launch.infra import is_infra
-from spotune.launch.status import find_run
+from spotune.launch.status import LAST_SEEN, find_run
 from spotune.launch.workspace import Workspace
 
 Result = TypeVar("Result")
@@ -16,8 +16,9 @@ Result = TypeVar("Result")
 def report_run(workspace: Workspace, run_id: str, clock: Callable[[], float] = time.time) -> dict[str, Any]:
     """One run's report. Raises InputError, naming the nearest known one, for a run that nobody knows."""
     status = find_run(workspace, run_id, clock)
-    # No rows where the engine's history is out of this machine's reach.
-    history = workspace.infra(status.infra).history(run_id) if is_infra(status.infra) else []
+    # No rows where the engine's history is out of this machine's reach, or the engine does not answer.
+    is_asked = is_infra(status.infra) and not status.reason.startswith(LAST_SEEN)
+    history = workspace.infra(status.infra).history(run_id) if is_asked else []
     return report_of(workspace.store(status.bucket), status, history, clock())
 
 

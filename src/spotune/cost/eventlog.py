@@ -6,17 +6,20 @@ from collections.abc import Iterable, Mapping
 from itertools import groupby
 from typing import Any
 
+from spotune.contracts.shapes import YEAR_2000, YEAR_2200
+
 Event = dict[str, Any]
 
 
 def parse_lines(data: bytes) -> list[Event]:
-    """The events of one part; lines that are no JSON object, such as a last one that was cut, are skipped."""
+    """The events of one part. Skipped: what is no JSON object, such as a last line that was cut, and what is dated by
+    a clock that nobody had set, or in milliseconds."""
     lines = data.splitlines()
     try:
         found = json.loads(b"[" + b",".join(lines) + b"]")  # whole, as most are: in one go, in half the time
     except (ValueError, RecursionError):
         found = [_parse(line) for line in lines]
-    return [event for event in found if isinstance(event, dict)]
+    return [event for event in found if isinstance(event, dict) and _is_dated(event)]
 
 
 def _parse(line: bytes) -> Any:
@@ -24,6 +27,11 @@ def _parse(line: bytes) -> Any:
         return json.loads(line)
     except (ValueError, RecursionError):
         return None
+
+
+def _is_dated(event: Event) -> bool:
+    at = number(event.get("t"))
+    return at is not None and YEAR_2000 <= at < YEAR_2200
 
 
 def clean(events: Iterable[Mapping[str, Any]]) -> list[Event]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from spotune.contracts.money import HOUR_S
 from spotune.cost.gpus import gpus_of
 from spotune.cost.periods import cut, end_of
 
@@ -82,8 +83,10 @@ def _charge(
 ) -> dict[str, Any]:
     price, market = paid["price_usd_per_hour"], "spot" if paid["use_spot"] else "on-demand"
     usd = paid["cost_usd"] * (until - began) / paid["paid_s"]
-    # Hours from dollars: runs that share a cluster have less of its hours than they were on it.
-    cost, quantity = _decimal(usd), _decimal(usd / price)
+    # Hours from dollars: runs that share a cluster have less of its hours than they were on it. A tiny price is rounded
+    # to 0 by now.
+    hours = usd / price if price else (until - began) / HOUR_S * paid["nodes"]
+    cost, quantity = _decimal(usd), _decimal(hours)
     cloud = str(paid["infra"]).partition("/")[0]
     provider = _PROVIDERS.get(cloud, cloud or "Unknown")
     machine = paid["instance_type"] or paid["accelerators"] or cloud or "machine"

@@ -138,6 +138,11 @@ class _Walk:
         return bool(self.steps) and self.steps[-1].again
 
     def take(self, event: Event, at: float) -> None:
+        # Within an attempt steps only go up: a line that says otherwise is not what it says.
+        is_step = event["event"] == "step" and step_of(event) > (self.steps[-1].step if self.steps else 0)
+        trains_unsaid = is_step and self._phase != "train" and at > (self._cursor or self.span.started_at)
+        if trains_unsaid:
+            self._phase = "unknown"  # up to now: the line that said since when is lost
         if self._cursor is None:
             self._open(at)
         else:
@@ -145,8 +150,9 @@ class _Walk:
         match event["event"]:
             case "phase":
                 self._enter(event.get("phase"))
-            case "step":
+            case "step" if is_step:
                 self._close_step(event)
+                self._phase = "train" if trains_unsaid else self._phase
             case "end":
                 # An orderly end leaves no step behind; a failure's last, unfinished step is work of unknown use.
                 self._settle("unknown" if event.get("reason") in ("failed", "lost") else "teardown")
@@ -181,8 +187,6 @@ class _Walk:
 
     def _close_step(self, event: Event) -> None:
         step = step_of(event)
-        if step <= (self.steps[-1].step if self.steps else 0):
-            return  # within an attempt steps only go up: this line is not what it says
         again = step <= self.done_before
         assert self._cursor is not None
         self.steps.append(Step(step, self._cursor, again))

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from spotune.contracts.clusters import read_clusters
-from spotune.contracts.errors import BadRecord, InputError
+from spotune.contracts.errors import BadRecord, InputError, shown
 from spotune.contracts.keys import Keys, attempt_of
 from spotune.contracts.records import AttemptRecord, Bill, Certificate, Commit, PriceRow, Record
 from spotune.contracts.revisions import record_in_force
+from spotune.contracts.shapes import YEAR_2000
 from spotune.contracts.store import Store
 from spotune.cost.each import each
 from spotune.cost.eventlog import Event, parse_lines
@@ -19,7 +20,6 @@ from spotune.cost.sharing import home_of, price_of_part
 from spotune.launch.infra import PaidInterval
 
 _FILE = re.compile(r"/attempts/(\d{4,})/(attempt|bill|events-0-(\d+))\.jsonl?$")
-_YEAR_2000 = 946_684_800  # a machine whose clock says less has not set it; half a century is paid for by nobody
 Kind = TypeVar("Kind", bound=Record)
 
 
@@ -80,9 +80,11 @@ def _check(record: Record, key: str) -> None:
             name, began, ended = "started_at", record.started_at, record.ended_at
         case _:
             return
+    if not key.startswith(f"{Keys(record.run_id).root}/"):
+        raise BadRecord(f"{key}: run_id: {shown(record.run_id)}, not that of its folder (a copy, or renamed)")
     if record.attempt != (attempt_of(key) or 0):
         raise BadRecord(f"{key}: attempt: {record.attempt}, not that of its folder (a copy, or renamed)")
-    if began < _YEAR_2000:
+    if began < YEAR_2000:
         raise BadRecord(f"{key}: {name}: {began}, before the year 2000")
     if ended < began:
         raise BadRecord(f"{key}: ended_at: {ended}, before {name}")

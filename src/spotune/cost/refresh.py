@@ -25,7 +25,7 @@ from spotune.cost.read import read_evidence
 from spotune.cost.report import build_report
 from spotune.cost.rows import indexed_attempts, run_row
 from spotune.launch.infra import ACTIVE, JobStatus, PaidInterval
-from spotune.launch.status import certify_if_reachable, jobs_of, read_run
+from spotune.launch.status import LAST_SEEN, certify_if_reachable, jobs_of, read_run
 from spotune.launch.workspace import Workspace
 
 MANY = 200  # from here on it pays to start processes: reading a run is work for the CPU
@@ -204,10 +204,11 @@ def report_of(
     """A run's report, with its ``bucket``; bills that are due are left there on the way."""
     with _one_shape(status.run_id):
         evidence = read_evidence(store, status.run_id, history)
-        accounts = build_accounts(evidence, now, status.state)
+        is_heard = not status.reason.startswith(LAST_SEEN)  # else nobody knows whether its machine is still on
+        accounts = build_accounts(evidence, now, status.state if is_heard else None)
         leave_bills(store, evidence, accounts, is_over=status.state not in ACTIVE)
-        report = build_report(evidence, status.state, now, accounts, is_drawn)
-        return {**report, "bucket": store.url, "estimates": estimates(evidence, store.url)}
+        report = build_report(evidence, status.state, now, accounts, is_drawn, is_heard)
+        return {**report, "bucket": store.url, "estimates": estimates(evidence, store.url), "reason": status.reason}
 
 
 @contextmanager

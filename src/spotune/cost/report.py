@@ -8,7 +8,7 @@ goodput         useful_s / paid_s
 on_demand_usd   the same useful work, undisturbed, at the cheapest frozen on-demand row with the accelerators that
                 ran (each kind's own where several did), x nodes: useful_steps x the mean time of a step (useful +
                 data_wait, first times only), eval and save_stall (first times only), one provision + setup + load
-                (those of the first machine that trained), one teardown (that of the last)
+                (those of the first machine that trained), one teardown (that of the last that did)
 saved_usd       on_demand_usd - cost_usd
 useful_steps    distinct steps known to be completed; replayed_steps: completions of a step that an earlier
                 attempt had completed already
@@ -41,18 +41,24 @@ _GREATEST_LOSS = 1e30  # what can be drawn
 
 
 def build_report(
-    evidence: Evidence, state: State, now: float, accounts: Sequence[Account] | None = None, is_drawn: bool = True
+    evidence: Evidence,
+    state: State,
+    now: float,
+    accounts: Sequence[Account] | None = None,
+    is_drawn: bool = True,
+    is_heard: bool = True,
 ) -> dict[str, Any]:
     """The report as ``cost RUN --format json`` prints it, and what its page draws.
 
     Args:
         accounts: as ``build_accounts`` makes them of the same evidence, where they are at hand.
         is_drawn: with each attempt's losses and timeline.
+        is_heard: whether the state is the engine's word; else nothing is known of the time since the last sign of life.
     """
     accounts = build_accounts(evidence, now, state) if accounts is None else accounts
     run = evidence.run
     is_over = state not in ACTIVE
-    phases = _phases(run, accounts, state, now)
+    phases = _phases(run, accounts, state if is_heard else None, now)
     paid_s = sum(account.paid_s for account in accounts)
     costs = [account.cost_usd for account in accounts if account.cost_usd is not None]
     cost_usd = sum(costs) if costs or not accounts else None
@@ -145,12 +151,12 @@ def _can_be_drawn(loss: float | None) -> bool:
     return loss is not None and abs(loss) < _GREATEST_LOSS
 
 
-def _phases(run: RunRecord, accounts: Sequence[Account], state: State, now: float) -> dict[str, float]:
+def _phases(run: RunRecord, accounts: Sequence[Account], state: State | None, now: float) -> dict[str, float]:
     sums = total([segment for account in accounts for segment in account.segments])
     return {"queue_s": _queue_s(run, accounts, state, now)} | {f"{phase}_s": sums[phase] for phase in PAID_PHASES}
 
 
-def _queue_s(run: RunRecord, accounts: Sequence[Account], state: State, now: float) -> float:
+def _queue_s(run: RunRecord, accounts: Sequence[Account], state: State | None, now: float) -> float:
     """Waiting for a machine, unpaid. A run that stands still until somebody resumes it does not wait for one."""
     waited, free_at, is_waiting = 0.0, run.created_at, True
     for account in accounts:
@@ -175,16 +181,16 @@ def _on_demand(rows: Sequence[PriceRow], accounts: Sequence[Account], done: int)
     steps = sum(not step.again for account in accounts for step in account.steps)
     if not steps or None in prices:
         return {}
-    first = next(account for account in accounts if account.steps)
+    trained = [account for account in accounts if account.steps]
     seconds = usd_seconds = 0.0
     for account, price in zip(accounts, prices, strict=True):
         assert price
         fresh = total([segment for segment in account.segments if not segment.again])
         # Steps that are known to be done, though the events that would time them are lost, take what the others took.
         spent = (fresh["useful"] + fresh["data_wait"]) * done / steps + fresh["eval"] + fresh["save_stall"]
-        if account is first:
+        if account is trained[0]:
             spent += fresh["provision"] + fresh["setup"] + fresh["load"]
-        if account is accounts[-1]:
+        if account is trained[-1]:
             spent += fresh["teardown"]
         seconds += spent
         usd_seconds += spent * price.price_usd_per_hour

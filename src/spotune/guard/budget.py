@@ -13,10 +13,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+from spotune.contracts.errors import BadRecord
 from spotune.contracts.keys import Keys
-from spotune.contracts.money import HOUR_S, WARN_AT, Place, price_of, usd
-from spotune.contracts.records import AttemptRecord, Bill, RunRecord
+from spotune.contracts.money import HOUR_S, WARN_AT, claimed_place, price_of, usd
+from spotune.contracts.records import AttemptRecord, Bill, Record, RunRecord
 from spotune.contracts.store import Store
 from spotune.guard.context import Context
 from spotune.guard.faults import last_event
@@ -25,6 +27,7 @@ from spotune.guard.say import say
 from spotune.guard.toll import Toll
 
 KERNEL = Path("/proc")
+Kind = TypeVar("Kind", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -124,33 +127,42 @@ def _process_started_at(pid: int) -> float | None:
 
 def _earlier_usd(store: Store, keys: Keys, run: RunRecord, attempt: int, lead_s: float) -> float:
     claimed = sum(_attempt_usd(store, keys, run, number, lead_s) for number in range(1, attempt))
-    lost = (Bill.from_bytes(store.read(key) or b"null", key) for key in store.keys(keys.lost))
-    return claimed + sum(_billed_usd(run, bill) for bill in lost)
+    lost = (_read(store, Bill, key) for key in store.keys(keys.lost))
+    return claimed + sum(_billed_usd(run, bill) for bill in lost if bill)
 
 
-def _billed_usd(run: RunRecord, bill: Bill) -> float:
-    return bill.cost_usd if bill.price else bill.paid_s * bill.nodes * _dearest(run) / HOUR_S
+def _billed_usd(run: RunRecord, bill: Bill, claim: AttemptRecord | None = None) -> float:
+    """At the bill's own price; without one at that of where the machine's claim says that it was."""
+    seconds = max(0.0, bill.ended_at - bill.started_at)
+    if claim and not bill.price_row:
+        return seconds * _usd_per_s(run, claim)
+    hourly = bill.price_row.price_usd_per_hour if bill.price_row else _dearest(run)
+    return seconds / HOUR_S * max(1, bill.nodes) * hourly
 
 
 def _attempt_usd(store: Store, keys: Keys, run: RunRecord, attempt: int, lead_s: float) -> float:
-    bill = Bill.from_bytes(data, keys.bill(attempt)) if (data := store.read(keys.bill(attempt))) else None
-    if bill and bill.price:
-        return bill.cost_usd
-    data = store.read(keys.attempt(attempt))
-    if data is None:  # lost before it could claim: only a bill can tell of it
-        return _billed_usd(run, bill) if bill else 0.0
-    record = AttemptRecord.from_bytes(data, keys.attempt(attempt))
+    bill, record = _read(store, Bill, keys.bill(attempt)), _read(store, AttemptRecord, keys.attempt(attempt))
     if bill:
-        return bill.paid_s * _usd_per_s(run, record)
+        return _billed_usd(run, bill, record)
+    if record is None:  # lost before it could claim: only a bill can tell of it
+        return 0.0
     ended_at = float(last_event(store, keys, attempt).get("t") or record.claimed_at)
     return (max(0.0, ended_at - record.claimed_at) + lead_s) * _usd_per_s(run, record)
 
 
+def _read(store: Store, kind: type[Kind], key: str) -> Kind | None:
+    """None where there is none, or none that can be read: as in the report, as if it had never been written."""
+    try:
+        return kind.from_bytes(data, key) if (data := store.read(key)) else None
+    except BadRecord as error:
+        say(f"left out of the budget: {error}")
+        return None
+
+
 def _usd_per_s(run: RunRecord, record: AttemptRecord) -> float:
     """Where no row was frozen for the place, the dearest one counts: what was spent is not understated."""
-    use_spot = None if run.use_spot and run.may_be_on_demand else run.use_spot  # this machine does not know which
-    place = Place(record.infra, record.region, record.zone, use_spot=use_spot)
-    price = price_of(place, run.price_rows())
+    rows = run.price_rows()
+    price = price_of(claimed_place(record, run, rows), rows)
     return record.num_nodes * (price.price_usd_per_hour if price else _dearest(run)) / HOUR_S
 
 

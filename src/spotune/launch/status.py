@@ -23,6 +23,7 @@ from spotune.launch.workspace import Workspace
 UNCERTIFIED = "ended without a certificate"
 SILENT, ELSEWHERE = "no sign of life, and not in this machine's queue", "runs outside this machine's queue"
 LOST = "no sign of life, and neither in this machine's queue nor in SkyPilot's"
+LAST_SEEN = "as last seen: "
 RECENT_S = 86400.0
 HEARTBEAT_S = 120.0  # progress.json is rewritten at most every 15 s
 _COLUMNS = "run_id state priority submitted_at started_at ended_at attempt recoveries step max_steps infra user reason"
@@ -109,7 +110,7 @@ def _is_skypilots(row: JobStatus) -> bool:
 def _as_last_seen(row: JobStatus, why: str) -> JobStatus:
     if row.state in ACTIVE:
         return row
-    return replace(row, state="RUNNING" if row.attempt else "PENDING", reason=f"as last seen: {why}")
+    return replace(row, state="RUNNING" if row.attempt else "PENDING", reason=f"{LAST_SEEN}{why}")
 
 
 def jobs_of(engine: Infra, everyone: bool, warn: Callable[[str], None] | None) -> list[JobStatus]:

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from spotune.launch import infra
 from spotune.launch.infra import JobStatus, PaidInterval, Submission
 from spotune.launch.prices import Offers
 from spotune.launch.skypilot.offers import Wanted
+from tests.unit.cost.cases import claim, event
 from tests.unit.fake_infra import FakeInfra
 from tests.unit.project import Project
 
@@ -189,6 +191,22 @@ def test_no_verdict_on_a_run_that_nobody_can_be_asked_of(project: Project) -> No
     result = project.run("queue", "-a", "--format", "json")
     (row,) = json.loads(result.stdout)
     assert (row["state"], row["reason"][:12]) == ("PENDING", "as last seen")
+
+
+def test_nobody_pays_for_months_that_nobody_saw(project: Project) -> None:
+    """A machine that was last heard of in 2023; SkyPilot, which would know its end, does not answer."""
+    project.submit("run-a", "--infra", "aws")
+    FakeSky.foreign.append("run-a")
+    FakeSky.states.clear()
+    FakeSky.silent.append("x")
+    keys = Keys("run-a")
+    project.store.create(keys.attempt(1), replace(claim(1, 20, infra="aws"), run_id="run-a").to_bytes())
+    project.store.create(keys.events(1, 0, 0), json.dumps(event(50, "alive")).encode())
+    result = project.run("cost", "run-a", "--format", "json")
+    report = json.loads(result.stdout)
+    assert (report["state"], report["paid_s"], report["unreconciled_s"]) == ("RUNNING", 30, 30)
+    assert report["phases"]["queue_s"] < 3600
+    assert "run-a is RUNNING as last seen: " in result.stderr
     assert project.run("resume", "run-a").exit_code == 2
     FakeSky.silent.clear()  # it answers, and has no such job
     (row,) = project.json("queue", "-a")

@@ -71,7 +71,7 @@ def test_what_is_as_good() -> None:
 
 def test_price_rows_are_named_by_the_record_they_are_in() -> None:
     bad = [{**PRICE, "price_usd_per_hour": "x"}]
-    with pytest.raises(BadRecord, match=r"^runs/run-a/run.json: prices: .*price_usd_per_hour: not a number: 'x'$"):
+    with pytest.raises(BadRecord, match=r"^runs/run-a/run.json: prices.0.: .*price_usd_per_hour: not a number: 'x'$"):
         RunRecord.from_dict({**vars(RUN), "prices": bad}).price_rows()
     with pytest.raises(BadRecord, match=r"^runs/run-a/revisions/0002.json: prices"):
         RunRecord.from_dict({**vars(RUN), "prices": bad, "revision": 2}).price_rows()

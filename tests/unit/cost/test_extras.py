@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from spotune.contracts.records import Certificate, Commit
+from spotune.contracts.records import Bill, Certificate, Commit
 from spotune.cost.bills import with_bills
 from spotune.cost.estimates import estimates
 from spotune.cost.evidence import Evidence
 from spotune.cost.ledger import bills_due, build_accounts
 from spotune.cost.report import build_report
-from tests.unit.cost.cases import FIRST, RUN_ID, T, claim, event, phase, row, run, step, three_attempts
+from tests.unit.cost.cases import FIRST, RUN_ID, T, claim, event, phase, price, row, run, step, three_attempts
 
 USD_PER_S = 0.36 / 3600
 
@@ -77,6 +77,18 @@ def test_the_bucket_by_hand() -> None:
     here = estimates(evidence, "file:///bucket")
     assert here["stored_bytes"] == 4 * 10**9
     assert here["storage_usd_per_month"] is None
+
+
+def test_a_bill_of_price_and_interval_alone_says_enough() -> None:
+    paid = price(True, 0.36, infra="aws", region="us-east-1", instance_type="g6.xlarge", accelerators="L4:1")
+    bill = Bill(
+        run_id=RUN_ID, attempt=1, started_at=T, ended_at=T + 3600, price=vars(paid), nodes=2, end_reason="cancelled"
+    )
+    for prices in ([vars(paid)], []):
+        report = build_report(Evidence(run(prices=prices), bills=[bill]), "CANCELLED", T + 9999)
+        (attempt,) = report["attempts"]
+        assert (attempt["infra"], attempt["region"], attempt["instance_type"]) == ("aws", "us-east-1", "g6.xlarge")
+        assert (attempt["use_spot"], attempt["end_reason"], attempt["cost_usd"]) == (True, "cancelled", 0.72)
 
 
 def test_a_row_that_is_dated_anew_or_comes_twice_is_counted_once() -> None:

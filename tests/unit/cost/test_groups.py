@@ -107,6 +107,13 @@ def test_a_sum_beside_the_cost_of_all_is_of_all() -> None:
     assert runs_text([line(cost_usd=None, on_demand_usd=None)]).splitlines()[2].count("\N{EN DASH}") == 2
 
 
+def test_a_price_of_next_to_nothing_is_a_charge() -> None:
+    (charge,) = focus_rows(
+        totals(), [attempt(0.0, 3600.0, price_usd_per_hour=0.0, cost_usd=3e-10, nodes=2)], "file:///b"
+    )
+    assert (charge["PricingQuantity"], charge["BilledCost"]) == ("2", "0")
+
+
 TIMES = st.floats(1.6e9, 2e9)
 
 

@@ -204,7 +204,7 @@ def test_a_record_of_another_shape_costs_a_line_not_the_list(workspace: Workspac
     assert set(found) == {"good", "odd-bill", "odd-tokens"}
     assert len(said) == 2
     assert said[0].startswith(f"odd-bill is shown without one of its records: {Keys('odd-bill').bill(1)}: not a Bill: ")
-    assert said[1].startswith("odd-prices is left out: runs/odd-prices/run.json: prices: not a PriceRow: ")
+    assert said[1].startswith("odd-prices is left out: runs/odd-prices/run.json: prices[0]: not a PriceRow: ")
     assert found["odd-tokens"]["tokens"] < 1e15
 
 

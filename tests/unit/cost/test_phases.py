@@ -57,9 +57,21 @@ def test_doubled_and_shuffled_lines_change_nothing() -> None:
     assert seconds([*reversed(events), *events], span) == seconds(list(events), span)
 
 
+def test_a_step_says_that_it_trains_where_the_line_before_is_lost() -> None:
+    events = [event(0, "start"), step(8, 1), step(14, 2, 1.0), phase(15, "save"), step(20, 3)]
+    assert seconds(events) == pytest.approx({"unknown": 8 + 5, "data_wait": 1, "useful": 5 + 1})
+
+
+@pytest.mark.parametrize("at", [0, 946_684_799, 1.7e12])
+def test_a_line_dated_by_no_clock_undoes_nothing(at: float) -> None:
+    good = [step(4, 1), step(8, 2)]
+    lines = [json.dumps(one).encode() for one in [*good, {"t": at, "event": "alive"}]]
+    assert parse_lines(b"\n".join(lines)) == good
+
+
 def test_a_line_that_was_cut_is_skipped() -> None:
     lines = json.dumps(step(4, 1)).encode() + b'\n{"t": 17000\n[]\n"x"\n\xff\xfe\n{"event": "step"}\n' + b'{"t": 1'
-    assert parse_lines(lines) == [step(4, 1), {"event": "step"}]
+    assert parse_lines(lines) == [step(4, 1)]
     assert clean([*parse_lines(lines), {"t": float("nan"), "event": "step"}, {"t": True, "event": "x"}]) == [step(4, 1)]
 
 

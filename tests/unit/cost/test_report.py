@@ -163,19 +163,23 @@ def test_a_machine_without_a_row_is_what_all_prices_of_its_place_say() -> None:
     dearer = price(True, 0.5, infra="aws", region="us-west-2", accelerators="A10G:1", instance_type="g5.xlarge")
     busy = [phase(1, "train"), *(event(at, "gpu", busy=0.5) for at in (5, 20)), step(3601, 1)]
 
-    def attempt(place: str, *prices: PriceRow) -> tuple[Any, ...]:
+    def attempt(place: str, *prices: PriceRow, **asked: bool) -> tuple[Any, ...]:
         where = {"infra": "aws", "region": place}
         evidence = Evidence(
-            run(prices=[vars(one) for one in prices]), attempts=[claim(1, 1, **where)], events={1: busy}
+            run(prices=[vars(one) for one in prices], **asked), attempts=[claim(1, 1, **where)], events={1: busy}
         )
         report = build_report(evidence, "FAILED", T + 9999)
         (row,) = report["attempts"]
         names = ("accelerators", "instance_type", "use_spot", "price_usd_per_hour")
         return *(row[name] for name in names), report["gpu_hours"], report["gpu_utilization"]
 
-    assert attempt("us-east-1", spot, on_demand, dearer) == ("L4:1", "g6.xlarge", None, 0.72, 1.0, 0.5)
+    unsure = attempt("us-east-1", spot, on_demand, dearer, may_be_on_demand=True)
+    assert unsure == ("L4:1", "g6.xlarge", None, 0.72, 1.0, 0.5)
+    assert attempt("us-east-1", spot, on_demand, dearer) == ("L4:1", "g6.xlarge", True, 0.36, 1.0, 0.5)
+    assert attempt("us-east-1", spot, on_demand, use_spot=False) == ("L4:1", "g6.xlarge", False, 0.72, 1.0, 0.5)
     assert attempt("us-east-1", spot, dearer) == ("L4:1", "g6.xlarge", True, 0.36, 1.0, 0.5)
-    assert attempt("us-east-1", on_demand, replace(dearer, region="*")) == ("", "", None, 0.72, 0.0, None)
+    unsure = attempt("us-east-1", on_demand, replace(dearer, region="*"), may_be_on_demand=True)
+    assert unsure == ("", "", None, 0.72, 0.0, None)
 
 
 def test_nothing_paid_yet() -> None:
@@ -296,6 +300,23 @@ def test_what_is_priced_in_part_has_saved_nobody_knows_what() -> None:
 def test_what_no_step_tells_of_would_have_cost_nobody_knows_what() -> None:
     starting = Evidence(run(), [row(0, None)], [claim(1, 20)], {1: [phase(20, "load")]})
     assert build_report(starting, "RUNNING", T + 60)["on_demand_usd"] is None
+
+
+def test_a_machine_that_came_after_the_certificate_has_completed_and_changes_nothing_undisturbed() -> None:
+    evidence = three_attempts()
+    late = row(100, 110, end_reason="exited", exit_code=0)
+    before = build_report(evidence, "SUCCEEDED", T + 1000)
+    after = build_report(replace(evidence, intervals=[*evidence.intervals, late]), "SUCCEEDED", T + 1000)
+    assert [attempt["end_reason"] for attempt in after["attempts"]][2:] == ["completed", "completed"]
+    assert after["paid_s"] == before["paid_s"] + 10
+    assert after["on_demand"] == before["on_demand"]
+
+
+def test_the_price_of_a_partition_is_its_own() -> None:
+    rows = [price(False, usd, infra=f"slurm/{name}/gpu", region="*") for name, usd in (("a", 1.0), ("b", 5.0))]
+    where = {"infra": "slurm/a/gpu", "region": "", "zone": "", "instance_type": "local", "use_spot": False}
+    evidence = Evidence(run(prices=[vars(one) for one in rows]), [row(0, 3600, **where)])
+    assert build_report(evidence, "FAILED", T + 9999)["cost_usd"] == 1.0
 
 
 def test_no_price_is_not_a_price_of_nothing() -> None:

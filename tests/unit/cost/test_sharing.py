@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,7 @@ def test_a_run_on_a_cluster_from_the_bucket_to_every_report(tmp_path: Path, monk
     store.write(there.key, there.to_bytes())
     store.create(keys.run, run(run_id="dev-run", user="ben", kind="dev", prices=[], infra="").to_bytes())
     record = claim(1, 600, cluster_name="dev-ana", infra="aws", region="us-east-1", gpu_share=0.5)
-    store.create(keys.attempt(1), record.to_bytes())
+    store.create(keys.attempt(1), replace(record, run_id="dev-run").to_bytes())
     events = [phase(600, "load"), phase(700, "train"), step(2000, 1), event(3000, "end", reason="completed")]
     store.create(keys.events(1, 0, 0), "\n".join(map(json.dumps, events)).encode())
 

@@ -67,6 +67,11 @@ def test_bad_input_is_one_line(bucket: Store, arguments: list[str], line: str) -
     assert (result.exit_code, result.stdout, result.stderr.strip()) == (2, "", line)
 
 
+def test_a_run_without_a_name_is_none(bucket: Store) -> None:
+    result = cost("")
+    assert (result.exit_code, result.stdout) == (2, "")
+
+
 def test_chargeback_and_focus(bucket: Store) -> None:
     bill(bucket)
     (row,) = json.loads(cost("--by", "team", "--since", "9999d", "--format", "json").stdout)

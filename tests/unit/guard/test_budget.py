@@ -26,6 +26,19 @@ def bill(attempt: int, start: float, end: float, priced: bool = True) -> Bill:
     )  # fmt: skip
 
 
+def test_what_cannot_be_read_is_left_out_and_a_bare_bill_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(f"file://{tmp_path}/bucket")
+    store.create(KEYS.bill(1), json.dumps({
+        "run_id": RUN_ID, "attempt": 1, "started_at": T, "ended_at": T + 1000, "nodes": 2, "price": vars(ROW)
+    }).encode())  # fmt: skip
+    store.create(KEYS.attempt(2), b'{"cut')
+    store.create(KEYS.bill(2), b'{"cut')
+    assert budget._earlier_usd(store, KEYS, run(), 3, 0.0) == pytest.approx(1000 * 2 * 0.36 / 3600)
+    assert capsys.readouterr().err.count("left out of the budget: runs/") == 2
+
+
 def test_every_machine_before_this_one_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(f"file://{tmp_path}/bucket")
     record = claim(3, 7300)
