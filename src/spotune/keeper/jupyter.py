@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -33,16 +34,19 @@ def servers(runtime: Path) -> Iterator[Server]:
             said = json.loads(path.read_bytes())
             server = Server(str(said["url"]), str(said.get("token", "")), int(said["pid"]))
             os.kill(server.pid, 0)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             continue
         yield server
 
 
 def jupyter_look(runtime: Path, now: float) -> list[Sign]:
-    """A busy kernel works now; an idle one worked when it was active last."""
+    """A busy kernel works now; an idle one worked when it was active last. What answers otherwise is no Jupyter."""
     signs = []
     for server in servers(runtime):
-        for kernel in ask(server, "api/kernels") or []:
+        answer = ask(server, "api/kernels")
+        for kernel in answer if isinstance(answer, list) else []:
+            if not isinstance(kernel, dict):
+                continue
             name = str(kernel.get("name", "kernel"))
             if kernel.get("execution_state") == "busy":
                 signs.append(Sign(f"Jupyter kernel {name} is busy", now))
@@ -58,12 +62,12 @@ def shut_down(runtime: Path) -> int:
 
 def ask(server: Server, path: str, method: str = "GET") -> Any | None:
     """The server's answer, an empty list for an empty one, None for none."""
-    request = Request(server.url + path, method=method, headers={"Authorization": f"token {server.token}"})
     try:
+        request = Request(server.url + path, method=method, headers={"Authorization": f"token {server.token}"})
         with build_opener(ProxyHandler({})).open(request, timeout=TIMEOUT_S) as answer:  # never by way of a proxy
             body = answer.read()
         return json.loads(body) if body.strip() else []
-    except (URLError, OSError, ValueError):
+    except (URLError, OSError, ValueError, HTTPException, RecursionError):  # another program may have the port now
         return None
 
 

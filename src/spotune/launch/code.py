@@ -20,7 +20,15 @@ MAX_FILE_BYTES = 1 << 20
 MAX_NAMES = 1000
 # What of the files that git does not know is code, and part of the difference; the rest is data, logs, notebooks.
 SUFFIXES = (".py", ".pyi", ".sh", ".yaml", ".yml", ".toml", ".cfg", ".ini", ".jinja", ".j2")
-_DIFF = ("diff", "--no-ext-diff", "--no-textconv", "--no-color", "--binary", "HEAD")
+# A patch is the same, and applies, whatever the user's settings of git are: these are git's own defaults.
+_DIFF = (
+    # what has no flag, or none before git 2.28
+    *("-c", "core.abbrev=7", "-c", "core.quotePath=true", "-c", "diff.suppressBlankEmpty=false"),
+    *("-c", "diff.relative=false", "-c", "diff.ignoreSubmodules=untracked"),
+    *("diff", "--src-prefix=a/", "--dst-prefix=b/", "--submodule=short", "-O/dev/null"),
+    *("--diff-algorithm=myers", "--indent-heuristic", "-U3", "--inter-hunk-context=0", "--find-renames", "-l1000"),
+    *("--no-ext-diff", "--no-textconv", "--no-color", "--binary", "HEAD"),
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,7 @@ class Code:
         diff: what differs from the commit, as a patch; code that git does not know yet is new in it.
         untracked: files that git does not know and does not ignore, names only.
         url: of the repository that a machine fetches it from; empty where the folder here is sent.
+        refusal: what git says where it does not open the repository that is there.
     """
 
     commit: str = ""
@@ -38,6 +47,7 @@ class Code:
     diff: bytes = b""
     untracked: tuple[str, ...] = ()
     url: str = ""
+    refusal: str = ""
 
     @property
     def dirty(self) -> bool:
@@ -64,6 +74,8 @@ class Code:
 
     def notes(self) -> list[str]:
         """What people should know of it before it is submitted."""
+        if self.refusal:
+            return [f"the code is not kept with the run, since git does not open its repository: {self.refusal}"]
         if self.is_kept:
             return []
         most = MAX_PATCH_BYTES >> 20
@@ -71,14 +83,14 @@ class Code:
 
 
 def read_code(folder: Path) -> Code:
-    """Asks git; a folder without git or without a commit is a Code without a commit.
+    """Asks git; a folder without git or without a commit is a Code without a commit, and so is one that git refuses.
 
     Raises InputError where git knows the commit, but cannot say what differs from it.
     """
     try:
         commit = _git(folder, "rev-parse", "HEAD").strip().decode()
     except (OSError, subprocess.SubprocessError):
-        return Code()
+        return Code(refusal=_refusal(folder))
     try:
         names = _git(folder, "ls-files", "-z", "--others", "--exclude-standard").split(b"\0")
         untracked = [os.fsdecode(name) for name in names if name]
@@ -89,9 +101,25 @@ def read_code(folder: Path) -> Code:
             untracked=tuple(untracked),
         )
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error).encode()
-        what = f"git cannot say what differs from the commit: {' '.join(said.decode(errors='replace').split())[:200]}"
+        what = f"git cannot say what differs from the commit: {_said(error)[:200]}"
         raise InputError(folder, what, remedy="git status there says more") from error
+
+
+def _refusal(folder: Path) -> str:
+    """Why git does not open the repository that ``folder`` is in, as it says; empty where none is, or no commit."""
+    try:
+        _git(folder, "rev-parse", "--git-dir")
+    except (OSError, subprocess.SubprocessError) as error:
+        here = folder.absolute()
+        is_there = any(os.path.exists(above / ".git") for above in (here, *here.parents))  # no error where unreadable
+        return _said(error) if is_there else ""
+    return ""
+
+
+def _said(error: OSError | subprocess.SubprocessError) -> str:
+    """What git wrote of its failure, in one line."""
+    said = getattr(error, "stderr", None) or str(error).encode()
+    return " ".join(said.decode(errors="replace").split())
 
 
 def sent_code(task: Mapping[str, Any], folder: Path) -> Code:

@@ -15,6 +15,7 @@ from spotune.launch.alternatives import LISTS, each_of, may_be_spot, override
 TRAIN = "tasks/train.yaml"
 _MOST = 10**9  # of any count
 _CPUS = re.compile(r"(?=.*[1-9])[0-9]{0,9}(\.[0-9]{1,9})?\+?")  # as SkyPilot takes them
+_GPUS = re.compile(r"([A-Za-z][A-Za-z0-9-]*)(?::(?!0+$)([0-9]{1,6}))?")
 _MEMORY = re.compile(r"[0-9]{0,9}(?<=[0-9])(\.[0-9]{1,9})?([kmgtp]?b)?[+x]?", re.IGNORECASE)  # 0: Slurm's own
 _RESERVED = (
     *(environment.RUN_ID, environment.CONFIG, environment.PROFILE, environment.HOME, environment.STATUS_FILE),
@@ -177,8 +178,8 @@ def _whole(value: Any, default: int, where: object, key: str) -> int:
 
 def parse_gpus(text: str, where: object) -> tuple[str, int]:
     """``L4:1`` or ``L4`` -> (name, count). Raises InputError."""
-    found = re.fullmatch(r"([A-Za-z][A-Za-z0-9-]*)(?::(\d+))?", text.strip())
-    if not found or found[2] == "0":
+    found = _GPUS.fullmatch(text.strip())
+    if not found:
         raise InputError(where, f"{shown(text)} is no accelerator", remedy="L4:1")
     return found[1], int(found[2] or 1)
 
@@ -189,7 +190,7 @@ def _first_accelerator(wanted: Any, where: object) -> tuple[str, int]:
         return "", 0
     if isinstance(wanted, dict):
         name, count = next(iter(wanted.items()))
-        count = _whole(count or None, 1, where, f"resources.accelerators.{name}")
+        count = _whole(count, 1, where, f"resources.accelerators.{name}")
         return parse_gpus(f"{name}:{count}", f"{where}: resources.accelerators")
     first = wanted[0] if isinstance(wanted, list) else wanted
     return parse_gpus(str(first), f"{where}: resources.accelerators")

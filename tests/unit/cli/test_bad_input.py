@@ -37,6 +37,8 @@ COMMAND_LINES = {
     "unknown infra": ([*TRAIN, "--infra", "moon"], "--infra: 'moon' is no infrastructure"),
     "an infra that does not see the bucket": ([*TRAIN, "--infra", "aws"], "SPOTUNE_BUCKET: machines of aws cannot see"),
     "bad --gpus": ([*TRAIN, "--gpus", "4x"], "--gpus: '4x' is no accelerator (L4:1)"),
+    "--gpus without end": ([*TRAIN, "--gpus", f"L4:{'9' * 5000}"], "--gpus: 'L4:999"),
+    "--gpus of none": ([*TRAIN, "--gpus", "L4:00"], "--gpus: 'L4:00' is no accelerator (L4:1)"),
     "priority out of range": ([*TRAIN, "--priority", "1001"], "--priority: 1001 is out of range"),
     "priority not a number": ([*TRAIN, "--priority", "high"], "--priority"),
     "two machines": ([*TRAIN, "--num-nodes", "2"], "--num-nodes: local is one machine"),
@@ -188,11 +190,18 @@ FILES = {
         "run: x\nresources: {accelerators: '4'}\n",
         "resources.accelerators: '4'",
     ),
+    "task: accelerators without end": (
+        "tasks/train.yaml",
+        f"run: x\nresources: {{accelerators: 'L4:{'9' * 5000}'}}\n",
+        "resources.accelerators: 'L4:999",
+    ),
     "task: empty": ("tasks/train.yaml", "", "train.yaml: must be a mapping of keys to values (run: "),
     **{
         f"task: {text}": ("tasks/train.yaml", f"run: x\n{text}\n", f"tasks/train.yaml: {says}")
         for text, says in (
             ("resources: {accelerators: {L4: x}}", "resources.accelerators.L4: 'x' is not a whole number"),
+            ("resources: {accelerators: 'L4:00'}", "resources.accelerators: 'L4:00' is no accelerator (L4:1)"),
+            ("resources: {accelerators: {L4: 0}}", "resources.accelerators: 'L4:0' is no accelerator (L4:1)"),
             ("resources: {accelerators: {L4: [1]}}", "resources.accelerators.L4: [1] is not"),
             ("resources: {accelerators: {L4: .inf}}", "resources.accelerators.L4: inf is not"),
             ("resources: {any_of: 5}", "resources.any_of: must be a list"),

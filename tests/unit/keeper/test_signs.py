@@ -2,12 +2,13 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -117,8 +118,6 @@ while True:
 
 
 def test_an_editors_server_works_while_a_window_is_connected(tmp_path: Path) -> None:
-    import socket
-
     script = tmp_path / ".vscode-server" / "server.py"
     script.parent.mkdir()
     script.write_text(SERVER)
@@ -176,6 +175,46 @@ def test_kernels(tmp_path: Path) -> None:
         assert (idle.what, idle.at) == ("Jupyter kernel bash", 1795568400.0)
         assert shut_down(tmp_path) == 1
     assert asked == ["GET /api/kernels token t0k", "POST /api/shutdown token t0k"]
+
+
+ODD = {
+    "no HTTP": b"SSH-2.0-OpenSSH_9.2\r\n",
+    "half an answer": b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n[{",
+    "a line without end": b"HTTP/1.1 200 " + b"O" * 70_000,
+    "an object": b'HTTP/1.1 200 OK\r\n\r\n{"message": "hello"}',
+    "a number": b"HTTP/1.1 200 OK\r\n\r\n7",
+    "a list of names": b'HTTP/1.1 200 OK\r\n\r\n["python3"]',
+    "lists in lists": b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 200_000,
+}
+
+
+@pytest.mark.parametrize("said", ODD.values(), ids=ODD)
+def test_a_server_that_is_no_jupyter_hides_none(said: bytes, tmp_path: Path) -> None:
+    """Another program on the port of a server that was killed: it counts for nothing, and the look goes on."""
+    with socket.create_server(("127.0.0.1", 0)) as odd, jupyter(tmp_path, [{"execution_state": "busy"}]):
+        facts = {"url": f"http://127.0.0.1:{odd.getsockname()[1]}/", "pid": os.getpid()}
+        (tmp_path / "jpserver-0.json").write_text(json.dumps(facts))
+        threading.Thread(target=answer_twice, args=(odd, said), daemon=True).start()
+        assert [sign.what for sign in jupyter_look(tmp_path, 1.0)] == ["Jupyter kernel kernel is busy"]
+        shut_down(tmp_path)
+
+
+def answer_twice(listening: socket.socket, said: bytes) -> None:
+    with suppress(OSError):  # who asks hangs up when it has heard enough
+        for _ in range(2):
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(said)
+
+
+@pytest.mark.parametrize("facts", [{"url": "no address"}, {"url": "http://127.0.0.1:x/"}, {"pid": 10**30}])
+def test_a_file_that_is_no_servers_hides_none(facts: dict[str, object], tmp_path: Path) -> None:
+    with jupyter(tmp_path, [{"execution_state": "busy"}]):
+        (tmp_path / "jpserver-0.json").write_text(
+            json.dumps({"url": "http://127.0.0.1:1/", "pid": os.getpid(), **facts})
+        )
+        assert len(jupyter_look(tmp_path, 1.0)) == 1
 
 
 def test_jobs(tmp_path: Path) -> None:

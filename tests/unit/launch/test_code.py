@@ -7,7 +7,7 @@ import pytest
 
 from spotune.contracts.errors import InputError
 from spotune.launch import code
-from spotune.launch.code import differs, read_code, sent_code
+from spotune.launch.code import Code, differs, read_code, sent_code
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -47,6 +47,63 @@ def test_new_code_is_in_the_patch_and_data_is_named(folder: Path, tmp_path_facto
     assert read_code(folder).facts()["diff_sha256"] != found.facts()["diff_sha256"]
 
 
+SETTINGS = (
+    *("diff.noprefix=true", "diff.mnemonicPrefix=true", "diff.relative=true", "diff.submodule=log"),
+    *("diff.ignoreSubmodules=all", "diff.algorithm=patience", "diff.indentHeuristic=false", "diff.context=1"),
+    *("diff.interHunkContext=9", "diff.renames=false", "diff.renameLimit=1", "diff.orderFile=../order"),
+    *("diff.suppressBlankEmpty=true", "diff.external=echo", "diff.upper.textconv=tr a-z A-Z <", "color.ui=always"),
+    *("core.abbrev=12", "core.quotePath=false"),
+)
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder below a repository's own in which something is changed of every kind that a setting shows otherwise."""
+    top = tmp_path_factory.mktemp("changed") / "top"
+    here, lines = top / "here", [f"line {number}\n" for number in range(40)]
+    here.mkdir(parents=True)
+    (top.parent / "order").write_text("*z.py\n")
+    git(top, "init", "-q")
+    git(top, "init", "-q", "here/sub")
+    git(here / "sub", "commit", "-qm", "one", "--allow-empty")
+    (top / ".gitattributes").write_text("*.up diff=upper\n")
+    (top / "above.py").write_text("x = 1\n")
+    (here / "a.up").write_text("small\n")
+    (here / "moved.py").write_text("c\n}\n{\n{\n")
+    (here / "lines.py").write_text("".join(lines))
+    (here / "z.py").write_text("@cached\ndef one():\n    pass\n\n\n@cached\ndef two():\n    pass\n")
+    for name in ("ä", "b"):
+        (here / f"{name}.py").write_text("".join(f"{name} {line}" for line in lines))
+    git(top, "add", ".")
+    git(top, "commit", "-qm", "one")
+    git(here / "sub", "commit", "-qm", "two", "--allow-empty")
+    (top / "above.py").write_text("x = 2\n")
+    (here / "a.up").write_text("large\n")
+    (here / "moved.py").write_text("{\nd\n}\nb\n")
+    (here / "lines.py").write_text("".join([*lines[:8], "\n", "new\n", *lines[8:20], "new\n", *lines[20:]]))
+    (here / "z.py").write_text("\n\n".join(f"@cached\ndef {name}():\n    pass\n" for name in ("one", "half", "two")))
+    for name in ("ä", "b"):
+        (here / f"{name}.py").rename(here / f"{name}2.py").write_text("".join(f"{name} {line}" for line in lines[:-1]))
+    git(here, "add", "-A", ".", ":!sub")
+    return here
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_patch_does_not_follow_the_users_settings(
+    changed: Path, setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gits_own() -> bytes:
+        return subprocess.run(["git", "diff", "--binary", "HEAD"], cwd=changed, check=True, capture_output=True).stdout
+
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "config"))
+    plain = gits_own()
+    assert read_code(changed).diff == plain  # as it is without any setting
+    git(changed, "config", "--global", *setting.split("=", 1))
+    assert gits_own() != plain  # the setting does something here
+    assert read_code(changed).diff == plain
+
+
 def test_a_huge_difference_has_a_fingerprint_and_a_word(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(code, "MAX_PATCH_BYTES", 1 << 20)
     (folder / "train.py").write_text("x = 1\n" * 400_000)
@@ -63,9 +120,20 @@ def test_a_repository_that_cannot_be_compared_is_not_taken_for_clean(folder: Pat
 
 
 def test_no_git_no_commit(tmp_path: Path) -> None:
-    assert read_code(tmp_path).facts() == {}
+    assert read_code(tmp_path) == Code()
     git(tmp_path, "init", "-q")
-    assert read_code(tmp_path).facts() == {}
+    assert read_code(tmp_path) == Code()
+
+
+def test_a_repository_of_somebody_else_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "below").mkdir()
+    assert read_code(folder / "below").notes() == []
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    refused = read_code(folder / "below")
+    assert refused.facts() == {}
+    (note,) = refused.notes()
+    assert "dubious ownership" in note
+    assert note.endswith(f"git config --global --add safe.directory {folder}")
 
 
 def test_a_git_reference_is_the_code_that_is_sent(folder: Path) -> None:
