@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.errors import InfraError, InputError
+from spotune.contracts.errors import InfraError, Taken
 from spotune.launch.infra import ACTIVE, Submission
 from spotune.launch.local.rows import Attempt, Job, Request
 from spotune.launch.local.verdict import Verdict
@@ -91,7 +91,7 @@ class Queue:
     # What the verbs write.
 
     def add(self, submission: Submission, bucket: str, prepare: Callable[[], None] = lambda: None) -> None:
-        """A new job at the end of its priority; raises InputError when the run id is in the queue already.
+        """A new job at the end of its priority; raises Taken when the run id is in the queue already.
 
         ``prepare`` is called before anybody can see the job, and not for one that is refused.
         """
@@ -110,7 +110,7 @@ class Queue:
                 prepare()
         except sqlite3.IntegrityError as error:
             what = f"{submission.run_id} is in this machine's queue already"
-            raise InputError("--name", what, remedy="another --name") from error
+            raise Taken("--name", what, remedy="another --name") from error
 
     def requeue(self, run_id: str) -> None:
         """An ended job goes to the end of its priority, with everything it may ask for restored."""

@@ -55,9 +55,7 @@ class SkyInfra:
     def submit(self, submission: Submission) -> None:
         """Launches the managed job and returns; nothing of it is left behind when it is refused."""
         check_submission(submission)
-        if kept := self._registry.entry(submission.run_id):
-            what = f"{submission.run_id} was submitted from here already, with the bucket {kept.bucket}"
-            raise InputError("--name", what, remedy="another --name")
+        self._registry.check_free(submission.run_id)
         entry = Entry(
             run_id=submission.run_id,
             infra=submission.infra,
@@ -79,7 +77,10 @@ class SkyInfra:
         """
         job = engine.task(task_config(submission, self._slurm.nice))
         entry = replace(entry, submitting=True, ended=None, history=None)
-        self._registry.write(entry)
+        if before:
+            self._registry.write(entry)
+        else:
+            self._registry.create(entry)
         request = None
         try:
             request = engine.launch(job, submission.run_id)
