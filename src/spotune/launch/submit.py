@@ -12,7 +12,6 @@ from spotune.contracts.errors import InputError, Taken, Unsettled
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import RunRecord
 from spotune.contracts.revisions import check_length, record_in_force, revised, write_revision
-from spotune.contracts.store import Store
 from spotune.launch.actions import go_on
 from spotune.launch.code import keep_code
 from spotune.launch.infra import ACTIVE, Infra, JobStatus

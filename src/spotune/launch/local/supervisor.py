@@ -123,7 +123,8 @@ class Supervisor:
             accelerators=f"{gpus[0].name}:{len(gpus)}" if gpus else "",
             use_spot=job.demand.use_spot,
         )
-        self._queue.start(attempt)
+        if not self._queue.start(attempt):
+            return
         try:
             child = start_machine(self._layout, job, attempt, [gpu.device for gpu in gpus])
             node = processes.Identity.of(child.pid)

@@ -85,6 +85,7 @@ class SkyInfra:
         try:
             request = engine.launch(job, submission.run_id)
             ids, _ = engine.ask(request)
+            self._registry.write(replace(entry, submitting=False, jobs=[*entry.jobs, *(ids or [])]))
         except BaseException as error:
             self._take_back(entry, error, request is not None)
             if before:
@@ -92,7 +93,6 @@ class SkyInfra:
             else:
                 self._registry.remove(entry.run_id)
             raise
-        self._registry.write(replace(entry, submitting=False, jobs=[*entry.jobs, *(ids or [])]))
 
     def _take_back(self, entry: Entry, why: BaseException, is_asked: bool) -> None:
         """A submission that was stopped half way, by Ctrl-C say: nothing of it runs when this returns.

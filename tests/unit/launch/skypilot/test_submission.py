@@ -48,6 +48,17 @@ def test_ctrl_c_ends_the_request_and_the_job_that_it_got(
     assert capsys.readouterr().err == "run-a: being taken back from SkyPilot\n"
 
 
+def test_ctrl_c_before_its_job_is_written_down(
+    client: FakeClient, infra: SkyInfra, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Registry.write
+    monkeypatch.setattr(Registry, "write", lambda one, entry: interrupt() if entry.jobs else write(one, entry))
+    with pytest.raises(KeyboardInterrupt):
+        infra.submit(SUBMISSION)
+    assert client.said == ["cancel [1]"]
+    assert infra.jobs() == []
+
+
 def test_a_refusal_leaves_nothing(client: FakeClient, infra: SkyInfra) -> None:
     def refuse() -> None:
         client.under_way.clear()
