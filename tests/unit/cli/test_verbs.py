@@ -301,6 +301,25 @@ def test_cancel_marks_before_it_signals(project: Project, monkeypatch: pytest.Mo
     assert "CANCELLED" in result.stdout
 
 
+def test_a_cancel_that_was_stopped_before_the_engine_knew(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    project.submit()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(project.infra), "cancel", interrupted)
+        assert project.run("cancel", "run-a", "-y").exit_code == 130
+    project.infra.turn("run-a", state="FAILED", attempt=4, reason="stands still since attempt 0", exit_code=1)
+    (row,) = project.json("queue", "-a")
+    assert (row["state"], row["reason"]) == ("CANCELLED", "cancelled by ada")
+    mark = Mark(run_id="run-a", attempt=1, at=5.0, reason="bad luck", exit_code=1)
+    project.store.create("runs/run-a/failed.json", mark.to_bytes())
+    (row,) = project.json("queue", "-a")
+    assert (row["state"], row["reason"]) == ("FAILED", "bad luck")
+    assert project.run("resume", "run-a").exit_code == 0
+    assert not project.store.exists("runs/run-a/cancelled.json")
+
+
 def test_cancel_of_an_ended_run_does_nothing(project: Project) -> None:
     project.submit()
     certify(project, "run-a")

@@ -14,6 +14,7 @@ from spotune.contracts.exits import BAD_INPUT, FAILED
 from spotune.launch.local import daemon, processes
 from spotune.launch.local.gpus import Gpu
 from spotune.launch.local.layout import Layout
+from spotune.launch.local.look import cancelled_because
 from spotune.launch.local.machine import start_machine
 from spotune.launch.local.queue import Queue
 from spotune.launch.local.rows import Attempt, Job, Request
@@ -112,6 +113,9 @@ class Supervisor:
     def _start(self, job: Job, slots: list[int], gpus: list[Gpu]) -> None:
         if not job.task:
             self._end(job, Verdict("FAILED", job.reason, BAD_INPUT))
+            return
+        if why := cancelled_because(job.bucket, job.run_id):  # whoever did it was stopped before this was told
+            self._end(job, Verdict("CANCELLED", why))
             return
         attempt = Attempt(
             run_id=job.run_id,
