@@ -76,8 +76,12 @@ def existing(plan: Plan, workspace: Workspace) -> Existing | None:
     if record is None:
         return None
     revision = revised(record, plan.record, plan.record.user, plan.record.created_at)
+    if record.kind != plan.record.kind:
+        what = "a dev run" if record.kind == "dev" else "a production run"
+        raise InputError("--name", f"{plan.run_id} is {what}", remedy=OTHER_NAME)
     change = compare(record, revision)
-    is_started = workspace.infra(plan.infra).jobs([plan.run_id]) or store.folders(keys.attempts)
+    # Every engine is asked: it may have been given to another one than this plan's.
+    is_started = any(engine.jobs([plan.run_id]) for engine in workspace.engines()) or store.folders(keys.attempts)
     status = find_run(workspace, plan.run_id) if is_started else None
     if not change:
         if status and status.state not in (*ACTIVE, "SUCCEEDED"):
@@ -99,7 +103,7 @@ def _check_open(plan: Plan, record: RunRecord, status: JobStatus | None, change:
     if status and status.state in ACTIVE:
         remedy = f"spotune cancel {plan.run_id} first, or {OTHER_NAME}"
         raise InputError("--name", f"{plan.run_id} is under way {what}", remedy=remedy)
-    if "dev" in (record.kind, plan.record.kind):
+    if record.kind == "dev":
         raise InputError("--name", f"{plan.run_id} exists {what}", remedy=OTHER_NAME)
 
 

@@ -365,6 +365,19 @@ def test_dev_run_is_interactive_and_cancelled_by_ctrl_c(project: Project, monkey
     assert ("cancel", "run-a") in project.infra.calls
 
 
+def test_a_dev_run_and_a_production_run_are_never_the_same(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spotune.cli.follow.follow", lambda *_: 0)
+    project.write("run.yaml", "model_name_or_path: ./model\ndata: [{source: data.jsonl}]\n")  # no profiles
+    prod, dev = ("train", "run.yaml", "-y", "--no-use-spot", "--name"), ("dev", "run", "run.yaml", "--name")
+    assert project.run(*prod, "prod-1").exit_code == 0
+    assert project.run(*dev, "dev-1").exit_code == 0
+    for command, name, what in ((dev, "prod-1", "a production run"), (prod, "dev-1", "a dev run")):
+        refused = project.run(*command, name)
+        assert (refused.exit_code, refused.stdout) == (2, "")
+        assert refused.stderr == f"--name: {name} is {what} (choose another --name)\n"
+    assert project.infra.calls == []
+
+
 def test_ctrl_c_leaves_a_job_running(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> int:
         raise KeyboardInterrupt
