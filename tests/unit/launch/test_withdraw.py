@@ -1,12 +1,13 @@
 """A submission to this machine's queue that is stopped half way: nothing of the run, or all of it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from spotune.contracts.errors import InfraError, Unsettled
+from spotune.contracts.errors import InfraError, InputError, Unsettled
 from spotune.contracts.keys import Keys
 from spotune.launch import infra
 from spotune.launch.infra import Submission
@@ -56,6 +57,27 @@ def test_the_verb_says_so_in_one_line(
     assert result.stderr.splitlines()[-1].startswith("the supervisor cannot be started: ")
     assert project.store.keys("runs") == []
     assert project.json("queue") == []
+
+
+def test_a_home_that_cannot_be_written_is_named(local: LocalInfra) -> None:
+    (local.layout.root / "jobs").touch()
+    with pytest.raises(
+        InputError, match=r"^SPOTUNE_HOME: cannot write .*/jobs/run-a/environment.json: Not a directory$"
+    ):
+        local.submit(SUBMISSION)
+    assert local.jobs() == []
+
+
+def test_a_run_whose_folder_is_gone_does_not_go_on(
+    tmp_path: Path, local: LocalInfra, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "work"
+    Queue(local.layout.database).add(replace(SUBMISSION, workdir=str(folder), secrets={}), "file:///b")
+    monkeypatch.setattr(daemon, "start", lambda *_: None)
+    with pytest.raises(InputError, match=r"^run-a: its folder .*/work is gone \(spotune train --from run-a\)$"):
+        local.check_resumable("run-a")
+    folder.mkdir()
+    local.check_resumable("run-a")
 
 
 def test_ctrl_c_takes_it_back(local: LocalInfra, monkeypatch: pytest.MonkeyPatch) -> None:

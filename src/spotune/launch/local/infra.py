@@ -9,7 +9,7 @@ from typing import Any
 
 from spotune.contracts import environment
 from spotune.contracts.errors import InfraError, InputError, Unsettled
-from spotune.launch.infra import Agree, JobStatus, PaidInterval, Submission, check_secrets
+from spotune.launch.infra import Agree, JobStatus, PaidInterval, Submission, check_folder, check_secrets
 from spotune.launch.local import daemon
 from spotune.launch.local.gpus import find_gpus
 from spotune.launch.local.layout import Layout
@@ -90,7 +90,10 @@ class LocalInfra:
             raise Unsettled(f"{str(why) or 'interrupted'}; {run_id} has begun and goes on ({ENDS} {run_id})") from why
 
     def check_resumable(self, run_id: str) -> None:
-        check_secrets(run_id, self._job(run_id).secrets, self._environ)
+        job = self._job(run_id)
+        check_secrets(run_id, job.secrets, self._environ)
+        if job.task:  # else nobody knows its folder, and when it is started it says why
+            check_folder(run_id, job.workdir)
 
     def workdir(self, run_id: str) -> str:
         return self._job(run_id).workdir

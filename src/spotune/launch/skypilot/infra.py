@@ -8,7 +8,7 @@ from pathlib import Path
 
 from spotune.contracts.environment import BUCKET
 from spotune.contracts.errors import InfraError, InputError, SpotuneError, Unsettled
-from spotune.launch.infra import ACTIVE, Agree, JobStatus, PaidInterval, Submission, check_secrets
+from spotune.launch.infra import ACTIVE, Agree, JobStatus, PaidInterval, Submission, check_folder, check_secrets
 from spotune.launch.settings import SlurmSettings
 from spotune.launch.skypilot import engine, following, lookup
 from spotune.launch.skypilot.following import POLL_S
@@ -124,8 +124,8 @@ class SkyInfra:
     def check_resumable(self, run_id: str) -> None:
         entry = self._entry(run_id)
         check_secrets(run_id, entry.secrets, self._environ)
-        if isinstance(entry.task.get("workdir"), str) and not Path(entry.workdir).is_dir():
-            raise InputError(run_id, f"its folder {entry.workdir} is gone", remedy=f"spotune train --from {run_id}")
+        if isinstance(entry.task.get("workdir"), str):
+            check_folder(run_id, entry.workdir)
 
     def workdir(self, run_id: str) -> str:
         entry = self._entry(run_id)
