@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from spotune.contracts.errors import InfraError, InputError
+from spotune.contracts.errors import InfraError, InputError, Taken
 from spotune.launch.infra import Agree, JobStatus, PaidInterval, Submission
 
 
@@ -17,6 +17,7 @@ class FakeInfra:
     states: ClassVar[dict[str, JobStatus]] = {}
     calls: ClassVar[list[tuple[Any, ...]]] = []
     refuses: ClassVar[list[str]] = []
+    now = 1.0
     bought: ClassVar[list[str]] = []  # what preempt would terminate
 
     def __init__(self, **options: Any) -> None:
@@ -30,6 +31,8 @@ class FakeInfra:
     def submit(self, submission: Submission) -> None:
         if self.refuses:
             raise InfraError(self.refuses[0])
+        if submission.run_id in self.states:
+            raise Taken("--name", f"{submission.run_id} is in this machine's queue already", remedy="another --name")
         self.submissions[submission.run_id] = submission
         self.states[submission.run_id] = JobStatus(
             run_id=submission.run_id,
@@ -37,7 +40,7 @@ class FakeInfra:
             priority=submission.priority,
             user=submission.user,
             infra="local",
-            submitted_at=1.0,
+            submitted_at=self.now,
             bucket=submission.task["envs"]["SPOTUNE_BUCKET"],
         )
 

@@ -2,6 +2,7 @@
 
 SpotuneError            exit 1   something failed; one line says what
 ├── InputError          exit 2   what the user gave is wrong: FILE: KEY or ROW: what (remedy)
+│   └── Taken           exit 2   the engine has a run of that name already
 ├── InfraError          exit 3   the infrastructure failed: launcher side only
 │   └── Unsettled       exit 3   and may have taken the run all the same
 ├── StoreError          exit 75  the bucket cannot be reached or answers wrongly: another machine may
@@ -44,6 +45,10 @@ class InputError(SpotuneError):
     def __init__(self, where: object, what: str, *, key: str = "", remedy: str = "") -> None:
         parts = [shortened(str(where)), shortened(key, 200), shortened(" ".join(what.split()))]
         super().__init__(": ".join(part for part in parts if part) + (f" ({shortened(remedy)})" if remedy else ""))
+
+
+class Taken(InputError):
+    """An engine refuses a submission since it has a run of that name: whatever there is of it is not this one's."""
 
 
 class InfraError(SpotuneError):

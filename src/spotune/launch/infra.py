@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from spotune.contracts.errors import InputError, shown
@@ -128,6 +129,12 @@ def check_secrets(run_id: str, names: Iterable[str], environ: Mapping[str, str])
     missing = [name for name in names if name not in environ]
     if missing:
         raise InputError(run_id, f"secret {missing[0]} is not set here", remedy=f"export {missing[0]}=… first")
+
+
+def check_folder(run_id: str, folder: str) -> None:
+    """Raises InputError for a run whose folder is not there any more: its code is there and nowhere else."""
+    if not Path(folder).is_dir():
+        raise InputError(run_id, f"its folder {folder} is gone", remedy=f"spotune train --from {run_id}")
 
 
 LOCAL, SKYPILOT = "local", "skypilot"

@@ -1,7 +1,8 @@
 """What state a run is in: the engine's word, corrected by what the bucket holds. The certificate rules.
 
 ``completed.json`` there: SUCCEEDED whatever the engine says. The engine says SUCCEEDED and there is none:
-FAILED. ``paused.json`` and the engine has ended: PAUSED. Else the engine's state.
+FAILED. ``paused.json`` and the engine has ended: PAUSED. ``cancelled.json`` and the engine says FAILED, but the run
+itself does not: CANCELLED. Else the engine's state.
 """
 
 import difflib
@@ -148,6 +149,8 @@ def certify(job: JobStatus, store: Store) -> JobStatus:
         return replace(job, state="PAUSED", reason=mark.reason)
     if job.state == "FAILED" and (mark := _mark(store, keys.failed)):  # the run's own word, not the engine's
         return replace(job, reason=mark.reason, exit_code=mark.exit_code, by_infra=False)
+    if job.state == "FAILED" and (mark := _mark(store, keys.cancelled)):  # and the engine was not told any more
+        return replace(job, state="CANCELLED", reason=mark.reason, by_infra=False)
     return job
 
 

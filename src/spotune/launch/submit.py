@@ -8,11 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from spotune.contracts.change import FLAG, Change, admit, compare
-from spotune.contracts.errors import InputError, Unsettled
+from spotune.contracts.errors import InputError, Taken, Unsettled
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import RunRecord
 from spotune.contracts.revisions import check_length, record_in_force, revised, write_revision
-from spotune.contracts.store import Store
 from spotune.launch.actions import go_on
 from spotune.launch.code import keep_code
 from spotune.launch.infra import ACTIVE, Infra, JobStatus
@@ -50,20 +49,21 @@ def submit(plan: Plan, workspace: Workspace) -> Submitted:
 
     Raises InputError when that run is another one, is under way as another one, or has ended and nothing changed.
     """
-    store, infra = workspace.store(plan.bucket), workspace.infra(plan.infra)
-    keys = Keys(plan.run_id)
-    if store.create(keys.run, plan.record.to_bytes()):
-        _enqueue(plan, store, infra, [keys.run])
+    store, keys = workspace.store(plan.bucket), Keys(plan.run_id)
+    if store.create(keys.run, plan.record.to_bytes()) and _enqueue(plan, workspace, [keys.run], is_new=True):
         return Submitted("submitted")
     found = existing(plan, workspace)
-    if found is None:
-        raise InputError("--name", f"{plan.run_id} was taken and given up just now", remedy="try again")
-    if found.status is None:
-        # run.json without a job: the launcher died in between. It is the same run, so this one goes on from there.
-        if found.change:
+    if found and found.status is None:
+        # run.json without a job: the launcher died in between, or is not that far yet. It is the same run, so this one
+        # goes on from there.
+        written = [keys.revision(found.revision.revision)] if found.change else []
+        if written:
             write_revision(store, keys, found.revision)
-        _enqueue(plan, store, infra, [keys.run, *store.keys(keys.revisions)])
-        return Submitted("submitted", found.change)
+        if _enqueue(plan, workspace, written, is_new=False):
+            return Submitted("submitted", found.change)
+        found = existing(plan, workspace)
+    if found is None or found.status is None:
+        raise InputError("--name", f"{plan.run_id} was taken and given up just now", remedy="try again")
     if not found.change:
         return Submitted("succeeded" if found.status.state == "SUCCEEDED" else "active")
     return Submitted("resumed" if go_on(workspace, found.status, found.revision) else "cleared", found.change)
@@ -76,8 +76,12 @@ def existing(plan: Plan, workspace: Workspace) -> Existing | None:
     if record is None:
         return None
     revision = revised(record, plan.record, plan.record.user, plan.record.created_at)
+    if record.kind != plan.record.kind:
+        what = "a dev run" if record.kind == "dev" else "a production run"
+        raise InputError("--name", f"{plan.run_id} is {what}", remedy=OTHER_NAME)
     change = compare(record, revision)
-    is_started = workspace.infra(plan.infra).jobs([plan.run_id]) or store.folders(keys.attempts)
+    # Every engine is asked: it may have been given to another one than this plan's.
+    is_started = any(engine.jobs([plan.run_id]) for engine in workspace.engines()) or store.folders(keys.attempts)
     status = find_run(workspace, plan.run_id) if is_started else None
     if not change:
         if status and status.state not in (*ACTIVE, "SUCCEEDED"):
@@ -99,22 +103,40 @@ def _check_open(plan: Plan, record: RunRecord, status: JobStatus | None, change:
     if status and status.state in ACTIVE:
         remedy = f"spotune cancel {plan.run_id} first, or {OTHER_NAME}"
         raise InputError("--name", f"{plan.run_id} is under way {what}", remedy=remedy)
-    if "dev" in (record.kind, plan.record.kind):
+    if record.kind == "dev":
         raise InputError("--name", f"{plan.run_id} exists {what}", remedy=OTHER_NAME)
 
 
-def _enqueue(plan: Plan, store: Store, infra: Infra, written: list[str]) -> None:
-    """Writes the code's state and hands the job over; whatever stops it, no trace of the run stays behind.
+def _enqueue(plan: Plan, workspace: Workspace, written: list[str], is_new: bool) -> bool:
+    """Writes the code's state and hands the job over; whatever stops it, nothing that it wrote stays behind.
 
-    Unless nobody can tell whether the engine has taken it: then it stays a run.
+    Unless nobody can tell whether the engine has taken it: then it stays a run. Returns False where another submission
+    of the same run was faster: the record and the code are that one's from then on, whoever wrote them.
 
-    ``written``: the keys that this submission has written already.
+    Args:
+        written: the keys that this submission has written already.
+        is_new: whether the run is this submission's; else the code is that of whoever began it, and stays.
     """
+    store, infra, code = workspace.store(plan.bucket), workspace.infra(plan.infra), list[str]()
     try:
-        keep_code(plan.code, store, Keys(plan.run_id).code, written)
+        keep_code(plan.code, store, Keys(plan.run_id).code, code)
         infra.submit(plan.submission)
     except Unsettled:
         raise
-    except BaseException:
-        store.delete(written)
+    except BaseException as error:
+        is_late = isinstance(error, Taken) and _is_this_run(plan, infra)
+        if not is_new:
+            store.delete(written)
+        elif not is_late:
+            store.delete([*written, *code])
+        if is_late:
+            return False
         raise
+    return True
+
+
+def _is_this_run(plan: Plan, infra: Infra) -> bool:
+    """Whether the job of that name was submitted for the record that is there, and not for one before it, or
+    elsewhere."""
+    jobs = infra.jobs([plan.run_id])
+    return any(job.bucket == plan.bucket and job.submitted_at >= plan.record.created_at for job in jobs)

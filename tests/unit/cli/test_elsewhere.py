@@ -121,6 +121,15 @@ def test_elsewhere_somebody_must_agree(project: Project) -> None:
     assert not FakeSky.submissions
 
 
+def test_a_run_is_in_one_engine_only(project: Project) -> None:
+    for name, first, second in (("run-a", "local", "aws"), ("run-b", "aws", "local")):
+        project.submit(name, "--infra", first)
+        again = project.run("train", "run.yaml", "--name", name, "-y", "-d", "--infra", second)
+        assert (again.exit_code, again.stdout) == (0, f"{name}\n"), again.stderr
+        assert f"{name}: submitted already" in again.stderr
+    assert (list(project.infra.submissions), list(FakeSky.submissions)) == (["run-a"], ["run-b"])
+
+
 def test_the_queue_has_both(project: Project) -> None:
     project.submit("run-a", "--infra", "aws")
     project.submit("run-b")

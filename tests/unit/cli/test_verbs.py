@@ -301,6 +301,25 @@ def test_cancel_marks_before_it_signals(project: Project, monkeypatch: pytest.Mo
     assert "CANCELLED" in result.stdout
 
 
+def test_a_cancel_that_was_stopped_before_the_engine_knew(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    project.submit()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(project.infra), "cancel", interrupted)
+        assert project.run("cancel", "run-a", "-y").exit_code == 130
+    project.infra.turn("run-a", state="FAILED", attempt=4, reason="stands still since attempt 0", exit_code=1)
+    (row,) = project.json("queue", "-a")
+    assert (row["state"], row["reason"]) == ("CANCELLED", "cancelled by ada")
+    mark = Mark(run_id="run-a", attempt=1, at=5.0, reason="bad luck", exit_code=1)
+    project.store.create("runs/run-a/failed.json", mark.to_bytes())
+    (row,) = project.json("queue", "-a")
+    assert (row["state"], row["reason"]) == ("FAILED", "bad luck")
+    assert project.run("resume", "run-a").exit_code == 0
+    assert not project.store.exists("runs/run-a/cancelled.json")
+
+
 def test_cancel_of_an_ended_run_does_nothing(project: Project) -> None:
     project.submit()
     certify(project, "run-a")
@@ -344,6 +363,19 @@ def test_dev_run_is_interactive_and_cancelled_by_ctrl_c(project: Project, monkey
     record = RunRecord.from_bytes(project.store.read("runs/run-a/run.json") or b"")
     assert (record.kind, record.config["max_steps"]) == ("dev", 1)
     assert ("cancel", "run-a") in project.infra.calls
+
+
+def test_a_dev_run_and_a_production_run_are_never_the_same(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spotune.cli.follow.follow", lambda *_: 0)
+    project.write("run.yaml", "model_name_or_path: ./model\ndata: [{source: data.jsonl}]\n")  # no profiles
+    prod, dev = ("train", "run.yaml", "-y", "--no-use-spot", "--name"), ("dev", "run", "run.yaml", "--name")
+    assert project.run(*prod, "prod-1").exit_code == 0
+    assert project.run(*dev, "dev-1").exit_code == 0
+    for command, name, what in ((dev, "prod-1", "a production run"), (prod, "dev-1", "a dev run")):
+        refused = project.run(*command, name)
+        assert (refused.exit_code, refused.stdout) == (2, "")
+        assert refused.stderr == f"--name: {name} is {what} (choose another --name)\n"
+    assert project.infra.calls == []
 
 
 def test_ctrl_c_leaves_a_job_running(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from spotune.contracts.errors import InfraError, InputError
+from spotune.contracts.errors import InfraError, InputError, Taken
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Commit, Mark
 from spotune.contracts.store import Store
@@ -199,7 +199,7 @@ def test_a_refused_job_leaves_the_one_of_its_name_alone(tmp_path: Path) -> None:
     queue.create()
     first = Submission(run_id="run-a", task={"run": "x"}, workdir="/", user="ana", secrets={"KEY": "v"})
     queue.add(first, "file:///b", lambda: told.append("first"))
-    with pytest.raises(InputError, match="--name: run-a is in this machine's queue already \\(another --name\\)"):
+    with pytest.raises(Taken, match="--name: run-a is in this machine's queue already \\(another --name\\)"):
         queue.add(first, "file:///other", lambda: told.append("second"))
     date = replace(first, run_id="run-b", task={"run": datetime.date(2026, 1, 1)})
     with pytest.raises(TypeError):

@@ -5,10 +5,29 @@ from pathlib import Path
 
 import pytest
 
+from spotune.contracts.keys import Keys
+from spotune.contracts.records import Mark
+from spotune.contracts.store import Store
 from spotune.launch.infra import Submission
 from spotune.launch.local.layout import Layout
+from spotune.launch.local.look import look
 from spotune.launch.local.queue import Queue
 from spotune.launch.local.supervisor import Supervisor
+
+
+def test_a_job_that_is_marked_as_cancelled_gets_no_machine(tmp_path: Path) -> None:
+    layout, store = Layout(tmp_path), Store(f"file://{tmp_path}/bucket")
+    layout.make()
+    queue = Queue(layout.database)
+    queue.create()
+    queue.add(Submission("run-a", {"run": "true"}, str(tmp_path), "ada"), store.url)
+    mark = Mark(run_id="run-a", attempt=0, at=1.0, reason="cancelled by ada", exit_code=1)
+    store.create(Keys("run-a").cancelled, mark.to_bytes())
+    Supervisor(layout).tick()
+    job = queue.job("run-a")
+    assert job
+    assert (job.state, job.reason, queue.attempts("run-a")) == ("CANCELLED", "cancelled by ada", [])
+    assert look(store.url, "run-a").cancelled == "cancelled by ada"
 
 
 @pytest.mark.parametrize("submission", ["{bad", "[]", "{}", '{"task": {}, "colour": 1}'])

@@ -9,6 +9,7 @@ CERTIFIED = Look(completed=True)
 FAILED = Look(failed="bad data", failed_code=2)
 PAUSED = Look(paused="budget used up")
 NOTHING = Look()
+MARKED = Look(cancelled="cancelled by ada")  # and the queue was not told
 
 RULES = {
     "certified": (Ending(0), CERTIFIED, Patience(), "SUCCEEDED", ""),
@@ -19,6 +20,9 @@ RULES = {
     "0 after a notice": (Ending(0, preempted=True), NOTHING, Patience(), "FAILED", "ended without a certificate"),
     "cancelled": (Ending(75, cancelled=True), NOTHING, Patience(), "CANCELLED", "cancelled"),
     "cancelled and failed": (Ending(1, cancelled=True), FAILED, Patience(), "CANCELLED", "cancelled"),
+    "marked as cancelled": (Ending(1), MARKED, Patience(max_restarts=3), "CANCELLED", "cancelled by ada"),
+    "marked as cancelled, machine gone": (Ending(None), MARKED, Patience(), "CANCELLED", "cancelled by ada"),
+    "marked as cancelled, preempted": (Ending(75, preempted=True), MARKED, Patience(), "CANCELLED", "cancelled by ada"),
     "paused": (Ending(76), PAUSED, Patience(), "PAUSED", "budget used up"),
     "paused, machine gone": (Ending(None), PAUSED, Patience(), "PAUSED", "budget used up"),
     "76 without paused.json": (Ending(76), NOTHING, Patience(), "FAILED", "exited with code 76"),

@@ -97,7 +97,7 @@ def _here(
 ) -> int:
     from spotune.cli.follow import follow
     from spotune.cli.launching import plan_wish, submit_plan
-    from spotune.launch import actions
+    from spotune.contracts.errors import Unsettled
     from spotune.launch.plan import Wish
     from spotune.launch.task import Resources
 
@@ -112,14 +112,24 @@ def _here(
         **given,  # type: ignore[arg-type]
     )
     plan = plan_wish(wish, workspace)
-    submit_plan(plan, workspace)
-    click.echo(f"{plan.run_id}: {plan.bucket}/runs/{plan.run_id}", err=True)
     try:
+        submit_plan(plan, workspace)
+    except Unsettled as error:  # it was interrupted, and has begun
+        _stop(plan.run_id, workspace)
+        raise (error.__cause__ or error) from None
+    try:
+        click.echo(f"{plan.run_id}: {plan.bucket}/runs/{plan.run_id}", err=True)
         return follow(workspace, plan.run_id)
     except BaseException:
-        actions.cancel(workspace, plan.run_id)
-        click.echo(f"{plan.run_id}: stopped", err=True)
+        _stop(plan.run_id, workspace)
         raise
+
+
+def _stop(run_id: str, workspace: "Workspace") -> None:
+    from spotune.launch import actions
+
+    actions.cancel(workspace, run_id)
+    click.echo(f"{run_id}: stopped", err=True)
 
 
 @contextmanager

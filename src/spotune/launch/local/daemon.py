@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from spotune.contracts.errors import InfraError
 from spotune.launch.local.layout import Layout
 from spotune.launch.local.processes import MARKER
 
@@ -56,9 +57,15 @@ def is_running(layout: Layout) -> bool:
 
 def start(layout: Layout, environ: Mapping[str, str]) -> None:
     """Starts a supervisor; one too many leaves at once. Call it after the queue was written: an idle one that is
-    about to leave looks at the queue again once it has let go of the lock."""
+    about to leave looks at the queue again once it has let go of the lock. Raises InfraError where none can be."""
     command = [sys.executable, "-P", "-m", "spotune.launch.local.supervisor", str(layout.home)]
     shell = ["sh", "-c", _BACKGROUND, str(layout.supervisor_log), *command]
     # A verb that is called by a job must not make the supervisor a part of that job's machine.
     own = {name: value for name, value in environ.items() if name != MARKER}
-    subprocess.run(shell, cwd=layout.root, env=own, start_new_session=True, check=True)
+    try:
+        subprocess.run(
+            shell, cwd=layout.root, env=own, start_new_session=True, stderr=subprocess.PIPE, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        raise InfraError(f"the supervisor cannot be started: {' '.join(said.split())}") from error

@@ -3,12 +3,13 @@
 import codecs
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from spotune.contracts import environment
-from spotune.contracts.errors import InfraError, InputError
-from spotune.launch.infra import Agree, JobStatus, PaidInterval, Submission, check_secrets
+from spotune.contracts.errors import InfraError, InputError, Unsettled
+from spotune.launch.infra import Agree, JobStatus, PaidInterval, Submission, check_folder, check_secrets
 from spotune.launch.local import daemon
 from spotune.launch.local.gpus import find_gpus
 from spotune.launch.local.layout import Layout
@@ -21,6 +22,7 @@ POLL_S = 0.1
 START_S = 2.0
 TAKE_UP_S = 30.0  # a supervisor that starts on a busy machine
 CANCEL_S = 60.0
+ENDS = "end it: spotune cancel"
 
 
 class LocalInfra:
@@ -63,12 +65,35 @@ class LocalInfra:
         self._queue.note("slots", slots)
         self._queue.note("gpus", [vars(gpu) for gpu in gpus])
         bucket = submission.task.get("envs", {}).get(environment.BUCKET) or f"file://{self.layout.home}/bucket"
-        kept = self.layout.environment(submission.run_id)
-        self._queue.add(submission, bucket, lambda: keep_environment(kept, self._environ, submission.secrets))
-        self._wake()
+        kept, now, is_added = self.layout.environment(submission.run_id), self._clock(), False
+        try:
+            self._queue.add(submission, bucket, lambda: keep_environment(kept, self._environ, submission.secrets), now)
+            is_added = True
+            self._wake()
+        except BaseException as error:
+            if is_added or not isinstance(error, Exception):  # else it was rolled back
+                self._take_back(submission.run_id, now, error)
+            raise
+
+    def _take_back(self, run_id: str, added_at: float, why: BaseException) -> None:
+        """Raises Unsettled for a job that has begun, or that nobody can tell of."""
+
+        def forget() -> None:
+            with suppress(OSError):
+                self.layout.environment(run_id).unlink()
+
+        try:
+            is_gone = self._queue.withdraw(run_id, added_at, forget)
+        except BaseException as error:
+            raise Unsettled(f"{str(why) or 'interrupted'}; {run_id} may be in the queue ({ENDS} {run_id})") from error
+        if not is_gone:
+            raise Unsettled(f"{str(why) or 'interrupted'}; {run_id} has begun and goes on ({ENDS} {run_id})") from why
 
     def check_resumable(self, run_id: str) -> None:
-        check_secrets(run_id, self._job(run_id).secrets, self._environ)
+        job = self._job(run_id)
+        check_secrets(run_id, job.secrets, self._environ)
+        if job.task:  # else nobody knows its folder, and when it is started it says why
+            check_folder(run_id, job.workdir)
 
     def workdir(self, run_id: str) -> str:
         return self._job(run_id).workdir

@@ -19,11 +19,12 @@ from spotune.contracts.store import Store
 
 @dataclass(frozen=True)
 class Look:
-    """``failed`` and ``paused`` are the marks' reasons, None when there is none; ``commit`` the newest one's key."""
+    """``failed``, ``cancelled`` and ``paused`` are the marks' reasons, None for none; ``commit`` the newest's key."""
 
     completed: bool = False
     failed: str | None = None
     failed_code: int = 1
+    cancelled: str | None = None
     paused: str | None = None
     commit: str = ""
     error: str = ""
@@ -36,17 +37,27 @@ def look(bucket: str, run_id: str, clock: Callable[[], float] = time.time) -> Lo
     try:
         if store.exists(keys.completed):
             return Look(completed=True, at=clock())
-        failed, paused = _mark(store, keys.failed), _mark(store, keys.paused)
+        failed, cancelled, paused = (_mark(store, key) for key in (keys.failed, keys.cancelled, keys.paused))
         commits = [found for key in store.keys(keys.commits) if (found := commit_of(key))]
     except SpotuneError as error:
         return Look(error=str(error), at=clock())
     return Look(
         failed=failed.reason if failed else None,
         failed_code=failed.exit_code if failed else 1,
+        cancelled=cancelled.reason if cancelled else None,
         paused=paused.reason if paused else None,
         commit=keys.commit(*max(commits)) if commits else "",
         at=clock(),
     )
+
+
+def cancelled_because(bucket: str, run_id: str) -> str | None:
+    """Why a run is cancelled, None where it is not, or its bucket is not on this machine: nobody waits for another."""
+    try:
+        mark = _mark(Store(bucket), Keys(run_id).cancelled) if bucket.startswith("file://") else None
+    except SpotuneError:
+        return None
+    return mark.reason if mark else None
 
 
 def _mark(store: Store, key: str) -> Mark | None:

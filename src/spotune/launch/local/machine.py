@@ -10,6 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from spotune.contracts import environment
+from spotune.contracts.errors import InputError
 from spotune.contracts.exchange import read_json, write_json
 from spotune.launch.local.layout import Layout
 from spotune.launch.local.processes import MARKER
@@ -26,14 +27,18 @@ def keep_environment(path: Path, environ: Mapping[str, str], secrets: Mapping[st
 
     Like any local process, a local job sees the environment of the shell that started it. It has to outlive
     the supervisor, so it is on disk (0600); the queue's database and the bucket never see it.
+    Raises InputError where it cannot be written.
     """
     kept = {name: value for name, value in environ.items() if name in _INHERITED or not name.startswith(_NOT_INHERITED)}
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        json.dump({"environ": kept, "secrets": dict(secrets)}, file)
-    part.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            json.dump({"environ": kept, "secrets": dict(secrets)}, file)
+        part.replace(path)
+    except OSError as error:
+        raise InputError(environment.HOME, f"cannot write {path}: {error.strerror}") from error
 
 
 def kept_environment(layout: Layout, run_id: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.errors import InfraError, InputError
+from spotune.contracts.errors import InfraError, Taken
 from spotune.launch.infra import ACTIVE, Submission
 from spotune.launch.local.rows import Attempt, Job, Request
 from spotune.launch.local.verdict import Verdict
@@ -90,8 +90,10 @@ class Queue:
 
     # What the verbs write.
 
-    def add(self, submission: Submission, bucket: str, prepare: Callable[[], None] = lambda: None) -> None:
-        """A new job at the end of its priority; raises InputError when the run id is in the queue already.
+    def add(
+        self, submission: Submission, bucket: str, prepare: Callable[[], None] = lambda: None, at: float | None = None
+    ) -> None:
+        """A new job at the end of its priority, submitted ``at`` (now); raises Taken for a run id that it has.
 
         ``prepare`` is called before anybody can see the job, and not for one that is refused.
         """
@@ -105,12 +107,24 @@ class Queue:
                     "INSERT INTO jobs (run_id, position, priority, state, user, bucket, submission, interactive,"
                     f" submitted_at) VALUES (?, {_NEXT_POSITION}, ?, 'PENDING', ?, ?, ?, ?, ?)",
                     (submission.run_id, submission.priority, submission.user, bucket, text,
-                     submission.interactive, time.time()),
+                     submission.interactive, time.time() if at is None else at),
                 )  # fmt: skip
                 prepare()
         except sqlite3.IntegrityError as error:
             what = f"{submission.run_id} is in this machine's queue already"
-            raise InputError("--name", what, remedy="another --name") from error
+            raise Taken("--name", what, remedy="another --name") from error
+
+    def withdraw(self, run_id: str, at: float, forget: Callable[[], None]) -> bool:
+        """Takes out what ``add`` has added ``at`` that time, unless it has had a machine; returns whether it is gone.
+
+        ``forget`` is called where the queue has no job of that name, before anybody can add one.
+        """
+        with self._transaction() as connection:
+            connection.execute("DELETE FROM jobs WHERE run_id = ? AND submitted_at = ? AND attempt = 0", (run_id, at))
+            left = connection.execute("SELECT submitted_at FROM jobs WHERE run_id = ?", (run_id,)).fetchone()
+            if left is None:
+                forget()
+            return left is None or left["submitted_at"] != at
 
     def requeue(self, run_id: str) -> None:
         """An ended job goes to the end of its priority, with everything it may ask for restored."""
@@ -178,20 +192,23 @@ class Queue:
             connection.execute("UPDATE jobs SET fired = ? WHERE run_id = ?", (json.dumps(fired), run_id))
             _ask(connection, run_id, "preempt", notice_s)
 
-    def start(self, attempt: Attempt) -> None:
-        """A job gets a machine."""
+    def start(self, attempt: Attempt) -> bool:
+        """A job gets a machine; returns False for one that was withdrawn meanwhile."""
         with self._transaction() as connection:
+            found = connection.execute(
+                "UPDATE jobs SET attempt = ?, state = CASE WHEN state = 'PENDING' THEN 'STARTING' ELSE state END"
+                " WHERE run_id = ?",
+                (attempt.attempt, attempt.run_id),
+            )
+            if not found.rowcount:
+                return False
             connection.execute(
                 "INSERT INTO attempts (run_id, attempt, marker, slots, boot, accelerators, use_spot, started_at)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (attempt.run_id, attempt.attempt, attempt.marker, json.dumps(attempt.slots), attempt.boot,
                  attempt.accelerators, attempt.use_spot, attempt.started_at),
             )  # fmt: skip
-            connection.execute(
-                "UPDATE jobs SET attempt = ?, state = CASE WHEN state = 'PENDING' THEN 'STARTING' ELSE state END"
-                " WHERE run_id = ?",
-                (attempt.attempt, attempt.run_id),
-            )
+        return True
 
     def update_attempt(self, attempt: Attempt, **changes: Any) -> None:
         """Sets columns of one machine's row."""

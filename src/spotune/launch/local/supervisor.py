@@ -14,6 +14,7 @@ from spotune.contracts.exits import BAD_INPUT, FAILED
 from spotune.launch.local import daemon, processes
 from spotune.launch.local.gpus import Gpu
 from spotune.launch.local.layout import Layout
+from spotune.launch.local.look import cancelled_because
 from spotune.launch.local.machine import start_machine
 from spotune.launch.local.queue import Queue
 from spotune.launch.local.rows import Attempt, Job, Request
@@ -113,6 +114,9 @@ class Supervisor:
         if not job.task:
             self._end(job, Verdict("FAILED", job.reason, BAD_INPUT))
             return
+        if why := cancelled_because(job.bucket, job.run_id):  # whoever did it was stopped before this was told
+            self._end(job, Verdict("CANCELLED", why))
+            return
         attempt = Attempt(
             run_id=job.run_id,
             attempt=job.attempt + 1,
@@ -123,7 +127,8 @@ class Supervisor:
             accelerators=f"{gpus[0].name}:{len(gpus)}" if gpus else "",
             use_spot=job.demand.use_spot,
         )
-        self._queue.start(attempt)
+        if not self._queue.start(attempt):
+            return
         try:
             child = start_machine(self._layout, job, attempt, [gpu.device for gpu in gpus])
             node = processes.Identity.of(child.pid)

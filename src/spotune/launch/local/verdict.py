@@ -66,6 +66,8 @@ def decide(ending: Ending, seen: Look, patience: Patience) -> Verdict:
         return kept("PAUSED", seen.paused, exits.PAUSED)
     if seen.failed is not None and code != exits.SUCCEEDED:
         return kept("FAILED", seen.failed, seen.failed_code)
+    if seen.cancelled is not None and code != exits.SUCCEEDED:  # whoever cancelled it was stopped before we were told
+        return kept("CANCELLED", seen.cancelled, code)
     if patience.interactive:
         return Verdict(
             "FAILED", _end_of_interactive(ending), exits.PREEMPTED if _is_machines(ending, patience) else code

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from spotune.contracts.environment import BUCKET
 from spotune.contracts.errors import InfraError, InputError, SpotuneError, Unsettled
-from spotune.launch.infra import ACTIVE, Agree, JobStatus, PaidInterval, Submission, check_secrets
+from spotune.launch.infra import ACTIVE, Agree, JobStatus, PaidInterval, Submission, check_folder, check_secrets
 from spotune.launch.settings import SlurmSettings
 from spotune.launch.skypilot import engine, following, lookup
 from spotune.launch.skypilot.following import POLL_S
@@ -55,9 +55,7 @@ class SkyInfra:
     def submit(self, submission: Submission) -> None:
         """Launches the managed job and returns; nothing of it is left behind when it is refused."""
         check_submission(submission)
-        if kept := self._registry.entry(submission.run_id):
-            what = f"{submission.run_id} was submitted from here already, with the bucket {kept.bucket}"
-            raise InputError("--name", what, remedy="another --name")
+        self._registry.check_free(submission.run_id)
         entry = Entry(
             run_id=submission.run_id,
             infra=submission.infra,
@@ -79,11 +77,15 @@ class SkyInfra:
         """
         job = engine.task(task_config(submission, self._slurm.nice))
         entry = replace(entry, submitting=True, ended=None, history=None)
-        self._registry.write(entry)
+        if before:
+            self._registry.write(entry)
+        else:
+            self._registry.create(entry)
         request = None
         try:
             request = engine.launch(job, submission.run_id)
             ids, _ = engine.ask(request)
+            self._registry.write(replace(entry, submitting=False, jobs=[*entry.jobs, *(ids or [])]))
         except BaseException as error:
             self._take_back(entry, error, request is not None)
             if before:
@@ -91,7 +93,6 @@ class SkyInfra:
             else:
                 self._registry.remove(entry.run_id)
             raise
-        self._registry.write(replace(entry, submitting=False, jobs=[*entry.jobs, *(ids or [])]))
 
     def _take_back(self, entry: Entry, why: BaseException, is_asked: bool) -> None:
         """A submission that was stopped half way, by Ctrl-C say: nothing of it runs when this returns.
@@ -123,8 +124,8 @@ class SkyInfra:
     def check_resumable(self, run_id: str) -> None:
         entry = self._entry(run_id)
         check_secrets(run_id, entry.secrets, self._environ)
-        if isinstance(entry.task.get("workdir"), str) and not Path(entry.workdir).is_dir():
-            raise InputError(run_id, f"its folder {entry.workdir} is gone", remedy=f"spotune train --from {run_id}")
+        if isinstance(entry.task.get("workdir"), str):
+            check_folder(run_id, entry.workdir)
 
     def workdir(self, run_id: str) -> str:
         entry = self._entry(run_id)

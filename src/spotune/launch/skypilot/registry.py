@@ -4,6 +4,7 @@ It is what ``resume`` launches again, and what lets every verb tell without ``im
 SkyPilot has anything to say: of a run that has ended, how it did is kept here. Secrets are names only.
 """
 
+import fcntl
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spotune.contracts import environment
-from spotune.contracts.errors import InfraError, InputError
+from spotune.contracts.errors import InfraError, InputError, Taken
 from spotune.contracts.exchange import write_json
 from spotune.launch.infra import ACTIVE, JobStatus, PaidInterval
 
@@ -94,7 +95,24 @@ class Registry:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             write_json(self._path(entry.run_id), entry)
         except OSError as error:
-            raise InputError(environment.HOME, f"cannot write {self.folder}: {error.strerror}") from error
+            raise self._unwritable(error) from error
+
+    def create(self, entry: Entry) -> None:
+        """As ``write``, for a run that has none yet; raises Taken where it has: one process at a time looks."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with open(self.folder / ".lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                self.check_free(entry.run_id)
+                self.write(entry)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def check_free(self, run_id: str) -> None:
+        """Raises Taken for a run that has an entry."""
+        if kept := self.entry(run_id):
+            what = f"{run_id} was submitted from here already, with the bucket {kept.bucket}"
+            raise Taken("--name", what, remedy="another --name")
 
     def remove(self, run_id: str) -> None:
         self._path(run_id).unlink(missing_ok=True)
@@ -110,6 +128,9 @@ class Registry:
         entry = self.entry(run_id)
         if entry and entry.ended and intervals and all(row.ended_at is not None for row in intervals):
             self.write(replace(entry, history=[asdict(row) for row in intervals]))
+
+    def _unwritable(self, error: OSError) -> InputError:
+        return InputError(environment.HOME, f"cannot write {self.folder}: {error.strerror}")
 
     def _path(self, run_id: str) -> Path:
         return self.folder / f"{run_id}.json"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from spotune.contracts.errors import InfraError, InputError, Unsettled
+from spotune.contracts.errors import InfraError, Taken, Unsettled
 from spotune.launch.infra import Submission
 from spotune.launch.skypilot import engine
 from spotune.launch.skypilot.infra import SkyInfra
@@ -46,6 +46,17 @@ def test_ctrl_c_ends_the_request_and_the_job_that_it_got(
     assert all(row.status == "CANCELLED" for row in client.rows)
     assert infra.jobs() == []  # and the name is free
     assert capsys.readouterr().err == "run-a: being taken back from SkyPilot\n"
+
+
+def test_ctrl_c_before_its_job_is_written_down(
+    client: FakeClient, infra: SkyInfra, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Registry.write
+    monkeypatch.setattr(Registry, "write", lambda one, entry: interrupt() if entry.jobs else write(one, entry))
+    with pytest.raises(KeyboardInterrupt):
+        infra.submit(SUBMISSION)
+    assert client.said == ["cancel [1]"]
+    assert infra.jobs() == []
 
 
 def test_a_refusal_leaves_nothing(client: FakeClient, infra: SkyInfra) -> None:
@@ -149,5 +160,21 @@ def test_a_resume_that_nobody_saw_the_end_of_is_no_failed_run(client: FakeClient
 
 def test_a_name_that_is_taken_here_is_bad_input(client: FakeClient, infra: SkyInfra) -> None:
     infra.submit(SUBMISSION)
-    with pytest.raises(InputError, match=r"--name: run-a was submitted .* the bucket file:///b \(another --name\)"):
+    with pytest.raises(Taken, match=r"--name: run-a was submitted .* the bucket file:///b \(another --name\)"):
         infra.submit(SUBMISSION)
+
+
+def test_of_two_at_once_one_is_launched(
+    client: FakeClient, infra: SkyInfra, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overtaken(*_: object) -> list[str]:  # asked after the first look whether the name is free
+        monkeypatch.undo()
+        monkeypatch.setattr(engine, "sdk", lambda: client)
+        SkyInfra(tmp_path, {}).submit(SUBMISSION)
+        return []
+
+    monkeypatch.setattr(SkyInfra, "_preemptible", overtaken)
+    with pytest.raises(Taken):
+        infra.submit(SUBMISSION)
+    assert states(infra) == [("run-a", "PENDING")]
+    assert len(client.rows) == 1

@@ -1,0 +1,71 @@
+"""Two that submit one run at a time: it is a whole run, and each is told so."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click.testing
+import pytest
+
+from spotune.contracts.keys import Keys
+from spotune.launch.infra import Submission
+from tests.unit.fake_infra import FakeInfra
+from tests.unit.project import Project
+
+KEYS = Keys("run-a")
+TRAIN = ("train", "run.yaml", "--name", "run-a", "-y", "-d")
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    monkeypatch.setattr(FakeInfra, "now", time.time() + 60)
+    return Project(tmp_path / "project", monkeypatch)
+
+
+def overtaken(project: Project, monkeypatch: pytest.MonkeyPatch, *by: str) -> list[click.testing.Result]:
+    """Lets another ``train`` come in between, the moment that the next one hands its job over; returns how it went."""
+    submit, told = FakeInfra.submit, list[click.testing.Result]()
+
+    def slow(infra: FakeInfra, submission: Submission) -> None:
+        monkeypatch.setattr(FakeInfra, "submit", submit)
+        told.append(project.run(*by))
+        submit(infra, submission)
+
+    monkeypatch.setattr(FakeInfra, "submit", slow)
+    return told
+
+
+def test_the_slower_one_is_told_so_and_deletes_nothing(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    faster = overtaken(project, monkeypatch, *TRAIN)
+    slower = project.run(*TRAIN)
+    for result in (*faster, slower):
+        assert (result.exit_code, result.stdout) == (0, "run-a\n"), result.stderr
+    assert "run-a: submitted already" in slower.stderr
+    assert project.store.exists(KEYS.run)
+
+
+def test_both_find_a_record_without_a_job(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.submit()
+    project.infra.states.clear()
+    faster = overtaken(project, monkeypatch, *TRAIN)
+    slower = project.run(*TRAIN)
+    assert [result.exit_code for result in (*faster, slower)] == [0, 0], slower.stderr
+    assert project.store.exists(KEYS.run)
+
+
+def test_the_slower_ones_change_is_refused(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.submit()
+    project.infra.states.clear()
+    overtaken(project, monkeypatch, *TRAIN, "--set", "max_steps=40")
+    slower = project.run(*TRAIN, "--set", "max_steps=50")
+    assert slower.exit_code == 2
+    assert set(project.store.keys("runs")) == {KEYS.run, KEYS.revision(2)}  # the faster one's
+
+
+def test_a_job_of_before_is_another_run(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeInfra, "now", 1.0)
+    project.submit()
+    project.store.delete([KEYS.run])
+    refused: Any = project.run(*TRAIN)
+    assert (refused.exit_code, project.store.keys("runs")) == (2, [])
+    assert refused.stderr.splitlines()[-1] == "--name: run-a is in this machine's queue already (another --name)"

@@ -1,0 +1,134 @@
+"""A submission to this machine's queue that is stopped half way: nothing of the run, or all of it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spotune.contracts.errors import InfraError, InputError, Unsettled
+from spotune.contracts.keys import Keys
+from spotune.launch import infra
+from spotune.launch.infra import Submission
+from spotune.launch.local import daemon
+from spotune.launch.local.infra import LocalInfra
+from spotune.launch.local.layout import Layout
+from spotune.launch.local.queue import Queue
+from spotune.launch.local.rows import Attempt
+from spotune.launch.local.supervisor import Supervisor
+from tests.unit.project import Project
+
+SUBMISSION = Submission("run-a", {"run": "x"}, "/", "ada", secrets={"KEY": "v"})
+MACHINE = Attempt(run_id="run-a", attempt=1, marker="m", boot="b", started_at=1.0)
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> LocalInfra:
+    return LocalInfra(tmp_path, {})
+
+
+def interrupted(before: Callable[[], Any] = lambda: None) -> Callable[..., None]:
+    def start(*_: object) -> None:
+        before()
+        raise KeyboardInterrupt
+
+    return start
+
+
+def test_without_a_supervisor_nothing_stays(local: LocalInfra) -> None:
+    local.layout.supervisor_log.mkdir()
+    with pytest.raises(InfraError, match="the supervisor cannot be started: .*supervisor.log") as refused:
+        local.submit(SUBMISSION)
+    assert not isinstance(refused.value, Unsettled)
+    assert "\n" not in str(refused.value)
+    assert (local.jobs(), local.layout.environment("run-a").exists()) == ([], False)
+
+
+def test_the_verb_says_so_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    backend = infra.BACKENDS["local"]
+    project = Project(tmp_path / "project", monkeypatch)
+    monkeypatch.setitem(infra.BACKENDS, "local", backend)
+    (project.home / "local/supervisor.log").mkdir(parents=True)
+    result = project.run("train", "run.yaml", "--name", "run-a", "-d")
+    assert (result.exit_code, result.stdout, capfd.readouterr().err) == (3, "", "")
+    assert result.stderr.splitlines()[-1].startswith("the supervisor cannot be started: ")
+    assert project.store.keys("runs") == []
+    assert project.json("queue") == []
+
+
+def test_a_home_that_cannot_be_written_is_named(local: LocalInfra) -> None:
+    (local.layout.root / "jobs").touch()
+    with pytest.raises(
+        InputError, match=r"^SPOTUNE_HOME: cannot write .*/jobs/run-a/environment.json: Not a directory$"
+    ):
+        local.submit(SUBMISSION)
+    assert local.jobs() == []
+
+
+def test_a_run_whose_folder_is_gone_does_not_go_on(
+    tmp_path: Path, local: LocalInfra, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "work"
+    Queue(local.layout.database).add(replace(SUBMISSION, workdir=str(folder), secrets={}), "file:///b")
+    monkeypatch.setattr(daemon, "start", lambda *_: None)
+    with pytest.raises(InputError, match=r"^run-a: its folder .*/work is gone \(spotune train --from run-a\)$"):
+        local.check_resumable("run-a")
+    folder.mkdir()
+    local.check_resumable("run-a")
+
+
+def test_ctrl_c_takes_it_back(local: LocalInfra, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(daemon, "start", interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        local.submit(SUBMISSION)
+    assert (local.jobs(), local.layout.environment("run-a").exists()) == ([], False)
+
+
+def test_one_that_has_begun_stays_known(local: LocalInfra, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = Queue(local.layout.database)
+    monkeypatch.setattr(daemon, "start", interrupted(lambda: queue.start(MACHINE)))
+    says = r"^interrupted; run-a has begun and goes on \(end it: spotune cancel run-a\)$"
+    with pytest.raises(Unsettled, match=says):
+        local.submit(SUBMISSION)
+    assert [job.state for job in queue.jobs()] == ["STARTING"]
+    assert local.layout.environment("run-a").exists()
+
+
+def test_only_what_this_one_has_added_is_withdrawn(local: LocalInfra) -> None:
+    queue, forgotten = Queue(local.layout.database), list[str]()
+    queue.add(SUBMISSION, "file:///b", at=5.0)
+    assert queue.withdraw("run-a", 4.0, lambda: forgotten.append("run-a"))
+    assert (len(queue.jobs()), forgotten) == (1, [])
+    assert queue.withdraw("run-a", 5.0, lambda: forgotten.append("run-a"))
+    assert (queue.jobs(), forgotten) == ([], ["run-a"])
+
+
+def test_a_withdrawn_job_gets_no_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Layout(tmp_path)
+    layout.make()
+    queue = Queue(layout.database)
+    queue.create()
+    queue.add(SUBMISSION, "file:///b", at=5.0)
+    active = queue.active()
+    queue.withdraw("run-a", 5.0, lambda: None)
+    monkeypatch.setattr(Queue, "active", lambda _: active)  # the supervisor had read it before
+    Supervisor(layout).tick()
+    assert queue.attempts("run-a") == []
+
+
+def test_ctrl_c_ends_a_dev_run_that_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = Project(tmp_path / "project", monkeypatch)
+    submit = type(project.infra).submit
+
+    def begun(one: Any, submission: Submission) -> None:
+        submit(one, submission)
+        raise Unsettled("interrupted") from KeyboardInterrupt()
+
+    monkeypatch.setattr(type(project.infra), "submit", begun)
+    result = project.run("dev", "run", "run.yaml", "--name", "run-a")
+    assert (result.exit_code, "run-a: stopped" in result.stderr) == (130, True)
+    assert ("cancel", "run-a") in project.infra.calls
+    assert project.store.exists(Keys("run-a").run)
