@@ -11,7 +11,7 @@ from typing import Any
 from spotune.contracts.errors import BadRecord
 from spotune.contracts.keys import CLUSTERS, cluster_key
 from spotune.contracts.records import PriceRow, Record
-from spotune.contracts.shapes import YEAR_2000, Time
+from spotune.contracts.shapes import Time
 from spotune.contracts.store import Store
 
 
@@ -44,8 +44,6 @@ class ClusterRecord(Record):
         """Raises ValueError for spans or a price that are none."""
         if any(len(span) != 2 or span[0] is None for span in self.spans):
             raise ValueError("spans: not pairs of times, of which the last may be null")
-        if any((span[0] or 0.0) < YEAR_2000 for span in self.spans):
-            raise ValueError("spans: before the year 2000")
         try:
             _ = self.price_row
         except ValueError as error:

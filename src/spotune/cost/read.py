@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from spotune.contracts.clusters import read_clusters
-from spotune.contracts.errors import BadRecord, InputError, shown
+from spotune.contracts.errors import BadRecord, InputError
 from spotune.contracts.keys import Keys, attempt_of
 from spotune.contracts.records import AttemptRecord, Bill, Certificate, Commit, PriceRow, Record
 from spotune.contracts.revisions import record_in_force
@@ -80,8 +80,6 @@ def _check(record: Record, key: str) -> None:
             name, began, ended = "started_at", record.started_at, record.ended_at
         case _:
             return
-    if not key.startswith(f"{Keys(record.run_id).root}/"):
-        raise BadRecord(f"{key}: run_id: {shown(record.run_id)}, not that of its folder (a copy, or renamed)")
     if record.attempt != (attempt_of(key) or 0):
         raise BadRecord(f"{key}: attempt: {record.attempt}, not that of its folder (a copy, or renamed)")
     if began < YEAR_2000:

@@ -47,7 +47,7 @@ def edit(key: str, **facts: object) -> Spoil:
         (edit(KEYS.run, user=["a"]), RUN_ID, f"{KEYS.run}: not a RunRecord: user: not a text: […]"),
         (lambda store: store.delete([KEYS.run]), RUN_ID, f"{KEYS.run}: missing, though there are attempts"),
         (lambda store: store.write(KEYS.run, b"[" * 200_000), RUN_ID, f"{KEYS.run}: not a RunRecord: maximum"),
-        (edit(KEYS.run, prices=[{}]), RUN_ID, f"{KEYS.run}: prices: not a PriceRow: infra: missing"),
+        (edit(KEYS.run, prices=[{}]), RUN_ID, f"{KEYS.run}: prices[0]: not a PriceRow: infra: missing"),
     ],
 )  # fmt: skip
 def test_one_run_that_cannot_be_read(bucket: Store, spoil: Spoil, name: str, line: str) -> None:

@@ -80,9 +80,11 @@ def test_price_rows_are_named_by_the_record_they_are_in() -> None:
 def test_a_cluster_that_cannot_be_read_is_said(local_store: Store) -> None:
     local_store.write(CLUSTER.key, CLUSTER.to_bytes())
     local_store.write("clusters/dev-5.json", b'{"name')
+    local_store.write("clusters/dev-6.json", CLUSTER.to_bytes())
     said: list[str] = []
     assert read_clusters(local_store, ["dev"], said.append) == [CLUSTER]
-    assert len(said) == 1
+    assert len(said) == 2
+    assert said[1].endswith(f"name, launched_at: those of {CLUSTER.key} (a copy, or renamed)")
     assert said[0].startswith("clusters/dev-5.json: not a ClusterRecord: ")
 
 
