@@ -7,10 +7,8 @@ engine has accounted for, not even that is looked at.
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from os import cpu_count
 from typing import Any, TypeVar
 
@@ -136,6 +134,9 @@ def _read(
         for run_ids in _chunks(rest):
             yield len(run_ids), read_chunk(bucket, run_ids, known.is_whole, now)
         return
+    from concurrent.futures import ProcessPoolExecutor  # here: most calls have nothing to read, and do not wait for it
+    from multiprocessing import get_context
+
     with ProcessPoolExecutor(cpu_count(), mp_context=get_context("spawn")) as processes:
         futures = [
             (len(run_ids), processes.submit(read_chunk, bucket, run_ids, known.is_whole, now))

@@ -16,7 +16,7 @@ from drill.scorecard import passed, score
 from drill.show import Board
 from drill.timeline import replayed
 from spotune.contracts.environment import HOME
-from spotune.launch.local.processes import MARKER
+from spotune.launch.local.layout import MARKER
 from tests.processes import is_live
 from tests.unit.drill.stand import PACE, STEPS, Stand
 

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from spotune.contracts.errors import InfraError
-from spotune.launch.local.layout import Layout
-from spotune.launch.local.processes import MARKER
+from spotune.launch.local.layout import MARKER, Layout
 
 # Put in the background by a shell, so that it is nobody's child: no zombie is left in a verb that lives long.
 _BACKGROUND = 'exec </dev/null >>"$0" 2>&1; "$@" &'

@@ -8,6 +8,8 @@ from typing import Any
 from spotune.contracts import environment
 from spotune.contracts.errors import InputError
 
+MARKER = "SPOTUNE_MACHINE"  # in the environment of everything that a machine runs
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -12,8 +12,7 @@ from pathlib import Path
 from spotune.contracts import environment
 from spotune.contracts.errors import InputError
 from spotune.contracts.exchange import read_json, write_json
-from spotune.launch.local.layout import Layout
-from spotune.launch.local.processes import MARKER
+from spotune.launch.local.layout import MARKER, Layout
 from spotune.launch.local.rows import Attempt, Job
 
 REGION = "local"

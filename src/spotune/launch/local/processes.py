@@ -7,7 +7,8 @@ from pathlib import Path
 
 import psutil
 
-MARKER = "SPOTUNE_MACHINE"  # in the environment of everything that a machine runs
+from spotune.launch.local.layout import MARKER
+
 _GONE = (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied)
 _CREATED_TOLERANCE_S = 2.0  # create times shift a little when the clock is corrected
 

@@ -3,11 +3,13 @@
 import json
 import sqlite3
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spotune.launch.infra import ACTIVE, State
-from spotune.launch.local.processes import Identity
 from spotune.launch.task import Demand, demand_of
+
+if TYPE_CHECKING:
+    from spotune.launch.local.processes import Identity
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,9 @@ class Attempt:
         return cls(**values)
 
     @property
-    def node(self) -> Identity | None:
+    def node(self) -> "Identity | None":
+        from spotune.launch.local.processes import Identity  # here: psutil, which only a supervisor needs
+
         return Identity(self.pid, self.created) if self.pid and self.created else None
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from spotune.contracts.errors import InfraError
-from spotune.launch.skypilot.controllers import find_controllers, free_memory_mb
 from spotune.launch.skypilot.refusals import masked
 from spotune.launch.skypilot.refusals import translated as translated
 from spotune.launch.skypilot.server import Server
@@ -175,13 +174,15 @@ def server() -> Server:
         found = Server(url=masked(url), version=str(health.version), is_local=common.is_api_server_local(url))
         if not found.is_local:
             return found
-        controllers = find_controllers(Path.home())
+        from spotune.launch.skypilot import controllers  # here: psutil, for `check` alone
+
+        running = controllers.find_controllers(Path.home())
         return replace(
             found,
             consolidation=controller_utils.is_jobs_consolidation_mode(),
-            controllers=controllers.count,
-            controllers_mb=controllers.memory_mb,
-            free_mb=free_memory_mb(),
+            controllers=running.count,
+            controllers_mb=running.memory_mb,
+            free_mb=controllers.free_memory_mb(),
             cpus=common_utils.get_cpu_count(),
         )
 
