@@ -164,6 +164,9 @@ def test_who_waits_at_a_terminal_is_told_so_once(
     assert result.exit_code == 0
     told = [line for line in result.stderr.splitlines() if "no answer" in line]
     assert told == [f"{url}: no answer for 0.2 s; asked again for up to 60 s"]
+    said: list[str] = []
+    assert Store(url, waiting=said.append).read("runs/a/none") is None
+    assert said == told
 
 
 def test_nothing_listens_at_all(scheme: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,13 @@ Times are epoch seconds (``*_at``), durations seconds (``*_s``), money US dollar
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from spotune.contracts.errors import BadRecord
-from spotune.contracts.keys import Keys
-from spotune.contracts.shapes import Time, checked
+from spotune.contracts.keys import Keys, attempt_of
+from spotune.contracts.shapes import YEAR_2000, Time, checked
 
 SCHEMA_VERSION = 1
 
@@ -264,6 +265,23 @@ class Bill(Record):
         except ValueError:
             return None
         return row if row.price_usd_per_hour > 0 else None
+
+
+def check_filed(record: Record, key: str) -> None:
+    """Raises BadRecord for a claim or bill that is of another folder, and for times that money cannot be counted by."""
+    match record:
+        case AttemptRecord():
+            name, began, ended = "claimed_at", record.claimed_at, math.inf
+        case Bill():
+            name, began, ended = "started_at", record.started_at, record.ended_at
+        case _:
+            return
+    if record.attempt != (attempt_of(key) or 0):
+        raise BadRecord(f"{key}: attempt: {record.attempt}, not that of its folder (a copy, or renamed)")
+    if began < YEAR_2000:
+        raise BadRecord(f"{key}: {name}: {began}, before the year 2000")
+    if ended < began:
+        raise BadRecord(f"{key}: ended_at: {ended}, before {name}")
 
 
 def fingerprint(value: Any) -> str:

@@ -1,6 +1,5 @@
 """Reads what the bucket holds on a run; the parts side by side, since each may be a request."""
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,10 +7,9 @@ from typing import TypeVar
 
 from spotune.contracts.clusters import read_clusters
 from spotune.contracts.errors import BadRecord, InputError
-from spotune.contracts.keys import Keys, attempt_of
-from spotune.contracts.records import AttemptRecord, Bill, Certificate, Commit, PriceRow, Record
+from spotune.contracts.keys import Keys
+from spotune.contracts.records import AttemptRecord, Bill, Certificate, Commit, PriceRow, Record, check_filed
 from spotune.contracts.revisions import record_in_force
-from spotune.contracts.shapes import YEAR_2000
 from spotune.contracts.store import Store
 from spotune.cost.each import each
 from spotune.cost.eventlog import Event, parse_lines
@@ -64,28 +62,11 @@ class _Records:
             try:
                 if (data := self.found[key]) is not None:
                     record = kind.from_bytes(data, key)
-                    _check(record, key)
+                    check_filed(record, key)
                     records.append(record)
             except BadRecord as error:
                 self.unread.append(str(error))
         return records
-
-
-def _check(record: Record, key: str) -> None:
-    """Raises BadRecord for a claim or bill that is of another folder, and for times that money cannot be counted by."""
-    match record:
-        case AttemptRecord():
-            name, began, ended = "claimed_at", record.claimed_at, math.inf
-        case Bill():
-            name, began, ended = "started_at", record.started_at, record.ended_at
-        case _:
-            return
-    if record.attempt != (attempt_of(key) or 0):
-        raise BadRecord(f"{key}: attempt: {record.attempt}, not that of its folder (a copy, or renamed)")
-    if began < YEAR_2000:
-        raise BadRecord(f"{key}: {name}: {began}, before the year 2000")
-    if ended < began:
-        raise BadRecord(f"{key}: ended_at: {ended}, before {name}")
 
 
 def _parts(store: Store, attempts: Sequence[AttemptRecord], warn: Callable[[str], None]) -> dict[int, PriceRow]:

@@ -18,7 +18,7 @@ from typing import TypeVar
 from spotune.contracts.errors import BadRecord
 from spotune.contracts.keys import Keys
 from spotune.contracts.money import HOUR_S, WARN_AT, claimed_place, price_of, usd
-from spotune.contracts.records import AttemptRecord, Bill, Record, RunRecord
+from spotune.contracts.records import AttemptRecord, Bill, Record, RunRecord, check_filed
 from spotune.contracts.store import Store
 from spotune.guard.context import Context
 from spotune.guard.faults import last_event
@@ -153,7 +153,11 @@ def _attempt_usd(store: Store, keys: Keys, run: RunRecord, attempt: int, lead_s:
 def _read(store: Store, kind: type[Kind], key: str) -> Kind | None:
     """None where there is none, or none that can be read: as in the report, as if it had never been written."""
     try:
-        return kind.from_bytes(data, key) if (data := store.read(key)) else None
+        if (data := store.read(key)) is None:
+            return None
+        record = kind.from_bytes(data, key)
+        check_filed(record, key)
+        return record
     except BadRecord as error:
         say(f"left out of the budget: {error}")
         return None

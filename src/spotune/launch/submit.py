@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from spotune.contracts.change import FLAG, Change, admit, compare
-from spotune.contracts.errors import InputError, Taken, Unsettled
+from spotune.contracts.errors import InfraError, InputError, Taken, Unsettled
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import RunRecord
 from spotune.contracts.revisions import check_length, record_in_force, revised, write_revision
@@ -50,7 +50,8 @@ def submit(plan: Plan, workspace: Workspace) -> Submitted:
     Raises InputError when that run is another one, is under way as another one, or has ended and nothing changed.
     """
     store, keys = workspace.store(plan.bucket), Keys(plan.run_id)
-    if store.create(keys.run, plan.record.to_bytes()) and _enqueue(plan, workspace, [keys.run], is_new=True):
+    is_new = store.create(keys.run, plan.record.to_bytes())
+    if is_new and _enqueue(plan, workspace, [keys.run], plan.record.created_at, is_new=True):
         return Submitted("submitted")
     found = existing(plan, workspace)
     if found and found.status is None:
@@ -59,7 +60,8 @@ def submit(plan: Plan, workspace: Workspace) -> Submitted:
         written = [keys.revision(found.revision.revision)] if found.change else []
         if written:
             write_revision(store, keys, found.revision)
-        if _enqueue(plan, workspace, written, is_new=False):
+        if _enqueue(plan, workspace, written, found.revision.created_at, is_new=False):
+            store.create(keys.run, plan.record.to_bytes())  # whoever began it may have taken it back meanwhile
             return Submitted("submitted", found.change)
         found = existing(plan, workspace)
     if found is None or found.status is None:
@@ -107,36 +109,41 @@ def _check_open(plan: Plan, record: RunRecord, status: JobStatus | None, change:
         raise InputError("--name", f"{plan.run_id} exists {what}", remedy=OTHER_NAME)
 
 
-def _enqueue(plan: Plan, workspace: Workspace, written: list[str], is_new: bool) -> bool:
+def _enqueue(plan: Plan, workspace: Workspace, written: list[str], since: float, is_new: bool) -> bool:
     """Writes the code's state and hands the job over; whatever stops it, nothing that it wrote stays behind.
 
-    Unless nobody can tell whether the engine has taken it: then it stays a run. Returns False where another submission
-    of the same run was faster: the record and the code are that one's from then on, whoever wrote them.
+    Unless the run has a job all the same, or nobody can tell: then it stays a run. Returns False where another
+    submission of the same run was faster: the record and the code are that one's from then on, whoever wrote them.
 
     Args:
         written: the keys that this submission has written already.
-        is_new: whether the run is this submission's; else the code is that of whoever began it, and stays.
+        since: when the record that is there was made, epoch seconds.
+        is_new: whether that is this submission's; else the code is that of whoever began it, and stays.
     """
-    store, infra, code = workspace.store(plan.bucket), workspace.infra(plan.infra), list[str]()
+    store, infra, keys = workspace.store(plan.bucket), workspace.infra(plan.infra), Keys(plan.run_id)
+    code: list[str] = []
     try:
-        keep_code(plan.code, store, Keys(plan.run_id).code, code)
+        if is_new or not store.keys(keys.code):
+            keep_code(plan.code, store, keys.code, code)
         infra.submit(plan.submission)
     except Unsettled:
         raise
     except BaseException as error:
-        is_late = isinstance(error, Taken) and _is_this_run(plan, infra)
-        if not is_new:
-            store.delete(written)
-        elif not is_late:
+        has_job = _has_job(plan, infra, since)
+        if has_job is False:
             store.delete([*written, *code])
-        if is_late:
+        elif not is_new:
+            store.delete(written)  # its own revision, which would be in force
+        if has_job and isinstance(error, Taken):
             return False
         raise
     return True
 
 
-def _is_this_run(plan: Plan, infra: Infra) -> bool:
-    """Whether the job of that name was submitted for the record that is there, and not for one before it, or
-    elsewhere."""
-    jobs = infra.jobs([plan.run_id])
-    return any(job.bucket == plan.bucket and job.submitted_at >= plan.record.created_at for job in jobs)
+def _has_job(plan: Plan, infra: Infra, since: float) -> bool | None:
+    """Whether the record that is there has a job, not one before it, or one elsewhere; None: nobody can tell."""
+    try:
+        jobs = infra.jobs([plan.run_id])
+    except InfraError:
+        return None
+    return any(job.bucket == plan.bucket and job.submitted_at >= since for job in jobs)

@@ -1,6 +1,7 @@
 """What a run has cost before this machine, as the machine finds it in the bucket."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,10 +34,12 @@ def test_what_cannot_be_read_is_left_out_and_a_bare_bill_counts(
     store.create(KEYS.bill(1), json.dumps({
         "run_id": RUN_ID, "attempt": 1, "started_at": T, "ended_at": T + 1000, "nodes": 2, "price": vars(ROW)
     }).encode())  # fmt: skip
+    timeless = bill(0, 0, 1000)
+    store.create(KEYS.lost_bill(0, 5), replace(timeless, started_at=0.0).to_bytes())
     store.create(KEYS.attempt(2), b'{"cut')
     store.create(KEYS.bill(2), b'{"cut')
     assert budget._earlier_usd(store, KEYS, run(), 3, 0.0) == pytest.approx(1000 * 2 * 0.36 / 3600)
-    assert capsys.readouterr().err.count("left out of the budget: runs/") == 2
+    assert capsys.readouterr().err.count("left out of the budget: runs/") == 3
 
 
 def test_every_machine_before_this_one_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

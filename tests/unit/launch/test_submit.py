@@ -7,6 +7,7 @@ from typing import Any
 import click.testing
 import pytest
 
+from spotune.contracts.errors import InfraError
 from spotune.contracts.keys import Keys
 from spotune.launch.infra import Submission
 from tests.unit.fake_infra import FakeInfra
@@ -42,6 +43,34 @@ def test_the_slower_one_is_told_so_and_deletes_nothing(project: Project, monkeyp
         assert (result.exit_code, result.stdout) == (0, "run-a\n"), result.stderr
     assert "run-a: submitted already" in slower.stderr
     assert project.store.exists(KEYS.run)
+
+
+@pytest.mark.parametrize("stopped_by", [KeyboardInterrupt, InfraError])
+def test_one_that_is_stopped_leaves_the_record_to_the_job_that_another_has_submitted(
+    project: Project, monkeypatch: pytest.MonkeyPatch, stopped_by: type[BaseException]
+) -> None:
+    submit = FakeInfra.submit
+
+    def stopped(infra: FakeInfra, submission: Submission) -> None:
+        monkeypatch.setattr(FakeInfra, "submit", submit)
+        assert project.run(*TRAIN).exit_code == 0
+        raise stopped_by("stopped")
+
+    monkeypatch.setattr(FakeInfra, "submit", stopped)
+    assert project.run(*TRAIN).exit_code in (3, 130)
+    assert [job.run_id for job in project.infra.jobs()] == ["run-a"]
+    assert KEYS.run in project.store.keys("runs")
+
+
+def test_who_comes_second_and_is_refused_leaves_the_code_of_the_first(project: Project) -> None:
+    project.submit()
+    kept = project.store.keys(KEYS.code)
+    project.store.write(f"{KEYS.code}/commit.json", b"the first one's")
+    project.infra.states.clear()
+    FakeInfra.refuses.append("no quota")
+    assert project.run(*TRAIN).exit_code == 3
+    assert project.store.read(f"{KEYS.code}/commit.json") == b"the first one's"
+    assert set(project.store.keys(KEYS.code)) == {*kept, f"{KEYS.code}/commit.json"}
 
 
 def test_both_find_a_record_without_a_job(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,6 +78,11 @@ def test_a_run_whose_folder_is_gone_does_not_go_on(
         local.check_resumable("run-a")
     folder.mkdir()
     local.check_resumable("run-a")
+    (local.layout.root / "jobs").mkdir(exist_ok=True)
+    (local.layout.root / "jobs/run-a").rmdir()
+    (local.layout.root / "jobs/run-a").touch()
+    with pytest.raises(InputError, match="^SPOTUNE_HOME: cannot write .*/jobs/run-a/environment.json: "):
+        local.check_resumable("run-a")  # before the marks go, not after
 
 
 def test_ctrl_c_takes_it_back(local: LocalInfra, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from spotune.contracts.store.patience import Patience
 
 T = TypeVar("T")
 Step = Callable[[Any], Awaitable[T]]
+SMALL_BYTES = 1 << 20  # of a record
 SILENT_S = 5.0  # after that, who waits for an answer is told so
 CLOSING_S = 2.0  # what the end of a process may wait for open connections
 
@@ -104,7 +105,7 @@ class Connection:
         """What became of a request. Raises FileNotFoundError, FileExistsError, Denied or GaveUp."""
         limit = self.patience.limit_s(pending.size) + self.patience.request_s
         try:
-            if self._waiting and not pending.size:  # a large body takes its time
+            if self._waiting and pending.size <= SMALL_BYTES:  # a large body takes its time
                 with suppress(TimeoutError):
                     return pending.future.result(SILENT_S)
                 self._tell()

@@ -13,7 +13,7 @@ from spotune.launch.infra import Agree, JobStatus, PaidInterval, Submission, che
 from spotune.launch.local import daemon
 from spotune.launch.local.gpus import find_gpus
 from spotune.launch.local.layout import Layout
-from spotune.launch.local.machine import REGION, keep_environment
+from spotune.launch.local.machine import REGION, check_kept, keep_environment
 from spotune.launch.local.queue import Queue
 from spotune.launch.local.rows import Job
 from spotune.launch.task import demand_of
@@ -94,6 +94,7 @@ class LocalInfra:
         check_secrets(run_id, job.secrets, self._environ)
         if job.task:  # else nobody knows its folder, and when it is started it says why
             check_folder(run_id, job.workdir)
+        check_kept(self.layout.environment(run_id))
 
     def workdir(self, run_id: str) -> str:
         return self._job(run_id).workdir

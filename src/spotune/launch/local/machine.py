@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from spotune.contracts import environment
 from spotune.contracts.errors import InputError
@@ -29,13 +31,25 @@ def keep_environment(path: Path, environ: Mapping[str, str], secrets: Mapping[st
     Raises InputError where it cannot be written.
     """
     kept = {name: value for name, value in environ.items() if name in _INHERITED or not name.startswith(_NOT_INHERITED)}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with _writing(path):
         part = path.with_name(f".{path.name}.{os.getpid()}")
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w") as file:
             json.dump({"environ": kept, "secrets": dict(secrets)}, file)
         part.replace(path)
+
+
+def check_kept(path: Path) -> None:
+    """Raises InputError where no environment can be kept."""
+    with _writing(path), TemporaryFile(dir=path.parent):
+        pass
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        yield
     except OSError as error:
         raise InputError(environment.HOME, f"cannot write {path}: {error.strerror}") from error
 

@@ -12,6 +12,7 @@ from spotune.contracts.config import load_config
 from spotune.contracts.durations import parse_save_every
 from spotune.contracts.errors import InputError
 from spotune.contracts.keys import Keys, check_run_id, new_run_id
+from spotune.contracts.revisions import record_in_force
 from spotune.launch import code
 from spotune.launch.infra import ANY, LOCAL, spell
 from spotune.launch.project import KEEPER as KEEPER_CODE
@@ -138,6 +139,8 @@ def check_run(config: str, name: str, wish: "RunWish", workspace: Workspace) -> 
     if inside(workspace.cwd / config, workspace.cwd) is None:
         raise InputError(config, f"is not below {workspace.cwd}, which is what a cluster gets", remedy="copy it here")
     check_model_goes_along(checked, config, workspace.cwd)
+    if bucket_of(workspace) and (run := record_in_force(workspace.store(), Keys(run_id))) and run.kind != "dev":
+        raise InputError("--name", f"{run_id} is a production run", remedy="another --name")
     return run_id
 
 

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 from spotune.contracts.errors import InputError
+from spotune.contracts.keys import Keys
 from spotune.launch.skypilot import dev, ssh
 from spotune.launch.skypilot.clusters import Cluster, can_stop, check_can_stop, default_name
 from spotune.launch.skypilot.share import shared
 from spotune.launch.workspace import Workspace
+from tests.unit.cost.cases import run
 
 ROOT = Path(__file__).parents[4]
 
@@ -156,6 +158,15 @@ def test_what_is_checked_before_a_run_goes_to_a_cluster(tmp_path: Path) -> None:
         dev.check_run("config/runs/demo.yaml", "notebook", dev.RunWish(), there)
     with pytest.raises(InputError, match="learning_rat"):
         dev.check_run("config/runs/demo.yaml", "mine", dev.RunWish(overrides=("learning_rat=1",)), there)
+
+
+def test_a_production_runs_name_is_none_for_a_run_on_a_cluster(tmp_path: Path) -> None:
+    there = workspace(tmp_path, SPOTUNE_BUCKET=f"file://{tmp_path}/bucket")
+    for kind in ("prod", "dev"):
+        there.store().create(Keys(kind).run, run(run_id=kind, kind=kind).to_bytes())
+    assert dev.check_run("config/runs/demo.yaml", "dev", dev.RunWish(), there) == "dev"
+    with pytest.raises(InputError, match=r"^--name: prod is a production run \(another --name\)$"):
+        dev.check_run("config/runs/demo.yaml", "prod", dev.RunWish(), there)
 
 
 def test_ssh_names_its_files_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
