@@ -7,12 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from drill import servers
 from spotune.contracts.store import Store
 
 pytest.register_assert_rewrite("tests.contract.infra_contract")  # no module of tests, but it asserts
 FOREIGN = ("SPOTUNE_", "SKYPILOT_", "SLURM_", "WANDB_")
+
+# A machine that stands still for a moment is no slow test.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for what it starts in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)

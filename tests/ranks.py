@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ def wait_for(path: Path, folder: Path, deadline_s: float = DEADLINE_S) -> Any:
 
 def kill(pid: int) -> None:
     """As the kernel's out-of-memory killer does it; returns when the process is gone."""
-    os.kill(pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):  # the other rank's end may have ended it
+        os.kill(pid, signal.SIGKILL)
     while Path(f"/proc/{pid}").exists():
         time.sleep(0.005)
 

@@ -111,18 +111,26 @@ def test_a_bucket_that_stays_away_ends_the_run_and_loses_nothing(
 
 
 def test_a_bucket_with_every_fault(proxy: FaultProxy, script: Script, undisturbed: dict[str, str]) -> None:
-    proxy.plan = Plan(
-        error=0.05, expired=0.03, reset=0.05, lost=0.03, truncate=0.03, flip=0.02, delay=0.05, delay_s=0.3
-    )
-    first = script.start()
+    faults = {"error": 0.05, "reset": 0.05, "lost": 0.03, "truncate": 0.03, "flip": 0.02, "delay": 0.05, "delay_s": 0.3}
+    at_the_door, inside = Plan(**faults), Plan(**faults, expired=0.03)  # credentials that never worked are bad input
+
+    def start() -> "subprocess.Popen[str]":
+        proxy.plan = at_the_door
+        process = script.start()
+        script.wait_for_step(process, 1)
+        proxy.plan = inside
+        return process
+
+    first = start()
     script.wait_for_step(first, 9)
     first.kill()
     first.wait()
-    second = script.start()
+    second = start()
     script.wait_for_step(second, 20)
     second.send_signal(signal.SIGTERM)
     assert second.wait(300) == 75, script.log()
-    assert script.run() == 0, script.log()
+    assert start().wait(300) == 0, script.log()
+    proxy.plan = Plan()
     assert script.weights == undisturbed["lora"]
     assert {"error", "reset", "lost"} <= {name for name, count in proxy.dealt.items() if count}, proxy.dealt
 

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
+from spotune.contracts.keys import Keys
 from spotune.contracts.store import Store
+from spotune.cost.eventlog import parse_lines
 from tests.processes import end_processes_of
 from tests.tiny import make_model, rows, write_jsonl
 
@@ -64,6 +66,13 @@ class Project:
         found: dict[str, Any] = json.loads(self.spotune("cost", run_id, "--format", "json").stdout)
         return found
 
+    def steps_of(self, run_id: str) -> list[float]:
+        """When each step of the first attempt ended, epoch seconds."""
+        store, keys = Store(f"file://{self.home}/bucket"), Keys(run_id)
+        parts = [key for key in store.keys(keys.attempts) if "/0001/events-0-" in key]
+        events = [event for key in parts for event in parse_lines(store.read(key) or b"")]
+        return [event["t"] for event in events if event["event"] == "step"]
+
     def paused(self, run_id: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(Store(f"file://{self.home}/bucket").read(f"runs/{run_id}/paused.json") or "")
         return found
@@ -94,7 +103,9 @@ def test_a_run_pauses_at_its_wall_and_a_raised_budget_changes_nothing_else(proje
     assert 0 < mark["step"] == paused["useful_steps"] < STEPS  # every step that was made is in the bucket
     assert paused["state"] == "PAUSED"
     assert [attempt["end_reason"] for attempt in paused["attempts"]] == ["paused"]
-    assert 0.8 * budget < paused["cost_usd"] < budget + 3.0 * USD_PER_S
+    assert 0.8 * budget < paused["cost_usd"]
+    reached_at = paused["attempts"][0]["started_at"] + budget / USD_PER_S
+    assert sum(at > reached_at for at in project.steps_of("halved")) <= 2  # on a clock: a slow machine leaves slowly
 
     assert project.spotune("train", "run.yaml", "--dryrun", "--budget", "", code=2).stderr.startswith("--budget: '' is")
     refused = project.spotune("resume", "halved", code=2)

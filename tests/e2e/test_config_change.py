@@ -154,7 +154,7 @@ def test_with_the_flag_anything_goes_on(project: Project) -> None:
 
 def test_by_hand(project: Project) -> None:
     first = project.by_hand("by-hand")
-    status, deadline = project.home / "status.json", time.monotonic() + 120
+    status, deadline = project.home / "status.json", time.monotonic() + 300
     while not status.exists() or json.loads(status.read_text())["step"] < 6:
         assert time.monotonic() < deadline
         time.sleep(0.05)

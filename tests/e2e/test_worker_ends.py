@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +118,16 @@ def test_deaf_to_signals_and_dead_with_its_guard(base: dict[str, Any], tmp_path:
     )
     assert guard.stdout
     rank = int(guard.stdout.readline())
-    time.sleep(0.5)  # importing still
+    deadline = time.monotonic() + 300
+    while not is_deaf(rank):  # from its first lines on, long before it has imported all
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     os.kill(rank, signal.SIGTERM)
     wait_for_step(folder, 3)
     for process in (rank, *children(rank)):
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGURG):
-            os.kill(process, number)
+            with suppress(ProcessLookupError):
+                os.kill(process, number)
     wait_for_step(folder, last_step(folder) + 20)
     assert not outcome_path(folder, 0).exists()
     guard.kill()
@@ -131,6 +136,12 @@ def test_deaf_to_signals_and_dead_with_its_guard(base: dict[str, Any], tmp_path:
     while is_running(rank):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def is_deaf(pid: int) -> bool:
+    """Whether it ignores SIGTERM, as /proc says it."""
+    (ignored,) = re.findall(r"^SigIgn:\s*([0-9a-f]+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return bool(int(ignored, 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def wait_for_step(folder: Path, step: int) -> None:

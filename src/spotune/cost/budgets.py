@@ -146,12 +146,18 @@ def within_month(plan: Plan, month: Month) -> Plan:
 
 
 def check_wall(report: Mapping[str, Any], wanted_usd: float | None) -> None:
-    """Raises InputError for a run that would only pause again: its wall, or the wanted one, is reached already."""
+    """Raises InputError for a run that would only pause again: its wall, or the wanted one, is reached already.
+
+    One that has paused at its own wall has, though it stopped before that, by what stopping takes.
+    """
     limit_usd = report["budget_usd"] if wanted_usd is None else wanted_usd
     spent_usd = report["cost_usd"]
-    if limit_usd is None or spent_usd is None or spent_usd < limit_usd:
+    if limit_usd is None or spent_usd is None:
         return
-    remedy = f"spotune resume {report['run_id']} --budget, above what is spent"
+    is_at_wall = report["state"] == "PAUSED" and limit_usd <= (report["budget_usd"] or 0.0)
+    if spent_usd < limit_usd and not is_at_wall:
+        return
+    remedy = f"spotune resume {report['run_id']} --budget, above {usd(max(spent_usd, limit_usd))}"
     raise InputError(report["run_id"], f"has cost {usd(spent_usd)} of {usd(limit_usd)}", key="budget", remedy=remedy)
 
 

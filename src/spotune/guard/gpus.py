@@ -10,6 +10,7 @@ from spotune.guard.journal import Journal
 from spotune.guard.say import say
 
 EVERY_S = 15.0
+TIMEOUT_S = 15.0
 _QUERY = "--query-gpu=utilization.gpu,memory.used,memory.total"
 _MIB_PER_GIB = 1024.0
 
@@ -41,7 +42,9 @@ class GpuMeter:
     def _work(self) -> None:
         while not self._stop.wait(EVERY_S):
             try:
-                done = subprocess.run(self._command, capture_output=True, text=True, timeout=EVERY_S, check=True)
+                done = subprocess.run(self._command, capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
+            except subprocess.TimeoutExpired:  # a busy machine: the next sample may come in time
+                continue
             except (OSError, subprocess.SubprocessError) as error:
                 say(f"GPUs are not measured: {error}")
                 return

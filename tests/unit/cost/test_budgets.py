@@ -13,7 +13,7 @@ from spotune.contracts.keys import Keys
 from spotune.contracts.money import parse_usd
 from spotune.contracts.records import Progress
 from spotune.contracts.store import Store
-from spotune.cost.budgets import Left, Month, read_month, within_month
+from spotune.cost.budgets import Left, Month, check_wall, read_month, within_month
 from spotune.cost.ledger import bills_due, build_accounts, write_bills
 from spotune.launch.infra import Submission
 from spotune.launch.plan import Plan
@@ -182,3 +182,12 @@ def test_what_costs_nothing_and_what_is_under_way_is_let_be() -> None:
     empty = left(10, 11)
     assert within_month(plan(usd_per_hour=0.0), Month((empty,))) == plan(usd_per_hour=0.0)
     assert within_month(plan(), Month((empty,), {"state": "RUNNING", "cost_usd": 1.0})) == plan()
+
+
+def test_a_run_that_paused_just_before_its_wall_needs_a_higher_one() -> None:
+    report = {"run_id": "run-a", "state": "PAUSED", "budget_usd": 5.0, "cost_usd": 4.9}
+    for wanted in (None, 5.0):
+        with pytest.raises(InputError, match=r"has cost \$4.90 of \$5.00 \(.* --budget, above \$5.00\)$"):
+            check_wall(report, wanted)
+    check_wall(report, 5.1)
+    check_wall({**report, "state": "FAILED"}, None)

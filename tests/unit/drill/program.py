@@ -59,7 +59,7 @@ def main(home: Path, steps: int) -> int:
             fault.unlink()
             time.sleep(60)
     log.phase("teardown")
-    time.sleep(2 * STEP_S)
+    time.sleep(10 * STEP_S)
     (bucket / "result").write_text(json.dumps({"steps": steps, "wrong": told == "diverge" and done > 0}))
     time.sleep(STEP_S)
     child.kill()

@@ -11,7 +11,7 @@ from spotune.contracts.environment import HOLD_AT, HOLD_FILE
 PROGRAM = Path(__file__).with_name("program.py")
 STEPS = 12
 # About as program.py takes it; a busy machine only makes kills come earlier in their stage.
-PACE = Pace(start_s=0.2, train_s=0.3, save_s=0.01, end_s=0.06, life_s=0.6, steps=STEPS, saves=6)
+PACE = Pace(start_s=0.2, train_s=0.3, save_s=0.01, end_s=0.22, life_s=0.76, steps=STEPS, saves=6)
 
 
 class Stand:

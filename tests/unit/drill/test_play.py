@@ -177,7 +177,7 @@ def test_a_trace_that_takes_nothing_away(tmp_path: Path) -> None:
 def test_weights_that_are_not_the_same_fail_it(tmp_path: Path) -> None:
     day, said = game(tmp_path, "diverge")
     measure = day.undisturbed()
-    card = score("stand", day.play([(VANISH,)], measure), measure)
+    card = score("stand", day.play([(Kill("vanish", Boundary("committed", 2)),)], measure), measure)
     assert (card["finished"], card["bit_identical"]) == (1, 0)
     assert not passed(card)
     assert "NOT IDENTICAL" in said.getvalue()

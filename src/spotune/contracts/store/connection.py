@@ -143,8 +143,9 @@ class Connection:
         why: Exception | None = None
         while True:
             tries += 1
-            left = deadline - clock()
             enough = self.patience.try_s(size, tries)
+            # Who stood still for a while, or was slow to make the client, has asked once: that is not enough.
+            left = max(deadline - clock(), min(enough, self.patience.limit_s(size)) if tries == 2 else 0.0)
             try:
                 answer = await self._try(engine, step, left, enough)
                 self._worked.add(action)
@@ -154,7 +155,7 @@ class Connection:
                 if why is None or left >= enough or not isinstance(error, TimeoutError):
                     why = error  # a last try that was cut short says less than the one before
             wait = self.patience.wait_s(tries, self._rng)
-            if clock() + wait >= deadline:
+            if tries > 1 and clock() + wait >= deadline:
                 raise GaveUp(f"{words_of(why)} ({tries} tries in {clock() - started:.0f} s)") from why
             await asyncio.sleep(wait)
 

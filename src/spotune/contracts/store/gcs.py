@@ -3,7 +3,9 @@
 import asyncio
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from inspect import unwrap
 from typing import Any
 
@@ -31,15 +33,17 @@ class Gcs:
     parts_in_flight = 1  # a resumable upload is one stream
 
     def __init__(self, patience: Patience) -> None:
+        # For what else gcsfs can be, it asks for the bucket's type over gRPC: where that cannot be reached each call
+        # stalls for a minute. Named below is the plain kind, whoever imported gcsfs before; the variable saves time.
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        with suppress(ImportError):  # of which each verb says so
+            import_module("gcsfs")  # here: the first request's time is the store's
         self._patience = patience
 
     async def connect(self) -> Any:
         return await asyncio.to_thread(self._make, asyncio.get_running_loop())  # it may ask a metadata server
 
     def _make(self, loop: asyncio.AbstractEventLoop) -> Any:
-        # For what else gcsfs can be, it asks for the bucket's type over gRPC: where that cannot be reached each call
-        # stalls for a minute. Named here is the plain kind, whoever has imported gcsfs before; the variable saves time.
-        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         import aiohttp
         from gcsfs.core import GCSFileSystem
 

@@ -2,9 +2,11 @@
 
 import asyncio
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from importlib import import_module
 from typing import Any
 
 from spotune.contracts.store.faults import answer_of
@@ -33,6 +35,8 @@ class S3:
     parts_in_flight = 3
 
     def __init__(self, patience: Patience) -> None:
+        with suppress(ImportError):  # of which each verb says so
+            import_module("s3fs")  # here: the first request's time is the store's
         self._patience = patience
 
     async def connect(self) -> Any:
