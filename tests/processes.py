@@ -1,21 +1,14 @@
 """The processes of one SPOTUNE_HOME, as tests look for them and put an end to them."""
 
+import signal
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
 from spotune.contracts.environment import HOME
-
-
-def is_live(process: psutil.Process) -> bool:
-    """A zombie is not: its parent may take its time."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+from spotune.launch.local.processes import is_live, send
 
 
 def processes_of(home: Path) -> list[psutil.Process]:
@@ -41,17 +34,10 @@ def named(home: Path, *names: str) -> list[psutil.Process]:
     return found
 
 
-def kill(processes: Iterable[psutil.Process]) -> None:
-    """Kills them all; one that ended by itself meanwhile (a shell's ``sleep 0.05``) is as good."""
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-
-
 def kill_tree(process: psutil.Process) -> None:
     """Kills it and all that it has started, it first: it starts nothing more, and sees no child of its own die."""
     children = process.children(recursive=True)
-    kill([process, *children])
+    send([process, *children], signal.SIGKILL)  # one that ended by itself (a shell's ``sleep 0.05``) is as good
 
 
 def end_processes_of(home: Path) -> None:
@@ -59,4 +45,4 @@ def end_processes_of(home: Path) -> None:
     deadline = time.monotonic() + 300
     while left := processes_of(home):
         assert time.monotonic() < deadline
-        kill(left)
+        send(left, signal.SIGKILL)

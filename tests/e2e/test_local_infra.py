@@ -19,8 +19,9 @@ from spotune.contracts.records import Commit
 from spotune.contracts.store import Store
 from spotune.launch.infra import Submission
 from spotune.launch.local.infra import LocalInfra
+from spotune.launch.local.processes import is_live
 from tests.contract.infra_contract import CERTIFY, DEAF, HEEDS, SECOND_TIME, WAIT, Bench, InfraContract
-from tests.processes import end_processes_of, is_live, kill_tree, named, processes_of
+from tests.processes import end_processes_of, kill_tree, named, processes_of
 
 
 @pytest.fixture

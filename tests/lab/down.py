@@ -12,9 +12,9 @@ from pathlib import Path
 
 import psutil
 
+from spotune.launch.local.processes import is_live
 from tests.lab import daemons, machine, slurm
 from tests.lab.layout import LabError, Layout
-from tests.processes import is_live
 
 SKY = re.compile(r"(?:\b|-m)sky\.(server|jobs|serve)\b|/bin/sky ")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmstepd", "sshd")

@@ -9,12 +9,12 @@ import pytest
 import yaml
 
 from drill import servers
+from spotune.launch.local.processes import is_live
 from tests.lab import nodes, sky, slurm
 from tests.lab.daemons import wait_until
 from tests.lab.layout import Layout
 from tests.lab.machine import find_user
 from tests.lab.managed import START_S, Managed
-from tests.processes import is_live
 
 pytestmark = pytest.mark.lab
 CONFIG = "config/runs/demo.yaml"

@@ -17,7 +17,7 @@ from drill.show import Board
 from drill.timeline import replayed
 from spotune.contracts.environment import HOME
 from spotune.launch.local.layout import MARKER
-from tests.processes import is_live
+from spotune.launch.local.processes import is_live
 from tests.unit.drill.stand import PACE, STEPS, Stand
 
 VANISH = Kill("vanish", Instant("train", 0.3))

@@ -25,8 +25,8 @@ from spotune.guard.extra_process import run_extra
 from spotune.guard.extras import debt_of
 from spotune.guard.finish import certify
 from spotune.guard.machine import Machine
+from spotune.launch.local.processes import is_live, send
 from tests.fake_hub import TOKEN, Hub, fake_hub
-from tests.processes import is_live, kill
 
 KEYS = Keys("a-run")
 REPO = "somebody/a-run"
@@ -223,7 +223,7 @@ def test_a_process_that_hangs_or_vanishes_is_an_answer(tmp_path: Path, hub: Hub)
     def kill_when_asked(seconds: float) -> None:
         time.sleep(seconds)
         if len(hub.asked) > asked:
-            kill(set(psutil.Process().children()) - others)
+            send(set(psutil.Process().children()) - others, signal.SIGKILL)
 
     answer = run_extra(PUSH, tmp_path, {}, environ, kill_when_asked)
     assert (answer.done, answer.message) == (False, "its process was killed by SIGKILL without a word")

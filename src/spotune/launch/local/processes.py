@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def members(node: Identity | None, marker: str) -> list[psutil.Process]:
     for process in psutil.process_iter():
         if process.pid not in found and _belongs(process, session, marker):
             found[process.pid] = process
-    return [process for process in found.values() if _is_live(process)]
+    return [process for process in found.values() if is_live(process)]
 
 
 def find_node(marker: str) -> Identity | None:
@@ -71,7 +72,7 @@ def find_node(marker: str) -> Identity | None:
     return None
 
 
-def send(processes: list[psutil.Process], number: signal.Signals) -> None:
+def send(processes: Iterable[psutil.Process], number: signal.Signals) -> None:
     for process in processes:
         try:
             process.send_signal(number)
@@ -110,7 +111,9 @@ def _session_of(pid: int) -> int:
         return -1
 
 
-def _is_live(process: psutil.Process) -> bool:
+def is_live(process: psutil.Process) -> bool:
+    """A zombie is not: its parent may take its time."""
+    """A zombie is not: its parent may take its time."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except _GONE:
