@@ -60,9 +60,7 @@ def live(contender: Contender, disk: Path, kill: Kill | None, course: Course) ->
     pace = course.pace
     with TemporaryDirectory() as place:
         hold = (
-            Hold(f"{kill.when.name}:{kill.when.nth}", Path(place, "held"))
-            if kill and isinstance(kill.when, Boundary)
-            else None
+            Hold(f"{kill.when.name}:{kill.when.nth}", Path(place)) if kill and isinstance(kill.when, Boundary) else None
         )
         launch = contender.launch(disk, hold)
         machine = Machine(disk, launch.command, launch.environ, course.log)

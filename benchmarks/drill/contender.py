@@ -5,15 +5,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from spotune.contracts.environment import FAILPOINT_DIR, FAILPOINTS
 from spotune.cost.eventlog import Event
 
 
 @dataclass(frozen=True)
 class Hold:
-    """Stand still at a boundary (contracts/holds.py), once this file says so."""
+    """Stand still at a boundary (contracts/failpoints.py); a file in ``folder`` says that it does.
+
+    Attributes:
+        at: the boundary's name, ``NAME`` or ``NAME:N``.
+    """
 
     at: str
-    file: Path
+    folder: Path
+
+    @property
+    def file(self) -> Path:
+        return self.folder / self.at.partition(":")[0]
+
+    @property
+    def environ(self) -> dict[str, str]:
+        return {FAILPOINTS: self.at, FAILPOINT_DIR: str(self.folder)}
 
 
 @dataclass(frozen=True)

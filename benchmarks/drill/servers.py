@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 BUCKET = "spotune"
+ROOT = Path(__file__).parents[2]
 START_S = 60.0
 
 
@@ -19,11 +20,11 @@ def s3_server() -> Iterator[str]:
     """A moto S3 server with a bucket ``spotune``; yields its endpoint."""
     port = free_port()
     with _server("moto_server", "-H", "127.0.0.1", "-p", str(port), port=port):
-        import boto3
+        import botocore.session
 
         endpoint = f"http://127.0.0.1:{port}"
         keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
-        client = boto3.client("s3", endpoint_url=endpoint, **keys)
+        client = botocore.session.get_session().create_client("s3", endpoint_url=endpoint, **keys)
         client.create_bucket(Bucket=BUCKET)
         client.close()
         yield endpoint
@@ -101,7 +102,9 @@ def free_port() -> int:
 
 @contextmanager
 def _server(program: str, *words: str, port: int) -> Iterator[None]:
-    command = [str(Path(sys.executable).with_name(program)), *words]
+    # Beside this Python, or, where the trainer's runs, in the launcher's environment of the checkout.
+    places = (Path(sys.executable).with_name(program), ROOT / ".venv/bin" / program)
+    command = [str(next((place for place in places if place.exists()), places[0])), *words]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + START_S

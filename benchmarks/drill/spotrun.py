@@ -28,7 +28,7 @@ class SpotRun:
         self._environ = {**kept, environment.RUN_ID: run_id, environment.BUCKET: bucket.url}
 
     def launch(self, disk: Path, hold: Hold | None) -> Launch:
-        held = {environment.HOLD_AT: hold.at, environment.HOLD_FILE: str(hold.file)} if hold else {}
+        held = hold.environ if hold else {}
         return Launch(self._command, {**self._environ, environment.HOME: str(disk), **held})
 
     def event_log(self, disk: Path, since: float) -> Path | None:

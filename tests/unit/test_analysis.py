@@ -15,7 +15,7 @@ from estimate.picture import picture
 from estimate.prices import Offer, Row, join_hosts, offers, read_rows
 from estimate.tables import cloud_table
 from spotune.contracts.errors import InputError
-from tests.unit.architectures import PUBLISHED
+from tests.trainer.architectures import PUBLISHED
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "cost-analysis.md"

@@ -13,7 +13,7 @@ from typing import Any
 
 from spotune.contracts.errors import StoreError
 from spotune.contracts.exchange import TRAINER, Staged
-from spotune.contracts.holds import reach
+from spotune.contracts.failpoints import failpoint
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Commit, RunRecord
 from spotune.contracts.store import Store
@@ -58,7 +58,7 @@ def commit_checkpoint(
     """
     upload_checkpoint(store, keys, staged, lineage.attempt)
     files = staged.files | parts(staged.step)
-    reach("uploaded")
+    failpoint("uploaded")
     check_fence(store, keys, lineage.attempt)
     commit = Commit(
         run_id=lineage.run.run_id,
@@ -112,13 +112,13 @@ class Committer(Uploader):
         began = time.time()
         context = self._context
         staged = seal(context.folder, staged, context.run.config_sha256)
-        reach("staged")
+        failpoint("staged")
         commit = commit_checkpoint(context.store, context.keys, self._lineage, staged, self._parts, self._toll.record)
         self._lineage = replace(self._lineage, ordinal=commit.ordinal)
         self.committed_step = staged.step
         size = sum(int(file["size"]) for file in commit.files.values())
         self._journal.write("commit", step=staged.step, upload_s=round(time.time() - began, 3), bytes=size)
-        reach("committed")
+        failpoint("committed")
         seal_path(context.folder, staged.step).unlink(missing_ok=True)
         self._tidy(staged)
 
@@ -146,7 +146,7 @@ def upload_checkpoint(store: Store, keys: Keys, staged: Staged, attempt: int) ->
 
     def put(name: str) -> None:
         store.upload(source / name, f"{target}/{name}")
-        reach("uploading")
+        failpoint("uploading")
 
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(put, sorted(staged.files, key=lambda name: -int(staged.files[name]["size"]))))

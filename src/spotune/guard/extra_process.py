@@ -13,6 +13,7 @@ from typing import Any
 from spotune.contracts.environment import GUARD_PID
 from spotune.contracts.exchange import read_json
 from spotune.contracts.extras import Answer, answer_path
+from spotune.guard.worker_command import worker_command
 
 POLL_S = 0.1
 TIMEOUT_S = 3600.0
@@ -29,7 +30,7 @@ def run_extra(
     """Runs ``python -m spotune.sft.extras NAME FOLDER`` to its end; whatever ``wait`` raises ends it at once."""
     answer_path(folder, name).unlink(missing_ok=True)
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "spotune.sft.extras", name, str(folder)],
+        worker_command(environ, "spotune.sft.extras", name, str(folder)),
         env={**extra_environ(config, environ), GUARD_PID: str(os.getpid())},
         stdin=subprocess.DEVNULL,
         process_group=0,

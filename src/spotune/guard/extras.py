@@ -13,7 +13,7 @@ from spotune.contracts.environment import BUCKET, RUN_ID
 from spotune.contracts.errors import Fenced, SpotuneError, StoreError
 from spotune.contracts.exchange import OUTPUT, write_json
 from spotune.contracts.extras import CONFIG_KEYS, EXTRAS, MERGE, MERGED, PUSH, ExtraJob, Pushed, asked_for
-from spotune.contracts.holds import reach
+from spotune.contracts.failpoints import failpoint
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Certificate, Record, RunRecord
 from spotune.contracts.revisions import record_in_force
@@ -97,10 +97,10 @@ class Extras:
         context, keys, folder = self.context, self.context.keys, self.context.folder / MERGED
         check_model(context.run, context.cache)  # the base may have changed since, or not be on this machine
         facts = self._process(MERGE)
-        reach("merged")
+        failpoint("merged")
 
         def uploaded() -> None:
-            reach("merged-uploaded")
+            failpoint("merged-uploaded")
             self._heed()
 
         def upload() -> Certificate:
@@ -113,7 +113,7 @@ class Extras:
 
     def _push(self) -> None:
         facts = self._process(PUSH)
-        reach("pushed")
+        failpoint("pushed")
         record = Pushed(
             run_id=self.context.keys.run_id,
             attempt=self.context.attempt,

@@ -10,8 +10,8 @@ from typing import Any
 
 from spotune.contracts.errors import SpotuneError, StoreError
 from spotune.contracts.exchange import OUTPUT
+from spotune.contracts.failpoints import failpoint
 from spotune.contracts.fingerprint import file_facts
-from spotune.contracts.holds import reach
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Certificate
 from spotune.contracts.store import Store
@@ -34,12 +34,12 @@ def certify(store: Store, keys: Keys, attempt: int, step: int, folder: Path) -> 
         check_fence(store, keys, attempt)
 
     fence()
-    files = send(store, folder / OUTPUT, keys.output, fence, lambda: reach("result-uploaded"))
-    reach("result-read")
+    files = send(store, folder / OUTPUT, keys.output, fence, lambda: failpoint("result-uploaded"))
+    failpoint("result-read")
     certificate = certificate_of(keys, attempt, step, folder / OUTPUT, files)
     fence()
     store.create(keys.completed, certificate.to_bytes())
-    reach("certified")
+    failpoint("certified")
     data = store.read(keys.completed)
     if data is None:
         raise StoreError(f"{keys.completed}: written, but not there when read back")

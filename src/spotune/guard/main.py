@@ -12,7 +12,7 @@ from spotune.contracts.change import FLAG
 from spotune.contracts.config import parse_flags
 from spotune.contracts.environment import NUM_PROCESSES, RunEnvironment
 from spotune.contracts.errors import BadRecord, InputError, SpotuneError, StoreError
-from spotune.contracts.holds import reach
+from spotune.contracts.failpoints import failpoint
 from spotune.contracts.keys import Keys
 from spotune.contracts.store import Patience, Store
 from spotune.guard import admission
@@ -142,7 +142,7 @@ def work(
     run = debt.run if debt else read_or_create_run(store, keys, env, request)
     machine = Machine.read(environ, run.config.get("num_processes"))
     record = admission.claim_attempt(store, keys, machine, env.attempt, env.gpu_share)
-    reach("claimed")
+    failpoint("claimed")
     context = Context(
         store=store,
         keys=keys,

@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from spotune.contracts import environment, exchange
 from spotune.contracts.exchange import Outcome
 from spotune.guard.machine import Machine
+from spotune.guard.worker_command import worker_command
 
 PEER_GRACE_S = 20.0  # once one rank has failed, the others may hang in a collective: this long to end by themselves
 
@@ -24,8 +24,7 @@ class Ranks:
         self._first_rank = machine.node_rank * machine.ranks
         self._processes = [
             subprocess.Popen(
-                # -P: the user's folder may hold a `datasets/`; it must not shadow the library.
-                [sys.executable, "-P", "-m", "spotune.sft.worker", str(folder)],
+                worker_command(environ, "spotune.sft.worker", str(folder)),
                 env={**environ, **rank_environ(machine, local_rank, master_port)},
                 stdin=subprocess.DEVNULL,
                 process_group=0,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from spotune.contracts.errors import StoreError
-from spotune.contracts.holds import reach
+from spotune.contracts.failpoints import failpoint
 from spotune.contracts.keys import Keys, commit_of
 from spotune.contracts.records import Commit
 from spotune.contracts.store import Store
@@ -121,7 +121,7 @@ def download_checkpoint(store: Store, keys: Keys, commit: Commit, folder: Path) 
             except FileNotFoundError as error:
                 raise BadCheckpoint(f"{name} is missing") from error
             if found == committed:
-                reach("restoring")
+                failpoint("restoring")
                 return
         if found["size"] != committed["size"]:
             raise BadCheckpoint(f"{name} has {found['size']} bytes, {committed['size']} were committed")

@@ -7,7 +7,7 @@ from typing import Any
 
 from spotune.contracts import exchange
 from spotune.contracts.errors import InputError, SpotuneError, StoreError
-from spotune.contracts.holds import reach
+from spotune.contracts.failpoints import failpoint
 from spotune.contracts.records import Commit
 from spotune.contracts.revisions import check_commit, record_history
 from spotune.guard import admission, adopt
@@ -55,7 +55,7 @@ class Restoring:
             admission.check_model(self._context.run, self._context.cache)
             self._adopt()
             found = self._fetch()
-            reach("restored")
+            failpoint("restored")
             self.ready = Ready(found, time.monotonic() - began)
             self._publish(self.ready)
         except (SpotuneError, OSError) as error:

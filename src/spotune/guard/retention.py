@@ -5,7 +5,7 @@ A commit that did not verify counts for nothing: it neither protects nor displac
 
 from collections.abc import Collection
 
-from spotune.contracts.holds import reach
+from spotune.contracts.failpoints import failpoint
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Commit
 from spotune.contracts.store import Store
@@ -61,7 +61,7 @@ class Retention:
 
     def _remove(self, key: str, step: int, attempt: int) -> None:
         self._store.delete([key])
-        reach("pruning")
+        failpoint("pruning")
         self._store.delete(self._store.keys(self._keys.checkpoint(step, attempt)))
 
     def _sweep(self) -> None:

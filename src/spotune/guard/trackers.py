@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from spotune.contracts.records import RunRecord
 from spotune.contracts.store import Store
 from spotune.contracts.trackers import wandb_mode
 from spotune.guard.say import say
+from spotune.guard.worker_command import worker_command
 
 REBUILD_S = 300
 
@@ -33,7 +33,7 @@ def rebuild_offline(store: Store, keys: Keys, run: RunRecord, environ: Mapping[s
         folder = Path(name)
         spec = {"run_id": run.run_id, "config": run.config, "logs": surviving_logs(store, keys)}
         (folder / "run.json").write_text(json.dumps(spec, default=str))
-        command = [sys.executable, "-P", "-m", "spotune.sft.wandb_rebuild", str(folder)]
+        command = worker_command(environ, "spotune.sft.wandb_rebuild", str(folder))
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=REBUILD_S, env=dict(environ))
             if done.returncode:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from spotune.contracts.errors import InputError, SpotuneError, StoreError
 from spotune.contracts.exchange import Job, Outcome
-from spotune.contracts.holds import reach
+from spotune.contracts.failpoints import failpoint
 from spotune.guard import admission
 from spotune.guard.budget import Wall, read_budget
 from spotune.guard.cadence import SPOT, STEADY, Inputs
@@ -174,7 +174,7 @@ class Watch:
 
     def _heed_notice(self) -> bool:
         """Asks for one more save if it fits into what is left; False when the ranks need not go on."""
-        reach("noticed")
+        failpoint("noticed")
         source, left_s = self.notices.source, self.notices.left_s
         self.journal.write("notice", source=source, grace_s=round(left_s, 1))
         if self.journal.progress.phase == "teardown":

@@ -16,7 +16,7 @@ import torch
 
 from spotune.contracts.events import EventLog
 from spotune.contracts.exchange import Staged, staged_path, write_json
-from spotune.contracts.holds import reach
+from spotune.contracts.failpoints import failpoint
 from spotune.sft.snapshot.arena import Arena, size_of
 from spotune.sft.snapshot.capture import Capture, capturing
 from spotune.sft.snapshot.writer import Writer
@@ -84,7 +84,7 @@ class Saver:
         staged = self._staged(trainer, checkpoint)
         if self.events:
             self.events.write("save", step=step, stall_s=round(self._clock() - began, 4))
-        reach("snapshot")
+        failpoint("snapshot")
         self._writer.submit(capture.pieces, partial(self._hand_over, staged, trainer.args.process_index))
 
     def settle(self) -> None:
@@ -109,7 +109,7 @@ class Saver:
 
     def _hand_over(self, staged: Staged, rank: int, facts: dict[Path, dict[str, Any]], write_s: float) -> None:
         """The writer's last act: from now on the guard may take the checkpoint."""
-        reach("written")
+        failpoint("written")
         files = {path.relative_to(staged.checkpoint).as_posix(): fact for path, fact in facts.items()}
         if self.events:
             size = sum(int(fact["size"]) for fact in files.values())

@@ -31,7 +31,7 @@ from spotune.contracts.exchange import (
     read_json,
     write_json,
 )
-from spotune.contracts.holds import reach
+from spotune.contracts.failpoints import failpoint
 from spotune.sft.faults import Stopped, outcome_of, print_traceback
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "spotune")
@@ -96,7 +96,7 @@ def _run(this: Rank) -> Outcome:
     from spotune.sft.result import save_result
 
     save_result(trainer, this.folder / OUTPUT, this.job)
-    reach("result-written")
+    failpoint("result-written")
     return Outcome("completed", trainer.state.global_step)
 
 

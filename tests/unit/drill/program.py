@@ -16,7 +16,7 @@ from pathlib import Path
 
 from spotune.contracts.events import EventLog
 from spotune.contracts.exits import PREEMPTED
-from spotune.contracts.holds import reach
+from spotune.contracts.failpoints import failpoint
 
 STEP_S = 0.02
 
@@ -33,7 +33,7 @@ def main(home: Path, steps: int) -> int:
     log = EventLog(bucket / f"events-{time.time_ns()}.jsonl")
     log.phase("load")
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], process_group=0)
-    reach("claimed")
+    failpoint("claimed")
     time.sleep(5 * STEP_S)
     kept = bucket / "step"
     done = int(kept.read_text()) if kept.exists() else 0
@@ -47,7 +47,7 @@ def main(home: Path, steps: int) -> int:
             part = bucket / f"part-{os.getpid()}"
             part.write_text(str(step))
             part.replace(kept)
-            reach("committed")
+            failpoint("committed")
             log.write("save", step=step)
         if told_to_leave:
             child.kill()

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from drill.contender import Account, Hold, Launch
 from drill.timeline import Pace
-from spotune.contracts.environment import HOLD_AT, HOLD_FILE
 
 PROGRAM = Path(__file__).with_name("program.py")
 STEPS = 12
@@ -27,7 +26,7 @@ class Stand:
             (folder / "fault").write_text(fault)
 
     def launch(self, disk: Path, hold: Hold | None) -> Launch:
-        held = {HOLD_AT: hold.at, HOLD_FILE: str(hold.file)} if hold else {}
+        held = hold.environ if hold else {}
         return Launch([sys.executable, str(PROGRAM), str(self.folder / "home"), str(STEPS)], {**os.environ, **held})
 
     def event_log(self, disk: Path, since: float) -> Path | None:

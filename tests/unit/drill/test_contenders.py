@@ -12,7 +12,7 @@ from drill.contender import Hold
 from drill.plainrun import PlainRun, plain_config
 from drill.servers import Bucket
 from drill.spotrun import SpotRun, run_id_of
-from spotune.contracts.environment import BUCKET, HOLD_AT, HOLD_FILE, HOME, RUN_ID
+from spotune.contracts.environment import BUCKET, FAILPOINT_DIR, FAILPOINTS, HOME, RUN_ID
 from spotune.contracts.errors import InputError
 from spotune.contracts.keys import Keys, check_run_id
 from spotune.contracts.records import AttemptRecord, Certificate
@@ -29,7 +29,7 @@ def test_the_same_command_on_every_machine() -> None:
     first, held = run.launch(Path("/d1"), None), run.launch(Path("/d2"), Hold("staged:2", Path("/h")))
     assert first.command == held.command == [sys.executable, "-m", "spotune.sft", "x.yaml", "--set", "max_steps=3"]
     assert first.environ == {"PATH": "/bin", HOME: "/d1", BUCKET: "file:///b", RUN_ID: "played"}
-    assert held.environ == {**first.environ, HOME: "/d2", HOLD_AT: "staged:2", HOLD_FILE: "/h"}
+    assert held.environ == {**first.environ, HOME: "/d2", FAILPOINTS: "staged:2", FAILPOINT_DIR: "/h"}
 
 
 def test_what_the_bucket_says_of_a_run(store: Store, bucket: str) -> None:

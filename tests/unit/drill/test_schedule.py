@@ -14,21 +14,21 @@ from drill.day import Day
 from drill.draw import BOUNDARY_RUNS, draw_boundaries, draw_random, for_plain, once_more
 from drill.schedule import BOUNDARIES, EXTRAS, FAULTS, STAGES, After, Boundary, Instant, Kill, Run
 from drill.trace import intervals, read_trace, trace_run
-from spotune.contracts import holds
+from spotune.contracts import failpoints
 from spotune.contracts.errors import InputError
 
 ROOT = Path(__file__).parents[3]
 
 
 def test_the_boundaries_are_those_of_the_protocol() -> None:
-    named = re.findall(r"(?m)^    ([a-z-]+) ", holds.__doc__ or "")
+    named = re.findall(r"(?m)^    ([a-z-]+) ", failpoints.__doc__ or "")
     assert tuple(named) == BOUNDARIES + EXTRAS
     assert sorted(name for run in BOUNDARY_RUNS for name in run) == sorted(BOUNDARIES)
 
 
 def test_every_boundary_is_reached_somewhere_in_the_product() -> None:
     source = "\n".join(path.read_text() for path in (ROOT / "src" / "spotune").rglob("*.py"))
-    assert set(re.findall(r'\breach\("([a-z-]+)"\)', source)) == set(BOUNDARIES + EXTRAS)
+    assert set(re.findall(r'\bfailpoint\("([a-z-]+)"\)', source)) == set(BOUNDARIES + EXTRAS)
 
 
 def draw(seed: int, count: int, per_run: int) -> list[Run]:

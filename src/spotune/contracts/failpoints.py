@@ -1,8 +1,9 @@
-"""Game days: hold a process at a named instant, so that a drill can take the machine away exactly there.
+"""Failpoints: named instants at which a test stops a process, to take the machine away or to change the world there.
 
-A drill sets ``SPOTUNE_HOLD_AT`` to ``NAME`` or ``NAME:N`` (the N-th time that this process comes by) and
-``SPOTUNE_HOLD_FILE`` to a path. The process that gets there writes the name to that file and stands still until it
-is killed. Without these two, ``reach`` does nothing. The names, in the order in which a run passes them:
+A test sets ``SPOTUNE_FAILPOINTS`` to names with commas between them, ``NAME`` or ``NAME:N`` (the N-th time that this
+process passes it), and ``SPOTUNE_FAILPOINT_DIR`` to a folder. The thread that gets there writes its process id to the
+file ``NAME`` in that folder, and goes on once that file is gone. Without these two, ``failpoint`` does nothing. The
+names, in the order in which a run passes them:
 
     claimed         the attempt has its number; nothing else has happened
     restoring       the first file of a checkpoint is here, the others are not
@@ -32,18 +33,26 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from spotune.contracts.environment import HOLD_AT, HOLD_FILE
+from spotune.contracts.environment import FAILPOINT_DIR, FAILPOINTS
 
+POLL_S = 0.02
 _passed: Counter[str] = Counter()
 
 
-def reach(name: str) -> None:
-    """Stands still for ever when a drill wants this process held here; else returns at once."""
-    wanted, _, count = os.environ.get(HOLD_AT, "").partition(":")
-    if wanted != name:
+def failpoint(name: str) -> None:
+    """Stops the calling thread while a test wants it held at ``name``; else returns at once."""
+    wanted = os.environ.get(FAILPOINTS)
+    if not wanted:
         return
     _passed[name] += 1
-    if _passed[name] == int(count or 1):
-        Path(os.environ[HOLD_FILE]).write_text(name)
-        while True:
-            time.sleep(3600)
+    if any(name == at and _passed[name] == int(count or 1) for at, _, count in _parse(wanted)):
+        file = Path(os.environ[FAILPOINT_DIR], name)
+        part = file.with_name(f".{name}.{os.getpid()}")
+        part.write_text(str(os.getpid()))
+        part.rename(file)
+        while file.exists():
+            time.sleep(POLL_S)
+
+
+def _parse(wanted: str) -> list[tuple[str, str, str]]:
+    return [one.strip().partition(":") for one in wanted.split(",")]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from spotune.contracts.config import load_config
-from tests.unit.architectures import PUBLISHED, ROOT, build_meta, kept_bytes_per_token_and_layer
+from tests.trainer.architectures import PUBLISHED, ROOT, build_meta, kept_bytes_per_token_and_layer
 
 RUNS = ROOT / "config" / "runs"
 FILES = sorted(RUNS.glob("*.yaml"))
