@@ -1,7 +1,7 @@
 """Worker processes for tests, forked from one that has imported TRL: 6 s of imports once, not once a process.
 
 The parent of all ("nursery") imports and computes nothing, so that a fork of it is as good as a fresh
-interpreter. ``python tests/ranks.py`` is its main program.
+interpreter. ``python -m tests.ranks`` is its main program.
 """
 
 import json
@@ -10,14 +10,14 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from spotune.contracts.exchange import JOB, OUTPUT, RESTORED, Job, outcome_path, read_json, write_json
+from tests.waiting import POLL_S, until
 
-DEADLINE_S = 90.0
+HELD = "held"  # a file in the exchange folder while the rank stands still
 
 
 class Nursery:
@@ -27,17 +27,23 @@ class Nursery:
         environ = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "1"}
         environ |= {"HF_HOME": str(home), "HF_DATASETS_CACHE": str(home / "datasets")}  # read when imported, for all
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ
+            [sys.executable, "-m", "tests.ranks"],
+            cwd=Path(__file__).parents[1],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environ,
         )
 
-    def start(self, folder: Path, *, log: str = "log", kind: str = "rank", **environ: str) -> int:
+    def start(self, folder: Path, *, log: str = "log", kind: str = "rank", hold: str = "", **environ: str) -> int:
         """Starts a rank in the exchange folder; kind ``fsdp``: with FSDP on the CPU (tests/fsdp_on_cpu.py).
 
-        With kind ``trl``: TRL's own script on ``folder/config.yaml``.
+        With kind ``trl``: TRL's own script on ``folder/config.yaml``. ``hold``: rank 0 stands still once it has written
+        an event with this text, until ``let_go``.
         """
         assert self._process.stdin
         assert self._process.stdout
-        order = {"folder": str(folder), "log": str(folder / log), "kind": kind, "environ": environ}
+        order = {"folder": str(folder), "log": str(folder / log), "kind": kind, "hold": hold, "environ": environ}
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         return int(self._process.stdout.readline())
@@ -69,23 +75,35 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def wait_for(path: Path, folder: Path, deadline_s: float = DEADLINE_S) -> Any:
+def wait_for(path: Path, folder: Path) -> Any:
     """The JSON of a file that is to appear."""
-    end = time.monotonic() + deadline_s
-    while not path.exists():
-        if time.monotonic() > end:
-            logs = "\n".join(log.read_text()[-3000:] for log in folder.glob("log*"))
-            raise AssertionError(f"{path.name} did not appear\n{logs}")
-        time.sleep(0.01)
+
+    def why() -> str:
+        logs = "\n".join(log.read_text()[-3000:] for log in folder.glob("log*"))
+        return f"{path.name} did not appear\n{logs}"
+
+    until(path.exists, why)
     return read_json(path)
+
+
+def wait_until_held(folder: Path) -> None:
+    """Returns when the rank that was started with ``hold`` stands still."""
+    until(
+        lambda: (folder / HELD).exists() or outcome_path(folder, 0).exists(),
+        lambda: f"never held\n{log_text(folder)[-3000:]}",
+    )
+    assert (folder / HELD).exists(), log_text(folder)[-3000:]
+
+
+def let_go(folder: Path) -> None:
+    (folder / HELD).unlink()
 
 
 def kill(pid: int) -> None:
     """As the kernel's out-of-memory killer does it; returns when the process is gone."""
     with suppress(ProcessLookupError):  # the other rank's end may have ended it
         os.kill(pid, signal.SIGKILL)
-    while Path(f"/proc/{pid}").exists():
-        time.sleep(0.005)
+    until(lambda: not Path(f"/proc/{pid}").exists())
 
 
 def make_folder(folder: Path, config: dict[str, Any], **job: Any) -> Path:
@@ -141,6 +159,26 @@ def _write_down_rows(folder: Path) -> None:
     SpotTrainer.training_step = watched
 
 
+def _hold_after(folder: Path, text: str) -> None:
+    """Has rank 0 stand still once, after it has written an event with this text."""
+    import time
+
+    from spotune.contracts.events import EventLog
+
+    write, held = EventLog.write, folder / HELD
+    waited: list[str] = []
+
+    def writing(self: Any, event: str, **fields: Any) -> None:
+        write(self, event, **fields)
+        if not waited and text in json.dumps({"event": event, **fields}):
+            waited.append(event)
+            held.touch()
+            while held.exists():
+                time.sleep(POLL_S)
+
+    EventLog.write = writing  # type: ignore[method-assign]
+
+
 def _child(order: dict[str, Any]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.environ.update(order["environ"])
@@ -165,6 +203,8 @@ def _child(order: dict[str, Any]) -> None:
         fsdp_on_cpu.apply()
     if order["kind"] == "watched":
         _write_down_rows(Path(order["folder"]))
+    if order["hold"]:
+        _hold_after(Path(order["folder"]), order["hold"])
     ignore_signals()
     work(["worker", order["folder"]])
 
@@ -193,5 +233,4 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))
     _serve()

@@ -4,11 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
+
+from tests.waiting import LIMIT_S, until
 
 RANK = """
 import os, sys, time
@@ -17,6 +18,9 @@ die_with_parent(os.environ, 0.1)
 def fork():
     if os.fork() == 0:
         open(f"{sys.argv[1]}/child-{os.getpid()}", "w").close()
+        while not os.path.exists(f"{sys.argv[1]}/asked"):
+            time.sleep(0.01)
+        open(f"{sys.argv[1]}/alive-{os.getpid()}", "w").close()
         time.sleep(300)
 fork()
 if "thread" in sys.argv:
@@ -46,23 +50,15 @@ os.kill(rank, signal.SIGKILL)
 
 
 def children_in(folder: Path, count: int) -> list[int]:
-    deadline = time.monotonic() + 300
-    while len(found := [int(path.name[6:]) for path in folder.glob("child-*")]) < count:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return found
+    until(lambda: len(list(folder.glob("child-*"))) >= count)
+    return [int(path.name[6:]) for path in folder.glob("child-*")]
 
 
-def gone(pid: int, seconds: float = 60) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-                return True
-        except psutil.NoSuchProcess:
-            return True
-        time.sleep(0.02)
-    return False
+def gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def test_what_a_rank_forks_dies_with_it(tmp_path: Path) -> None:
@@ -70,16 +66,17 @@ def test_what_a_rank_forks_dies_with_it(tmp_path: Path) -> None:
     (child,) = children_in(tmp_path, 1)
     rank.kill()
     rank.wait()
-    assert gone(child)
+    until(lambda: gone(child))
 
 
 def test_a_thread_that_ends_takes_nothing_along(tmp_path: Path) -> None:
     rank = subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path), "thread"])
     found = children_in(tmp_path, 2)
-    while not (tmp_path / "ready").exists():
-        time.sleep(0.02)
-    time.sleep(0.2)
-    assert all(not gone(pid, 0.05) for pid in found)
+    until((tmp_path / "ready").exists)  # the thread has ended by now
+    (tmp_path / "asked").touch()
+    for pid in found:
+        until(lambda pid=pid: (tmp_path / f"alive-{pid}").exists() or gone(pid))  # type: ignore[misc]
+    assert not any(gone(pid) for pid in found)
     for pid in (rank.pid, *found):
         os.kill(pid, signal.SIGKILL)
     rank.wait()
@@ -89,12 +86,12 @@ def test_one_that_is_killed_while_it_forks_leaves_nobody(tmp_path: Path) -> None
     rank = subprocess.Popen([sys.executable, "-c", KILLED_WHILE_FORKING, str(tmp_path)])
     (child,) = children_in(tmp_path, 1)
     rank.wait()
-    assert gone(child)
+    until(lambda: gone(child))
 
 
 @pytest.mark.parametrize("guard", ["1", "999999"])
 def test_a_guard_that_was_gone_before_the_rank_began(tmp_path: Path, guard: str) -> None:
     environ = {**os.environ, "SPOTUNE_GUARD_PID": guard}
-    rank = subprocess.run([sys.executable, "-c", RANK, str(tmp_path)], env=environ, timeout=60, check=False)
+    rank = subprocess.run([sys.executable, "-c", RANK, str(tmp_path)], env=environ, timeout=LIMIT_S, check=False)
     assert rank.returncode == -signal.SIGKILL
     assert not list(tmp_path.iterdir())

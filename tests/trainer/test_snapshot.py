@@ -81,10 +81,14 @@ def test_a_kind_that_our_writer_does_not_know_is_the_librarys(tmp_path: Path) ->
 def test_what_was_freed_is_not_taken_for_what_came_after(tmp_path: Path) -> None:
     """Python gives the address of a tensor that is gone to the next one: two files must not share it."""
     capture = Capture(Arena())
-    with capturing(capture, None):
-        for number in range(50):
-            torch.save({"t": torch.full((number + 1,), float(number))}, tmp_path / f"{number}.pt")
-            gc.collect()
+    gc.freeze()  # so that a collection looks at what was made here, and not at all that torch has brought
+    try:
+        with capturing(capture, None):
+            for number in range(50):
+                torch.save({"t": torch.full((number + 1,), float(number))}, tmp_path / f"{number}.pt")
+                gc.collect()
+    finally:
+        gc.unfreeze()
     write_all(capture)
     for number in range(50):
         found = torch.load(tmp_path / f"{number}.pt", weights_only=True)["t"]

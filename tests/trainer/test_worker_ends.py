@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 from spotune.contracts.exchange import CONTROL, RESTORED, outcome_path, write_json
 from tests import tiny
 from tests.ranks import Nursery, events, make_folder, restore
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -118,10 +118,7 @@ def test_deaf_to_signals_and_dead_with_its_guard(base: dict[str, Any], tmp_path:
     )
     assert guard.stdout
     rank = int(guard.stdout.readline())
-    deadline = time.monotonic() + 300
-    while not is_deaf(rank):  # from its first lines on, long before it has imported all
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: is_deaf(rank))  # from its first lines on, long before it has imported all
     os.kill(rank, signal.SIGTERM)
     wait_for_step(folder, 3)
     for process in (rank, *children(rank)):
@@ -132,10 +129,7 @@ def test_deaf_to_signals_and_dead_with_its_guard(base: dict[str, Any], tmp_path:
     assert not outcome_path(folder, 0).exists()
     guard.kill()
     guard.communicate()
-    deadline = time.monotonic() + 300
-    while is_running(rank):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: not is_running(rank))
 
 
 def is_deaf(pid: int) -> bool:
@@ -145,11 +139,8 @@ def is_deaf(pid: int) -> bool:
 
 
 def wait_for_step(folder: Path, step: int) -> None:
-    deadline = time.monotonic() + 300
-    while last_step(folder) < step:
-        assert time.monotonic() < deadline
-        assert not outcome_path(folder, 0).exists(), outcome_path(folder, 0).read_text()
-        time.sleep(0.05)
+    until(lambda: last_step(folder) >= step or outcome_path(folder, 0).exists())
+    assert last_step(folder) >= step, outcome_path(folder, 0).read_text()
 
 
 def last_step(folder: Path) -> int:

@@ -1,7 +1,6 @@
 """Kill a rank anywhere and resume from what was staged: the end is the same, bit for bit."""
 
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,12 @@ from tests.ranks import (
     events,
     free_port,
     kill,
+    let_go,
     make_folder,
     rank_environment,
     restore,
     wait_for,
+    wait_until_held,
     weights,
 )
 
@@ -92,20 +93,13 @@ def stop(folder: Path, save: int = 0) -> None:
     write_json(folder / CONTROL, {"stop": True, "save": save})
 
 
-def wait_for_text(folder: Path, text: str) -> None:
-    """Returns when an event with this text was written."""
-    log = folder / "events-0.jsonl"
-    while not log.exists() or text not in log.read_text():
-        assert not outcome_path(folder, 0).exists(), "too late"
-        time.sleep(0.002)
-
-
 def stop_and_resume(ranks: Nursery, config: dict[str, Any], place: Path, after: str, **job: Any) -> tuple[Path, Path]:
     """Stops a run when an event of this kind is seen, resumes it elsewhere; returns both folders."""
     stopped = make_folder(place / "stopped", config, **job)
-    ranks.start(stopped)
-    wait_for_text(stopped, after)
+    ranks.start(stopped, hold=after)
+    wait_until_held(stopped)
     stop(stopped)
+    let_go(stopped)
     outcome = wait_for(outcome_path(stopped, 0), stopped)
     assert outcome["how"] == "stopped", outcome
     resumed = hand_over(stopped, place / "resumed", config, outcome["step"], **job)
@@ -179,9 +173,11 @@ def test_two_ranks(ranks: Nursery, base: dict[str, Any], tmp_path: Path) -> None
     stopped = make_folder(tmp_path / "stopped", config, save_seconds=0.2)
     port = free_port()
     for rank in (0, 1):
-        ranks.start(stopped, log=f"log-{rank}", MASTER_PORT=port, **rank_environment(rank, 2))
-    wait_for_text(stopped, '"phase": "eval"')
+        hold = '"phase": "eval"' if rank == 0 else ""
+        ranks.start(stopped, log=f"log-{rank}", hold=hold, MASTER_PORT=port, **rank_environment(rank, 2))
+    wait_until_held(stopped)
     stop(stopped)
+    let_go(stopped)
     outcomes = [wait_for(outcome_path(stopped, rank), stopped) for rank in (0, 1)]
     assert outcomes[0] == outcomes[1]
     assert outcomes[0]["how"] == "stopped"
