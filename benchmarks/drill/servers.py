@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 BUCKET = "spotune"
+CHECKOUT = Path(__file__).parents[2]
 START_S = 60.0
 
 
@@ -19,11 +20,11 @@ def s3_server() -> Iterator[str]:
     """A moto S3 server with a bucket ``spotune``; yields its endpoint."""
     port = free_port()
     with _server("moto_server", "-H", "127.0.0.1", "-p", str(port), port=port):
-        import boto3
+        from botocore.session import get_session  # boto3 is not in the trainer's environment
 
         endpoint = f"http://127.0.0.1:{port}"
         keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
-        client = boto3.client("s3", endpoint_url=endpoint, **keys)
+        client = get_session().create_client("s3", endpoint_url=endpoint, **keys)
         client.create_bucket(Bucket=BUCKET)
         client.close()
         yield endpoint
@@ -101,7 +102,7 @@ def free_port() -> int:
 
 @contextmanager
 def _server(program: str, *words: str, port: int) -> Iterator[None]:
-    command = [str(Path(sys.executable).with_name(program)), *words]
+    command = [_program(program), *words]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + START_S
@@ -115,6 +116,12 @@ def _server(program: str, *words: str, port: int) -> Iterator[None]:
     finally:
         server.kill()
         server.wait()
+
+
+def _program(name: str) -> str:
+    """The program's path in this environment, else in the launcher's: the trainer's has no servers."""
+    beside, launcher = Path(sys.executable).with_name(name), CHECKOUT / ".venv" / "bin" / name
+    return str(beside if beside.exists() else launcher)
 
 
 def _listens(port: int) -> bool:
