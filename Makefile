@@ -1,8 +1,11 @@
 # Everything is a line or two over `spotune`, `sky` or pytest. `make setup` is part of every target that needs it.
 .DEFAULT_GOAL := help
 PYTHON ?= python3
+# Two environments: SkyPilot and the trainer's libraries want different versions of click, see docs/technology.md.
 VENV := .venv
+TRAIN_VENV := .venv-train
 BIN := $(VENV)/bin
+TRAIN_BIN := $(TRAIN_VENV)/bin
 # What a machine with its own build of torch (a CPU wheel, another CUDA) wants instead:  make setup TORCH='torch==2.13.0 --index-url …'
 TORCH ?= torch==2.13.0
 UV := uv==0.13.9
@@ -11,25 +14,44 @@ RUN ?=
 CLUSTER ?= dev
 ARGS ?=
 
-.PHONY: help setup demo demo-undisturbed test test-chaos lab lab-test lab-test-full lab-contract lab-down bench lint lock schema docs dev train queue logs cancel cost sky-dev sky-train sky-queue sky-down clean
+.PHONY: help setup setup-train demo demo-undisturbed test test-slow test-chaos lab lab-test lab-test-full lab-contract lab-down bench lint lock schema docs dev train queue logs cancel cost sky-dev sky-train sky-queue sky-down clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
 
-$(VENV)/.ready: requirements.lock requirements-gpu.lock pyproject.toml
+# $(call make-venv,FOLDER): an environment with uv in it. One that was left half made has no pip.
+define make-venv
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || { echo 'Python 3.11 or 3.12 is needed (make setup PYTHON=python3.11)' >&2; exit 2; }
-	@# An environment that was left half made has no pip.
-	$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV)
-	@# pip, not uv, for torch alone: pip also takes a wheel that lies on disk (find-links), and it brings the CUDA that fits.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --requirement requirements.lock
-	@# QLoRA's and Liger's kernels only where there is an NVIDIA GPU to run them.
-	if command -v nvidia-smi > /dev/null; then $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --no-deps --requirement requirements-gpu.lock; fi
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	$(1)/bin/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(1)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(UV)
+endef
+# $(call uv-install,FOLDER): installs what follows, byte-compiled.
+uv-install = $(1)/bin/uv pip install --quiet --python $(1)/bin/python --compile-bytecode
+
+$(VENV)/.ready: requirements-launcher.lock pyproject.toml
+	$(call make-venv,$(VENV))
+	$(call uv-install,$(VENV)) --requirement requirements-launcher.lock
+	$(call uv-install,$(VENV)) --no-deps --editable .
 	@touch $@
 
-setup: $(VENV)/.ready ## the environment, in .venv, from the lock
+$(TRAIN_VENV)/.ready: requirements-trainer.lock requirements-gpu.lock pyproject.toml
+	$(call make-venv,$(TRAIN_VENV))
+	@# pip, not uv, for torch alone: pip also takes a wheel that lies on disk (find-links), and it brings the CUDA that fits.
+	$(TRAIN_BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(call uv-install,$(TRAIN_VENV)) --requirement requirements-trainer.lock
+	@# QLoRA's and Liger's kernels only where there is an NVIDIA GPU to run them.
+	if command -v nvidia-smi > /dev/null; then $(call uv-install,$(TRAIN_VENV)) --no-deps --requirement requirements-gpu.lock; fi
+	$(call uv-install,$(TRAIN_VENV)) --no-deps --editable .
+	@touch $@
+
+# pytest for the trainer's tests. Machines that only train do not get it.
+$(TRAIN_VENV)/.ready-test: $(TRAIN_VENV)/.ready requirements-trainer-test.lock
+	$(call uv-install,$(TRAIN_VENV)) --no-deps --requirement requirements-trainer-test.lock
+	@touch $@
+
+setup: $(VENV)/.ready $(TRAIN_VENV)/.ready-test ## the environments, from the locks: .venv (launcher), .venv-train (trainer)
+
+setup-train: $(TRAIN_VENV)/.ready ## the trainer's environment alone: all that a machine that trains needs
 
 demo: setup ## the main job in miniature: dev run, preempted job, scores, cost report in .demo/
 	@$(BIN)/python examples/demo/demo.py
@@ -37,8 +59,15 @@ demo: setup ## the main job in miniature: dev run, preempted job, scores, cost r
 demo-undisturbed: setup ## the same job with nothing taken away: .demo/undisturbed.json
 	@$(BIN)/python examples/demo/demo.py --undisturbed
 
-test: setup ## all tests that need no cloud
-	@$(BIN)/python -m pytest
+PYTEST = -m pytest -n 2 --dist loadgroup
+
+test: setup ## the quick tests, in both environments; no cloud is needed
+	@$(BIN)/python $(PYTEST) -m 'not slow and not chaos and not lab' --ignore tests/trainer tests
+	@$(TRAIN_BIN)/python $(PYTEST) -m 'not slow and not chaos and not lab' tests/trainer
+
+test-slow: setup ## the slow tests, in both environments
+	@$(BIN)/python $(PYTEST) -m 'slow and not chaos and not lab' --ignore tests/trainer tests
+	@$(TRAIN_BIN)/python $(PYTEST) -m 'slow and not chaos and not lab' tests/trainer
 
 test-chaos: setup ## runs killed at every boundary and at 200 random instants; SPOTUNE_CHAOS_SEED=… for others
 	@$(BIN)/python -m pytest -m chaos -s tests/chaos
@@ -101,16 +130,23 @@ sky-down: setup ## CLUSTER=…: take a cluster down, with sky alone
 	@$(BIN)/sky down $(CLUSTER) $(ARGS)
 
 RESOLVE = $(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --no-header --no-annotate
+# torch comes by pip, and brings what it needs of CUDA.
+PINS = grep -vE '^(torch|triton|nvidia-|cuda-|setuptools|pip|\#)'
 
-lock: setup ## resolve anew what pyproject.toml asks for
-	$(RESOLVE) --extra launcher --extra trainer --extra dev \
-	  | grep -vE '^(torch|triton|nvidia-|cuda-|setuptools|pip|#)' > requirements.lock.new
-	mv requirements.lock.new requirements.lock
-	$(RESOLVE) --extra gpu --constraint requirements.lock | grep -E '^(bitsandbytes|liger-kernel)=' > requirements-gpu.lock.new
+lock: $(VENV)/.ready ## resolve anew what pyproject.toml asks for
+	$(RESOLVE) --extra launcher --extra dev | $(PINS) > requirements-launcher.lock.new
+	mv requirements-launcher.lock.new requirements-launcher.lock
+	$(RESOLVE) --extra trainer | $(PINS) > requirements-trainer.lock.new
+	mv requirements-trainer.lock.new requirements-trainer.lock
+	@# Under the trainer's lock, and without what is in it: a test tool changes no library that trains.
+	$(RESOLVE) --extra test --constraint requirements-trainer.lock | $(PINS) \
+	  | grep -vxFf requirements-trainer.lock > requirements-trainer-test.lock.new
+	mv requirements-trainer-test.lock.new requirements-trainer-test.lock
+	$(RESOLVE) --extra gpu --constraint requirements-trainer.lock | grep -E '^(bitsandbytes|liger-kernel)=' > requirements-gpu.lock.new
 	mv requirements-gpu.lock.new requirements-gpu.lock
 
-schema: setup ## the keys of a config, from the pinned TRL
-	$(BIN)/python -m spotune.sft.schema
+schema: setup-train ## the keys of a config, from the pinned TRL
+	$(TRAIN_BIN)/python -m spotune.sft.schema
 
 docs: setup ## docs/cli.md, from the commands' own help
 	$(BIN)/python docs/reference.py

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 BUCKET = "spotune"
-ROOT = Path(__file__).parents[2]
+CHECKOUT = Path(__file__).parents[2]
 START_S = 60.0
 
 
@@ -20,11 +20,11 @@ def s3_server() -> Iterator[str]:
     """A moto S3 server with a bucket ``spotune``; yields its endpoint."""
     port = free_port()
     with _server("moto_server", "-H", "127.0.0.1", "-p", str(port), port=port):
-        import botocore.session
+        from botocore.session import get_session  # boto3 is not in the trainer's environment
 
         endpoint = f"http://127.0.0.1:{port}"
         keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
-        client = botocore.session.get_session().create_client("s3", endpoint_url=endpoint, **keys)
+        client = get_session().create_client("s3", endpoint_url=endpoint, **keys)
         client.create_bucket(Bucket=BUCKET)
         client.close()
         yield endpoint
@@ -102,9 +102,7 @@ def free_port() -> int:
 
 @contextmanager
 def _server(program: str, *words: str, port: int) -> Iterator[None]:
-    # Beside this Python, or, where the trainer's runs, in the launcher's environment of the checkout.
-    places = (Path(sys.executable).with_name(program), ROOT / ".venv/bin" / program)
-    command = [str(next((place for place in places if place.exists()), places[0])), *words]
+    command = [_program(program), *words]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + START_S
@@ -118,6 +116,12 @@ def _server(program: str, *words: str, port: int) -> Iterator[None]:
     finally:
         server.kill()
         server.wait()
+
+
+def _program(name: str) -> str:
+    """The program's path in this environment, else in the launcher's: the trainer's has no servers."""
+    beside, launcher = Path(sys.executable).with_name(name), CHECKOUT / ".venv" / "bin" / name
+    return str(beside if beside.exists() else launcher)
 
 
 def _listens(port: int) -> bool:

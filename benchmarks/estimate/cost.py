@@ -45,7 +45,7 @@ def work_of(job: FineTune) -> Work:
     # Packed, a device batch is one row.
     row_length = config["per_device_train_batch_size"] * config["max_length"]
     tokens = tokens_of(config, job.config) * config["num_train_epochs"]
-    again = config["gradient_checkpointing"] or config.get("fsdp_config", {}).get("activation_checkpointing", False)
+    again = config["activation_checkpointing"] or config.get("fsdp_config", {}).get("activation_checkpointing", False)
     return Work(tokens, row_length, tokens * flops_per_token(job, row_length, again), float(said.group(1)))
 
 

@@ -88,7 +88,7 @@ def test_fsdp_is_version_2_with_its_own_checkpointing(tmp_path: Path) -> None:
     plugin = training.fsdp_plugin_args
     assert plugin["fsdp_version"] == 2
     assert plugin["activation_checkpointing"]
-    assert not training.gradient_checkpointing
+    assert not training.activation_checkpointing
     assert plugin["reshard_after_forward"]
     layers = {type(module).__name__ for module in build_meta(config["model_name_or_path"], 1).modules()}
     assert set(plugin["transformer_cls_names_to_wrap"].split(",")) <= layers
@@ -172,7 +172,7 @@ def memory_parts(config: dict[str, Any], folder: Path) -> dict[str, float]:
 def activations(config: dict[str, Any], shape: Any, kept_bytes: float) -> float:
     """Bytes kept for the backward pass; with checkpointing the layers' inputs, and all of the one being recomputed."""
     row = config["per_device_train_batch_size"] * config["max_length"]
-    recomputes = config["gradient_checkpointing"] or config.get("fsdp_config", {}).get("activation_checkpointing")
+    recomputes = config["activation_checkpointing"] or config.get("fsdp_config", {}).get("activation_checkpointing")
     if not recomputes:
         return float(shape.num_hidden_layers * row * kept_bytes)
     return float(row * (shape.num_hidden_layers * 2 * shape.hidden_size + kept_bytes))

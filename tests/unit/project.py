@@ -49,7 +49,7 @@ class Project:
 
     def make_checkout(self) -> None:
         """What a machine of SkyPilot's sets its environment up from, by name only."""
-        for name in ("tasks/setup.sh", "Makefile", "pyproject.toml", "requirements.lock", "src/spotune/__init__.py"):
+        for name in ("tasks/setup.sh", "Makefile", "pyproject.toml", "requirements-trainer.lock", "src/spotune/__init__.py"):
             self.write(name, "")
 
     def run(self, *arguments: str, input: str | None = None) -> click.testing.Result:

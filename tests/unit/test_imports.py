@@ -23,7 +23,7 @@ TRAINING = {
     "numpy",
     "huggingface_hub",
     "wandb",
-    "httpx",
+    "httpx2",
     "yaml",
 }
 # side -> spotune packages it may import, third-party modules it may import

@@ -20,14 +20,15 @@ PYTHON = """#!/bin/bash
 case "$1 $2" in
   "-c import jupyterlab"*) exit 1 ;;
   "-c "*) exec {real} -c "import sys; sys.version_info = {version}; exec(sys.argv[1])" "$2" ;;
-  "-m venv") rm -rf .venv; mkdir -p .venv/bin; cp "$0" .venv/bin/python; cp "{tools}/installer" .venv/bin/uv ;;
+  "-m venv") rm -rf "$4"; mkdir -p "$4/bin"; cp "$0" "$4/bin/python"; cp "{tools}/installer" "$4/bin/uv" ;;
 esac
 echo "python {version} $*" >> {log}
 """
 UV = """#!/bin/bash
 echo "uv $*" >> {log}
 [ "$1" = venv ] || exit 0
-mkdir -p .venv/bin; cp {tools}/python3.11 .venv/bin/python; cp {tools}/installer .venv/bin/uv
+for folder; do :; done
+mkdir -p "$folder/bin"; cp {tools}/python3.11 "$folder/bin/python"; cp {tools}/installer "$folder/bin/uv"
 """
 
 
@@ -38,7 +39,7 @@ class Machine:
         self.project, self.tools, self._log = folder / "sky_workdir", folder / "bin", folder / "log"
         self.tools.mkdir(parents=True)
         shutil.copytree(ROOT / "tasks", self.project / "tasks")
-        for name in ("Makefile", "requirements.lock", "requirements-gpu.lock", "pyproject.toml"):
+        for name in ("Makefile", "requirements-trainer.lock", "requirements-gpu.lock", "pyproject.toml"):
             shutil.copy(ROOT / name, self.project)
         for name in TOOLS:
             self.link(name)
@@ -71,7 +72,7 @@ class Machine:
 
     @property
     def is_ready(self) -> bool:
-        return (self.project / ".venv/.ready").is_file()
+        return (self.project / ".venv-train/.ready").is_file()
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -82,7 +83,7 @@ def test_on_skypilots_images(tmp_path: Path, task: str) -> None:
     machine.script("uv", UV)
     called = machine.setup(task)
     assert machine.is_ready
-    assert called.startswith("uv venv --quiet --seed --python 3.11 .venv\n")
+    assert called.startswith("uv venv --quiet --seed --python 3.11 .venv-train\n")
     assert "python (3, 11) -m pip install --quiet --disable-pip-version-check torch==" in called
     assert "(3, 10)" not in called
     assert "install" not in machine.setup(task).replace("jupyterlab", "")
@@ -92,7 +93,7 @@ def test_on_a_machine_with_a_python_that_will_do(tmp_path: Path) -> None:
     """Nothing is fetched from elsewhere than the package index."""
     machine = Machine(tmp_path, (3, 12))
     machine.link("make")
-    assert "python (3, 12) -m venv --clear .venv\n" in machine.setup("train.yaml")
+    assert "python (3, 12) -m venv --clear .venv-train\n" in machine.setup("train.yaml")
     assert machine.is_ready
 
 
@@ -101,7 +102,7 @@ def test_an_environment_that_was_left_half_made(tmp_path: Path, version: tuple[i
     machine = Machine(tmp_path, version)
     machine.link("make")
     machine.script("uv", UV)
-    half = machine.project / ".venv/bin/python"
+    half = machine.project / ".venv-train/bin/python"
     half.parent.mkdir(parents=True)
     half.write_text("#!/bin/bash\nexit 1\n")
     half.chmod(0o755)

@@ -8,8 +8,8 @@ from spotune.contracts.errors import InputError
 
 PYTHON = "SPOTUNE_PYTHON"  # an environment that is there already, so that nothing is set up
 KEEPER = "src/spotune/keeper"  # runs with the machine's own Python, before any setup
-SCRIPT = "tasks/setup.sh"  # of the shipped tasks' setup: make setup, and what machines lack for it
-_SETUP = (SCRIPT, "Makefile", "pyproject.toml", "requirements.lock", "src/spotune")
+SCRIPT = "tasks/setup.sh"  # of the shipped tasks' setup: make setup-train, and what machines lack for it
+_SETUP = (SCRIPT, "Makefile", "pyproject.toml", "requirements-trainer.lock", "src/spotune")
 
 
 def check_project(folder: Path, task: Mapping[str, Any], *more: str) -> None:

@@ -19,7 +19,7 @@ _NETWORK_NAMES = (
     *("OfflineModeIsEnabled", "LocalEntryNotFoundError", "ClientConnectorError", "EndpointConnectionError"),
     *("DistNetworkError", "DistBackendError", "DistStoreError", "AcceleratorError"),
 )
-_MEMORY_REMEDY = "lower per_device_train_batch_size or max_length, or set gradient_checkpointing: true"
+_MEMORY_REMEDY = "lower per_device_train_batch_size or max_length, or set activation_checkpointing: true"
 
 
 class Stopped(Exception):

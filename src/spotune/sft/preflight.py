@@ -148,8 +148,8 @@ def _check_hub(name: str, revision: str, where: str) -> None:
 
 
 def _transport_error() -> type[Exception]:
-    if importlib.util.find_spec("httpx"):
-        import httpx
+    if importlib.util.find_spec("httpx2"):
+        import httpx2
 
-        return httpx.TransportError
+        return httpx2.TransportError
     return OSError

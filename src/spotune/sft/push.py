@@ -25,14 +25,14 @@ TOKEN_REMEDY = "--secret HF_TOKEN, with a token that may write"
 
 def hub(request_s: float = REQUEST_S) -> Any:
     """The hub's client, which gives up on a request that takes too long. Raises SpotuneError when there is no way."""
-    import httpx
+    import httpx2
     from huggingface_hub import HfApi, constants, get_token, set_client_factory
 
     if constants.HF_HUB_OFFLINE:
         raise SpotuneError("the hub is offline here (HF_HUB_OFFLINE)")
     if not get_token():
         raise SpotuneError(f"no token for the hub ({TOKEN_REMEDY})")
-    set_client_factory(lambda: httpx.Client(follow_redirects=True, timeout=request_s))
+    set_client_factory(lambda: httpx2.Client(follow_redirects=True, timeout=request_s))
     return HfApi()
 
 
@@ -47,14 +47,14 @@ def push(
 
     Raises SpotuneError when the hub refuses, or stays away.
     """
-    import httpx
+    import httpx2
 
     deadline = time.monotonic() + patience_s
     pauses = _pauses()
     while True:
         try:
             return _push_once(job, output, api)
-        except (OSError, RuntimeError, httpx.HTTPError) as error:
+        except (OSError, RuntimeError, httpx2.HTTPError) as error:
             status = _status_of(error)
             if status in REFUSALS:
                 raise SpotuneError(f"the hub refuses it, HTTP {status} ({TOKEN_REMEDY})") from error

@@ -73,10 +73,10 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
 
 
 def test_a_folder_that_no_machine_could_be_set_up_from_is_refused(project: Project) -> None:
-    (project.folder / "requirements.lock").unlink()
+    (project.folder / "requirements-trainer.lock").unlink()
     result = project.run("train", "run.yaml", "--infra", "aws", "--dryrun")
     assert result.exit_code == 2
-    assert result.stderr.endswith("has no requirements.lock (cd to a checkout of spotune)\n")
+    assert result.stderr.endswith("has no requirements-trainer.lock (cd to a checkout of spotune)\n")
 
 
 def _import_module(name: str) -> Any:

@@ -55,7 +55,7 @@ class Script:
         self.store, self.log = store, ""
         self.environ = {
             "SPOTUNE_BUCKET": store.url, "SPOTUNE_RUN_ID": "a-run", "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN,
-            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
         }  # fmt: skip
 
     def start(self, **environ: str) -> "subprocess.Popen[str]":

@@ -148,7 +148,7 @@ def run_task(config: str, run_id: str, cluster: Cluster, wish: "RunWish", worksp
     """A job that runs CONFIG on the cluster as a bare launch: its record is made there."""
     check_place(cluster.infra, wish, workspace)
     flags = [flag for pair in wish.overrides for flag in ("--set", pair)]
-    python = '"${SPOTUNE_PYTHON:-.venv/bin/python}"'
+    python = '"${SPOTUNE_PYTHON:-.venv-train/bin/python}"'
     command = f'exec {python} -m spotune.sft "$SPOTUNE_CONFIG" {shlex.join(flags)}'.rstrip()
     _, dev = load_task(workspace.cwd, DEV)
     check_project(workspace.cwd, fill_in(dev, wish.envs, Resources(), run_id))

@@ -110,7 +110,7 @@ def test_a_bucket_that_the_cluster_cannot_see(tmp_path: Path) -> None:
 
 def test_a_folder_that_no_machine_could_work_in(tmp_path: Path) -> None:
     elsewhere = Workspace.open({"SPOTUNE_HOME": str(tmp_path / "home")}, tmp_path)
-    lacks = "tasks/setup.sh, Makefile, pyproject.toml, requirements.lock, src/spotune"
+    lacks = "tasks/setup.sh, Makefile, pyproject.toml, requirements-trainer.lock, src/spotune"
     says = rf"is what the machine would get, and has no {lacks} \(cd to"
     with pytest.raises(InputError, match=says):
         dev.run_task("demo.yaml", "demo-1", cluster(), dev.RunWish(), elsewhere)
