@@ -70,7 +70,7 @@ test-slow: setup ## the slow tests, in both environments
 	@$(TRAIN_BIN)/python $(PYTEST) -m 'slow and not chaos and not lab' tests/trainer
 
 test-chaos: setup ## runs killed at every boundary and at 200 random instants; SPOTUNE_CHAOS_SEED=… for others
-	@$(BIN)/python -m pytest -m chaos -s tests/chaos
+	@$(TRAIN_BIN)/python -m pytest -m chaos -s tests/chaos
 
 lab: setup ## real SkyPilot on a real Slurm of two nodes, on this machine (Debian or Ubuntu, root)
 	@$(BIN)/python -m tests.lab.up --server
@@ -89,9 +89,9 @@ lab-down: setup ## the lab goes, without a trace
 
 bench: setup ## the figures in benchmarks/README.md but for game days; 20 minutes on an idle machine
 	$(BIN)/python benchmarks/startup.py
-	$(BIN)/python benchmarks/first_step.py
+	$(TRAIN_BIN)/python benchmarks/first_step.py
 	$(BIN)/python benchmarks/restore.py
-	$(BIN)/python benchmarks/saving.py --rounds 3
+	$(TRAIN_BIN)/python benchmarks/saving.py --rounds 3
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """From the command to the first step's end: spotune, with and without a checkpoint to restore, beside ``trl sft``.
 
-    python benchmarks/first_step.py [--rounds 5] [--megabytes 500]
+    .venv-train/bin/python benchmarks/first_step.py [--rounds 5] [--megabytes 500]
 
 ``trl sft`` is started as its users start it (the command ``trl``), and by its script alone. spotune is started as a
 task starts it; "restored" is a second attempt that first fetches a checkpoint of the given size. Wall seconds.

@@ -1,6 +1,8 @@
 """Game day: takes machines away from a run, anywhere, and scores what becomes of it.
 
-    python benchmarks/gameday.py CONFIG [--set k=v]... --schedule random:N | boundaries | trace:FILE[@SECONDS]
+    .venv-train/bin/python benchmarks/gameday.py CONFIG [--set k=v]... --schedule SCHEDULE
+
+SCHEDULE: random:N | boundaries | trace:FILE[@SECONDS]
 
 The run is made once undisturbed; then under the schedule, with the same command after every kill. SECONDS: how long
 an hour of the trace takes here (60). Exit code 1 when a run was not certified, or not bit-identical.

@@ -1,6 +1,6 @@
 """Plain ``trl sft`` with a clock: TRL's own script on a config, and a file with the time of each step's end.
 
-    python benchmarks/plain_trl.py CONFIG TIMES.jsonl
+    .venv-train/bin/python benchmarks/plain_trl.py CONFIG TIMES.jsonl
 
 Each line: ``{"t": epoch seconds, "event": "step" | "save" | "begin", "step": n}``. Nothing else is changed.
 """

@@ -1,6 +1,6 @@
 """What a save costs training: spotune beside Trainer's own saving, in turn, on the same model and data.
 
-    python benchmarks/saving.py [--parameters 200] [--rounds 2]
+    .venv-train/bin/python benchmarks/saving.py [--parameters 200] [--rounds 2]
 
 The cost of a save is counted whole: from its step's end to the next save, all steps together, minus what as many
 undisturbed steps take (the median of the last steps before each save, when nothing is being written any more). So it

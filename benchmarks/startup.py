@@ -13,6 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from spotune.launch.trainer import find_trainer
+
 ROOT = Path(__file__).resolve().parent.parent
 SPOTUNE = str(Path(sys.executable).with_name("spotune"))
 COMMANDS = {
@@ -23,7 +25,7 @@ COMMANDS = {
     "spotune cost": [SPOTUNE, "cost"],
     "python -c 'import click'": [sys.executable, "-c", "import click"],
     "python -c 'import pydantic'": [sys.executable, "-c", "import pydantic; pydantic.BaseModel"],
-    "python -c 'from trl import SFTTrainer'": [sys.executable, "-c", "from trl import SFTTrainer"],
+    "python -c 'from trl import SFTTrainer'": [find_trainer(os.environ, ROOT), "-c", "from trl import SFTTrainer"],
     "python -c 'import sky'": [sys.executable, "-c", "import sky"],
 }
 

@@ -19,6 +19,7 @@ from spotune.contracts.environment import RunEnvironment
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Certificate
 from spotune.contracts.store import Store
+from spotune.launch.trainer import find_trainer
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -70,7 +71,7 @@ def spotune(*words: str) -> None:
 
 
 def score(model: Path) -> None:
-    call(sys.executable, "examples/demo/score.py", str(model))
+    call(find_trainer(os.environ, ROOT), "examples/demo/score.py", str(model))
 
 
 def train(name: str, flags: list[str]) -> str:

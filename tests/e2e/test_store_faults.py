@@ -10,13 +10,13 @@ from pathlib import Path
 from threading import Event
 
 import pytest
-from click.testing import CliRunner
 
 from spotune.cli import main
 from spotune.contracts.errors import InputError, StoreError
 from spotune.contracts.store import Patience, Store, connection
 from spotune.contracts.store.faults import GaveUp
 from spotune.contracts.store.objects import RANGE_BYTES
+from tests.commands import cli_runner
 from tests.conftest import reach
 from tests.faultproxy import FaultProxy, Plan
 
@@ -162,7 +162,7 @@ def test_who_waits_at_a_terminal_is_told_so_once(
     monkeypatch.setenv("SPOTUNE_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     proxy.plan = Plan(delay=1.0, delay_s=1.0)
-    result = CliRunner(mix_stderr=False).invoke(main, ["queue", "-a"])
+    result = cli_runner().invoke(main, ["queue", "-a"])
     assert result.exit_code == 0
     told = [line for line in result.stderr.splitlines() if "no answer" in line]
     assert told == [f"{url}: no answer for 0.2 s; asked again for up to 60 s"]

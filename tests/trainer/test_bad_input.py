@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner
 
 from spotune.cli import main as cli
 from spotune.contracts.environment import RunEnvironment
@@ -22,6 +21,7 @@ from spotune.guard.admission import Request
 from spotune.guard.main import main as script
 from spotune.guard.notices import Notices
 from spotune.guard.record import read_or_create_run
+from tests.commands import cli_runner
 from tests.ranks import Nursery, make_folder
 from tests.tiny import make_model, rows, write_jsonl
 
@@ -304,7 +304,7 @@ def expect_refusal(door: str, arguments: list[str], line: str, monkeypatch: pyte
         code = script(arguments)
         out, err = capsys.readouterr()
     else:
-        result = CliRunner(mix_stderr=False).invoke(cli, ["train", "--infra", "local", "-y", "-d", *arguments])
+        result = cli_runner().invoke(cli, ["train", "--infra", "local", "-y", "-d", *arguments])
         code, out, err = result.exit_code, result.stdout, result.stderr
     assert (code, out) == (2, ""), err
     assert re.fullmatch(line, err.rstrip("\n")), err

@@ -11,6 +11,7 @@ from spotune.cli import main
 from spotune.contracts.store import Store
 from spotune.launch import infra
 from spotune.launch.workspace import Workspace
+from tests.commands import cli_runner
 from tests.unit.fake_infra import FakeInfra
 
 CONFIG = """\
@@ -49,11 +50,17 @@ class Project:
 
     def make_checkout(self) -> None:
         """What a machine of SkyPilot's sets its environment up from, by name only."""
-        for name in ("tasks/setup.sh", "Makefile", "pyproject.toml", "requirements-trainer.lock", "src/spotune/__init__.py"):
+        for name in (
+            "tasks/setup.sh",
+            "Makefile",
+            "pyproject.toml",
+            "requirements-trainer.lock",
+            "src/spotune/__init__.py",
+        ):
             self.write(name, "")
 
     def run(self, *arguments: str, input: str | None = None) -> click.testing.Result:
-        return click.testing.CliRunner(mix_stderr=False).invoke(main, arguments, input=input, prog_name="spotune")
+        return cli_runner().invoke(main, arguments, input=input, prog_name="spotune")
 
     def submit(self, name: str = "run-a", *arguments: str) -> str:
         result = self.run("train", "run.yaml", "--name", name, "-y", "-d", *arguments)

@@ -23,6 +23,7 @@ from spotune.launch.local.gpus import find_gpus
 from spotune.launch.preemptions import read_preemptions
 from spotune.launch.prices import Offers, local_prices
 from spotune.launch.task import Demand, Resources, demand_of, env_pairs, fill_in, load_task
+from spotune.launch.trainer import trainer_of
 from spotune.launch.workspace import Workspace
 
 PRIORITIES = (-1000, 1000)
@@ -92,7 +93,9 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
     demand = _check_demand(demand_of(task, task_path), wish, infra, task_path)
     secrets = secrets_of(wish.secrets, workspace.environ)
     now = clock()
-    if backend != LOCAL:
+    if backend == LOCAL:
+        trainer_of(task, workspace.environ, workspace.cwd)
+    else:
         from spotune.launch.skypilot.sent import check_sent
 
         check_sent(config, files, wish.config_path, workspace.cwd, task, infra)

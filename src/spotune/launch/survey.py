@@ -1,13 +1,12 @@
 """What ``spotune check`` says: of a config, or of this machine and project."""
 
 from collections.abc import Iterable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from spotune.contracts.basemodel import model_files, model_sha256
 from spotune.contracts.config import load_config, read_yaml
-from spotune.contracts.errors import InfraError
+from spotune.contracts.errors import InfraError, InputError
 from spotune.contracts.fingerprint import data_files, data_sha256
 from spotune.contracts.keys import RUNS
 from spotune.contracts.records import fingerprint
@@ -15,6 +14,7 @@ from spotune.launch.checks import check_model
 from spotune.launch.infra import LOCAL, infra_of, spell
 from spotune.launch.local.gpus import find_gpus
 from spotune.launch.task import load_task
+from spotune.launch.trainer import find_trainer
 from spotune.launch.workspace import Workspace
 
 
@@ -55,8 +55,16 @@ def survey_machine(workspace: Workspace) -> dict[str, Any]:
         "infra": workspace.settings.infra,
         "gpus": [gpu.name for gpu in gpus],
         "slots": workspace.settings.local.slots or len(gpus) or 1,
-        "trainer": "installed" if find_spec("trl") and find_spec("torch") else "not installed here",
+        "trainer": _trainer(workspace),
     }
+
+
+def _trainer(workspace: Workspace) -> str:
+    """The trainer's Python, or why there is none."""
+    try:
+        return find_trainer(workspace.environ, workspace.cwd)
+    except InputError as error:
+        return f"missing: {error}"
 
 
 def survey_place(workspace: Workspace, infra: str = "") -> dict[str, Any]:

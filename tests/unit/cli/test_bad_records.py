@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from spotune.cli import main
 from spotune.contracts.errors import StoreError
 from spotune.contracts.keys import Keys
 from spotune.contracts.store import Store
+from tests.commands import cli_runner
 from tests.unit.cost.cases import RUN_ID, three_attempts
 from tests.unit.cost.test_read import write
 
@@ -28,7 +29,7 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 
 def spotune(*arguments: str) -> Result:
-    return CliRunner(mix_stderr=False).invoke(main, arguments)
+    return cli_runner().invoke(main, arguments)
 
 
 def copy(store: Store) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from spotune.cli import main
 from spotune.launch.skypilot import joblog
+from tests.commands import cli_runner
 from tests.unit.launch.skypilot.fake_sky import FakeSky, sky
 
 __all__ = ["sky"]
@@ -26,7 +27,7 @@ def dev_run(sky: FakeSky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
     monkeypatch.setattr("spotune.launch.skypilot.booking.book_names", lambda *_: None)
 
     def run(*words: str) -> click.testing.Result:
-        return click.testing.CliRunner(mix_stderr=False).invoke(main, ["dev", "run", CONFIG, *words])
+        return cli_runner().invoke(main, ["dev", "run", CONFIG, *words])
 
     return run
 

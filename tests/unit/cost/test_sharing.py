@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +20,7 @@ from spotune.contracts.store import Store
 from spotune.cost.clusters import charged, cluster_rows, flat_rows, idle_of
 from spotune.cost.clustertable import clusters_text
 from spotune.cost.sharing import Use, home_of, part_of, price_of_part, split, split_all
+from tests.commands import cli_runner
 from tests.unit.cost.cases import T, claim, event, phase, run, step
 from tests.unit.cost.test_groups import attempt
 
@@ -151,13 +151,13 @@ def test_no_dollar_is_counted_twice() -> None:
 
 
 def focus(*arguments: str) -> list[dict[str, str]]:
-    result = CliRunner(mix_stderr=False).invoke(main, ["cost", *arguments, "--format", "focus"])
+    result = cli_runner().invoke(main, ["cost", *arguments, "--format", "focus"])
     assert result.exit_code == 0, result.output
     return list(csv.DictReader(io.StringIO(result.stdout)))
 
 
 def cost(*arguments: str) -> Any:
-    result = CliRunner(mix_stderr=False).invoke(main, ["cost", *arguments, "--format", "json"])
+    result = cli_runner().invoke(main, ["cost", *arguments, "--format", "json"])
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 

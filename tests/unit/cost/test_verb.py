@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from spotune.cli import main
 from spotune.contracts.store import Store
 from spotune.cost.ledger import bills_due, build_accounts, write_bills
+from tests.commands import cli_runner
 from tests.unit.cost.cases import RUN_ID, T, three_attempts
 from tests.unit.cost.test_read import write
 
@@ -28,7 +29,7 @@ def bill(store: Store) -> None:
 
 
 def cost(*arguments: str) -> Result:
-    return CliRunner(mix_stderr=False).invoke(main, ["cost", *arguments])
+    return cli_runner().invoke(main, ["cost", *arguments])
 
 
 def test_a_run_as_json_and_page(bucket: Store, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from spotune.launch.local.machine import REGION, check_kept, keep_environment
 from spotune.launch.local.queue import Queue
 from spotune.launch.local.rows import Job
 from spotune.launch.task import demand_of
+from spotune.launch.trainer import trainer_of
 
 POLL_S = 0.1
 START_S = 2.0
@@ -62,12 +63,14 @@ class LocalInfra:
         if gpus and demand.gpus > slots:
             remedy = f"--gpus {gpus[0].name}:{slots}"
             raise InputError("--gpus", f"{demand.gpu}:{demand.gpus} on a machine with {slots}", remedy=remedy)
+        python = trainer_of(submission.task, self._environ, Path(submission.workdir))
         self._queue.note("slots", slots)
         self._queue.note("gpus", [vars(gpu) for gpu in gpus])
         bucket = submission.task.get("envs", {}).get(environment.BUCKET) or f"file://{self.layout.home}/bucket"
         kept, now, is_added = self.layout.environment(submission.run_id), self._clock(), False
         try:
-            self._queue.add(submission, bucket, lambda: keep_environment(kept, self._environ, submission.secrets), now)
+            keep = lambda: keep_environment(kept, self._environ, submission.secrets, python)  # noqa: E731
+            self._queue.add(submission, bucket, keep, now)
             is_added = True
             self._wake()
         except BaseException as error:
@@ -94,6 +97,7 @@ class LocalInfra:
         check_secrets(run_id, job.secrets, self._environ)
         if job.task:  # else nobody knows its folder, and when it is started it says why
             check_folder(run_id, job.workdir)
+            trainer_of(job.task, self._environ, Path(job.workdir))
         check_kept(self.layout.environment(run_id))
 
     def workdir(self, run_id: str) -> str:
@@ -103,7 +107,8 @@ class LocalInfra:
         job = self._job(run_id)
         self.check_resumable(run_id)
         secrets = {name: self._environ[name] for name in job.secrets}
-        keep_environment(self.layout.environment(run_id), self._environ, secrets)
+        python = trainer_of(job.task, self._environ, Path(job.workdir))
+        keep_environment(self.layout.environment(run_id), self._environ, secrets, python)
         self._queue.requeue(run_id)
         self._wake()
 

@@ -23,14 +23,18 @@ _NOT_INHERITED = ("SKYPILOT_", "SPOTUNE_", "SLURM_")
 _INHERITED = (environment.NUM_PROCESSES, "SPOTUNE_USER")
 
 
-def keep_environment(path: Path, environ: Mapping[str, str], secrets: Mapping[str, str]) -> None:
+def keep_environment(path: Path, environ: Mapping[str, str], secrets: Mapping[str, str], python: str = "") -> None:
     """Keeps what a job gets from its submitter's shell, for its owner's eyes only, until the job ends.
+
+    ``python``: the trainer's Python, which the job finds as ``SPOTUNE_PYTHON``.
 
     Like any local process, a local job sees the environment of the shell that started it. It has to outlive
     the supervisor, so it is on disk (0600); the queue's database and the bucket never see it.
     Raises InputError where it cannot be written.
     """
     kept = {name: value for name, value in environ.items() if name in _INHERITED or not name.startswith(_NOT_INHERITED)}
+    if python:
+        kept[environment.PYTHON] = python
     with _writing(path):
         part = path.with_name(f".{path.name}.{os.getpid()}")
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -71,9 +75,9 @@ def machine_environment(layout: Layout, job: Job, attempt: Attempt, devices: Seq
     gpus = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
     kept: dict[str, dict[str, str]] = read_json(layout.environment(job.run_id)) or {}
     return {
+        environment.PYTHON: sys.executable,  # for jobs of versions that had one environment
         **kept.get("environ", {}),
         "PYTHONUNBUFFERED": "1",
-        environment.PYTHON: sys.executable,
         environment.ATTEMPT: str(attempt.attempt),
         **job.task.get("envs", {}),
         **kept.get("secrets", {}),
