@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 
 from drill import servers
 from spotune.contracts.store import Store
+from tests.script import end_attempts
 
 pytest.register_assert_rewrite("tests.contract.infra_contract")  # no module of tests, but it asserts
 FOREIGN = ("SPOTUNE_", "SKYPILOT_", "SLURM_", "WANDB_")
@@ -33,6 +34,12 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # two threads of a tiny model wait for each other on a busy machine
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+
+
+@pytest.fixture(autouse=True)
+def no_attempt_outlives_its_test() -> Iterator[None]:
+    yield
+    end_attempts()
 
 
 @pytest.fixture(scope="session")

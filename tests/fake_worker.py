@@ -9,9 +9,9 @@ took the same steps on the same data from the same model. What a test tells it, 
     DIR/load            while this file exists, the worker stays in the phase `load`
     DIR/fault           {"step": n, "how": h}: once, before step n: h is `kill` (SIGKILL to itself), `failed`, `retry`,
                         `bad_input` (an outcome), `raise` (exit code 1 without a word)
-    DIR/push            what the next pushes do: `hang`, or the text of an error; no file: they succeed
-    DIR/asked           written by the worker: a push has begun
-    DIR/hub.json        pushed results by name, in place of a hub
+    DIR/merge, push     what the next merges or pushes do: `hang`, or the text of an error; no file: they succeed
+    DIR/asked           written by the worker: a merge or push has begun
+    DIR/hub.json        in place of a hub: {repository: {"commits": [id], "files": [name]}}
 """
 
 from spotune.sft.lifeline import die_with_parent, ignore_signals
@@ -86,8 +86,11 @@ class Told:
         path.unlink()
         return str(told["how"])
 
-    def push(self) -> str:
-        return _read(self._folder / "push") if self._folder else ""
+    def extra(self, name: str) -> str:
+        """What a merge or push is to do; returns once that is not to hang."""
+        while (wanted := _read(self._folder / name) if self._folder else "") == "hang":
+            time.sleep(POLL_S)
+        return wanted
 
     def note(self, name: str) -> None:
         """Leaves an empty file for the test to see."""
@@ -338,30 +341,33 @@ def run_rank(folder: Path) -> int:
 def run_extra(name: str, folder: Path) -> int:
     """Merges (a copy with another name) or pushes (to a file of the test's folder); leaves the answer."""
     job, told = ExtraJob(**read_json(folder / EXTRAS)), Told(os.environ.get("FAKE_WORKER_DIR", ""))
-    if name == MERGE:
-        (folder / MERGED).mkdir(exist_ok=True)
-        for path in (folder / OUTPUT).glob("*.safetensors"):
-            (folder / MERGED / path.name).write_bytes(path.read_bytes())
-        answer = Answer(True, facts={"check": "the same as base and adapter"})
+    told.note("asked")
+    if error := told.extra(name):
+        answer = Answer(False, error)
     else:
-        told.note("asked")
-        while (wanted := told.push()) == "hang":
-            time.sleep(POLL_S)
-        answer = Answer(False, wanted) if wanted else Answer(True, facts=_push(told, job))
+        answer = Answer(True, facts=_merge(folder) if name == MERGE else _push(told, job, folder / OUTPUT))
     write_json(answer_path(folder, name), answer)
     return 0 if answer.done else 1
 
 
-def _push(told: Told, job: ExtraJob) -> dict[str, str]:
+def _merge(folder: Path) -> dict[str, str]:
+    (folder / MERGED).mkdir(exist_ok=True)
+    for path in (folder / OUTPUT).glob("*.safetensors"):
+        (folder / MERGED / "model.safetensors").write_bytes(path.read_bytes())
+    return {"check": "the same as base and adapter"}
+
+
+def _push(told: Told, job: ExtraJob, output: Path) -> dict[str, str]:
+    """As the hub has it: what is there already makes no second commit."""
     assert told.hub
-    held: dict[str, Any] = read_json(told.hub) or {}
-    repo = str(job.config.get("hub_model_id") or job.run_id)
-    oid = hashlib.sha1(job.weights_sha256.encode()).hexdigest()
-    commits = held.setdefault(repo, [])
-    if oid not in commits:
-        commits.append(oid)
-    write_json(told.hub, held)
-    return {"repo_id": repo, "oid": oid, "url": f"fake://{repo}"}
+    repos: dict[str, Any] = read_json(told.hub) or {}
+    name, oid = str(job.config.get("hub_model_id") or job.run_id), hashlib.sha1(job.weights_sha256.encode()).hexdigest()
+    repo = repos.setdefault(name, {"commits": [], "files": []})
+    if oid not in repo["commits"]:
+        repo["commits"].append(oid)
+        repo["files"] = sorted(path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file())
+        write_json(told.hub, repos)
+    return {"repo_id": name, "oid": oid, "url": f"fake://{name}"}
 
 
 def main(arguments: list[str]) -> int:

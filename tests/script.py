@@ -15,11 +15,21 @@ import yaml
 
 from drill.machine import command_of
 from spotune.contracts.environment import FAILPOINT_DIR, FAILPOINTS, GRACE_S, STATUS_FILE, WORKER
+from spotune.contracts.exchange import CONTROL, read_json
 from spotune.contracts.keys import Keys
 from spotune.contracts.store import Store
 from tests.waiting import LIMIT_S, ended, until
 
 FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
+_started: "list[subprocess.Popen[str]]" = []
+
+
+def end_attempts() -> None:
+    """Kills the attempts that a failed test has left; their workers die with them."""
+    while _started:
+        process = _started.pop()
+        process.kill()
+        process.wait()
 
 
 class Script:
@@ -56,7 +66,9 @@ class Script:
         command = [sys.executable, "-m", "spotune.sft", str(self.config), *flags]
         with open(self.log_file, "a") as log:
             known = {**os.environ, **self.environ, **held, **environ}
-            return subprocess.Popen(command, env=known, stdout=log, stderr=log, text=True)
+            process = subprocess.Popen(command, env=known, stdout=log, stderr=log, text=True)
+        _started.append(process)
+        return process
 
     def run(self, *flags: str, **environ: str) -> int:
         """One attempt to its end; returns its exit code."""
@@ -147,12 +159,37 @@ class FakeScript(Script):
     def allow_all(self) -> None:
         (self.told / "steps").unlink(missing_ok=True)
 
+    def allow_and_commit(self, process: "subprocess.Popen[str]", step: int) -> None:
+        """Lets an attempt take steps up to one that it saves; returns once that is committed.
+
+        Of two checkpoints that wait the guard uploads the newer one only: who wants both asks for them one by one.
+        """
+        self.allow(step)
+        self.until(lambda: (self.seen().get("committed_step") or 0) >= step, process)
+
     def start_and_stop_after(self, step: int, *flags: str, **environ: str) -> "subprocess.Popen[str]":
         """An attempt that has taken ``step`` steps of the run, and waits before the next one."""
         self.allow(step)
         process = self.start(*flags, **environ)
         self.wait_for_step(process, step)
         return process
+
+    def wait_until_told_to_stop(self, process: "subprocess.Popen[str]") -> None:
+        """Returns once the guard has asked its ranks to stop: the next step that they take is the last."""
+
+        def told() -> bool:
+            attempts = sorted((self.home / "work" / self.keys.run_id / "node-0").glob("[0-9]*"))
+            asked = read_json(attempts[-1] / CONTROL) if attempts else None
+            return bool(asked and asked["stop"])
+
+        self.until(told, process)
+
+    def notify_and_release(self, process: "subprocess.Popen[str]") -> int:
+        """A notice in the middle of a step, which is then let go; returns the exit code."""
+        self.notify(process)
+        self.wait_until_told_to_stop(process)
+        self.allow_all()
+        return ended(process)
 
     def workers(self, process: "subprocess.Popen[str]") -> list[psutil.Process]:
         """The ranks of an attempt."""
@@ -176,3 +213,10 @@ def fake_config(folder: Path, **changes: Any) -> Path:
     }
     (folder / "run.yaml").write_text(yaml.safe_dump({**config, **changes}))
     return folder / "run.yaml"
+
+
+def undisturbed_weights(config: Path, home: Path) -> str:
+    """The weights of a run with the fake worker to which nothing happens."""
+    script = FakeScript(f"file://{home}/bucket", "undisturbed", config, home)
+    assert script.run() == 0, script.log()
+    return script.weights

@@ -1,170 +1,226 @@
-"""Attempts of real training, killed and resumed through the script itself."""
+"""Attempts of one run, killed, noticed and resumed through the script itself, with a fake worker for training."""
 
-import os
 import signal
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from uuid import uuid4
 
-import psutil
 import pytest
-import yaml
 
-from drill.machine import command_of
-from tests.script import Script
-from tests.tiny import make_model, rows, write_jsonl
+from spotune.contracts.records import Mark
+from spotune.launch.local.processes import is_live
+from tests.script import FakeScript, fake_config, undisturbed_weights
+from tests.waiting import ended, until
 
 STEPS = 24
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with dropout, data, and a config that saves often; made once."""
-    folder = tmp_path_factory.mktemp("material")
-    make_model(folder / "model", dropout=0.1)
-    write_jsonl(folder / "data" / "train.jsonl", rows(400))
-    config = {
-        "model_name_or_path": str(folder / "model"),
-        "dataset_name": str(folder / "data"),
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 12,  # a step takes long enough to be hit
-        "learning_rate": 1e-3,
-        "packing": True,
-        "max_length": 64,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "logging_steps": 4,
-        "save_steps": 6,
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(config))
-    return folder
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fake_config(tmp_path_factory.mktemp("material"), max_steps=STEPS)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The weights that every disturbed run must end with."""
-    with pytest.MonkeyPatch.context() as patch:
-        home = tmp_path_factory.mktemp("undisturbed")
-        patch.setenv("SPOTUNE_HOME", str(home))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        script = Script(f"file://{home}/bucket", "undisturbed", material / "run.yaml")
-        assert script.run() == 0, script.log()
-        yield script.weights
+    return undisturbed_weights(config, tmp_path_factory.mktemp("undisturbed"))
 
 
 @pytest.fixture
-def script(bucket: str, material: Path) -> Script:
-    return Script(bucket, "killed", material / "run.yaml")
+def local_script(config: Path, tmp_path: Path) -> Callable[..., FakeScript]:
+    """Makes the script for a run in one local bucket; ``machine``: one with a disk of its own."""
+
+    def make(run_id: str, machine: str = "home") -> FakeScript:
+        return FakeScript(f"file://{tmp_path}/bucket", run_id, config, tmp_path / machine)
+
+    return make
 
 
-@pytest.fixture
-def local_script(material: Path, tmp_path: Path) -> Callable[[str], Script]:
-    return lambda run_id: Script(f"file://{tmp_path}/bucket", run_id, material / "run.yaml")
-
-
-def test_killed_and_noticed_it_ends_as_if_undisturbed(script: Script, undisturbed: str) -> None:
-    first = script.start()
-    script.wait_for_step(first, 8)
-    first.kill()  # no notice: the guard is gone, its worker must not outlive it
-    first.wait()
-    second = script.start()
-    script.wait_for_step(second, 13)
-    second.send_signal(signal.SIGTERM)
+def test_a_run_killed_and_noticed_ends_as_if_undisturbed(bucket: str, config: Path, undisturbed: str) -> None:
+    script = FakeScript(bucket, "killed", config)
+    first = script.start_and_stop_after(8)
+    script.until(lambda: script.commits, first)
+    (worker,) = script.workers(first)
+    first.kill()
+    ended(first)
+    until(lambda: not is_live(worker), "the worker outlives its guard")
+    second = script.start_and_stop_after(13)
+    script.notify(second)
     second.send_signal(signal.SIGTERM)  # preemption signals more than once
-    assert second.wait(300) == 75, script.log()
+    script.wait_until_told_to_stop(second)
+    script.allow_all()
+    assert ended(second) == 75, script.log()
+    assert "resumed from the checkpoint of step 6, attempt 1" in script.log()
     noticed = script.json(script.keys.progress)
-    assert noticed["phase"] == "preempted"
-    assert f"0002-{noticed['step']:08d}" in script.commits  # saved at the step's end, nothing to repeat
+    assert (noticed["phase"], noticed["step"]) == ("preempted", 14)
+    assert "0002-00000014" in script.commits  # saved at the end of the step: nothing is trained twice
     assert script.run() == 0, script.log()
+    assert "resumed from the checkpoint of step 14, attempt 2" in script.log()
     assert script.weights == undisturbed
     certificate = script.json(script.keys.completed)
     assert (certificate["attempt"], certificate["step"]) == (3, STEPS)
-    assert script.run() == 0  # certified already
-    assert len(script.store.folders(script.keys.attempts)) == 3
-    assert "torch" not in script.log().partition("is finished and certified")[2]
+    before = script.log()
+    assert script.run() == 0
+    assert script.log() == before + "[spotune] killed is finished and certified already\n"  # no worker was started
+    assert script.attempts == 3
 
 
 def test_a_damaged_checkpoint_is_passed_over(
-    local_script: Callable[[str], Script], undisturbed: str, tmp_path: Path
+    local_script: Callable[..., FakeScript], undisturbed: str, tmp_path: Path
 ) -> None:
     script = local_script("damaged")
+    script.allow(0)
     first = script.start()
+    script.allow_and_commit(first, 12)
+    script.allow(14)
     script.wait_for_step(first, 14)
-    first.send_signal(signal.SIGTERM)
-    assert first.wait(300) == 75
-    newest = max(script.commits)
-    step, attempt = int(newest[5:]), int(newest[:4])
-    victim = tmp_path / "bucket" / script.keys.checkpoint(step, attempt) / "optimizer.pt"
+    assert script.notify_and_release(first) == 75, script.log()
+    assert max(script.commits) == "0001-00000015"
+    victim = tmp_path / "bucket" / script.keys.checkpoint(15, 1) / "optimizer.pt"
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(bytes(data))
     assert script.run() == 0, script.log()
-    assert f"checkpoint rejected: step {step} of attempt 1: optimizer.pt" in script.log()
+    assert "checkpoint rejected: step 15 of attempt 1: optimizer.pt is not what was committed (sha256)" in script.log()
+    assert "resumed from the checkpoint of step 12, attempt 1" in script.log()
     assert script.weights == undisturbed
 
 
-def test_a_zombie_is_fenced_off(local_script: Callable[[str], Script], undisturbed: str) -> None:
-    script = local_script("zombie")
-    zombie = script.start()
-    script.wait_for_step(zombie, 8)
-    zombie.send_signal(signal.SIGSTOP)  # cut off, not dead: its worker goes on, and another machine is given the run
-    before = set(script.commits)
-    script.environ["SPOTUNE_HOME"] = os.environ["SPOTUNE_HOME"] + "-other"  # another machine
-    assert script.run() == 0, script.log()
-    zombie.send_signal(signal.SIGCONT)
-    assert zombie.wait(300) == 75
-    assert "fenced off" in script.log()
-    assert {name for name in script.commits if name.startswith("0001")} <= before
+def test_a_commit_comes_after_its_files_and_not_after_a_later_attempt(
+    local_script: Callable[..., FakeScript], undisturbed: str
+) -> None:
+    """A zombie: its machine was given up, but lives. It is held between its last file and its commit."""
+    script, other = local_script("zombie"), local_script("zombie", machine="other")
+    script.allow(6)
+    zombie = script.start(stop_at="staged,uploaded:2")
+    script.wait_at(zombie, "staged")
+    assert script.commits == []
+    assert script.store.keys(script.keys.checkpoints) == []
+    script.pass_on("staged")
+    script.allow_and_commit(zombie, 6)
+    script.allow(12)
+    script.wait_at(zombie, "uploaded")
+    uploaded = {key.rpartition("/")[2] for key in script.store.keys(script.keys.checkpoint(12, 1))}
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "model.safetensors"} <= uploaded
+    assert script.commits == ["0001-00000006"]
+    assert other.run() == 0, other.log()
+    assert "resumed from the checkpoint of step 6, attempt 1" in other.log()
+    commits = script.commits
+    script.pass_on("uploaded")
+    assert ended(zombie) == 75, script.log()
+    assert "attempt 1 of zombie is fenced off: attempt 2 has taken over" in script.log()
+    assert script.commits == commits
+    assert not script.store.exists(script.keys.failed)
     assert script.weights == undisturbed
 
 
-def test_two_faults_in_a_row_are_the_last(local_script: Callable[[str], Script]) -> None:
+def test_a_result_is_not_certified_after_a_later_attempt(
+    local_script: Callable[..., FakeScript], undisturbed: str
+) -> None:
+    script, other = local_script("late"), local_script("late", machine="other")
+    zombie = script.start(stop_at="result-read")
+    script.wait_at(zombie, "result-read")
+    assert not script.store.exists(script.keys.completed)
+    assert other.run() == 0, other.log()
+    certificate = script.store.read(script.keys.completed)
+    script.pass_on("result-read")
+    assert ended(zombie) == 75, script.log()
+    assert "attempt 1 of late is fenced off: attempt 2 has taken over" in script.log()
+    assert script.store.read(script.keys.completed) == certificate
+    assert script.json(script.keys.completed)["attempt"] == 2
+    assert script.weights == undisturbed
+
+
+def test_two_faults_in_a_row_are_the_last(local_script: Callable[..., FakeScript]) -> None:
     script = local_script("faulty")
     script.environ["SPOTUNE_SAVE_EVERY"] = "1000"  # so that nothing is committed
     for expected in (75, 1):
-        process = script.start()
-        script.wait_for_step(process, 1)
-        (worker,) = (
-            child for child in psutil.Process(process.pid).children() if "spotune.sft.worker" in command_of(child)
-        )
+        process = script.start_and_stop_after(1)
+        (worker,) = script.workers(process)
         worker.kill()
-        assert process.wait(300) == expected, script.log()
-    mark = script.json(script.keys.failed)
-    assert mark["exit_code"] == 1
-    assert "SIGKILL" in mark["reason"]
+        assert ended(process) == expected, script.log()
+    mark = Mark.from_bytes(script.store.read(script.keys.failed) or b"")
+    assert mark.exit_code == 1
+    assert "two attempts in a row failed and committed nothing: rank 0 was killed by SIGKILL" in mark.reason
     assert script.run() == 1  # until `resume`
-    assert len(script.store.folders(script.keys.attempts)) == 2
+    assert script.attempts == 2
 
 
-def _two_nodes(script: Script, home: Path) -> "list[subprocess.Popen[str]]":
-    """The guards of a two-machine job, both on this one: each with a home of its own."""
-    started = []
-    for node in (0, 1):
-        places = {
-            "SKYPILOT_NUM_NODES": "2",
-            "SKYPILOT_NODE_RANK": str(node),
-            "SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.1",
-        }
-        script.environ |= {**places, "SPOTUNE_HOME": f"{home}/node-{node}", "SPOTUNE_STATUS_FILE": ""}
-        if node == 0:
-            script.environ["SPOTUNE_STATUS_FILE"] = str(script.status)
-        started.append(script.start())
-    return started
+def test_a_commit_between_two_faults_makes_them_two_first_ones(
+    local_script: Callable[..., FakeScript], undisturbed: str
+) -> None:
+    script = local_script("faulty")
+    for step in (1, 8):
+        script.tell("fault", f'{{"step": {step}, "how": "raise"}}')
+        assert script.run() == 75, script.log()
+    assert "rank 0 ended with exit code 1 without a word" in script.log()
+    assert script.run() == 0, script.log()
+    assert script.weights == undisturbed
 
 
-def test_two_machines_are_one_attempt(local_script: Callable[[str], Script], tmp_path: Path) -> None:
-    script = local_script("pair")
-    first, second = _two_nodes(script, tmp_path)
-    script.wait_for_step(first, 8)
+@pytest.mark.parametrize(("how", "code"), [("failed", 1), ("bad_input", 2)])
+def test_what_a_rank_calls_final_is_final(local_script: Callable[..., FakeScript], how: str, code: int) -> None:
+    script = local_script("final")
+    script.tell("fault", f'{{"step": 3, "how": "{how}"}}')
+    assert script.run() == code, script.log()
+    mark = script.json(script.keys.failed)
+    assert (mark["exit_code"], mark["step"]) == (code, 2)
+    assert script.events(1)[-1]["reason"] == "failed"
+    assert script.run() == code
+    assert script.attempts == 1
+
+
+@pytest.fixture
+def pair(local_script: Callable[..., FakeScript]) -> Callable[[], tuple[FakeScript, FakeScript]]:
+    """Makes the scripts of a job on two machines, both of them this one."""
+
+    def make() -> tuple[FakeScript, FakeScript]:
+        run_id = f"pair-{uuid4().hex[:8]}"  # guards meet at a port that follows from it
+        nodes = local_script(run_id, machine=f"{run_id}-0"), local_script(run_id, machine=f"{run_id}-1")
+        for number, node in enumerate(nodes):
+            node.environ |= {
+                "SKYPILOT_NUM_NODES": "2",
+                "SKYPILOT_NODE_RANK": str(number),
+                "SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.1",
+                "FAKE_WORKER_DIR": str(nodes[0].told),
+            }
+        return nodes
+
+    return make
+
+
+def test_two_machines_are_one_attempt(pair: Callable[[], tuple[FakeScript, FakeScript]]) -> None:
+    leader, follower = pair()
+    leader.allow(8)
+    first, second = leader.start(), follower.start()
+    leader.wait_for_step(first, 8)
     second.send_signal(signal.SIGTERM)  # a notice to one machine of two ends in one commit by both
-    assert (first.wait(300), second.wait(300)) == (75, 75), script.log()
-    step = script.json(script.keys.progress)["step"]
-    commit = script.json(script.keys.commit(1, step))
+    leader.wait_for_text(first, "[spotune] SIGTERM on node 1: ")
+    leader.wait_until_told_to_stop(first)
+    leader.allow_all()
+    assert (ended(first), ended(second)) == (75, 75), leader.log() + follower.log()
+    assert leader.json(leader.keys.progress)["step"] == 9
+    commit = leader.json(leader.keys.commit(1, 9))
     assert commit["world_size"] == 2
     assert {"rng_state_0.pth", "rng_state_1.pth", "spotune.json", "spotune_1.json"} <= commit["files"].keys()
-    assert [node.wait(300) for node in _two_nodes(script, tmp_path)] == [0, 0], script.log()
-    other = local_script("pair-undisturbed")
-    assert [node.wait(300) for node in _two_nodes(other, tmp_path)] == [0, 0], other.log()
-    assert script.weights == other.weights
+    again = leader.start(), follower.start()
+    assert [ended(node) for node in again] == [0, 0], leader.log() + follower.log()
+    assert "resumed from the checkpoint of step 9, attempt 1" in leader.log()
+    others = pair()
+    whole = [node.start() for node in others]
+    assert [ended(node) for node in whole] == [0, 0], others[0].log()
+    assert leader.weights == others[0].weights
+
+
+def test_a_machine_that_is_gone_ends_the_attempt_of_both(pair: Callable[[], tuple[FakeScript, FakeScript]]) -> None:
+    leader, follower = pair()
+    leader.allow(8)
+    first, second = leader.start(), follower.start()
+    leader.wait_for_step(first, 8)
+    leader.until(lambda: leader.commits, first)
+    second.kill()
+    ended(second)
+    assert ended(first) == 75, leader.log()
+    leader.allow_all()
+    assert [ended(node) for node in (leader.start(), follower.start())] == [0, 0], leader.log() + follower.log()
+    assert "resumed from the checkpoint of step 6, attempt 1" in leader.log()

@@ -1,62 +1,139 @@
-"""A bucket that goes away or misbehaves while a run trains, and a local disk that is full: nothing is lost."""
+"""A bucket that goes away or misbehaves while a run trains: nothing is lost."""
 
 import os
-import re
-import resource
-import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
+from spotune.contracts.environment import PATIENCE
 from tests.conftest import reach
 from tests.faultproxy import FaultProxy, Plan
-from tests.script import Script
-from tests.tiny import make_model, rows, write_jsonl
+from tests.script import FakeScript, fake_config, undisturbed_weights
+from tests.waiting import ended
 
-STEPS = 60
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("material")
-    make_model(folder / "model", dropout=0.1)
-    write_jsonl(folder / "data" / "train.jsonl", rows(400))
-    config = {
-        "model_name_or_path": str(folder / "model"),
-        "dataset_name": str(folder / "data"),
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 12,
-        "packing": True,
-        "max_length": 64,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "save_steps": 3,
-    }
-    (folder / "full.yaml").write_text(yaml.safe_dump(config))
-    # Small files: what a request may take before it is given up grows with them.
-    config |= {"use_peft": True, "lora_r": 4, "lora_dropout": 0.1, "lora_target_modules": ["all-linear"]}
-    (folder / "lora.yaml").write_text(yaml.safe_dump(config))
-    return folder
+STEPS = 24
 
 
 @pytest.fixture(scope="module")
-def undisturbed(material: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The weights of each config without any fault."""
-    found = {}
-    with pytest.MonkeyPatch.context() as patch:
-        home = tmp_path_factory.mktemp("undisturbed")
-        for name, value in {"SPOTUNE_HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}.items():
-            patch.setenv(name, value)
-        for name in ("lora", "full"):
-            script = Script(f"file://{home}/bucket", name, material / f"{name}.yaml")
-            assert script.run() == 0, script.log()
-            found[name] = script.weights
-    return found
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fake_config(tmp_path_factory.mktemp("material"), max_steps=STEPS)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The weights that every disturbed run must end with."""
+    return undisturbed_weights(config, tmp_path_factory.mktemp("undisturbed"))
+
+
+class Folder:
+    """A local bucket that a test takes away and brings back, each at one instant."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._link = folder / "folder", folder / "bucket"
+        self._folder.mkdir()
+        self.url = f"file://{self._link}"
+        self.come_back()
+
+    def go_away(self) -> None:
+        """From now on every verb fails at once, with the error of a link to a name that is too long."""
+        self._point_to(Path("x" * 300))
+
+    def come_back(self) -> None:
+        self._point_to(self._folder)
+
+    def _point_to(self, target: Path) -> None:
+        new = self._link.with_name("new")
+        new.symlink_to(target)
+        new.replace(self._link)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path)
+
+
+@pytest.fixture
+def script(folder: Folder, config: Path) -> FakeScript:
+    return FakeScript(folder.url, "away", config)
+
+
+def start_without_bucket(script: FakeScript, folder: Folder) -> "subprocess.Popen[str]":
+    """An attempt with step 6 committed; its bucket goes away before anything of step 12 is uploaded."""
+    script.allow(0)
+    process = script.start(stop_at="staged:2")
+    script.allow_and_commit(process, 6)
+    script.allow(12)
+    script.wait_at(process, "staged")
+    assert script.commits == ["0001-00000006"]
+    folder.go_away()
+    script.pass_on("staged")
+    script.wait_for_text(process, "step 12 is not committed yet: ")
+    return process
+
+
+def test_training_goes_on_without_the_bucket(script: FakeScript, folder: Folder, undisturbed: str) -> None:
+    process = start_without_bucket(script, folder)
+    script.allow(17)
+    script.wait_for_step(process, 17)
+    folder.come_back()
+    script.allow_and_commit(process, 18)
+    script.allow_all()
+    assert ended(process) == 0, script.log()
+    assert script.weights == undisturbed
+
+
+def test_a_bucket_that_stays_away_ends_the_attempt_and_loses_nothing(
+    script: FakeScript, folder: Folder, undisturbed: str
+) -> None:
+    script.environ[PATIENCE] = "1s"
+    process = start_without_bucket(script, folder)
+    script.wait_until_told_to_stop(process)
+    script.allow_all()
+    assert ended(process) == 75, script.log()
+    line = "the last good step in the bucket is 6; step 13 is on this machine's disk, the next attempt here commits it"
+    assert line in script.log()
+    folder.come_back()
+    assert script.commits == ["0001-00000006"]
+    assert not script.store.exists(script.keys.failed)
+    assert script.run() == 0, script.log()
+    assert "step 13 was still on this machine's disk, and is committed now" in script.log()
+    assert "resumed from the checkpoint of step 13, attempt 2" in script.log()
+    assert script.weights == undisturbed
+
+
+def test_a_bucket_that_is_away_at_the_end_gets_the_result_once_it_is_back(
+    script: FakeScript, folder: Folder, undisturbed: str
+) -> None:
+    process = script.start(stop_at="result-uploaded")
+    script.wait_at(process, "result-uploaded")
+    folder.go_away()
+    script.pass_on("result-uploaded")
+    script.wait_for_text(process, "the result is not certified yet: ")
+    folder.come_back()
+    process.terminate()  # the pause before the next try ends with the notice
+    assert ended(process) == 0, script.log()
+    assert script.weights == undisturbed
+
+
+def test_a_bucket_that_stays_away_at_the_end_is_tried_again_by_the_next_attempt(
+    script: FakeScript, folder: Folder, undisturbed: str
+) -> None:
+    script.environ["SPOTUNE_GRACE_S"] = "0"
+    process = script.start(stop_at="result-uploaded")
+    script.wait_at(process, "result-uploaded")
+    folder.go_away()
+    script.pass_on("result-uploaded")
+    script.wait_for_text(process, "the result is not certified yet: ")
+    process.terminate()
+    assert ended(process) == 75, script.log()
+    assert f"; all {STEPS} steps are made, the result is not in the bucket" in script.log()
+    folder.come_back()
+    assert script.run() == 0, script.log()
+    assert script.json(script.keys.completed)["attempt"] == 2
+    assert script.weights == undisturbed
 
 
 @pytest.fixture
@@ -67,87 +144,34 @@ def proxy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         yield made
 
 
-@pytest.fixture
-def script(proxy: FaultProxy, material: Path, tmp_path: Path) -> Script:
-    return Script(f"s3://spotune/{tmp_path.name}-{time.time_ns()}", "away", material / "lora.yaml")
-
-
-def wait_for_text(script: Script, text: str, process: "subprocess.Popen[str]", seconds: float = 300.0) -> None:
-    deadline = time.monotonic() + seconds
-    while text not in script.log():
-        assert process.poll() is None, script.log()
-        assert time.monotonic() < deadline, script.log()
-        time.sleep(0.05)
-
-
-def test_training_goes_on_without_the_bucket(proxy: FaultProxy, script: Script, undisturbed: dict[str, str]) -> None:
-    script.environ["SPOTUNE_BUCKET_PATIENCE"] = "24s"  # one request holds out for a quarter of it
-    process = script.start()
-    script.wait_for_step(process, 4)
-    proxy.away = True
-    wait_for_text(script, "is not committed yet", process)
-    proxy.away = False
-    assert process.wait(300) == 0, script.log()
-    assert script.weights == undisturbed["lora"]
-
-
-def test_a_bucket_that_stays_away_ends_the_run_and_loses_nothing(
-    proxy: FaultProxy, script: Script, undisturbed: dict[str, str]
-) -> None:
-    script.environ["SPOTUNE_BUCKET_PATIENCE"] = "2s"
-    process = script.start()
-    script.wait_for_step(process, 6)
-    proxy.away = True
-    assert process.wait(300) == 75, script.log()
-    line = next(line for line in script.log().splitlines() if "the last good step in the bucket is" in line)
-    last, stranded = map(int, re.findall(r"in the bucket is (\d+); step (\d+) is on this machine's disk", line)[0])
-    assert last < stranded < STEPS
-    proxy.away = False
-    assert f"{max(script.commits)[5:]}" == f"{last:08d}"
-    assert script.run() == 0, script.log()
-    assert f"step {stranded} was still on this machine's disk, and is committed now" in script.log()
-    assert f"resumed from the checkpoint of step {stranded}, attempt 2" in script.log()
-    assert script.weights == undisturbed["lora"]
-
-
-def test_a_bucket_with_every_fault(proxy: FaultProxy, script: Script, undisturbed: dict[str, str]) -> None:
+@pytest.mark.slow
+def test_a_bucket_with_every_fault(proxy: FaultProxy, config: Path, undisturbed: str, tmp_path: Path) -> None:
+    script = FakeScript(f"s3://spotune/{tmp_path.name}-{time.time_ns()}", "faults", config)
     faults = {"error": 0.05, "reset": 0.05, "lost": 0.03, "truncate": 0.03, "flip": 0.02, "delay": 0.05, "delay_s": 0.3}
     at_the_door, inside = Plan(**faults), Plan(**faults, expired=0.03)  # credentials that never worked are bad input
 
-    def start() -> "subprocess.Popen[str]":
+    def start(step: int) -> "subprocess.Popen[str]":
         proxy.plan = at_the_door
+        script.allow(1)
         process = script.start()
         script.wait_for_step(process, 1)
         proxy.plan = inside
+        script.allow(step)
+        script.wait_for_step(process, step)
         return process
 
-    first = start()
-    script.wait_for_step(first, 9)
+    def commits_beyond(count: int) -> Callable[[], bool]:
+        return lambda: proxy.count("PUT", f"{script.keys.commits}/") > count
+
+    first = start(9)
+    script.until(commits_beyond(0), first)
     first.kill()
-    first.wait()
-    second = start()
-    script.wait_for_step(second, 20)
-    second.send_signal(signal.SIGTERM)
-    assert second.wait(300) == 75, script.log()
-    assert start().wait(300) == 0, script.log()
+    ended(first)
+    second = start(16)
+    assert script.notify_and_release(second) == 75, script.log()
+    third = start(18)
+    script.allow_all()
+    assert ended(third) == 0, script.log()
     proxy.plan = Plan()
-    assert script.weights == undisturbed["lora"]
+    assert script.weights == undisturbed
     assert {"error", "reset", "lost"} <= {name for name, count in proxy.dealt.items() if count}, proxy.dealt
-
-
-def test_a_full_local_disk_costs_checkpoints_not_the_run(
-    material: Path, tmp_path: Path, undisturbed: dict[str, str]
-) -> None:
-    """No file may become as large as the optimizer's: what a full disk says, to the one file that does not fit."""
-    script = Script(f"file://{tmp_path}/bucket", "full", material / "full.yaml")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    weights = (material / "model" / "model.safetensors").stat().st_size
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(weights * 1.2), before[1]))  # the optimizer's has twice as much
-    try:
-        process = script.start()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert process.wait(300) == 0, script.log()
-    assert "step 3 is not saved: [Errno 27] File too large" in script.log()
-    assert script.commits == []
-    assert script.weights == undisturbed["full"]
