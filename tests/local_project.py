@@ -12,7 +12,7 @@ import pytest
 from spotune.cli import main
 from spotune.contracts.environment import PYTHON, WORKER
 from spotune.contracts.exchange import CONTROL, read_json
-from spotune.contracts.keys import Keys
+from spotune.contracts.keys import Keys, commit_of
 from spotune.contracts.store import Store
 from spotune.launch.infra import ACTIVE
 from tests.local_machine import LocalMachine
@@ -99,6 +99,16 @@ class LocalProject:
             return any((read_json(control) or {}).get("stop") for control in controls)
 
         until(is_asked, lambda: self.machine.queue.job(run_id))
+
+    def wait_for_commit(self, run_id: str, step: int) -> None:
+        """Returns once the checkpoint of that step is in the bucket."""
+
+        def is_there() -> bool:
+            self.machine.wait()
+            found = [commit_of(key) for key in self.store.keys(Keys(run_id).commits)]
+            return any(commit and commit[1] == step for commit in found)
+
+        until(is_there, lambda: self.machine.queue.job(run_id))
 
     def end(self, run_id: str) -> dict[str, Any]:
         """Waits for the run's end; returns its row in the queue."""
