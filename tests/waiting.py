@@ -14,9 +14,9 @@ POLL_S = 0.02
 Found = TypeVar("Found")
 
 
-def until(look: Callable[[], Found], why: Callable[[], object] | object = "") -> Found:
+def until(look: Callable[[], Found], why: Callable[[], object] | object = "", limit_s: float = LIMIT_S) -> Found:
     """Returns the first true value of ``look``; raises AssertionError with ``why`` (or its value) after the limit."""
-    deadline = time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + limit_s
     while not (found := look()):
         if time.monotonic() > deadline:
             raise AssertionError(why() if callable(why) else why)

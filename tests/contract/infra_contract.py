@@ -18,10 +18,13 @@ from spotune.contracts.records import Mark
 from spotune.contracts.store import Store
 from spotune.launch.infra import ACTIVE, Infra, JobStatus, Submission
 from spotune.launch.status import certify
+from tests.waiting import LIMIT_S, POLL_S, until
 
 RUN = '"${SPOTUNE_BUCKET#file://}/runs/$SPOTUNE_RUN_ID"'
 CERTIFY = f'mkdir -p {RUN}/output && echo "{{}}" > {RUN}/output/completed.json'
-WAIT = "while :; do sleep 0.05; done"
+WAIT = "while :; do sleep 3600 & wait $!; done"  # a trap is heeded at once
+HOLD = "until [ -e go ]; do sleep 0.05; done"  # until the test lets it go
+NOW = "date +%s.%N"
 UP = f"echo up; touch {RUN}/up"
 HEEDS = f"trap 'echo told to go; touch {RUN}/told; exit 75' TERM; {UP}; {WAIT}"
 DEAF = f"trap '' TERM; {UP}; {WAIT}"
@@ -36,7 +39,10 @@ class Bench:
     Attributes:
         heeds, deaf: commands of a job that hears that its machine goes, and of one that does not.
         resources: of every job's task, beside its own.
-        poll_s: between two looks.
+        pause: what happens between two looks.
+        move: lets so many seconds pass for the engine, where its clock is the test's.
+        notice_s: long enough for any job that heeds it.
+        limit_s: of each wait.
         one_slot: one job at a time runs, the others wait for it.
         keeps_logs: of machines that have vanished too, and every line of them for those who follow.
         knows_setup: how long ``setup:`` took.
@@ -47,8 +53,10 @@ class Bench:
     infra: Infra
     store: Store
     workdir: str
-    patience_s: float = 60.0
-    poll_s: float = 0.03
+    pause: Callable[[], None] = lambda: time.sleep(POLL_S)
+    move: Callable[[float], None] = lambda seconds: None
+    notice_s: float = 15.0
+    limit_s: float = LIMIT_S
     heeds: str = HEEDS
     deaf: str = DEAF
     resources: dict[str, Any] = field(default_factory=lambda: {"use_spot": True})
@@ -90,12 +98,14 @@ class Bench:
 
     def until(self, what: Callable[[], Any]) -> Any:
         """Waits for something to be true; fails, saying how things stand, when it takes too long."""
-        deadline = time.monotonic() + self.patience_s
-        while time.monotonic() < deadline:
-            if found := what():
-                return found
-            time.sleep(self.poll_s)
-        return pytest.fail(f"waited {self.patience_s:g} s in vain; jobs: {self.infra.jobs()}")
+
+        def look() -> Any:
+            found = what()
+            if not found:
+                self.pause()
+            return found
+
+        return until(look, self.infra.jobs, self.limit_s)
 
     def end(self, run_id: str) -> JobStatus:
         """Waits for the engine's end, which comes after that of a certified run."""
@@ -163,16 +173,15 @@ class InfraContract:
     def test_priority_first_then_order_of_submission(self, bench: Bench) -> None:
         if not bench.one_slot:
             pytest.skip("more than one job at a time runs")
-        bench.submit("first", f"while [ ! -e go ]; do sleep 0.05; done; {CERTIFY}")
+        bench.submit("first", f"{HOLD}; {CERTIFY}")
         bench.until(lambda: bench.job("first").state == "RUNNING")
         for run_id, priority in (("low-1", 0), ("low-2", 0), ("high", 5), ("lowest", -5)):
             bench.submit(run_id, f"echo {run_id} >> order; {CERTIFY}", priority=priority)
         waiting = [job.run_id for job in bench.infra.jobs() if job.state == "PENDING"]
         assert waiting == ["high", "low-1", "low-2", "lowest"]
-        with open(f"{bench.workdir}/go", "w"):
-            bench.end("lowest")
-        with open(f"{bench.workdir}/order") as order:
-            assert order.read().split() == waiting
+        Path(bench.workdir, "go").touch()
+        bench.end("lowest")
+        assert Path(bench.workdir, "order").read_text().split() == waiting
 
     def test_a_pending_run_is_cancelled(self, bench: Bench) -> None:
         if not bench.one_slot:
@@ -197,7 +206,7 @@ class InfraContract:
     def test_preempted_with_notice(self, bench: Bench) -> None:
         bench.submit("run-a", f"{SECOND_TIME} [ $ended ] && {CERTIFY} && exit 0; {bench.heeds}")
         bench.comes_up("run-a")
-        bench.infra.preempt("run-a", 15)
+        bench.infra.preempt("run-a", bench.notice_s)
         job = bench.end("run-a")
         assert (job.state, job.recoveries) == ("SUCCEEDED", 1)
         assert (bench.run_folder("run-a") / "told").exists()
@@ -215,6 +224,7 @@ class InfraContract:
         bench.submit("run-a", f"{SECOND_TIME} [ $ended ] && {CERTIFY} && exit 0; {bench.deaf}")
         bench.comes_up("run-a")
         bench.infra.preempt("run-a", 1)
+        bench.move(1)
         assert bench.end("run-a").state == "SUCCEEDED"
         assert [row.end_reason for row in bench.infra.history("run-a")] == ["preempted", "exited"]
 
@@ -235,15 +245,17 @@ class InfraContract:
         assert bench.job("run-a").state == "SUCCEEDED"
 
     def test_history_has_a_row_for_each_machine(self, bench: Bench) -> None:
-        bench.submit("run-a", f"{SECOND_TIME} sleep 0.3; [ $ended ] || exit 75; {CERTIFY}", setup="sleep 0.2")
+        setup = f"mkdir -p {RUN}; {NOW} >> {RUN}/times; {NOW} >> {RUN}/times"
+        bench.submit("run-a", f"{SECOND_TIME} {NOW} >> {RUN}/times; [ $ended ] || exit 75; {CERTIFY}", setup=setup)
         bench.end("run-a")
         bench.until(lambda: all(row.ended_at for row in bench.infra.history("run-a")))
         first, second = bench.infra.history("run-a")
         assert first.ended_at
         assert second.ended_at
-        assert first.ended_at - first.started_at >= 0.5
+        times = [float(line) for line in (bench.run_folder("run-a") / "times").read_text().split()]
+        assert first.ended_at - first.started_at >= times[2] - times[0]
         assert first.ended_at <= second.started_at
-        assert first.setup_s >= 0.2 or not bench.knows_setup
+        assert first.setup_s >= times[1] - times[0] or not bench.knows_setup
         assert (first.exit_code, second.exit_code) == (75, 0)
         assert first.use_spot
 

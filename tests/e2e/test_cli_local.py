@@ -5,14 +5,16 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from spotune.launch.local.layout import Layout
+from spotune.launch.local.queue import Queue
 from tests.contract.infra_contract import CERTIFY, WAIT
-from tests.processes import end_processes_of, named, processes_of
+from tests.processes import end_processes_of, named
+from tests.waiting import LIMIT_S, until
 
 SPOTUNE = [sys.executable, "-c", "from spotune.cli import main; main()"]
 
@@ -40,11 +42,18 @@ class Shell:
 
     def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         command = [*SPOTUNE, *arguments]
-        return subprocess.run(command, cwd=self.folder, env=self.environ, capture_output=True, text=True, timeout=300)
+        return subprocess.run(
+            command, cwd=self.folder, env=self.environ, capture_output=True, text=True, timeout=LIMIT_S
+        )
 
     def state(self, run_id: str) -> str:
         rows = json.loads(self.run("queue", "--format", "json").stdout)
         return next(row["state"] for row in rows if row["run_id"] == run_id)
+
+    def queue_state(self, run_id: str) -> str:
+        """The same, without the start of a process."""
+        job = Queue(Layout(self.home).database).job(run_id)
+        return job.state if job else ""
 
 
 @pytest.fixture
@@ -59,9 +68,11 @@ def interrupt_after(process: "subprocess.Popen[str]", line: str) -> tuple[str, s
     assert process.stdout
     seen = ""
     while line not in seen:
-        seen += process.stdout.readline()
+        printed = process.stdout.readline()
+        assert printed, f"ended before it said {line}: {seen}"
+        seen += printed
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=LIMIT_S)
     return seen + out, err
 
 
@@ -81,9 +92,7 @@ def test_ctrl_c_detaches_from_a_job_and_cancel_stops_it(shell: Shell) -> None:
     out, err = interrupt_after(shell.start("train", "run.yaml", "-y", "--name", "run-a"), "up")
     assert "Traceback" not in out + err
     assert "spotune logs -f run-a" in err
-    deadline = time.monotonic() + 300  # the first line of the log may be there before the supervisor looks
-    while shell.state("run-a") == "STARTING" and time.monotonic() < deadline:
-        time.sleep(0.1)
+    until(lambda: shell.queue_state("run-a") != "STARTING")  # the log may be quicker than the supervisor
     assert shell.state("run-a") == "RUNNING"
     cancelled = shell.run("cancel", "run-a", "-y")
     assert (cancelled.returncode, cancelled.stderr) == (0, "")
@@ -98,12 +107,3 @@ def test_ctrl_c_stops_a_dev_run(shell: Shell) -> None:
     assert "Traceback" not in out + err
     assert shell.state("run-a") == "CANCELLED"
     assert named(shell.home, "bash", "sleep") == []
-
-
-def test_the_supervisor_leaves_when_there_is_nothing_to_do(shell: Shell) -> None:
-    shell.task(CERTIFY)
-    assert shell.run("train", "run.yaml", "-y").returncode == 0
-    deadline = time.monotonic() + 300
-    while processes_of(shell.home) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not processes_of(shell.home)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -58,8 +59,8 @@ def bench(lab: Layout, lab_environ: dict[str, str], tmp_path: Path) -> Iterator[
         SkyInfra(tmp_path / "home", lab_environ),
         Store(f"file://{shared}"),
         str(workdir),
-        patience_s=1500.0,  # three machines, on two cores that others use too
-        poll_s=3.0,
+        pause=partial(time.sleep, 3.0),
+        limit_s=1500.0,  # three machines, on two cores that others use too
         heeds=HEEDS,
         deaf=DEAF,
         resources={"cpus": "1", "memory": "1"},

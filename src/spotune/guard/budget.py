@@ -10,7 +10,7 @@ report will take (contracts/money.py).
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -66,14 +66,16 @@ class Budget:
 class Wall:
     """Looks at the budget while training runs; ``reached`` once it has said that training has to stop."""
 
-    def __init__(self, budget: Budget | None, journal: Journal, toll: Toll) -> None:
-        self._budget, self._journal, self._toll = budget, journal, toll
+    def __init__(
+        self, budget: Budget | None, journal: Journal, toll: Toll, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._budget, self._journal, self._toll, self._clock = budget, journal, toll, clock
         self._is_low_said = False
         self.reached = False
 
     def look(self) -> bool:
         """Whether to stop now, so that what stopping takes is paid for too; says once when the wall is near."""
-        budget, now = self._budget, time.time()
+        budget, now = self._budget, self._clock()
         if budget is None or self._journal.progress.phase == "teardown":  # all steps are made: the result is all
             return False
         if not self._is_low_said and budget.is_low(now):
@@ -89,7 +91,7 @@ class Wall:
     def reason(self, step: int) -> str:
         """For people: why the run stands still."""
         assert self._budget
-        spent = usd(self._budget.spent_usd(time.time()))
+        spent = usd(self._budget.spent_usd(self._clock()))
         return f"{str(self._budget).removeprefix('the ')} used up at step {step}: {spent} spent"
 
 

@@ -29,10 +29,21 @@ CANCEL_GRACE_S = 10.0
 
 
 class Supervisor:
-    """Runs the jobs of one SPOTUNE_HOME."""
+    """Runs the jobs of one SPOTUNE_HOME.
 
-    def __init__(self, layout: Layout, clock: Callable[[], float] = time.time) -> None:
-        self._layout, self._clock = layout, clock
+    Args:
+        start: starts a machine for an attempt.
+        log: takes one line for people.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        clock: Callable[[], float] = time.time,
+        start: Callable[..., "subprocess.Popen[bytes]"] = start_machine,
+        log: Callable[[str], None] = print,
+    ) -> None:
+        self._layout, self._clock, self._start_machine, self._log = layout, clock, start, log
         self._queue = Queue(layout.database)
         self._watcher = Watcher(layout, self._queue, clock)
         self._settler = Settler(layout, self._queue, clock)
@@ -130,7 +141,7 @@ class Supervisor:
         if not self._queue.start(attempt):
             return
         try:
-            child = start_machine(self._layout, job, attempt, [gpu.device for gpu in gpus])
+            child = self._start_machine(self._layout, job, attempt, [gpu.device for gpu in gpus])
             node = processes.Identity.of(child.pid)
         except OSError as error:  # the folder of submission is gone, or nothing can be started
             self._queue.update_attempt(attempt, ended_at=self._clock(), end_reason="lost")
@@ -156,22 +167,28 @@ class Supervisor:
             self._forget_secrets(job.run_id)
 
     def _say(self, job: Job, what: str) -> None:
-        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {job.run_id} {what}", flush=True)
+        self._log(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {job.run_id} {what}")
 
 
-def serve(layout: Layout, idle_s: float = IDLE_S) -> None:
+def serve(
+    layout: Layout,
+    idle_s: float = IDLE_S,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
     """Runs until there has been nothing to do for a while."""
     supervisor = Supervisor(layout)
     supervisor.forget_old_secrets()
-    last_active = time.monotonic()
-    while time.monotonic() - last_active < idle_s:
+    last_active = clock()
+    while clock() - last_active < idle_s:
         if supervisor.tick():
-            last_active = time.monotonic()
-        time.sleep(POLL_S)
+            last_active = clock()
+        sleep(POLL_S)
 
 
 def main(arguments: list[str]) -> None:
     """Serves one home as its only supervisor."""
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     signal.signal(signal.SIGTERM, _leave)
     layout = Layout(Path(arguments[0]))
     os.chdir(layout.root)
