@@ -14,7 +14,7 @@ RUN ?=
 CLUSTER ?= dev
 ARGS ?=
 
-.PHONY: help setup setup-train demo demo-undisturbed test test-slow test-chaos lab lab-test lab-test-full lab-contract lab-down bench lint lock schema docs dev train queue logs cancel cost sky-dev sky-train sky-queue sky-down clean
+.PHONY: help setup setup-train demo demo-undisturbed test test-slow test-stress test-chaos lab lab-test lab-test-full lab-contract lab-down bench lint lock schema docs dev train queue logs cancel cost sky-dev sky-train sky-queue sky-down clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -59,15 +59,20 @@ demo: setup ## the main job in miniature: dev run, preempted job, scores, cost r
 demo-undisturbed: setup ## the same job with nothing taken away: .demo/undisturbed.json
 	@$(BIN)/python examples/demo/demo.py --undisturbed
 
+# Each environment runs the tests that it can import, see tests/conftest.py; two processes share them.
 PYTEST = -m pytest -n 2 --dist loadgroup
 
 test: setup ## the quick tests, in both environments; no cloud is needed
-	@$(BIN)/python $(PYTEST) -m 'not slow and not chaos and not lab' --ignore tests/trainer tests
-	@$(TRAIN_BIN)/python $(PYTEST) -m 'not slow and not chaos and not lab' tests/trainer
+	@$(BIN)/python $(PYTEST) -m 'not slow and not chaos and not lab'
+	@$(TRAIN_BIN)/python $(PYTEST) -m 'not slow and not chaos and not lab'
 
-test-slow: setup ## the slow tests, in both environments
-	@$(BIN)/python $(PYTEST) -m 'slow and not chaos and not lab' --ignore tests/trainer tests
-	@$(TRAIN_BIN)/python $(PYTEST) -m 'slow and not chaos and not lab' tests/trainer
+test-slow: setup ## the slow tests, in both environments: whole runs of real training, real servers
+	@$(BIN)/python $(PYTEST) -m 'slow and not chaos and not lab'
+	@$(TRAIN_BIN)/python $(PYTEST) -m 'slow and not chaos and not lab'
+
+test-stress: setup ## `make test` beside stress-ng, each process of the tests stopped once for 5 s (needs Debian's stress-ng)
+	@$(BIN)/python -m tests.stress -- $(BIN)/python $(PYTEST) -m 'not slow and not chaos and not lab'
+	@$(BIN)/python -m tests.stress -- $(TRAIN_BIN)/python $(PYTEST) -m 'not slow and not chaos and not lab'
 
 test-chaos: setup ## runs killed at every boundary and at 200 random instants; SPOTUNE_CHAOS_SEED=… for others
 	@$(TRAIN_BIN)/python -m pytest -m chaos -s tests/chaos
