@@ -25,6 +25,7 @@ from spotune.contracts.configkeys import schema
 from spotune.contracts.errors import InputError
 from spotune.contracts.fingerprint import DATA_KEYS
 from spotune.contracts.records import RunRecord
+from spotune.contracts.revisions import VERSIONS
 
 FLAG = "--allow-config-change"
 LENGTH = frozenset("max_steps num_train_epochs".split())
@@ -66,35 +67,49 @@ class KeyChange:
 
 @dataclass(frozen=True)
 class Change:
-    """What differs; ``data`` and ``model`` name files whose contents do. Falsy when nothing does."""
+    """What differs. Falsy when nothing does.
+
+    Attributes:
+        data, model: files whose contents differ.
+        versions: libraries that decide the order of rows, ``datasets 5.0.1 -> 5.2.0``.
+    """
 
     keys: tuple[KeyChange, ...] = ()
     data: tuple[str, ...] = ()
     model: tuple[str, ...] = ()
+    versions: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.keys or self.data or self.model)
+        return bool(self.keys or self.data or self.model or self.versions)
 
     def __str__(self) -> str:
         parts = [str(change) for change in self.keys]
         parts += [f"data: {few(self.data)}"] if self.data else []
         parts += [f"model: {few(self.model)}"] if self.model else []
+        parts += [f"{VERSIONS}: {', '.join(self.versions)}"] if self.versions else []
         return "; ".join(parts)
 
     @property
     def bound(self) -> list[str]:
         """What of it may not change by itself."""
         found = [change.key for change in self.keys if not change.is_free]
-        return found + ["data"] * bool(self.data) + ["model"] * bool(self.model)
+        found += ["data"] * bool(self.data) + ["model"] * bool(self.model)
+        return found + [VERSIONS] * bool(self.versions)
 
     def as_differing(self) -> str:
         """``another config: seed: 1 -> 2``, ``other data: a.jsonl``, ``another model: model.safetensors``."""
-        return f"another config: {self}" if self.keys else f"{'other' if self.data else 'another'} {self}"
+        if self.keys:
+            return f"another config: {self}"
+        return f"{'other' if self.data or not self.model else 'another'} {self}"
 
     def as_followed(self) -> str:
         """The change, and what it does to the position in the data."""
         moves = self.data or any(top_level(change.key) in DATA_KEYS for change in self.keys)
-        return f"{self}; goes on at the same step and position, now in the new data" if moves else str(self)
+        if moves:
+            return f"{self}; goes on at the same step and position, now in the new data"
+        if self.versions:
+            return f"{self}; goes on at the same step and position, rows may come in another order"
+        return str(self)
 
 
 def compare(before: RunRecord, after: RunRecord) -> Change:

@@ -2,7 +2,8 @@
 
 SpotuneError            exit 1   something failed; one line says what
 ├── InputError          exit 2   what the user gave is wrong: FILE: KEY or ROW: what (remedy)
-│   └── Taken           exit 2   the engine has a run of that name already
+│   ├── Taken           exit 2   the engine has a run of that name already
+│   └── OtherVersions   exit 2   libraries differ from those that a checkpoint was made with
 ├── InfraError          exit 3   the infrastructure failed: launcher side only
 │   └── Unsettled       exit 3   and may have taken the run all the same
 ├── StoreError          exit 75  the bucket cannot be reached or answers wrongly: another machine may
@@ -49,6 +50,19 @@ class InputError(SpotuneError):
 
 class Taken(InputError):
     """An engine refuses a submission since it has a run of that name: whatever there is of it is not this one's."""
+
+
+class OtherVersions(InputError):
+    """Libraries that decide the order of rows differ from those that a checkpoint was made with.
+
+    Attributes:
+        changed: ``datasets 5.0.1 -> 5.2.0`` for each of them.
+    """
+
+    def __init__(self, where: object, changed: list[str], remedy: str) -> None:
+        self.changed = changed
+        what = f"libraries changed since the checkpoint was made: {', '.join(changed)}"
+        super().__init__(where, what, key="versions", remedy=remedy)
 
 
 class InfraError(SpotuneError):

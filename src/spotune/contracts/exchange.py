@@ -4,7 +4,8 @@ The worker knows torch and no store; the guard knows the store and no torch.
 
     job.json               guard -> worker   what to do (Job), before the worker starts
     trainer/checkpoint-N/  both              restored there by the guard; saved there by Trainer
-    restored.json          guard -> worker   {"checkpoint": path or null, "tokens": n, "error": text or null}
+    restored.json          guard -> worker   {"checkpoint": path or null, "tokens": n, "error": text or null,
+                                            "versions": the commit's, "other_versions_allowed": bool}
     staged/<step 8d>-<rank>.json  worker -> guard   a rank's part of a local checkpoint is complete (Staged); once all
                            ranks of this machine have said so, the checkpoint is the guard's
     control.json           guard -> worker   {"stop": bool, "save": n}: stop at the next step boundary; save once per n
@@ -66,7 +67,7 @@ class Staged:
     Attributes:
         files: facts ({size: bytes, sha256: hex}) of those files, by relative path, that were hashed when written.
         global_batch: rows of a step, over all ranks.
-        config_sha256: of the run, added by the guard when it seals the checkpoint.
+        config_sha256, revision: of the run's record, added by the guard when it seals the checkpoint.
     """
 
     step: int
@@ -80,15 +81,22 @@ class Staged:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     global_batch: int = 0
     config_sha256: str = ""
+    revision: int = 0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a rank ended. ``message`` is one line for people; for bad_input it is the whole error."""
+    """How a rank ended.
+
+    Attributes:
+        message: one line for people; for bad_input it is the whole error.
+        versions: the changed libraries, ``datasets 5.0.1 -> 5.2.0``, where these are what is refused.
+    """
 
     how: How
     step: int = 0
     message: str = ""
+    versions: list[str] = field(default_factory=list)
 
 
 def write_json(path: Path, value: Any) -> None:

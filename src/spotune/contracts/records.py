@@ -79,7 +79,8 @@ class RunRecord(Record):
         budget_usd: what it may cost in all, as asked for; training pauses there. None: no wall.
         month_usd: without that, the wall that was left to it by the month's budget of ``month_of``, ``user alice``.
         kind: ``prod`` for managed jobs, ``dev`` for interactive runs.
-        revision: 0 as submitted; ``allowed`` names what changed with it that may not change by itself.
+        revision: 0 as submitted; ``allowed`` names what changed with it that may not change by itself:
+            keys of the config, ``data``, ``model``, ``versions``.
     """
 
     run_id: str
@@ -168,6 +169,8 @@ class Commit(Record):
         global_batch: rows of a step, over all ranks; 0 in records of before it was kept.
         ordinal: its number in the run's line of commits, counted from 1.
         saving: what saving has cost so far on this machine: ``guard/toll.py`` says in which words.
+        versions: of the libraries that trained; ``versions.py`` says which.
+        revision: of the run's record that was in force.
     """
 
     run_id: str
@@ -187,6 +190,7 @@ class Commit(Record):
     global_batch: int = 0
     ordinal: int = 0
     saving: dict[str, float] = field(default_factory=dict)
+    revision: int = 0
     files: dict[str, dict[str, Any]]
 
 
@@ -219,7 +223,11 @@ class Progress(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Mark(Record):
-    """``failed.json``, ``paused.json``, ``cancelled.json``: why a run stands still until ``resume``."""
+    """``failed.json``, ``paused.json``, ``cancelled.json``: why a run stands still until ``resume``.
+
+    Attributes:
+        versions: the changed libraries, ``datasets 5.0.1 -> 5.2.0``, where the run failed because of these.
+    """
 
     run_id: str
     attempt: int
@@ -227,6 +235,7 @@ class Mark(Record):
     reason: str
     exit_code: int
     step: int = 0
+    versions: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,10 @@ from dataclasses import replace
 
 from spotune.contracts.errors import BadRecord, InputError
 from spotune.contracts.keys import Keys, commit_of, revision_of
-from spotune.contracts.records import Commit, RunRecord
+from spotune.contracts.records import Commit, Mark, RunRecord
 from spotune.contracts.store import Store
+
+VERSIONS = "versions"  # in ``RunRecord.allowed``
 
 
 def record_in_force(store: Store, keys: Keys) -> RunRecord | None:
@@ -91,6 +93,17 @@ def check_commit(commit: Commit, history: Sequence[RunRecord]) -> None:
     where = Keys(commit.run_id).commit(commit.attempt, commit.step)
     what = f"made with another {' and '.join(wrong) or 'config, data and model'} than this run has or ever had"
     raise InputError(where, what, remedy="submit it as a new run, under another name")
+
+
+def allows_other_versions(commit: Commit, history: Sequence[RunRecord]) -> bool:
+    """Returns whether a revision made after the commit lets the run go on under other versions of its libraries."""
+    return any(VERSIONS in record.allowed and record.revision > commit.revision for record in history)
+
+
+def refused_versions(store: Store, keys: Keys) -> tuple[str, ...]:
+    """Returns the changed libraries that the run failed because of, ``datasets 5.0.1 -> 5.2.0``; empty for none."""
+    data = store.read(keys.failed)
+    return tuple(Mark.from_bytes(data, keys.failed).versions) if data else ()
 
 
 def _numbers(store: Store, keys: Keys) -> list[int]:

@@ -53,6 +53,7 @@ class Attempt:
         self.leader = Leader(context.keys.run_id, context.machine, token)
         self.watch: Watch | None = None
         self._newest: Commit | None = None
+        self._refused_versions: list[str] = []
 
     def run(self) -> int:
         """Trains to an end or to a notice; leaves the attempt's last event and, at a bad end, failed.json."""
@@ -118,6 +119,7 @@ class Attempt:
             case "retry":
                 return exits.PREEMPTED, "preempted" if self.notices.given else "failed", outcome.message
             case "bad_input":
+                self._refused_versions = outcome.versions
                 return exits.BAD_INPUT, "failed", outcome.message
             case "failed":
                 return exits.FAILED, "failed", outcome.message
@@ -172,9 +174,8 @@ class Attempt:
 
     def _leave_mark(self, key: str, code: int, reason: str, step: int) -> None:
         context = self.context
-        admission.leave_mark(
-            context.store, key, context.keys.run_id, context.attempt, reason=reason, exit_code=code, step=step
-        )
+        facts = {"reason": reason, "exit_code": code, "step": step, "versions": self._refused_versions}
+        admission.leave_mark(context.store, key, context.keys.run_id, context.attempt, **facts)
 
     def _close(self, code: int, reason: EndReason, message: str) -> None:
         if self.watch and self.watch.committer:

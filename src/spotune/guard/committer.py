@@ -78,6 +78,7 @@ def commit_checkpoint(
         committed_at=time.time(),
         best_step=staged.best_step,
         saving=saving or {},
+        revision=staged.revision,
         files=files,
     )
     key = keys.commit(lineage.attempt, staged.step)
@@ -111,7 +112,7 @@ class Committer(Uploader):
     def _commit(self, staged: Staged) -> None:
         began = time.time()
         context = self._context
-        staged = seal(context.folder, staged, context.run.config_sha256)
+        staged = seal(context.folder, staged, context.run.config_sha256, context.run.revision)
         failpoint("staged")
         commit = commit_checkpoint(context.store, context.keys, self._lineage, staged, self._parts, self._toll.record)
         self._lineage = replace(self._lineage, ordinal=commit.ordinal)

@@ -19,6 +19,7 @@ class Context:
         cache: a folder that stays: data sets, and what is known of files.
         status_file: a local file to keep current, empty for none.
         patience_s: for how long training goes on without a bucket before the attempt ends.
+        allow_config_change: whether this attempt was started with ``--allow-config-change``.
     """
 
     store: Store
@@ -31,6 +32,7 @@ class Context:
     cache: Path
     status_file: str
     patience_s: float
+    allow_config_change: bool = False
 
     @property
     def attempt(self) -> int:

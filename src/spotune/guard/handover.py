@@ -46,7 +46,7 @@ def _merge(paths: list[Path]) -> Staged:
     return replace(parts[0], files=files)
 
 
-def seal(folder: Path, staged: Staged, config_sha256: str) -> Staged:
+def seal(folder: Path, staged: Staged, config_sha256: str, revision: int = 0) -> Staged:
     """Adds the facts of all files that have none yet, and writes the seal; when it is there already, reads it."""
     path = seal_path(folder, staged.step)
     if found := read_json(path):
@@ -56,7 +56,7 @@ def seal(folder: Path, staged: Staged, config_sha256: str) -> Staged:
     for file in sorted(path for path in source.rglob("*") if path.is_file()):
         name = file.relative_to(source).as_posix()
         files[name] = staged.files.get(name) or file_facts(file)
-    whole = replace(staged, files=files, config_sha256=config_sha256)
+    whole = replace(staged, files=files, config_sha256=config_sha256, revision=revision)
     write_json(path, whole)
     return whole
 

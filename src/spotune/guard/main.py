@@ -154,5 +154,6 @@ def work(
         cache=env.cache,
         status_file=env.status_file,
         patience_s=env.patience_s,
+        allow_config_change=request.allow_config_change or env.allow_config_change,
     )
     return finish_owed(context, notices, debt.names) if debt else Attempt(context, notices).run()

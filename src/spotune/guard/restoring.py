@@ -8,8 +8,8 @@ from typing import Any
 from spotune.contracts import exchange
 from spotune.contracts.errors import InputError, SpotuneError, StoreError
 from spotune.contracts.failpoints import failpoint
-from spotune.contracts.records import Commit
-from spotune.contracts.revisions import check_commit, record_history
+from spotune.contracts.records import Commit, RunRecord
+from spotune.contracts.revisions import allows_other_versions, check_commit, record_history
 from spotune.guard import admission, adopt
 from spotune.guard.committer import Lineage, commit_checkpoint
 from spotune.guard.context import Context
@@ -27,6 +27,7 @@ class Ready:
 
     found: Restored
     restore_s: float
+    other_versions_allowed: bool = False
 
     @property
     def commit(self) -> Commit | None:
@@ -54,9 +55,11 @@ class Restoring:
             admission.check_data(self._context.run)
             admission.check_model(self._context.run, self._context.cache)
             self._adopt()
-            found = self._fetch()
+            found, history = self._fetch()
             failpoint("restored")
-            self.ready = Ready(found, time.monotonic() - began)
+            allows = self._context.allow_config_change
+            allows = allows or bool(found.commit and allows_other_versions(found.commit, history))
+            self.ready = Ready(found, time.monotonic() - began, allows)
             self._publish(self.ready)
         except (SpotuneError, OSError) as error:
             self.error = error
@@ -78,13 +81,14 @@ class Restoring:
                 return
         adopt.clear(context)
 
-    def _fetch(self) -> Restored:
-        """The newest good checkpoint; raises what went wrong when the bucket could not be read in several tries."""
+    def _fetch(self) -> tuple[Restored, list[RunRecord]]:
+        """The newest good checkpoint and the run's records; raises what went wrong when the bucket could not be read in
+        several tries."""
         store, keys, folder = self._context.store, self._context.keys, self._context.folder / exchange.TRAINER
 
-        def fetch() -> Restored:
+        def fetch() -> tuple[Restored, list[RunRecord]]:
             history = record_history(store, keys)
-            return restore(store, keys, folder, lambda commit: check_commit(commit, history))
+            return restore(store, keys, folder, lambda commit: check_commit(commit, history)), history
 
         for pause_s in PAUSES_S:
             try:
@@ -103,7 +107,8 @@ class Restoring:
         if commit:
             say(f"resumed from the checkpoint of step {commit.step}, attempt {commit.attempt}")
         tokens = commit.tokens if commit else 0
-        self._leader.broadcast(restored=found.key or None, best=found.best_key or None, tokens=tokens)
+        told = {"tokens": tokens, "other_versions_allowed": ready.other_versions_allowed}
+        self._leader.broadcast(restored=found.key or None, best=found.best_key or None, **told)
         self._journal.write(
             "restored",
             step=commit.step if commit else 0,
@@ -114,7 +119,8 @@ class Restoring:
         given: dict[str, Any] = {
             "checkpoint": found.checkpoint and str(found.checkpoint),
             "best_checkpoint": found.best and str(found.best),
-            "tokens": tokens,
             "error": None,
+            "versions": commit.versions if commit else {},
+            **told,
         }
         exchange.write_json(self._context.folder / exchange.RESTORED, given)

@@ -92,7 +92,7 @@ class Watch:
             raise self.committer.fenced
         for staged in self.handover.taken:  # what is not committed must at least be found again
             if staged.step > self.committer.committed_step and Path(staged.checkpoint).is_dir():
-                seal(self.context.folder, staged, self.context.run.config_sha256)
+                seal(self.context.folder, staged, self.context.run.config_sha256, self.context.run.revision)
 
     def _time_to_upload_s(self) -> float:
         """How long to wait for uploads once the ranks have ended: until the machine goes, or patience has run out."""

@@ -10,7 +10,7 @@ from spotune.contracts.errors import InputError
 from spotune.contracts.fingerprint import data_files, data_sha256
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import RunRecord, fingerprint
-from spotune.contracts.revisions import check_length, record_in_force, revised
+from spotune.contracts.revisions import check_length, record_in_force, refused_versions, revised
 from spotune.launch.checks import check_model
 from spotune.launch.infra import JobStatus
 from spotune.launch.workspace import Workspace
@@ -21,7 +21,8 @@ class Edit:
     """``key=value`` overrides of the config in force; ``allow``: also of what may not change by itself.
 
     ``budget_usd``, ``month_usd``, ``month_of``: as in the record.
-    With ``allow`` the data and the model as they are now, seen from here, are taken for the run's own.
+    With ``allow`` the data and the model as they are now, seen from here, are taken for the run's own. A run that
+    failed because its libraries changed goes on under the new ones.
     """
 
     overrides: tuple[str, ...] = ()
@@ -44,6 +45,8 @@ def revise(workspace: Workspace, status: JobStatus, edit: Edit) -> tuple[Change,
         raise InputError(status.run_id, "has no run.json in its bucket", remedy=f"is all of {store.url} there?")
     revision = revised(record, _wanted(record, edit, workspace), workspace.env.user, time.time())
     change = compare(record, revision)
+    if edit.allow:
+        change = replace(change, versions=refused_versions(store, keys))
     if not change and revision.month_usd == record.month_usd:
         return change, None
     allowed = admit(change, edit.allow, status.run_id, "would go on with", f"{FLAG}, or a run of its own")

@@ -11,7 +11,7 @@ from spotune.contracts.change import FLAG, Change, admit, compare
 from spotune.contracts.errors import InfraError, InputError, Taken, Unsettled
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import RunRecord
-from spotune.contracts.revisions import check_length, record_in_force, revised, write_revision
+from spotune.contracts.revisions import check_length, record_in_force, refused_versions, revised, write_revision
 from spotune.launch.actions import go_on
 from spotune.launch.code import keep_code
 from spotune.launch.infra import ACTIVE, Infra, JobStatus
@@ -82,6 +82,8 @@ def existing(plan: Plan, workspace: Workspace) -> Existing | None:
         what = "a dev run" if record.kind == "dev" else "a production run"
         raise InputError("--name", f"{plan.run_id} is {what}", remedy=OTHER_NAME)
     change = compare(record, revision)
+    if plan.allow_config_change:
+        change = replace(change, versions=refused_versions(store, keys))
     # Every engine is asked: it may have been given to another one than this plan's.
     is_started = any(engine.jobs([plan.run_id]) for engine in workspace.engines()) or store.folders(keys.attempts)
     status = find_run(workspace, plan.run_id) if is_started else None

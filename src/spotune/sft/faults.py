@@ -4,7 +4,7 @@ import errno
 import traceback
 from collections.abc import Iterator
 
-from spotune.contracts.errors import InputError, SpotuneError, StoreError
+from spotune.contracts.errors import InputError, OtherVersions, SpotuneError, StoreError
 from spotune.contracts.exchange import Outcome
 
 # Faults of a machine or of the way to the hub: another machine may do better.
@@ -35,7 +35,8 @@ def outcome_of(error: BaseException, step: int) -> Outcome:
     if isinstance(error, Stopped):
         return Outcome("stopped", error.step)
     if isinstance(error, InputError):
-        return Outcome("bad_input", step, str(error))
+        changed = error.changed if isinstance(error, OtherVersions) else []
+        return Outcome("bad_input", step, str(error), changed)
     if isinstance(error, SpotuneError):
         return Outcome("retry" if isinstance(error, StoreError) else "failed", step, str(error))
     if _is_out_of_memory(error):  # it would come again on the same kind of machine

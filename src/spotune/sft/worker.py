@@ -12,12 +12,13 @@ if __name__ == "__main__":
 import os
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.errors import InputError, SpotuneError
+from spotune.contracts.change import FLAG
+from spotune.contracts.errors import InputError, OtherVersions, SpotuneError
 from spotune.contracts.events import EventLog
 from spotune.contracts.exchange import (
     CONTROL,
@@ -32,9 +33,8 @@ from spotune.contracts.exchange import (
     write_json,
 )
 from spotune.contracts.failpoints import failpoint
+from spotune.contracts.versions import changed_versions, installed_versions
 from spotune.sft.faults import Stopped, outcome_of, print_traceback
-
-LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "spotune")
 
 
 @dataclass
@@ -135,7 +135,7 @@ def _load(this: Rank) -> Any:
     if this.rank == 0:
         for line in arguments.notices(this.job.config):
             print(line, file=sys.stderr)
-    boundary = Boundary(arguments.save_rule(this.job), Saver(this.folder, this.events, _versions()))
+    boundary = Boundary(arguments.save_rule(this.job), Saver(this.folder, this.events, installed_versions()))
     return build_trainer(args, this.job, boundary)
 
 
@@ -151,17 +151,23 @@ def _wait_for_restore(this: Rank) -> str | None:
         time.sleep(0.02)
     if restored.get("error"):
         raise Stopped(0)
+    check_versions(this.job, restored, installed_versions())
     return prepare(this.trainer, restored)
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+def check_versions(job: Job, restored: Mapping[str, Any], installed: Mapping[str, str]) -> None:
+    """Raises OtherVersions for a checkpoint that was made under versions of libraries that may order rows otherwise.
+
+    Where that is allowed, one line says so.
+    """
+    changed = changed_versions(restored.get("versions") or {}, installed)
+    if not changed:
+        return
+    if not restored.get("other_versions_allowed"):
+        remedy = f"install those that it was made with, or spotune resume {job.run_id} {FLAG}"
+        raise OtherVersions(job.config_path, changed, remedy)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"[spotune] rows may come in another order from here on: {', '.join(changed)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -306,3 +306,33 @@ def test_a_dry_run_refuses_what_the_submission_would(ended: Project, change: str
     ended.store.write(KEYS.commit(1, 5), b"{}")
     assert says in refused(ended, *TRAIN, "--set", change)
     assert says in refused(ended, *TRAIN, "--set", change, "--dryrun")
+
+
+@pytest.fixture
+def refused_for_versions(ended: Project) -> Project:
+    """run-a has failed: its newest checkpoint was made under another version of datasets."""
+    ended.store.delete([KEYS.cancelled])
+    facts = {"reason": "run.yaml: versions: …", "exit_code": 2, "versions": ["datasets 5.0.1 -> 5.2.0"]}
+    ended.store.create(KEYS.failed, Mark(run_id="run-a", attempt=1, at=0.0, **facts).to_bytes())
+    return ended
+
+
+def test_other_versions_without_the_flag(refused_for_versions: Project) -> None:
+    """They may have been installed again: the machine looks."""
+    assert "changed" not in goes_on(refused_for_versions, "resume", "run-a")
+    assert len(record_history(refused_for_versions.store, KEYS)) == 1
+
+
+@pytest.mark.parametrize("verb", [("resume", "run-a"), TRAIN])
+def test_other_versions_with_the_flag(refused_for_versions: Project, verb: tuple[str, ...]) -> None:
+    said = goes_on(refused_for_versions, *verb, "--allow-config-change")
+    assert "versions: datasets 5.0.1 -> 5.2.0; goes on at the same step and position, rows may come in" in said
+    found = record(refused_for_versions)
+    assert (found.revision, found.allowed) == (1, ["versions"])
+    assert found.config_sha256 == record_history(refused_for_versions.store, KEYS)[0].config_sha256
+
+
+def test_other_versions_and_another_rate(refused_for_versions: Project) -> None:
+    said = goes_on(refused_for_versions, "resume", "run-a", "--set", "learning_rate=2e-3", "--allow-config-change")
+    assert "learning_rate: 1e-3 -> 2e-3; versions: datasets 5.0.1 -> 5.2.0" in said
+    assert record(refused_for_versions).allowed == ["learning_rate", "versions"]
