@@ -133,7 +133,7 @@ def test_adapter_sits_on_every_linear_layer(path: Path, tmp_path: Path) -> None:
 def test_memory_in_the_comments_adds_up(path: Path, tmp_path: Path) -> None:
     """Each line's figure is its own arithmetic, and both are what the model on the meta device gives."""
     text = path.read_text(encoding="utf-8")
-    assert "arithmetic (tests/unit/test_configs.py does it again), not measured" in text
+    assert "arithmetic (tests/trainer/test_configs.py does it again), not measured" in text
     lines = {label: (float(figure), sum_text) for label, figure, sum_text in MEMORY_LINE.findall(text)}
     expected = memory_parts(load_config(path, "prod"), tmp_path)
     assert set(lines) - {"sum"} == set(expected)

@@ -39,13 +39,13 @@ class Machine:
         self.project, self.tools, self._log = folder / "sky_workdir", folder / "bin", folder / "log"
         self.tools.mkdir(parents=True)
         shutil.copytree(ROOT / "tasks", self.project / "tasks")
-        for name in ("Makefile", "requirements-trainer.lock", "requirements-gpu.lock", "pyproject.toml"):
+        for name in ("Makefile", "pyproject.toml", *(path.name for path in ROOT.glob("requirements-*.lock"))):
             shutil.copy(ROOT / name, self.project)
         for name in TOOLS:
             self.link(name)
         self.python("python3", version)
         self.python("python3.11", (3, 11))
-        self.script("installer", "#!/bin/bash\nexit 0\n")
+        self.script("installer", '#!/bin/bash\necho "brings ${*: -1}" >> {log}\n')
 
     def link(self, name: str) -> None:
         found = shutil.which(name)
@@ -61,8 +61,11 @@ class Machine:
 
     def setup(self, task: str, **environ: str) -> str:
         """Runs a task's setup, which must succeed; returns what it called."""
+        return self.run(yaml.safe_load((self.project / "tasks" / task).read_text())["setup"], **environ)
+
+    def run(self, script: str, **environ: str) -> str:
+        """Runs a line of shell, which must succeed; returns what it called."""
         self._log.write_text("")
-        script = yaml.safe_load((self.project / "tasks" / task).read_text())["setup"]
         given = {"PATH": str(self.tools), "HOME": str(self.project.parent), **environ}
         done = subprocess.run(
             ["bash", "-c", script], cwd=self.project, env=given, capture_output=True, text=True, check=False
@@ -95,6 +98,40 @@ def test_on_a_machine_with_a_python_that_will_do(tmp_path: Path) -> None:
     machine.link("make")
     assert "python (3, 12) -m venv --clear .venv-train\n" in machine.setup("train.yaml")
     assert machine.is_ready
+
+
+def test_a_machine_that_trains_gets_the_trainer_alone(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, (3, 12))
+    machine.link("make")
+    called = machine.setup("train.yaml")
+    assert [line for line in called.splitlines() if line.startswith("brings")] == [
+        "brings requirements-trainer.lock",
+        "brings .",
+    ]
+    assert not (machine.project / ".venv").exists()
+
+
+def test_make_setup_makes_both(tmp_path: Path) -> None:
+    """Whatever is there already stays; the trainer's test tools come last, and only here."""
+    machine = Machine(tmp_path, (3, 12))
+    machine.link("make")
+    machine.setup("train.yaml")
+    called = machine.run("make setup")
+    brought = [line.removeprefix("brings ") for line in called.splitlines() if line.startswith("brings")]
+    assert brought == ["requirements-launcher.lock", ".", "requirements-trainer-test.lock"]
+    assert "torch" not in called
+    assert (machine.project / ".venv/.ready").is_file()
+    assert machine.run("make setup") == machine.run("make setup-train") == ""
+
+
+def test_a_lock_that_changed_is_installed_again(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, (3, 12))
+    machine.link("make")
+    machine.run("make setup")
+    (machine.project / "requirements-trainer.lock").write_text("changed")
+    called = machine.run("make setup")
+    assert "brings requirements-trainer.lock" in called
+    assert "launcher" not in called
 
 
 @pytest.mark.parametrize("version", [(3, 10), (3, 12)])

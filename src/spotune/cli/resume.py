@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Go on with this key of its config changed."
 )
 @click.option("--budget", metavar="USD", help="Pause once it has cost so much in all, from its start on.")
-@click.option("--allow-config-change", is_flag=True, help="Also with another config, data or model than it began with.")
+@click.option("--allow-config-change", is_flag=True, help="Also with another config, data, model or libraries.")
 def resume(run: str, overrides: tuple[str, ...], budget: str | None, allow_config_change: bool) -> None:
     """Go on with a run that failed, was cancelled or is paused, from its newest checkpoint.
 
-    Its training length, logging, saving and evaluation may be --set freely; the rest, and data or a model that were
-    edited, need --allow-config-change. A run that no queue of this machine has, since it was started by hand or by a
+    Its training length, logging, saving and evaluation may be --set freely. The rest needs --allow-config-change; so do
+    data or a model that were edited, and a run that failed because libraries changed. A run that no queue of this machine has, since it was started by hand or by a
     bare `sky`, may go on from then on: start it again where it was.
     """
     from spotune.contracts.money import parse_usd
