@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,10 +39,14 @@ Ending = tuple[int, EndReason, str]  # exit code, reason for the report, one lin
 
 
 class Attempt:
-    """Everything that one attempt owns; ``run`` returns the exit code."""
+    """Everything that one attempt owns; ``run`` returns the exit code.
 
-    def __init__(self, context: Context, notices: Notices) -> None:
-        self.context, self.notices = context, notices
+    Args:
+        clock: seconds that never go back.
+    """
+
+    def __init__(self, context: Context, notices: Notices, clock: Callable[[], float] = time.monotonic) -> None:
+        self.context, self.notices, self._clock = context, notices, clock
         shutil.rmtree(context.folder, ignore_errors=True)
         (context.folder / exchange.STAGED).mkdir(parents=True)
         log = exchange.events_path(context.folder, 0)
@@ -140,12 +144,12 @@ class Attempt:
     def _certify(self, step: int) -> Certificate:
         """Uploads and certifies the result, again and again while the bucket is away, for as long as it may be."""
         context = self.context
-        deadline = time.monotonic() + context.patience_s
+        deadline = self._clock() + context.patience_s
         while True:
             try:
                 return certify(context.store, context.keys, context.attempt, step, context.folder)
             except StoreError as error:
-                if time.monotonic() > deadline or self.notices.left_s <= 0:
+                if self._clock() > deadline or self.notices.left_s <= 0:
                     raise StoreError(f"{error}; all {step} steps are made, the result is not in the bucket") from error
                 say(f"the result is not certified yet: {error}")
                 self.notices.wait(CERTIFY_PAUSE_S)

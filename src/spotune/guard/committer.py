@@ -103,11 +103,12 @@ class Committer(Uploader):
         journal: Journal,
         parts: Callable[[int], dict[str, Any]],
         toll: Toll,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._context, self._lineage, self._retention, self._journal = context, lineage, retention, journal
         self._parts, self._toll = parts, toll
         self.committed_step = 0
-        super().__init__(self._commit)
+        super().__init__(self._commit, clock)
 
     def _commit(self, staged: Staged) -> None:
         began = time.time()

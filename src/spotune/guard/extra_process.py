@@ -26,6 +26,7 @@ def run_extra(
     environ: Mapping[str, str],
     wait: Callable[[float], None],
     timeout_s: float = TIMEOUT_S,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Answer:
     """Runs ``python -m spotune.sft.extras NAME FOLDER`` to its end; whatever ``wait`` raises ends it at once."""
     answer_path(folder, name).unlink(missing_ok=True)
@@ -35,10 +36,10 @@ def run_extra(
         stdin=subprocess.DEVNULL,
         process_group=0,
     )
-    deadline = time.monotonic() + timeout_s
+    deadline = clock() + timeout_s
     try:
         while process.poll() is None:
-            if time.monotonic() > deadline:
+            if clock() > deadline:
                 return Answer(False, f"not done after {timeout_s:.0f} s")
             wait(POLL_S)
     finally:

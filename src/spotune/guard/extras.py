@@ -55,7 +55,15 @@ def debt_of(store: Store, keys: Keys) -> Debt | None:
 class Extras:
     """The extras of one attempt. ``failures``: a line for each that is still owed."""
 
-    def __init__(self, context: Context, certificate: Certificate, notices: Notices, journal: Journal) -> None:
+    def __init__(
+        self,
+        context: Context,
+        certificate: Certificate,
+        notices: Notices,
+        journal: Journal,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
         self.context, self.certificate, self.notices, self.journal = context, certificate, notices, journal
         self.failures: list[str] = []
         self._is_notice_said = False
@@ -148,12 +156,12 @@ class Extras:
 
     def _patiently(self, work: Callable[[], Result]) -> Result:
         """Does it again while the bucket is away, for as long as it may be."""
-        deadline = time.monotonic() + self.context.patience_s
+        deadline = self._clock() + self.context.patience_s
         while True:
             try:
                 return work()
             except StoreError as error:
-                if time.monotonic() > deadline:
+                if self._clock() > deadline:
                     raise
                 say(f"tried again in {PAUSE_S:.0f} s: {error}")
                 self._wait(PAUSE_S)

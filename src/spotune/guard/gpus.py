@@ -22,8 +22,8 @@ class GpuMeter:
     Of several machines the first one is measured, as it is the one whose events are read.
     """
 
-    def __init__(self, gpus: int, environ: Mapping[str, str], journal: Journal) -> None:
-        self._gpus, self._journal = gpus, journal
+    def __init__(self, gpus: int, environ: Mapping[str, str], journal: Journal, every_s: float = EVERY_S) -> None:
+        self._gpus, self._journal, self._every_s = gpus, journal, every_s
         visible = environ.get("CUDA_VISIBLE_DEVICES", "")
         self._command = ["nvidia-smi", _QUERY, "--format=csv,noheader,nounits", *(["-i", visible] if visible else [])]
         self._stop = threading.Event()
@@ -40,7 +40,7 @@ class GpuMeter:
             self._thread.join()
 
     def _work(self) -> None:
-        while not self._stop.wait(EVERY_S):
+        while not self._stop.wait(self._every_s):
             try:
                 done = subprocess.run(self._command, capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
             except subprocess.TimeoutExpired:  # a busy machine: the next sample may come in time

@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 from spotune.contracts import exits
@@ -108,18 +108,24 @@ def attend(
     return code
 
 
-def first_look(store: Store, keys: Keys, patience_s: float) -> int | None:
+def first_look(
+    store: Store,
+    keys: Keys,
+    patience_s: float,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> int | None:
     """The run's verdict; a store that does not answer is asked again for ``patience_s``."""
-    until = time.monotonic() + patience_s
+    until = clock() + patience_s
     while True:
         try:
             return admission.standing_verdict(store, keys)
         except BadRecord:
             raise
         except StoreError:
-            if time.monotonic() >= until:
+            if clock() >= until:
                 raise
-            time.sleep(1.0)  # one on a disk says at once that it fails
+            sleep(1.0)  # one on a disk says at once that it fails
 
 
 def work(

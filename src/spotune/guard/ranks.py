@@ -5,7 +5,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from spotune.contracts import environment, exchange
@@ -19,8 +19,15 @@ PEER_GRACE_S = 20.0  # once one rank has failed, the others may hang in a collec
 class Ranks:
     """The worker processes of this node. Each leads a process group of its own, with its data loaders in it."""
 
-    def __init__(self, folder: Path, machine: Machine, master_port: int, environ: Mapping[str, str]) -> None:
-        self._folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        machine: Machine,
+        master_port: int,
+        environ: Mapping[str, str],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._folder, self._clock = folder, clock
         self._first_rank = machine.node_rank * machine.ranks
         self._processes = [
             subprocess.Popen(
@@ -40,8 +47,9 @@ class Ranks:
         if None not in codes:
             return False
         if any(code not in (None, 0) for code in codes):
-            self._failed_at = self._failed_at or time.monotonic()
-            if time.monotonic() - self._failed_at > PEER_GRACE_S:
+            if self._failed_at is None:
+                self._failed_at = self._clock()
+            if self._clock() - self._failed_at > PEER_GRACE_S:
                 self.kill()
         return True
 

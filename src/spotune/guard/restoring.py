@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,10 @@ class Ready:
 class Restoring:
     """A thread; ``ready`` or ``error`` is set when it has ended."""
 
-    def __init__(self, context: Context, journal: Journal, leader: Leader) -> None:
+    def __init__(
+        self, context: Context, journal: Journal, leader: Leader, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        self._sleep = sleep
         self._context, self._journal, self._leader = context, journal, leader
         self.ready: Ready | None = None
         self.error: SpotuneError | OSError | None = None
@@ -97,7 +101,7 @@ class Restoring:
                 raise
             except (SpotuneError, OSError) as fault:
                 say(f"the checkpoint is not fetched yet: {fault}")
-                time.sleep(pause_s)
+                self._sleep(pause_s)
         return fetch()
 
     def _publish(self, ready: Ready) -> None:

@@ -6,14 +6,14 @@ A fault of the store is tried again with growing pauses for as long as nothing n
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from spotune.contracts.errors import Fenced, SpotuneError, StoreError
 from spotune.contracts.exchange import Staged
 from spotune.guard.say import say
 
-PAUSES_S = (1.0, 4.0, 15.0, 60.0)  # after the n-th failure in a row; the last one from then on
+PAUSES_S = (1.0, 4.0, 15.0, 60.0)
 
 
 class Uploader:
@@ -21,14 +21,20 @@ class Uploader:
 
     Args:
         work: uploads a local checkpoint, once; raises Fenced, another SpotuneError or OSError.
+        pauses_s: how long to wait after the first, second, … failure in a row; the last one from then on.
 
     Attributes:
         fenced: set for good when a later attempt owns the run.
         error: the last failure, None once an upload has succeeded.
     """
 
-    def __init__(self, work: Callable[[Staged], None], clock: Callable[[], float] = time.monotonic) -> None:
-        self._work, self._clock = work, clock
+    def __init__(
+        self,
+        work: Callable[[Staged], None],
+        clock: Callable[[], float] = time.monotonic,
+        pauses_s: Sequence[float] = PAUSES_S,
+    ) -> None:
+        self._work, self._clock, self._pauses_s = work, clock, pauses_s
         self._waiting: list[Staged] = []
         self._current: Staged | None = None
         self._began_at = 0.0
@@ -103,7 +109,7 @@ class Uploader:
                 self.error = error if isinstance(error, SpotuneError) else StoreError(str(error))
                 self._failing_since = self._failing_since or began_at
                 say(f"step {staged.step} is not committed yet: {self.error}")
-            pause_s = PAUSES_S[min(failures, len(PAUSES_S) - 1)]
+            pause_s = self._pauses_s[min(failures, len(self._pauses_s) - 1)]
             failures += 1
             with self._changed:
                 self._changed.wait_for(lambda: self._is_superseded(staged) or self._closed, pause_s)

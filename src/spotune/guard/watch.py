@@ -1,6 +1,7 @@
 """While the ranks run: their checkpoints, the clock, the fence, the bucket's absence, and notices."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from spotune.contracts.errors import InputError, SpotuneError, StoreError
@@ -31,14 +32,25 @@ GREET_S = 20.0  # bad input is found by then; until then its one line stands alo
 class Watch:
     """Looks at everything, ten times a second, and at most one thing makes it end early.
 
+    Args:
+        clock: seconds that never go back.
+
     Attributes:
         committer: there once the ranks have their checkpoint.
         wall: of the run's budget; once reached, training was stopped for that.
     """
 
     def __init__(
-        self, context: Context, job: Job, journal: Journal, leader: Leader, notices: Notices, toll: Toll
+        self,
+        context: Context,
+        job: Job,
+        journal: Journal,
+        leader: Leader,
+        notices: Notices,
+        toll: Toll,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock = clock
         self.context, self.job, self.journal, self.leader = context, job, journal, leader
         self.notices, self.toll = notices, toll
         self.wishes = Wishes(context.folder)
@@ -47,8 +59,8 @@ class Watch:
         self.pacer: Pacer | None = None
         self.wall = Wall(read_budget(context), journal, toll)
         self._is_stopping = False
-        self._fence_at = time.monotonic()
-        self._greet_at: float | None = time.monotonic() + GREET_S
+        self._fence_at = clock()
+        self._greet_at: float | None = clock() + GREET_S
         self._leave_by: float | None = None  # by when to stop waiting for uploads, after a notice
 
     def until_ended(self, ranks: Ranks, restoring: Restoring) -> Outcome:
@@ -97,7 +109,7 @@ class Watch:
     def _time_to_upload_s(self) -> float:
         """How long to wait for uploads once the ranks have ended: until the machine goes, or patience has run out."""
         if self._leave_by is not None:
-            return max(0.0, self._leave_by - time.monotonic())
+            return max(0.0, self._leave_by - self._clock())
         away_s = self.committer.away_s if self.committer else 0.0
         return max(0.0, min(self.context.patience_s - away_s, self.notices.left_s))
 
@@ -131,7 +143,7 @@ class Watch:
             keep_every=int(config.get("keep_every") or 0),
             bad=ready.found.bad,
         )
-        self.committer = Committer(context, lineage, retention, self.journal, self.leader.parts, self.toll)
+        self.committer = Committer(context, lineage, retention, self.journal, self.leader.parts, self.toll, self._clock)
         self.committer.committed_step = commit.step if commit else 0
         if not (job.save_steps or job.save_seconds or job.save_as_config):
             inputs = Inputs(
@@ -145,7 +157,7 @@ class Watch:
 
     def _greet(self) -> None:
         """Says where the records are, once it has become clear that there is something to run."""
-        if self._greet_at and (self.journal.progress.max_steps or time.monotonic() > self._greet_at):
+        if self._greet_at and (self.journal.progress.max_steps or self._clock() > self._greet_at):
             self._greet_at = None
             context = self.context
             place = f"{context.store.url}/{context.keys.root}"
@@ -161,9 +173,9 @@ class Watch:
             raise self.committer.fenced
 
     def _look_at_fence(self) -> None:
-        if time.monotonic() - self._fence_at < FENCE_S:
+        if self._clock() - self._fence_at < FENCE_S:
             return
-        self._fence_at = time.monotonic()
+        self._fence_at = self._clock()
         try:
             admission.check_fence(self.context.store, self.context.keys, self.context.attempt)
         except (StoreError, InputError) as error:
@@ -185,7 +197,7 @@ class Watch:
         if decision.action == "save":
             self.wishes.ask_to_stop()
             return True
-        self._leave_by = time.monotonic() + (left_s if decision.action == "finish" else 0.0)
+        self._leave_by = self._clock() + (left_s if decision.action == "finish" else 0.0)
         return False
 
     def _outlook(self, left_s: float) -> Outlook:
