@@ -33,6 +33,5 @@ class QuickNotices(Notices):
         self._sleep = clock.sleep
 
     def wait(self, seconds: float) -> bool:
-        if not self.given:
-            self._sleep(seconds)
+        self._sleep(seconds)
         return self.given

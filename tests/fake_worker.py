@@ -215,9 +215,11 @@ class FakeRank:
     def _resume(self, checkpoint: Path) -> None:
         """Takes the state from a checkpoint whose files all belong to one step."""
         rng = f"rng_state_{self.rank}.pth" if self.world_size > 1 else "rng_state.pth"
-        names = ("trainer_state.json", "optimizer.pt", "scheduler.pt", rng)
-        if missing := [name for name in names if not (checkpoint / name).exists()]:
-            raise Ended(Outcome("failed", 0, f"{checkpoint.name}: not a whole checkpoint, {missing} is missing"))
+        needed = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+        missing = [name for name in needed if not (checkpoint / name).exists()]
+        if missing or not (checkpoint / rng).exists():
+            what = ", ".join(missing) or "rng_state"
+            raise Ended(Outcome("failed", 0, f"{checkpoint.name}: not a whole checkpoint, {what} is missing"))
         self.step = self.saved_step = json.loads((checkpoint / "trainer_state.json").read_bytes())["global_step"]
         self.state = (checkpoint / "optimizer.pt").read_bytes()
         parts = {(checkpoint / name).read_bytes() for name in ("scheduler.pt", rng)}

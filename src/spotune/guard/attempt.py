@@ -152,7 +152,7 @@ class Attempt:
                 if self._clock() > deadline or self.notices.left_s <= 0:
                     raise StoreError(f"{error}; all {step} steps are made, the result is not in the bucket") from error
                 say(f"the result is not certified yet: {error}")
-                self.notices.wait(CERTIFY_PAUSE_S)
+                self.notices.wait(min(CERTIFY_PAUSE_S, self.notices.left_s))
 
     def _copy_output(self, target: Path) -> None:
         try:

@@ -2,7 +2,6 @@
 
 import ssl
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,11 +13,14 @@ Reply = tuple[int, str]
 
 @dataclass
 class Service:
-    """``answer(method, path, headers)`` is what it says; ``asked`` is what it was asked; ``hang_s`` comes before."""
+    """``answer(method, path, headers)`` is what it says; ``asked`` is what it was asked.
+
+    ``answers``: it hangs while this is not set.
+    """
 
     answer: Callable[[str, str, Headers], Reply]
     asked: list[tuple[str, str, Headers]] = field(default_factory=list)
-    hang_s: float = 0.0
+    answers: threading.Event = field(default_factory=threading.Event)
     port: int = 0
     tls: ssl.SSLContext | None = None
     _server: ThreadingHTTPServer | None = None
@@ -29,12 +31,13 @@ class Service:
 
     def up(self) -> None:
         service = self
+        service.answers.set()
 
         class Handler(BaseHTTPRequestHandler):
             def reply(self) -> None:
                 headers = {name.lower(): value for name, value in self.headers.items()}
                 service.asked.append((self.command, self.path, headers))
-                time.sleep(service.hang_s)
+                service.answers.wait()
                 status, body = service.answer(self.command, self.path, headers)
                 try:
                     self.send_response(status)
@@ -62,6 +65,7 @@ class Service:
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def down(self) -> None:
+        self.answers.set()
         if self._server:
             self._server.shutdown()
             self._server.server_close()

@@ -1,4 +1,4 @@
-"""Commit, restore and retention on every kind of bucket."""
+"""Commit, restore and retention; what a bucket's kind may change on every kind."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,6 +22,7 @@ from spotune.guard.machine import Machine
 from spotune.guard.restore import list_commits, newest_commit, restore
 from spotune.guard.retention import Retention
 from spotune.guard.toll import Toll
+from tests.waiting import LIMIT_S, until
 
 KEYS = Keys("a-run")
 FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "deep/weights.safetensors")
@@ -70,7 +71,7 @@ def commit_steps(store: Store, folder: Path, *steps: int, attempt: int = 1, keep
     committer = make_committer(store, folder, attempt, keep)
     for step in steps:
         committer.submit(staged(folder, step))
-        assert committer.drain(30), committer.error
+        assert committer.drain(LIMIT_S), committer.error
     committer.close()
     return committer
 
@@ -87,10 +88,10 @@ def test_what_is_committed_is_restored(store: Store, tmp_path: Path) -> None:
     assert (found.checkpoint / "optimizer.pt").read_bytes() == b"optimizer.pt of step 20" * 1000
 
 
-def test_nothing_committed_is_a_fresh_start(store: Store, tmp_path: Path) -> None:
-    store.write(f"{KEYS.checkpoint(10, 1)}/optimizer.pt", b"uploaded, never committed")
-    assert restore(store, KEYS, tmp_path).commit is None
-    assert newest_commit(store, KEYS) is None
+def test_nothing_committed_is_a_fresh_start(local_store: Store, tmp_path: Path) -> None:
+    local_store.write(f"{KEYS.checkpoint(10, 1)}/optimizer.pt", b"uploaded, never committed")
+    assert restore(local_store, KEYS, tmp_path).commit is None
+    assert newest_commit(local_store, KEYS) is None
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing", "unreadable commit"])
@@ -118,7 +119,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(local_store: Store, t
 def test_a_checkpoint_without_its_state_is_bad(local_store: Store, tmp_path: Path, needed: str) -> None:
     committer = make_committer(local_store, tmp_path)
     committer.submit(staged(tmp_path, 10, leave_out=needed))
-    assert committer.drain(30)
+    assert committer.drain(LIMIT_S)
     committer.close()
     found = restore(local_store, KEYS, tmp_path / "other")
     assert found.commit is None
@@ -138,7 +139,7 @@ def test_of_those_waiting_the_newest_wins(local_store: Store, tmp_path: Path, mo
     with committer._changed:  # the thread cannot take the first before the last is there
         for step in (10, 20, 30):
             committer.submit(staged(tmp_path, step))
-    assert committer.drain(30)
+    assert committer.drain(LIMIT_S)
     committer.close()
     assert [number for number, _ in list_commits(local_store, KEYS)] == [(1, 30)]
     assert not (tmp_path / "scratch" / "0001" / "trainer" / "checkpoint-10").exists()
@@ -153,7 +154,7 @@ def test_a_later_attempt_fences_off(local_store: Store, tmp_path: Path) -> None:
     check_fence(local_store, KEYS, 2)
     committer = make_committer(local_store, tmp_path, attempt=1)
     committer.submit(staged(tmp_path, 10))
-    assert not committer.drain(30)
+    assert not committer.drain(LIMIT_S)
     committer.close()
     assert committer.fenced
     assert list_commits(local_store, KEYS) == []
@@ -169,10 +170,9 @@ def test_a_failing_upload_is_said_and_the_next_one_mends_it(
     with monkeypatch.context() as patch:
         patch.setattr(Store, "upload", refuse)
         committer.submit(staged(tmp_path, 10))
-        assert not committer.drain(0.5)
-        assert committer.error
+        until(lambda: committer.error)
     committer.submit(staged(tmp_path, 20))
-    assert committer.drain(30)
+    assert committer.drain(LIMIT_S)
     committer.close()
     assert "step 10 is not committed yet: the bucket is gone" in capsys.readouterr().err
     assert [number for number, _ in list_commits(local_store, KEYS)] == [(1, 20)]
@@ -221,7 +221,7 @@ def commit_with_best(store: Store, folder: Path) -> None:
     commit_steps(store, folder, 5, 10)
     committer = make_committer(store, folder, keep=9)
     committer.submit(staged(folder, 20, best_step=10))
-    assert committer.drain(30)
+    assert committer.drain(LIMIT_S)
     committer.close()
 
 
@@ -304,7 +304,7 @@ def test_the_best_one_is_not_dropped_for_a_newer_one(local_store: Store, tmp_pat
     with committer._changed:
         for step in (10, 20, 30):
             committer.submit(staged(tmp_path, step, best_step=10))
-    assert committer.drain(30)
+    assert committer.drain(LIMIT_S)
     committer.close()
     assert steps_left(local_store) == [30, 10]
 

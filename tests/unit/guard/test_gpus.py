@@ -1,14 +1,14 @@
 """How busy the GPUs are. There is none here: a stand-in for nvidia-smi is on PATH."""
 
 import os
-import time
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from spotune.guard import gpus
 from spotune.guard.gpus import GpuMeter, read_sample
+from tests.waiting import until
 
 
 class Events:
@@ -37,39 +37,27 @@ def test_the_gpus_that_this_run_has_are_asked_for(tmp_path: Path, monkeypatch: p
     stand_in.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\necho 50, 1024, 2048\n')
     stand_in.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(gpus, "EVERY_S", 0.05)
     events = Events()
-    with GpuMeter(1, {"CUDA_VISIBLE_DEVICES": "3"}, events):  # type: ignore[arg-type]
-        deadline = time.monotonic() + 300
-        while len(events.written) < 2 and time.monotonic() < deadline:
-            time.sleep(0.02)
+    with GpuMeter(1, {"CUDA_VISIBLE_DEVICES": "3"}, events, every_s=0.0):  # type: ignore[arg-type]
+        until(lambda: len(events.written) >= 2)
+    assert not meters()  # it asks no more
     assert events.written[0] == {"event": "gpu", "busy": 0.5, "memory_gib": 1.0, "memory_total_gib": 2.0}
     assert (tmp_path / "asked").read_text().splitlines()[0].endswith("-i 3")
-    after = len(events.written)
-    time.sleep(0.2)
-    assert len(events.written) == after
 
 
-def test_a_machine_without_one_is_not_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(gpus, "EVERY_S", 0.01)
-    events = Events()
-    with GpuMeter(0, {}, events):  # type: ignore[arg-type]
-        time.sleep(0.1)
-    assert events.written == []
+def meters() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "gpus"]
+
+
+def test_a_machine_without_one_is_not_asked() -> None:
+    with GpuMeter(0, {}, Events(), every_s=0.0):  # type: ignore[arg-type]
+        assert not meters()
 
 
 def test_a_driver_that_fails_is_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(gpus, "EVERY_S", 0.01)
-    said = ""
-    with GpuMeter(1, {}, Events()):  # type: ignore[arg-type]
-        deadline = time.monotonic() + 300
-        while "GPUs are not measured" not in said and time.monotonic() < deadline:
-            time.sleep(0.02)
-            said += "".join(capsys.readouterr())
-        time.sleep(0.1)  # some samples more
-    said += "".join(capsys.readouterr())
-    assert said.count("GPUs are not measured") == 1
+    with GpuMeter(1, {}, Events(), every_s=0.0):  # type: ignore[arg-type]
+        until(lambda: not meters())  # it has given up
+    assert capsys.readouterr().err.count("GPUs are not measured") == 1

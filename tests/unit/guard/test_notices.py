@@ -2,10 +2,10 @@
 
 import math
 import os
+import queue
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -16,6 +16,8 @@ from spotune.contracts.environment import RunEnvironment
 from spotune.contracts.errors import InputError
 from spotune.guard.grace import prior_s
 from spotune.guard.notices import SIGNALS, Notice, Notices
+from tests.clock import Clock
+from tests.waiting import LIMIT_S
 
 
 @pytest.fixture
@@ -24,14 +26,6 @@ def handlers() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def test_without_a_notice_there_is_no_end() -> None:
@@ -120,29 +114,60 @@ def test_the_time_is_said_in_the_environment() -> None:
             RunEnvironment.read({"SPOTUNE_GRACE_S": bad})
 
 
+def hung(*_: Any) -> None:
+    raise TimeoutError("the wait does not come back")
+
+
+class Bell(queue.SimpleQueue[None]):
+    """What a wait waits for; ``waits`` is set when it begins."""
+
+    def __init__(self) -> None:
+        self.waits = threading.Event()
+
+    def get(self, *arguments: Any, **named: Any) -> None:
+        self.waits.set()
+        super().get(*arguments, **named)
+
+
 @pytest.mark.usefixtures("handlers")
-def test_a_wait_wakes_at_once_for_each_signal() -> None:
-    for number in SIGNALS:
-        notices = Notices().install()
-        timer = threading.Timer(0.05, os.kill, [os.getpid(), number])
-        timer.start()
-        began = time.monotonic()
-        assert notices.wait(10)
-        assert time.monotonic() - began < 5
-        assert notices.source == number.name
-        signal.raise_signal(number)
-        signal.raise_signal(number)
-        assert notices.wait(0)
-        timer.join()
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_wait_wakes_for_each_signal(number: signal.Signals) -> None:
+    signal.signal(signal.SIGALRM, hung)
+    signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
+    notices = Notices().install()
+    notices._wake = bell = Bell()
+
+    def send() -> None:
+        bell.waits.wait()
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        assert notices.wait(100 * LIMIT_S)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    thread.join()
+    assert notices.source == number.name
+    signal.raise_signal(number)
+    signal.raise_signal(number)
+    assert notices.wait(0)
+
+
+def test_a_wait_wakes_for_another_thread() -> None:
+    notices = Notices()
+    notices._wake = bell = Bell()
+    waiting = threading.Thread(target=notices.wait, args=[100 * LIMIT_S], daemon=True)
+    waiting.start()
+    bell.waits.wait()
+    notices.give("gcp instance/preempted", 30.0)
+    waiting.join(LIMIT_S)
+    assert not waiting.is_alive()
 
 
 @pytest.mark.usefixtures("handlers")
 def test_a_signal_may_come_between_any_two_lines_of_a_wait() -> None:
     """A lock that the handler wants and the interrupted wait holds would never be free again."""
-
-    def hung(*_: Any) -> None:
-        raise TimeoutError("the wait does not come back")
-
     signal.signal(signal.SIGALRM, hung)
     line, reached = 0, True
     while reached:
@@ -158,7 +183,7 @@ def test_a_signal_may_come_between_any_two_lines_of_a_wait() -> None:
                     signal.raise_signal(signal.SIGTERM)
             return trace
 
-        signal.setitimer(signal.ITIMER_REAL, 5)
+        signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
         before = sys.gettrace()
         sys.settrace(trace)
         try:

@@ -156,10 +156,10 @@ def test_a_result_is_tried_for_as_long_as_the_machine_lasts(
     attempt: Attempt, clock: Clock, away: Callable[..., list[str]]
 ) -> None:
     away(None, "upload_new")
-    attempt.notices.give("SIGTERM", 0.0)
+    attempt.notices.give("SIGTERM", 20.0)
     with pytest.raises(StoreError, match="all 7 steps are made"):
         attempt._certify(7)
-    assert clock.slept == []
+    assert clock.slept == [CERTIFY_PAUSE_S, 20.0 - CERTIFY_PAUSE_S]
 
 
 @pytest.mark.parametrize("failures", [3, 4])
@@ -242,9 +242,8 @@ def test_extras_go_on_until_shortly_before_the_machine_goes(
     extras._wait(1)
     extras.notices.give("SIGTERM", 30.0)
     extras._wait(1)
-    clock.advance(30.0 - LEAVE_S)
+    clock.advance(30.0 - LEAVE_S - 2)
     extras._wait(1)
-    clock.advance(0.5)
     with pytest.raises(TakenAway):
         extras._wait(1)
     assert capsys.readouterr().err.count("SIGTERM: the result is certified, extras go on while there is time") == 1
