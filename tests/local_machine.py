@@ -75,7 +75,8 @@ class LocalMachine:
             self._supervisors[-1].forget_old_secrets()
 
     def close(self) -> None:
-        """Ends all jobs' processes."""
+        """Ends all jobs' processes, and whoever still waits."""
+        self._given_up_at = 0.0
         end_processes_of(self.home)
         for supervisor in self._supervisors:
             for child in supervisor._children:

@@ -22,7 +22,8 @@ from tests.waiting import LIMIT_S, POLL_S, until
 
 RUN = '"${SPOTUNE_BUCKET#file://}/runs/$SPOTUNE_RUN_ID"'
 CERTIFY = f'mkdir -p {RUN}/output && echo "{{}}" > {RUN}/output/completed.json'
-WAIT = "while :; do sleep 3600 & wait $!; done"  # a trap is heeded at once
+# For an hour, should nobody end it; a trap is heeded at once.
+WAIT = "while [ $SECONDS -lt 3600 ]; do sleep 60 & wait $!; done"
 HOLD = "until [ -e go ]; do sleep 0.05; done"  # until the test lets it go
 NOW = "date +%s.%N"
 UP = f"echo up; touch {RUN}/up"

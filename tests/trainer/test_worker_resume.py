@@ -185,3 +185,20 @@ def test_two_ranks(ranks: Nursery, base: dict[str, Any], tmp_path: Path) -> None
     assert [outcome["how"] for outcome in ranks.run(resumed, 2, MASTER_PORT=free_port())] == ["completed"] * 2
     assert weights(resumed) == weights(whole)
     assert logs_of(stopped, resumed) == logs_of(whole)
+
+
+def test_a_resume_with_another_learning_rate_trains_at_that_rate(
+    ranks: Nursery, base: dict[str, Any], tmp_path: Path
+) -> None:
+    """A run may go on with a changed config: the schedule goes on at the same step, from the new rate."""
+    config = {**base, "max_steps": 8, "logging_steps": 4, "lr_scheduler_type": "linear"}
+    before = make_folder(tmp_path / "before", config, save_steps=4)
+    ranks.run(before)
+    resumed = hand_over(before, tmp_path / "resumed", {**config, "learning_rate": 4e-3}, 4, save_steps=4)
+    assert ranks.run(resumed)[0]["how"] == "completed"
+    rates = [
+        [line["learning_rate"] for line in events(folder, "log") if "learning_rate" in line]
+        for folder in (before, resumed)
+    ]
+    assert rates[0][-1] == pytest.approx(2e-3 / 8)
+    assert rates[1] == pytest.approx([4e-3 / 8])

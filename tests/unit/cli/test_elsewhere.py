@@ -1,7 +1,6 @@
 """The verbs over two engines at once: this machine, and a SkyPilot that only remembers, or does not answer."""
 
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from spotune.launch.skypilot.offers import Wanted
 from tests.unit.cost.cases import claim, event
 from tests.unit.fake_infra import FakeInfra
 from tests.unit.project import Project
+from tests.waiting import until
 
 
 class FakeSky(FakeInfra):
@@ -274,11 +274,9 @@ def test_a_follower_bears_a_server_that_does_not_answer_for_a_while(
     answers = iter(["no", "no", "no", "yes"])
 
     def logs(self: FakeSky, run_id: str, follow: bool) -> Iterator[str]:
-        for _ in range(2):
-            yield "a line"
-            time.sleep(0.6)
+        yield "a line"
         self.silent.append("x")
-        time.sleep(0.6)
+        until(lambda: not self.silent)
 
     ask = FakeSky.jobs
 
@@ -288,6 +286,7 @@ def test_a_follower_bears_a_server_that_does_not_answer_for_a_while(
             self.turn("run-a", state="SUCCEEDED")
         return ask(self, *arguments, **options)
 
+    monkeypatch.setattr("spotune.cli.follow.REFRESH_S", 0.01)
     monkeypatch.setattr(FakeSky, "logs", logs)
     monkeypatch.setattr(FakeSky, "jobs", jobs)
     result = project.run("train", "run.yaml", "--name", "run-a", "--infra", "aws", "-y")

@@ -12,7 +12,7 @@ import pytest
 from spotune.contracts import filehashes
 from spotune.contracts.basemodel import model_files, model_sha256
 from spotune.contracts.errors import InputError
-from spotune.contracts.filehashes import MEMORY, WORTHWHILE, hash_files
+from spotune.contracts.filehashes import MEMORY, SETTLED_S, WORTHWHILE, hash_files
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_the_old_time_of_a_file_does_not_hide_that_it_changed(tmp_path: Path) ->
 def test_a_file_that_was_just_written_is_not_remembered(tmp_path: Path) -> None:
     large, cache = tmp_path / "large", tmp_path / "cache"
     large.write_bytes(b"a" * WORTHWHILE)
-    hash_files([large], cache, time.time)
+    hash_files([large], cache, lambda: large.stat().st_mtime + SETTLED_S - 0.1)
     assert not (cache / MEMORY).exists()
 
 

@@ -38,10 +38,10 @@ def due(evidence: Evidence) -> list[Bill]:
     return bills_due(evidence, build_accounts(evidence, T + 1000))
 
 
-def test_a_report_from_the_bucket_is_that_of_the_records(store: Store) -> None:
+def test_a_report_from_the_bucket_is_that_of_the_records(local_store: Store) -> None:
     evidence = three_attempts()
-    write(store, evidence, lines_a_part=1)
-    found = read_evidence(store, RUN_ID, evidence.intervals)
+    write(local_store, evidence, lines_a_part=1)
+    found = read_evidence(local_store, RUN_ID, evidence.intervals)
     assert build_report(found, "SUCCEEDED", T + 1000) == build_report(evidence, "SUCCEEDED", T + 1000)
 
 

@@ -19,7 +19,7 @@ TRAIN = ("train", "run.yaml", "--name", "run-a", "-y", "-d")
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
-    monkeypatch.setattr(FakeInfra, "now", time.time() + 60)
+    monkeypatch.setattr(FakeInfra, "now", time.time() + 86_400)
     return Project(tmp_path / "project", monkeypatch)
 
 

@@ -24,8 +24,8 @@ from spotune.launch.local.watch import SPAWN_S
 from tests.waiting import until
 
 T = 1000.0
-# Says that it is up, then heeds nothing but SIGKILL; what it is sent goes to the file.
-DEAF = 'trap "echo told >> $0" TERM; echo up >> $0; while :; do sleep 3600 & wait $!; done'
+# Says that it is up, then heeds nothing but SIGKILL and the end of the tests; what it is sent goes to the file.
+DEAF = 'trap "echo told >> $0" TERM; echo up >> $0; while kill -0 $PPID; do sleep 1 & wait $!; done'
 
 
 class Lab:
@@ -55,7 +55,8 @@ class Lab:
         return self.machines[job.run_id]
 
     def submit(self, run_id: str, **options: Any) -> None:
-        submission = Submission(run_id=run_id, task={"run": "x"}, workdir="/", user="ada", **options)
+        task = {"run": "x", "resources": {"accelerators": options.pop("accelerators", None)}}
+        submission = Submission(run_id=run_id, task=task, workdir="/", user="ada", **options)
         self.queue.add(submission, self.store.url, at=self.now)
 
     def tick(self, after_s: float = 0.0) -> None:
@@ -139,6 +140,19 @@ def test_priority_first_then_order_of_submission_and_nothing_overtakes(lab: Lab)
     assert [run_id for run_id, _ in lab.starts] == ["first", "high", "low-1", "low-2", "lowest"]
 
 
+def test_a_small_job_does_not_overtake_one_that_waits_for_more_gpus(lab: Lab) -> None:
+    lab.queue.note("slots", 2)
+    lab.queue.note("gpus", [{"device": "0", "name": "L4"}, {"device": "1", "name": "L4"}])
+    for run_id, accelerators in (("first", "L4:1"), ("both", "L4:2"), ("last", "L4:1")):
+        lab.submit(run_id, accelerators=accelerators)
+    lab.tick()
+    assert [run_id for run_id, _ in lab.starts] == ["first"]
+    lab.end("first", 1)
+    assert [run_id for run_id, _ in lab.starts] == ["first", "both"]
+    lab.end("both", 1)
+    assert [run_id for run_id, _ in lab.starts] == ["first", "both", "last"]
+
+
 def test_a_job_that_waits_for_its_next_attempt_lets_others_run(lab: Lab) -> None:
     lab.submit("run-a", priority=1)
     lab.tick()
@@ -154,7 +168,7 @@ def test_a_notice_comes_at_once_and_the_end_when_it_is_over(lab: Lab) -> None:
     until(lambda: lab.signals("run-a") == ["up"])
     lab.queue.ask("run-a", "preempt", 30.0)
     lab.tick()
-    until(lambda: lab.signals("run-a") == ["up", "told"])
+    until(lambda: lab.signals("run-a") == ["up", "told"] or not lab.is_up("run-a"))
     lab.tick(29.75)
     assert lab.is_up("run-a")
     lab.tick(0.25)
