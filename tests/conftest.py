@@ -37,9 +37,11 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
-    """An S3 server on loopback with a bucket ``spotune``; yields its endpoint."""
-    with servers.s3_server() as endpoint:
-        yield endpoint
+    """An S3 server on loopback with a bucket ``spotune``; yields its endpoint. It takes small parts."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("S3_UPLOAD_PART_MIN_SIZE", "1")
+        with servers.s3_server() as endpoint:
+            yield endpoint
 
 
 @pytest.fixture(scope="session")
