@@ -50,9 +50,11 @@ def no_attempt_outlives_its_test() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
-    """An S3 server on loopback with a bucket ``spotune``; yields its endpoint."""
-    with servers.s3_server() as endpoint:
-        yield endpoint
+    """An S3 server on loopback with a bucket ``spotune``; yields its endpoint. It takes small parts."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("S3_UPLOAD_PART_MIN_SIZE", "1")
+        with servers.s3_server() as endpoint:
+            yield endpoint
 
 
 @pytest.fixture(scope="session")

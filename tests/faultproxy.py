@@ -5,6 +5,8 @@
         proxy.plan = Plan(error=0.2, reset=0.1)                 # from now on, for every request; seeded
         proxy.plan = Plan(hang=1.0, times=1, method="PUT")      # the next PUT hangs, everything after it is well
         proxy.plan = Plan(hold=1.0, method="PUT")               # PUTs wait here until the next plan is set
+        proxy.until("hold")                                     # waits until one is here
+        proxy.plan = Plan(error=1.0, skip=2, times=1)           # the third request from now on fails, and no other
         proxy.away = True                                       # nobody there, until it is False again
         assert proxy.count("PUT", "optimizer.pt") == 2          # what was asked for, faults included
         assert proxy.dealt["hang"] == 1
@@ -18,12 +20,15 @@ import asyncio
 import random
 import threading
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from urllib.parse import unquote
 
 import aiohttp
 from aiohttp import web
+
+from tests.waiting import LIMIT_S, until
 
 HOP = {"transfer-encoding", "content-length", "connection", "keep-alive", "expect"}
 PIECE_BYTES = 16 << 10
@@ -42,10 +47,12 @@ class Plan:
         truncate: the body of a GET's answer ends half-way, though more was announced.
         short: the body of a GET's answer ends half-way, and no more is announced.
         flip: one bit of the body of a GET's answer is wrong, and nothing says so.
+        stall: the body of a GET's answer stops half-way, and goes on when another plan is set.
         hold: the store does not see the request before another plan is set.
         delay: the answer comes ``delay_s`` late.
         delay_s: see ``delay``.
         bandwidth_bytes_per_s: every body passes no faster than this, in both directions; 0 for no limit.
+        skip: so many requests that fit are well before the first that can meet a fault.
         times: after so many faults the rest is well; None for no end.
         method: only requests with this method, e.g. ``GET``.
         match: only requests with this text in their path and query.
@@ -61,10 +68,12 @@ class Plan:
     truncate: float = 0.0
     short: float = 0.0
     flip: float = 0.0
+    stall: float = 0.0
     hold: float = 0.0
     delay: float = 0.0
     delay_s: float = 1.0
     bandwidth_bytes_per_s: float = 0.0
+    skip: int = 0
     times: int | None = None
     method: str = ""
     match: str = ""
@@ -80,8 +89,8 @@ class Plan:
         return ""
 
 
-CHANCES = ("error", "expired", "reset", "lost", "hang", "truncate", "short", "flip", "hold", "delay")
-IN_BODIES = ("truncate", "short", "flip")
+CHANCES = ("error", "expired", "reset", "lost", "hang", "truncate", "short", "flip", "stall", "hold", "delay")
+IN_BODIES = ("truncate", "short", "flip", "stall")
 
 
 @dataclass(frozen=True)
@@ -99,13 +108,14 @@ class FaultProxy:
 
     def __init__(self, upstream: str, seed: int = 0) -> None:
         self.upstream = upstream
+        self._loop = asyncio.new_event_loop()
+        self._changed = asyncio.Event()
         self.plan = Plan()
         self.away = False
         self.seen: list[Seen] = []
         self.dealt: Counter[str] = Counter()
         self.url = ""
         self._rng = random.Random(seed)
-        self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(),), daemon=True)
@@ -116,7 +126,17 @@ class FaultProxy:
 
     @plan.setter
     def plan(self, plan: Plan) -> None:
-        self._plan, self._left = plan, plan.times
+        self._plan, self._left, self._skip = plan, plan.times, plan.skip
+        with suppress(RuntimeError):  # a loop that is closed already holds nothing
+            self._loop.call_soon_threadsafe(self._let_go)
+
+    def _let_go(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def until(self, fault: str, times: int = 1) -> None:
+        """Waits until a fault has been dealt so often, whatever else goes on."""
+        until(lambda: self.dealt[fault] >= times, lambda: f"{fault}: {self.dealt}")
 
     def count(self, method: str = "", match: str = "") -> int:
         """How many requests came with this method, and this text in their path and query."""
@@ -124,12 +144,12 @@ class FaultProxy:
 
     def __enter__(self) -> "FaultProxy":
         self._thread.start()
-        assert self._ready.wait(30), "the proxy did not start"
+        assert self._ready.wait(LIMIT_S), "the proxy did not start"
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(30)
+        self._thread.join(LIMIT_S)
         self._loop.close()
 
     async def _serve(self) -> None:
@@ -151,6 +171,8 @@ class FaultProxy:
     def _fault(self, request: web.Request, plan: Plan) -> str:
         path = unquote(request.raw_path)
         fits = plan.method in ("", request.method) and plan.match in path and self._left != 0
+        if fits and self._skip:
+            self._skip, fits = self._skip - 1, False
         fault = "away" if self.away else plan.draw(self._rng) if fits else ""
         if fault in IN_BODIES and request.method != "GET":
             fault = ""
@@ -172,8 +194,8 @@ class FaultProxy:
         body = await self._receive(request, plan)
         if fault == "hang":
             await asyncio.sleep(3600)
-        while fault == "hold" and self.plan is plan:
-            await asyncio.sleep(0.01)
+        if fault == "hold":
+            await self._until_another(plan)
         if fault == "delay":
             await asyncio.sleep(plan.delay_s)
         if fault in ("error", "expired"):
@@ -186,6 +208,11 @@ class FaultProxy:
             if fault == "lost":
                 return self._cut(request)
             return await self._send(request, plan, fault, answer, data)
+
+    async def _until_another(self, plan: Plan) -> None:
+        """Waits until another plan is set."""
+        while self.plan is plan:
+            await self._changed.wait()
 
     def _cut(self, request: web.Request) -> web.Response:
         if request.transport is not None:
@@ -217,7 +244,7 @@ class FaultProxy:
             elif fault == "short":
                 data = data[: len(data) // 2]
                 stop = len(data)
-            else:
+            elif fault == "flip":
                 place = self._rng.randrange(len(data))
                 data = data[:place] + bytes([data[place] ^ 1 << self._rng.randrange(8)]) + data[place + 1 :]
         # The answer to HEAD announces a body that does not come.
@@ -227,7 +254,11 @@ class FaultProxy:
         await response.prepare(request)
         started = self._loop.time()
         size = PIECE_BYTES if plan.bandwidth_bytes_per_s else len(data) or 1
+        if fault == "stall":
+            size = (len(data) + 1) // 2
         for start in range(0, stop, size):
+            if fault == "stall" and start:
+                await self._until_another(plan)
             await response.write(data[start : min(start + size, stop)])
             await self._pace(plan, started, start + size)
         if stop < len(data) and request.transport is not None:

@@ -181,6 +181,10 @@ def test_rows_in_a_bucket(read: Loader, bucket: str, tmp_path: Path) -> None:
         ("a.jsonl", b'[1, 2]\n{"text": "a"}\n', r"a\.jsonl: row 1: not an object"),
         ("a.jsonl", b'{"text": "a"}\n' + b"[" * 100_000 + b"\n", r"a\.jsonl: row 2: not JSON"),
     ],
+    ids=[
+        *("not gzip", "cut gzip", "csv not gzip", "text not UTF-8", "prompt not UTF-8", "csv not UTF-8"),
+        *("a list", "lists in lists"),
+    ],
 )
 def test_bytes_that_are_no_rows(read: Loader, tmp_path: Path, name: str, content: bytes, says: str) -> None:
     (tmp_path / name).write_bytes(content)

@@ -17,7 +17,9 @@ from s3fs import S3FileSystem
 from spotune.contracts.errors import InputError, StoreError
 from spotune.contracts.fingerprint import file_facts
 from spotune.contracts.store import Patience, Store
+from spotune.contracts.store.disk import Disk
 from spotune.contracts.store.objects import RANGE_BYTES
+from tests.clocks import Clock
 from tests.conftest import reach
 
 
@@ -148,12 +150,16 @@ def test_a_file_server_that_restarts_is_waited_for(local_store: Store, monkeypat
         real(source, target)
 
     monkeypatch.setattr(os, "link", link)
-    store = Store(local_store.url, Patience(deadline_s=5.0, first_wait_s=0.01))
-    assert store.create("runs/a/x", b"1")
+    clock, patience = Clock(), Patience(deadline_s=60.0, first_wait_s=1.0, longest_wait_s=8.0)
+    local_store._bucket = Disk(local_store.url.removeprefix("file://"), patience, clock, clock.sleep)
+    assert local_store.create("runs/a/x", b"1")
+    assert 0.5 + 1.0 <= clock.now <= 1.0 + 2.0  # two waits, and the second is longer
+    clock.now = 0.0
     replies += [OSError(errno.ESTALE, "Stale file handle")] * 100
     with pytest.raises(StoreError, match="runs/a/y: cannot create: .*Stale"):
-        Store(local_store.url, Patience(deadline_s=0.1, first_wait_s=0.01)).create("runs/a/y", b"1")
-    assert store.keys("runs") == ["runs/a/x"]
+        local_store.create("runs/a/y", b"1")
+    assert patience.deadline_s - patience.longest_wait_s <= clock.now <= patience.deadline_s
+    assert local_store.keys("runs") == ["runs/a/x"]
 
 
 def test_unfinished_uploads_are_removed(store: Store, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ class _Client:
 class _Engine:
     """A running loop and the client that lives on it."""
 
-    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
+    loop: asyncio.AbstractEventLoop
     client: _Client | None = None
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -70,14 +70,22 @@ class Pending(Generic[T]):
 class Connection:
     """Runs single requests (``step(client)``) with time-outs, retries and back-off. Safe to use from many threads.
 
-    ``waiting`` is told once, in words, that the store is silent.
+    ``waiting`` is told once, in words, that the store is silent. ``new_loop`` makes the event loop; its clock decides
+    every limit of a request.
 
     Two things are left behind and replaced when they fail: a client whose credentials are refused (new ones may be in
     the credentials file, or come from the instance role), and a loop that does not answer any more.
     """
 
-    def __init__(self, connector: Connector, patience: Patience, waiting: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        connector: Connector,
+        patience: Patience,
+        waiting: Callable[[str], None] | None = None,
+        new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
+    ) -> None:
         self.patience = patience
+        self._new_loop = new_loop
         self._waiting = waiting
         self._connector = connector
         self._rng = Random()
@@ -194,7 +202,7 @@ class Connection:
     def _running(self) -> _Engine:
         with self._lock:
             if self._engine is None:
-                self._engine = _Engine()
+                self._engine = _Engine(self._new_loop())
                 weakref.finalize(self, _end, self._engine, self._connector)
             return self._engine
 

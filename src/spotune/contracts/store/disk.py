@@ -29,25 +29,32 @@ class Disk:
     hard) hangs here too: no program can cut it off.
     """
 
-    def __init__(self, root: str, patience: Patience) -> None:
+    def __init__(
+        self,
+        root: str,
+        patience: Patience,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self._root = root
         self._patience = patience
+        self._clock, self._sleep = clock, sleep
         self._rng = Random()
 
     def _path(self, key: str) -> Path:
         return Path(f"{self._root}/{key}")
 
     def _steadily(self, call: Callable[[], T]) -> T:
-        deadline, tries = time.monotonic() + self._patience.deadline_s, 0
+        deadline, tries = self._clock() + self._patience.deadline_s, 0
         while True:
             tries += 1
             try:
                 return call()
             except OSError as error:
                 wait = self._patience.wait_s(tries, self._rng)
-                if error.errno not in PASSING or time.monotonic() + wait >= deadline:
+                if error.errno not in PASSING or self._clock() + wait >= deadline:
                     raise
-            time.sleep(wait)
+            self._sleep(wait)
 
     def read(self, key: str) -> bytes:
         return self._steadily(self._path(key).read_bytes)

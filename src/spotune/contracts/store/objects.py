@@ -1,6 +1,7 @@
 """s3:// and gs://: whole objects, moved in ranges and parts that are tried again one by one."""
 
 import os
+from asyncio import AbstractEventLoop, new_event_loop
 from collections import deque
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import closing, suppress
@@ -81,10 +82,17 @@ class Api(Protocol):
 class Objects:
     """A bucket in an object store; the verbs of ``Store``, faults not yet translated."""
 
-    def __init__(self, api: Api, root: str, patience: Patience, waiting: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        api: Api,
+        root: str,
+        patience: Patience,
+        waiting: Callable[[str], None] | None = None,
+        new_loop: Callable[[], AbstractEventLoop] = new_event_loop,
+    ) -> None:
         self._api = api
         self._root = root
-        self._line = Connection(api, patience, waiting)
+        self._line = Connection(api, patience, waiting, new_loop)
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}".rstrip("/")
@@ -112,7 +120,7 @@ class Objects:
         return not self.exists(key) and self._upload(local, key, new=True)
 
     def download(self, key: str, local: Path) -> dict[str, Any]:
-        ranges = self._ranges(key)
+        ranges = self._ranges(key, RANGE_BYTES)
         data = next(ranges)  # nothing is left on the disk when there is no such object
         with Download(local) as download, closing(ranges):
             while data:
@@ -154,7 +162,7 @@ class Objects:
     def _head(self, key: str) -> Head:
         return self._line.ask("read", partial(self._api.head, path=self._path(key)))
 
-    def _ranges(self, key: str, first: int = RANGE_BYTES) -> Generator[bytes | bytearray, None, None]:
+    def _ranges(self, key: str, first: int) -> Generator[bytes | bytearray, None, None]:
         """The object's bytes in order; while one range is used the next ones are on their way.
 
         ``first``: length of the first range, which says how long a store may be waited for that does not answer.
