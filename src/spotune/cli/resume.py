@@ -21,8 +21,8 @@ def resume(run: str, overrides: tuple[str, ...], budget: str | None, allow_confi
     """Go on with a run that failed, was cancelled or is paused, from its newest checkpoint.
 
     Its training length, logging, saving and evaluation may be --set freely. The rest needs --allow-config-change; so do
-    data or a model that were edited, and a run that failed because libraries changed. A run that no queue of this machine has, since it was started by hand or by a
-    bare `sky`, may go on from then on: start it again where it was.
+    data or a model that were edited, and a run that failed because libraries changed. A run that no queue of this
+    machine has, since it was started by hand or by a bare `sky`, may go on from then on: start it again where it was.
     """
     from spotune.contracts.money import parse_usd
     from spotune.launch import actions
