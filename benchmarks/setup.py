@@ -4,11 +4,13 @@
     python benchmarks/setup.py --extras [--installer pip]    # spotune[launcher], spotune[trainer]; default installer uv
 
 Each commit is checked out in a folder of its own and set up with an empty HOME, so that no cache helps. Packages are
-those of the environment that the script makes, bytes what its folder takes on disk, seconds those of the wall clock.
+those of the environment that the script makes, bytes what its folder takes on disk. Seconds are those of the wall
+clock; CPU time depends less on what else the machine does.
 """
 
 import argparse
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -37,7 +39,8 @@ def main() -> None:
         for name in EXTRAS:
             install_extra(name, options.installer)
         return
-    print("| commit | environment | packages | on disk | `tasks/setup.sh` | again |\n|---|---|---|---|---|---|")
+    print("| commit | environment | packages | on disk | `tasks/setup.sh` | its CPU time | again |")
+    print("|---|---|---|---|---|---|---|")
     for commit in options.commits:
         print(measure(commit), flush=True)
 
@@ -59,11 +62,20 @@ def measure(commit: str) -> str:
         call(["git", "clone", "--quiet", "--shared", "--no-checkout", str(ROOT), str(checkout)], ROOT, environ)
         full = subprocess.run(["git", "rev-parse", commit], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         call(["git", "checkout", "--quiet", full.strip()], checkout, environ)
-        first, again = (call(["bash", "tasks/setup.sh"], checkout, environ) for _ in range(2))
+        used = cpu_seconds()
+        first = call(["bash", "tasks/setup.sh"], checkout, environ)
+        used = cpu_seconds() - used
+        again = call(["bash", "tasks/setup.sh"], checkout, environ)
         made = next(checkout / name for name in ENVIRONMENTS if (checkout / name).is_dir())
         packages = len(list(made.glob("lib/python*/site-packages/*.dist-info")))
-        figures = f"{packages} | {bytes_on_disk(made) / 1e9:.2f} GB | {first:.0f} s | {again:.1f} s"
+        figures = f"{packages} | {bytes_on_disk(made) / 1e9:.2f} GB | {first:.0f} s | {used:.0f} s | {again:.1f} s"
         return f"| {full[:7]} | `{made.name}` | {figures} |"
+
+
+def cpu_seconds() -> float:
+    """User and system time of all processes that this one has waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def bytes_on_disk(folder: Path) -> int:

@@ -46,6 +46,10 @@ EVALUATION = frozenset(
 )
 BUDGET = "budget"  # no key of a config, as little as save_every
 FREE = LENGTH | LOGGING | SAVING | NOT_FOLLOWED | {"num_processes", BUDGET}
+RENAMED = {  # by transformers 5.24: the old name -> the new one
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
 _FOLLOWS_THE_METRIC = ("reduce_lr_on_plateau", "greedy")
 _SHOWN = 60  # characters of a value
 _SECRET = re.compile(r"token|secret|passw|credential|api_?key|access_?key", re.IGNORECASE)
@@ -136,7 +140,11 @@ def admit(change: Change, allowed: bool, where: object, what: str, remedy: str) 
 
 
 def compare_configs(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[KeyChange, ...]:
-    """The keys that differ in meaning, sorted: a default that is written out is none, and ``1e-3`` is 0.001."""
+    """The keys that differ in meaning, sorted: a default that is written out is none, and ``1e-3`` is 0.001.
+
+    A key under its old name is the same key.
+    """
+    before, after = _renamed(before), _renamed(after)
     free = FREE | (EVALUATION if _only_looks(before) and _only_looks(after) else frozenset())
     found = []
     for key in sorted(before.keys() | after.keys()):
@@ -174,8 +182,17 @@ def _only_looks(config: Mapping[str, Any]) -> bool:
     return not keeps_best and config.get("lr_scheduler_type") not in _FOLLOWS_THE_METRIC
 
 
+def _renamed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config under today's names. Like transformers, takes the new name's value where both are given."""
+    old = {new: config[name] for name, new in RENAMED.items() if name in config}
+    rest = {key: value for key, value in config.items() if key not in RENAMED}
+    return old | {key: value for key, value in rest.items() if value is not None or key not in old}
+
+
 def _value(key: str, config: Mapping[str, Any]) -> Any:
-    return config[key] if key in config else schema()["properties"].get(key, {}).get("default")
+    """The key's value, else its default: TRL still gives that to the old name."""
+    named = next((name for name, new in RENAMED.items() if new == key), key)
+    return config[key] if key in config else schema()["properties"].get(named, {}).get("default")
 
 
 def _leaves(key: str, value: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ if __name__ == "__main__":
 import os
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,6 +123,8 @@ def _load(this: Rank) -> Any:
     from spotune.sft.model import build_trainer
     from spotune.sft.saver import Saver
 
+    # PEFT asks by the old name. Users cannot change that.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     if this.job.threads:

@@ -68,6 +68,20 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str], list[str]]] 
         ["fsdp_config: f.json -> not set", "fsdp_config.x: not set -> 1"],
         ["fsdp_config", "fsdp_config.x"],
     ),
+    "a key's new name": ({"gradient_checkpointing": False}, {"activation_checkpointing": False}, [], []),
+    "the default under either name": ({"gradient_checkpointing": True}, {"activation_checkpointing": "yes"}, [], []),
+    "another value under the new name": (
+        {"gradient_checkpointing": False},
+        {"activation_checkpointing": True},
+        ["activation_checkpointing: false -> true"],
+        ["activation_checkpointing"],
+    ),
+    "off, and not set": (
+        {"activation_checkpointing": False},
+        {},
+        ["activation_checkpointing: false -> true"],
+        ["activation_checkpointing"],
+    ),
     "a long value": ({}, {"pad_token": "x" * 99}, [f"pad_token: not set -> {'x' * 59}…"], ["pad_token"]),
 }  # fmt: skip
 
