@@ -109,6 +109,16 @@ class Script:
         process.send_signal(number)
         self.until(lambda: self.log().count(f"[spotune] {number.name}: ") > notices, process)
 
+    def wait_until_told_to_stop(self, process: "subprocess.Popen[str]") -> None:
+        """Returns once the guard has asked its ranks to stop: the next step that they take is the last."""
+
+        def told() -> bool:
+            attempts = sorted((self.home / "work" / self.keys.run_id / "node-0").glob("[0-9]*"))
+            asked = read_json(attempts[-1] / CONTROL) if attempts else None
+            return bool(asked and asked["stop"])
+
+        self.until(told, process)
+
     def log(self) -> str:
         return self.log_file.read_text() if self.log_file.exists() else ""
 
@@ -173,16 +183,6 @@ class FakeScript(Script):
         process = self.start(*flags, **environ)
         self.wait_for_step(process, step)
         return process
-
-    def wait_until_told_to_stop(self, process: "subprocess.Popen[str]") -> None:
-        """Returns once the guard has asked its ranks to stop: the next step that they take is the last."""
-
-        def told() -> bool:
-            attempts = sorted((self.home / "work" / self.keys.run_id / "node-0").glob("[0-9]*"))
-            asked = read_json(attempts[-1] / CONTROL) if attempts else None
-            return bool(asked and asked["stop"])
-
-        self.until(told, process)
 
     def notify_and_release(self, process: "subprocess.Popen[str]") -> int:
         """A notice in the middle of a step, which is then let go; returns the exit code."""

@@ -9,8 +9,7 @@ import pytest
 
 from spotune.contracts.errors import Fenced, StoreError
 from spotune.contracts.exchange import Staged, staged_path, write_json
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import AttemptRecord, Commit, RunRecord
+from spotune.contracts.records import Commit
 from spotune.contracts.store import Store
 from spotune.guard.admission import check_fence, claim_attempt, latest_attempt
 from spotune.guard.adopt import find_stranded
@@ -22,25 +21,8 @@ from spotune.guard.machine import Machine
 from spotune.guard.restore import list_commits, newest_commit, restore
 from spotune.guard.retention import Retention
 from spotune.guard.toll import Toll
+from tests.unit.guard.attempts import FILES, KEYS, RUN, make_checkpoint, make_context
 from tests.waiting import LIMIT_S, until
-
-KEYS = Keys("a-run")
-FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "deep/weights.safetensors")
-RUN = RunRecord(run_id="a-run", created_at=0, user="u", config_path="c", config={}, config_sha256="c", data_sha256="d")
-
-
-def checkpoint(folder: Path, step: int, leave_out: str = "") -> Path:
-    target = folder / "scratch" / "0001" / "trainer" / f"checkpoint-{step}"
-    for name in FILES:
-        if name != leave_out:
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            (target / name).write_bytes(f"{name} of step {step}".encode() * 1000)
-    return target
-
-
-def make_context(store: Store, folder: Path, attempt: int = 1) -> Context:
-    record = AttemptRecord(run_id="a-run", attempt=attempt, claimed_at=0, claim_id="x")
-    return Context(store, KEYS, RUN, record, Machine.read({}), {}, folder / "scratch", folder / "cache", "", 60.0)
 
 
 @pytest.fixture(autouse=True)
@@ -63,8 +45,7 @@ def make_committer(store: Store, folder: Path, attempt: int = 1, keep: int = 2) 
 
 
 def staged(folder: Path, step: int, best_step: int | None = None, leave_out: str = "") -> Staged:
-    path = checkpoint(folder, step, leave_out)
-    return Staged(step, str(path), epoch=0.5, tokens=step * 10, world_size=1, threads=1, best_step=best_step)
+    return make_checkpoint(folder / "scratch" / "0001", step, leave_out, best_step=best_step)
 
 
 def commit_steps(store: Store, folder: Path, *steps: int, attempt: int = 1, keep: int = 9) -> Committer:
