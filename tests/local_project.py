@@ -19,14 +19,11 @@ from tests.local_machine import LocalMachine
 from tests.script import FAKE_WORKER, fake_config
 from tests.waiting import until
 
-BUDGET_CLOCK = Path(__file__).with_name("guard_with_clock.py")
-
 
 class LocalProject:
     """A folder with a model, data, ``run.yaml`` and the training task, and ``spotune`` in it.
 
     Attributes:
-        clock: a file: seconds that the budgets of runs are ahead of the time of day.
         told: the fake worker's folder, see tests/fake_worker.py.
     """
 
@@ -35,7 +32,7 @@ class LocalProject:
         fake_config(folder, **{**paths, **config})
         self.folder, self.home = folder, folder / "home"
         self.store = Store(f"file://{self.home}/bucket")
-        self.clock, self.told = folder / "clock", folder / "told"
+        self.told = folder / "told"
         self.told.mkdir()
         (folder / "tasks").mkdir()
         self.write_task()
@@ -44,8 +41,9 @@ class LocalProject:
         self.machine = LocalMachine(self.home)
         self.machine.serve_verbs(monkeypatch)
 
-    def write_task(self) -> None:
-        run = f'exec "${PYTHON}" {shlex.quote(str(BUDGET_CLOCK))} {shlex.quote(str(self.clock))} "$SPOTUNE_CONFIG"'
+    def write_task(self, guard: str = "-m spotune.sft") -> None:
+        """Writes the training task; ``guard``: what Python runs."""
+        run = f'exec "${PYTHON}" {guard} "$SPOTUNE_CONFIG"'
         envs = {PYTHON: sys.executable, WORKER: shlex.quote(str(FAKE_WORKER)), "FAKE_WORKER_DIR": str(self.told)}
         task = {"run": run, "envs": envs, "resources": {"use_spot": True}}
         (self.folder / "tasks/train.yaml").write_text(json.dumps(task))

@@ -1,7 +1,6 @@
 """The processes of one SPOTUNE_HOME, as tests look for them and put an end to them."""
 
 import signal
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import psutil
 
 from spotune.contracts.environment import HOME
 from spotune.launch.local.processes import is_live, send
+from tests.waiting import until
 
 
 def processes_of(home: Path) -> list[psutil.Process]:
@@ -42,7 +42,10 @@ def kill_tree(process: psutil.Process) -> None:
 
 def end_processes_of(home: Path) -> None:
     """Kills what a test has left, a supervisor that is just starting too."""
-    deadline = time.monotonic() + 300
-    while left := processes_of(home):
-        assert time.monotonic() < deadline
+
+    def are_gone() -> bool:
+        left = processes_of(home)
         send(left, signal.SIGKILL)
+        return not left
+
+    until(are_gone, lambda: processes_of(home))

@@ -5,6 +5,7 @@ tests/unit/guard/test_wall.py.
 """
 
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,25 @@ from typing import Any
 import pytest
 import yaml
 
+from tests import guard_with_clock
 from tests.local_project import LocalProject
 
+GUARD = Path(guard_with_clock.__file__)
 USD_PER_S = 0.001
 AT_ONCE = 1000.0  # US dollars a second: any budget is used up before the first step
 
 
 class Project(LocalProject):
-    """A project whose machine costs ``USD_PER_S``."""
+    """A project whose machine costs ``USD_PER_S``.
+
+    Attributes:
+        clock: a file: seconds that the budgets of runs are ahead of the time of day.
+    """
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__(folder, monkeypatch)
+        self.clock = folder / "clock"
+        self.write_task(f"-P {shlex.quote(str(GUARD))} {shlex.quote(str(self.clock))}")
         (folder / "config").mkdir()
         self.settle({})
 

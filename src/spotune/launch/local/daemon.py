@@ -31,14 +31,6 @@ def only_one(layout: Layout) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def supervisor_pid(layout: Layout) -> int | None:
-    """The running supervisor's pid, None when there is none."""
-    if is_running(layout):
-        text = layout.lock.read_text()
-        return int(text) if text.isdigit() else None
-    return None
-
-
 def is_running(layout: Layout) -> bool:
     """Whether somebody holds the lock. A shared lock is tried, so that two who ask do not mislead each other."""
     try:

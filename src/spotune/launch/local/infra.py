@@ -217,10 +217,6 @@ class LocalInfra:
             daemon.start(self.layout, self._environ)
             self._woken_at = self._clock()
 
-    def supervisor_pid(self) -> int | None:
-        """For those who want to see who watches the jobs, or to kill it in a test."""
-        return daemon.supervisor_pid(self.layout)
-
     def _job(self, run_id: str) -> Job:
         job = self._queue.job(run_id)
         if job is None:
