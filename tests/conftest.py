@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 
 from drill import servers
 from spotune.contracts.store import Store
+from tests.real_sky import RealSky, real_sky
 
 pytest.register_assert_rewrite("tests.contract.infra_contract")  # no module of tests, but it asserts
 FOREIGN = ("SPOTUNE_", "SKYPILOT_", "SLURM_", "WANDB_")
@@ -49,6 +50,13 @@ def gcs_server() -> Iterator[str]:
     """A GCS emulator on loopback with a bucket ``spotune``; yields its endpoint."""
     with servers.gcs_server() as endpoint:
         yield endpoint
+
+
+@pytest.fixture(scope="session")
+def sky_says(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealSky]:
+    """A process that has imported SkyPilot, to be asked by any test."""
+    with real_sky(tmp_path_factory.mktemp("sky")) as made:
+        yield made
 
 
 def reach(scheme: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
