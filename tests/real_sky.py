@@ -1,7 +1,7 @@
 """SkyPilot's own code, imported once for all the tests that ask it something: that takes seconds.
 
 A question is a script. It runs in a fork of the process that has imported SkyPilot, so that nothing of one question is
-left for the next. SkyPilot keeps paths below HOME when it is imported; so HOME is a link, set to each question's folder.
+left for the next. SkyPilot keeps paths below HOME when it is imported: HOME is a link, set to each question's folder.
 """
 
 import json
@@ -17,7 +17,8 @@ from typing import Any
 SERVER = """
 import json, os, sys, tempfile, traceback
 import sky
-from sky import skypilot_config
+from sky import optimizer, skypilot_config
+import alembic.command, boto3, networkx, pandas  # which SkyPilot imports when it first needs them
 
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)

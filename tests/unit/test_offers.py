@@ -1,7 +1,8 @@
 """Which machine SkyPilot picks for a task, and what the plan says: its own optimizer over price rows.
 
-The optimizer runs in a process of its own (tests/real_sky.py), with a HOME of its own, where the catalog lies as files and some clouds are
-noted as enabled, as ``sky check`` notes them; of SkyPilot nothing but the way to its server is replaced.
+The optimizer runs in a process of its own (tests/real_sky.py), with a HOME of its own, where the catalog lies as files
+and some clouds are noted as enabled, as ``sky check`` notes them; of SkyPilot nothing but the way to its server is
+replaced.
 """
 
 import json
