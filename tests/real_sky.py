@@ -46,6 +46,7 @@ for line in sys.stdin:
             os._exit(code)
     _, status = os.waitpid(pid, 0)
     print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
+os._exit(0)
 """
 
 
