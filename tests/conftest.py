@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 
 from drill import servers
 from spotune.contracts.store import Store
+from tests.real_sky import RealSky, real_sky
 from tests.script import end_attempts
 
 # The launcher's environment has no torch and the trainer's no SkyPilot: each runs what it can import.
@@ -62,6 +63,13 @@ def gcs_server() -> Iterator[str]:
     """A GCS emulator on loopback with a bucket ``spotune``; yields its endpoint."""
     with servers.gcs_server() as endpoint:
         yield endpoint
+
+
+@pytest.fixture(scope="session")
+def sky_says(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealSky]:
+    """A process that has imported SkyPilot, to be asked by any test."""
+    with real_sky(tmp_path_factory.mktemp("sky")) as made:
+        yield made
 
 
 def reach(scheme: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,9 +103,8 @@ class Family:
         }
         living = self._members & everybody.keys()
         self._pids = {pid for pid, _ in living} | (self._pids if not self._members else set())
-        for key in sorted(
-            everybody.keys() - self._members - self._strangers, key=lambda key: key[1]
-        ):  # parents come first
+        new = everybody.keys() - self._members - self._strangers
+        for key in sorted(new, key=lambda key: key[1]):  # parents come first
             with suppress(psutil.Error, OSError):
                 if self._is_ours(key, everybody[key]):
                     self._members.add(key)

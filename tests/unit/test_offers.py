@@ -1,20 +1,22 @@
 """Which machine SkyPilot picks for a task, and what the plan says: its own optimizer over price rows.
 
-The optimizer runs in a process of its own, with a HOME of its own, where the catalog lies as files and some clouds are
-noted as enabled, as ``sky check`` notes them; of SkyPilot nothing but the way to its server is replaced.
+The optimizer runs in a process of its own (tests/real_sky.py), with a HOME of its own, where the catalog lies as files
+and some clouds are noted as enabled, as ``sky check`` notes them; of SkyPilot nothing but the way to its server is
+replaced.
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from tests.real_sky import RealSky
+
+pytestmark = pytest.mark.xdist_group("sky")
 
 TASKS = Path(__file__).parents[2] / "tasks"
 TRAIN = ("train.yaml", "train-multinode.yaml")
@@ -112,20 +114,16 @@ print(json.dumps(found))
 AWS_GCP = ("aws", "gcp")
 
 
-def ask(home: Path, script: str, *arguments: str, clouds: Sequence[str] = AWS_GCP) -> Any:
-    """What a script says in a process whose SkyPilot has the catalog that lies in ``home``."""
+def ask(sky: RealSky, home: Path, script: str, *arguments: str, clouds: Sequence[str] = AWS_GCP) -> Any:
+    """What a script says where SkyPilot has the catalog that lies in ``home``."""
     (home / ".sky").mkdir(exist_ok=True)
     (home / ".sky" / "config.yaml").write_text(yaml.safe_dump({"allowed_clouds": list(clouds)}))
-    environ = {**os.environ, "HOME": str(home), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
-    command = [sys.executable, "-c", ENABLE + script, ",".join(clouds), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environ, cwd=home, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return sky.json(home, ENABLE + script, ",".join(clouds), *arguments)
 
 
-def picks(home: Path, names: list[str]) -> dict[str, Any]:
+def picks(sky: RealSky, home: Path, names: list[str]) -> dict[str, Any]:
     """What SkyPilot's optimizer picks for each task."""
-    found = ask(home, PICK, *(str(TASKS / name) for name in names))
+    found = ask(sky, home, PICK, *(str(TASKS / name) for name in names))
     return {Path(path).name: pick for path, pick in found.items()}
 
 
@@ -138,9 +136,9 @@ def lay_catalog(home: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made_up(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def made_up(sky_says: RealSky, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     home = lay_catalog(tmp_path_factory.mktemp("sky"))
-    return picks(home, ["dev.yaml", "train.yaml", "train-multinode.yaml"])
+    return picks(sky_says, home, ["dev.yaml", "train.yaml", "train-multinode.yaml"])
 
 
 def test_train_gets_the_cheapest_spot_machine_of_any_cloud(made_up: dict[str, Any]) -> None:
@@ -163,14 +161,14 @@ def test_several_nodes_are_spot_machines_too(made_up: dict[str, Any]) -> None:
     assert pick["nodes"] == 2
 
 
-def test_every_cloud_has_a_machine_for_train(tmp_path: Path) -> None:
+def test_every_cloud_has_a_machine_for_train(sky_says: RealSky, tmp_path: Path) -> None:
     """Also those without spot, unless spot was asked for: then it is said what to leave out."""
     clouds = ("aws", "gcp", "azure", "lambda", "nebius")
     wants = [
         (yaml.safe_load((TASKS / name).read_text())["resources"], cloud, None) for name in TRAIN for cloud in clouds
     ]
     *found, refused = ask(
-        lay_catalog(tmp_path), OFFER, json.dumps([*wants, (wants[0][0], "lambda", True)]), clouds=clouds
+        sky_says, lay_catalog(tmp_path), OFFER, json.dumps([*wants, (wants[0][0], "lambda", True)]), clouds=clouds
     )
     expected = [("aws", "A10G:1"), ("gcp", "L4:1"), ("azure", "A10:1"), ("lambda", "A10:1"), ("nebius", "H100:1")]
     assert [(one["infra"], one["gpus"]) for one in found] == expected * 2
@@ -181,7 +179,7 @@ def test_every_cloud_has_a_machine_for_train(tmp_path: Path) -> None:
     assert refused == "--use-spot: lambda has no spot machines (--no-use-spot)"
 
 
-def test_each_alternative_says_whether_it_is_spot(tmp_path: Path) -> None:
+def test_each_alternative_says_whether_it_is_spot(sky_says: RealSky, tmp_path: Path) -> None:
     spot, on_demand = {"accelerators": "L4:1", "use_spot": True}, {"accelerators": "A10G:1", "use_spot": False}
     dear_first = {"accelerators": "L4:1", "infra": "aws"}
     wants = [
@@ -189,7 +187,7 @@ def test_each_alternative_says_whether_it_is_spot(tmp_path: Path) -> None:
         ({"use_spot": True, "ordered": [on_demand, spot]}, "any", None),
         ({"use_spot": True, "ordered": [dear_first, {"accelerators": "L4:1", "infra": "gcp"}]}, "any", None),
     ]
-    either, in_order, placed = ask(lay_catalog(tmp_path), OFFER, json.dumps(wants))
+    either, in_order, placed = ask(sky_says, lay_catalog(tmp_path), OFFER, json.dumps(wants))
     assert (either["gpus"], either["spot"], either["kinds"]) == ("L4:1", True, [False, True])
     assert (in_order["gpus"], in_order["spot"], in_order["kinds"]) == ("A10G:1", False, [False, True])
     assert (placed["infra"], placed["kinds"]) == ("aws", [True])
@@ -198,12 +196,12 @@ def test_each_alternative_says_whether_it_is_spot(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real catalog is not part of this repository")
-def test_real_prices(tmp_path: Path) -> None:
+def test_real_prices(sky_says: RealSky, tmp_path: Path) -> None:
     catalog = tmp_path / ".sky" / "catalogs" / "v8"
     shutil.copytree(REAL, catalog, copy_function=shutil.copyfile)
     for folder in (catalog, *catalog.iterdir()):
         folder.chmod(0o755)
-    found = picks(tmp_path, ["dev.yaml", "train.yaml", "train-multinode.yaml"])
+    found = picks(sky_says, tmp_path, ["dev.yaml", "train.yaml", "train-multinode.yaml"])
     for name in TRAIN:
         assert found[name]["spot"], found[name]
     assert not found["dev.yaml"]["spot"]

@@ -1,9 +1,10 @@
-"""Task YAMLs are plain SkyPilot tasks: SkyPilot itself reads them, in a process of its own (it imports for seconds)."""
+"""Task YAMLs are plain SkyPilot tasks: SkyPilot itself reads them."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
+
+import pytest
+
+from tests.real_sky import RealSky
 
 TASKS = Path(__file__).parents[2] / "tasks"
 READ = """
@@ -24,14 +25,9 @@ print(json.dumps(found))
 """
 
 
-def test_skypilot_takes_them(tmp_path: Path) -> None:
-    paths = [str(path) for path in sorted(TASKS.glob("*.yaml"))]
-    environ = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", READ, *paths], env=environ, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+@pytest.mark.xdist_group("sky")
+def test_skypilot_takes_them(tmp_path: Path, sky_says: RealSky) -> None:
+    found = sky_says.json(tmp_path, READ, *(str(path) for path in sorted(TASKS.glob("*.yaml"))))
     train = found[str(TASKS / "train.yaml")]
     assert train["envs"]["SPOTUNE_BUCKET"] == "s3://bucket/x"
     assert all(recovery["recover_on_exit_codes"] == [75] for recovery in train["recovery"])

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from drill.contender import Account, Hold, Launch
@@ -9,17 +10,21 @@ from drill.timeline import Pace
 
 PROGRAM = Path(__file__).with_name("program.py")
 STEPS = 12
-# About as program.py takes it; a busy machine only makes kills come earlier in their stage.
+# About as program.py takes it.
 PACE = Pace(start_s=0.2, train_s=0.3, save_s=0.01, end_s=0.22, life_s=0.76, steps=STEPS, saves=6)
 
 
 class Stand:
-    """One run of the program below ``folder``; ``fault``: what it is to get wrong."""
+    """One run of the program below ``folder``; ``fault``: what it is to get wrong.
+
+    ``lingers``: the stage in which each launch stays until it is lost; "python" for one that never gets to the program.
+    """
 
     noticed: tuple[int, ...] = (75,)
 
-    def __init__(self, folder: Path, fault: str = "") -> None:
+    def __init__(self, folder: Path, fault: str = "", lingers: Sequence[str] = ()) -> None:
         self.folder = folder
+        self._lingers = list(lingers)
         self.repairs = 0
         folder.mkdir(parents=True)
         if fault:
@@ -27,7 +32,11 @@ class Stand:
 
     def launch(self, disk: Path, hold: Hold | None) -> Launch:
         held = hold.environ if hold else {}
-        return Launch([sys.executable, str(PROGRAM), str(self.folder / "home"), str(STEPS)], {**os.environ, **held})
+        stage = self._lingers.pop(0) if self._lingers else ""
+        command = [sys.executable, str(PROGRAM), str(self.folder / "home"), str(STEPS)]
+        if stage == "python":
+            command = ["sleep", "600"]
+        return Launch(command, {**os.environ, **held, "LINGER": stage})
 
     def event_log(self, disk: Path, since: float) -> Path | None:
         logs = sorted((self.folder / "bucket").glob("events-*.jsonl"))

@@ -13,21 +13,10 @@ import spotune
 from spotune.keeper.keeper import NEWEST, keep
 from spotune.keeper.settings import Settings
 from spotune.keeper.signs import Sign
+from tests.clocks import Clock
+from tests.waiting import LIMIT_S
 
 SOURCE = Path(spotune.__file__).parent
-
-
-class Clock:
-    """Time that passes only when somebody sleeps."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
 
 
 def settings(home: Path, **more: str) -> Settings:
@@ -41,7 +30,7 @@ def state(home: Path) -> dict[str, object]:
 
 
 def test_it_lets_go_when_nothing_has_worked_for_the_idle_time(tmp_path: Path) -> None:
-    clock = Clock()
+    clock = Clock(1000.0)
 
     def look(now: float) -> list[Sign]:
         return [Sign("job 2 (demo)", now)] if now < 2000 else []
@@ -53,14 +42,14 @@ def test_it_lets_go_when_nothing_has_worked_for_the_idle_time(tmp_path: Path) ->
 
 
 def test_what_was_active_lately_counts_from_then(tmp_path: Path) -> None:
-    clock = Clock()
+    clock = Clock(1000.0)
     keep(settings(tmp_path), lambda now: [Sign("Jupyter kernel python3", 1300.0)], clock, clock.sleep)
     assert clock.now == pytest.approx(1900, abs=30)
 
 
 def test_it_says_what_holds_and_until_when(tmp_path: Path) -> None:
     seen = []
-    clock = Clock()
+    clock = Clock(1000.0)
 
     def sleep(seconds: float) -> None:
         seen.append(state(tmp_path))
@@ -75,7 +64,7 @@ def test_it_says_what_holds_and_until_when(tmp_path: Path) -> None:
 
 
 def test_the_newest_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    clock = Clock()
+    clock = Clock(1000.0)
 
     def sleep(seconds: float) -> None:
         (tmp_path / ".spotune" / NEWEST).write_text("another")
@@ -87,7 +76,7 @@ def test_the_newest_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_mark_that_is_gone_or_cannot_be_read_or_written_is_no_newer_one(tmp_path: Path) -> None:
-    clock = Clock()
+    clock = Clock(1000.0)
     newest = tmp_path / ".spotune" / NEWEST
     spoil = [newest.unlink, newest.mkdir, newest.rmdir, lambda: newest.write_text("")]
 
@@ -111,7 +100,7 @@ def test_on_slurm_it_can_take_the_allocation_down(tmp_path: Path, monkeypatch: p
         stand_in.write_text(f'#!/bin/sh\necho {name} "$@" >> {tmp_path}/asked\n')
         stand_in.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    clock = Clock()
+    clock = Clock(1000.0)
     keep(settings(tmp_path, SLURM_JOB_ID="77", SPOTUNE_KEEPER_ENDS="scancel"), lambda now: [], clock, clock.sleep)
     limit, signal = (tmp_path / "asked").read_text().splitlines()
     assert limit == "scontrol update JobId=77 EndTime=now+3minutes"
@@ -133,7 +122,7 @@ def test_it_runs_with_a_plain_python(python: str, tmp_path: Path) -> None:
         "SPOTUNE_IDLE_MINUTES": "0",  # this machine works: it runs tests
     }
     command = [python, "-m", "spotune.keeper"]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert done.returncode == 0, done.stderr
     assert "lets this cluster go" in done.stdout
 
@@ -141,7 +130,7 @@ def test_it_runs_with_a_plain_python(python: str, tmp_path: Path) -> None:
 def test_a_setting_that_cannot_be_is_not_tried_again(tmp_path: Path) -> None:
     environ = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(SOURCE.parent), "SPOTUNE_IDLE_MINUTES": "soon"}
     command = [sys.executable, "-m", "spotune.keeper"]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert (done.returncode, done.stderr) == (2, "keeper: SPOTUNE_IDLE_MINUTES: 'soon' is not a number, 0 or more\n")
 
 

@@ -5,7 +5,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ import pytest
 
 from spotune.keeper.processes import Process, processes
 from spotune.keeper.sessions import session_look
+from tests.waiting import ended, until
 
 SSHD = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:/usr/bin")
 pytestmark = pytest.mark.skipif(not SSHD or not shutil.which("ssh"), reason="no OpenSSH here")
-PATIENCE_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,7 @@ def sshd(tmp_path: Path) -> Iterator[Sshd]:
 
     assert SSHD
     daemon = start(SSHD, "-D", "-e", "-f", str(tmp_path / "sshd_config"))
-    for _ in range(100):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        time.sleep(0.1)
+    until(lambda: daemon.poll() is not None or listens(port), "sshd listens")
     if daemon.poll() is not None:
         pytest.skip("sshd does not start for this user")
     options = "BatchMode=yes StrictHostKeyChecking=no UserKnownHostsFile=/dev/null IdentitiesOnly=yes".split()
@@ -78,7 +73,7 @@ def sshd(tmp_path: Path) -> Iterator[Sshd]:
                 os.kill(pid, signal.SIGKILL)
     for process in reversed(started):
         process.kill()
-        process.wait()
+        ended(process)
 
 
 def below(root: int) -> dict[int, Process]:
@@ -90,15 +85,20 @@ def below(root: int) -> dict[int, Process]:
     return {pid: each for pid, each in everybody.items() if pid in found}
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def seen(daemon: int, command: str) -> list[str]:
     """The signs of sessions once ``command`` runs in one."""
-    end = time.monotonic() + PATIENCE_S
-    while time.monotonic() < end:
+
+    def runs() -> dict[int, Process] | None:
         everybody = below(daemon)
-        if any(each.command.endswith(command) and each.name == "sleep" for each in everybody.values()):
-            return [sign.what for sign in session_look(everybody, 1.0)]
-        time.sleep(0.2)
-    raise AssertionError(f"no {command}")
+        there = any(each.command.endswith(command) and each.name == "sleep" for each in everybody.values())
+        return everybody if there else None
+
+    return [sign.what for sign in session_look(until(runs, f"no {command}"), 1.0)]
 
 
 @pytest.mark.parametrize(("flags", "kind"), [((), "without a terminal"), (("-tt",), "with a terminal")])
@@ -125,10 +125,11 @@ def test_spotunes_own_question_does_not(sshd: Sshd) -> None:
 @contextmanager
 def tunnelled(port: int) -> Iterator[bytes]:
     """What the far end of a tunnel says first, while the connection is open."""
-    end = time.monotonic() + PATIENCE_S
-    while time.monotonic() < end:
-        with suppress(OSError), socket.create_connection(("127.0.0.1", port)) as connection:
-            yield connection.recv(64)
-            return
-        time.sleep(0.2)
-    raise AssertionError("no tunnel")
+
+    def connect() -> socket.socket | None:
+        with suppress(OSError):
+            return socket.create_connection(("127.0.0.1", port))
+        return None
+
+    with until(connect, "no tunnel") as connection:
+        yield connection.recv(64)

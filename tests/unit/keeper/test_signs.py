@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -20,8 +19,9 @@ from spotune.keeper.jobs import job_look
 from spotune.keeper.jupyter import jupyter_look, shut_down
 from spotune.keeper.processes import Process, processes
 from spotune.keeper.sessions import editor_look, session_look
+from tests.waiting import ended, until
 
-BURN = "import time\nend = time.time() + 60\nwhile time.time() < end: pass"
+BURN = "while True: pass"
 
 
 @contextmanager
@@ -31,43 +31,50 @@ def running(*command: str, **options: object) -> Iterator[subprocess.Popen[bytes
         yield process
     finally:
         process.kill()
-        process.wait()
+        ended(process)
 
 
-def used(process: int) -> list[str]:
-    """The CPU signs of one process, over most of a second."""
-    look = cpu_look(0.02)  # of a machine that may have more to do than this test
-    assert look(processes(), time.time()) == []  # nothing to compare with
-    time.sleep(0.8)
-    everybody = processes()
-    return [sign.what for sign in look({pid: each for pid, each in everybody.items() if pid == process}, time.time())]
+def signs_of(pid: int, before: dict[int, Process], after: dict[int, Process], elapsed_s: float) -> list[str]:
+    """The CPU signs of one process between two looks that are said to be so far apart."""
+    look = cpu_look(0.25)
+    assert look(before, 1000.0) == []  # nothing to compare with
+    return [sign.what for sign in look({pid: after[pid]}, 1000.0 + elapsed_s)]
 
 
-def works(process: int) -> bool:
-    """Whether it is seen to, soon: a busy machine gives it its share late."""
-    return any(used(process) for _ in range(20))
+def computed(pid: int, seconds: float = 0.2) -> tuple[dict[int, Process], dict[int, Process]]:
+    """What two looks see, between which a process has used so much of a core, however long that took."""
+    before = processes()
+    until(lambda: processes()[pid].cpu_s - before[pid].cpu_s >= seconds, "it computes")
+    return before, processes()
 
 
 def test_a_process_that_computes_works() -> None:
     with running(sys.executable, "-c", BURN) as busy:
-        assert works(busy.pid)
+        before, after = computed(busy.pid)
+        used = after[busy.pid].cpu_s - before[busy.pid].cpu_s
+        assert signs_of(busy.pid, before, after, used * 2) == [f"{after[busy.pid].name} uses 50 % of a core"]
+        assert signs_of(busy.pid, before, after, used * 5) == []  # 20 % is not enough
 
 
 def test_a_process_that_waits_does_not() -> None:
-    with running("sleep", "60") as idle:
-        assert used(idle.pid) == []
+    with running("sleep", "600") as idle, running(sys.executable, "-c", BURN) as busy:
+        before, after = computed(busy.pid)
+        assert signs_of(idle.pid, before, after, 0.2) == []
 
 
 def test_skypilots_own_processes_do_not() -> None:
     with running(sys.executable, "-c", f"# sky.skylet.skylet\n{BURN}") as skylet:
-        assert used(skylet.pid) == []
+        before, after = computed(skylet.pid)
+        assert signs_of(skylet.pid, before, after, 0.2) == []
 
 
 def test_short_lived_children_are_their_parents() -> None:
-    loop = "while :; do timeout 0.2 sh -c 'while :; do :; done'; done"
+    """Each child is young whenever somebody looks; what it used is its parent's once it has ended."""
+    loop = "while :; do sh -c 'for n in 1 2 3 4 5 6 7 8 9; do :; done'; done"
     with running("bash", "-c", loop, start_new_session=True) as parent:
         try:
-            assert works(parent.pid)
+            before, after = computed(parent.pid)
+            assert signs_of(parent.pid, before, after, 0.2)
         finally:
             os.killpg(parent.pid, 9)
 
@@ -78,12 +85,12 @@ def test_a_gpu_in_use_works(printed: str, count: int, tmp_path: Path, monkeypatc
     stand_in.write_text(f"#!/bin/sh\ncat <<END\n{printed}END\n")
     stand_in.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert len(gpu_look(2, time.time())) == count
+    assert len(gpu_look(2, 1000.0)) == count
 
 
 def test_no_gpu_is_no_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert gpu_look(2, time.time()) == []
+    assert gpu_look(2, 1000.0) == []
 
 
 def process(pid: int, parent: int, name: str, command: str = "", tty: int = 0) -> tuple[int, Process]:
@@ -126,9 +133,7 @@ def test_an_editors_server_works_while_a_window_is_connected(tmp_path: Path) -> 
         port = int(server.stdout.readline())
         assert editor_look(processes(), 1.0) == []
         with socket.create_connection(("127.0.0.1", port)):
-            deadline = time.monotonic() + 300
-            while not (signs := editor_look(processes(), 1.0)) and time.monotonic() < deadline:
-                time.sleep(0.05)  # the server accepts it in its own time
+            signs = until(lambda: editor_look(processes(), 1.0), "the server accepts it")
             assert [sign.what for sign in signs] == ["VS Code is connected"]
         server.stdout.close()
 

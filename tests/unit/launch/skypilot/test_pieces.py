@@ -1,10 +1,7 @@
 """Places, prices, tasks, partitions and the registry: the SkyPilot infrastructure's parts that need no SkyPilot."""
 
-import json
 import os
 import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +26,8 @@ from spotune.launch.skypilot.server import Server, server_problems
 from spotune.launch.skypilot.slurm import Partition
 from spotune.launch.skypilot.task import placed, recovered, task_config
 from spotune.launch.workspace import Workspace
+from tests.real_sky import RealSky
+from tests.waiting import ended, until
 
 SPOT, ONDEMAND = Partition("spot", True), Partition("ondemand", False)
 
@@ -302,10 +301,8 @@ def test_slurm_is_told_to_take_the_allocation(tmp_path: Path) -> None:
     asked, signalled = said.read_text().splitlines()
     assert "--name=run-a-7-x" in asked
     assert signalled == "scancel --signal=URG 41"
-    deadline = time.monotonic() + 300
-    while len(lines := said.read_text().splitlines()) < 3 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert lines[2:] == ["scancel 41"]
+    until(lambda: len(said.read_text().splitlines()) > 2, said.read_text)
+    assert said.read_text().splitlines()[2:] == ["scancel 41"]
     said.unlink()
     assert run(slurm.taking("run-a-7-x", 0)) == "taken"
     assert said.read_text().splitlines()[1:] == ["scancel --full --signal=KILL 41", "scancel 41"]
@@ -333,7 +330,7 @@ def test_controllers_that_are_gone_are_none(tmp_path: Path) -> None:
     pids.parent.mkdir()
     me = psutil.Process()
     gone = subprocess.Popen(["true"])
-    gone.wait()
+    ended(gone)
     pids.write_text(f"{gone.pid},5.0\n{me.pid},{me.create_time()}\n{me.pid},5.0\n{me.pid}\nnonsense\n")
     found = find_controllers(tmp_path)
     assert found.count == 2  # the one with its time, the one without
@@ -360,12 +357,10 @@ def test_settings_of_slurm_that_cannot_be(tmp_path: Path, text: str) -> None:
         load_settings(tmp_path, tmp_path)
 
 
-def test_the_clouds_are_skypilots(tmp_path: Path) -> None:
-    """In a process of its own: it imports SkyPilot."""
-    code = "import json; from sky.skylet.constants import ALL_CLOUDS; print(json.dumps(sorted(ALL_CLOUDS)))"
-    environ = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
-    assert sorted(CLOUDS) == json.loads(done.stdout.splitlines()[-1])
+@pytest.mark.xdist_group("sky")
+def test_the_clouds_are_skypilots(tmp_path: Path, sky_says: RealSky) -> None:
+    ask = "import json; from sky.skylet.constants import ALL_CLOUDS; print(json.dumps(sorted(ALL_CLOUDS)))"
+    assert sorted(CLOUDS) == sky_says.json(tmp_path, ask)
 
 
 GPU = "{'Gpus': [{'MemoryInfo': {'SizeInMiB': 24576}}]}"
@@ -392,16 +387,14 @@ print(json.dumps([astuple(quote) for name in ("aws", "gcp") for quote in cloud_q
 """
 
 
-def test_prices_of_every_place_from_skypilots_catalog(tmp_path: Path) -> None:
-    """In a process of its own; no cloud is enabled, nobody is asked: the catalog is read as it lies there."""
+@pytest.mark.xdist_group("sky")
+def test_prices_of_every_place_from_skypilots_catalog(tmp_path: Path, sky_says: RealSky) -> None:
+    """No cloud is enabled, nobody is asked: the catalog is read as it lies there."""
     for name, lines in CATALOG.items():
         path = tmp_path / ".sky/catalogs/v8" / name / "vms.csv"
         path.parent.mkdir(parents=True)
         path.write_text("\n".join(lines) + "\n")
-    environ = {**os.environ, "HOME": str(tmp_path), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
-    done = subprocess.run([sys.executable, "-c", ASK], env=environ, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    rows = price_rows([Quote(*row) for row in json.loads(done.stdout.splitlines()[-1])], "catalog", 0.0)
+    rows = price_rows([Quote(*row) for row in sky_says.json(tmp_path, ASK)], "catalog", 0.0)
     found = {(row.infra, row.zone, row.accelerators, row.use_spot): row.price_usd_per_hour for row in rows}
     assert found == {
         ("gcp", "*", "L4:1", True): 0.27,

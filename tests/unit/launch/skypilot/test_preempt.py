@@ -1,8 +1,5 @@
 """Taking a machine of a cloud: what is refused, what is asked, and what SkyPilot's provisioner is told at last."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +10,7 @@ from spotune.launch.skypilot import engine
 from spotune.launch.skypilot.engine import Machine
 from spotune.launch.skypilot.jobs import ManagedJob
 from spotune.launch.skypilot.preempt import take_machine
+from tests.real_sky import RealSky
 
 JOB = ManagedJob(
     7, "run-a", "RUNNING", 1.0, infra="aws/us-east-1/us-east-1a", cluster="run-a-7", cluster_on_cloud="run-a-7-x"
@@ -101,10 +99,9 @@ print(engine.machine("run-a-7"))
 """
 
 
-def test_skypilots_provisioner_terminates_that_cluster_alone(tmp_path: Path) -> None:
-    """SkyPilot's own code against a stand-in for EC2, in a process of its own; the cluster's record is made up."""
+@pytest.mark.xdist_group("sky")
+def test_skypilots_provisioner_terminates_that_cluster_alone(tmp_path: Path, sky_says: RealSky) -> None:
+    """SkyPilot's own code against a stand-in for EC2; the cluster's record is made up."""
     keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
-    environ = {**os.environ, **keys, "HOME": str(tmp_path), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
-    done = subprocess.run([sys.executable, "-c", AGAINST_EC2], env=environ, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["None 2", "terminated", "terminated", "running", "None"]
+    said = sky_says.lines(tmp_path, AGAINST_EC2, environ=keys)
+    assert said == ["None 2", "terminated", "terminated", "running", "None"]

@@ -1,9 +1,6 @@
 """Data and models that would not be on the machine are refused before it is paid for."""
 
-import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ from spotune.contracts.errors import InputError
 from spotune.contracts.fingerprint import data_files
 from spotune.launch.skypilot import engine
 from spotune.launch.skypilot.sent import check_sent
+from tests.real_sky import RealSky
 
 EXCLUDED = ["secret/"]
 TASK: dict[str, Any] = {"workdir": "."}
@@ -45,18 +43,12 @@ def test_what_is_sent_passes(folder: Path) -> None:
     check(folder, f"{folder}/data/a.jsonl", task={**TASK, "file_mounts": {f"{folder}/data": "s3://b/data"}})
 
 
-def test_skypilot_itself_says_what_is_not_sent(folder: Path) -> None:
-    """In a process of its own: SkyPilot keeps what it finds in HOME when it is imported."""
-    say = "import json; from spotune.launch.skypilot import engine; print(json.dumps(engine.excluded_files('.')))"
-
-    def said() -> list[str]:
-        command, environ = [sys.executable, "-c", say], {**os.environ, "HOME": str(folder.parent)}
-        printed = subprocess.run(command, env=environ, check=True, stdout=subprocess.PIPE, text=True).stdout
-        return list(json.loads(printed))
-
-    assert said() == EXCLUDED
+@pytest.mark.xdist_group("sky")
+def test_skypilot_itself_says_what_is_not_sent(folder: Path, sky_says: RealSky) -> None:
+    ask = "import json; from spotune.launch.skypilot import engine; print(json.dumps(engine.excluded_files('.')))"
+    assert sky_says.json(folder.parent, ask, cwd=folder) == EXCLUDED
     (folder / ".skyignore").write_text("model\n")
-    assert said() == ["model"]
+    assert sky_says.json(folder.parent, ask, cwd=folder) == ["model"]
 
 
 @pytest.mark.parametrize(
