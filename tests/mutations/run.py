@@ -57,7 +57,10 @@ class Mutation:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one mutation: ``caught``, ``NOT caught``, or what kept its tests from running."""
+    """What became of one mutation: ``caught``, ``NOT caught``, or what kept its tests from running.
+
+    ``by``: the test that failed, and why.
+    """
 
     mutation: Mutation
     verdict: str
@@ -133,7 +136,7 @@ def run_tests(copy: Path, python: str, tests: list[str], timeout_s: float) -> tu
         said = output.read()
     if code == 0:
         return "NOT caught", ""
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S.*?)(?: - .*)?$", said, re.MULTILINE)
+    failed = re.findall(r"^(?:FAILED|ERROR) (.*)$", said, re.MULTILINE)
     if code != TESTS_FAILED:
         return f"cannot be run (pytest: {code})", (failed or said.strip().splitlines() or [""])[-1]
     return "caught", failed[0] if failed else "?"
@@ -160,10 +163,11 @@ def processes_of(source: str) -> Iterator[psutil.Process]:
 def table(results: list[Result]) -> str:
     """The results as a table of Markdown, and the figure."""
     lines = ["| name | file | result | by | seconds |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {result.mutation.name} | {result.mutation.file} | {result.verdict} | {result.by} | {result.seconds:.0f} |"
-        for result in results
-    ]
+    for result in results:
+        by = result.by.partition(" - ")[0]
+        lines.append(
+            f"| {result.mutation.name} | {result.mutation.file} | {result.verdict} | {by} | {result.seconds:.0f} |"
+        )
     caught = sum(result.verdict == "caught" for result in results)
     return "\n".join([*lines, "", f"{caught} of {len(results)} caught"])
 
