@@ -47,7 +47,8 @@ class Plan:
         truncate: the body of a GET's answer ends half-way, though more was announced.
         short: the body of a GET's answer ends half-way, and no more is announced.
         flip: one bit of the body of a GET's answer is wrong, and nothing says so.
-        stall: the body of a GET's answer stops half-way, and goes on when another plan is set.
+        stall: the body of a GET's answer stops after each quarter, and goes on when another plan is set; ``dealt``
+            counts these pauses too. The next quarter is followed by one if that plan stalls as well.
         hold: the store does not see the request before another plan is set.
         delay: the answer comes ``delay_s`` late.
         delay_s: see ``delay``.
@@ -255,10 +256,11 @@ class FaultProxy:
         started = self._loop.time()
         size = PIECE_BYTES if plan.bandwidth_bytes_per_s else len(data) or 1
         if fault == "stall":
-            size = (len(data) + 1) // 2
+            size = (len(data) + 3) // 4
         for start in range(0, stop, size):
-            if fault == "stall" and start:
-                await self._until_another(plan)
+            if fault == "stall" and start and self.plan.stall:
+                self.dealt["pause"] += 1
+                await self._until_another(self.plan)
             await response.write(data[start : min(start + size, stop)])
             await self._pace(plan, started, start + size)
         if stop < len(data) and request.transport is not None:

@@ -131,7 +131,8 @@ def run(command: list[str], seed: int, stop_s: float) -> int:
     print(f"stress: seed {seed}", flush=True)
     # setpriv: it ends with this process, however this one ends.
     burn = ["setpriv", "--pdeathsig", "TERM", program, "--cpu", "4", "--quiet"]
-    burner = subprocess.Popen(burn, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    nowhere = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    burner = subprocess.Popen(burn, start_new_session=True, **nowhere)
     stops = Stops(random.Random(seed), stop_s, send, stands)
     marker = uuid4().hex
     try:

@@ -9,15 +9,13 @@ import pytest
 import yaml
 
 from drill.contender import Hold
-from drill.plainrun import PlainRun, plain_config
+from drill.plainrun import PlainRun
 from drill.servers import Bucket
 from drill.spotrun import SpotRun, run_id_of
 from spotune.contracts.environment import BUCKET, FAILPOINT_DIR, FAILPOINTS, HOME, RUN_ID
-from spotune.contracts.errors import InputError
 from spotune.contracts.keys import Keys, check_run_id
 from spotune.contracts.records import AttemptRecord, Certificate
 from spotune.contracts.store import Store
-from tests import tiny
 
 ROOT = Path(__file__).parents[3]
 KEYS = Keys("played")
@@ -111,27 +109,6 @@ def test_half_a_result_is_none(tmp_path: Path) -> None:
     out.mkdir()
     (out / "model.safetensors").write_bytes(b"\x00\x01")
     assert run.account().weights is None
-
-
-def test_plain_gets_the_rows_of_data(tmp_path: Path) -> None:
-    tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.rows(12))
-    config = {
-        "model_name_or_path": "m",
-        "data": [{"source": str(tmp_path / "rows.jsonl"), "format": "messages"}],
-        "use_cpu": True,
-        "bf16": False,
-        "profiles": {"dev": {"max_steps": 5}},
-    }
-    (tmp_path / "x.yaml").write_text(yaml.safe_dump(config))
-    found = plain_config(str(tmp_path / "x.yaml"), "dev", ("learning_rate=0.1",), tmp_path / "plain")
-    assert found == {
-        "model_name_or_path": "m", "use_cpu": True, "bf16": False, "max_steps": 5, "learning_rate": 0.1,
-        "dataset_name": str(tmp_path / "plain" / "rows"),
-    }  # fmt: skip
-    assert len((tmp_path / "plain" / "rows" / "train.jsonl").read_text().splitlines()) == 12
-    (tmp_path / "y.yaml").write_text(yaml.safe_dump({"model_name_or_path": "m", "dataset_name": "d"}))
-    with pytest.raises(InputError, match="dataset_streaming"):
-        plain_config(str(tmp_path / "y.yaml"), "", ("dataset_streaming=true",), tmp_path)
 
 
 @pytest.fixture

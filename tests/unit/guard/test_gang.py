@@ -1,0 +1,86 @@
+"""Two machines as one attempt: the leader and a follower over loopback, in one process."""
+
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from uuid import uuid4
+
+import pytest
+
+from spotune.contracts.errors import StoreError
+from spotune.guard.gang import Leader, Line, join
+from spotune.guard.machine import Machine
+from spotune.guard.notices import Notices
+from tests.waiting import LIMIT_S, until
+
+
+def machine(node: int) -> Machine:
+    return Machine.read({
+        "SKYPILOT_NUM_NODES": "2",
+        "SKYPILOT_NODE_RANK": str(node),
+        "SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.1",
+    })  # fmt: skip
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(2) as made:
+        yield made
+
+
+@pytest.fixture
+def pair(pool: ThreadPoolExecutor) -> Iterator[tuple[Leader, Line]]:
+    """A leader and its follower's line, with the welcome said."""
+    run_id = f"pair-{uuid4().hex[:8]}"
+    leader = Leader(run_id, machine(0), "token")
+    joined = pool.submit(join, run_id, machine(1), "token")
+    leader.gather(Notices(), job={"attempt": 1})
+    line, welcome = joined.result(LIMIT_S)
+    assert welcome == {"job": {"attempt": 1}}
+    yield leader, line
+    leave(line)
+    leader.close(0)
+
+
+def leave(line: Line) -> None:
+    """The follower's machine is gone."""
+    if not line.gone:
+        line._socket.shutdown(socket.SHUT_RDWR)
+    line.close()
+
+
+def test_a_commit_has_the_files_of_all_machines(pair: tuple[Leader, Line], pool: ThreadPoolExecutor) -> None:
+    leader, line = pair
+    parts = pool.submit(leader.parts, 5)
+    assert line.next(LIMIT_S) == {"upload": 5}
+    assert not parts.done()
+    line.send(part=4, files={"old": {}})
+    line.send(part=5, files={"rng_state_1.pth": {"size": 1}})
+    assert parts.result(LIMIT_S) == {"rng_state_1.pth": {"size": 1}}
+
+
+def test_without_the_files_of_a_machine_there_is_no_commit(pair: tuple[Leader, Line], pool: ThreadPoolExecutor) -> None:
+    leader, line = pair
+    parts = pool.submit(leader.parts, 5)
+    assert line.next(LIMIT_S) == {"upload": 5}
+    leave(line)
+    with pytest.raises(StoreError, match="step 5: not all machines have uploaded their part"):
+        parts.result(LIMIT_S)
+    assert leader.lost
+
+
+def test_a_machine_that_has_said_how_it_ended_is_not_lost(pair: tuple[Leader, Line]) -> None:
+    leader, line = pair
+    line.send(notice="SIGTERM", left_s=20.0)
+    line.send(ended={"how": "stopped", "step": 5, "message": ""})
+    assert leader.wait_for_outcomes(LIMIT_S) == [{"how": "stopped", "step": 5, "message": ""}]
+    assert leader.notice == ("SIGTERM on node 1", 20.0)
+    leave(line)
+    until(lambda: leader._lines[1].gone)
+    assert not leader.lost
+
+
+def test_the_follower_hears_how_the_attempt_ended(pair: tuple[Leader, Line]) -> None:
+    leader, line = pair
+    leader.broadcast(end=75)
+    assert line.next(LIMIT_S) == {"end": 75}
