@@ -1,11 +1,10 @@
 """A checkpoint that was made under other versions of the libraries: refused and allowed, with the real worker."""
 
-import json
 import os
-import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ from spotune.contracts.exchange import Job
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Commit, Mark
 from spotune.contracts.revisions import record_history
-from spotune.contracts.store import Store
 from spotune.contracts.versions import ORDER_LIBRARIES, installed_versions
 from spotune.sft.faults import outcome_of
 from spotune.sft.worker import check_versions
+from tests.script import Script
 from tests.tiny import make_model, rows, write_jsonl
 
 KEYS = Keys("run-a")
@@ -62,101 +61,85 @@ def test_the_worker_says_what_is_allowed(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().err == line
 
 
-class Script:
-    """A run by hand, in a folder with its model and data."""
+class Run(Script):
+    """A run by hand, in the current folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        make_model(folder / "model")
-        write_jsonl(folder / "data.jsonl", rows(60))
-        (folder / "run.yaml").write_text(yaml.safe_dump(CONFIG))
-        self.environ = {**os.environ, "SPOTUNE_HOME": str(folder / "home"), "SPOTUNE_RUN_ID": "run-a"}
-        self.store = Store(f"file://{folder}/home/bucket")
+    def resume(self, *flags: str) -> str:
+        """``spotune resume``, which must succeed; returns what it prints."""
+        command = [sys.executable, "-c", "from spotune.cli import main; main()", "resume", "run-a", *flags]
+        known = {**os.environ, **self.environ}
+        done = subprocess.run(command, env=known, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
-    def start(self, *words: str) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", *words]
-        return subprocess.Popen(command, cwd=self.folder, env=self.environ, stderr=subprocess.PIPE, text=True)
-
-    def run(self, *words: str) -> tuple[int, str]:
-        process = self.start(*words)
-        _, said = process.communicate()
-        return process.returncode, said
-
-    def resume(self, *flags: str) -> tuple[int, str]:
-        code = "from spotune.cli import main; main()"
-        process = subprocess.run(
-            [sys.executable, "-c", code, "resume", "run-a", *flags],
-            cwd=self.folder, env=self.environ, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        return process.returncode, process.stdout + process.stderr
-
-    def commits(self) -> dict[str, Commit]:
+    def made(self) -> dict[str, Commit]:
         return {key: Commit.from_bytes(self.store.read(key) or b"", key) for key in self.store.keys(KEYS.commits)}
 
-    def make_as_if_under(self, **versions: str) -> None:
-        """The commits that are there, as another environment would have written them."""
-        for key, commit in self.commits().items():
-            data = json.loads(commit.to_bytes())
-            self.store.write(key, json.dumps({**data, "versions": {**commit.versions, **versions}}).encode())
+    def make_as_if_under(self, versions: Callable[[dict[str, str]], dict[str, str]]) -> None:
+        """Rewrites the commits as another environment would have written them."""
+        for key, commit in self.made().items():
+            self.store.write(key, replace(commit, versions=versions(commit.versions)).to_bytes())
 
 
 @pytest.fixture
-def script(tmp_path: Path) -> Script:
-    """A run that was taken away after its first commit."""
-    script = Script(tmp_path)
-    process = script.start("spotune.sft", "run.yaml")
-    while not script.store.keys(KEYS.commits):
-        assert process.poll() is None
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGTERM)
-    process.communicate()
-    assert process.returncode == 75
-    return script
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A run whose machine was taken away after its first commit."""
+    monkeypatch.chdir(tmp_path)
+    make_model(tmp_path / "model")
+    write_jsonl(tmp_path / "data.jsonl", rows(60))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(CONFIG))
+    run = Run(f"file://{tmp_path}/bucket", "run-a", Path("run.yaml"))
+    process = run.start(stop_at="committed")
+    run.wait_at(process, "committed")
+    process.kill()
+    process.wait()
+    return run
+
+
+def older(versions: dict[str, str]) -> dict[str, str]:
+    return {**versions, "datasets": "5.0.1"}
 
 
 @pytest.mark.slow
-def test_a_commit_names_the_libraries(script: Script) -> None:
-    for commit in script.commits().values():
-        assert set(ORDER_LIBRARIES) <= set(commit.versions)
-        assert commit.versions == installed_versions()
+def test_a_commit_names_the_libraries(run: Run) -> None:
+    (commit,) = run.made().values()
+    assert set(ORDER_LIBRARIES) <= set(commit.versions)
+    assert commit.versions == installed_versions()
 
 
 @pytest.mark.slow
-def test_refused_until_it_is_allowed_and_then_for_good(script: Script) -> None:
-    script.make_as_if_under(datasets="5.0.1")
+def test_refused_until_it_is_allowed_and_then_for_good(run: Run) -> None:
+    run.make_as_if_under(older)
     now = installed_versions()["datasets"]
-    code, said = script.run("spotune.sft", "run.yaml")
-    assert code == 2
-    assert said.splitlines()[-1] == LINE.format(now)
-    mark = Mark.from_bytes(script.store.read(KEYS.failed) or b"", KEYS.failed)
+    assert run.run() == 2
+    assert run.log().splitlines()[-1] == LINE.format(now)
+    mark = Mark.from_bytes(run.store.read(KEYS.failed) or b"", KEYS.failed)
     assert mark.versions == [f"datasets 5.0.1 -> {now}"]
 
-    assert script.resume()[0] == 0  # nothing is allowed by that
-    assert script.run("spotune.sft", "run.yaml")[0] == 2
+    run.resume()  # allows nothing
+    assert run.run() == 2
 
-    code, said = script.resume("--allow-config-change")
-    assert (code, f"changed: versions: datasets 5.0.1 -> {now}" in said) == (0, True)
-    assert [record.allowed for record in record_history(script.store, KEYS)] == [[], ["versions"]]
-    code, said = script.run("spotune.sft", "run.yaml")
-    assert code == 0, said
-    assert f"rows may come in another order from here on: datasets 5.0.1 -> {now}\n" in said
-    newest = max(script.commits().values(), key=lambda commit: (commit.attempt, commit.step))
+    assert f"changed: versions: datasets 5.0.1 -> {now}" in run.resume("--allow-config-change")
+    assert [record.allowed for record in record_history(run.store, KEYS)] == [[], ["versions"]]
+    process = run.start(stop_at="restored")  # this machine goes before it has committed anything
+    run.wait_at(process, "restored")
+    process.kill()
+    process.wait()
+    assert run.run() == 0, run.log()
+    assert f"rows may come in another order from here on: datasets 5.0.1 -> {now}\n" in run.log()
+    newest = max(run.made().values(), key=lambda commit: (commit.attempt, commit.step))
     assert (newest.versions["datasets"], newest.revision) == (now, 1)
 
 
 @pytest.mark.slow
-def test_allowed_by_the_scripts_own_flag(script: Script) -> None:
-    script.make_as_if_under(datasets="5.0.1")
-    code, said = script.run("spotune.sft", "run.yaml", "--allow-config-change")
-    assert (code, "rows may come in another order" in said) == (0, True), said
+def test_allowed_by_the_scripts_own_flag(run: Run) -> None:
+    run.make_as_if_under(older)
+    assert run.run("--allow-config-change") == 0, run.log()
+    assert "rows may come in another order" in run.log()
 
 
 @pytest.mark.slow
-def test_what_a_commit_does_not_say_is_not_held_against_it(script: Script) -> None:
-    for key, commit in script.commits().items():
-        data = json.loads(commit.to_bytes())
-        versions = {name: value for name, value in commit.versions.items() if name != "numpy"}
-        script.store.write(key, json.dumps({**data, "versions": versions}).encode())
-    code, said = script.run("spotune.sft", "run.yaml")
-    assert code == 0, said
-    assert "resumed from the checkpoint of step" in said
+def test_what_a_commit_does_not_say_is_not_held_against_it(run: Run) -> None:
+    run.make_as_if_under(lambda versions: {name: value for name, value in versions.items() if name != "numpy"})
+    assert run.run() == 0, run.log()
+    assert "resumed from the checkpoint of step" in run.log()
