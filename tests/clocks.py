@@ -6,22 +6,44 @@ from collections.abc import Callable, Mapping
 from threading import Event
 from typing import Any
 
+from spotune.guard.notices import Notices
 from tests.waiting import LIMIT_S
 
 HORIZON_S = 1e6  # a loop that gets so far goes round for ever
 
 
 class Clock:
-    """Seconds that pass only when somebody sleeps."""
+    """Give it where the code takes ``time.time`` or ``time.monotonic``, and ``sleep`` where it takes that.
+
+    Attributes:
+        slept: the seconds of every ``sleep``.
+    """
 
     def __init__(self, now: float = 0.0) -> None:
         self.now = now
+        self.slept: list[float] = []
 
     def __call__(self) -> float:
         return self.now
 
-    def sleep(self, seconds: float) -> None:
+    def advance(self, seconds: float) -> None:
         self.now += seconds
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.advance(seconds)
+
+
+class QuickNotices(Notices):
+    """Its ``wait`` takes no time but the clock's."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(clock)
+        self._sleep = clock.sleep
+
+    def wait(self, seconds: float) -> bool:
+        self._sleep(seconds)
+        return self.given
 
 
 class ClockLoop(asyncio.SelectorEventLoop):

@@ -14,7 +14,7 @@ from spotune.contracts.exchange import OUTPUT, write_json
 from spotune.contracts.extras import EXTRAS, PUSH, Answer, ExtraJob
 from spotune.guard.extra_process import TIMEOUT_S, run_extra
 from spotune.launch.local.processes import send
-from tests.clock import Clock
+from tests.clocks import Clock
 from tests.fake_hub import TOKEN, Hub, fake_hub
 from tests.script import Script
 from tests.tiny import make_model, rows, write_jsonl
@@ -130,7 +130,7 @@ def children() -> Callable[[], set[psutil.Process]]:
 def test_a_push_that_hangs_is_ended_after_an_hour(
     folder: Path, hub: Hub, children: Callable[[], set[psutil.Process]]
 ) -> None:
-    hub.faults, clock = {"create": ["hang"]}, Clock()
+    hub.faults, clock = {"create": ["hang"]}, Clock(1000.0)
 
     def wait(seconds: float) -> None:
         until(lambda: hub.asked)

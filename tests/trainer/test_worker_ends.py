@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from spotune.contracts.exchange import CONTROL, RESTORED, outcome_path, write_json
+from spotune.contracts.exchange import CONTROL, RESTORED, Outcome, outcome_path, write_json
 from tests import tiny
 from tests.ranks import Nursery, events, make_folder, restore
 from tests.waiting import until
@@ -70,7 +71,7 @@ def test_bad_input_is_one_line(ranks: Nursery, base: dict[str, Any], tmp_path: P
 def test_stopped_before_training(ranks: Nursery, base: dict[str, Any], tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "folder", base)
     write_json(folder / CONTROL, {"stop": True, "save": 0})
-    assert ranks.run(folder) == [{"how": "stopped", "step": 0, "message": ""}]
+    assert ranks.run(folder) == [asdict(Outcome("stopped"))]
     refused = make_folder(tmp_path / "refused", base)
     write_json(
         refused / RESTORED, {"checkpoint": None, "tokens": 0, "error": "no commit verifies", "best_checkpoint": None}

@@ -1,12 +1,22 @@
 """Kill a rank anywhere and resume from what was staged: the end is the same, bit for bit."""
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from spotune.contracts.exchange import CONTROL, OUTPUT, TRAINER, outcome_path, read_json, staged_path, write_json
+from spotune.contracts.exchange import (
+    CONTROL,
+    OUTPUT,
+    TRAINER,
+    Outcome,
+    outcome_path,
+    read_json,
+    staged_path,
+    write_json,
+)
 from tests import tiny
 from tests.ranks import (
     Nursery,
@@ -143,7 +153,7 @@ def test_resumed_at_its_last_step(ranks: Nursery, base: dict[str, Any], tmp_path
     whole = make_folder(tmp_path / "whole", config)
     ranks.run(whole)
     resumed = hand_over(whole, tmp_path / "resumed", config, 5)
-    assert ranks.run(resumed) == [{"how": "completed", "step": 5, "message": ""}]
+    assert ranks.run(resumed) == [asdict(Outcome("completed", 5))]
     assert events(resumed, "step") == []
     assert weights(resumed) == weights(whole)
 

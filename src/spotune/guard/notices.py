@@ -15,6 +15,8 @@ from spotune.guard.grace import prior_s
 
 # SIGURG is how Slurm is asked to say it (SkyPilot's own processes die of SIGTERM and ignore this one).
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGURG, signal.SIGHUP)
+# A signal that arrives just before the wait blocks does not end it: its handler runs when the slice is over.
+SLICE_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,15 @@ class Notices:
         if self._given:
             time.sleep(seconds)
             return True
-        try:
-            self._wake.get(timeout=seconds)
-        except queue.Empty:
-            return self.given
-        self._wake.put(None)  # for whoever else waits
-        return True
+        left_s = seconds
+        while True:
+            slice_s = min(left_s, SLICE_S)
+            try:
+                self._wake.get(timeout=slice_s)
+            except queue.Empty:
+                left_s -= slice_s
+                if self._given or left_s <= 0:
+                    return self.given
+            else:
+                self._wake.put(None)  # for whoever else waits
+                return True

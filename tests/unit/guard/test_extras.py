@@ -19,7 +19,7 @@ from spotune.contracts.store import Store
 from spotune.guard.extra_process import TIMEOUT_S, run_extra
 from spotune.guard.extras import debt_of
 from spotune.launch.local.processes import send
-from tests.clock import Clock
+from tests.clocks import Clock
 from tests.script import FAKE_WORKER
 from tests.waiting import until
 
@@ -65,7 +65,7 @@ def children() -> Callable[[], set[psutil.Process]]:
 def test_a_process_that_hangs_is_ended_after_an_hour(
     tmp_path: Path, environ: dict[str, str], children: Callable[[], set[psutil.Process]]
 ) -> None:
-    clock = Clock()
+    clock = Clock(1000.0)
     (tmp_path / "push").write_text("hang")
 
     def wait(seconds: float) -> None:

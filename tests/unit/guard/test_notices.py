@@ -16,7 +16,7 @@ from spotune.contracts.environment import RunEnvironment
 from spotune.contracts.errors import InputError
 from spotune.guard.grace import prior_s
 from spotune.guard.notices import SIGNALS, Notice, Notices
-from tests.clock import Clock
+from tests.clocks import Clock
 from tests.waiting import LIMIT_S
 
 
@@ -60,7 +60,7 @@ ORDERS: dict[str, tuple[str, list[tuple[float, str, float | None]], Notice]] = {
 @pytest.mark.parametrize("case", ORDERS)
 def test_the_first_notice_counts_with_the_earliest_deadline(case: str) -> None:
     infra, given, expected = ORDERS[case]
-    clock = Clock()
+    clock = Clock(1000.0)
     notices = Notices(clock)
     notices.infra = infra
     for after_s, source, grace_s in given:
@@ -74,14 +74,14 @@ def test_the_first_notice_counts_with_the_earliest_deadline(case: str) -> None:
 
 
 def test_a_signal_before_the_machine_is_known_gets_its_time_later() -> None:
-    notices = Notices(Clock())
+    notices = Notices(Clock(1000.0))
     notices.give("SIGTERM")
     notices.infra, notices.told_grace_s = "slurm", 55.0
     assert notices.notice == Notice("SIGTERM", 1000, 55)
 
 
 def test_a_notice_repeated_for_ever_costs_no_memory() -> None:
-    notices = Notices(Clock())
+    notices = Notices(Clock(1000.0))
     notices.give("SIGTERM")
     for _ in range(1000):
         notices.give("SIGTERM")

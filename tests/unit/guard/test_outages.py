@@ -22,7 +22,7 @@ from spotune.guard.main import first_look
 from spotune.guard.restoring import PAUSES_S as RESTORE_PAUSES_S
 from spotune.guard.restoring import Restoring
 from spotune.guard.uploader import PAUSES_S, Uploader
-from tests.clock import Clock, QuickNotices
+from tests.clocks import Clock, QuickNotices
 from tests.fake_worker import write_weights
 from tests.unit.guard.attempts import KEYS, make_context
 from tests.waiting import LIMIT_S, until
@@ -32,7 +32,7 @@ GONE = StoreError("the bucket is gone")
 
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    return Clock(1000.0)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from spotune.guard.restore import Restored
 from spotune.guard.restoring import Ready
 from spotune.guard.toll import Toll
 from spotune.guard.watch import FENCE_S, GREET_S, Watch
-from tests.clock import Clock, QuickNotices
+from tests.clocks import Clock, QuickNotices
 from tests.unit.guard.attempts import KEYS, make_context, stage
 from tests.waiting import until
 
@@ -57,7 +57,7 @@ class Scene:
     """A watch over attempt 1, and what a test can see of it."""
 
     def __init__(self, store: Store, folder: Path) -> None:
-        self.clock = Clock()
+        self.clock = Clock(1000.0)
         self.notices = QuickNotices(self.clock)
         self.notices.told_grace_s = 1000.0
         context = make_context(store, folder, patience_s=PATIENCE_S)
@@ -222,7 +222,7 @@ HANGING = "import os, sys, time; os.environ['RANK'] == '0' and sys.exit(1); time
 
 def test_ranks_that_hang_after_one_has_failed_are_killed_after_a_grace(tmp_path: Path) -> None:
     (tmp_path / "worker.py").write_text(HANGING)
-    clock = Clock()
+    clock = Clock(1000.0)
     machine = Machine.read({NUM_PROCESSES: "2"})
     environ = {**os.environ, WORKER: shlex.join([str(tmp_path / "worker.py")])}
     ranks = Ranks(tmp_path, machine, 0, environ, clock)
