@@ -170,6 +170,7 @@ class Attempt:
         return exits.PAUSED, "paused", f"{run_id} is paused: {reason} (spotune resume {run_id}{flag})"
 
     def _mark_failed(self, code: int, message: str) -> None:
+        self.journal.poll()  # the ranks' last steps may not have been read yet
         step = self.journal.progress.step or (self._newest.step if self._newest else 0)
         try:
             self._leave_mark(self.context.keys.failed, code, message, step)
@@ -184,6 +185,7 @@ class Attempt:
     def _close(self, code: int, reason: EndReason, message: str) -> None:
         if self.watch and self.watch.committer:
             self.watch.committer.close()
+        self.journal.poll()
         self.journal.write("end", reason=reason, exit_code=code, step=self.journal.progress.step, message=message)
         try:
             self.journal.close()
