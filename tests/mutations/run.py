@@ -30,6 +30,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 MUTATIONS = Path(__file__).with_name("mutations.yaml")
 TRAINER_TESTS = "tests/trainer"  # what is below it needs the trainer's libraries
+TRAINER_ENVIRONMENT = ".venv-train"
 TIMEOUT_S = 600.0
 LIMIT, SHORT_LIMIT = "LIMIT_S = 300.0", "LIMIT_S = 90.0"  # tests/waiting.py
 TESTS_FAILED = 1  # pytest's exit code; any other but 0 says that it could not run them
@@ -115,6 +116,8 @@ def try_out(mutation: Mutation, is_applied: bool, pythons: Pythons, timeout_s: f
         copy = Path(folder, "copy")
         copy_checkout(copy)
         shorten_waits(copy)
+        # The launcher looks for it in its own checkout: without it no job is accepted, whatever the fault.
+        (copy / TRAINER_ENVIRONMENT).symlink_to(Path(pythons.trainer).absolute().parents[1])
         if is_applied:
             mutation.apply(copy)
         verdict, by = "NOT caught", ""
@@ -187,7 +190,8 @@ def table(results: list[Result]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", default=sys.executable, help="runs the tests")
-    parser.add_argument("--trainer-python", default="", help=f"runs those below {TRAINER_TESTS} (default: --python)")
+    trainer = str(ROOT / TRAINER_ENVIRONMENT / "bin/python")
+    parser.add_argument("--trainer-python", default=trainer, help=f"runs those below {TRAINER_TESTS}")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="this mutation; may be repeated")
     parser.add_argument("--tests", type=Path, metavar="FILE", help="YAML, name -> tests, in place of mutations.yaml's")
     parser.add_argument("--timeout", type=float, default=TIMEOUT_S, metavar="S", help="for each; counts as caught")
@@ -199,7 +203,7 @@ def main() -> None:
     if unknown := set(given.only) - {mutation.name for mutation in mutations}:
         parser.error(f"no such mutation: {', '.join(sorted(unknown))}")
     chosen = [mutation for mutation in mutations if not given.only or mutation.name in given.only]
-    pythons = Pythons(given.python, given.trainer_python or given.python)
+    pythons = Pythons(given.python, given.trainer_python)
 
     def work(mutation: Mutation) -> Result:
         result = try_out(mutation, not given.unmutated, pythons, given.timeout)
