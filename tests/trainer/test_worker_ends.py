@@ -121,18 +121,20 @@ def test_deaf_to_signals_and_dead_with_its_guard(base: dict[str, Any], tmp_path:
     )
     assert guard.stdout
     rank = int(guard.stdout.readline())
-    until(lambda: is_deaf(rank))  # from its first lines on, long before it has imported all
-    os.kill(rank, signal.SIGTERM)
-    wait_for_step(folder, 3)
-    assert children(rank)
-    for process in (rank, *children(rank)):
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGURG):
-            with suppress(ProcessLookupError):
-                os.kill(process, number)
-    wait_for_step(folder, last_step(folder) + 20)
-    assert not outcome_path(folder, 0).exists()
-    guard.kill()
-    guard.communicate()
+    try:
+        until(lambda: is_deaf(rank))  # from its first lines on, long before it has imported all
+        os.kill(rank, signal.SIGTERM)
+        wait_for_step(folder, 3)
+        assert children(rank)
+        for process in (rank, *children(rank)):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGURG):
+                with suppress(ProcessLookupError):
+                    os.kill(process, number)
+        wait_for_step(folder, last_step(folder) + 20)
+        assert not outcome_path(folder, 0).exists()
+    finally:
+        guard.kill()
+        guard.communicate()
     until(lambda: not is_running(rank))
 
 
