@@ -111,7 +111,10 @@ worker.wait()
 
 
 def test_deaf_to_signals_and_dead_with_its_guard(base: dict[str, Any], tmp_path: Path) -> None:
-    config = base | {"max_steps": 100_000, "num_train_epochs": 1e6, "dataloader_num_workers": 1}
+    # More rows than it trains on, one a step: a loader that has delivered its whole epoch may die unnoticed.
+    tiny.write_jsonl(tmp_path / "train.jsonl", tiny.rows(2000))
+    config = base | {"data": [{"source": str(tmp_path / "train.jsonl")}], "per_device_train_batch_size": 1}
+    config |= {"max_steps": 100_000, "num_train_epochs": 1e6, "dataloader_num_workers": 1}
     folder = make_folder(tmp_path / "folder", config)
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     guard = subprocess.Popen(
@@ -119,17 +122,20 @@ def test_deaf_to_signals_and_dead_with_its_guard(base: dict[str, Any], tmp_path:
     )
     assert guard.stdout
     rank = int(guard.stdout.readline())
-    until(lambda: is_deaf(rank))  # from its first lines on, long before it has imported all
-    os.kill(rank, signal.SIGTERM)
-    wait_for_step(folder, 3)
-    for process in (rank, *children(rank)):
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGURG):
-            with suppress(ProcessLookupError):
-                os.kill(process, number)
-    wait_for_step(folder, last_step(folder) + 20)
-    assert not outcome_path(folder, 0).exists()
-    guard.kill()
-    guard.communicate()
+    try:
+        until(lambda: is_deaf(rank))  # from its first lines on, long before it has imported all
+        os.kill(rank, signal.SIGTERM)
+        wait_for_step(folder, 3)
+        assert children(rank)
+        for process in (rank, *children(rank)):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGURG):
+                with suppress(ProcessLookupError):
+                    os.kill(process, number)
+        wait_for_step(folder, last_step(folder) + 20)
+        assert not outcome_path(folder, 0).exists()
+    finally:
+        guard.kill()
+        guard.communicate()
     until(lambda: not is_running(rank))
 
 

@@ -197,6 +197,14 @@ def test_two_ranks(ranks: Nursery, base: dict[str, Any], tmp_path: Path) -> None
     assert logs_of(stopped, resumed) == logs_of(whole)
 
 
+def test_what_one_rank_wants_both_do(ranks: Nursery, base: dict[str, Any], tmp_path: Path) -> None:
+    """Only rank 0's clock says that a save is due, here after each step."""
+    folder = make_folder(tmp_path / "folder", base | {"max_steps": 2}, save_seconds=1e-9)
+    assert [outcome["how"] for outcome in ranks.run(folder, 2)] == ["completed"] * 2
+    assert [event["step"] for event in events(folder, "save")] == [1, 2]
+    assert all(staged_path(folder, 1, rank).exists() for rank in (0, 1))
+
+
 def test_a_resume_with_another_learning_rate_trains_at_that_rate(
     ranks: Nursery, base: dict[str, Any], tmp_path: Path
 ) -> None:

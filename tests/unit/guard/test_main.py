@@ -1,5 +1,6 @@
-"""What a managed job's machine leaves behind when it ends before an attempt is claimed."""
+"""What a machine does and leaves behind when it ends before an attempt is claimed."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from spotune.contracts.store import Store
 from spotune.guard import main as guard
 
 KEYS = Keys("a-run")
+MARK = Mark(run_id="a-run", attempt=3, at=0, reason="cancelled by u", exit_code=1, step=7)
 
 
 @pytest.fixture
@@ -59,3 +61,13 @@ def test_a_bucket_that_was_never_reached_is_an_error_that_is_counted(
     capsys.readouterr()
     assert guard.main(["none.yaml"]) == 1
     assert capsys.readouterr().err.startswith("s3://nowhere/x/runs/a-run/")
+
+
+@pytest.mark.parametrize("key", [KEYS.failed, KEYS.cancelled, KEYS.paused])
+def test_a_run_that_was_ended_does_not_start_again(store: Store, capsys: pytest.CaptureFixture[str], key: str) -> None:
+    """A machine may come up after ``cancel``: it leaves at once, with the mark's exit code, and claims nothing."""
+    mark = replace(MARK, exit_code=76 if key == KEYS.paused else 1)
+    store.write(key, mark.to_bytes())
+    assert guard.main(["none.yaml"]) == mark.exit_code
+    assert store.keys("runs") == [key]
+    assert "a-run stands still since attempt 3: cancelled by u (spotune resume a-run)" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """A store that does not answer: what is tried again, after which pauses, and for how long. The clock is the test's."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,27 @@ def test_an_attempt_that_is_fenced_off_tries_nothing_again(clock: Clock) -> None
     assert not uploader.drain(LIMIT_S)
     uploader.close()
     assert uploader.fenced
+
+
+def test_the_journal_sends_what_it_could_not_with_the_next_part(
+    local_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> bool:
+        raise GONE
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "create", fail)
+        journal = Journal(local_store, KEYS, 1, tmp_path / "events")
+        journal.write("commit", step=5)
+        journal.write("notice", source="SIGTERM")
+        with pytest.raises(StoreError, match="the bucket is gone"):
+            journal.close()
+    assert local_store.keys(KEYS.attempts) == []
+    journal.write("end", reason="preempted")
+    journal.close()
+    (part,) = local_store.keys(KEYS.attempts)
+    events = [json.loads(line)["event"] for line in (local_store.read(part) or b"").splitlines()]
+    assert [event for event in events if event != "alive"] == ["commit", "notice", "end"]
 
 
 @pytest.fixture

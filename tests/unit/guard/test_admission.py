@@ -1,0 +1,28 @@
+"""The claim of an attempt number."""
+
+from pathlib import Path
+
+from spotune.contracts.store import Store
+from spotune.guard.admission import claim_attempt
+from spotune.guard.machine import Machine
+from tests.unit.guard.attempts import KEYS
+
+RIVAL = b"another machine's claim"
+
+
+class LastWriterWins(Store):
+    """A store without conditional writes. Another machine claims attempt 1 at the same moment, and writes last."""
+
+    def create(self, key: str, data: bytes) -> bool:
+        self.write(key, data)
+        if key == KEYS.attempt(1):
+            self.write(key, RIVAL)
+        return True
+
+
+def test_a_claim_is_read_back(tmp_path: Path) -> None:
+    store = LastWriterWins(f"file://{tmp_path}/bucket")
+    record = claim_attempt(store, KEYS, Machine.read({}))
+    assert record.attempt == 2
+    assert store.read(KEYS.attempt(1)) == RIVAL
+    assert store.read(KEYS.attempt(2)) == record.to_bytes()
