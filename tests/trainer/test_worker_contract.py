@@ -20,6 +20,7 @@ from tests.ranks import Nursery, events, free_port, make_folder, rank_environmen
 from tests.script import FAKE_WORKER
 from tests.waiting import LIMIT_S, until
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("worker contract")]
 MAX_STEPS = 6
 SAVE_STEPS = 3
 Start = Callable[..., None]  # of a rank: folder, its log, its environment

@@ -158,6 +158,7 @@ def test_resumed_at_its_last_step(ranks: Nursery, base: dict[str, Any], tmp_path
     assert weights(resumed) == weights(whole)
 
 
+@pytest.mark.slow
 def test_two_ranks(ranks: Nursery, base: dict[str, Any], tmp_path: Path) -> None:
     """Every rank has its own randomness, and both continue it, after a kill and after a stop within an evaluation."""
     config = base | {"use_peft": True, "lora_dropout": 0.1, "per_device_train_batch_size": 1}
