@@ -1,7 +1,6 @@
 """A project on this machine: verbs and supervisor in the test's process, the script with the fake worker in its own."""
 
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,17 +9,18 @@ import click.testing
 import pytest
 
 from spotune.cli import main
-from spotune.contracts.environment import PYTHON, WORKER
+from spotune.contracts.environment import PYTHON
 from spotune.contracts.exchange import CONTROL, read_json
 from spotune.contracts.keys import Keys, commit_of
 from spotune.contracts.store import Store
 from spotune.launch.infra import ACTIVE
+from tests.commands import cli_runner
 from tests.local_machine import LocalMachine
-from tests.script import FAKE_WORKER, fake_config
+from tests.script import FakeWorkers, fake_config
 from tests.waiting import until
 
 
-class LocalProject:
+class LocalProject(FakeWorkers):
     """A folder with a model, data, ``run.yaml`` and the training task, and ``spotune`` in it.
 
     Attributes:
@@ -33,7 +33,6 @@ class LocalProject:
         self.folder, self.home = folder, folder / "home"
         self.store = Store(f"file://{self.home}/bucket")
         self.told = folder / "told"
-        self.told.mkdir()
         (folder / "tasks").mkdir()
         self.write_task()
         monkeypatch.setenv("SPOTUNE_HOME", str(self.home))
@@ -44,13 +43,13 @@ class LocalProject:
     def write_task(self, guard: str = "-m spotune.sft") -> None:
         """Writes the training task; ``guard``: what Python runs."""
         run = f'exec "${PYTHON}" {guard} "$SPOTUNE_CONFIG"'
-        envs = {PYTHON: sys.executable, WORKER: shlex.quote(str(FAKE_WORKER)), "FAKE_WORKER_DIR": str(self.told)}
+        envs = {PYTHON: sys.executable, **self.worker_environ}
         task = {"run": run, "envs": envs, "resources": {"use_spot": True}}
         (self.folder / "tasks/train.yaml").write_text(json.dumps(task))
 
     def spotune(self, *words: str, code: int = 0) -> click.testing.Result:
         """A verb; asserts its exit code."""
-        done = click.testing.CliRunner(mix_stderr=False).invoke(main, words, prog_name="spotune")
+        done = cli_runner().invoke(main, words, prog_name="spotune")
         assert done.exit_code == code, done.stdout[-2000:] + done.stderr[-2000:] + repr(done.exception)
         return done
 
@@ -59,20 +58,6 @@ class LocalProject:
         done = self.spotune(*words, code=2)
         assert (done.stdout, done.stderr.count("\n")) == ("", 1), done.stderr
         return done.stderr
-
-    def tell(self, name: str, text: str = "") -> None:
-        """Writes a file for the worker, whole."""
-        part = self.told / f".{name}"
-        part.write_text(text)
-        part.rename(self.told / name)
-
-    def allow(self, step: int) -> None:
-        """The worker may take steps up to this one, and waits before the next."""
-        self.tell("steps", str(step))
-
-    def allow_all(self) -> None:
-        for file in self.told.iterdir():
-            file.unlink()
 
     def row(self, run_id: str) -> dict[str, Any]:
         rows = json.loads(self.spotune("queue", "-a", "--format", "json").stdout)

@@ -147,14 +147,16 @@ class Script:
         return len(self.store.folders(self.keys.attempts))
 
 
-class FakeScript(Script):
-    """The script with tests/fake_worker.py for training: the guard is real, and the test releases each step."""
+class FakeWorkers:
+    """What a test tells the fake workers of a run, by files in the folder ``told``."""
 
-    def __init__(self, bucket: str, run_id: str, config: Path, home: Path | None = None) -> None:
-        super().__init__(bucket, run_id, config, home)
-        self.told = self.home / "told"
-        self.told.mkdir(exist_ok=True)
-        self.environ |= {WORKER: shlex.quote(str(FAKE_WORKER)), "FAKE_WORKER_DIR": str(self.told)}
+    told: Path
+
+    @property
+    def worker_environ(self) -> dict[str, str]:
+        """Has a guard start tests/fake_worker.py in place of real training."""
+        self.told.mkdir(parents=True, exist_ok=True)
+        return {WORKER: shlex.quote(str(FAKE_WORKER)), "FAKE_WORKER_DIR": str(self.told)}
 
     def tell(self, name: str, text: str = "") -> None:
         """Writes a file for the worker, whole."""
@@ -167,7 +169,18 @@ class FakeScript(Script):
         self.tell("steps", str(step))
 
     def allow_all(self) -> None:
-        (self.told / "steps").unlink(missing_ok=True)
+        """The worker may load, and take every step."""
+        for name in ("load", "steps"):
+            (self.told / name).unlink(missing_ok=True)
+
+
+class FakeScript(FakeWorkers, Script):
+    """The script with tests/fake_worker.py for training: the guard is real, and the test releases each step."""
+
+    def __init__(self, bucket: str, run_id: str, config: Path, home: Path | None = None) -> None:
+        super().__init__(bucket, run_id, config, home)
+        self.told = self.home / "told"
+        self.environ |= self.worker_environ
 
     def allow_and_commit(self, process: "subprocess.Popen[str]", step: int) -> None:
         """Lets an attempt take steps up to one that it saves; returns once that is committed.
