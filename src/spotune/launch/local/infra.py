@@ -4,6 +4,7 @@ import codecs
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class LocalInfra:
         bucket = submission.task.get("envs", {}).get(environment.BUCKET) or f"file://{self.layout.home}/bucket"
         kept, now, is_added = self.layout.environment(submission.run_id), self._clock(), False
         try:
-            keep = lambda: keep_environment(kept, self._environ, submission.secrets, python)  # noqa: E731
+            keep = partial(keep_environment, kept, self._environ, submission.secrets, python)
             self._queue.add(submission, bucket, keep, now)
             is_added = True
             self._wake()
