@@ -144,7 +144,7 @@ lock: $(VENV)/.ready ## resolve anew what pyproject.toml asks for
 	$(RESOLVE) --extra trainer | $(PINS) > requirements-trainer.lock.new
 	mv requirements-trainer.lock.new requirements-trainer.lock
 	@# Under the trainer's lock, and without what is in it: a test tool changes no library that trains.
-	$(RESOLVE) --extra test --constraint requirements-trainer.lock | $(PINS) \
+	$(RESOLVE) --extra test-trainer --constraint requirements-trainer.lock | $(PINS) \
 	  | grep -vxFf requirements-trainer.lock > requirements-trainer-test.lock.new
 	mv requirements-trainer-test.lock.new requirements-trainer-test.lock
 	$(RESOLVE) --extra gpu --constraint requirements-trainer.lock | grep -E '^(bitsandbytes|liger-kernel)=' > requirements-gpu.lock.new

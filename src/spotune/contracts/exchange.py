@@ -46,6 +46,7 @@ class Job:
         threads: torch threads that the restored commit was made with; None: torch's default.
         global_batch: rows of a step of the run so far, over all ranks; None: as the config and the ranks make it.
         cache: a folder of this machine for data sets, kept between attempts.
+        data_files: facts of the files that the config trains on, as ``fingerprint.data_files`` has just taken them.
     """
 
     run_id: str
@@ -58,6 +59,7 @@ class Job:
     save_as_config: bool = False
     threads: int | None = None
     global_batch: int | None = None
+    data_files: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

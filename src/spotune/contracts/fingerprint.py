@@ -6,96 +6,28 @@ generation), hub data sets by name and revision.
 
 import glob
 import hashlib
-import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.errors import InputError, SpotuneError, StoreError
+from spotune.contracts.datafiles import checksum_of, find_files, is_remote, local_path, open_store, unreachable
+from spotune.contracts.errors import InputError
 from spotune.contracts.records import fingerprint
-from spotune.contracts.store.faults import Fault, judge, words_of
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 # What of a config says which rows are trained on, besides the files themselves.
 DATA_KEYS = ("data", "data_limit", "datasets", "dataset_name", "dataset_config", "dataset_train_split")
-_CHECKSUMS = ("ETag", "etag", "md5Hash", "generation", "checksum")
-
-
-def resolve_source(source: str, where: object, key: str) -> list[str]:
-    """The files that a source names, sorted: globs and folders resolved, on disk and in stores.
-
-    Raises InputError when it names none, StoreError where a store is away. ``hf://`` sources are returned as they are.
-    """
-    if source.startswith(("hf://", "http://", "https://")):
-        return [source]
-    local = source.removeprefix("file://")
-    if "://" not in local:
-        path = _local_path(local, where, key)
-        pattern = str(path / "**" / "*") if os.path.isdir(path) else str(path)  # unlike Path: False for a name too long
-        found = sorted(name for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
-    else:
-        found = _resolve_remote(source, where, key)
-    if not os.path.isfile(local):  # a folder or a pattern: only what is data
-        found = [name for name in found if is_data_file(name)]
-    if not found:
-        raise InputError(
-            where, f"no file matches {source}", key=key, remedy="JSONL, JSON, CSV or Parquet, also gzipped"
-        )
-    return found
-
-
-def _local_path(text: str, where: object, key: str) -> Path:
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:  # ~name of nobody
-        raise InputError(where, f"{text}: {error}", key=key) from error
-
-
-def is_data_file(name: str) -> bool:
-    return name.removesuffix(".gz").endswith(SUFFIXES)
-
-
-def _resolve_remote(source: str, where: object, key: str) -> list[str]:
-    protocol = source.split("://", 1)[0]
-    try:
-        fs, path = _open_store(source)
-        if not any(mark in path for mark in "*?["):
-            # Not isdir and exists: each would wait for a store that cannot be reached.
-            path = f"{path.rstrip('/')}/**" if fs.info(path)["type"] == "directory" else path
-        found = fs.glob(path) if any(mark in path for mark in "*?[") else [path]
-    except FileNotFoundError:
-        return []
-    except Exception as error:
-        raise _unreachable(source, where, key, error) from error
-    return sorted(f"{protocol}://{name}" for name in found)
-
-
-def _open_store(url: str) -> tuple[Any, str]:
-    """(file system, path in it) of a URL."""
-    import fsspec
-
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the traceback of what it also raises
-    own = url.startswith(("s3://", "gs://", "gcs://"))
-    found: tuple[Any, str] = fsspec.core.url_to_fs(url, **({"use_listings_cache": False} if own else {}))
-    return found
-
-
-def _unreachable(url: str, where: object, key: str, error: Exception) -> SpotuneError:
-    """Of any class of a store's client: a StoreError for what may pass, since another machine may reach it."""
-    remedy = "is the name right, are there credentials for it, and a way to it from here?"
-    fault = InputError(where, f"cannot reach {url}: {words_of(error)}", key=key, remedy=remedy)
-    return StoreError(str(fault)) if judge(error) in (Fault.PASSING, Fault.UNREADY) else fault
+_PACKAGED = ("json", "csv", "parquet", "arrow", "text", "xml")  # loaders of ``datasets`` that read files as they are
 
 
 def data_files(config: Mapping[str, Any], where: object) -> list[dict[str, Any]]:
     """What the config trains on: one ``{source, url, size, sha256 | checksum}`` a file.
 
-    Raises InputError, StoreError as ``resolve_source``.
+    Raises InputError, StoreError as ``find_files``.
     """
     found: list[dict[str, Any]] = []
     for index, source in enumerate(config.get("data") or []):
-        for url in resolve_source(source["source"], where, key := f"data[{index}].source"):
+        for url in find_files(source["source"], where, key := f"data[{index}].source").files:
             found.append({"source": source["source"], **_file_facts(url, where, key)})
     for key in ("dataset_name", "datasets"):
         if config.get(key):
@@ -111,32 +43,68 @@ def data_sha256(config: Mapping[str, Any], files: list[dict[str, Any]]) -> str:
     return fingerprint({"files": facts, "mix": {key: config.get(key) for key in DATA_KEYS}})
 
 
+def has_local_files(files: Iterable[Mapping[str, Any]]) -> bool:
+    """Returns whether any file of ``data_files`` counts by its content."""
+    return any("sha256" in file for file in files)
+
+
 def _trl_facts(named: Any, where: object, key: str) -> list[dict[str, Any]]:
+    """Facts of what ``datasets`` (a list of entries) or ``dataset_name`` names."""
     facts: list[dict[str, Any]] = []
     for entry in named if isinstance(named, list) else [{"path": named}]:
-        name = str(entry.get("path", "")) if isinstance(entry, dict) else str(entry)
-        path = _local_path(name, where, key)
-        if os.path.isdir(path):
-            inside = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
-            facts += [{"source": name, **_file_facts(str(file), where, key)} for file in inside]
-        else:
+        entry = entry if isinstance(entry, Mapping) else {"path": entry}
+        name = str(entry.get("path", ""))
+        files = _trl_files(name, entry, where, key)
+        facts += [{"source": name, **_file_facts(file, where, key)} for file in files]
+        if not files:
             facts.append({"source": name, "url": f"hf://{name}"})
     return facts
+
+
+def _trl_files(name: str, entry: Mapping[str, Any], where: object, key: str) -> list[str]:
+    """The files that ``load_dataset`` reads for an entry: below a local folder, or those that it names. Sorted."""
+    folder = local_path(name, where, key)
+    is_local = os.path.isdir(folder)
+    if not is_local and name not in _PACKAGED:
+        return []  # a data set of the hub, and its own files
+    found = _walk(folder) if is_local else []
+    if isinstance(inside := entry.get("data_dir"), str) and not is_local:
+        found += _walk(local_path(inside, where, key))
+    for text in _texts(entry.get("data_files")):
+        if is_remote(text) or text.startswith("hf://"):
+            found.append(text)
+            continue
+        path = local_path(text.removeprefix("file://"), where, key)
+        path = folder / path if is_local else path
+        found += [str(path)] if path.is_file() else glob.glob(str(path), recursive=True)
+    return sorted({file for file in found if is_remote(file) or file.startswith("hf://") or os.path.isfile(file)})
+
+
+def _walk(folder: Path) -> list[str]:
+    return [str(file) for file in folder.rglob("*") if file.is_file() and not file.name.startswith(".")]
+
+
+def _texts(value: Any) -> list[str]:
+    """The file names inside ``data_files``: one text, a list of them, or either for each split."""
+    if isinstance(value, Mapping):
+        return [text for inner in value.values() for text in _texts(inner)]
+    return [str(inner) for inner in value] if isinstance(value, list) else [str(value)] if value else []
 
 
 def _file_facts(url: str, where: object, key: str) -> dict[str, Any]:
     if url.startswith(("hf://", "http://", "https://")):
         return {"url": url}
-    local = url.removeprefix("file://")
-    if "://" not in local:
-        return {"url": url, **file_facts(Path(local))}
+    if not is_remote(url):
+        try:
+            return {"url": url, **file_facts(local_path(url.removeprefix("file://"), where, key))}
+        except (FileNotFoundError, PermissionError) as error:  # other faults of a disk are the machine's
+            raise InputError(where, f"cannot read {url}: {error.strerror or error}", key=key) from error
     try:
-        fs, path = _open_store(url)
+        fs, path = open_store(url)
         info = fs.info(path)
     except Exception as error:
-        raise _unreachable(url, where, key, error) from error
-    checksum = next((str(info[name]) for name in _CHECKSUMS if info.get(name)), "")
-    return {"url": url, "size": info.get("size"), "checksum": checksum.strip('"')}
+        raise unreachable(url, where, key, error) from error
+    return {"url": url, "size": info.get("size"), "checksum": checksum_of(info)}
 
 
 def file_facts(path: Path) -> dict[str, Any]:

@@ -216,4 +216,5 @@ def make_job(context: Context, newest: Commit | None, history: Sequence[RunRecor
         save_as_config=not is_fixed and ("save_steps" in config or "save_strategy" in config),
         threads=newest.threads if newest else None,
         global_batch=newest.global_batch or None if newest and is_kept else None,
+        data_files=context.run.data_files,
     )

@@ -1,47 +1,56 @@
 """Data files of a store, copied once to this machine's cache: a new copy when the store's checksum changes.
 
-Copies rather than streams, since ``datasets`` refuses every store when the hub is offline, and since a file
-whose time does not change keeps the cache of tokenized rows valid.
+Copies rather than streams, since a file is read more than once: for its hash, and for its rows. Where a store gives
+no checksum (a plain web server), a copy is not used again.
 """
 
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
 
+from spotune.contracts.datafiles import checksum_of, is_remote, local_path, open_store, unreachable
 from spotune.contracts.errors import InputError
 
-_FACTS = ("ETag", "etag", "md5Hash", "generation", "size", "mtime", "LastModified", "updated")
 
+def fetch(url: str, cache: Path, where: str, key: str, checksum: str = "") -> str:
+    """Returns the local path of a data file; a local file's is its own.
 
-def fetch(url: str, cache: Path, where: str, key: str) -> str:
-    """The local path of a data file; a local one's is its own. Raises InputError when it is not there."""
-    if "://" not in url or url.startswith("file://"):
-        return str(Path(url.removeprefix("file://")).expanduser())
-    import fsspec
+    Args:
+        checksum: the store's, as the run's record has it; empty where it has none.
 
+    Raises:
+        InputError: the file is not there, may not be read, or is not the one with that checksum.
+        StoreError: the store is away.
+    """
+    if not is_remote(url):
+        return str(local_path(url.removeprefix("file://"), where, key))
     try:
-        filesystem, path = fsspec.core.url_to_fs(url, **_options(url))
+        filesystem, path = open_store(url)
         facts = filesystem.info(path)
-        target = cache / "sources" / _digest(url, facts) / Path(path.split("?")[0]).name
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            part = target.with_name(f".{os.getpid()}-{target.name}")  # ranks may fetch at the same time
-            filesystem.get_file(path, str(part))
-            part.replace(target)
+        found = checksum_of(facts)
+        if checksum and found != checksum:
+            what = "is not the file that the run was submitted with: its checksum in the store differs"
+            raise InputError(url, what, remedy="put it back, or submit a new run")
+        folder = hashlib.sha256(f"{url}\n{found}\n{facts.get('size')}".encode()).hexdigest()[:24]
+        target = cache / "sources" / folder / Path(path.split("?")[0]).name
+        if found and target.exists() and target.stat().st_size == facts.get("size", target.stat().st_size):
+            return str(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{os.getpid()}-{target.name}")  # ranks may fetch at the same time
+        filesystem.get_file(path, str(part))
+        if found and checksum_of(filesystem.info(path)) != found:
+            raise InputError(url, "was changed while it was read", remedy="try again once nobody writes to it")
+        part.replace(target)
+    except InputError:
+        raise
     except FileNotFoundError as error:
         raise InputError(where, f"no such file: {url}", key=key) from error
-    except (PermissionError, ImportError, ValueError) as error:
+    except (PermissionError, ImportError) as error:
         raise InputError(where, f"cannot read {url}: {error}", key=key) from error
+    except OSError as error:
+        if error.errno is not None:
+            raise  # this machine's disk
+        raise unreachable(url, where, key, error) from error
+    except Exception as error:  # of any class of a store's client
+        raise unreachable(url, where, key, error) from error
     return str(target)
-
-
-def _options(url: str) -> dict[str, Any]:
-    if url.startswith(("gs://", "gcs://")):
-        return {"use_listings_cache": False} | ({"token": "anon"} if os.environ.get("STORAGE_EMULATOR_HOST") else {})
-    return {"use_listings_cache": False} if url.startswith("s3://") else {}
-
-
-def _digest(url: str, facts: dict[str, Any]) -> str:
-    known = [str(facts[name]) for name in _FACTS if facts.get(name)]
-    return hashlib.sha256("\n".join([url, *known]).encode()).hexdigest()[:24]

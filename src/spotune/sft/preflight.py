@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from spotune.contracts.configwhole import check_sources
+from spotune.contracts.datafiles import find_files
 from spotune.contracts.errors import InputError
-from spotune.contracts.fingerprint import resolve_source
 from spotune.sft.hardware import Hardware, check_hardware
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?")
@@ -25,7 +25,7 @@ def check(config: Mapping[str, Any], where: str, hardware: Hardware | None = Non
     check_sources(config, where)
     for index, entry in enumerate(config.get("data") or []):
         if not entry["source"].startswith("hf://"):
-            resolve_source(entry["source"], where, f"data[{index}].source")
+            find_files(entry["source"], where, f"data[{index}].source")
     _check_local_files(config, where)
     _check_model(str(config.get("model_name_or_path") or ""), config, where)
     _check_held_out(config, where)

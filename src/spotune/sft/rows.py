@@ -1,142 +1,378 @@
-"""What a row must look like in each format: checked for all rows, column by column where Arrow can.
+"""What a row holds in each format, and how rows become Arrow columns.
 
-messages           messages: [{role, content}, ...]
-prompt_completion  prompt and completion: text, or lists of {role, content}
+messages           messages: [{role, content}, ...]; ShareGPT's {from, value} is read as {role, content}
+prompt_completion  prompt and completion: both text, or both lists of messages
 text               text
+
+The format says a column's type, the values never do: text is text, whatever it looks like. Messages whose only keys
+are ``role`` and ``content`` are Arrow structs. Where some have more keys (tool calls, names, reasoning), each message
+is JSON text, which ``datasets`` decodes: a chat template gets the keys that the row has, and no others.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-MESSAGES = "a list of {role, content}"
-OPTIONAL = ("tools", "chat_template_kwargs")
-BATCH_ROWS = 10_000
+FORMATS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+OPTIONAL = ("tools", "chat_template_kwargs")  # columns that a chat template gets, for those rows that have them
+REMEDIES = {
+    "messages": 'each row {"messages": [{"role": "user", "content": "…"}, …]}',
+    "prompt_completion": 'each row {"prompt": "…", "completion": "…"}',
+    "text": 'each row {"text": "…"}',
+}
+SHAREGPT = "conversations"
+TEXT, MESSAGES = "text", "a list of {role, content}"  # the kinds of a column, as messages name them
+PLAIN = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+AS_JSON = pa.list_(pa.json_())
+
+
+class RowError(ValueError):
+    """A row does not fit.
+
+    Attributes:
+        row: its number in the file, from 1; a line's number in JSON lines.
+        what: what is wrong with it.
+        remedy: what to do; empty: write rows as the format wants them.
+    """
+
+    def __init__(self, row: int, what: str, remedy: str = "") -> None:
+        super().__init__(f"row {row}: {what}")
+        self.row, self.what, self.remedy = row, what, remedy
 
 
 @dataclass(frozen=True)
-class Misfit:
-    """The first row (from 0) that does not fit, and why; ``is_type``: the column's type is wrong as a whole."""
+class Columns:
+    """The columns of a file that are read.
 
-    row: int
-    what: str
-    is_type: bool = False
+    Attributes:
+        format: a key of FORMATS.
+        names: our name -> the file's, of the columns that the format needs.
+    """
+
+    format: str
+    names: Mapping[str, str]
 
 
-def columns_of(format: str, text_field: str = "text") -> tuple[str, ...]:
-    """The columns that a format needs."""
-    return {"messages": ("messages",), "prompt_completion": ("prompt", "completion")}.get(format, (text_field,))
+@dataclass(frozen=True)
+class Layout:
+    """The Arrow types of the columns: what a part of the rows needs, or all of them together.
+
+    Attributes:
+        kinds: our name -> TEXT or MESSAGES.
+        has_json: some message has other keys than role and content.
+        optional: those of OPTIONAL that some row has.
+    """
+
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    has_json: bool = False
+    optional: frozenset[str] = frozenset()
+
+    def __or__(self, other: "Layout") -> "Layout":
+        """The layout that holds both; the kinds must be the same where both know them."""
+        kinds = {**self.kinds, **other.kinds}
+        return Layout(kinds, self.has_json or other.has_json, self.optional | other.optional)
+
+    def schema(self) -> pa.Schema:
+        messages = AS_JSON if self.has_json else PLAIN
+        needed = [(name, pa.string() if kind == TEXT else messages) for name, kind in self.kinds.items()]
+        return pa.schema([*needed, *((name, pa.json_()) for name in OPTIONAL if name in self.optional)])
+
+    def key(self) -> str:
+        return json.dumps([sorted(self.kinds.items()), self.has_json, sorted(self.optional)])
 
 
-def find_misfit(dataset: Any, format: str, text_field: str) -> Misfit | None:
-    """Checks every row of a data set. Raises ValueError for text that is not UTF-8: JSON is read without a look."""
-    start = 0
-    for table in dataset.with_format("arrow").iter(BATCH_ROWS):
-        table.validate(full=True)
-        found = [_column_misfit(name, table[name], format) for name in columns_of(format, text_field)]
-        misfits = [misfit for misfit in found if misfit]
-        if misfits:
-            first = min(misfits, key=lambda misfit: misfit.row)
-            return Misfit(start + first.row, first.what, first.is_type)
-        start += table.num_rows
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows as Arrow columns under our names, in the narrowest layout that holds them.
+
+    Attributes:
+        first_row: the number of the first one in its file, from 1.
+    """
+
+    arrays: Mapping[str, pa.Array]
+    layout: Layout
+    rows: int
+    first_row: int
+
+    def batch(self, layout: Layout) -> pa.RecordBatch:
+        """The rows in a wider layout."""
+        schema = layout.schema()
+        return pa.record_batch([self._column(one.name, one.type) for one in schema], schema=schema)
+
+    def _column(self, name: str, kind: pa.DataType) -> pa.Array:
+        array = self.arrays.get(name)
+        if array is None:  # TRL gives chat_template_kwargs to a call as it is: none are an empty mapping
+            empty = "{}" if name == "chat_template_kwargs" else None
+            return _json_array([empty] * self.rows, pa.json_())
+        if array.type == kind:
+            return array
+        return _messages_array([[_dumps(message) for message in talk] for talk in array.to_pylist()])
+
+
+def format_of(names: Iterable[str], columns: Mapping[str, str], text_field: str) -> str | None:
+    """Returns the first format whose columns a file has; ``columns`` maps our names to the file's."""
+    present = set(names)
+    for format in FORMATS:
+        if all(theirs in present for theirs in columns_of(format, present, columns, text_field).names.values()):
+            return format
     return None
 
 
-def _column_misfit(name: str, column: pa.ChunkedArray, format: str) -> Misfit | None:
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
-    if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
-        return _messages_misfit(name, array) if format != "text" else Misfit(0, f"{name} is a list, not text", True)
-    if format == "messages" or not (pa.types.is_string(array.type) or pa.types.is_large_string(array.type)):
-        wanted = MESSAGES if format == "messages" else "text"
-        return Misfit(0, f"{name} is {_type_name(array.type)}, not {wanted}", True)
-    if (row := _first(pc.is_null(array))) is not None:
-        return Misfit(row, f"{name} is missing")
-    if name != "prompt" and (row := _first(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(array)), 0))) is not None:
-        return Misfit(row, f"{name} is empty")
-    return None
+def columns_of(format: str, names: Iterable[str], columns: Mapping[str, str], text_field: str) -> Columns:
+    """Returns the columns to read of a file that has ``names``."""
+    needed = (text_field,) if format == "text" else FORMATS[format]
+    found = {ours: columns.get("text" if format == "text" else ours, ours) for ours in needed}
+    if format == "messages" and "messages" not in columns and "messages" not in names and SHAREGPT in names:
+        found["messages"] = SHAREGPT
+    return Columns(format, found)
 
 
-def _messages_misfit(name: str, array: pa.Array) -> Misfit | None:
-    if (row := _first(pc.is_null(array))) is not None:
-        return Misfit(row, f"{name} is missing")
-    if name != "prompt" and (row := _first(pc.equal(pc.list_value_length(array), 0))) is not None:
-        return Misfit(row, f"{name} is empty")
-    inner = array.type.value_type
-    if not pa.types.is_struct(inner) or not {"role", "content"} <= {field.name for field in inner}:
-        return Misfit(0, f"{name} is a list of {_type_name(inner)}, not {MESSAGES}", True)
-    flat, parents = pc.list_flatten(array), pc.list_parent_indices(array)
-    roles, contents = pc.struct_field(flat, "role"), pc.struct_field(flat, "content")
-    if not pa.types.is_string(roles.type) and len(flat):
-        return Misfit(0, f"role is {_type_name(roles.type)}, not text", True)
-    if (at := _first(pc.or_(pc.is_null(flat), pc.is_null(roles)))) is not None:
-        return Misfit(parents[at].as_py(), f"a message in {name} has no role")
-    if not pa.types.is_string(contents.type):  # parts of a multimodal message, or nothing but nulls
-        is_parts = pa.types.is_list(contents.type)
-        return None if is_parts else Misfit(0, f"content is {_type_name(contents.type)}, not text", True)
-    lacking = pc.is_null(contents)
-    if "tool_calls" in {field.name for field in inner}:
-        lacking = pc.and_(lacking, pc.is_null(pc.struct_field(flat, "tool_calls")))
-    if (at := _first(lacking)) is not None:
-        return Misfit(parents[at].as_py(), f"a message in {name} has no content")
-    return _first_silent(name, array, parents, contents)
+def plain_chunk(table: pa.Table, columns: Columns, first_row: int) -> Chunk | None:
+    """Returns the rows of a table as they are, without a look at each; None where each has to be looked at.
 
-
-def _first_silent(name: str, array: pa.Array, parents: pa.Array, contents: pa.Array) -> Misfit | None:
-    """The first row all of whose messages are empty."""
-    lengths = pc.fill_null(pc.utf8_length(contents), 1).to_numpy(zero_copy_only=False)
-    said = np.bincount(parents.to_numpy(zero_copy_only=False), weights=lengths, minlength=len(array))
-    has_any = pc.list_value_length(array).to_numpy(zero_copy_only=False) > 0
-    silent = np.flatnonzero((said == 0) & has_any)
-    return Misfit(int(silent[0]), f"the messages in {name} are empty") if len(silent) else None
-
-
-def _first(mask: pa.Array) -> int | None:
-    at = pc.index(mask, True).as_py()
-    return at if at >= 0 else None
-
-
-def _type_name(kind: pa.DataType) -> str:
-    if pa.types.is_null(kind):
-        return "nothing"
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return "text"
-    if pa.types.is_struct(kind):
-        return "{" + ", ".join(field.name for field in kind) + "}"
-    return "a list" if pa.types.is_list(kind) else str(kind)
-
-
-def check_row(row: Any, format: str, names: Mapping[str, str], text_field: str) -> str | None:
-    """What is wrong with one row of JSON, None when it fits; ``names`` maps our columns to the file's."""
-    if not isinstance(row, dict):
-        return "not an object with named columns"
-    if not format:
+    That is so if a row does not fit, a message has more than role and content, or a type is none that Arrow casts.
+    """
+    if any(name in table.column_names and table[name].null_count < table.num_rows for name in OPTIONAL):
         return None
-    for name in columns_of(format, text_field):
-        theirs = names.get(name, name)
-        if row.get(theirs) is None:
-            return f"{theirs} is missing"
-        if (fault := next(_value_faults(theirs, row[theirs], format), None)) is not None:
-            return fault
-    return None
+    arrays: dict[str, pa.Array] = {}
+    kinds: dict[str, str] = {}
+    try:
+        table.validate(full=True)  # neither JSON's reader nor Parquet's looks whether text is UTF-8
+        for ours, theirs in columns.names.items():
+            column = table[theirs]
+            array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+            if isinstance(array, pa.ChunkedArray):
+                array = pa.concat_arrays(array.chunks)
+            found = _plain_text(ours, array) if _is_text(array.type) else _plain_messages(ours, array)
+            if found is None:
+                return None
+            arrays[ours], kinds[ours] = found, TEXT if found.type == pa.string() else MESSAGES
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, KeyError):
+        return None
+    if len(set(kinds.values())) > 1 or not _kinds_fit(columns.format, kinds):
+        return None
+    return Chunk(arrays, Layout(kinds), table.num_rows, first_row)
 
 
-def _value_faults(name: str, value: Any, format: str) -> Iterator[str]:
+def _is_text(kind: pa.DataType) -> bool:
+    inner = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(inner) or pa.types.is_large_string(inner) or pa.types.is_string_view(inner))
+
+
+def _kinds_fit(format: str, kinds: Mapping[str, str]) -> bool:
+    return format == "prompt_completion" or set(kinds.values()) == {MESSAGES if format == "messages" else TEXT}
+
+
+def _plain_text(name: str, array: pa.Array) -> pa.Array | None:
+    array = array.cast(pa.string())
+    if array.null_count or (name != "prompt" and _has(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(array)), 0))):
+        return None
+    return array
+
+
+def _plain_messages(name: str, array: pa.Array) -> pa.Array | None:
+    inner = getattr(array.type, "value_type", None)
+    if inner is None or not pa.types.is_struct(inner) or {one.name for one in inner} != {"role", "content"}:
+        return None
+    if not all(_is_text(one.type) for one in inner) or array.null_count:
+        return None
+    array = array.cast(PLAIN)
+    flat, lengths = array.flatten(), pc.list_value_length(array)
+    roles, contents = flat.field("role"), flat.field("content")
+    if flat.null_count or roles.null_count or contents.null_count:
+        return None
+    if name == "prompt" and _has(pc.equal(lengths, 0)):
+        return None
+    said = pc.cumulative_sum(pc.utf8_length(contents).cast(pa.int64()))
+    ends = pc.cumulative_sum(lengths.cast(pa.int64()))
+    if _has(pc.equal(lengths, 0)) or _has_silence(said, ends):
+        return None
+    return array
+
+
+def _has_silence(said: pa.Array, ends: pa.Array) -> bool:
+    """Whether the messages of some row are all empty: the text up to its end is the text up to its start."""
+    upto = said.take(pc.subtract(ends, 1))
+    before = pa.concat_arrays([pa.array([0], pa.int64()), upto[:-1]]) if len(upto) else upto
+    return _has(pc.equal(upto, before))
+
+
+def _has(mask: pa.Array) -> bool:
+    return bool(pc.any(mask).as_py())
+
+
+def chunk_of(rows: Iterable[tuple[int, Any]], columns: Columns) -> Chunk:
+    """Returns (number, row) pairs as a chunk, each row looked at. Raises RowError for the first that does not fit."""
+    values: dict[str, list[Any]] = {ours: [] for ours in (*columns.names, *OPTIONAL)}
+    numbers: list[int] = []
+    kinds: dict[str, str] = {}
+    for number, row in rows:
+        try:
+            _take(row, columns, values, kinds, numbers)
+        except ValueError as error:
+            raise RowError(number, str(error)) from error
+        numbers.append(number)
+    has_json = any(
+        message.keys() != {"role", "content"} or not isinstance(message["content"], str)
+        for ours, kind in kinds.items()
+        if kind == MESSAGES
+        for talk in values[ours]
+        for message in talk
+    )
+    optional = frozenset(name for name in OPTIONAL if any(value is not None for value in values[name]))
+    layout = Layout(kinds, has_json, optional)
+    try:
+        arrays = {ours: _array(ours, values[ours], layout) for ours in (*columns.names, *optional)}
+    except UnicodeEncodeError:
+        raise _half_character(numbers, values) from None
+    return Chunk(arrays, layout, len(numbers), numbers[0] if numbers else 1)
+
+
+def _take(
+    row: Any, columns: Columns, values: Mapping[str, list[Any]], kinds: dict[str, str], numbers: list[int]
+) -> None:
+    """Adds a row's values; raises ValueError saying what is wrong with it."""
+    if not isinstance(row, Mapping):
+        raise ValueError("not an object with named columns")
+    taken: dict[str, Any] = {}
+    for ours, theirs in columns.names.items():
+        value = row.get(theirs)
+        if value is None:
+            raise ValueError(f"{theirs} is missing")
+        taken[ours] = _value(ours, theirs, value, columns.format)
+    found = {ours: TEXT if isinstance(value, str) else MESSAGES for ours, value in taken.items()}
+    if len(set(found.values())) > 1:
+        said = " and ".join(f"{columns.names[ours]} is {kind}" for ours, kind in found.items())
+        raise ValueError(f"{said}: both must be text, or both lists of messages")
+    for ours, kind in found.items():
+        if kinds.setdefault(ours, kind) != kind:
+            raise ValueError(f"{columns.names[ours]} is {kind}, but {kinds[ours]} in row {numbers[0]}")
+    for name in OPTIONAL:
+        values[name].append(_optional(name, row.get(name)))
+    for ours, value in taken.items():
+        values[ours].append(value)
+
+
+def _value(ours: str, theirs: str, value: Any, format: str) -> Any:
+    if format == "messages" and isinstance(value, str):
+        value = _parsed(value)  # a CSV cell, or a column of JSON text
     if isinstance(value, str):
         if format == "messages":
-            yield f"{name} is text, not {MESSAGES}"
-    elif format == "text" or not isinstance(value, list):
-        yield f"{name} is {type(value).__name__}, not {MESSAGES if format == 'messages' else 'text'}"
-    else:
-        for message in value:
-            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                yield f"{name} is not {MESSAGES}"
-            elif message.get("content") is None and not message.get("tool_calls"):
-                yield f"a message in {name} has no content"
-            elif not isinstance(message.get("content", ""), (str, list, type(None))):
-                yield f"content is {type(message['content']).__name__}, not text"
+            raise ValueError(f"{theirs} is text, not {MESSAGES}")
+        if ours != "prompt" and not value.strip():
+            raise ValueError(f"{theirs} is empty")
+        return value
+    if format == "text" or not isinstance(value, Sequence):
+        wanted = MESSAGES if format == "messages" else "text"
+        raise ValueError(f"{theirs} is {_type_name(value)}, not {wanted}")
+    if not value:
+        raise ValueError(f"{theirs} is empty")
+    talk = [_message(theirs, message) for message in value]
+    if not any(message.get("content") or len(message) > 2 for message in talk):
+        raise ValueError(f"the messages in {theirs} are empty")
+    return talk
+
+
+def _parsed(text: str) -> Any:
+    """The list that a text is JSON of, else the text."""
+    if not text.lstrip().startswith("["):
+        return text
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return found if isinstance(found, list) else text
+
+
+def _message(name: str, message: Any) -> dict[str, Any]:
+    """A message under TRL's names, without keys that are null: they say no more than keys that are not there."""
+    if isinstance(message, str):
+        message = _parsed_object(message)
+    if not isinstance(message, Mapping):
+        raise ValueError(f"{name} is not {MESSAGES}")
+    found = {_TRL_NAMES.get(key, key): value for key, value in message.items() if value is not None or key == "content"}
+    if not isinstance(found.get("role"), str):
+        raise ValueError(
+            f"a message in {name} has no role" if found.get("role") is None else f"{name} is not {MESSAGES}"
+        )
+    content = found.get("content")
+    if content is None and not any(found.get(key) for key in _CALLS):
+        raise ValueError(f"a message in {name} has no content")
+    if not isinstance(content, (str, list, type(None))):
+        raise ValueError(f"content is {_type_name(content)}, not text")
+    return found
+
+
+_TRL_NAMES = {"from": "role", "value": "content"}  # as TRL's maybe_convert_to_chatml renames them
+_CALLS = ("tool_calls", "function_call")  # a message that calls a tool need not say anything
+
+
+def _parsed_object(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _optional(name: str, value: Any) -> Any:
+    """A value of an optional column: JSON text is what it says, as TRL reads ``tools``."""
+    if isinstance(value, str):
+        value = _parsed_object(value) if value.strip() else None
+    if name == "chat_template_kwargs" and value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"{name} is {_type_name(value)}, not a mapping of names to values")
+    if name == "tools" and value is not None and not isinstance(value, list):
+        raise ValueError(f"{name} is {_type_name(value)}, not a list of tools")
+    return value
+
+
+def _array(name: str, values: list[Any], layout: Layout) -> pa.Array:
+    if name in OPTIONAL:
+        empty = "{}" if name == "chat_template_kwargs" else None
+        return _json_array([empty if value is None else _dumps(value) for value in values], pa.json_())
+    if layout.kinds.get(name, TEXT) == TEXT:
+        return pa.array(values, pa.string())
+    if layout.has_json:
+        return _messages_array([[_dumps(message) for message in talk] for talk in values])
+    return pa.array(values, PLAIN)
+
+
+def _messages_array(talks: list[list[str]]) -> pa.Array:
+    """A list of JSON texts a row."""
+    flat = pa.array([text for talk in talks for text in talk], pa.string())
+    offsets = [0]
+    for talk in talks:
+        offsets.append(offsets[-1] + len(talk))
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat.cast(pa.json_()), type=AS_JSON)
+
+
+def _json_array(texts: list[str | None], kind: pa.DataType) -> pa.Array:
+    return pa.array(texts, pa.string()).cast(kind)
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _half_character(numbers: Sequence[int], values: Mapping[str, Sequence[Any]]) -> RowError:
+    """The error for the first row with half of a surrogate pair, which no UTF-8 text can hold."""
+    for at, number in enumerate(numbers):
+        for column in values.values():
+            try:
+                _dumps(column[at]).encode() if at < len(column) else None
+            except UnicodeEncodeError:
+                return RowError(number, "holds half of a character (a lone surrogate), which is not text")
+    raise AssertionError("a value that cannot be encoded is in some row")
+
+
+def _type_name(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(map(str, value)) + "}"
+    return "a list" if isinstance(value, list) else type(value).__name__

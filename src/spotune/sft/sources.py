@@ -1,34 +1,47 @@
-"""One entry of ``data:`` -> one data set with the columns of its format, every row checked."""
+"""The entries of ``data:`` -> data sets with the columns of their format, every row checked.
 
+    file ─▶ its sha256 ─▶ is it what the run's record says? ─▶ rows in Arrow, kept by that sha256 ─▶ Dataset
+
+Rows are kept on this machine by the content that they were read from, never by a file's name and time: another file
+in its place is another content.
+"""
+
+import hashlib
 import json
-import zlib
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.errors import InputError, SpotuneError, shown
-from spotune.contracts.fingerprint import resolve_source
-from spotune.sft.align import concatenate
-from spotune.sft.fetch import fetch
-from spotune.sft.rows import OPTIONAL, check_row, columns_of, find_misfit
+import pyarrow as pa
 
-BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-_REMEDY = {
-    "messages": 'each row {"messages": [{"role": "user", "content": "…"}, …]}',
-    "prompt_completion": 'each row {"prompt": "…", "completion": "…"}',
-    "text": 'each row {"text": "…"}',
-}
+from spotune.contracts.datafiles import file_state, find_files, kind_of
+from spotune.contracts.errors import InputError, shown
+from spotune.contracts.exchange import read_json, write_json
+from spotune.contracts.fingerprint import file_facts
+from spotune.sft.fetch import fetch
+from spotune.sft.readers import HubReader, Reader, open_file, spoilt
+from spotune.sft.rows import REMEDIES, Columns, Layout, RowError, columns_of, format_of
+
+READER = 1  # part of the key of what is kept: another number reads everything again
+ROWS = "rows"  # the folder for it, below the cache
 
 
 @dataclass(frozen=True)
 class Source:
-    """An entry of ``data:``, with the names that messages need."""
+    """An entry of ``data:``.
+
+    Attributes:
+        key: ``data[0]``, for messages.
+        files: facts of its files in the run's record, in their order: ``{url, size, sha256 | checksum}``.
+    """
 
     entry: Mapping[str, Any]
     config_path: str
     key: str
     text_field: str
+    files: Sequence[Mapping[str, Any]] = ()
 
     @property
     def url(self) -> str:
@@ -43,34 +56,303 @@ class Source:
         return InputError(self.config_path, what, key=f"{self.key}.{key}" if key else self.key, remedy=remedy)
 
 
-def load(source: Source, cache: Path) -> tuple[Any, str]:
-    """(data set, format) of a source. Raises InputError naming file and row for what does not fit."""
-    if source.url.startswith("hf://") and not source.url.startswith("hf://datasets/"):
-        files: dict[str, str] = {}
-        parts = [_load_hub(source)]
-    else:
-        urls = resolve_source(source.url, source.config_path, f"{source.key}.source")
-        files = {fetch(url, cache, source.config_path, f"{source.key}.source"): url for url in urls}
-        parts = [_load_group(source, builder, group, files) for builder, group in _by_builder(files).items()]
-    if not any(len(part) for part in parts):
+@dataclass(frozen=True)
+class Part:
+    """One file of a source, or the whole of a data set of the hub.
+
+    Attributes:
+        path: of the file on this machine; empty for the hub.
+        digest: names the content.
+        state: of the file before its hash was taken.
+        dataset: of the hub, else None.
+    """
+
+    source: Source
+    url: str
+    path: str
+    digest: str
+    state: tuple[int, ...] = ()
+    dataset: Any = None
+
+    def reader(self) -> Reader:
+        return HubReader(self.dataset) if self.dataset is not None else open_file(self.path, self.url)
+
+
+@dataclass(frozen=True)
+class Read:
+    """A part whose rows have been read and fit.
+
+    Attributes:
+        layout: the narrowest that holds them.
+        first_row: the number of the first one.
+        is_whole: False where only the first blocks were looked at.
+    """
+
+    part: Part
+    columns: Columns
+    layout: Layout
+    rows: int
+    first_row: int
+    is_whole: bool = True
+
+
+class _Wider(Exception):
+    """A block needs a wider layout than the blocks before it were written in."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__(layout)
+        self.layout = layout
+
+
+def read_all(source: Source, cache: Path) -> list[Read]:
+    """Reads the files of a source that have rows, and keeps the rows below ``cache``.
+
+    Raises:
+        InputError: naming file and row, for what does not fit.
+        StoreError, OSError, MemoryError: the store or the machine failed.
+    """
+    from filelock import FileLock
+
+    reads = []
+    for part in parts_of(source, cache):
+        (cache / ROWS).mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / ROWS / f"{_key(part)}.lock"):  # the ranks of this machine: one reads, the others wait
+            read = read_part(part, cache)
+        reads += [read] if read else []
+    if not reads:
         raise InputError(source.url, "has no rows")
-    shaped = [_with_columns(source, part) for part in parts if len(part)]
-    dataset, format = concatenate([dataset for dataset, _ in shaped], source.config_path), shaped[0][1]
-    if any(other != format for _, other in shaped):
-        raise source.error(f"the files of {source.url} have different formats", "name one with format:")
-    if limit := source.entry.get("limit"):
-        dataset = dataset.select(range(min(limit, len(dataset))))
+    return reads
+
+
+def dataset_of(reads: list[Read], layout: Layout, cache: Path) -> Any:
+    """Returns the data set of a source in a layout that holds all its rows."""
+    from datasets import concatenate_datasets
+
+    parts = [_dataset(read, layout, cache) for read in reads]
+    whole = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+    limit = reads[0].part.source.entry.get("limit")
+    return whole.select(range(min(limit, len(whole)))) if limit else whole
+
+
+def one_layout(reads: list[Read]) -> Layout:
+    """Returns the layout that holds all rows. Raises InputError naming both files of a conflict."""
+    layout, first = Layout(), reads[0]
+    for read in reads:
+        if read.columns.format != first.columns.format:
+            raise _formats_differ(first, read)
+        for name, kind in read.layout.kinds.items():
+            if layout.kinds.get(name, kind) != kind:
+                what = f"{name} is {kind}, but {layout.kinds[name]} in {first.part.url} (row {first.first_row})"
+                raise InputError(read.part.url, what, key=f"row {read.first_row}", remedy="one kind for all rows")
+        layout |= read.layout
+    return layout
+
+
+def _formats_differ(first: Read, other: Read) -> InputError:
+    formats = f"{first.columns.format}, {other.columns.format}"
+    if first.part.source == other.part.source:
+        what = f"has the columns of {other.columns.format}, but {first.part.url} those of {first.columns.format}"
+        return InputError(other.part.url, what, remedy="name one with format:")
+    what = f"the sources have different formats: {formats} ({first.part.url} and {other.part.url})"
+    remedy = "give all of them one format; columns: maps names"
+    return InputError(first.part.source.config_path, what, key="data", remedy=remedy)
+
+
+def twins(parts: list[Part]) -> list[str]:
+    """Returns a line for each file that has the content of another one under another name."""
+    lines, seen = [], dict[str, Part]()
+    for part in parts:
+        first = seen.setdefault(part.digest, part)
+        if first.url != part.url:
+            lines.append(f"{first.url} and {part.url} are the same file, trained on twice")
+    return lines
+
+
+def parts_of(source: Source, cache: Path) -> Iterator[Part]:
+    """Finds the source's files, brings them to this machine and takes their hashes."""
+    if source.url.startswith("hf://") and not source.url.startswith("hf://datasets/"):
+        dataset = _load_hub(source)
+        yield Part(source, source.url, "", f"hub {dataset._fingerprint}", dataset=dataset)
+        return
+    key = f"{source.key}.source"
+    urls = find_files(source.url, source.config_path, key).files
+    if source.files and len(source.files) != len(urls):
+        what = f"names {len(urls)} files, but the run was submitted with {len(source.files)}"
+        raise InputError(source.url, what, remedy="put them back, or submit a new run")
+    for url, recorded in zip(urls, source.files or [{}] * len(urls), strict=True):
+        path = fetch(url, cache, source.config_path, key, str(recorded.get("checksum") or ""))
+        try:
+            state, facts = file_state(path), file_facts(Path(path))
+        except (FileNotFoundError, PermissionError) as error:
+            raise InputError(url, f"cannot be read: {error.strerror}") from error
+        if recorded.get("sha256") not in (None, facts["sha256"]):
+            what = "is not the file that the run was submitted with: its sha256 differs"
+            raise InputError(url, what, remedy="put it back, or submit a new run")
+        yield Part(source, url, path, str(facts["sha256"]), state)
+
+
+def read_part(part: Part, cache: Path | None, most_bytes: int | None = None) -> Read | None:
+    """Reads a part's rows and looks at each; None for a part without rows.
+
+    Args:
+        cache: where the rows are kept; None keeps nothing.
+        most_bytes: stop after about so many bytes; only without a cache.
+    """
+    format = ""
     try:
-        misfit = find_misfit(dataset, format, source.text_field)
-    except ValueError as error:
-        _scan(source, files, format)
-        raise InputError(source.url, f"cannot be read: {error}") from error
-    if misfit:
-        if misfit.is_type:
-            _scan(source, files, format)  # names the row itself where it can
-        where, row = _place(files, misfit.row) if files else (source.url, misfit.row)
-        raise InputError(where, misfit.what, key=f"row {row + 1}", remedy=_REMEDY[format])
-    return dataset, format
+        reader = part.reader()
+        if not reader.has_rows:
+            return None
+        columns = _columns(part, reader)
+        format = columns.format
+        read = _recall(part, columns, cache) if cache else None
+        read = read or _convert(part, reader, columns, Layout(), cache, most_bytes)
+    except RowError as error:
+        key = f"row {error.row}" if error.row else "header"
+        raise InputError(part.url, error.what, key=key, remedy=error.remedy or REMEDIES.get(format, "")) from error
+    except Exception as error:
+        if spoilt(error):
+            raise InputError(part.url, f"cannot be read: {error}") from error
+        raise
+    if part.path and part.state != file_state(part.path):
+        raise InputError(part.url, "was changed while it was read", remedy="try again once nobody writes to it")
+    return read if read.rows else None
+
+
+def _convert(
+    part: Part, reader: Reader, columns: Columns, layout: Layout, cache: Path | None, most_bytes: int | None = None
+) -> Read:
+    """Looks at each row of a part; with a cache, writes them in ``layout`` or the wider one that they need."""
+    while True:
+        try:
+            return _write(part, reader, columns, layout, cache, most_bytes)
+        except _Wider as found:
+            layout = found.layout
+
+
+def _write(
+    part: Part, reader: Reader, columns: Columns, layout: Layout, cache: Path | None, most_bytes: int | None
+) -> Read:
+    (rows, size, first_row), kinds = (0, 0, 1), dict(layout.kinds)
+    writer = _Writer(cache / ROWS) if cache else None
+    try:
+        for block in reader.blocks(columns):
+            if most_bytes is not None and size >= most_bytes:
+                return Read(part, columns, layout, rows, first_row, is_whole=False)
+            chunk = block.chunk(columns)
+            if not chunk.rows:
+                continue
+            for name, kind in chunk.layout.kinds.items():
+                if kinds.setdefault(name, kind) != kind:
+                    what = f"{columns.names[name]} is {kind}, but {kinds[name]} in row {first_row}"
+                    raise RowError(chunk.first_row, what)
+            first_row = first_row if rows else chunk.first_row
+            wider = layout | chunk.layout
+            if rows and writer and wider != layout:
+                raise _Wider(wider)
+            layout, rows, size = wider, rows + chunk.rows, size + block.size
+            if writer:
+                writer.write(chunk.batch(layout))
+        read = Read(part, columns, layout, rows, first_row)
+        if writer and rows:
+            writer.keep(_rows_path(read, layout, writer.folder))
+            _remember(read, writer.folder)
+        return read
+    finally:
+        if writer:
+            writer.close()
+
+
+class _Writer:
+    """Rows on their way to a file, which appears whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._path = folder / f".{os.getpid()}-{os.urandom(4).hex()}.part"
+        self._stream: Any = None
+        self._sink: Any = None
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        if self._stream is None:
+            self._sink = open(self._path, "wb")  # noqa: SIM115 - closed by keep or close
+            self._stream = pa.ipc.new_stream(self._sink, batch.schema)
+        self._stream.write_batch(batch)
+
+    def keep(self, path: Path) -> None:
+        self._stream.close()
+        self._sink.flush()
+        os.fsync(self._sink.fileno())
+        self._sink.close()
+        os.replace(self._path, path)
+
+    def close(self) -> None:
+        """Leaves nothing half written behind."""
+        if self._sink is not None:
+            self._sink.close()
+            self._path.unlink(missing_ok=True)
+
+
+def _dataset(read: Read, layout: Layout, cache: Path) -> Any:
+    import datasets
+    import datasets.features.features as codec
+    from datasets.table import MemoryMappedTable
+
+    # Its own reader of JSON text refuses integers beyond 64 bits and rounds some numbers.
+    codec.ujson_loads = json.loads
+    path = _rows_path(read, layout, cache / ROWS)
+    if not path.exists():
+        _convert(read.part, read.part.reader(), read.columns, layout, cache)
+    fingerprint = hashlib.sha256(path.stem.encode()).hexdigest()[:16]
+    return datasets.Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=fingerprint)
+
+
+def _key(part: Part) -> str:
+    """Names what a part holds and how it is read."""
+    entry = {name: part.source.entry.get(name) for name in ("format", "columns")}
+    facts = [READER, part.digest, kind_of(part.path), entry, part.source.text_field]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _rows_path(read: Read, layout: Layout, folder: Path) -> Path:
+    return folder / f"{_key(read.part)}-{hashlib.sha256(layout.key().encode()).hexdigest()[:12]}.arrow"
+
+
+def _remember(read: Read, folder: Path) -> None:
+    facts = {"kinds": dict(read.layout.kinds), "has_json": read.layout.has_json}
+    facts |= {"optional": sorted(read.layout.optional), "rows": read.rows, "first_row": read.first_row}
+    write_json(folder / f"{_key(read.part)}.json", facts)
+
+
+def _recall(part: Part, columns: Columns, cache: Path) -> Read | None:
+    """What was read before of the same content; None where it is not, or no longer, there."""
+    try:
+        facts = read_json(cache / ROWS / f"{_key(part)}.json")
+    except ValueError:
+        return None
+    if not facts:
+        return None
+    layout = Layout(facts["kinds"], facts["has_json"], frozenset(facts["optional"]))
+    read = Read(part, columns, layout, facts["rows"], facts["first_row"])
+    return read if _rows_path(read, layout, cache / ROWS).exists() else None
+
+
+def _columns(part: Part, reader: Reader) -> Columns:
+    """The columns to read. Raises InputError where the file lacks one."""
+    source, present = part.source, ", ".join(map(str, reader.names))
+    for ours, theirs in source.names.items():
+        if theirs not in reader.names:
+            raise source.error(f"{part.url} has no column {shown(theirs)}", f"it has {present}", f"columns.{ours}")
+    format = source.entry.get("format") or format_of(reader.names, source.names, source.text_field)
+    if not format:
+        remedy = "name them with columns: {prompt: …, completion: …}, {messages: …} or {text: …}"
+        raise InputError(part.url, f"its columns ({present}) fit no format", remedy=remedy)
+    columns = columns_of(format, reader.names, source.names, source.text_field)
+    for ours, theirs in columns.names.items():
+        if theirs not in reader.names:
+            remedy = f"it has {present}; name it with columns: {{{ours}: …}}"
+            what = f"has no column {theirs!r}, which the format {format} needs"
+            raise InputError(part.url, what, remedy=remedy)
+    return columns
 
 
 def _load_hub(source: Source) -> Any:
@@ -85,133 +367,3 @@ def _load_hub(source: Source) -> Any:
         raise source.error(f"cannot find {source.url}: {error}", key="source") from error
     except ValueError as error:  # an unknown configuration or split; the message lists those that are there
         raise source.error(str(error), key="source") from error
-
-
-def _by_builder(files: Mapping[str, str]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for file, url in files.items():
-        if (builder := builder_of(file)) is None:
-            raise InputError(url, "is no data file", remedy="JSONL, JSON, CSV or Parquet, also gzipped")
-        groups.setdefault(builder, []).append(file)
-    return groups
-
-
-def builder_of(file: str) -> str | None:
-    """The reader of ``datasets`` for a file, by its name."""
-    return BUILDERS.get("." + file.removesuffix(".gz").rsplit(".", 1)[-1].lower())
-
-
-def _load_group(source: Source, builder: str, group: list[str], files: Mapping[str, str]) -> Any:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    try:
-        return load_dataset(builder, data_files=group, split="train")
-    except (DatasetGenerationError, ValueError, TypeError, StopIteration, OSError, EOFError) as error:
-        cause = error.__cause__ or error
-        _scan(source, {file: files[file] for file in group}, source.entry.get("format") or "")
-        raise InputError(source.url, f"cannot be read: {cause}") from error
-
-
-def _with_columns(source: Source, dataset: Any) -> tuple[Any, str]:
-    """The data set with the columns of its format only, under our names."""
-    for ours, theirs in source.names.items():
-        if theirs not in dataset.column_names:
-            remedy = f"it has {', '.join(dataset.column_names)}"
-            raise source.error(f"{source.url} has no column {shown(theirs)}", remedy, f"columns.{ours}")
-        if ours != theirs:
-            dataset = dataset.remove_columns(ours) if ours in dataset.column_names else dataset
-            dataset = dataset.rename_column(theirs, ours)
-    present = dataset.column_names
-    format = source.entry.get("format") or _tell_format(source, present)
-    needed = columns_of(format, source.text_field)
-    if missing := [name for name in needed if name not in present]:
-        remedy = f"it has {', '.join(present)}; name it with columns: {{{missing[0]}: …}}"
-        raise InputError(source.url, f"has no column {missing[0]!r}, which the format {format} needs", remedy=remedy)
-    return dataset.select_columns([*needed, *(name for name in OPTIONAL if name in present)]), format
-
-
-def _tell_format(source: Source, present: list[str]) -> str:
-    for format in ("messages", "prompt_completion", "text"):
-        if all(name in present for name in columns_of(format, source.text_field)):
-            return format
-    remedy = "name them with columns: {prompt: …, completion: …}, {messages: …} or {text: …}"
-    raise InputError(source.url, f"its columns ({', '.join(present)}) fit no format", remedy=remedy)
-
-
-def _scan(source: Source, files: Mapping[str, str], format: str) -> None:
-    """Reads JSON files row by row, to name the file and row of what a fast reader only says is there."""
-    count = 0
-    for file, url in files.items():
-        if builder_of(file) != "json":
-            return
-        for number, text in _json_rows(file, url):
-            count += 1
-            try:
-                text.encode() if isinstance(text, str) else None
-                row = json.loads(text) if isinstance(text, str) else text
-            except UnicodeEncodeError as error:
-                raise InputError(url, "not UTF-8", key=f"row {number}", remedy="save the file as UTF-8") from error
-            except (ValueError, RecursionError) as error:
-                remedy = "one JSON object per line"
-                raise InputError(url, f"not JSON: {error}", key=f"row {number}", remedy=remedy) from error
-            told = format or _format_of_row(row, source)
-            fault = check_row(row, told, source.names, source.text_field)
-            if fault:
-                raise InputError(url, fault, key=f"row {number}", remedy=_REMEDY.get(told, ""))
-    if count == 0:
-        raise InputError(source.url, "has no rows")
-
-
-def _format_of_row(row: Any, source: Source) -> str:
-    for format in ("messages", "prompt_completion", "text"):
-        needed = columns_of(format, source.text_field)
-        if isinstance(row, dict) and all(source.names.get(name, name) in row for name in needed):
-            return format
-    return ""
-
-
-def _json_rows(file: str, url: str) -> Iterator[tuple[int, Any]]:
-    """(number from 1, line or parsed row) of a JSON lines file, or of a JSON file with one list in it.
-
-    What is not UTF-8 in a line becomes surrogates, which no text can be encoded with.
-    """
-    import fsspec
-
-    try:
-        with fsspec.open(file, "rt", compression="infer", encoding="utf-8", errors="surrogateescape") as lines:
-            first = next((line for line in lines if line.strip()), "")
-            lines.seek(0)
-            if first.lstrip().startswith("[") and not (_is_json(first) and next(lines) and any(map(str.strip, lines))):
-                lines.seek(0)
-                yield from enumerate(json.load(lines), 1)
-                return
-            lines.seek(0)
-            yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-    except (ValueError, RecursionError) as error:
-        raise InputError(url, f"not JSON: {error}") from error
-    except (OSError, EOFError, zlib.error) as error:  # a name that ends in .gz, and no gzip in it
-        raise InputError(url, f"cannot be read: {error}") from error
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _place(files: Mapping[str, str], row: int) -> tuple[str, int]:
-    """The file, and the row in it, of a row of all files together; only the way to an error pays for this."""
-    for group in _by_builder(files).values():
-        for file in group:
-            if len(files) == 1:
-                return files[file], row
-            count = len(
-                _load_group(Source({"source": files[file]}, "", "", "text"), str(builder_of(file)), [file], files)
-            )
-            if row < count:
-                return files[file], row
-            row -= count
-    raise SpotuneError(f"row {row} is beyond the files")

@@ -1,0 +1,190 @@
+"""Data files: which names are data, and which files a ``source:`` names, on disk and in stores.
+
+One rule for a folder, a pattern and a single name: the ending says what a file is, in any case, and ``.gz`` or
+``.zst`` may follow it. A path that exists is that path, whatever characters it has; only a path that does not exist
+is read as a pattern.
+"""
+
+import glob
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spotune.contracts.errors import InputError, SpotuneError, StoreError
+from spotune.contracts.store.faults import Fault, judge, words_of
+
+ENDINGS = {
+    **{".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"},
+    **{".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow"},
+}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+FORMS = "JSONL, NDJSON, JSON, CSV, Parquet or Arrow, also .gz or .zst"
+_CHECKSUMS = ("ETag", "etag", "md5Hash", "generation", "checksum")
+_HELD_OUT = re.compile(r"(^|[-_.])(test|val|valid|validation|dev|eval|evaluation|held-?out)([-_.]|$)", re.IGNORECASE)
+_MOST_NAMED = 4
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a source names.
+
+    Attributes:
+        files: paths or URLs of the data files, sorted.
+        left_out: names of files in a folder or under a pattern that are not data by their ending.
+    """
+
+    files: list[str]
+    left_out: list[str]
+
+
+def kind_of(name: str) -> tuple[str, str] | None:
+    """Returns (``json``, ``csv``, ``parquet`` or ``arrow``; the compression or ""), None for another ending."""
+    stem, ending = os.path.splitext(name.lower())
+    compression = COMPRESSIONS.get(ending, "")
+    if compression:
+        ending = os.path.splitext(stem)[1]
+    return (ENDINGS[ending], compression) if ending in ENDINGS else None
+
+
+def file_state(path: str) -> tuple[int, ...]:
+    """Returns what changes whenever a file is written: size, both times in ns, inode."""
+    seen = os.stat(path)
+    return seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns, seen.st_ino
+
+
+def is_remote(source: str) -> bool:
+    """Returns whether a source is a URL, not a path of this machine (which may hold ``::`` or ``[``)."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*(::[^:/]+)*://", source.removeprefix("file://")) is not None
+
+
+def find_files(source: str, where: object, key: str) -> Found:
+    """Finds the files that a source names: a file, a folder or a pattern, on disk or in a store.
+
+    ``hf://`` and ``http(s)://`` sources are returned as they are.
+
+    Raises:
+        InputError: it names no data file.
+        StoreError: the store is away.
+    """
+    if source.startswith(("hf://", "http://", "https://")):
+        return Found([source], [])
+    is_one, names = _find_remote(source, where, key) if is_remote(source) else _find_local(source, where, key)
+    files = [name for name in names if kind_of(name)]
+    left_out = [name for name in names if not kind_of(name)]
+    if is_one and not files:
+        ending = os.path.splitext(source)[1] or "no ending"
+        raise InputError(where, f"{source} is not a data file by its name ({ending})", key=key, remedy=FORMS)
+    if not files:
+        what = f"no file matches {source}"
+        if left_out:
+            what = f"{source} holds no data file, but {_few(left_out)}"
+        raise InputError(where, what, key=key, remedy=FORMS)
+    return Found(files, left_out)
+
+
+def _find_local(source: str, where: object, key: str) -> tuple[bool, list[str]]:
+    """(the source is one file, sorted names). Unlike Path, os.path says False for a name that is too long."""
+    path = str(local_path(source.removeprefix("file://"), where, key))
+    if "\0" in path:
+        raise InputError(where, "the path holds a NUL character", key=key)
+    if os.path.isfile(path):
+        return True, [path]
+    pattern = os.path.join(glob.escape(path), "**", "*") if os.path.isdir(path) else path
+    return False, sorted(name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
+
+
+def local_path(text: str, where: object, key: str) -> Path:
+    """Returns the path with ``~`` expanded. Raises InputError for a user who does not exist."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise InputError(where, f"{text}: {error}", key=key) from error
+
+
+def _find_remote(source: str, where: object, key: str) -> tuple[bool, list[str]]:
+    protocol = source.split("://", 1)[0]
+    try:
+        fs, path = open_store(source)
+        try:  # not isdir and exists: each would wait for a store that cannot be reached
+            is_folder = fs.info(path)["type"] == "directory"
+        except FileNotFoundError:
+            found = fs.glob(path) if any(mark in path for mark in "*?[") else []
+            return False, sorted(f"{protocol}://{name}" for name in found)
+        if not is_folder:
+            return True, [f"{protocol}://{path}"]
+        inside = sorted(fs.find(path))
+    except Exception as error:
+        raise unreachable(source, where, key, error) from error
+    return False, [f"{protocol}://{name}" for name in inside if not Path(name).name.startswith(".")]
+
+
+def open_store(url: str) -> tuple[Any, str]:
+    """Returns (file system, path in it) of a URL. A ``::`` in the name of an object is part of the name."""
+    import fsspec
+
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the traceback of what it also raises
+    protocol = url.split("://", 1)[0]
+    options: dict[str, Any] = {}
+    if protocol in ("s3", "gs", "gcs"):
+        options["use_listings_cache"] = False
+    if protocol in ("gs", "gcs") and os.environ.get("STORAGE_EMULATOR_HOST"):
+        options["token"] = "anon"
+    if protocol in ("s3", "gs", "gcs", "http", "https"):
+        fs = fsspec.filesystem(protocol, **options)
+        return fs, str(fs._strip_protocol(url))
+    found: tuple[Any, str] = fsspec.core.url_to_fs(url)
+    return found
+
+
+def checksum_of(info: Mapping[str, Any]) -> str:
+    """Returns what a store says of an object's content, from fsspec's ``info``; empty if it says nothing."""
+    return str(next((info[name] for name in _CHECKSUMS if info.get(name)), "")).strip('"')
+
+
+def unreachable(url: str, where: object, key: str, error: Exception) -> SpotuneError:
+    """Returns a StoreError for what may pass, since another machine may reach the store, else an InputError."""
+    remedy = "is the name right, are there credentials for it, and a way to it from here?"
+    fault = InputError(where, f"cannot reach {url}: {words_of(error)}", key=key, remedy=remedy)
+    return StoreError(str(fault)) if judge(error) in (Fault.PASSING, Fault.UNREADY) else fault
+
+
+def notices(data: Sequence[Mapping[str, Any]] | None, where: object) -> list[str]:
+    """Returns one line for each thing about the files of ``data:`` that people may not have meant.
+
+    Files in a folder that are not read; a test file beside training files; a file in two entries.
+
+    Raises:
+        InputError: a source names no file, or a file of two entries is held out in one of them.
+        StoreError: a store is away.
+    """
+    lines: list[str] = []
+    seen: dict[str, int] = {}
+    for index, entry in enumerate(data or []):
+        source, key = str(entry["source"]), f"data[{index}].source"
+        found = find_files(source, where, key)
+        if found.left_out:
+            lines.append(f"{source}: not read, since the ending is not a data file's: {_few(found.left_out)}")
+        held_out = [name for name in found.files if _looks_held_out(name)]
+        if 0 < len(held_out) < len(found.files) and not entry.get("split"):
+            lines.append(f"{source}: {_few(held_out)} is trained on too (name the training files alone, or give split)")
+        for name in found.files:
+            place = name if is_remote(name) or name.startswith("hf://") else os.path.realpath(name)
+            if (first := seen.setdefault(place, index)) != index:
+                if entry.get("split") or (data or [])[first].get("split"):
+                    what = f"{name} is in data[{first}] too, so that rows held out in one are trained on in the other"
+                    raise InputError(where, what, key=key, remedy="name the file once, or leave split out")
+                lines.append(f"{name}: is in data[{first}] and data[{index}], and trained on twice")
+    return lines
+
+
+def _looks_held_out(name: str) -> bool:
+    return _HELD_OUT.search(Path(name).name.split(".")[0]) is not None
+
+
+def _few(names: Sequence[str]) -> str:
+    listed = ", ".join(Path(name).name for name in names[:_MOST_NAMED])
+    return f"{listed} and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else listed
