@@ -26,7 +26,7 @@ def check(config: str | None, profile: str, overrides: tuple[str, ...], infra: s
     if not config and (profile or overrides):
         raise click.UsageError("--profile and --set are of a CONFIG, and there is none.")
     workspace, silent = open_workspace(), None
-    found = survey_config(config, profile, overrides, workspace.env.cache) if config else survey_machine(workspace)
+    found = survey_config(config, profile, overrides, workspace) if config else survey_machine(workspace)
     if infra or not config:
         from spotune.launch.survey import survey_place
 

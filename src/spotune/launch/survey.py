@@ -1,11 +1,11 @@
 """What ``spotune check`` says: of a config, or of this machine and project."""
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from spotune.contracts.basemodel import model_files, model_sha256
 from spotune.contracts.config import load_config, read_yaml
+from spotune.contracts.datafiles import notices
 from spotune.contracts.errors import InfraError, InputError
 from spotune.contracts.fingerprint import data_files, data_sha256
 from spotune.contracts.keys import RUNS
@@ -13,30 +13,31 @@ from spotune.contracts.records import fingerprint
 from spotune.launch.checks import check_model
 from spotune.launch.infra import LOCAL, infra_of, spell
 from spotune.launch.local.gpus import find_gpus
+from spotune.launch.rowcheck import check_rows
 from spotune.launch.task import load_task
 from spotune.launch.trainer import find_trainer
 from spotune.launch.workspace import Workspace
 
 
-def survey_config(path: str, profile: str, overrides: Iterable[str], cache: Path | None = None) -> dict[str, Any]:
-    """Facts about a config that is in order, all of its profiles included; raises InputError for the first fault.
-
-    ``cache``: this machine's folder for hashes of large files.
-    """
+def survey_config(path: str, profile: str, overrides: Iterable[str], workspace: Workspace) -> dict[str, Any]:
+    """Facts about a config that is in order, all of its profiles included; raises InputError for the first fault."""
     profiles = list(read_yaml(path).get("profiles") or {})
     for name in profiles:
         load_config(path, name)
     config = load_config(path, profile, overrides, default_profile="prod")
     origin = check_model(config, path)
     files = data_files(config, path)
+    rows = check_rows(config, path, workspace.environ, workspace.cwd)
     return {
         "config": path,
         "profiles": profiles,
         "profile": profile or ("prod" if "prod" in profiles else ""),
         "model": f"{config['model_name_or_path']} ({origin})",
         "data_files": [file["url"] for file in files],
+        **rows,
+        "notices": notices(config.get("data"), path),
         "data_sha256": data_sha256(config, files),
-        "model_sha256": model_sha256(model_files(config, path, cache)),
+        "model_sha256": model_sha256(model_files(config, path, workspace.env.cache)),
         "config_sha256": fingerprint(config),
     }
 

@@ -18,7 +18,7 @@ from spotune.contracts.exchange import Job
 from spotune.contracts.fingerprint import data_files
 from spotune.contracts.records import fingerprint
 from spotune.sft.arguments import Arguments
-from spotune.sft.mixture import counts, divide, held_out_count, interleave
+from spotune.sft.mixture import counts, divide, interleave
 from spotune.sft.sources import Source, dataset_of, one_layout, read_all, twins
 
 
@@ -86,12 +86,9 @@ def _say(lines: list[str]) -> None:
 
 
 def _held_out(source: Source, dataset: Any, seed: int) -> tuple[Any, Any]:
-    split = source.entry.get("split")
-    if not split:
+    count = source.held_out(len(dataset))
+    if not count:
         return dataset, None
-    count = held_out_count(len(dataset), split)
-    if count >= len(dataset):
-        raise source.error(f"holds out {count} of {len(dataset)} rows, so that none are left to train on", key="split")
     kept, out = divide(len(dataset), count, seed)
     return dataset.select(kept), dataset.select(out)
 

@@ -6,10 +6,12 @@ Rows are kept on this machine by the content that they were read from, never by 
 in its place is another content.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from spotune.contracts.errors import InputError, shown
 from spotune.contracts.exchange import read_json, write_json
 from spotune.contracts.fingerprint import file_facts
 from spotune.sft.fetch import fetch
+from spotune.sft.mixture import held_out_count
 from spotune.sft.readers import HubReader, Reader, open_file, spoilt
 from spotune.sft.rows import REMEDIES, Columns, Layout, RowError, columns_of, format_of
 
@@ -51,6 +54,15 @@ class Source:
     def names(self) -> dict[str, str]:
         """Our column names -> the file's."""
         return dict(self.entry.get("columns") or {})
+
+    def held_out(self, rows: int) -> int:
+        """Returns how many of the file's rows are held out. Raises InputError if none are left to train on."""
+        split, limit = self.entry.get("split"), self.entry.get("limit")
+        rows = min(rows, limit) if limit else rows
+        count = held_out_count(rows, split) if split else 0
+        if split and count >= rows:
+            raise self.error(f"holds out {count} of {rows} rows, so that none are left to train on", key="split")
+        return count
 
     def error(self, what: str, remedy: str = "", key: str = "") -> InputError:
         return InputError(self.config_path, what, key=f"{self.key}.{key}" if key else self.key, remedy=remedy)
@@ -85,6 +97,7 @@ class Read:
     Attributes:
         layout: the narrowest that holds them.
         first_row: the number of the first one.
+        size: bytes that they took in the file, about.
         is_whole: False where only the first blocks were looked at.
     """
 
@@ -93,6 +106,7 @@ class Read:
     layout: Layout
     rows: int
     first_row: int
+    size: int = 0
     is_whole: bool = True
 
 
@@ -111,12 +125,12 @@ def read_all(source: Source, cache: Path) -> list[Read]:
         InputError: naming file and row, for what does not fit.
         StoreError, OSError, MemoryError: the store or the machine failed.
     """
-    from filelock import FileLock
-
     reads = []
     for part in parts_of(source, cache):
         (cache / ROWS).mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / ROWS / f"{_key(part)}.lock"):  # the ranks of this machine: one reads, the others wait
+        with open(cache / ROWS / f"{_key(part)}.lock", "w") as lock:
+            with suppress(OSError):  # a file system without locks: each rank of this machine reads for itself
+                fcntl.flock(lock, fcntl.LOCK_EX)
             read = read_part(part, cache)
         reads += [read] if read else []
     if not reads:
@@ -214,7 +228,7 @@ def read_part(part: Part, cache: Path | None, most_bytes: int | None = None) -> 
         if spoilt(error):
             raise InputError(part.url, f"cannot be read: {error}") from error
         raise
-    if part.path and part.state != file_state(part.path):
+    if part.state and part.state != file_state(part.path):
         raise InputError(part.url, "was changed while it was read", remedy="try again once nobody writes to it")
     return read if read.rows else None
 
@@ -238,7 +252,7 @@ def _write(
     try:
         for block in reader.blocks(columns):
             if most_bytes is not None and size >= most_bytes:
-                return Read(part, columns, layout, rows, first_row, is_whole=False)
+                return Read(part, columns, layout, rows, first_row, size, is_whole=False)
             chunk = block.chunk(columns)
             if not chunk.rows:
                 continue
@@ -253,7 +267,7 @@ def _write(
             layout, rows, size = wider, rows + chunk.rows, size + block.size
             if writer:
                 writer.write(chunk.batch(layout))
-        read = Read(part, columns, layout, rows, first_row)
+        read = Read(part, columns, layout, rows, first_row, size)
         if writer and rows:
             writer.keep(_rows_path(read, layout, writer.folder))
             _remember(read, writer.folder)
