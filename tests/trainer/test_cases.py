@@ -89,9 +89,7 @@ def test_trl_trains_to_the_same_weights(ranks: Nursery, model: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("keys", ["data", "datasets", "dataset_name"])
-def test_another_file_under_the_same_name_is_trained_on(
-    ranks: Nursery, model: Path, tmp_path: Path, keys: str
-) -> None:
+def test_another_file_under_the_same_name_is_trained_on(ranks: Nursery, model: Path, tmp_path: Path, keys: str) -> None:
     """A file of the same path, size and time, as reproducible archives and ``cp -p`` make it."""
 
     def train(number: int, seed: int) -> dict[str, bytes]:

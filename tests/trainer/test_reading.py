@@ -336,6 +336,17 @@ def test_a_csv_row_with_a_cell_too_many_is_named(tmp_path: Path) -> None:
     assert "a.csv: header: the header has 'text' twice" in fault(tmp_path)
 
 
+def test_a_quote_that_is_not_closed_is_named(tmp_path: Path) -> None:
+    """As in a file that was cut off; the rest of it is not one cell."""
+    (tmp_path / "a.csv").write_text('text\na\n"b\nc\nd\n')
+    assert "a.csv: row 2: not CSV: a quote is not closed" in fault(tmp_path)
+
+
+def test_a_quote_inside_a_cell(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "a.csv").write_text('text\n5" wide\n')
+    assert read_rows({"source": str(tmp_path)}, cache=cache) == [{"text": '5" wide'}]
+
+
 def test_rows_are_lines_in_json_lines(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('\n{"text": "a"}\n\n{"text": 5}\n')
     assert "a.jsonl: row 4: text is int, not text" in fault(tmp_path)

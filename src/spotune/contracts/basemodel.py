@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from spotune.contracts.datafiles import is_lfs_pointer
 from spotune.contracts.errors import InputError
 from spotune.contracts.filehashes import hash_files
 from spotune.contracts.records import fingerprint
@@ -35,6 +36,9 @@ def model_files(config: Mapping[str, Any], where: object, cache: Path | None = N
         found += _template_parts(template, where)
     local = [(name, path) for name, path, _ in found if path]
     try:
+        for _, path in local:
+            if is_lfs_pointer(path):
+                raise InputError(path, "is a Git LFS pointer, not the model's file", remedy="git lfs pull")
         facts = hash_files([path for _, path in local], cache)
     except OSError as error:
         raise InputError(where, f"cannot be read: {error}", key=key) from error

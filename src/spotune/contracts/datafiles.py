@@ -25,6 +25,7 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 FORMS = "JSONL, NDJSON, JSON, CSV, Parquet or Arrow, also .gz or .zst"
 _CHECKSUMS = ("ETag", "etag", "md5Hash", "generation", "checksum")
 _HELD_OUT = re.compile(r"(^|[-_.])(test|val|valid|validation|dev|eval|evaluation|held-?out)([-_.]|$)", re.IGNORECASE)
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _MOST_NAMED = 4
 
 
@@ -54,6 +55,12 @@ def file_state(path: str) -> tuple[int, ...]:
     """Returns what changes whenever a file is written: size, both times in ns, inode."""
     seen = os.stat(path)
     return seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns, seen.st_ino
+
+
+def is_lfs_pointer(path: str | Path) -> bool:
+    """Returns whether a file only says where Git LFS keeps its content. Raises OSError."""
+    with open(path, "rb") as file:
+        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
 
 
 def is_remote(source: str) -> bool:

@@ -10,6 +10,7 @@ import io
 import json
 import sys
 import zlib
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,15 +21,15 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
-from spotune.contracts.datafiles import kind_of
+from spotune.contracts.datafiles import is_lfs_pointer, kind_of
 from spotune.contracts.errors import InputError
 from spotune.sft.rows import OPTIONAL, PLAIN, Chunk, Columns, RowError, chunk_of, plain_chunk
 
 BLOCK_BYTES = 4 << 20
 BLOCK_ROWS = 10_000
 CSV_BLOCK_BYTES = 1 << 20  # Arrow holds some thirty of them
-_LFS = b"version https://git-lfs.github.com/spec/"
 _BOM = b"\xef\xbb\xbf"
+_JSON_REMEDY = "one JSON object per line, or one list of objects"
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,8 @@ def open_file(file: str, url: str) -> Reader:
         OSError: it cannot be read.
     """
     kind, compression = kind_of(file) or ("", "")
-    with open(file, "rb") as raw:
-        if raw.read(len(_LFS)) == _LFS:
-            raise InputError(url, "is a Git LFS pointer, not the data", remedy="git lfs pull")
+    if is_lfs_pointer(file):
+        raise InputError(url, "is a Git LFS pointer, not the data", remedy="git lfs pull")
     if kind == "json":
         return JsonReader(lambda: open_bytes(file, compression))
     if kind == "csv":
@@ -99,15 +99,16 @@ def open_bytes(file: str, compression: str) -> IO[bytes]:
     if compression == "gzip":
         return gzip.open(file, "rb")  # type: ignore[return-value]
     if compression == "zstd":
-        return io.BufferedReader(_Arrow(pa.CompressedInputStream(pa.OSFile(file), "zstd")), BLOCK_BYTES)
+        return io.BufferedReader(_Stream(pa.CompressedInputStream(pa.OSFile(file), "zstd")), BLOCK_BYTES)
     return open(file, "rb")
 
 
-class _Arrow(io.RawIOBase):
-    """An Arrow stream as Python's."""
+class _Stream(io.RawIOBase):
+    """A stream of Arrow's or Python's, whose quotes are counted."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
+        self.quotes = 0
 
     def readable(self) -> bool:
         return True
@@ -115,6 +116,7 @@ class _Arrow(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         data = self._stream.read(len(buffer))
         buffer[: len(data)] = data
+        self.quotes += data.count(b'"')
         return len(data)
 
     def close(self) -> None:
@@ -168,7 +170,7 @@ class JsonReader(Reader):
         except json.JSONDecodeError as error:
             if error.msg == "Extra data":
                 return None
-            raise RowError(error.lineno, f"not JSON: {error}") from error
+            raise RowError(error.lineno, f"not JSON: {error}", _JSON_REMEDY) from error
         except (UnicodeDecodeError, RecursionError) as error:
             raise RowError(1, f"not JSON: {error}") from error
         return found if isinstance(found, list) else None
@@ -209,7 +211,7 @@ class JsonReader(Reader):
             except UnicodeDecodeError as error:
                 raise _not_utf8(at, error.object[error.start]) from error
             except (ValueError, RecursionError) as error:
-                raise RowError(at, f"not JSON: {error}", "one JSON object per line") from error
+                raise RowError(at, f"not JSON: {error}", _JSON_REMEDY) from error
 
     def _schema(self, columns: Columns) -> pa.Schema:
         """The types that the format gives; a prompt or completion is what the first row's is."""
@@ -256,8 +258,9 @@ class CsvReader(Reader):
 
     def _tables(self, wanted: list[str]) -> Iterator[pa.RecordBatch]:
         with self._open() as data:
+            counted = _Stream(data)
             reader = pa.csv.open_csv(
-                data,
+                counted,
                 read_options=pa.csv.ReadOptions(use_threads=False, block_size=CSV_BLOCK_BYTES),
                 parse_options=pa.csv.ParseOptions(newlines_in_values=True),
                 convert_options=pa.csv.ConvertOptions(
@@ -267,6 +270,9 @@ class CsvReader(Reader):
                 ),
             )
             yield from (batch for batch in reader if batch.num_rows)
+        if counted.quotes % 2:  # Arrow takes the rest of the file into a cell whose quote is not closed
+            with self._open() as data, closing(self._records(data)) as records:
+                deque(records, maxlen=0)
 
     def _blocks_by_row(self, skip: int) -> Iterator[Block]:
         """The rows after the first ``skip``, by Python's reader."""
@@ -294,7 +300,7 @@ class CsvReader(Reader):
         text = io.TextIOWrapper(data, "utf-8-sig", errors="surrogateescape", newline="")
         try:
             number = 0
-            for cells in csv.reader(text):
+            for cells in csv.reader(text, strict=True):
                 if not cells:
                     continue
                 for cell in cells:
@@ -302,6 +308,9 @@ class CsvReader(Reader):
                         _check_utf8(cell, number)
                 yield cells
                 number += 1
+        except csv.Error as error:
+            what = "a quote is not closed" if "end of data" in str(error) else str(error)
+            raise RowError(number, f"not CSV: {what}") from error
         finally:
             text.detach()
 

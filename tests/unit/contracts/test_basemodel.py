@@ -34,6 +34,12 @@ def sha(config: dict[str, Any], cache: Path | None = None) -> str:
     return model_sha256(model_files(config, "run.yaml", cache))
 
 
+def test_a_git_lfs_pointer_is_no_weights(model: Path) -> None:
+    (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with pytest.raises(InputError, match=r"model.safetensors: is a Git LFS pointer, .*\(git lfs pull\)"):
+        sha({"model_name_or_path": str(model)})
+
+
 # name: (what is done to the folder, whether the model is another one then)
 EDITS: dict[str, tuple[Callable[[Path], object], bool]] = {
     "nothing": (lambda folder: None, False),
