@@ -131,6 +131,7 @@ def _find_remote(source: str, where: object, key: str) -> tuple[bool, list[str]]
 
 def open_store(url: str) -> tuple[Any, str]:
     """Returns (file system, path in it) of a URL. A ``::`` in the name of an object is part of the name."""
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # read on import; a look-up that takes 60 s
     import fsspec
 
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the traceback of what it also raises
