@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from spotune.contracts.basemodel import model_files, model_sha256
-from spotune.contracts.config import load_config, read_yaml
-from spotune.contracts.errors import InfraError, InputError
+from spotune.contracts.config import load_config, profiles_of, read_config
+from spotune.contracts.errors import InfraError, InputError, raise_all
 from spotune.contracts.fingerprint import data_files, data_sha256
 from spotune.contracts.keys import RUNS
 from spotune.contracts.records import fingerprint
@@ -19,14 +19,12 @@ from spotune.launch.workspace import Workspace
 
 
 def survey_config(path: str, profile: str, overrides: Iterable[str], cache: Path | None = None) -> dict[str, Any]:
-    """Facts about a config that is in order, all of its profiles included; raises InputError for the first fault.
+    """Facts about a config that is in order, all of its profiles included; raises InputError for all of its faults.
 
     ``cache``: this machine's folder for hashes of large files.
     """
-    profiles = list(read_yaml(path).get("profiles") or {})
-    for name in profiles:
-        load_config(path, name)
-    config = load_config(path, profile, overrides, default_profile="prod")
+    profiles = list(profiles_of(read_config(path), path))
+    config = _load_all(path, profile, profiles, overrides)
     origin = check_model(config, path)
     files = data_files(config, path)
     return {
@@ -39,6 +37,23 @@ def survey_config(path: str, profile: str, overrides: Iterable[str], cache: Path
         "model_sha256": model_sha256(model_files(config, path, cache)),
         "config_sha256": fingerprint(config),
     }
+
+
+def _load_all(path: str, profile: str, profiles: Iterable[str], overrides: Iterable[str]) -> dict[str, Any]:
+    """The config under the chosen profile, once it is in order under each of them."""
+    errors: list[InputError] = []
+    config: dict[str, Any] = {}
+    try:
+        config = load_config(path, profile, overrides, default_profile="prod")
+    except InputError as error:
+        errors.append(error)
+    for name in profiles:
+        try:
+            load_config(path, name)
+        except InputError as error:
+            errors.append(error)
+    raise_all(errors)
+    return config
 
 
 def survey_machine(workspace: Workspace) -> dict[str, Any]:
