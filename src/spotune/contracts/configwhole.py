@@ -12,6 +12,7 @@ from spotune.contracts.configvalues import Fault, number_of, one_of
 from spotune.contracts.errors import refuse, shown
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?")  # a model, as the hub names it
 SOURCE_KEYS = ("source", "weight", "format", "columns", "limit", "split", "dataset_config", "dataset_split")
 FORMATS = ("messages", "prompt_completion", "text")
 COLUMNS = ("messages", "prompt", "completion", "text")
