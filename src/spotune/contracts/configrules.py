@@ -161,10 +161,6 @@ def _formats(view: View) -> Iterator[Fault]:
         yield Fault("data", f"the sources have different formats: {', '.join(map(str, given))}", "give all of them one")
     elif given == ["text"] and view["assistant_only_loss"]:
         yield Fault("assistant_only_loss", "text has no assistant", "format: messages, or leave it out")
-    elif given and given[0] in ("text", "messages") and view["completion_only_loss"]:
-        yield Fault(
-            "completion_only_loss", f"{given[0]} has no completion", "format: prompt_completion, or leave it out"
-        )
 
 
 def _precision(view: View) -> Iterator[Fault]:

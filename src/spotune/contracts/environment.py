@@ -155,7 +155,7 @@ def user_name(environ: Mapping[str, str]) -> str:
 
 
 def check_bucket(url: str, where: object = BUCKET) -> str:
-    """Returns the bucket's URL without blanks around it or a trailing slash; raises InputError when it cannot be one."""
+    """Returns the bucket's URL without blanks around it or a slash at its end; raises InputError for no bucket."""
     remedy = "file:///absolute/path, s3://bucket/prefix or gs://bucket/prefix"
     url = without_controls(url, where)
     scheme, separator, rest = url.partition("://")
