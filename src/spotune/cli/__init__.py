@@ -27,7 +27,7 @@ INTERRUPTED = 130
 
 
 class Verbs(Lazy):
-    """Every error is one line on stderr and an exit code."""
+    """Every error is one line on stderr and an exit code; several faults of one config are a line each."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         open_streams()
@@ -43,7 +43,9 @@ class Verbs(Lazy):
         except (click.Abort, KeyboardInterrupt):
             fail("interrupted", INTERRUPTED)
         except SpotuneError as error:
-            fail(str(error), launcher_code(error))
+            for line in error.lines[:-1]:
+                click.echo(line, err=True)
+            fail(error.lines[-1], launcher_code(error))
         except BrokenPipeError:  # the reader of our output has left
             let_go()
             sys.exit(1)

@@ -16,6 +16,8 @@ from spotune.cli.options import config_options, format_option, open_workspace
 def check(config: str | None, profile: str, overrides: tuple[str, ...], infra: str, output: str) -> None:
     """Check CONFIG, its data and its model as far as that goes without running anything.
 
+    Prints one line on stderr for each fault of CONFIG and its profiles, and exits with 2.
+
     Without CONFIG: this machine and project: settings, bucket, infrastructures, GPUs, and how SkyPilot stands where
     the settings name an infrastructure of its.
     """

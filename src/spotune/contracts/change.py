@@ -22,6 +22,7 @@ from typing import Any
 
 from spotune.contracts.basemodel import MODEL_KEYS
 from spotune.contracts.configkeys import schema
+from spotune.contracts.configvalues import bool_of
 from spotune.contracts.errors import InputError
 from spotune.contracts.fingerprint import DATA_KEYS
 from spotune.contracts.records import RunRecord
@@ -214,10 +215,11 @@ def _is_same(key: str, old: Any, new: Any) -> bool:
 def _canonical(key: str, value: Any) -> Any:
     """Text as the number or the yes or no that TRL reads from it."""
     kinds = schema()["properties"].get(key, {}).get("type") or ()
+    if "boolean" in kinds and "string" not in kinds:
+        answer = bool_of(value)
+        return value if answer is None else answer
     if not isinstance(value, str) or "string" in kinds:
         return value
-    if "boolean" in kinds and value.lower() in ("true", "yes", "false", "no"):
-        return value.lower() in ("true", "yes")
     try:
         return float(value) if "integer" in kinds or "number" in kinds else value
     except ValueError:

@@ -1,18 +1,20 @@
 """One YAML file -> one flat, checked config: TRL's own keys, plus ``data``, ``data_limit``, ``profiles``.
 
-Used by the launcher at submission and by the guard of a run that was started by hand. Keys and types
-come from ``schema.json``, generated from the pinned TRL, so that a typo costs milliseconds.
+Used by the launcher at submission and by the guard of a run that was started by hand. Keys, types and rules are the
+pinned TRL's, so that what the machine would refuse costs milliseconds. All that is wrong is reported at once.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.configkeys import check_keys, one_of, schema
-from spotune.contracts.configwhole import check_whole
-from spotune.contracts.errors import InputError, shown
-from spotune.contracts.yamlonly import refuse_endless
+from spotune.contracts.configkeys import key_faults, recorded, schema
+from spotune.contracts.configvalues import Fault, one_of
+from spotune.contracts.configwhole import missing_faults, whole_faults
+from spotune.contracts.errors import InputError, raise_all, shown
+from spotune.contracts.foreign import foreign_data, foreign_text
+from spotune.contracts.yamlonly import refuse_dates, refuse_endless
 
 OVERRIDE = "--set"
 
@@ -29,10 +31,73 @@ def load_config(
         default_profile: used when ``profile`` is empty and the file has it.
 
     Returns:
-        The flat config without ``profiles``. Raises InputError for anything that is not right.
+        The flat config without ``profiles``. Raises InputError for all that is wrong with it.
     """
-    raw = read_yaml(path)
-    profiles = raw.pop("profiles", None) or {}
+    raw = read_config(path)
+    profiles = profiles_of(raw, path)
+    raw.pop("profiles", None)
+    if profile and profile not in profiles:
+        raise InputError(path, f"no profile {shown(profile)}", key="profiles", remedy=one_of(profiles) or "it has none")
+    chosen = profile or (default_profile if default_profile in profiles else "")
+    given, overlay = parse_overrides(overrides), profiles[chosen] if chosen else {}
+    config = {**raw, **overlay, **given}
+    faults = list(_faults_of(config, path, overlay.keys() - given.keys(), f"{path}: profiles.{chosen}"))
+    for name, other in profiles.items():
+        if name != chosen:
+            faults += _as_errors(key_faults(other), f"{path}: profiles.{name}")
+    raise_all(faults)
+    return recorded(config)
+
+
+def overlay(config: Mapping[str, Any], overrides: Iterable[str], where: object) -> dict[str, Any]:
+    """A resolved config with ``key=value`` overrides on top, checked again; raises InputError."""
+    changed = {**config, **parse_overrides(overrides)}
+    raise_all(_faults_of(changed, where))
+    return recorded(changed)
+
+
+def _faults_of(
+    config: Mapping[str, Any], where: object, overlaid: Iterable[str] = (), overlay_is: object = ""
+) -> Iterator[InputError]:
+    """All that is wrong with a config; what comes from a profile (``overlaid``) is reported there."""
+    places = dict.fromkeys(overlaid, overlay_is)
+    dated = {}
+    for key, value in config.items():
+        try:
+            refuse_dates(value, places.get(key, where), key)
+        except InputError as error:
+            dated[key] = error
+    yield from dated.values()
+    wrong = list(key_faults({key: value for key, value in config.items() if key not in dated}))
+    faulty = frozenset([*dated, *(_top_level(fault.key) for fault in wrong)])
+    missing = [] if faulty else missing_faults(config)  # an unknown key may be the one that is meant
+    for fault in [*wrong, *missing, *whole_faults(config, faulty)]:
+        place = places.get(_top_level(fault.key), where)
+        yield InputError(place, fault.what, key=fault.key, remedy=fault.remedy)
+
+
+def _as_errors(faults: Iterable[Fault], where: object) -> Iterator[InputError]:
+    yield from (InputError(where, fault.what, key=fault.key, remedy=fault.remedy) for fault in faults)
+
+
+def _top_level(key: str) -> str:
+    return key.partition(".")[0].partition("[")[0]
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """A config file as it is written; raises InputError for what is no mapping, or another tool's file."""
+    try:
+        raw = read_yaml(path)
+    except InputError as error:
+        raise foreign_text(path) or error from error
+    if (foreign := foreign_data(raw, path)) is not None:
+        raise foreign
+    return raw
+
+
+def profiles_of(raw: Mapping[str, Any], path: object) -> dict[str, dict[str, Any]]:
+    """The overlays of a config by name; raises InputError for what cannot be one."""
+    profiles = raw.get("profiles") or {}
     if not isinstance(profiles, dict) or not all(isinstance(overlay, dict) for overlay in profiles.values()):
         raise InputError(path, "must map names to settings", key="profiles", remedy="profiles: {dev: {max_steps: 30}}")
     for name, overlay in profiles.items():
@@ -40,22 +105,10 @@ def load_config(
             raise InputError(path, f"the name {shown(name)} is not text", key="profiles", remedy="write it in quotes")
         if "profiles" in overlay:
             raise InputError(path, "profiles do not nest", key=f"profiles.{name}.profiles")
-        check_keys(overlay, f"{path}: profiles.{name}")
-    if profile and profile not in profiles:
-        raise InputError(path, f"no profile {shown(profile)}", key="profiles", remedy=one_of(profiles) or "it has none")
-    chosen = profile or (default_profile if default_profile in profiles else "")
-    config = {**raw, **(profiles[chosen] if chosen else {}), **parse_overrides(overrides)}
-    check_keys(config, path)
-    check_whole(config, path)
-    return config
-
-
-def overlay(config: Mapping[str, Any], overrides: Iterable[str], where: object) -> dict[str, Any]:
-    """A resolved config with ``key=value`` overrides on top, checked again; raises InputError."""
-    changed = {**config, **parse_overrides(overrides)}
-    check_keys(changed, where)
-    check_whole(changed, where)
-    return changed
+        for key in overlay:
+            if not isinstance(key, str):
+                raise InputError(path, "keys are text", key=f"profiles.{name}.{shown(key)}")
+    return profiles
 
 
 def read_yaml(path: str | Path, remedy: str = "model_name_or_path: …", may_be_empty: bool = False) -> dict[str, Any]:
@@ -70,6 +123,9 @@ def read_yaml(path: str | Path, remedy: str = "model_name_or_path: …", may_be_
         raise InputError(path, f"cannot be read: {error}") from error
     except (ValueError, RecursionError) as error:  # a value that looks like a date and is none; brackets without end
         raise InputError(path, f"not YAML: {error}") from error
+    except yaml.composer.ComposerError as error:  # also an alias of nothing
+        what = "several documents" if "single document" in str(error.context) else f"not YAML: {error.problem}"
+        raise InputError(path, what, remedy="one file for each" if what.startswith("several") else "") from error
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InputError(path, f"not YAML: {error.problem}", key=line) from error

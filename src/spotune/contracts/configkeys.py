@@ -2,13 +2,16 @@
 
 import difflib
 import json
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import resources
 from typing import Any
 
-from spotune.contracts.errors import InputError, shown
+from spotune.contracts.configvalues import Fault, bool_of, one_of, read_value, value_faults
+from spotune.contracts.errors import refuse
+from spotune.contracts.oldkeys import advice
+
+_OWN = ("data_limit", "num_processes", "keep_every")  # numbers that no library reads
 
 
 @cache
@@ -19,107 +22,91 @@ def schema() -> dict[str, Any]:
 
 
 def check_keys(config: Mapping[str, Any], where: object) -> None:
-    """Raises InputError for an unknown key (naming the nearest known one) or a value of the wrong kind."""
+    """Raises InputError for all unknown keys and all values of the wrong kind."""
+    refuse(where, key_faults(config))
+
+
+def key_faults(config: Mapping[str, Any]) -> Iterator[Fault]:
+    """Unknown keys, with what to write instead, and values of the wrong kind."""
     known = schema()["properties"]
     for key, value in config.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            remedy = f"did you mean {near[0]}?" if near else "see docs/config.md"
-            raise InputError(where, "unknown key", key=key, remedy=remedy)
-        if value is not None:
-            _check_value(where, key, value, known[key])
-            if key == "datasets":
-                _check_datasets(where, value, known[key]["items"])
+            yield Fault(key, "unknown key", _instead(key, value, config))
+            continue
+        faults = list(value_faults(key, value, known[key]))
+        yield from faults
+        if key == "datasets" and isinstance(value, list) and not faults:
+            yield from _dataset_faults(value, known[key]["items"])
 
 
-def _check_value(where: object, key: str, value: Any, rule: Mapping[str, Any]) -> None:
-    kinds = rule.get("type")
-    kinds = [kinds] if isinstance(kinds, str) else kinds
-    if kinds and not any(_is_kind(value, kind) for kind in kinds):
-        is_bare_no = value is False and "no" in rule.get("enum", ())  # YAML 1.1 reads a bare no as false
-        raise InputError(
-            where,
-            f"{shown(value)} is not {_spell(kinds)}",
-            key=key,
-            remedy='write it in quotes: "no"' if is_bare_no else "",
-        )
-    choices = rule.get("enum")
-    if choices and value not in choices:
-        near = difflib.get_close_matches(str(value), map(str, choices), n=1)
-        named = f"did you mean {near[0]}?" if near else one_of(str(choice) for choice in choices if choice is not None)
-        raise InputError(where, f"{shown(value)} is not known", key=key, remedy=named)
-    low, above = rule.get("minimum"), rule.get("exclusiveMinimum")
-    number = number_of(value)
-    if number is not None and ((low is not None and number < low) or (above is not None and number <= above)):
-        raise InputError(
-            where,
-            f"{shown(value)} is too small",
-            key=key,
-            remedy=f"at least {low}" if low is not None else f"above {above}",
-        )
+def settled(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with each value as the kind that TRL reads from it: ``"1e-4"`` is 0.0001, ``y`` is true."""
+    known = schema()["properties"]
+    return {key: read_value(value, known[key]) if key in known else value for key, value in config.items()}
 
 
-def _check_datasets(where: object, entries: Any, rule: Mapping[str, Any]) -> None:
+def recorded(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config for the record: as it is written, but for values that readers other than TRL could not take.
+
+    Spotune's own keys are numbers, ``none`` for an open number is null, and the number of a text key is text.
+    """
+    read = settled(config)
+    return {
+        key: read[key] if key in _OWN or read[key] is None or isinstance(read[key], (str, list)) else value
+        for key, value in config.items()
+    }
+
+
+def _instead(key: str, value: Any, config: Mapping[str, Any]) -> str:
+    """The remedy for an unknown key."""
+    known = schema()["properties"]
+    old = advice(key, value)
+    if old:
+        return _of_old_key(old, config)
+    if isinstance(value, dict) and any(inner in known for inner in value):
+        return f"keys are flat: write {', '.join(map(str, value))} without {key}"
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {near[0]}?" if near else "see docs/config.md"
+
+
+def _of_old_key(old: tuple[str, Any, str], config: Mapping[str, Any]) -> str:
+    """What to write for an old key, with the user's own value where the new key takes it."""
+    name, value, text = old
+    if not name:
+        return text
+    if name in config and isinstance(value, dict):
+        return f"put {', '.join(value)} into {name}"
+    if config.get(name):
+        return f"leave it out, since {name} is given"
+    is_taken = not list(key_faults({name: value}))
+    return f"{text}; write {name}: {_as_yaml(value) if is_taken else '…'}"
+
+
+def _as_yaml(value: Any) -> str:
+    """A value as it is written in one line of YAML."""
+    import yaml
+
+    if isinstance(value, list) and len(value) > 1 and all(isinstance(entry, dict) for entry in value):
+        return f"[{_as_yaml(value[0])}, …]"
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
+
+
+def _dataset_faults(entries: list[Any], rule: Mapping[str, Any]) -> Iterator[Fault]:
     for index, entry in enumerate(entries):
         row = f"datasets[{index}]"
         if not isinstance(entry, dict) or not entry.get("path"):
-            raise InputError(where, "needs a path", key=row, remedy="{path: json, data_files: rows.jsonl}")
+            yield Fault(row, "needs a path", "{path: json, data_files: rows.jsonl}")
+            continue
         for key, value in entry.items():
             if key not in rule["properties"]:
-                raise InputError(where, "unknown key", key=f"{row}.{key}", remedy=one_of(rule["properties"]))
-            if value is not None:
-                _check_value(where, f"{row}.{key}", value, rule["properties"][key])
-
-
-def number_of(value: Any) -> float | None:
-    """A number, also one that YAML 1.1 reads as text, infinite beyond a float; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        return float(value)
-    except ValueError:
-        return None
-    except OverflowError:
-        return math.inf if isinstance(value, int) and value > 0 else -math.inf
-
-
-def _is_kind(value: Any, kind: str) -> bool:
-    """Whether a value fits; numbers may come as text, since YAML 1.1 reads ``1e-4`` as text and TRL takes it."""
-    match kind:
-        case "boolean":
-            return isinstance(value, bool) or (
-                isinstance(value, str) and value.lower() in ("true", "false", "yes", "no")
-            )
-        case "integer":
-            number = number_of(value)
-            return number is not None and number.is_integer()
-        case "number":
-            number = number_of(value)
-            return number is not None and math.isfinite(number)
-        case "string":
-            return isinstance(value, (str, int, float)) and not isinstance(value, bool)
-        case "array":
-            return isinstance(value, list)
-        case "object":
-            return isinstance(value, dict)
-        case "null":
-            return value is None
-    return True
-
-
-def _spell(kinds: Iterable[str]) -> str:
-    words = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
-    words |= {"array": "a list", "object": "a mapping"}
-    return " or ".join(words.get(kind, kind) for kind in kinds if kind != "null")
-
-
-def one_of(names: Iterable[str]) -> str:
-    """A remedy that lists what is known; empty for nothing."""
-    listed = ", ".join(names)
-    return f"one of {listed}" if listed else ""
+                yield Fault(f"{row}.{key}", "unknown key", one_of(rule["properties"]))
+            else:
+                yield from value_faults(f"{row}.{key}", value, rule["properties"][key])
 
 
 def is_on(config: Mapping[str, Any], key: str) -> bool:
     """Whether a true-or-false key is true; YAML gives some as text."""
     value = config.get(key)
-    return value.lower() in ("true", "yes", "1") if isinstance(value, str) else bool(value)
+    answer = bool_of(value)
+    return bool(value) if answer is None else answer

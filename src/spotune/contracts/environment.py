@@ -7,6 +7,7 @@ read on the machine's side only, see ``guard/machine.py``.
 import getpass
 import math
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,33 +74,51 @@ class RunEnvironment:
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> "RunEnvironment":
         try:
-            home = Path(environ.get(HOME) or "~/.spotune").expanduser().absolute()
+            home = Path(setting(environ, HOME) or "~/.spotune").expanduser().absolute()
             home.exists()
-        except (RuntimeError, OSError) as error:  # no such user, or none at all; a name that is too long
+        except (RuntimeError, OSError, ValueError) as error:  # no such user, or none at all; a name that is too long
             raise InputError(HOME, str(error), remedy="an absolute path") from error
-        bucket = environ.get(BUCKET) or f"file://{home}/bucket"
+        bucket = setting(environ, BUCKET) or f"file://{home}/bucket"
         return cls(
             home=home,
             bucket=check_bucket(bucket),
-            run_id=environ.get(RUN_ID, ""),
-            config=environ.get(CONFIG, ""),
-            profile=environ.get(PROFILE, ""),
-            save_every=environ.get(SAVE_EVERY, ""),
-            status_file=environ.get(STATUS_FILE, ""),
-            attempt=int(count) if re.fullmatch("[0-9]{1,9}", count := environ.get(ATTEMPT, "")) else 1,
+            run_id=setting(environ, RUN_ID),
+            config=setting(environ, CONFIG),
+            profile=setting(environ, PROFILE),
+            save_every=setting(environ, SAVE_EVERY),
+            status_file=setting(environ, STATUS_FILE),
+            attempt=int(count) if re.fullmatch("[0-9]{1,9}", count := setting(environ, ATTEMPT)) else 1,
             user=user_name(environ),
-            patience_s=_read_patience(environ.get(PATIENCE) or "30m"),
+            patience_s=_read_patience(setting(environ, PATIENCE) or "30m"),
             grace_s=read_grace(environ),
-            allow_config_change=environ.get(ALLOW_CONFIG_CHANGE, "").lower() in ("1", "true", "yes"),
-            gpu_share=_read_share(environ.get(GPU_SHARE, "")),
-            kind="dev" if environ.get(KIND) == "dev" else "prod",
-            team=environ.get(TEAM, ""),
+            allow_config_change=setting(environ, ALLOW_CONFIG_CHANGE).lower() in ("1", "true", "yes"),
+            gpu_share=_read_share(setting(environ, GPU_SHARE)),
+            kind="dev" if setting(environ, KIND) == "dev" else "prod",
+            team=setting(environ, TEAM),
         )
+
+
+def setting(environ: Mapping[str, str], name: str) -> str:
+    """A value of the environment without blanks and line ends around it; empty where it is not set.
+
+    ``export X="$(cat file)"`` and files of a secret's store leave some there. Raises InputError for one inside.
+    """
+    return without_controls(environ.get(name) or "", name)
+
+
+def without_controls(text: str, where: object) -> str:
+    """The text without blanks around it; raises InputError where a character that nobody sees is in it."""
+    text = text.strip()
+    unseen = next((one for one in text if unicodedata.category(one) in ("Cc", "Cf", "Zl", "Zp")), "")
+    if unseen:
+        what = f"{shown(text)} has a control character inside ({unseen!a})"
+        raise InputError(where, what, remedy="write it in one line, of visible characters")
+    return text
 
 
 def read_grace(environ: Mapping[str, str]) -> float | None:
     """Seconds that the user says there are from a notice to the kill, None when not said; raises InputError."""
-    text = environ.get(GRACE_S, "").strip()
+    text = setting(environ, GRACE_S)
     if not text:
         return None
     try:
@@ -130,14 +149,15 @@ def _read_patience(text: str) -> float:
 def user_name(environ: Mapping[str, str]) -> str:
     """Who submits: SkyPilot's user on a machine, else the login name."""
     try:
-        return environ.get(USER) or environ.get("SKYPILOT_USER") or getpass.getuser()
+        return setting(environ, USER) or setting(environ, "SKYPILOT_USER") or getpass.getuser()
     except (OSError, KeyError):  # a container's user id without a name
         return "unknown"
 
 
 def check_bucket(url: str, where: object = BUCKET) -> str:
-    """Returns the bucket's URL without a trailing slash; raises InputError when it cannot be one."""
+    """Returns the bucket's URL without blanks around it or a slash at its end; raises InputError for no bucket."""
     remedy = "file:///absolute/path, s3://bucket/prefix or gs://bucket/prefix"
+    url = without_controls(url, where)
     scheme, separator, rest = url.partition("://")
     if not separator or scheme not in ("file", "s3", "gs", "gcs"):
         raise InputError(where, f"{shown(url)} is not a bucket", remedy=remedy)

@@ -2,6 +2,7 @@
 
 SpotuneError            exit 1   something failed; one line says what
 ├── InputError          exit 2   what the user gave is wrong: FILE: KEY or ROW: what (remedy)
+│   ├── Faults          exit 2   several things are: one such line for each
 │   ├── Taken           exit 2   the engine has a run of that name already
 │   └── OtherVersions   exit 2   libraries differ from those that a checkpoint was made with
 ├── InfraError          exit 3   the infrastructure failed: launcher side only
@@ -15,6 +16,7 @@ infrastructure, 3, and a bad record bad input, 2 (``launcher_code``).
 """
 
 import reprlib
+from collections.abc import Iterable
 from typing import Any
 
 from spotune.contracts import exits
@@ -29,6 +31,11 @@ class SpotuneError(Exception):
     """Base of all. ``str(error)`` is one line, fit for stderr; ``exit_code`` is the process's."""
 
     exit_code = exits.FAILED
+
+    @property
+    def lines(self) -> list[str]:
+        """The message in lines of their own: one, but for several faults."""
+        return [" ".join(str(self).split())]
 
 
 class InputError(SpotuneError):
@@ -46,6 +53,19 @@ class InputError(SpotuneError):
     def __init__(self, where: object, what: str, *, key: str = "", remedy: str = "") -> None:
         parts = [shortened(str(where)), shortened(key, 200), shortened(" ".join(what.split()))]
         super().__init__(": ".join(part for part in parts if part) + (f" ({shortened(remedy)})" if remedy else ""))
+
+
+class Faults(InputError):
+    """Several faults of one input, each an InputError of its own. ``str(error)`` has a line for each."""
+
+    def __init__(self, faults: Iterable[InputError]) -> None:
+        self.faults = list(faults)
+        SpotuneError.__init__(self, "\n".join(self.lines))
+
+    @property
+    def lines(self) -> list[str]:
+        """Each fault once, in the order in which they were found."""
+        return list(dict.fromkeys(line for fault in self.faults for line in fault.lines))
 
 
 class Taken(InputError):
@@ -89,6 +109,19 @@ class Fenced(SpotuneError):
     """A newer attempt owns the run; whatever this one still does must not be committed."""
 
     exit_code = exits.PREEMPTED
+
+
+def refuse(where: object, faults: Iterable[tuple[str, str, str]]) -> None:
+    """Raises InputError for ``(key, what, remedy)`` triples: one line for each. Returns when there is none."""
+    raise_all(InputError(where, what, key=key, remedy=remedy) for key, what, remedy in faults)
+
+
+def raise_all(errors: Iterable[InputError]) -> None:
+    """Raises the only error as it is, several as Faults; returns when there is none."""
+    if not (found := list(errors)):
+        return
+    whole = Faults(found)
+    raise whole if len(whole.lines) > 1 else found[0]
 
 
 def shown(value: Any) -> str:

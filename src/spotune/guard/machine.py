@@ -78,7 +78,7 @@ def count_gpus(environ: Mapping[str, str]) -> int:
 
 
 def _ranks(environ: Mapping[str, str], num_processes: int | None, num_nodes: int, gpus: int) -> int:
-    asked = environ.get(environment.NUM_PROCESSES) or (str(num_processes) if num_processes else "")
+    asked = environment.setting(environ, environment.NUM_PROCESSES) or (str(num_processes) if num_processes else "")
     if not asked:
         return max(1, gpus)
     if not asked.isdigit() or int(asked) < 1 or int(asked) % num_nodes:

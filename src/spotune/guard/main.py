@@ -58,7 +58,7 @@ def bar_restarts(error: InputError, environ: Mapping[str, str]) -> None:
         env, machine = RunEnvironment.read(environ), managed_job(environ)
         if machine:
             keys = Keys(admission.choose_run_id(env, machine, admission.Request("", "", ())))
-            facts = {"reason": str(error), "exit_code": error.exit_code}
+            facts = {"reason": "; ".join(error.lines), "exit_code": error.exit_code}
             admission.leave_mark(Store(env.bucket), keys.failed, keys.run_id, 0, **facts)
 
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from spotune.contracts.configwhole import HUB_ID
 from spotune.contracts.errors import InputError, shown
 
-_MOST_HUB = 96  # characters of a name, as the hub says
 _MODEL_FILES = ("config.json", "adapter_config.json")
 
 
@@ -26,7 +26,7 @@ def check_model(config: Mapping[str, Any], where: object) -> str:
         raise InputError(where, f"{name} is a file", key="model_name_or_path", remedy="a hub id or a folder")
     if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
         raise InputError(where, f"no such folder {name}", key="model_name_or_path", remedy="a hub id or a local folder")
-    if len(name) > _MOST_HUB or "\0" in name:
+    if not HUB_ID.fullmatch(name):
         raise InputError(
             where, f"{shown(name)} is no name on the hub", key="model_name_or_path", remedy="a hub id or a folder"
         )

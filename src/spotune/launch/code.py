@@ -29,6 +29,14 @@ _DIFF = (
     *("--diff-algorithm=myers", "--indent-heuristic", "-U3", "--inter-hunk-context=0", "--find-renames", "-l1000"),
     *("--no-ext-diff", "--no-textconv", "--no-color", "--binary", "HEAD"),
 )
+# What `git rev-parse --local-env-vars` lists, and what else changes which files git sees or how it compares them.
+_LOCAL = frozenset(
+    "GIT_ALTERNATE_OBJECT_DIRECTORIES GIT_CONFIG GIT_CONFIG_PARAMETERS GIT_CONFIG_COUNT GIT_OBJECT_DIRECTORY GIT_DIR"
+    " GIT_WORK_TREE GIT_IMPLICIT_WORK_TREE GIT_GRAFT_FILE GIT_INDEX_FILE GIT_NO_REPLACE_OBJECTS GIT_REPLACE_REF_BASE"
+    " GIT_PREFIX GIT_SHALLOW_FILE GIT_COMMON_DIR GIT_INTERNAL_SUPER_PREFIX GIT_NAMESPACE GIT_QUARANTINE_PATH"
+    " GIT_ATTR_SOURCE GIT_EXTERNAL_DIFF GIT_DIFF_OPTS GIT_LITERAL_PATHSPECS GIT_GLOB_PATHSPECS GIT_NOGLOB_PATHSPECS"
+    " GIT_ICASE_PATHSPECS".split()
+)
 
 
 @dataclass(frozen=True)
@@ -170,5 +178,23 @@ def _diff(folder: Path, added: Sequence[str]) -> bytes:
 
 
 def _git(folder: Path, *arguments: str, index: str = "", given: bytes = b"") -> bytes:
-    command = [*(["env", f"GIT_INDEX_FILE={index}"] if index else []), "git", "-C", str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, timeout=120, check=True, input=given).stdout
+    """Runs git on the repository that ``folder`` is in, whatever repository the environment names.
+
+    Git sets such names for its hooks: a run that is submitted from one would record the hook's repository.
+    """
+    environ = {name: value for name, value in os.environ.items() if name not in _LOCAL}
+    environ |= {"GIT_INDEX_FILE": index} if index else {}
+    trusted = [part for place in _trusted(os.environ) for part in ("-c", f"safe.directory={place}")]
+    command = ["git", *trusted, "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, timeout=120, check=True, input=given, env=environ).stdout
+
+
+def _trusted(environ: Mapping[str, str]) -> list[str]:
+    """The folders of other owners that git's settings in the environment (``GIT_CONFIG_COUNT``) let it open."""
+    count = environ.get("GIT_CONFIG_COUNT", "")
+    numbers = range(min(int(count), MAX_NAMES)) if re.fullmatch("[0-9]{1,9}", count) else ()
+    return [
+        environ.get(f"GIT_CONFIG_VALUE_{number}", "")
+        for number in numbers
+        if environ.get(f"GIT_CONFIG_KEY_{number}", "").lower() == "safe.directory"
+    ]

@@ -6,6 +6,7 @@ from random import SystemRandom
 
 from spotune.contracts.basemodel import MODEL_KEYS
 from spotune.contracts.config import load_config
+from spotune.contracts.configkeys import recorded
 from spotune.contracts.errors import InputError
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import RunRecord, fingerprint
@@ -24,7 +25,7 @@ def promote(source: str, wish: Wish, workspace: Workspace) -> Plan:
     """
     record = _record(source, workspace)
     then = load_config(record.config_path, record.profile, record.overrides, _default_profile(record))
-    if fingerprint(then) != record.config_sha256:
+    if fingerprint(then) not in (record.config_sha256, fingerprint(recorded(record.config))):
         raise InputError(source, f"{record.config_path} has changed since", remedy="submit the config itself")
     overrides = (*record.overrides, *wish.overrides)
     wish = replace(wish, config_path=record.config_path, overrides=overrides)

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from spotune.contracts.basemodel import model_files, model_sha256
-from spotune.contracts.config import load_config, read_yaml
+from spotune.contracts.config import load_config, profiles_of, read_config
 from spotune.contracts.datafiles import notices
-from spotune.contracts.errors import InfraError, InputError
+from spotune.contracts.errors import InfraError, InputError, raise_all
 from spotune.contracts.fingerprint import data_files, data_sha256
 from spotune.contracts.keys import RUNS
 from spotune.contracts.records import fingerprint
@@ -20,11 +20,9 @@ from spotune.launch.workspace import Workspace
 
 
 def survey_config(path: str, profile: str, overrides: Iterable[str], workspace: Workspace) -> dict[str, Any]:
-    """Facts about a config that is in order, all of its profiles included; raises InputError for the first fault."""
-    profiles = list(read_yaml(path).get("profiles") or {})
-    for name in profiles:
-        load_config(path, name)
-    config = load_config(path, profile, overrides, default_profile="prod")
+    """Facts about a config that is in order, all of its profiles included; raises InputError for all of its faults."""
+    profiles = list(profiles_of(read_config(path), path))
+    config = _load_all(path, profile, profiles, overrides)
     origin = check_model(config, path)
     files = data_files(config, path)
     rows = check_rows(config, path, workspace.environ, workspace.cwd)
@@ -40,6 +38,23 @@ def survey_config(path: str, profile: str, overrides: Iterable[str], workspace: 
         "model_sha256": model_sha256(model_files(config, path, workspace.env.cache)),
         "config_sha256": fingerprint(config),
     }
+
+
+def _load_all(path: str, profile: str, profiles: Iterable[str], overrides: Iterable[str]) -> dict[str, Any]:
+    """The config under the chosen profile, once it is in order under each of them."""
+    errors: list[InputError] = []
+    config: dict[str, Any] = {}
+    try:
+        config = load_config(path, profile, overrides, default_profile="prod")
+    except InputError as error:
+        errors.append(error)
+    for name in profiles:
+        try:
+            load_config(path, name)
+        except InputError as error:
+            errors.append(error)
+    raise_all(errors)
+    return config
 
 
 def survey_machine(workspace: Workspace) -> dict[str, Any]:

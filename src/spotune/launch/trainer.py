@@ -29,7 +29,7 @@ def find_trainer(environ: Mapping[str, str], folder: Path) -> str:
     Raises:
         InputError: there is none, or ``SPOTUNE_PYTHON`` is not a program.
     """
-    if given := environ.get(environment.PYTHON):
+    if given := environment.setting(environ, environment.PYTHON):
         return _program(given, environ, folder)
     checkout = Path(spotune.__file__).parents[2]
     for place in (folder / DEFAULT, checkout / DEFAULT):

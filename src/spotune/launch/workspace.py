@@ -30,7 +30,7 @@ class Workspace:
         """Raises InputError for an environment or settings that cannot be."""
         env = RunEnvironment.read(environ)
         settings = load_settings(cwd, env.home)
-        if settings.bucket and not environ.get(environment.BUCKET):
+        if settings.bucket and not environment.setting(environ, environment.BUCKET):
             env = RunEnvironment.read({**environ, environment.BUCKET: settings.bucket})
         return cls(cwd, environ, env, settings, waiting)
 

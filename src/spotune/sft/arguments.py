@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.configkeys import is_on
+from spotune.contracts.configkeys import is_on, settled
 from spotune.contracts.errors import InputError
 from spotune.contracts.exchange import TRAINER, Job
 from spotune.contracts.trackers import wandb_mode
@@ -17,6 +17,8 @@ from spotune.sft.push import doubts
 OURS = ("data", "data_limit", "profiles", "num_processes", "keep_every", "merge_adapter")
 # transformers' names of trackers whose module has another name
 _TRACKER_MODULES = {"azure_ml": "azureml", "dagshub": "dagshub", "flyte": "flytekit", "dvclive": "dvclive"}
+# What TRL's classes raise for values that they cannot use; `check` knows all of them that a config alone decides.
+_REFUSALS = (ValueError, TypeError, ImportError, AttributeError, LookupError, OverflowError, OSError)
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ def parse(job: Job, folder: Path, rank: int) -> Arguments:
     parser = Parser((ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig), prog="spotune")
     try:
         found = parser.parse_args_and_config(["--config", str(path)])
-    except (ValueError, TypeError, ImportError) as error:
-        raise InputError(job.config_path, str(error)) from error
+    except _REFUSALS as error:
+        raise InputError(job.config_path, str(error) or type(error).__name__) from error
     script, training, model, datasets = found
     training.report_to = usable_trackers(training.report_to, os.environ)
     _settle_cpu(training)
@@ -95,7 +97,7 @@ def _keep_global_batch(training: Any, job: Job) -> None:
 
 def effective(job: Job, folder: Path) -> dict[str, Any]:
     """The config as TRL gets it."""
-    config = {key: value for key, value in job.config.items() if key not in OURS}
+    config = {key: value for key, value in settled(job.config).items() if key not in OURS}
     config |= {"output_dir": str(folder / TRAINER), "save_total_limit": None, "resume_from_checkpoint": None}
     config |= {"push_to_hub": False, "enable_jit_checkpoint": False, "save_only_model": False}
     if "disable_tqdm" not in config and not sys.stdout.isatty():

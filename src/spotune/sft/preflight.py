@@ -6,17 +6,15 @@ Each check raises InputError with the key and what to do. torch is imported only
 import importlib.util
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.configwhole import check_sources
+from spotune.contracts.configwhole import HUB_ID, check_sources
 from spotune.contracts.datafiles import find_files
 from spotune.contracts.errors import InputError
 from spotune.sft.hardware import Hardware, check_hardware
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?")
 HUB_TIMEOUT_S = 8.0
 
 

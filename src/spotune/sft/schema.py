@@ -5,6 +5,7 @@ without importing TRL. A test keeps the file true to the TRL that is installed.
 """
 
 import dataclasses
+import inspect
 import json
 import re
 import types
@@ -18,34 +19,51 @@ from spotune.contracts.configwhole import FORMATS
 Schema = dict[str, Any]
 _KINDS = {bool: "boolean", int: "integer", float: "number", str: "string", dict: "object", list: "array"}
 
-# Keys whose annotation is narrower or wider than what TRL really takes.
+# Keys whose annotation is narrower or wider than what TRL really takes from YAML.
 _TYPES: Schema = {
     "max_steps": {"type": "integer"},
-    "report_to": {"type": ["string", "array", "null"]},
+    "report_to": {"type": ["string", "array"]},
     "fsdp": {"type": ["boolean", "string", "array", "null"]},
-    "debug": {"type": ["string", "array", "null"]},
-    "lora_target_modules": {"type": ["string", "array", "null"]},
-    "lora_modules_to_save": {"type": ["string", "array", "null"]},
+    "debug": {
+        "type": ["string", "array", "null"],
+        "items": {"type": "string", "enum": ["underflow_overflow", "tpu_metrics_debug"]},
+    },
+    "lora_target_modules": {"type": ["string", "array", "null"], "items": {"type": "string"}},
     "accelerator_config": {"type": ["object", "string", "null"]},
+    "resume_from_checkpoint": {"type": ["boolean", "string", "null"]},
+    # TRL's parser reads every text here as yes or no, so that `all` and `non_padding` cannot be given
+    "include_num_input_tokens_seen": {"type": "boolean", "default": False},
+    "gradient_checkpointing": {"type": ["boolean", "null"]},
+    "trackio_static_space_id": {"type": ["boolean", "string", "null"]},  # false, or a name
+    "parallelism_config": {"type": "null"},  # no text or mapping becomes accelerate's class
 }
 _AT_LEAST_ONE = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-    *("lora_r", "lora_alpha", "max_length", "dataset_num_proc"),
+    *("lora_r", "lora_alpha", "max_length", "dataset_num_proc", "torch_empty_cache_steps"),
+    *("eval_accumulation_steps", "dataloader_prefetch_factor", "ddp_timeout", "ddp_bucket_cap_mb"),
 )
 _AT_LEAST_ZERO = (
-    *("learning_rate", "weight_decay", "lora_dropout", "warmup_steps", "max_grad_norm"),
-    *("dataloader_num_workers", "eval_delay", "seed", "data_seed"),
+    *("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "adam_epsilon"),
+    *("dataloader_num_workers", "eval_delay"),
 )
-_ABOVE_ZERO = ("num_train_epochs", "logging_steps", "save_steps", "eval_steps")
+_ABOVE_ZERO = ("num_train_epochs", "logging_steps", "save_steps", "eval_steps", "test_split_size")
+_SHARES = ("lora_dropout", "label_smoothing_factor")
+_BETAS = ("adam_beta1", "adam_beta2")
+_SEEDS = ("seed", "data_seed")  # numpy takes 32 bits
 _LIMITS: dict[str, Schema] = {
     **{key: {"minimum": 1} for key in _AT_LEAST_ONE},
     **{key: {"minimum": 0} for key in _AT_LEAST_ZERO},
     **{key: {"exclusiveMinimum": 0} for key in _ABOVE_ZERO},
+    **{key: {"minimum": 0, "maximum": 1} for key in _SHARES},
+    **{key: {"minimum": 0, "exclusiveMaximum": 1} for key in _BETAS},
+    **{key: {"minimum": 0, "maximum": 2**32 - 1} for key in _SEEDS},
 }
 _CHOICES: dict[str, list[str]] = {
     "packing_strategy": ["bfd", "bfd_split", "bfd-requeue", "wrapped"],
     "truncation_mode": ["keep_start", "keep_end"],
     "loss_type": ["nll", "dft", "chunked_nll"],
+    "bnb_4bit_quant_storage": ["uint8", "int8", "float16", "bfloat16", "float32", "float64"],
+    "torch_compile_mode": ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"],
 }
 
 
@@ -60,6 +78,9 @@ def build() -> Schema:
             if entry.init:
                 properties[entry.name] = _property(entry, hints[entry.name])
     properties["datasets"]["items"] = _dataset_item()
+    properties["report_to"]["items"] = {"type": "string", "enum": _trackers()}
+    properties["accelerator_config"]["properties"] = _accelerator_keys()
+    properties["torch_compile_backend"]["enum"] = _compilers()
     properties.update(_own_keys())
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
@@ -68,17 +89,53 @@ def build() -> Schema:
         "type": "object",
         "additionalProperties": False,
         "properties": dict(sorted(properties.items())),
+        "x-scheduler-kwargs": _scheduler_kwargs(),
     }
+
+
+def _trackers() -> list[str]:
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    return ["none", "all", *sorted(INTEGRATION_TO_CALLBACK)]
+
+
+def _accelerator_keys() -> Schema:
+    from transformers.trainer_pt_utils import AcceleratorConfig
+
+    return {entry.name: {} for entry in dataclasses.fields(AcceleratorConfig)}
+
+
+def _compilers() -> list[str | None]:
+    """The backends of torch.compile, which accelerate takes in either case."""
+    from accelerate.utils import DynamoBackend
+
+    names = sorted(str(member.value) for member in DynamoBackend)
+    return [*(name.lower() for name in names), *names, None]
+
+
+def _scheduler_kwargs() -> Schema:
+    """For each schedule the names that ``lr_scheduler_kwargs`` may have, and those that it needs."""
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+
+    given = {"optimizer", "num_warmup_steps", "num_training_steps"}  # by Trainer itself
+    found: Schema = {}
+    for name, function in TYPE_TO_SCHEDULER_FUNCTION.items():
+        parameters = inspect.signature(function).parameters.values()
+        named = [one for one in parameters if one.name not in given and one.kind is not one.VAR_KEYWORD]
+        needed = [one.name for one in named if one.default is one.empty]
+        takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters)
+        found[str(name.value)] = {"names": [one.name for one in named], "needed": needed, "any": takes_any}
+    return dict(sorted(found.items()))
 
 
 def _property(entry: Any, hint: Any) -> Schema:
     found = dict(_TYPES.get(entry.name) or _type(hint))
     choices = _CHOICES.get(entry.name) or list(entry.metadata.get("choices") or [])
     if choices:
-        found["enum"] = choices
+        found["enum"] = [*choices, *([None] if "null" in _as_list(found.get("type")) else [])]
     found.update(_LIMITS.get(entry.name, {}))
     default = _default(entry)
-    if default is not None:
+    if default is not None and "default" not in found:
         found["default"] = default
     if help := _first_sentence(entry.metadata.get("help", "")):
         found["description"] = help
@@ -94,6 +151,7 @@ def _type(hint: Any) -> Schema:
         if not kinds:
             return {}
         merged: Schema = {"type": list(dict.fromkeys(kinds))}
+        merged |= next(({"items": part["items"]} for part in parts if "items" in part), {})
         enums = [part["enum"] for part in parts if "enum" in part]
         if enums and merged["type"] == ["string"]:  # `Enum | str`: the text is one of the enum's all the same
             merged["enum"] = enums[0]
@@ -108,6 +166,8 @@ def _type(hint: Any) -> Schema:
     if isinstance(hint, type) and issubclass(hint, Enum):
         return {"type": "string", "enum": sorted(member.value for member in hint)}
     kind = _KINDS.get(origin or hint)
+    if kind == "array" and get_args(hint) == (str,):
+        return {"type": kind, "items": {"type": "string"}}
     return {"type": kind} if kind else {}
 
 

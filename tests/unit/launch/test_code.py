@@ -136,6 +136,31 @@ def test_a_repository_of_somebody_else_is_told(folder: Path, monkeypatch: pytest
     assert note.endswith(f"git config --global --add safe.directory {folder}")
 
 
+def test_the_environment_names_no_other_repository(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "new.py").write_text("y = 1\n")
+    expected = read_code(folder)
+    other = tmp_path_factory.mktemp("other")
+    git(other, "init", "-q")
+    (other / "secret.py").write_text("z = 1\n")
+    git(other, "add", ".")
+    git(other, "commit", "-qm", "another")
+    named = {"GIT_DIR": ".git", "GIT_COMMON_DIR": ".git", "GIT_OBJECT_DIRECTORY": ".git/objects"}
+    named |= {"GIT_WORK_TREE": ".", "GIT_INDEX_FILE": ".git/index", "GIT_PREFIX": "", "GIT_ATTR_SOURCE": "HEAD"}
+    for name, place in named.items():  # as git sets them for a hook
+        monkeypatch.setenv(name, str(other / place))
+    monkeypatch.setenv("GIT_CONFIG_COUNT", "many")
+    assert read_code(folder) == expected
+    assert expected.commit
+    assert expected.untracked == ("new.py",)
+
+
+def test_git_leaves_no_name_of_a_repository_in_the_environment() -> None:
+    listed = subprocess.run(["git", "rev-parse", "--local-env-vars"], capture_output=True, text=True, check=True)
+    assert not set(listed.stdout.split()) - code._LOCAL
+
+
 def test_a_git_reference_is_the_code_that_is_sent(folder: Path) -> None:
     here = sent_code({"workdir": "."}, folder).facts()
     named = sent_code({"workdir": {"url": "https://x/y.git", "ref": "main"}}, folder).facts()

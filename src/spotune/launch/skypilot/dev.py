@@ -227,7 +227,7 @@ def notebook_task(
 
 def bucket_of(workspace: Workspace) -> dict[str, str]:
     """The bucket where machines can reach it; else the run keeps its state on the cluster, and goes with it."""
-    is_given = bool(workspace.environ.get(environment.BUCKET) or workspace.settings.bucket)
+    is_given = bool(environment.setting(workspace.environ, environment.BUCKET) or workspace.settings.bucket)
     return {environment.BUCKET: workspace.env.bucket} if is_given else {}
 
 

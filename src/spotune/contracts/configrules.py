@@ -1,0 +1,327 @@
+"""Keys of TRL that do not go together, as TRL and transformers refuse them on the machine.
+
+Each rule is one check of ``TrainingArguments``, ``SFTConfig``, ``ModelConfig``, ``Trainer`` or ``SFTTrainer`` that the
+config alone decides. What a GPU, an installed package or the rows decide stays with the machine.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from spotune.contracts.configkeys import schema
+from spotune.contracts.configvalues import Fault, mapping_of, one_of
+from spotune.contracts.errors import shown
+
+METRICS = (  # what SFTTrainer's evaluation reports, each with `eval_` before it
+    *("loss", "mean_token_accuracy", "entropy", "num_tokens", "aux_loss"),
+    *("runtime", "samples_per_second", "steps_per_second", "model_preparation_time"),
+)
+_FOLLOWS_THE_METRIC = ("reduce_lr_on_plateau", "greedy")
+_LOW_RANK = ("galore", "apollo")  # optimizers that need to know their layers
+_OWN_FILES = ("fsdp_config", "deepspeed", "accelerator_config")  # a mapping, JSON, or the path of a file
+
+
+class Unreadable(Exception):
+    """A rule asked for a key whose own value is wrong: that is reported already."""
+
+
+class View:
+    """A config's values with TRL's defaults for what it leaves out."""
+
+    def __init__(self, config: Mapping[str, Any], faulty: frozenset[str]) -> None:
+        self._config, self._faulty = config, faulty
+
+    def __getitem__(self, key: str) -> Any:
+        if key in self._faulty:
+            raise Unreadable(key)
+        return self._config[key] if key in self._config else schema()["properties"].get(key, {}).get("default")
+
+    @property
+    def evaluates(self) -> bool:
+        return bool(self["eval_strategy"] != "no")
+
+    @property
+    def checkpoints_activations(self) -> bool:
+        """transformers' new name of the key wins over the old one."""
+        new = self["activation_checkpointing"]
+        return bool(self["gradient_checkpointing"] if new is None else new)
+
+    @property
+    def checkpointing_kwargs(self) -> dict[str, Any]:
+        new = self["activation_checkpointing_kwargs"]
+        return mapping_of(self["gradient_checkpointing_kwargs"] if new is None else new)
+
+
+def rule_faults(config: Mapping[str, Any], faulty: frozenset[str] = frozenset()) -> Iterator[Fault]:
+    """What does not go together in a config of settled values; ``faulty``: keys whose own values are wrong."""
+    view = View(config, faulty)
+    for rule in RULES:
+        try:
+            found = list(rule(view))
+        except Unreadable:
+            continue
+        yield from found
+
+
+def _intervals(view: View) -> Iterator[Fault]:
+    for name in ("logging", "eval", "save"):
+        key = f"{name}_steps"
+        if view[f"{name}_strategy"] != "steps" or view[key] is None:
+            continue
+        if view[key] > 1 and view[key] != int(view[key]):
+            remedy = f"write {key}: {int(view[key])}, or a share of all steps below 1"
+            yield Fault(key, f"{shown(view[key])} is not a whole number", remedy)
+
+
+def _best_model(view: View) -> Iterator[Fault]:
+    if not view["load_best_model_at_end"] or view["save_strategy"] == "best":
+        return
+    evaluation, saving = view["eval_strategy"], view["save_strategy"]
+    if evaluation != saving:
+        what = f"load_best_model_at_end needs it to match eval_strategy: {evaluation}, and it is {saving}"
+        remedy = f"write eval_strategy: {saving}" if evaluation == "no" else f"write save_strategy: {evaluation}"
+        yield Fault("save_strategy", what, remedy)
+        return
+    every, saved = view["eval_steps"] or view["logging_steps"], view["save_steps"]
+    if evaluation != "steps" or saved % every == 0:
+        return
+    if (every < 1) != (saved < 1):
+        what = f"load_best_model_at_end cannot match {shown(saved)} with eval_steps: {shown(every)}"
+        yield Fault("save_steps", what, "both as shares of all steps, or both as numbers of steps")
+    elif every >= 1 or (saved * 1_000_000) % (every * 1_000_000) != 0:
+        what = f"load_best_model_at_end needs a multiple of eval_steps: {shown(every)}, not {shown(saved)}"
+        yield Fault("save_steps", what, f"write save_steps: {shown(every)}")
+
+
+def _metric(view: View) -> Iterator[Fault]:
+    key, metric = "metric_for_best_model", view["metric_for_best_model"]
+    follows = view["load_best_model_at_end"] or view["lr_scheduler_type"] in _FOLLOWS_THE_METRIC
+    if view["save_strategy"] == "best" and metric is None and not follows:
+        yield Fault(key, "missing, and save_strategy: best needs one", f"write {key}: loss")
+    if metric is not None and view.evaluates and str(metric).removeprefix("eval_") not in METRICS:
+        yield Fault(key, f"an evaluation does not report {shown(metric)}", one_of(METRICS))
+
+
+def _evaluation(view: View) -> Iterator[Fault]:
+    if view["lr_scheduler_type"] in _FOLLOWS_THE_METRIC and not view.evaluates:
+        what = f"{view['lr_scheduler_type']} follows an evaluation, and there is none"
+        yield Fault("lr_scheduler_type", what, "write eval_strategy: steps")
+    if view["eval_on_start"] and not view.evaluates:
+        yield Fault("eval_on_start", "there is nothing to evaluate", "write eval_strategy: steps")
+
+
+def _held_out_rows(view: View) -> Iterator[Fault]:
+    if not view.evaluates:
+        return
+    none = 'or eval_strategy: "no"'
+    what = "there are no held-out rows to evaluate on"
+    if view["data"]:
+        if not any(isinstance(entry, dict) and entry.get("split") for entry in view["data"]):
+            yield Fault("eval_strategy", what, f"split: 0.05 on an entry of data, {none}")
+    elif view["datasets"] and view["test_split_size"] is None:
+        yield Fault("eval_strategy", what, f"test_split_size: 0.05, {none}")
+
+
+def _mixture(view: View) -> Iterator[Fault]:
+    """TRL's ``datasets``: it makes one split ``train``, and ``test`` where it is asked for one."""
+    entries = view["datasets"]
+    if view["data"] or not entries:
+        return
+    fractions = [entry.get("fraction") for entry in entries if isinstance(entry, dict)]
+    if any(one is not None for one in fractions):
+        if None in fractions:
+            yield Fault("datasets", "fraction is given for some entries only", "give it for all of them, or for none")
+        if view["streaming"]:
+            yield Fault("datasets", "fraction does not go with streaming", "leave out fraction, or streaming")
+    size = view["test_split_size"]
+    if size is not None and view["streaming"]:
+        yield Fault("test_split_size", "streamed data cannot be split", "leave out test_split_size, or streaming")
+    if isinstance(size, float) and size >= 1:
+        yield Fault("test_split_size", f"{shown(size)} is not a share", "below 1 a share, or a whole number of rows")
+    if view["dataset_train_split"] != "train":
+        what = f"datasets become one split named train, not {shown(view['dataset_train_split'])}"
+        yield Fault("dataset_train_split", what, "leave it out; name each entry's split in datasets")
+    if view.evaluates and size is not None and view["dataset_test_split"] != "test":
+        what = f"test_split_size makes a split named test, not {shown(view['dataset_test_split'])}"
+        yield Fault("dataset_test_split", what, "leave it out")
+
+
+def _streaming(view: View) -> Iterator[Fault]:
+    if view["data"] or (view["max_steps"] or 0) > 0:
+        return
+    key = "streaming" if view["datasets"] else "dataset_streaming"
+    if view[key]:
+        yield Fault("max_steps", f"missing: with {key} nobody knows where training ends", "write max_steps: 1000")
+
+
+def _formats(view: View) -> Iterator[Fault]:
+    """What ``data`` says of its formats itself; those that are found in files are the machine's to compare."""
+    entries = [entry for entry in view["data"] or [] if isinstance(entry, dict)]
+    given = list(dict.fromkeys(entry["format"] for entry in entries if entry.get("format")))
+    if len(given) > 1:
+        yield Fault("data", f"the sources have different formats: {', '.join(map(str, given))}", "give all of them one")
+    elif given == ["text"] and view["assistant_only_loss"]:
+        yield Fault("assistant_only_loss", "text has no assistant", "format: messages, or leave it out")
+
+
+def _precision(view: View) -> Iterator[Fault]:
+    for suffix in ("", "_full_eval"):
+        if view[f"fp16{suffix}"] and view[f"bf16{suffix}"]:
+            yield Fault(f"fp16{suffix}", f"bf16{suffix} is true as well", "keep one of them")
+
+
+def _quantization(view: View) -> Iterator[Fault]:
+    if view["load_in_4bit"] and view["load_in_8bit"]:
+        yield Fault("load_in_8bit", "load_in_4bit is true as well", "keep one of them")
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if view[key] and not view["use_peft"]:
+            yield Fault(key, "quantized weights cannot be trained without an adapter", "write use_peft: true")
+
+
+def _adapter(view: View) -> Iterator[Fault]:
+    if not view["use_peft"]:
+        return
+    targets = view["lora_target_modules"]
+    if targets is not None and not targets:
+        yield Fault("lora_target_modules", "names no layers", "lora_target_modules: all-linear, or leave it out")
+    if targets == "lm_head" or (isinstance(targets, list) and "lm_head" in targets):
+        yield Fault("lora_target_modules", "TRL does not train an adapter on lm_head", "leave lm_head out")
+
+
+def _packing(view: View) -> Iterator[Fault]:
+    prepares = not mapping_of(view["dataset_kwargs"]).get("skip_prepare_dataset")
+    packs = view["packing"]
+    packs_evaluation = view.evaluates and (packs if view["eval_packing"] is None else view["eval_packing"])
+    if view["max_length"] is None and prepares and (packs or packs_evaluation):
+        yield Fault("max_length", "packing needs a length", "write max_length: 1024")
+    if view["padding_free"] and not packs and view["max_length"] is not None:
+        what = "without packing it does not keep max_length"
+        yield Fault("padding_free", what, "write packing: true, or max_length: null")
+
+
+def _loading(view: View) -> Iterator[Fault]:
+    if view["dataloader_num_workers"]:
+        return
+    for name in ("prefetch_factor", "persistent_workers", "multiprocessing_context"):
+        if view[f"dataloader_{name}"]:
+            yield Fault(f"dataloader_{name}", "needs worker processes", "write dataloader_num_workers: 1")
+
+
+def _checkpointing(view: View) -> Iterator[Fault]:
+    kwargs = view.checkpointing_kwargs
+    if not kwargs.get("selective"):
+        return
+    key = "activation_checkpointing_kwargs"
+    if not view.checkpoints_activations:
+        yield Fault(key, "selective needs activation_checkpointing", "write activation_checkpointing: true")
+    if kwargs.get("use_reentrant"):
+        yield Fault(key, "selective does not go with use_reentrant", "write use_reentrant: false")
+
+
+def _sharding(view: View) -> Iterator[Fault]:
+    fsdp = view["fsdp"]
+    if not fsdp:
+        return
+    if view["deepspeed"]:
+        yield Fault("deepspeed", "fsdp is given as well", "keep one of them")
+    settings = {name.removeprefix("fsdp_"): value for name, value in mapping_of(view["fsdp_config"]).items()}
+    if str(settings.get("activation_checkpointing")).lower() == "true" and view.checkpoints_activations:
+        remedy = "write activation_checkpointing: false, so that FSDP's own is used"
+        yield Fault("fsdp_config", "activation_checkpointing is true as well", remedy)
+    wraps = ("TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP")
+    if settings.get("auto_wrap_policy", wraps[0]) not in wraps:
+        yield Fault(
+            "fsdp_config.auto_wrap_policy", f"{shown(settings['auto_wrap_policy'])} is not known", one_of(wraps)
+        )
+    is_second = str(settings.get("version", 2)) != "1"
+    for option in fsdp.split() if isinstance(fsdp, str) else fsdp if isinstance(fsdp, list) else ():
+        if option in ("full_shard", "shard_grad_op", "offload", "auto_wrap"):
+            continue
+        if option in ("hybrid_shard", "hybrid_shard_zero2", "no_shard"):
+            if is_second:
+                yield Fault("fsdp", f"{option} is of FSDP's first version", "fsdp: true, or fsdp_config: {version: 1}")
+            continue
+        yield Fault("fsdp", f"{shown(option)} is not known", "write fsdp: true, and the rest in fsdp_config")
+
+
+def _mappings(view: View) -> Iterator[Fault]:
+    """Mappings that are given as text are JSON; three of them may also be the path of a file."""
+    for key, rule in schema()["properties"].items():
+        if set(rule.get("type") or ()) != {"object", "string", "null"}:
+            continue
+        try:
+            value = view[key]
+        except Unreadable:
+            continue
+        if isinstance(value, str) and (value.startswith("{") or key not in _OWN_FILES) and not _is_json_mapping(value):
+            yield Fault(key, f"{shown(value)} is not a mapping", f"write {key}: {{name: value}}")
+
+
+def _is_json_mapping(text: str) -> bool:
+    return bool(mapping_of(text)) or text.replace(" ", "") == "{}"
+
+
+def _accelerator(view: View) -> Iterator[Fault]:
+    kwargs = mapping_of(view["accelerator_config"]).get("gradient_accumulation_kwargs")
+    if isinstance(kwargs, dict) and "num_steps" in kwargs and view["gradient_accumulation_steps"] > 1:
+        key = "accelerator_config.gradient_accumulation_kwargs.num_steps"
+        yield Fault(key, "gradient_accumulation_steps is given as well", "leave num_steps out")
+
+
+def _schedule(view: View) -> Iterator[Fault]:
+    key, schedule = "lr_scheduler_kwargs", view["lr_scheduler_type"]
+    taken, given = schema()["x-scheduler-kwargs"][schedule], mapping_of(view[key])
+    if schedule not in ("constant", "constant_with_warmup") and not taken["any"]:  # those two ignore them
+        for name in given:
+            if name not in taken["names"]:
+                yield Fault(f"{key}.{name}", f"{schedule} does not take it", one_of(taken["names"]))
+    missing = [name for name in taken["needed"] if name not in given]
+    if missing:
+        yield Fault(key, f"{schedule} needs {missing[0]}", f"write {key}: {{{missing[0]}: 100}}")
+    if "min_lr" in taken["names"]:
+        both = [given.get(name) is not None for name in ("min_lr", "min_lr_rate")]
+        if not any(both):
+            yield Fault(key, f"{schedule} needs min_lr or min_lr_rate", f"write {key}: {{min_lr_rate: 0.1}}")
+        elif all(both):
+            yield Fault(key, "min_lr and min_lr_rate are given", "keep one of them")
+
+
+def _optimizer(view: View) -> Iterator[Fault]:
+    arguments = str(view["optim_args"] or "").replace(" ", "")
+    if arguments and any(part.count("=") != 1 for part in arguments.split(",")):
+        yield Fault("optim_args", f"{shown(arguments)} is not name=value, name=value", "optim_args: rank=64,scale=0.25")
+    if str(view["optim"]).startswith(_LOW_RANK) and view["optim_target_modules"] is None:
+        yield Fault(
+            "optim_target_modules", f"missing, and {view['optim']} needs it", "optim_target_modules: all-linear"
+        )
+
+
+def _kernels(view: View) -> Iterator[Fault]:
+    if view["use_liger_kernel"] and mapping_of(view["liger_kernel_config"]).get("fused_linear_cross_entropy"):
+        what = "TRL has a fused head of its own"
+        yield Fault("liger_kernel_config.fused_linear_cross_entropy", what, "leave it out")
+
+
+def _padding(view: View) -> Iterator[Fault]:
+    key, value = "pad_to_multiple_of", view["pad_to_multiple_of"]
+    if value is None or value == "auto" or (isinstance(value, str) and value.lower() in ("none", "null")):
+        return
+    try:
+        is_one = int(value) >= 1
+    except ValueError:
+        is_one = False
+    if not is_one:
+        yield Fault(key, f"{shown(value)} is not a number from 1 on", f"write {key}: 8, or auto, or null")
+
+
+def _reports(view: View) -> Iterator[Fault]:
+    names = view["report_to"]
+    alone = [name for name in names if name in ("none", "all")] if isinstance(names, list) and len(names) > 1 else []
+    if alone:
+        yield Fault("report_to", f"{alone[0]} does not go with others", f"write report_to: {alone[0]}, or the others")
+
+
+RULES: tuple[Callable[[View], Iterator[Fault]], ...] = (
+    *(_intervals, _best_model, _metric, _evaluation, _held_out_rows, _mixture, _streaming, _formats),
+    *(_precision, _quantization, _adapter, _packing, _loading, _checkpointing, _sharding, _mappings),
+    *(_accelerator, _schedule, _optimizer, _kernels, _padding, _reports),
+)
