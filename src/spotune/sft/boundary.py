@@ -69,6 +69,7 @@ class Boundary(TrainerCallback):
                               trainable_parameters=trainable, total_parameters=total)  # fmt: skip
         self._enter("train")
         self._first_step = state.global_step + 1
+        self.saver.begin(self.trainer)
         self._last_save = self._clock()
         if self._common(self.control_file.look()).stop:
             raise Stopped(state.global_step)
@@ -84,7 +85,9 @@ class Boundary(TrainerCallback):
             self.events.write("step", step=state.global_step, tokens=tokens, data_wait_s=round(self._data_wait_s, 6))
         self._data_wait_s = 0.0
         self.evaluation_owed = False
+        self.saver.finite.end_step(state.global_step, self.trainer.accelerator.optimizer_step_was_skipped)
         if state.global_step == self._first_step:
+            self.saver.require_finite(self.trainer)  # a learning rate that is far too high is found here
             self.saver.prepare(self.trainer)
         self._is_saving_due |= self._is_due(state.global_step, control.should_save)
         if control.should_training_stop or (state.epoch == int(state.epoch) and not self.trainer.is_streaming):
@@ -106,9 +109,12 @@ class Boundary(TrainerCallback):
             raise EvaluationInterrupted
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        numbers = {name: value for name, value in (logs or {}).items() if _is_number(value)}
         if self.events:
-            numbers = {name: _finite(value) for name, value in (logs or {}).items() if _is_number(value)}
             self.events.write("log", **{**numbers, "step": state.global_step, "epoch": state.epoch})
+        if "loss" in numbers and not math.isfinite(numbers["loss"]):  # the same on all ranks
+            self.trainer._tr_loss.zero_()  # Trainer subtracts the sum from itself: NaN stays NaN
+            self.saver.require_finite(self.trainer)
 
     # -- decisions --------------------------------------------------------------------------------------------------
 
@@ -182,7 +188,3 @@ class Boundary(TrainerCallback):
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

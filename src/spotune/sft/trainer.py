@@ -30,10 +30,21 @@ class SpotTrainer(SFTTrainer):
         self.boundary = boundary
         boundary.trainer = self
         self.saver = boundary.saver
+        self.finite = boundary.saver.finite
         self._epoch = self._step_before_epoch = 0
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         return super().get_batch_samples(self.boundary.timed(epoch_iterator), num_batches, device)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        self.finite.note(loss)
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        self.finite.note(norm)
+        return norm
 
     @property
     def is_streaming(self) -> bool:

@@ -4,6 +4,8 @@ import json
 import sys
 from pathlib import Path
 
+from spotune.contracts.events import NOT_FINITE
+
 
 def rebuild(folder: Path) -> None:
     """Logs every surviving line once, in order, with Trainer's own names (``train/loss``, ``eval/loss``)."""
@@ -22,7 +24,7 @@ def rebuild(folder: Path) -> None:
     run.define_metric("*", step_metric="train/global_step", step_sync=True)
     for line in spec["logs"]:
         step, _ = line.pop("step"), line.pop("t", None)
-        named = {_tracker_name(name): value for name, value in line.items()}
+        named = {_tracker_name(name): float(value) if value in NOT_FINITE else value for name, value in line.items()}
         run.log({**named, "train/global_step": step})
     run.finish()
 

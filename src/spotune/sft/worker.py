@@ -35,7 +35,7 @@ from spotune.contracts.exchange import (
 )
 from spotune.contracts.failpoints import failpoint
 from spotune.contracts.versions import changed_versions, installed_versions
-from spotune.sft.faults import Stopped, outcome_of, print_traceback
+from spotune.sft.faults import NotFinite, Stopped, outcome_of, print_traceback
 
 
 @dataclass
@@ -77,7 +77,7 @@ def run(folder: Path, rank: int) -> Outcome:
                 this.trainer.saver.settle()  # a checkpoint in memory outlives what ended the training
     except BaseException as error:  # the process's edge: whatever it is, the guard must hear of it
         outcome = outcome_of(error, step)
-        if outcome.how in ("failed", "retry"):
+        if outcome.how in ("failed", "retry") and not isinstance(error, NotFinite):
             print_traceback(error)
         return outcome
 
