@@ -203,3 +203,11 @@ def test_weights_that_are_not_finite_are_neither_committed_nor_certified(materia
     before = script.log()
     assert script.run(*fatal) == 1
     assert script.log().removeprefix(before).count("\n") == 1  # no worker was started again
+
+
+def test_a_narrow_locale_changes_nothing(material: Path, undisturbed: Callable[[str], str], tmp_path: Path) -> None:
+    """What libraries print at the end has a letter that ASCII lacks."""
+    script = Script(f"file://{tmp_path}/bucket", "narrow", material / "lora.yaml")
+    assert script.run(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii") == 0, script.log()
+    assert script.weights == undisturbed("lora")
+    assert "\\u2705 Training completed." in script.log()

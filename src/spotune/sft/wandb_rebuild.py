@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from spotune.contracts.events import NOT_FINITE
+from spotune.contracts.output import protect_output
 
 
 def rebuild(folder: Path) -> None:
@@ -34,4 +35,5 @@ def _tracker_name(name: str) -> str:
 
 
 if __name__ == "__main__":
+    protect_output()
     rebuild(Path(sys.argv[1]))

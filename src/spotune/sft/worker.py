@@ -34,6 +34,7 @@ from spotune.contracts.exchange import (
     write_json,
 )
 from spotune.contracts.failpoints import failpoint
+from spotune.contracts.output import protect_output
 from spotune.contracts.versions import changed_versions, installed_versions
 from spotune.sft.faults import NotFinite, Stopped, outcome_of, print_traceback
 
@@ -52,8 +53,8 @@ class Rank:
 
 def main(argv: list[str]) -> None:
     """Runs the rank and ends the process; never returns."""
+    protect_output()
     die_with_parent(os.environ)
-    sys.stdout.reconfigure(line_buffering=True)  # a log file must have each line at once: a kill may be next
     folder = Path(argv[1]).absolute()
     rank = int(os.environ.get("RANK", "0"))
     outcome = run(folder, rank)
