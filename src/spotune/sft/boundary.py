@@ -38,6 +38,8 @@ class Boundary(TrainerCallback):
     Attributes:
         resumed_from: the restored checkpoint, None for a fresh start.
         restored: this rank's state that came with it.
+        resumed_step, resumed_step_rows: its step, and how many rows a step had according to its commit, 0: not known.
+        where: the config's path, for messages.
     """
 
     def __init__(self, rule: SaveRule, saver: Saver, clock: Callable[[], float] = time.monotonic) -> None:
@@ -48,6 +50,8 @@ class Boundary(TrainerCallback):
         self.trainer: Any = None
         self.resumed_from: Path | None = None
         self.restored: Extra | None = None
+        self.resumed_step = self.resumed_step_rows = 0
+        self.where = "config"
         self.leaving = False
         self.evaluation_owed = False
         self._clock = clock

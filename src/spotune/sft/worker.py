@@ -91,6 +91,7 @@ def _run(this: Rank) -> Outcome:
 
     check(this.job.config, this.job.config_path)
     this.trainer = trainer = _load(this)
+    trainer.boundary.where = this.job.config_path
     checkpoint = _wait_for_restore(this)
     trainer.train(resume_from_checkpoint=checkpoint)
     if this.events:
