@@ -8,7 +8,8 @@ took the same steps on the same data from the same model. What a test tells it, 
     DIR/steps           a number: the worker may take steps up to this one, then it waits; no file: no limit
     DIR/load            while this file exists, the worker stays in the phase `load`
     DIR/fault           {"step": n, "how": h}: once, before step n: h is `kill` (SIGKILL to itself), `failed`, `retry`,
-                        `bad_input` (an outcome), `raise` (exit code 1 without a word)
+                        `bad_input` (an outcome), `raise` (exit code 1 without a word), `diverge` (goes on, with a loss
+                        and a result that are NaN)
     DIR/merge, push     what the next merges or pushes do: `hang`, or the text of an error; no file: they succeed
     DIR/asked           written by the worker: a merge or push has begun
     DIR/hub.json        in place of a hub: {repository: {"commits": [id], "files": [name]}}
@@ -21,9 +22,11 @@ if __name__ == "__main__":
 
 import hashlib
 import json
+import math
 import os
 import signal
 import socket
+import struct
 import sys
 import time
 from pathlib import Path
@@ -169,6 +172,7 @@ class FakeRank:
         self.control = Control(folder)
         self.max_steps = int(self.config.get("max_steps") or 10)
         self.step, self.saved_step = 0, -1
+        self.has_diverged = False
         self.state = b""
         self.rows: list[bytes] = []
 
@@ -236,6 +240,8 @@ class FakeRank:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "raise":
                 os._exit(1)
+            case "diverge":
+                self.has_diverged = True
             case how:
                 raise Ended(Outcome(how, self.step, f"the test wants {how} before step {step}"))  # type: ignore[arg-type]
         row = self.rows[step % len(self.rows)]
@@ -244,7 +250,8 @@ class FakeRank:
         self.step = step
         self._write("step", step=step, tokens=step * TOKENS_PER_STEP, data_wait_s=0.0)
         if step % int(self.config.get("logging_steps") or 10) == 0:
-            self._write("log", loss=1.0 / step, learning_rate=1.0, step=step, epoch=step / self.max_steps)
+            loss = math.nan if self.has_diverged else 1.0 / step
+            self._write("log", loss=loss, learning_rate=1.0, step=step, epoch=step / self.max_steps)
         self._decide()
 
     def _decide(self) -> None:
@@ -306,7 +313,7 @@ class FakeRank:
         if self.rank == 0:
             output = self.folder / OUTPUT
             output.mkdir(parents=True, exist_ok=True)
-            write_weights(output / "model.safetensors", self.state)
+            write_weights(output / "model.safetensors", self.state, "F32" if self.has_diverged else "U8")
             (output / "config.json").write_text("{}")
             self._write_trainer_state(output)
 
@@ -319,10 +326,18 @@ class FakeRank:
             self.events.write(event, **fields)
 
 
-def write_weights(path: Path, state: bytes) -> None:
-    """A safetensors file of one tensor; its metadata has the chain's state in hex, its bytes are made from it."""
+def write_weights(path: Path, state: bytes, dtype: str = "U8") -> None:
+    """A safetensors file of one tensor; its metadata has the chain's state in hex, its bytes are made from it.
+
+    As F32 it begins with a NaN.
+    """
     bulk = hashlib.shake_256(state).digest(BULK_BYTES)
-    tensor = {"dtype": "U8", "shape": [BULK_BYTES], "data_offsets": [0, BULK_BYTES]}
+    bulk = bulk if dtype == "U8" else struct.pack("<f", math.nan) + bulk[4:]
+    tensor = {
+        "dtype": dtype,
+        "shape": [BULK_BYTES if dtype == "U8" else BULK_BYTES // 4],
+        "data_offsets": [0, BULK_BYTES],
+    }
     header = json.dumps({"__metadata__": {"state": state.hex()}, "chain": tensor}).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header + bulk)
 

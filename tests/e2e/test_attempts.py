@@ -224,3 +224,20 @@ def test_a_machine_that_is_gone_ends_the_attempt_of_both(pair: Callable[[], tupl
     leader.allow_all()
     assert [ended(node) for node in (leader.start(), follower.start())] == [0, 0], leader.log() + follower.log()
     assert "resumed from the checkpoint of step 6, attempt 1" in leader.log()
+
+
+def test_a_result_that_is_not_finite_is_never_certified(local_script: Callable[..., FakeScript]) -> None:
+    """Whatever a worker says of its result: the guard reads every element of it."""
+    script = local_script("diverged")
+    script.tell("fault", '{"step": 20, "how": "diverge"}')
+    assert script.run() == 1
+    assert "model.safetensors: tensor chain holds NaN or infinity: not a result to certify" in script.log()
+    assert script.json(script.keys.completed) is None
+    assert script.store.keys(script.keys.output) == []
+    assert "NaN" in Mark.from_bytes(script.store.read(script.keys.failed) or b"").reason
+    assert script.json(script.keys.progress)["loss"] == "nan"
+    assert script.seen()["loss"] == "nan"
+    assert {line["loss"] for line in script.events(1, "log") if line["step"] >= 20} == {"nan"}
+    attempts = script.attempts
+    assert script.run() == 1  # not again until somebody says `spotune resume`
+    assert script.attempts == attempts

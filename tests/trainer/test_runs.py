@@ -187,3 +187,27 @@ def test_a_certified_run_starts_no_training(material: Path, tmp_path: Path) -> N
     before = script.log()
     assert script.run() == 0
     assert script.log() == before + "[spotune] again is finished and certified already\n"
+
+
+def test_weights_that_are_not_finite_are_neither_committed_nor_certified(material: Path, tmp_path: Path) -> None:
+    """The run fails for good and keeps its last finite checkpoint, from which it can go on at another rate."""
+    script = Script(f"file://{tmp_path}/bucket", "diverges", material / "full.yaml")
+    fatal = ("--learning_rate", "1e30", "--lr_scheduler_type", "cosine", "--warmup_steps", "0", "--save_steps", "1")
+    assert script.run(*fatal) == 1, script.log()
+    line = "the weights are not finite since step 2; the last finite checkpoint is of step 1 (lower learning_rate"
+    assert line in script.log()
+    assert script.json(script.keys.failed)["reason"].startswith(line)
+    assert script.commits == ["0001-00000001"]
+    assert script.json(script.keys.completed) is None
+    assert "Traceback" not in script.log()
+    before = script.log()
+    assert script.run(*fatal) == 1
+    assert script.log().removeprefix(before).count("\n") == 1  # no worker was started again
+
+
+def test_a_narrow_locale_changes_nothing(material: Path, undisturbed: Callable[[str], str], tmp_path: Path) -> None:
+    """What libraries print at the end has a letter that ASCII lacks."""
+    script = Script(f"file://{tmp_path}/bucket", "narrow", material / "lora.yaml")
+    assert script.run(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii") == 0, script.log()
+    assert script.weights == undisturbed("lora")
+    assert "\\u2705 Training completed." in script.log()

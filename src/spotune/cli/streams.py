@@ -1,18 +1,20 @@
-"""stdin, stdout and stderr as every verb may take them: there, and able to write any text."""
+"""stdin, stdout and stderr as every verb may take them: there, and able to write any text.
+
+What is asked for goes to stdout, and a verb that cannot write it fails. What goes to stderr never decides a result.
+"""
 
 import io
 import os
 import sys
 
+from spotune.contracts.output import protect_output
+
 
 def open_streams() -> None:
-    """A stream that was closed is /dev/null; what a terminal's encoding lacks is written as ``?``."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
-        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    """A stream that was closed is /dev/null; what the encoding of stdout lacks is written as ``?``, in its width."""
+    protect_output(("stderr",))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def is_output(error: OSError) -> bool:

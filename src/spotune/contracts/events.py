@@ -7,7 +7,8 @@ Every line has ``t`` (epoch seconds) and ``event``:
     restored {step, commit or null, rejected: [text], restore_s}
     plan     {max_steps, num_train_epochs, trainable_parameters, total_parameters}  training begins
     step     {step, tokens, data_wait_s}                       a step ended; tokens since step 0, all ranks
-    log      {step, epoch, loss, learning_rate, ...}           Trainer's own log line, numbers only
+    log      {step, epoch, loss, learning_rate, ...}           Trainer's own log line, numbers only; NaN and infinity
+                                                               are "nan", "inf" and "-inf", JSON has no number for them
     save     {step, stall_s}                                   training stood still for a checkpoint; it is in memory
     written  {step, write_s, bytes}                            it is on the local disk
     unsaved  {step, message}                                   it is not, and why; training goes on
@@ -25,6 +26,7 @@ Phases are those of the cost report that a machine can know: ``load`` (imports, 
 """
 
 import json
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -32,6 +34,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Phase = Literal["setup", "load", "restore", "train", "eval", "save", "idle", "teardown"]
+NOT_FINITE = ("nan", "inf", "-inf")
 EndReason = Literal["completed", "preempted", "failed", "cancelled", "paused", "lost"]
 
 
@@ -44,6 +47,7 @@ class EventLog:
         self._lock = threading.Lock()
 
     def write(self, event: str, **fields: Any) -> None:
+        fields = {name: as_json(value) for name, value in fields.items()}
         with self._lock:
             self._file.write(json.dumps({"t": round(self._clock(), 4), "event": event, **fields}) + "\n")
 
@@ -52,3 +56,20 @@ class EventLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def as_json(value: Any) -> Any:
+    """Returns what stands for a value in JSON: ``nan``, ``inf`` or ``-inf`` as text, else the value itself."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def as_number(value: Any) -> float | None:
+    """Returns the number that ``as_json`` wrote, NaN and infinity among them; None for what is no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    if isinstance(value, str) and value not in NOT_FINITE:
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None

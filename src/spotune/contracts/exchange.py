@@ -5,7 +5,7 @@ The worker knows torch and no store; the guard knows the store and no torch.
     job.json               guard -> worker   what to do (Job), before the worker starts
     trainer/checkpoint-N/  both              restored there by the guard; saved there by Trainer
     restored.json          guard -> worker   {"checkpoint": path or null, "tokens": n, "error": text or null,
-                                            "versions": the commit's, "other_versions_allowed": bool}
+                                            "versions", "global_batch": the commit's, "other_versions_allowed": bool}
     staged/<step 8d>-<rank>.json  worker -> guard   a rank's part of a local checkpoint is complete (Staged); once all
                            ranks of this machine have said so, the checkpoint is the guard's
     control.json           guard -> worker   {"stop": bool, "save": n}: stop at the next step boundary; save once per n

@@ -208,14 +208,14 @@ class Certificate(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Progress(Record):
-    """``progress.json``: what can be seen while it runs. ``at`` is the heartbeat."""
+    """``progress.json``: what can be seen while it runs. ``at`` is the heartbeat; a loss that is not finite is text."""
 
     run_id: str
     attempt: int
     step: int = 0
     max_steps: int = 0
     phase: str = ""
-    loss: float | None = None
+    loss: float | str | None = None
     tokens: int = 0
     committed_step: int = 0
     at: Time = 0.0

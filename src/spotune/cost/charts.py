@@ -60,9 +60,10 @@ def loss_chart(report: Mapping[str, Any]) -> str:
     """Loss over steps; what counts as one line, what a later attempt did again beside it. Empty without losses."""
     kept, old = _surviving(report["attempts"])
     every = [point for run in (*kept, *old) for point in run]
+    lost = sorted({step for attempt in report["attempts"] for step, _ in attempt.get("losses_not_finite") or []})
     if not every:
-        return ""
-    last = max(step for step, _ in every)
+        return f"<p>{escape(' '.join(words.losses(report)))}</p>" if lost else ""
+    last = max([*lost, *(step for step, _ in every)])
     low, high = min(loss for _, loss in every), max(loss for _, loss in every)
     pad = (high - low) * 0.06 or max(abs(high) * 0.1, 0.1)
     low, high = low - pad, high + pad
@@ -73,17 +74,19 @@ def loss_chart(report: Mapping[str, Any]) -> str:
 
     lines = "".join(svg.line(place(run), "old") for run in old) + "".join(svg.line(place(run), "main") for run in kept)
     marks, labels, starts = _starts(report["attempts"], last)
+    faults = "".join(f'<path class="fault" d="M{x(step):.1f} 0V{svg.SIDE:g}"/>' for step in lost)
     unit = _PLOT / svg.SIDE
     axes = svg.y_axis([(y(tick) * unit, f"{tick:.4g}") for tick in number_ticks(low, high, 4)])
     axes += svg.x_axis([(x(tick) / 10, f"{tick:g}") for tick in number_ticks(0, last, 6)], _PLOT + 18)
     (step, loss), (last_step, last_loss) = (kept or old)[0][0], (kept or old)[-1][-1]
     text = f"Loss over steps: from {loss:.3f} at step {step:g} to {last_loss:.3f} at step {last_step:g}"
-    text += "".join(f"; {start}" for start in starts)
+    text += "".join(f"; {said}" for said in (*starts, *words.losses(report)))
     key = f"<li>{svg.stroke('main')}what counts</li>"
     key += f"<li>{svg.stroke('old')}done again by a later attempt</li>" if "band" in marks or old else ""
     key += f"<li>{svg.stroke('mark')}an attempt goes on</li>" if marks else ""
+    key += f"<li>{svg.stroke('fault')}not finite: NaN or infinite</li>" if lost else ""
     key += "<li>a gap: no record of these steps</li>" if len(kept) > 1 else ""
-    content = axes + svg.plot(_PLOT, marks + lines) + labels
+    content = axes + svg.plot(_PLOT, faults + marks + lines) + labels
     return f'<ul class="legend">{key}</ul>{svg.picture("loss", text, _PLOT + 24, content)}'
 
 

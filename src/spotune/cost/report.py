@@ -22,6 +22,7 @@ A figure that cannot be known is null: cost without a frozen price, goodput of n
 from collections.abc import Sequence
 from typing import Any
 
+from spotune.contracts.events import NOT_FINITE, as_json, as_number
 from spotune.contracts.money import HOUR_S, on_demand_price
 from spotune.contracts.records import SCHEMA_VERSION, PriceRow, RunRecord
 from spotune.cost.account import Account
@@ -129,7 +130,15 @@ def _attempt_row(account: Account) -> dict[str, Any]:
         "gpu_share": record.gpu_share if record else 0.0,
         "phases": {f"{phase}_s": seconds for phase, seconds in total(account.segments).items()},
         "commits": list(account.committed),
+        "losses_not_finite": _losses_not_finite(account),
     }
+
+
+def _losses_not_finite(account: Account) -> list[list[Any]]:
+    """``[step, "nan"]`` for each logged loss that is NaN or infinite; of very many some."""
+    logged = [event for event in account.events if event["event"] == "log" and step_of(event)]
+    found = [[step_of(event), as_json(as_number(event.get("loss")))] for event in logged]
+    return spread([point for point in found if point[1] in NOT_FINITE], _MAX_POINTS)
 
 
 def _curves(account: Account, began: float, accounts: Sequence[Account]) -> dict[str, Any]:

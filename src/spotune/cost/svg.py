@@ -44,8 +44,12 @@ def swatch(phase: str) -> str:
 
 
 def stroke(kind: str) -> str:
-    """A line's entry in a legend; a ``mark`` stands upright."""
-    path = '<path class="mark" d="M14 0v16"/>' if kind == "mark" else f'<path class="line {kind}" d="M2 8h24"/>'
+    """A line's entry in a legend; a ``mark`` and a ``fault`` stand upright."""
+    path = (
+        f'<path class="{kind}" d="M14 0v16"/>'
+        if kind in ("mark", "fault")
+        else f'<path class="line {kind}" d="M2 8h24"/>'
+    )
     return f'<svg class="stroke" aria-hidden="true">{path}</svg>'
 
 

@@ -95,7 +95,7 @@ def unknowns_of(unreconciled_s: float, unpriced_s: float) -> list[str]:
 
 def notes_of(report: Mapping[str, Any]) -> list[str]:
     """What a reader must know before he trusts the figures."""
-    notes = []
+    notes = words.losses(report)
     if report["budget_usd"] and report["cost_usd"] is not None:
         share = words.percent(report["cost_usd"] / report["budget_usd"])
         notes.append(f"{share} of the budget of {words.usd(report['budget_usd'])} is used up.")

@@ -119,6 +119,17 @@ def gpus(report: Mapping[str, Any]) -> list[str]:
     return [f"GPUs busy {percent(report['gpu_utilization'])}, {hours}{memory}"]
 
 
+def losses(report: Mapping[str, Any]) -> list[str]:
+    """Where the loss was NaN or infinite: a line for each attempt; none where it was not."""
+    found = []
+    for attempt in report["attempts"]:
+        if points := attempt.get("losses_not_finite"):
+            (step, loss), last = points[0], points[-1][0]
+            until = f" to {last}" if last != step else ""
+            found.append(f"Attempt {attempt['attempt']}: the loss is not finite ({loss}) at step {step}{until}.")
+    return found
+
+
 def estimated(report: Mapping[str, Any]) -> list[str]:
     """What the bucket adds, as far as it can be guessed."""
     found = report.get("estimates")

@@ -21,7 +21,7 @@ from spotune.contracts.store import Store
 from spotune.guard.admission import check_fence, check_model
 from spotune.guard.context import Context
 from spotune.guard.extra_process import run_extra
-from spotune.guard.finish import certificate_of, fetch_result, send
+from spotune.guard.finish import certificate_of, fetch_result, send, weights_of
 from spotune.guard.grace import is_person
 from spotune.guard.journal import Journal
 from spotune.guard.notices import Notices
@@ -113,8 +113,9 @@ class Extras:
 
         def upload() -> Certificate:
             self._fence()
+            weights = weights_of(keys, folder)
             files = send(context.store, folder, keys.merged, self._fence, uploaded)
-            return certificate_of(keys, context.attempt, self.certificate.step, folder, files)
+            return certificate_of(keys, context.attempt, self.certificate.step, weights, files)
 
         self._mark(keys.merge_completed, self._patiently(upload))
         say(f"merged model: {context.store.url}/{keys.merged}: {facts['check']}")

@@ -27,16 +27,17 @@ Facts = dict[str, dict[str, Any]]  # relative path -> {size: bytes, sha256: hex}
 def certify(store: Store, keys: Keys, attempt: int, step: int, folder: Path) -> Certificate:
     """Uploads ``folder/output``, reads it back, writes ``completed.json`` create-only and returns it.
 
-    Safe to be cut off anywhere and repeated. Raises Fenced or StoreError.
+    Safe to be cut off anywhere and repeated. Raises Fenced, StoreError, and SpotuneError where weights are not finite.
     """
 
     def fence() -> None:
         check_fence(store, keys, attempt)
 
     fence()
+    weights = weights_of(keys, folder / OUTPUT)
     files = send(store, folder / OUTPUT, keys.output, fence, lambda: failpoint("result-uploaded"))
     failpoint("result-read")
-    certificate = certificate_of(keys, attempt, step, folder / OUTPUT, files)
+    certificate = certificate_of(keys, attempt, step, weights, files)
     fence()
     store.create(keys.completed, certificate.to_bytes())
     failpoint("certified")
@@ -75,16 +76,21 @@ def send(store: Store, source: Path, prefix: str, fence: Callable[[], None], upl
         return dict(pool.map(put, sorted(path for path in source.rglob("*") if path.is_file())))
 
 
-def certificate_of(keys: Keys, attempt: int, step: int, source: Path, files: Facts) -> Certificate:
-    """What is said of files that were read back from the bucket as they are in ``source``."""
-    weights = [source / name for name in files if name.endswith(".safetensors")]
+def weights_of(keys: Keys, source: Path) -> str:
+    """Returns the fingerprint of the weights in a folder. Raises SpotuneError where they are not finite."""
+    weights = sorted(source.rglob("*.safetensors"))
     if not weights:
         raise StoreError(f"{keys.run_id}: the result holds no weights")
+    return weights_sha256(weights)
+
+
+def certificate_of(keys: Keys, attempt: int, step: int, weights: str, files: Facts) -> Certificate:
+    """Returns what is said of files that were read back from the bucket; ``weights``: their fingerprint."""
     return Certificate(
         run_id=keys.run_id,
         attempt=attempt,
         step=step,
-        weights_sha256=weights_sha256(weights),
+        weights_sha256=weights,
         completed_at=time.time(),
         files=files,
     )

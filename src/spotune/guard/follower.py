@@ -96,13 +96,14 @@ class Follower:
             "error": None,
             "versions": {},
             "other_versions_allowed": message.get("other_versions_allowed", False),
+            "global_batch": 0,
         }
         try:
             for name, key in (("checkpoint", message["restored"]), ("best_checkpoint", message["best"])):
                 if key:
                     commit = Commit.from_bytes(self.store.read(key) or b"", key)
                     if name == "checkpoint":
-                        found["versions"] = commit.versions
+                        found |= {"versions": commit.versions, "global_batch": commit.global_batch}
                     found[name] = str(download_checkpoint(self.store, self.keys, commit, folder / exchange.TRAINER))
         except (BadCheckpoint, SpotuneError, OSError) as error:
             found["error"] = str(error)

@@ -5,7 +5,6 @@ and keeps ``progress.json`` and the local status file current.
 """
 
 import json
-import math
 import os
 import threading
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spotune.contracts.errors import SpotuneError
+from spotune.contracts.events import as_json, as_number
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Progress
 from spotune.contracts.store import Store
@@ -134,9 +134,7 @@ class Journal:
                 changes = {"step": event["step"], "tokens": event.get("tokens") or self._shown.tokens}
                 self.first_step = self.first_step or event["step"]
             case "log" if "loss" in event:
-                loss = event["loss"]
-                is_number = isinstance(loss, (int, float)) and math.isfinite(loss)  # a run may diverge
-                changes = {"loss": loss if is_number else None}
+                changes = {"loss": as_json(as_number(event["loss"]))}  # a run may diverge
             case "restored" if event.get("step"):
                 changes = {"step": event["step"], "committed_step": event["step"]}
             case "commit":

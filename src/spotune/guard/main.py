@@ -14,6 +14,7 @@ from spotune.contracts.environment import NUM_PROCESSES, RunEnvironment
 from spotune.contracts.errors import BadRecord, InputError, SpotuneError, StoreError
 from spotune.contracts.failpoints import failpoint
 from spotune.contracts.keys import Keys
+from spotune.contracts.output import protect_output
 from spotune.contracts.store import Patience, Store
 from spotune.guard import admission
 from spotune.guard.aftercare import finish_owed
@@ -36,6 +37,7 @@ USAGE = "python -m spotune.sft CONFIG [--profile P] [--set key=value]... [--allo
 
 def main(argv: list[str]) -> int:
     """Runs one attempt; returns the exit code of the contract (0, 1, 2, 75 or 76)."""
+    protect_output()
     enter_own_step(argv, os.environ)
     notices = Notices().install()
     try:

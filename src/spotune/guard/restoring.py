@@ -125,6 +125,7 @@ class Restoring:
             "best_checkpoint": found.best and str(found.best),
             "error": None,
             "versions": commit.versions if commit else {},
+            "global_batch": commit.global_batch if commit else 0,
             **told,
         }
         exchange.write_json(self._context.folder / exchange.RESTORED, given)

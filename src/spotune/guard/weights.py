@@ -1,4 +1,7 @@
-"""The fingerprint of trained weights, from safetensors files alone: no torch."""
+"""The fingerprint of trained weights, from safetensors files alone: no torch.
+
+Whoever takes it also reads every element, so this is where weights that are not finite are found last.
+"""
 
 import hashlib
 import json
@@ -6,14 +9,25 @@ import struct
 from collections.abc import Iterable
 from pathlib import Path
 
-from spotune.contracts.errors import StoreError
+from spotune.contracts.errors import SpotuneError, StoreError
+
+# dtype -> bytes of an element, and the bits of its exponent. All of them are set in NaN and infinity, in nothing else.
+_FLOATS = {
+    "F64": (8, 0x7FF0 << 48),
+    "F32": (4, 0x7F80 << 16),
+    "BF16": (2, 0x7F80),
+    "F16": (2, 0x7C00),
+    "F8_E5M2": (1, 0x7C),
+    "F8_E4M3": (1, 0x7F),
+}
 
 
 def weights_sha256(files: Iterable[Path]) -> str:
     """sha256 (hex) over all tensors sorted by name: ``name\\n dtype\\n shape\\n`` then the raw bytes of each.
 
     dtype is safetensors' word (``F32``, ``BF16``), shape is comma-separated; two results with the same
-    weights have the same fingerprint however they are sharded. Raises StoreError for a damaged file.
+    weights have the same fingerprint however they are sharded. Raises StoreError for a damaged file, SpotuneError for a
+    tensor that holds NaN or infinity; -inf may stand in a mask.
     """
     tensors: dict[str, tuple[Path, str, list[int], int, int]] = {}
     for path in files:
@@ -38,5 +52,28 @@ def weights_sha256(files: Iterable[Path]) -> str:
                 if not block:
                     raise StoreError(f"{path.name}: tensor {name} is cut off")
                 digest.update(block)
+                if has_not_finite(block, dtype):
+                    raise SpotuneError(f"{path.name}: tensor {name} holds NaN or infinity: not a result to certify")
                 size -= len(block)
     return digest.hexdigest()
+
+
+def has_not_finite(block: bytes, dtype: str) -> bool:
+    """Returns whether any element of a block is NaN or +inf; ``dtype`` is safetensors' word. Integers never are."""
+    size, exponent = _FLOATS.get(dtype, (0, 0))
+    if not size:
+        return False
+    # Fast, and enough for nearly all blocks: the highest byte has the exponent's highest bits.
+    top = exponent >> 8 * (size - 1)
+    highest = block[size - 1 :: size]
+    if not any(byte in highest for byte in range(256) if byte & top == top):
+        return False
+    # Each element is a lane of one great integer: an addition carries into the sign's place where it is large enough.
+    count = len(block) // size
+    lanes = (1 << 8 * size * count) // ((1 << 8 * size) - 1)  # 1 in each lane
+    sign = 1 << 8 * size - 1
+    value = int.from_bytes(block, "little")
+    magnitude, signs = value & lanes * (sign - 1), value & lanes * sign
+    beyond = (magnitude + lanes * (sign - exponent)) & lanes * sign  # NaN or infinite
+    is_nan = (magnitude + lanes * (sign - exponent - 1)) & lanes * sign if dtype != "F8_E4M3" else beyond
+    return bool(is_nan) or beyond & ~signs != 0

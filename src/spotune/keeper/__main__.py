@@ -6,13 +6,22 @@ import time
 from pathlib import Path
 
 from spotune.keeper.keeper import keep
+from spotune.keeper.log import close_log, log, open_log
 from spotune.keeper.look import look
 from spotune.keeper.settings import Settings
 
-if __name__ == "__main__":
+
+def main() -> int:
     try:
         settings = Settings.read(dict(os.environ), Path.home())
     except ValueError as error:
-        print(f"keeper: {error}", file=sys.stderr)
-        sys.exit(2)  # nothing that another start would mend
-    sys.exit(keep(settings, look(settings), time.time, time.sleep))
+        log(str(error), to_stderr=True)
+        return 2  # nothing that another start would mend
+    return keep(settings, look(settings), time.time, time.sleep)
+
+
+if __name__ == "__main__":
+    open_log()
+    code = main()
+    close_log()
+    sys.exit(code)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spotune.keeper.jupyter import shut_down
+from spotune.keeper.log import log
 from spotune.keeper.look import Look
 from spotune.keeper.settings import Settings
 
@@ -23,7 +24,7 @@ def keep(settings: Settings, look: Look, clock: Callable[[], float], sleep: Call
     me = _claim(newest, f"{os.uname().nodename}-{os.getpid()}-{clock():.6f}")
     started = last = clock()
     said, what = "", "the start of the keeper"
-    print(f"keeper: holds this cluster until nothing has worked for {settings.idle_s / 60:g} min", flush=True)
+    log(f"holds this cluster until nothing has worked for {settings.idle_s / 60:g} min")
     while True:
         now = clock()
         signs = sorted(look(now), key=lambda sign: -sign.at)
@@ -32,7 +33,7 @@ def keep(settings: Settings, look: Look, clock: Callable[[], float], sleep: Call
         busy = [sign.what for sign in signs if sign.at >= now]
         idle_s = now - last
         if _read(newest) not in (me, ""):  # gone, unreadable or half written: nobody newer has said so
-            print("keeper: a newer one holds this cluster now", flush=True)
+            log("a newer one holds this cluster now")
             return 0
         is_over = idle_s >= settings.idle_s
         why = "; ".join(busy) if busy else f"idle for {idle_s / 60:.0f} min, the last: {what}"
@@ -50,7 +51,7 @@ def keep(settings: Settings, look: Look, clock: Callable[[], float], sleep: Call
         _write(settings.state_file, state)
         said = _tell(busy, said)
         if is_over:
-            print(f"keeper: {why}: lets this cluster go", flush=True)
+            log(f"{why}: lets this cluster go")
             shut_down(settings.jupyter_runtime)  # a server that only waits would hold it for ever
             _end(settings)
             return 0
@@ -61,7 +62,7 @@ def _tell(busy: list[str], said: str) -> str:
     """Prints a change of mind, which is all that is worth a line; returns what was said."""
     now = "busy" if busy else "idle"
     if now != said:
-        print(f"keeper: {'busy: ' + '; '.join(busy) if busy else 'idle'}", flush=True)
+        log(f"{'busy: ' + '; '.join(busy) if busy else 'idle'}")
     return now
 
 
@@ -79,7 +80,7 @@ def _end(settings: Settings) -> None:
         try:
             subprocess.run(command, check=False)
         except OSError as error:  # no Slurm in this container: autostop is left
-            print(f"keeper: {command[0]}: {error}", flush=True)
+            log(f"{command[0]}: {error}")
 
 
 def _claim(path: Path, me: str) -> str:
@@ -88,7 +89,7 @@ def _claim(path: Path, me: str) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(me)
     except OSError as error:  # a full disk: both hold
-        print(f"keeper: {path}: {error}", flush=True)
+        log(f"{path}: {error}")
         return _read(path)
     return me
 
@@ -106,4 +107,4 @@ def _write(path: Path, state: dict[str, Any]) -> None:
         part.write_text(json.dumps(state))
         part.replace(path)
     except OSError as error:  # a full disk: holding on matters more than telling
-        print(f"keeper: {path}: {error}", flush=True)
+        log(f"{path}: {error}")

@@ -14,6 +14,7 @@ from typing import Any
 
 from spotune.contracts import exits
 from spotune.contracts.errors import BadRecord, InfraError, InputError, StoreError
+from spotune.contracts.events import as_number
 from spotune.contracts.keys import RUN_ID, RUNS, Keys
 from spotune.contracts.records import Certificate, Mark, Progress
 from spotune.contracts.revisions import record_as_submitted
@@ -236,7 +237,8 @@ def _with_progress(job: JobStatus, store: Store) -> JobStatus:
     seen, _ = _progress(store, Keys(job.run_id))
     if seen is None:
         return job
-    return replace(job, step=seen.step, max_steps=seen.max_steps or None, loss=seen.loss, phase=seen.phase)
+    loss = as_number(seen.loss)
+    return replace(job, step=seen.step, max_steps=seen.max_steps or None, loss=loss, phase=seen.phase)
 
 
 def _read_certificate(data: bytes, key: str) -> Certificate | None:

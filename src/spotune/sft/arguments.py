@@ -102,6 +102,7 @@ def effective(job: Job, folder: Path) -> dict[str, Any]:
     config |= {"push_to_hub": False, "enable_jit_checkpoint": False, "save_only_model": False}
     if "disable_tqdm" not in config and not sys.stdout.isatty():
         config["disable_tqdm"] = True
+    config.setdefault("logging_nan_inf_filter", False)  # it shows the mean of other steps in place of a NaN
     if config.get("env") is None:
         config.pop("env", None)
     return config

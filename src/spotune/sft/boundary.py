@@ -38,6 +38,8 @@ class Boundary(TrainerCallback):
     Attributes:
         resumed_from: the restored checkpoint, None for a fresh start.
         restored: this rank's state that came with it.
+        resumed_step, resumed_step_rows: its step, and how many rows a step had according to its commit, 0: not known.
+        where: the config's path, for messages.
     """
 
     def __init__(self, rule: SaveRule, saver: Saver, clock: Callable[[], float] = time.monotonic) -> None:
@@ -48,6 +50,8 @@ class Boundary(TrainerCallback):
         self.trainer: Any = None
         self.resumed_from: Path | None = None
         self.restored: Extra | None = None
+        self.resumed_step = self.resumed_step_rows = 0
+        self.where = "config"
         self.leaving = False
         self.evaluation_owed = False
         self._clock = clock
@@ -69,6 +73,7 @@ class Boundary(TrainerCallback):
                               trainable_parameters=trainable, total_parameters=total)  # fmt: skip
         self._enter("train")
         self._first_step = state.global_step + 1
+        self.saver.begin(self.trainer)
         self._last_save = self._clock()
         if self._common(self.control_file.look()).stop:
             raise Stopped(state.global_step)
@@ -84,7 +89,9 @@ class Boundary(TrainerCallback):
             self.events.write("step", step=state.global_step, tokens=tokens, data_wait_s=round(self._data_wait_s, 6))
         self._data_wait_s = 0.0
         self.evaluation_owed = False
+        self.saver.finite.end_step(state.global_step, self.trainer.accelerator.optimizer_step_was_skipped)
         if state.global_step == self._first_step:
+            self.saver.require_finite(self.trainer)  # a learning rate that is far too high is found here
             self.saver.prepare(self.trainer)
         self._is_saving_due |= self._is_due(state.global_step, control.should_save)
         if control.should_training_stop or (state.epoch == int(state.epoch) and not self.trainer.is_streaming):
@@ -106,9 +113,12 @@ class Boundary(TrainerCallback):
             raise EvaluationInterrupted
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        numbers = {name: value for name, value in (logs or {}).items() if _is_number(value)}
         if self.events:
-            numbers = {name: _finite(value) for name, value in (logs or {}).items() if _is_number(value)}
             self.events.write("log", **{**numbers, "step": state.global_step, "epoch": state.epoch})
+        if "loss" in numbers and not math.isfinite(numbers["loss"]):  # the same on all ranks
+            self.trainer._tr_loss.zero_()  # Trainer subtracts the sum from itself: NaN stays NaN
+            self.saver.require_finite(self.trainer)
 
     # -- decisions --------------------------------------------------------------------------------------------------
 
@@ -182,7 +192,3 @@ class Boundary(TrainerCallback):
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

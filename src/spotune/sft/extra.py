@@ -10,7 +10,7 @@ from typing import Any
 
 from spotune.contracts.exchange import read_json, write_json
 
-_COMMON = ("evaluation_owed", "epoch", "epoch_steps")  # the same on all ranks, however many there are
+_COMMON = ("evaluation_owed", "epoch", "epoch_steps", "position")  # the same on all ranks, however many there are
 
 
 @dataclass
@@ -21,6 +21,7 @@ class Extra:
         tokens: non-padding tokens trained since step 0, all ranks.
         evaluation_owed: an evaluation was due at this step and has not run.
         epoch, epoch_steps: where a stream is: its epoch, and the steps of that epoch so far.
+        position: where the run is in its data, in rows (``Position``); empty in checkpoints of earlier versions.
         loss_sum: loss since the last log line; ``loss_total``: of all lines before; ``logged_step``: their last step.
         metrics: TRL's lists of values since the last log line.
     """
@@ -29,6 +30,7 @@ class Extra:
     evaluation_owed: bool = False
     epoch: int = 0
     epoch_steps: int = 0
+    position: dict[str, Any] = field(default_factory=dict)
     loss_sum: float = 0.0
     loss_total: float = 0.0
     logged_step: int = 0

@@ -15,13 +15,14 @@ from pathlib import Path
 from spotune.contracts.errors import SpotuneError
 from spotune.contracts.exchange import OUTPUT, read_json, write_json
 from spotune.contracts.extras import EXTRAS, MERGE, MERGED, Answer, ExtraJob, answer_path
+from spotune.contracts.output import protect_output
 from spotune.sft.faults import one_line, print_traceback
 
 
 def main(argv: list[str]) -> None:
     """Does the extra and ends the process; never returns."""
+    protect_output()
     die_with_parent(os.environ)
-    sys.stdout.reconfigure(line_buffering=True)
     name, folder = argv[1], Path(argv[2]).absolute()
     answer = run(name, folder)
     write_json(answer_path(folder, name), answer)

@@ -30,6 +30,10 @@ class Stopped(Exception):
         self.step = step
 
 
+class NotFinite(SpotuneError):
+    """Training cannot be used from some step on; the message names the step."""
+
+
 def outcome_of(error: BaseException, step: int) -> Outcome:
     """The outcome that an exception amounts to; its message is one line for people."""
     if isinstance(error, Stopped):

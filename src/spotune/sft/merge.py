@@ -8,7 +8,7 @@ and must compute what the adapter does.
 import gc
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ def merge(config: Mapping[str, Any], result: Path, target: Path) -> dict[str, st
     transformers.utils.logging.disable_progress_bar()
     base = create_model_from_path(str(config["model_name_or_path"]), **base_options(config))
     dtypes = {name: parameter.dtype for name, parameter in base.named_parameters()}
+    known = set(not_finite(base))  # a mask of -inf, say: nothing that merging did
     dtype = str(base.dtype).removeprefix("torch.")
     _match_vocabulary(base, result)
     model = PeftModel.from_pretrained(base, str(result)).eval()
@@ -57,7 +58,7 @@ def merge(config: Mapping[str, Any], result: Path, target: Path) -> dict[str, st
     _copy_rest(result, target)
     del base, model, merged
     gc.collect()
-    return {"check": check(target, config, wanted, effect, dtype)}
+    return {"check": check(target, config, wanted, effect, dtype, known)}
 
 
 def base_options(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,20 +76,31 @@ def base_options(config: Mapping[str, Any]) -> dict[str, Any]:
     return options | {"device_map": None}
 
 
-def check(target: Path, config: Mapping[str, Any], wanted: Any, effect: float, dtype: str) -> str:
-    """Loads what was written and compares; returns a line of figures, raises SpotuneError when they are not right."""
-    import torch
+def check(
+    target: Path, config: Mapping[str, Any], wanted: Any, effect: float, dtype: str, known: Collection[str] = ()
+) -> str:
+    """Loads what was written and compares; returns a line of figures, raises SpotuneError when they are not right.
+
+    ``known``: the tensors that are not finite in the base itself.
+    """
     from trl.trainer.utils import create_model_from_path
 
     trust = is_on(config, "trust_remote_code")
     model = create_model_from_path(str(target), dtype=dtype, device_map=None, trust_remote_code=trust).eval()
-    bad = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
+    bad = [name for name in not_finite(model) if name not in known]
     if bad:
         raise SpotuneError(f"merged, {len(bad)} tensors are not finite, the first is {bad[0]}")
     distance, allowed = _distance(probe(model), wanted), max(TOLERANCE.get(dtype, 5e-2), OF_EFFECT * effect)
     if not distance <= allowed:
         raise SpotuneError(f"merged, its logits are {distance:.1e} away from the adapter's, {allowed:.1e} is allowed")
     return f"{dtype}, logits {distance:.1e} from the adapter's, which is {effect:.1e} from the base"
+
+
+def not_finite(model: Any) -> list[str]:
+    """Returns the names of a model's tensors that hold NaN or infinity."""
+    from spotune.sft.finite import all_finite
+
+    return [name for name, tensor in model.state_dict().items() if not all_finite([tensor])]
 
 
 def probe(model: Any) -> Any:

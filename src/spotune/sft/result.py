@@ -10,9 +10,13 @@ from spotune.sft.push import write_card
 
 
 def save_result(trainer: Any, output: Path, job: Job) -> None:
-    """Writes the final model; all ranks take part, since a sharded model has to be gathered."""
+    """Writes the final model; all ranks take part, since a sharded model has to be gathered.
+
+    Raises NotFinite, and writes nothing, where the model cannot be used.
+    """
     if trainer.is_fsdp_enabled:  # save_model writes nothing, without a word, while the state is sharded
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.saver.require_finite(trainer)  # of a run that saves nothing this is the only look
     trainer.accelerator.print("✅ Training completed.")
     trainer.save_model(str(output))
     if trainer.args.process_index == 0:

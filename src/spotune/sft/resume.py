@@ -22,6 +22,8 @@ def prepare(trainer: Any, restored: dict[str, Any]) -> str | None:
         _patch_best(checkpoint, restored.get("best_checkpoint"))
     boundary.resumed_from = checkpoint
     boundary.restored = Extra.read(checkpoint, args.process_index, args.world_size, int(restored.get("tokens") or 0))
+    boundary.resumed_step = json.loads((checkpoint / STATE).read_bytes())["global_step"]
+    boundary.resumed_step_rows = int(restored.get("global_batch") or 0)
     args.eval_on_start = False  # it was done before the first step
     if args.world_size > 1:
         import torch

@@ -17,9 +17,13 @@ import torch
 from spotune.contracts.events import EventLog
 from spotune.contracts.exchange import Staged, staged_path, write_json
 from spotune.contracts.failpoints import failpoint
+from spotune.sft.faults import NotFinite
+from spotune.sft.finite import Finite
 from spotune.sft.snapshot.arena import Arena, size_of
 from spotune.sft.snapshot.capture import Capture, capturing
 from spotune.sft.snapshot.writer import Writer
+
+REMEDY = "lower learning_rate, raise warmup_steps, or use bf16 in place of fp16"
 
 
 class Saver:
@@ -29,6 +33,9 @@ class Saver:
         folder: the exchange folder.
         events: rank 0's log, None on the others.
         versions: of the libraries, for the commit.
+
+    Attributes:
+        finite: keeps weights that are not finite out of checkpoints.
     """
 
     def __init__(
@@ -40,6 +47,8 @@ class Saver:
     ) -> None:
         self.folder, self.events, self.versions = folder, events, versions
         self.saved_step = -1
+        self.finite = Finite()
+        self._kept_step = 0  # of the newest checkpoint that is whole
         self._clock = clock
         # The commit has a sha256 of each file: a checksum of each tensor in it costs a tenth of a save, for nothing.
         torch.serialization.set_crc32_options(False)
@@ -61,14 +70,32 @@ class Saver:
         elif trainer.args.process_index == 0 and not trainer.is_deepspeed_enabled:
             self._arena.warm(size_of(_what_is_saved(trainer)))
 
+    def begin(self, trainer: Any) -> None:
+        """Looks at the weights before the first step: those of the model, or of the restored checkpoint."""
+        self.require_finite(trainer)
+        self._kept_step = trainer.state.global_step
+
+    def require_finite(self, trainer: Any, with_optimizer: bool = False) -> None:
+        """Raises NotFinite on all ranks where any rank's part of what is trained is not finite."""
+        fault = self.finite.fault(trainer, with_optimizer)
+        if not fault:
+            return
+        self.settle()  # the checkpoint that is being written is of an earlier step, and finite
+        kept = (
+            f"the last finite checkpoint is of step {self._kept_step}" if self._kept_step else "no checkpoint is kept"
+        )
+        raise NotFinite(f"{fault}; {kept} ({REMEDY})")
+
     def save(self, trainer: Any, checkpoint: Path, write: Callable[[], None]) -> None:
         """Copies what ``write`` writes to ``checkpoint``; returns when training may go on.
 
-        Waits for the checkpoint before it, if that is not on the disk yet.
+        Waits for the checkpoint before it, if that is not on the disk yet. Raises NotFinite, and saves nothing, where
+        training cannot go on from here.
         """
         began = self._clock()
         self.settle()
         step = trainer.state.global_step
+        self.require_finite(trainer, with_optimizer=step < trainer.state.max_steps)
         self._arena.reset()
         capture = Capture(self._arena, self._group)
         try:
@@ -115,6 +142,7 @@ class Saver:
             size = sum(int(fact["size"]) for fact in files.values())
             self.events.write("written", step=staged.step, write_s=round(write_s, 4), bytes=size)
         write_json(staged_path(self.folder, staged.step, rank), replace(staged, files=files))
+        self._kept_step = staged.step
 
     def _give_up(self, checkpoint: Path, fault: OSError) -> None:
         """A checkpoint did not come about; training goes on, and the next save tries again."""

@@ -18,6 +18,7 @@ from transformers.trainer_utils import SaveStrategy, set_seed
 from trl import SFTTrainer
 
 from spotune.sft.boundary import Boundary, EvaluationInterrupted
+from spotune.sft.epochs import Epochs
 from spotune.sft.extra import Extra
 from spotune.sft.faults import Stopped
 
@@ -30,23 +31,40 @@ class SpotTrainer(SFTTrainer):
         self.boundary = boundary
         boundary.trainer = self
         self.saver = boundary.saver
-        self._epoch = self._step_before_epoch = 0
+        self.finite = boundary.saver.finite
+        self.epochs = Epochs(self)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         return super().get_batch_samples(self.boundary.timed(epoch_iterator), num_batches, device)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        self.finite.note(loss)
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        self.finite.note(norm)
+        return norm
 
     @property
     def is_streaming(self) -> bool:
         """Whether the data has no length: then only training knows where an epoch ends."""
         return isinstance(self.train_dataset, torch.utils.data.IterableDataset)
 
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+        return self.epochs.plan(super().set_initial_training_values(args, dataloader), dataloader)
+
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
-        """Where to go on: (epoch, batches of it to skip). Trainer takes a stream's first epoch for endless."""
-        found: tuple[int, int] = super()._init_training_state(*args)
-        restored = self.boundary.restored
-        if self.is_streaming and restored is not None:
-            return restored.epoch, restored.epoch_steps * self.args.gradient_accumulation_steps
-        return found
+        """Where to go on: (epoch, batches of it to skip)."""
+        return self.epochs.first(super()._init_training_state(*args))
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Warns of keys that are missing, but not of a tied one: the weights under its other name are its own."""
+        missing, tied = set(load_result.missing_keys), getattr(self.model, "all_tied_weights_keys", None) or {}
+        other = {**tied, **{source: target for target, source in tied.items()}}
+        real = [key for key in load_result.missing_keys if other.get(key, key) in missing]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=real))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Where other ranks made the checkpoint there is nothing to go on from: not that of the first step again."""
@@ -59,11 +77,8 @@ class SpotTrainer(SFTTrainer):
         if self.state.global_step >= self.state.max_steps:  # resumed at the end: Trainer would train one step more
             self.control.should_training_stop = True
             return
-        is_resumed = kwargs["resume_from_checkpoint"] is not None and kwargs["epoch"] == kwargs["epochs_trained"]
-        skipped = kwargs["steps_trained_in_current_epoch"] if is_resumed else 0
-        self._epoch = kwargs["epoch"]
-        self._step_before_epoch = self.state.global_step - skipped // self.args.gradient_accumulation_steps
-        super()._run_epoch(**kwargs)
+        with self.epochs.running(kwargs):
+            super()._run_epoch(**kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -124,8 +139,9 @@ class SpotTrainer(SFTTrainer):
         return Extra(
             tokens=int(self._total_train_tokens),
             evaluation_owed=self.boundary.evaluation_owed,
-            epoch=self._epoch,
-            epoch_steps=self.state.global_step - self._step_before_epoch,
+            epoch=self.epochs.epoch,
+            epoch_steps=self.epochs.steps,
+            position=self.epochs.position().as_json(),
             loss_sum=self._tr_loss.item(),
             loss_total=self._total_loss_scalar,
             logged_step=self._globalstep_last_logged,

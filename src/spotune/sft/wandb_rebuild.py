@@ -4,6 +4,9 @@ import json
 import sys
 from pathlib import Path
 
+from spotune.contracts.events import NOT_FINITE
+from spotune.contracts.output import protect_output
+
 
 def rebuild(folder: Path) -> None:
     """Logs every surviving line once, in order, with Trainer's own names (``train/loss``, ``eval/loss``)."""
@@ -22,7 +25,7 @@ def rebuild(folder: Path) -> None:
     run.define_metric("*", step_metric="train/global_step", step_sync=True)
     for line in spec["logs"]:
         step, _ = line.pop("step"), line.pop("t", None)
-        named = {_tracker_name(name): value for name, value in line.items()}
+        named = {_tracker_name(name): float(value) if value in NOT_FINITE else value for name, value in line.items()}
         run.log({**named, "train/global_step": step})
     run.finish()
 
@@ -32,4 +35,5 @@ def _tracker_name(name: str) -> str:
 
 
 if __name__ == "__main__":
+    protect_output()
     rebuild(Path(sys.argv[1]))

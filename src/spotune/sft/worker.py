@@ -34,8 +34,9 @@ from spotune.contracts.exchange import (
     write_json,
 )
 from spotune.contracts.failpoints import failpoint
+from spotune.contracts.output import protect_output
 from spotune.contracts.versions import changed_versions, installed_versions
-from spotune.sft.faults import Stopped, outcome_of, print_traceback
+from spotune.sft.faults import NotFinite, Stopped, outcome_of, print_traceback
 
 
 @dataclass
@@ -52,8 +53,8 @@ class Rank:
 
 def main(argv: list[str]) -> None:
     """Runs the rank and ends the process; never returns."""
+    protect_output()
     die_with_parent(os.environ)
-    sys.stdout.reconfigure(line_buffering=True)  # a log file must have each line at once: a kill may be next
     folder = Path(argv[1]).absolute()
     rank = int(os.environ.get("RANK", "0"))
     outcome = run(folder, rank)
@@ -77,7 +78,7 @@ def run(folder: Path, rank: int) -> Outcome:
                 this.trainer.saver.settle()  # a checkpoint in memory outlives what ended the training
     except BaseException as error:  # the process's edge: whatever it is, the guard must hear of it
         outcome = outcome_of(error, step)
-        if outcome.how in ("failed", "retry"):
+        if outcome.how in ("failed", "retry") and not isinstance(error, NotFinite):
             print_traceback(error)
         return outcome
 
@@ -90,6 +91,7 @@ def _run(this: Rank) -> Outcome:
 
     check(this.job.config, this.job.config_path)
     this.trainer = trainer = _load(this)
+    trainer.boundary.where = this.job.config_path
     checkpoint = _wait_for_restore(this)
     trainer.train(resume_from_checkpoint=checkpoint)
     if this.events:

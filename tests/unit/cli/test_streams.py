@@ -46,6 +46,20 @@ def test_full(project: Project, line: str, unbuffered: str) -> None:
     assert (done.returncode, done.stderr) == (1, "cannot write the output: No space left on device\n")
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("streams", ["2> /dev/full", "2>&-", "2> >(exec true)"])
+def test_what_stderr_cannot_take_changes_no_exit_code(project: Project, streams: str, unbuffered: str) -> None:
+    for line, code in (("queue", 0), ("train run.yaml --dryrun", 0), ("queue --wrong", 2), ("logs no-such-run", 2)):
+        assert shell(project, f"spotune {line} {streams}", PYTHONUNBUFFERED=unbuffered).returncode == code, line
+
+
+@pytest.mark.parametrize("line", ["queue --help", "train run.yaml --dryrun", "cost"])
+def test_a_reader_that_leaves_gets_no_traceback(project: Project, line: str) -> None:
+    done = shell(project, f"spotune {line} | head -c 1; exit ${{PIPESTATUS[0]}}")
+    assert done.returncode in (0, 1)
+    assert done.stderr == ""
+
+
 def test_narrow(project: Project) -> None:
     done = shell(project, "spotune train run.yaml --dryrun", PYTHONIOENCODING="latin-1")
     assert (done.returncode, done.stderr) == (0, "")

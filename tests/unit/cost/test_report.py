@@ -1,5 +1,6 @@
 """A report by hand: every second and every cent of a small run."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from spotune.contracts.keys import Keys
 from spotune.contracts.records import PriceRow
 from spotune.cost.evidence import Evidence
 from spotune.cost.ledger import bills_due, build_accounts
+from spotune.cost.page import page_of
 from spotune.cost.report import build_report
 from spotune.cost.rows import run_row
 from spotune.cost.table import run_text
@@ -73,6 +75,20 @@ def test_attempts() -> None:
     assert [piece[2] for piece in attempts[1]["timeline"]] == [
         "provision", "load", "restore", "useful", "eval", "useful", "unknown",
     ]  # fmt: skip
+
+
+def test_a_loss_that_is_not_finite_is_shown_as_such() -> None:
+    evidence = three_attempts()
+    losses = {3: "nan", 4: 2.0, 5: "-inf", 6: None, 7: "1.0"}
+    logs = [event(38 + step / 10, "log", step=step, loss=loss) for step, loss in losses.items()]
+    events = {**evidence.events, 2: [*evidence.events[2], *logs]}
+    report = build_report(replace(evidence, events=events), "FAILED", T + 1000)
+    json.dumps(report, allow_nan=False)
+    assert [attempt["losses_not_finite"] for attempt in report["attempts"]] == [[], [[3, "nan"], [5, "-inf"]], []]
+    said = "Attempt 2: the loss is not finite (nan) at step 3 to 5."
+    assert said in run_text(report)
+    assert said in page_of(report)
+    assert page_of(report).count('class="fault"') == 3  # two in the chart, one in its legend
 
 
 def test_nodes_multiply_dollars_not_seconds() -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import signal
 import struct
 from dataclasses import replace
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from spotune.contracts.environment import RunEnvironment
-from spotune.contracts.errors import InputError, StoreError
+from spotune.contracts.errors import InputError, SpotuneError, StoreError
 from spotune.contracts.events import EventLog
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import AttemptRecord, Commit, Progress, RunRecord
@@ -87,9 +88,9 @@ def test_the_journal_keeps_order_progress_and_parts(local_store: Store, tmp_path
     journal.write("commit", step=7, upload_s=0.1, bytes=1)
     shown = json.loads(status.read_text())
     assert (shown["step"], shown["max_steps"], shown["loss"], shown["phase"]) == (7, 50, 1.5, "train")
-    log.write("log", step=7, loss=float("nan"))  # it has diverged: what is seen of it stays a record
+    log.write("log", step=7, loss=float("nan"))  # it has diverged: what is seen of it says so, and stays a record
     journal.write("note")
-    assert json.loads(status.read_text())["loss"] is None
+    assert json.loads(status.read_text())["loss"] == "nan"
     with open(tmp_path / "events", "a") as file:
         file.write('{"t": 1, "event": "st')  # a worker that was killed in mid-write
     journal.write("end", reason="preempted", exit_code=75, step=7, message="")
@@ -100,7 +101,8 @@ def test_the_journal_keeps_order_progress_and_parts(local_store: Store, tmp_path
     assert [event["event"] for event in events] == ["plan", "phase", "step", "log", "commit", "log", "note", "end"]
     assert last_event(local_store, KEYS, 3)["reason"] == "preempted"
     progress = Progress.from_bytes(local_store.read(KEYS.progress) or b"")
-    assert (progress.phase, progress.committed_step, progress.loss) == ("preempted", 7, None)
+    assert (progress.phase, progress.committed_step, progress.loss) == ("preempted", 7, "nan")
+    assert next(event for event in events[::-1] if event["event"] == "log")["loss"] == "nan"
 
 
 @pytest.mark.parametrize(
@@ -120,10 +122,10 @@ def test_two_faults_without_a_commit(local_store: Store, end: dict[str, object],
     assert not is_second_fault(local_store, KEYS, 1)
 
 
-def _safetensors(path: Path, tensors: dict[str, bytes]) -> Path:
+def _safetensors(path: Path, tensors: dict[str, bytes], dtype: str = "U8") -> Path:
     header, data = {"__metadata__": {"format": "pt"}}, b""
     for name, raw in tensors.items():
-        header[name] = {"dtype": "U8", "shape": [len(raw)], "data_offsets": [len(data), len(data) + len(raw)]}  # type: ignore[dict-item]
+        header[name] = {"dtype": dtype, "shape": [len(raw)], "data_offsets": [len(data), len(data) + len(raw)]}  # type: ignore[dict-item]
         data += raw
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
@@ -138,6 +140,38 @@ def test_weights_have_one_fingerprint_however_they_are_sharded(tmp_path: Path) -
     (tmp_path / "bad").write_bytes(b"not it")
     with pytest.raises(StoreError, match="bad: not a safetensors file"):
         weights_sha256([tmp_path / "bad"])
+
+
+# dtype, then as its bytes: the largest number, NaN, infinity (none in F8_E4M3)
+FLOATS = [
+    ("F64", struct.pack("<d", 1.7976931348623157e308), struct.pack("<d", math.nan), struct.pack("<d", math.inf)),
+    ("F32", struct.pack("<f", 3.4028234663852886e38), struct.pack("<f", math.nan), struct.pack("<f", math.inf)),
+    ("F16", struct.pack("<e", 65504.0), struct.pack("<e", math.nan), struct.pack("<e", math.inf)),
+    ("BF16", b"\x7f\x7f", b"\xc0\x7f", b"\x80\x7f"),
+    ("F8_E5M2", b"\x7b", b"\x7e", b"\x7c"),
+    ("F8_E4M3", b"\x7e", b"\x7f", b"\x7f"),
+]
+
+
+def _negative(value: bytes) -> bytes:
+    return value[:-1] + bytes([value[-1] | 0x80])
+
+
+@pytest.mark.parametrize(("dtype", "largest", "nan", "infinity"), FLOATS, ids=[row[0] for row in FLOATS])
+def test_weights_that_are_not_finite_have_no_fingerprint(
+    tmp_path: Path, dtype: str, largest: bytes, nan: bytes, infinity: bytes
+) -> None:
+    good = (largest + _negative(largest) + bytes(len(largest))) * 100
+    assert weights_sha256([_safetensors(tmp_path / "good", {"a": good}, dtype)])
+    for bad in (nan, _negative(nan), infinity):
+        for place in (0, 1, 299):
+            raw = good[: place * len(bad)] + bad + good[place * len(bad) :]
+            with pytest.raises(SpotuneError, match="w.safetensors: tensor b holds NaN or infinity") as caught:
+                weights_sha256([_safetensors(tmp_path / "w.safetensors", {"a": good, "b": raw}, dtype)])
+            assert not isinstance(caught.value, StoreError)  # no other try makes it better
+    assert weights_sha256([_safetensors(tmp_path / "integers", {"a": nan * 10 + infinity}, "U8")])
+    if dtype != "F8_E4M3":
+        assert weights_sha256([_safetensors(tmp_path / "mask", {"a": good + _negative(infinity)}, dtype)])
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,16 @@ def test_it_runs_with_a_plain_python(python: str, tmp_path: Path) -> None:
     assert "lets this cluster go" in done.stdout
 
 
+@pytest.mark.parametrize("streams", [">&- 2>&-", "> /dev/full 2> /dev/full", "2>&1 | true"])
+@pytest.mark.parametrize(("minutes", "code"), [("0", 0), ("soon", 2)])
+def test_it_ends_as_it_must_without_a_log(tmp_path: Path, streams: str, minutes: str, code: int) -> None:
+    environ = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(SOURCE.parent)}
+    environ |= {"SPOTUNE_IDLE_MINUTES": minutes, "PYTHONIOENCODING": "ascii"}
+    line = f"set -o pipefail; {sys.executable} -m spotune.keeper {streams}"
+    done = subprocess.run(["bash", "-c", line], env=environ, timeout=LIMIT_S, check=False)
+    assert done.returncode == code
+
+
 def test_a_setting_that_cannot_be_is_not_tried_again(tmp_path: Path) -> None:
     environ = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(SOURCE.parent), "SPOTUNE_IDLE_MINUTES": "soon"}
     command = [sys.executable, "-m", "spotune.keeper"]

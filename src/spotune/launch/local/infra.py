@@ -10,6 +10,7 @@ from typing import Any
 
 from spotune.contracts import environment
 from spotune.contracts.errors import InfraError, InputError, Unsettled
+from spotune.contracts.events import as_number
 from spotune.launch.infra import Agree, JobStatus, PaidInterval, Submission, check_folder, check_secrets
 from spotune.launch.local import daemon
 from spotune.launch.local.gpus import find_gpus
@@ -164,7 +165,7 @@ class LocalInfra:
             exit_code=job.exit_code,
             step=seen.get("step"),
             max_steps=seen.get("max_steps"),
-            loss=seen.get("loss"),
+            loss=as_number(seen.get("loss")),
             phase=seen.get("phase") or "",
             bucket=job.bucket,
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 from spotune.contracts.errors import SpotuneError
 from spotune.contracts.exchange import write_json
 from spotune.contracts.keys import Keys, commit_of
+from spotune.contracts.output import protect_output
 from spotune.contracts.records import Mark
 from spotune.contracts.store import Store
 
@@ -66,6 +67,7 @@ def _mark(store: Store, key: str) -> Mark | None:
 
 
 def main(arguments: list[str]) -> None:
+    protect_output()
     bucket, run_id, output = arguments
     write_json(Path(output), look(bucket, run_id))
 

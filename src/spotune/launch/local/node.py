@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spotune.contracts.exchange import read_json, write_json
+from spotune.contracts.output import protect_output
 from spotune.launch.local.layout import AttemptFiles
 
 HEARTBEAT_S = 1.0
@@ -21,6 +22,7 @@ HEARTBEAT_S = 1.0
 
 def main(arguments: list[str]) -> None:
     """Runs the job that ``machine.json`` in the given folder describes."""
+    protect_output()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGURG):
         signal.signal(number, _ignore)  # a function: SIG_IGN would be inherited by the job
     files = AttemptFiles(Path(arguments[0]))

@@ -11,6 +11,7 @@ from types import FrameType
 from uuid import uuid4
 
 from spotune.contracts.exits import BAD_INPUT, FAILED
+from spotune.contracts.output import protect_output
 from spotune.launch.local import daemon, processes
 from spotune.launch.local.gpus import Gpu
 from spotune.launch.local.layout import Layout
@@ -188,7 +189,7 @@ def serve(
 
 def main(arguments: list[str]) -> None:
     """Serves one home as its only supervisor."""
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    protect_output()
     signal.signal(signal.SIGTERM, _leave)
     layout = Layout(Path(arguments[0]))
     os.chdir(layout.root)
