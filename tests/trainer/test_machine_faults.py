@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,28 +28,11 @@ from spotune.contracts.exchange import Outcome
 from spotune.contracts.machinefaults import is_machine_fault
 from spotune.sft.faults import outcome_of
 from tests import tiny
+from tests.filesystems import file_system, fill, remounted
 from tests.ranks import Nursery, make_folder
 from tests.waiting import until
 
 Raise = Callable[[Path], object]
-
-
-@contextmanager
-def file_system(folder: Path, size: str) -> Iterator[Path]:
-    """A file system of its own in the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("this machine does not let a test mount a file system")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def remounted(folder: Path, mode: str) -> bool:
-    command = ["mount", "-o", f"remount,{mode}", str(folder)]
-    return not subprocess.run(command, capture_output=True, check=False).returncode
 
 
 @pytest.fixture
@@ -268,10 +250,3 @@ def test_a_run_whose_cache_fails(cached: tuple[Nursery, Path], tmp_path: Path, f
     (cache / "ballast").unlink(missing_ok=True)
     assert outcome.how == "retry", outcome
     assert run("after", max_length=31).how == "completed"
-
-
-def fill(folder: Path) -> None:
-    """Leaves a few kilobytes."""
-    free = os.statvfs(folder)
-    size = max(0, free.f_bavail * free.f_frsize - (12 << 10))
-    (folder / "ballast").write_bytes(b"\0" * size)

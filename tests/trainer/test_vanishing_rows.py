@@ -1,6 +1,7 @@
 """Rows that vanish are counted and reported; where none is left, or the model has no embedding, one line says so."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,27 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"dataset_name": "HOME/tools", "dataset_streaming": True, "chat_template_path": "HOME/strict.jinja"},
         "HOME/tools: data: the chat template HOME/strict.jinja fails: no tools",
     ),
+    "a template that raises, in a stream's own process": (
+        {
+            "dataset_name": "HOME/tools",
+            "dataset_streaming": True,
+            "dataloader_num_workers": 1,
+            "chat_template_path": "HOME/strict.jinja",
+        },
+        "HOME/tools: data: the chat template HOME/strict.jinja fails: no tools",
+    ),
+    "a scheduler's argument": (
+        {"data": [{"source": "HOME/chat.jsonl"}], "lr_scheduler_kwargs": {"nope": 1}, "lr_scheduler_type": "cosine"},
+        "config.yaml: lr_scheduler_type: get_cosine_schedule_with_warmup() got an unexpected keyword argument 'nope'",
+    ),
+    "a model's argument": (
+        {"data": [{"source": "HOME/chat.jsonl"}], "model_init_kwargs": {"nope": 1}},
+        "config.yaml: model_init_kwargs: LlamaForCausalLM.__init__() got an unexpected keyword argument 'nope'",
+    ),
+    "no steps to add up": (
+        {"data": [{"source": "HOME/chat.jsonl"}], "gradient_accumulation_steps": 0},
+        "config.yaml: gradient_accumulation_steps: must be at least 1",
+    ),
     "a template with a fault": (
         {"data": [{"source": "HOME/chat.jsonl"}], "chat_template_path": "HOME/adding.jinja"},
         "HOME/chat.jsonl: row 1: the chat template HOME/adding.jinja fails:"
@@ -216,6 +238,36 @@ def test_what_cannot_be_trained_on_is_refused_in_one_line(run: Run, home: Path, 
     changes, line = REFUSED[name]
     outcome, _ = run(**changes)
     assert (outcome.how, outcome.message) == ("bad_input", line.replace("HOME", str(home)))
+
+
+def test_positions_that_are_a_table(run: Run, home: Path, tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = tiny.make_tokenizer()
+    sizes = {"vocab_size": len(tokenizer), "n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    model, data = str(tmp_path / "gpt2"), [{"source": "HOME/b.jsonl"}]
+    outcome, _ = run("long", model_name_or_path=model, data=data)
+    expected = f"config.yaml: max_length: row 1 of {home}/b.jsonl has 64 tokens, and the model only 32 positions"
+    assert (outcome.how, outcome.message) == ("bad_input", f"{expected} (max_length: 32)")
+    outcome, _ = run("short", model_name_or_path=model, data=data, max_length=32)
+    assert outcome.how == "completed", outcome
+
+
+def test_a_pad_token_beyond_the_model(run: Run, home: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    shutil.copytree(home / "model", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.add_special_tokens({"pad_token": "<|new|>"})
+    tokenizer.save_pretrained(tmp_path / "model")
+    model, data = str(tmp_path / "model"), [{"source": "HOME/chat.jsonl"}]
+    outcome, _ = run("padded", model_name_or_path=model, data=data)
+    assert outcome.how == "bad_input", outcome
+    assert outcome.message.startswith("config.yaml: pad_token: batches are padded, and token 342 ('<|new|>') is beyond")
+    outcome, _ = run("alone", model_name_or_path=model, data=data, per_device_train_batch_size=1)
+    assert outcome.how == "completed", outcome
 
 
 @pytest.mark.parametrize("more", [{}, {"lr_scheduler_type": "reduce_lr_on_plateau"}], ids=["best", "plateau"])

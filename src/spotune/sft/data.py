@@ -126,7 +126,7 @@ def _load_as_trl(args: Arguments, job: Job, wants_evaluation: bool) -> Data:
     train = found[script.dataset_train_split]
     if hasattr(train, "__len__") and not len(train):
         raise InputError(job.config_path, "the data set has no rows", key=key)
-    name = script.dataset_name or ", ".join(entry.path for entry in args.datasets.datasets)
+    name = script.dataset_name or ", ".join(file for entry in args.datasets.datasets for file in _named(entry))
     if not wants_evaluation:
         return Data(train, None, _origins(name, train), None)
     evaluation = found[script.dataset_test_split]
@@ -138,15 +138,20 @@ def _reach(entries: Any) -> None:
     import fsspec
 
     for entry in entries or []:
-        files = entry.data_files.values() if isinstance(entry.data_files, dict) else [entry.data_files]
-        for url in [one for file in files for one in (file if isinstance(file, list) else [file])]:
-            if isinstance(url, str) and "://" in url and "*" not in url:
+        for url in _named(entry):
+            if "://" in url and "*" not in url:
                 try:
                     filesystem, path = fsspec.core.url_to_fs(url)
                     filesystem.info(path)
                 except Exception as error:
                     if is_machine_fault(error):
                         raise ConnectionError(f"cannot reach {url}: {error.__cause__ or error}") from error
+
+
+def _named(entry: Any) -> list[str]:
+    """The files that an entry of ``datasets`` names, else its path."""
+    files = entry.data_files.values() if isinstance(entry.data_files, dict) else [entry.data_files or entry.path]
+    return [str(one) for file in files for one in (file if isinstance(file, list) else [file])]
 
 
 def _origins(name: str, dataset: Any) -> Origins:

@@ -64,9 +64,9 @@ class Preparation:
         check_padding(self._limits, trainer, self._config_path)
 
     @contextmanager
-    def reading(self, trainer: Any) -> Iterator[None]:
+    def reading(self, trainer: Any, name: str) -> Iterator[None]:
         """Around what reads batches: a stream's rows are tokenized only then. Raises InputError."""
-        origins = self._origins.get("train")
+        origins = self._origins.get(name)
         if origins is None or not origins.is_streamed:
             yield
             return

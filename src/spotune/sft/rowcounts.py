@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from spotune.sft.origins import Origins
 
 BATCH_ROWS = 1000  # what `datasets` writes at once, so that a batch is in memory anyway
+PROBES = (0.5, 0.25, 0.75, 0.1, 0.9, 0.4, 0.6)  # where in a row to look for a token that is not special
 IGNORED = -100  # a label that the loss leaves out
 
 Numbers = NDArray[np.int64]
@@ -112,7 +113,7 @@ class RowCount:
         had = _any_within(trained, np.minimum(labels.starts + lead, labels.ends), labels.ends)
         first_label, last_label = self._kept(labels)
         has = _any_within(trained, np.minimum(first_label + lead, last_label), last_label)
-        is_empty = ~_any_within(~np.isin(tokens.values, self._special), tokens.starts, tokens.ends)
+        is_empty = self._only_special(tokens)
         is_lost = ~has & ~is_empty
         is_used = has & ~is_empty
         is_cut = is_used & (last - first < lengths)
@@ -159,12 +160,34 @@ class RowCount:
             return np.maximum(lists.starts, lists.ends - self.rule.max_length), lists.ends
         return lists.starts, np.minimum(lists.ends, lists.starts + self.rule.max_length)
 
+    def _only_special(self, tokens: "Lists") -> Flags:
+        """Finds the rows without any other token. Looks at a few tokens of each row first, which settles most."""
+        lengths = tokens.ends - tokens.starts
+        suspects = np.arange(len(lengths))
+        for share in PROBES:
+            at = np.minimum(tokens.starts + (lengths * share).astype(np.int64), max(0, len(tokens.values) - 1))[
+                suspects
+            ]
+            is_special = np.isin(tokens.values[at], self._special) if len(tokens.values) else True
+            suspects = suspects[is_special | (lengths[suspects] == 0)]
+        ends = np.cumsum(lengths[suspects])
+        starts = ends - lengths[suspects]
+        places = np.repeat(tokens.starts[suspects] - starts, lengths[suspects]) + np.arange(
+            int(lengths[suspects].sum())
+        )
+        found = np.zeros(len(lengths), np.bool_)
+        found[suspects] = ~_any_within(~np.isin(tokens.values[places], self._special), starts, ends)
+        return found
+
     def _see_values(self, lists: "Lists", first: Numbers, last: Numbers) -> None:
         """Takes note of the highest and the lowest value. Looks closer only where the batch may have a new one."""
-        for extreme, values in ((self.highest, lists.values), (self.lowest, -lists.values)):
-            if len(values) and int(values.max()) > extreme.value:
-                places = np.flatnonzero(_within(first, last, len(values)))
-                extreme.see(values[places], self._seen + np.searchsorted(lists.ends, places, side="right"))
+        if not len(lists.values):
+            return
+        for extreme, sign in ((self.highest, 1), (self.lowest, -1)):
+            most = lists.values.max() if sign > 0 else -lists.values.min()
+            if int(most) > extreme.value:
+                places = np.flatnonzero(_within(first, last, len(lists.values)))
+                extreme.see(sign * lists.values[places], self._seen + np.searchsorted(lists.ends, places, side="right"))
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def misfit_of(row: Mapping[str, Any], text_field: str) -> str:
 def _as_input_error(
     error: Exception, misfit: str, config_path: str, place: tuple[str, str], renderer: Renderer
 ) -> InputError:
-    text, (where, key) = str(error), place
+    text, (where, key) = _text_of(error), place
     if misfit:
         return InputError(where, misfit, key=key)
     if "chat_template" in text and "not set" in text:
@@ -129,6 +129,14 @@ def _as_input_error(
     if _is_template_error(error) or _came_from_a_template(error):
         return InputError(where, f"{renderer.template} fails: {said}", key=key)
     return InputError(where, f"cannot be read or tokenized: {said}", key=key)
+
+
+def _text_of(error: BaseException) -> str:
+    """The error's message; of one in a data loader's process torch gives the whole traceback."""
+    text = str(error)
+    if not (text.startswith("Caught ") and "in DataLoader worker process" in text):
+        return text
+    return text.strip().rpartition("\n")[2].partition(": ")[2]
 
 
 def _came_from_a_template(error: BaseException) -> bool:

@@ -47,7 +47,7 @@ class SpotTrainer(SFTTrainer):
         return self._preparation.prepare(super()._prepare_dataset, dataset, renderer, packing, dataset_name)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        with self._preparation.reading(self):
+        with self._preparation.reading(self, "train"):
             found = super().get_batch_samples(self.boundary.timed(epoch_iterator), num_batches, device)
         self._preparation.check_streamed(self, found[0])
         return found
@@ -103,7 +103,7 @@ class SpotTrainer(SFTTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluates without moving training's randomness: the DataLoader of an evaluation draws a seed."""
-        with self.boundary.phase("eval"), _unmoved_rng():
+        with self.boundary.phase("eval"), _unmoved_rng(), self._preparation.reading(self, "eval"):
             self._evaluated = metrics = super().evaluate(*args, **kwargs)
         self._preparation.check_evaluated(metrics)
         return metrics

@@ -31,7 +31,7 @@ def keep_environment(path: Path, environ: Mapping[str, str], secrets: Mapping[st
 
     Like any local process, a local job sees the environment of the shell that started it. It has to outlive
     the supervisor, so it is on disk (0600); the queue's database and the bucket never see it.
-    Raises InputError where it cannot be written.
+    Raises InputError where it cannot be written, InfraError where the disk fails.
     """
     kept = {name: value for name, value in environ.items() if name in _INHERITED or not name.startswith(_NOT_INHERITED)}
     if python:
