@@ -1,12 +1,15 @@
 """What a machine cannot do, and what is not there, is said before anything is loaded."""
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from spotune.contracts.errors import InputError
+from spotune.sft.faults import outcome_of
 from spotune.sft.hardware import Hardware, check_hardware
 from spotune.sft.preflight import check
 
@@ -74,7 +77,6 @@ THERE: list[tuple[dict[str, Any], str]] = [
         "model_name_or_path: no folder '/no/such/folder', and no hub id either",
     ),
     ({"model_name_or_path": "org/name/more"}, "model_name_or_path: no folder 'org/name/more'"),
-    ({"model_name_or_path": "org/name"}, "model_name_or_path: org/name is no local folder and not in the hub's cache"),
     ({"data": [{"source": "/no/*.jsonl"}]}, "data[0].source: no file matches /no/*.jsonl"),
     ({"data": [{"source": "a", "wieght": 1}]}, "data[0].wieght: unknown key (did you mean weight?)"),
     ({"data": None, "datasets": [{"path": "json", "data_files": "/no.jsonl"}]}, "datasets[0].data_files: no such file"),
@@ -90,6 +92,23 @@ def test_what_is_not_there(config: dict[str, Any], changes: dict[str, Any], expe
         check({**config, **changes}, "c.yaml", L4)
     assert str(raised.value).startswith(f"c.yaml: {expected}")
     assert "\n" not in str(raised.value)
+
+
+def test_a_hub_that_is_away_is_the_machines(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    with pytest.raises(ConnectionError, match="not in the hub's cache, and the hub cannot be reached") as raised:
+        check({**config, "model_name_or_path": "org/name"}, "c.yaml", L4)
+    assert outcome_of(raised.value, 0).how == "retry"
+
+
+def test_a_hub_that_is_switched_off_is_bad_input(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="not in the hub's cache, and the hub is offline"):
+        check({**config, "model_name_or_path": "org/name"}, "c.yaml", L4)
 
 
 def test_a_folder_that_is_no_model(config: dict[str, Any], tmp_path: Path) -> None:

@@ -14,6 +14,10 @@ from spotune.sft.extra import Extra
 from spotune.sft.faults import Stopped, outcome_of
 
 
+class SafetensorError(Exception):
+    """Named as safetensors' own."""
+
+
 class OutOfMemoryError(RuntimeError):
     """Named as torch's."""
 
@@ -39,6 +43,13 @@ def wrapped(cause: Exception) -> Exception:
         (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "retry"),
         (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback …"), "failed"),
         (FileNotFoundError(errno.ENOENT, "no file"), "failed"),
+        (OSError(errno.EROFS, "Read-only file system"), "retry"),
+        (OSError("Cannot allocate memory"), "retry"),
+        (MemoryError(), "retry"),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "retry"),
+        (SafetensorError("Error while deserializing header: incomplete metadata"), "bad_input"),
+        (ValueError("Could not convert 'No space left on device'"), "failed"),
+        (PermissionError(errno.EACCES, "Permission denied", "No space left on device"), "failed"),
         (ConnectionResetError("reset"), "retry"),
         (wrapped(ConnectionError("no route")), "retry"),
         (SystemExit(3), "failed"),

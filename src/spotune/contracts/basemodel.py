@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from spotune.contracts.datafiles import is_lfs_pointer
-from spotune.contracts.errors import InputError
+from spotune.contracts.errors import InputError, StoreError
 from spotune.contracts.filehashes import hash_files
+from spotune.contracts.machinefaults import is_machine_fault
 from spotune.contracts.records import fingerprint
 
 MODEL_KEYS = ("model_name_or_path", "model_revision", "chat_template_path")
@@ -41,6 +42,8 @@ def model_files(config: Mapping[str, Any], where: object, cache: Path | None = N
                 raise InputError(path, "is a Git LFS pointer, not the model's file", remedy="git lfs pull")
         facts = hash_files([path for _, path in local], cache)
     except OSError as error:
+        if is_machine_fault(error):
+            raise StoreError(f"{where}: {key}: cannot be read: {error}") from error
         raise InputError(where, f"cannot be read: {error}", key=key) from error
     hashed = [{"name": name, **fact} for (name, _), fact in zip(local, facts, strict=True)]
     return hashed + [{"name": name, "revision": revision} for name, path, revision in found if not path]
@@ -69,6 +72,8 @@ def _base_of(folder: Path, where: object) -> list[tuple[str, Path | None, str]]:
         adapter = json.loads(path.read_bytes())
         base, revision = str(adapter["base_model_name_or_path"]), str(adapter.get("revision") or "main")
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if is_machine_fault(error):
+            raise StoreError(f"{path}: cannot be read: {error}") from error
         remedy = "base_model_name_or_path in it"
         raise InputError(path, f"names no base model: {error}", remedy=remedy) from error
     below = _folder(base, where)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from spotune.contracts.errors import InputError, SpotuneError, StoreError
+from spotune.contracts.machinefaults import is_machine_fault
 from spotune.contracts.store.faults import Fault, judge, words_of
 
 ENDINGS = {
@@ -118,7 +119,9 @@ def _find_remote(source: str, where: object, key: str) -> tuple[bool, list[str]]
         fs, path = open_store(source)
         try:  # not isdir and exists: each would wait for a store that cannot be reached
             is_folder = fs.info(path)["type"] == "directory"
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if is_machine_fault(error):
+                raise
             found = fs.glob(path) if any(mark in path for mark in "*?[") else []
             return False, sorted(f"{protocol}://{name}" for name in found)
         if not is_folder:
@@ -157,7 +160,8 @@ def unreachable(url: str, where: object, key: str, error: Exception) -> SpotuneE
     """Returns a StoreError for what may pass, since another machine may reach the store, else an InputError."""
     remedy = "is the name right, are there credentials for it, and a way to it from here?"
     fault = InputError(where, f"cannot reach {url}: {words_of(error)}", key=key, remedy=remedy)
-    return StoreError(str(fault)) if judge(error) in (Fault.PASSING, Fault.UNREADY) else fault
+    may_pass = judge(error) in (Fault.PASSING, Fault.UNREADY) or is_machine_fault(error)
+    return StoreError(str(fault)) if may_pass else fault
 
 
 def notices(data: Sequence[Mapping[str, Any]] | None, where: object) -> list[str]:

@@ -5,6 +5,8 @@ Every line has ``t`` (epoch seconds) and ``event``:
     start    {attempt, host, world_size}                       the guard has claimed the attempt
     phase    {phase}                                           this phase lasts until the next one
     restored {step, commit or null, rejected: [text], restore_s}
+    rows     {set, max_length, sources: [{source, rows, dropped, truncated, empty}]}  set: training or evaluation; what
+             tokenizing took away from each source, before training; null counts: the source is streamed
     plan     {max_steps, num_train_epochs, trainable_parameters, total_parameters}  training begins
     step     {step, tokens, data_wait_s}                       a step ended; tokens since step 0, all ranks
     log      {step, epoch, loss, learning_rate, ...}           Trainer's own log line, numbers only; NaN and infinity

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from spotune.contracts.datafiles import checksum_of, find_files, is_remote, local_path, open_store, unreachable
-from spotune.contracts.errors import InputError
+from spotune.contracts.errors import InputError, StoreError
+from spotune.contracts.machinefaults import is_machine_fault
 from spotune.contracts.records import fingerprint
 
 # What of a config says which rows are trained on, besides the files themselves.
@@ -97,7 +98,9 @@ def _file_facts(url: str, where: object, key: str) -> dict[str, Any]:
     if not is_remote(url):
         try:
             return {"url": url, **file_facts(local_path(url.removeprefix("file://"), where, key))}
-        except (FileNotFoundError, PermissionError) as error:  # other faults of a disk are the machine's
+        except OSError as error:
+            if is_machine_fault(error):
+                raise StoreError(f"{where}: {key}: cannot read {url}: {error.strerror or error}") from error
             raise InputError(where, f"cannot read {url}: {error.strerror or error}", key=key) from error
     try:
         fs, path = open_store(url)

@@ -17,6 +17,7 @@ from spotune.cost.table import notes_of
 _OPTION = "--html"
 _LONGEST_NAME = 255 - 16  # bytes, what a file system takes, less the mark of a half-written file
 _LOST = "What the machine after it spent until it was as far; what is done again counts with its waits and saves."
+_ROWS = "Dropped: no token of the row is trained on. Truncated: cut to max_length. Empty: no text after tokenizing."
 _HEAD = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -69,6 +70,7 @@ def page_of(report: Mapping[str, Any]) -> str:
         parts += _sections(report)
     else:
         parts.append("<section><h2>No machine yet</h2><p>Nothing was paid so far.</p></section>")
+    parts.append(_section("data", "What became of the rows", _ROWS, tables.data(report["data_rows"])))
     parts += ["</main>", _footer(report), "</body></html>"]
     return "\n".join(part for part in parts if part) + "\n"
 

@@ -5,6 +5,7 @@ from html import escape
 from typing import Any
 
 from spotune.cost import charts, svg, words
+from spotune.cost.datarows import COUNTS
 
 
 def phases(report: Mapping[str, Any], present: Sequence[str]) -> str:
@@ -72,6 +73,22 @@ def lost(preemptions: Sequence[Mapping[str, Any]]) -> str:
         rows += f'<tr>{head_cells}{cells}<td class="n">{words.usd(one["cost_usd"])}</td></tr>'
     return (
         '<div class="wide" role="region" aria-labelledby="lost" tabindex="0"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def data(sources: Sequence[Mapping[str, Any]]) -> str:
+    """Empty where no machine has counted yet."""
+    if not sources:
+        return ""
+    titles = ("Source", "Used for", "Rows", "Dropped", "Truncated", "Empty")
+    head = "".join(f'<th scope="col"{_right(index > 1)}>{title}</th>' for index, title in enumerate(titles))
+    rows = ""
+    for one in sources:
+        cells = "".join(f'<td class="n">{words.count(one[name])}</td>' for name in COUNTS)
+        rows += f'<tr><th scope="row">{escape(one["source"])}</th><td>{escape(words.use_of(one))}</td>{cells}</tr>'
+    return (
+        '<div class="wide" role="region" aria-labelledby="data" tabindex="0"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 

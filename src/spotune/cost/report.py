@@ -13,6 +13,7 @@ saved_usd       on_demand_usd - cost_usd
 useful_steps    distinct steps known to be completed; replayed_steps: completions of a step that an earlier
                 attempt had completed already
 usd_per_million_tokens   cost_usd / tokens trained that are in the result so far
+data_rows       what tokenizing took away from each source, as the newest attempt counted: datarows.py
 preemptions     what each lost machine cost: preemptions.py; gpu_*: gpus.py; estimates (one run only): estimates.py
 unreconciled_s  the part of paid_s that is by the machine's own clock, the engine's row being lost
 
@@ -26,6 +27,7 @@ from spotune.contracts.events import NOT_FINITE, as_json, as_number
 from spotune.contracts.money import HOUR_S, on_demand_price
 from spotune.contracts.records import SCHEMA_VERSION, PriceRow, RunRecord
 from spotune.cost.account import Account
+from spotune.cost.datarows import data_rows
 from spotune.cost.eventlog import number, step_of
 from spotune.cost.evidence import Evidence
 from spotune.cost.gpus import gpu_figures
@@ -92,6 +94,7 @@ def build_report(
         "useful_steps": done,
         "replayed_steps": sum(step.again for account in accounts for step in account.steps),
         "tokens": tokens,
+        "data_rows": data_rows(evidence.events),
         "weights_sha256": evidence.certificate.weights_sha256 if evidence.certificate else None,
         **gpu_figures(accounts),
         "usd_per_million_tokens": cost_usd / tokens * 1e6 if is_priced and cost_usd is not None and tokens else None,

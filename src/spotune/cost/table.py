@@ -6,6 +6,7 @@ from typing import Any
 
 from spotune.contracts.columns import columns, cut, plain
 from spotune.cost import words
+from spotune.cost.datarows import COUNTS
 from spotune.cost.groups import spent_usd
 
 WIDTH = 80
@@ -21,6 +22,7 @@ def run_text(report: Mapping[str, Any]) -> str:
     parts = ["\n".join(_headline(report))]
     if report["attempts"]:
         parts += [_attempts(report["attempts"]), _phases(report)]
+    parts += [_data(report["data_rows"])] if report["data_rows"] else []
     parts += ["\n".join(textwrap.fill(note, WIDTH) for note in notes)] if (notes := notes_of(report)) else []
     return "\n\n".join(parts)
 
@@ -160,6 +162,20 @@ def _phases(report: Mapping[str, Any]) -> str:
             share = seconds / paid_s
             rows.append([name, words.duration(seconds), words.percent(share), _bar(share)])
     return columns(["PHASE", "TIME", "SHARE", ""], rows, right=(1, 2))
+
+
+def _data(sources: Sequence[Mapping[str, Any]]) -> str:
+    header = ["DATA", "ROWS", "DROPPED", "TRUNCATED", "EMPTY", ""]
+    rows = [
+        [_end_of(plain(one["source"]), 20), *(words.count(one[name]) for name in COUNTS), words.use_of(one)]
+        for one in sources
+    ]
+    return columns(header, rows, right=(1, 2, 3, 4))
+
+
+def _end_of(text: str, most: int) -> str:
+    """The end of a path says more than its start."""
+    return text if len(text) <= most else f"…{text[1 - most :]}"
 
 
 def _bar(share: float, width: int = _BAR) -> str:

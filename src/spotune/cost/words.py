@@ -69,6 +69,11 @@ def steps(attempt: Mapping[str, Any]) -> str:
     return NONE if last is None else f"{first or '?'}–{last}"
 
 
+def use_of(source: Mapping[str, Any]) -> str:
+    """What a source's rows are used for."""
+    return f"{source['set']}{', streamed' if source['rows'] is None else ''}"
+
+
 def end(attempt: Mapping[str, Any]) -> str:
     return str(attempt["end_reason"] or "running")
 

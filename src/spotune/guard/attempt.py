@@ -67,7 +67,7 @@ class Attempt:
             code, reason, message = error.exit_code, "failed", str(error)
         except SpotuneError as error:
             code, reason, message = error.exit_code, self._reason_of(error), str(error)
-        except OSError as error:  # of the local disk: those of the bucket have their own name
+        except (OSError, MemoryError) as error:  # of this machine: those of the bucket have their own name
             code, reason, message = exits.PREEMPTED, "failed", f"this machine: {error}"
         if code == exits.PREEMPTED and reason == "failed" and self._is_second_fault():
             code, message = exits.FAILED, f"two attempts in a row failed and committed nothing: {message}"

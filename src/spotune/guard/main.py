@@ -52,6 +52,9 @@ def main(argv: list[str]) -> int:
     except SpotuneError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    except (OSError, MemoryError) as error:  # of this machine, before an attempt could record it
+        print(f"this machine: {type(error).__name__}: {error}", file=sys.stderr)
+        return exits.FAILED if managed_job(os.environ) and not notices.given else exits.PREEMPTED
 
 
 def bar_restarts(error: InputError, environ: Mapping[str, str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from spotune.contracts.configkeys import is_on, settled
 from spotune.contracts.errors import InputError
 from spotune.contracts.exchange import TRAINER, Job
+from spotune.contracts.machinefaults import is_machine_fault
 from spotune.contracts.trackers import wandb_mode
 from spotune.sft.push import doubts
 
@@ -54,9 +55,17 @@ def parse(job: Job, folder: Path, rank: int) -> Arguments:
     parser = Parser((ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig), prog="spotune")
     try:
         found = parser.parse_args_and_config(["--config", str(path)])
-    except _REFUSALS as error:
+    except InputError:
+        raise
+    except Exception as error:  # the config alone decides what these classes accept
+        if is_machine_fault(error):
+            raise
         raise InputError(job.config_path, str(error) or type(error).__name__) from error
     script, training, model, datasets = found
+    if not all(isinstance(name, str) for name in training.report_to):
+        raise InputError(job.config_path, "null does not name a tracker", key="report_to", remedy="report_to: none")
+    if training.gradient_accumulation_steps < 1:
+        raise InputError(job.config_path, "must be at least 1", key="gradient_accumulation_steps")
     training.report_to = usable_trackers(training.report_to, os.environ)
     _settle_cpu(training)
     _keep_global_batch(training, job)

@@ -6,7 +6,7 @@ data sets of rows in one of TRL's formats.
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,22 @@ from spotune.contracts.datafiles import file_state, notices
 from spotune.contracts.errors import InputError
 from spotune.contracts.exchange import Job
 from spotune.contracts.fingerprint import data_files
+from spotune.contracts.machinefaults import is_machine_fault
 from spotune.contracts.records import fingerprint
 from spotune.sft.arguments import Arguments
 from spotune.sft.mixture import counts, divide, interleave
+from spotune.sft.origins import Origins, distinct, joined
 from spotune.sft.sources import Source, dataset_of, one_layout, read_all, twins
 
 
 @dataclass(frozen=True)
 class Data:
-    """Data sets of rows; ``evaluation`` is None when the config evaluates nothing."""
+    """Data sets of rows, and where each row comes from; ``evaluation`` is None when the config evaluates nothing."""
 
     train: Any
     evaluation: Any
+    train_origins: Origins
+    evaluation_origins: Origins | None
 
 
 def load_data(args: Arguments, job: Job) -> Data:
@@ -35,7 +39,7 @@ def load_data(args: Arguments, job: Job) -> Data:
     wants_evaluation = args.training.eval_strategy != "no"
     data = _load_own(args, job) if job.config.get("data") else _load_as_trl(args, job, wants_evaluation)
     if not wants_evaluation:
-        return Data(data.train, None)
+        return replace(data, evaluation=None, evaluation_origins=None)
     if data.evaluation is None:
         remedy = 'split: 0.05 on an entry of data, or eval_strategy: "no"'
         raise InputError(
@@ -58,19 +62,25 @@ def _load_own(args: Arguments, job: Job) -> Data:
     layout = one_layout([read for inside in reads for read in inside])
     datasets = [dataset_of(inside, layout, cache) for inside in reads]
     _say([*notices(entries, job.config_path), *twins([read.part for inside in reads for read in inside])])
-    training, held_out = [], []
-    for source, dataset in zip(sources, datasets, strict=True):
-        kept, out = _held_out(source, dataset, seed)
-        training.append(kept)
-        held_out += [out] if out is not None else []
-    sizes = [len(dataset) for dataset in training]
+    names = distinct([source.url for source in sources], [source.key for source in sources])
+    divided = [
+        _held_out(source, dataset, Origins.of_one(name, len(dataset)), seed)
+        for source, dataset, name in zip(sources, datasets, names, strict=True)
+    ]
+    training, held_out = [kept for kept, _ in divided], [out for _, out in divided if out is not None]
+    sizes = [len(dataset) for dataset, _ in training]
     taken = counts(sizes, [entry.get("weight") for entry in entries])
-    train = training[0]
+    train, origins = training[0]
     if len(training) > 1 or taken != sizes:
-        train = concatenate_datasets(training).select(interleave(sizes, taken, seed))
-    evaluation = concatenate_datasets(held_out) if held_out else None
+        order = interleave(sizes, taken, seed)
+        train = concatenate_datasets([dataset for dataset, _ in training]).select(order)
+        origins = joined([found for _, found in training]).select(order)
     limit = job.config.get("data_limit")
-    return Data(_first(train, limit), _first(evaluation, limit) if evaluation is not None else None)
+    if not held_out:
+        return Data(_first(train, limit), None, origins.first(limit), None)
+    evaluation = concatenate_datasets([dataset for dataset, _ in held_out])
+    of_evaluation = joined([found for _, found in held_out])
+    return Data(_first(train, limit), _first(evaluation, limit), origins.first(limit), of_evaluation.first(limit))
 
 
 def _recorded(job: Job, source: str) -> list[dict[str, Any]]:
@@ -85,12 +95,15 @@ def _say(lines: list[str]) -> None:
             print(f"[spotune] data: {line}", file=sys.stderr)
 
 
-def _held_out(source: Source, dataset: Any, seed: int) -> tuple[Any, Any]:
+Part = tuple[Any, Origins]  # a data set, and where its rows come from
+
+
+def _held_out(source: Source, dataset: Any, origins: Origins, seed: int) -> tuple[Part, Part | None]:
     count = source.held_out(len(dataset))
     if not count:
-        return dataset, None
+        return (dataset, origins), None
     kept, out = divide(len(dataset), count, seed)
-    return dataset.select(kept), dataset.select(out)
+    return (dataset.select(kept), origins.select(kept)), (dataset.select(out), origins.select(out))
 
 
 def _first(dataset: Any, limit: int | None) -> Any:
@@ -101,7 +114,6 @@ def _load_as_trl(args: Arguments, job: Job, wants_evaluation: bool) -> Data:
     """What TRL's own script does with ``datasets`` and ``dataset_name``, and nothing else."""
     import datasets
     from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
     from trl import get_dataset
 
     script = args.script
@@ -117,7 +129,10 @@ def _load_as_trl(args: Arguments, job: Job, wants_evaluation: bool) -> Data:
             found = get_dataset(args.datasets)
         else:
             found = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
-    except (DatasetNotFoundError, DatasetGenerationError, FileNotFoundError, ValueError) as error:
+    except Exception as error:  # only what the config names is read here
+        if is_machine_fault(error):
+            raise
+        _reach(args.datasets.datasets)
         raise InputError(job.config_path, f"cannot be loaded: {error.__cause__ or error}", key=key) from error
     for file, state in zip(files, states, strict=True):
         if file_state(file["url"]) != state:
@@ -129,9 +144,39 @@ def _load_as_trl(args: Arguments, job: Job, wants_evaluation: bool) -> Data:
         if split not in found:
             remedy = f"it has {', '.join(found)}"
             raise InputError(job.config_path, f"the data set has no split {split!r}", key=name, remedy=remedy)
-    if hasattr(found[script.dataset_train_split], "__len__") and not len(found[script.dataset_train_split]):
+    train = found[script.dataset_train_split]
+    if hasattr(train, "__len__") and not len(train):
         raise InputError(job.config_path, "the data set has no rows", key=key)
-    return Data(found[script.dataset_train_split], found[script.dataset_test_split] if wants_evaluation else None)
+    name = script.dataset_name or ", ".join(file for entry in args.datasets.datasets for file in _named(entry))
+    if not wants_evaluation:
+        return Data(train, None, _origins(name, train), None)
+    evaluation = found[script.dataset_test_split]
+    return Data(train, evaluation, _origins(name, train), _origins(name, evaluation))
+
+
+def _reach(entries: Any) -> None:
+    """Raises ConnectionError for a URL of ``data_files`` whose server is away: `datasets` calls that a missing file."""
+    import fsspec
+
+    for entry in entries or []:
+        for url in _named(entry):
+            if "://" in url and "*" not in url:
+                try:
+                    filesystem, path = fsspec.core.url_to_fs(url)
+                    filesystem.info(path)
+                except Exception as error:
+                    if is_machine_fault(error):
+                        raise ConnectionError(f"cannot reach {url}: {error.__cause__ or error}") from error
+
+
+def _named(entry: Any) -> list[str]:
+    """The files that an entry of ``datasets`` names, else its path."""
+    files = entry.data_files.values() if isinstance(entry.data_files, dict) else [entry.data_files or entry.path]
+    return [str(one) for file in files for one in (file if isinstance(file, list) else [file])]
+
+
+def _origins(name: str, dataset: Any) -> Origins:
+    return Origins.of_one(name, len(dataset) if hasattr(dataset, "__len__") else None)
 
 
 def _local_files(job: Job) -> list[dict[str, Any]]:

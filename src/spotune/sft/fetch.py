@@ -10,6 +10,7 @@ from pathlib import Path
 
 from spotune.contracts.datafiles import checksum_of, is_remote, local_path, open_store, unreachable
 from spotune.contracts.errors import InputError
+from spotune.contracts.machinefaults import is_machine_fault
 
 
 def fetch(url: str, cache: Path, where: str, key: str, checksum: str = "") -> str:
@@ -44,6 +45,8 @@ def fetch(url: str, cache: Path, where: str, key: str, checksum: str = "") -> st
     except InputError:
         raise
     except FileNotFoundError as error:
+        if is_machine_fault(error):  # fsspec says so of a web server that is away
+            raise unreachable(url, where, key, error) from error
         raise InputError(where, f"no such file: {url}", key=key) from error
     except (PermissionError, ImportError) as error:
         raise InputError(where, f"cannot read {url}: {error}", key=key) from error

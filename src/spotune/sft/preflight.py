@@ -109,7 +109,10 @@ def has_template(folder: Path) -> bool:
 
 
 def _check_hub(name: str, revision: str, where: str) -> None:
-    """One look at the hub with a deadline; transformers' own would try for minutes where nothing answers."""
+    """One look at the hub with a deadline; transformers' own would try for minutes where nothing answers.
+
+    Raises ConnectionError where it cannot be reached: another machine may reach it.
+    """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -142,7 +145,7 @@ def _check_hub(name: str, revision: str, where: str) -> None:
         proxy = " behind the proxy" if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") else ""
         remedy = "a local folder, or a machine that reaches the hub"
         what = f"{name} is no local folder and not in the hub's cache, and the hub cannot be reached{proxy}"
-        raise InputError(where, what, key=key, remedy=remedy) from error
+        raise ConnectionError(str(InputError(where, what, key=key, remedy=remedy))) from error
 
 
 def _transport_error() -> type[Exception]:

@@ -14,7 +14,8 @@ from spotune.contracts.configkeys import is_on
 from spotune.contracts.configwhole import HUB_NAME
 from spotune.contracts.errors import SpotuneError
 from spotune.contracts.extras import ExtraJob
-from spotune.sft.faults import chain, one_line
+from spotune.contracts.machinefaults import chain
+from spotune.sft.faults import one_line
 
 REQUEST_S = 60.0  # without it a hub that hangs is waited for for ever
 PATIENCE_S = 300.0

@@ -22,6 +22,7 @@ from spotune.contracts.datafiles import file_state, find_files, kind_of
 from spotune.contracts.errors import InputError, shown
 from spotune.contracts.exchange import read_json, write_json
 from spotune.contracts.fingerprint import file_facts
+from spotune.contracts.machinefaults import is_machine_fault
 from spotune.sft.fetch import fetch
 from spotune.sft.mixture import held_out_count
 from spotune.sft.readers import HubReader, Reader, open_file, spoilt
@@ -225,7 +226,7 @@ def read_part(part: Part, cache: Path | None, most_bytes: int | None = None) -> 
         key = f"row {error.row}" if error.row else "header"
         raise InputError(part.url, error.what, key=key, remedy=error.remedy or REMEDIES.get(format, "")) from error
     except Exception as error:
-        if spoilt(error):
+        if spoilt(error) and not is_machine_fault(error):
             raise InputError(part.url, f"cannot be read: {error}") from error
         raise
     if part.state and part.state != file_state(part.path):
@@ -378,6 +379,10 @@ def _load_hub(source: Source) -> Any:
     try:
         return load_dataset(name, name=source.entry.get("dataset_config"), revision=revision or None, split=split)
     except (DatasetNotFoundError, FileNotFoundError) as error:
+        if is_machine_fault(error):
+            raise
         raise source.error(f"cannot find {source.url}: {error}", key="source") from error
     except ValueError as error:  # an unknown configuration or split; the message lists those that are there
+        if is_machine_fault(error):
+            raise
         raise source.error(str(error), key="source") from error

@@ -21,21 +21,38 @@ from spotune.sft.boundary import Boundary, EvaluationInterrupted
 from spotune.sft.epochs import Epochs
 from spotune.sft.extra import Extra
 from spotune.sft.faults import Stopped
+from spotune.sft.preparation import Preparation
+from spotune.sft.tokenizing import Renderer
 
 
 class SpotTrainer(SFTTrainer):
-    """An SFTTrainer whose boundaries are kept by ``boundary``, which is also its callback."""
+    """An SFTTrainer whose boundaries are kept by ``boundary``, which is also its callback.
 
-    def __init__(self, *args: Any, boundary: Boundary, **kwargs: Any) -> None:
+    ``preparation`` counts and checks the rows while they are tokenized.
+    """
+
+    def __init__(self, *args: Any, boundary: Boundary, preparation: Preparation, **kwargs: Any) -> None:
+        self._preparation = preparation
+        self._evaluated: dict[str, float] = {}
         super().__init__(*args, callbacks=[boundary], **kwargs)
+        preparation.check_model(self)
         self.boundary = boundary
         boundary.trainer = self
         self.saver = boundary.saver
         self.finite = boundary.saver.finite
         self.epochs = Epochs(self)
 
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        renderer = Renderer(processing_class, self.chat_template, args)
+        return self._preparation.prepare(super()._prepare_dataset, dataset, renderer, packing, dataset_name)
+
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        return super().get_batch_samples(self.boundary.timed(epoch_iterator), num_batches, device)
+        with self._preparation.reading(self, "train"):
+            found = super().get_batch_samples(self.boundary.timed(epoch_iterator), num_batches, device)
+        self._preparation.check_streamed(self, found[0])
+        return found
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)
@@ -92,7 +109,8 @@ class SpotTrainer(SFTTrainer):
             raise Stopped(self.state.global_step)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        is_best = super()._determine_best_metric(metrics, trial)
+        with self._known_metric(metrics):
+            is_best = super()._determine_best_metric(metrics, trial)
         keeps_best = self.args.load_best_model_at_end or self.args.save_strategy == SaveStrategy.BEST
         if is_best and keeps_best:  # whatever rule is in force, the best model must be there to load
             self.control.should_save = True
@@ -100,8 +118,25 @@ class SpotTrainer(SFTTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluates without moving training's randomness: the DataLoader of an evaluation draws a seed."""
-        with self.boundary.phase("eval"), _unmoved_rng():
-            return super().evaluate(*args, **kwargs)
+        with self.boundary.phase("eval"), _unmoved_rng(), self._preparation.reading(self, "eval"):
+            self._evaluated = metrics = super().evaluate(*args, **kwargs)
+        self._preparation.check_evaluated(metrics)
+        return metrics
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self._known_metric(None):
+            found: dict[str, float] = super()._evaluate(*args, **kwargs)
+            return found
+
+    @contextmanager
+    def _known_metric(self, metrics: dict[str, float] | None) -> Iterator[None]:
+        """Turns Trainer's KeyError for a metric that there is not into an InputError."""
+        try:
+            yield
+        except KeyError as error:
+            if "metric_for_best_model" not in str(error):
+                raise
+            raise self._preparation.wrong_metric(self.args, metrics or self._evaluated) from error
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
@@ -111,6 +146,14 @@ class SpotTrainer(SFTTrainer):
     def _load_best_model(self) -> None:
         self.saver.settle()  # it may be the one that is being written
         super()._load_best_model()
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        with self._preparation.settings("optim"):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        with self._preparation.settings("lr_scheduler_type"):
+            return super().create_scheduler(*args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Restores the states, but not settings: those are the config's, which may have been changed on purpose."""

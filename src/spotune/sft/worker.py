@@ -94,6 +94,9 @@ def _run(this: Rank) -> Outcome:
     trainer.boundary.where = this.job.config_path
     checkpoint = _wait_for_restore(this)
     trainer.train(resume_from_checkpoint=checkpoint)
+    if not trainer.state.global_step:  # Trainer only warns, and would leave the base model as the result
+        what = "not a single step could be made: the rows do not fill a batch, or none is left of a stream"
+        raise InputError(this.job.config_path, what, key="data", remedy="more rows, or a greater max_length")
     if this.events:
         this.events.phase("teardown")
     from spotune.sft.result import save_result

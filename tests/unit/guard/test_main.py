@@ -9,6 +9,7 @@ from spotune.contracts.keys import Keys
 from spotune.contracts.records import Mark
 from spotune.contracts.store import Store
 from spotune.guard import main as guard
+from tests.filesystems import file_system, remounted
 
 KEYS = Keys("a-run")
 MARK = Mark(run_id="a-run", attempt=3, at=0, reason="cancelled by u", exit_code=1, step=7)
@@ -71,3 +72,17 @@ def test_a_run_that_was_ended_does_not_start_again(store: Store, capsys: pytest.
     assert guard.main(["none.yaml"]) == mark.exit_code
     assert store.keys("runs") == [key]
     assert "a-run stands still since attempt 3: cancelled by u (spotune resume a-run)" in capsys.readouterr().err
+
+
+def test_a_disk_that_fails_before_anything_is_recorded_is_the_machines(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "run.yaml").write_text("model_name_or_path: a/b\ndata: [{source: data.jsonl}]\n")
+    with file_system(tmp_path / "home") as home:
+        assert remounted(home, "ro")
+        assert guard.main(["run.yaml"]) == 75
+        assert capsys.readouterr().err.splitlines()[-1].startswith("this machine: OSError: [Errno 30] Read-only file")
+        assert store.read(KEYS.failed) is None
+        monkeypatch.setenv("SKYPILOT_MANAGED_JOB_ID", "7")
+        assert guard.main(["run.yaml"]) == 1

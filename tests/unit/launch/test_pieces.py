@@ -23,6 +23,7 @@ from spotune.launch.preemptions import due
 from spotune.launch.prices import local_prices
 from spotune.launch.settings import load_settings
 from spotune.launch.task import Demand, Resources, demand_of, fill_in, load_task
+from tests.filesystems import file_system, remounted
 
 ROOT = Path(__file__).parents[3]
 
@@ -212,3 +213,13 @@ def test_a_queue_that_is_none_is_named_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "queue.db").write_bytes(b"no database, and long enough to be looked at as one" * 100)
     with pytest.raises(InfraError, match=r"queue\.db: file is not a database \(move it away: .*\)"):
         Queue(tmp_path / "queue.db").create()
+
+
+def test_a_home_on_a_disk_that_fails_is_not_bad_input(tmp_path: Path) -> None:
+    with file_system(tmp_path / "home") as home:
+        assert remounted(home, "ro")
+        layout = Layout(home / "local")
+        with pytest.raises(InfraError, match="SPOTUNE_HOME: cannot make .*: Read-only file system"):
+            layout.make()
+        with pytest.raises(InfraError, match="SPOTUNE_HOME: cannot write .*: Read-only file system"):
+            keep_environment(layout.environment("a-run"), {}, {})

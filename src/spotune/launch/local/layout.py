@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from spotune.contracts import environment
-from spotune.contracts.errors import InputError
+from spotune.contracts.errors import InfraError, InputError
+from spotune.contracts.machinefaults import is_machine_fault
 
 MARKER = "SPOTUNE_MACHINE"  # in the environment of everything that a machine runs
 
@@ -51,6 +52,8 @@ class Layout:
         try:
             self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
+            if is_machine_fault(error):
+                raise InfraError(f"{environment.HOME}: cannot make {self.root}: {error.strerror}") from error
             raise InputError(environment.HOME, f"cannot make {self.root}: {error.strerror}") from error
 
 

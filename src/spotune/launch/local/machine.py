@@ -12,8 +12,9 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from spotune.contracts import environment
-from spotune.contracts.errors import InputError
+from spotune.contracts.errors import InfraError, InputError
 from spotune.contracts.exchange import read_json, write_json
+from spotune.contracts.machinefaults import is_machine_fault
 from spotune.launch.local.layout import MARKER, Layout
 from spotune.launch.local.rows import Attempt, Job
 
@@ -30,7 +31,7 @@ def keep_environment(path: Path, environ: Mapping[str, str], secrets: Mapping[st
 
     Like any local process, a local job sees the environment of the shell that started it. It has to outlive
     the supervisor, so it is on disk (0600); the queue's database and the bucket never see it.
-    Raises InputError where it cannot be written.
+    Raises InputError where it cannot be written, InfraError where the disk fails.
     """
     kept = {name: value for name, value in environ.items() if name in _INHERITED or not name.startswith(_NOT_INHERITED)}
     if python:
@@ -55,6 +56,8 @@ def _writing(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         yield
     except OSError as error:
+        if is_machine_fault(error):
+            raise InfraError(f"{environment.HOME}: cannot write {path}: {error.strerror}") from error
         raise InputError(environment.HOME, f"cannot write {path}: {error.strerror}") from error
 
 
