@@ -205,6 +205,7 @@ LINES = [
     '{"prompt":NaN,"completion":"c"}',
     *("", " ", "[]", "{", '{"prompt":"a",', '"completion":"b"}'),
 ]
+# Nor may a line without a row hide one with two.
 JSON_LINES = some.one_of(
     some.fixed_dictionaries({"prompt": SHORT, "completion": SHORT}).map(json.dumps),
     some.dictionaries(some.sampled_from(["prompt", "completion", "id"]), some.none() | some.integers() | SHORT).map(
