@@ -134,21 +134,25 @@ def _find_remote(source: str, where: object, key: str) -> tuple[bool, list[str]]
 
 def open_store(url: str) -> tuple[Any, str]:
     """Returns (file system, path in it) of a URL. A ``::`` in the name of an object is part of the name."""
-    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # read on import; a look-up that takes 60 s
     import fsspec
 
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the traceback of what it also raises
     protocol = url.split("://", 1)[0]
-    options: dict[str, Any] = {}
-    if protocol in ("s3", "gs", "gcs"):
-        options["use_listings_cache"] = False
-    if protocol in ("gs", "gcs") and os.environ.get("STORAGE_EMULATOR_HOST"):
-        options["token"] = "anon"
-    if protocol in ("s3", "gs", "gcs", "http", "https"):
-        fs = fsspec.filesystem(protocol, **options)
+    if protocol in ("gs", "gcs"):
+        # The plain kind: another one asks for the bucket's type over gRPC, a minute where that cannot be reached.
+        from gcsfs.core import GCSFileSystem
+
+        fs = GCSFileSystem(use_listings_cache=False, **({"token": "anon"} if _has_emulator() else {}))
+        return fs, str(fs._strip_protocol(url))
+    if protocol in ("s3", "http", "https"):
+        fs = fsspec.filesystem(protocol, **({"use_listings_cache": False} if protocol == "s3" else {}))
         return fs, str(fs._strip_protocol(url))
     found: tuple[Any, str] = fsspec.core.url_to_fs(url)
     return found
+
+
+def _has_emulator() -> bool:
+    return bool(os.environ.get("STORAGE_EMULATOR_HOST"))
 
 
 def checksum_of(info: Mapping[str, Any]) -> str:
