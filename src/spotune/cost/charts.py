@@ -46,7 +46,9 @@ def strips(report: Mapping[str, Any]) -> str:
             hint = f"{words.PHASES[phase][0]}: {words.duration(seconds)}"
             content += svg.bar(phase, (start + offset) / length_s * 100, seconds / length_s * 100, _STRIP, hint)
         sums = [(phase, attempt["phases"][f"{phase}_s"]) for phase in words.PHASES]
-        said = ", ".join(f"{words.PHASES[phase][0]} {words.duration(seconds)}" for phase, seconds in sums if seconds)
+        said = ", ".join(
+            f"{words.PHASES[name][0]} {words.duration(paid)}" for name, paid in sums if words.is_seen(paid)
+        )
         text = f"{_name(attempt)} over time: begins {words.duration(start)} after submission; {said}"
         facts = [words.market(attempt), words.duration(attempt["paid_s"])]
         facts += [f"steps {words.steps(attempt)}"] if attempt["last_step"] else []
@@ -86,7 +88,8 @@ def loss_chart(report: Mapping[str, Any]) -> str:
     key += f"<li>{svg.stroke('mark')}an attempt goes on</li>" if marks else ""
     key += f"<li>{svg.stroke('fault')}not finite: NaN or infinite</li>" if lost else ""
     key += "<li>a gap: no record of these steps</li>" if len(kept) > 1 else ""
-    content = axes + svg.plot(_PLOT, faults + marks + lines) + labels
+    # The bands first: an attempt that begins at step 0 again would cover the axis.
+    content = svg.plot(_PLOT, marks) + axes + svg.plot(_PLOT, faults + lines) + labels
     return f'<ul class="legend">{key}</ul>{svg.picture("loss", text, _PLOT + 24, content)}'
 
 

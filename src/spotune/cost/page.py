@@ -76,7 +76,7 @@ def page_of(report: Mapping[str, Any]) -> str:
 
 
 def _sections(report: Mapping[str, Any]) -> list[str]:
-    present = [phase for phase in words.PHASES if report["phases"][f"{phase}_s"] > 0]
+    present = [phase for phase in words.PHASES if words.is_seen(report["phases"][f"{phase}_s"])]
     attempts = f"{charts.legend(present)}{charts.strips(report)}"
     return [
         _section("time", "Where the paid time went", "", tables.phases(report, present)) if report["paid_s"] else "",

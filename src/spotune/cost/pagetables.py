@@ -31,8 +31,9 @@ def phases(report: Mapping[str, Any], present: Sequence[str]) -> str:
 
 
 def machines(attempts: Sequence[Mapping[str, Any]]) -> str:
-    titles = ("Attempt", "Machine", "Kind", "$/hour", "Paid", "Cost", "Steps", "Ended", "Price from")
-    right = (3, 4, 5, 6)
+    # The money first: on a phone the rest is beyond the screen's edge.
+    titles = ("Attempt", "Cost", "Paid", "Steps", "Ended", "Kind", "$/hour", "Machine", "Price from")
+    right = (1, 2, 3, 6)
     head = "".join(
         f'<th scope="col"{_right(index in right)}>{title}</th>' for index, title in enumerate(titles)
     )  # fmt: skip
@@ -40,13 +41,13 @@ def machines(attempts: Sequence[Mapping[str, Any]]) -> str:
     for attempt in attempts:
         price = attempt["price_usd_per_hour"]
         cells = [
-            words.machine(attempt),
-            words.market(attempt),
-            words.NONE if price is None else f"{price:g}",
-            words.duration(attempt["paid_s"]),
             words.usd(attempt["cost_usd"]),
+            words.duration(attempt["paid_s"]),
             words.steps(attempt),
             words.end(attempt),
+            words.market(attempt),
+            words.NONE if price is None else f"{price:g}",
+            words.machine(attempt),
             attempt["price_source"],
         ]
         body = "".join(
@@ -63,14 +64,15 @@ def lost(preemptions: Sequence[Mapping[str, Any]]) -> str:
     """Empty when there was none."""
     if not preemptions:
         return ""
-    titles = ("Attempt", "Ended", "Provision", "Setup", "Loading", "Restore", "Done again", "Paid", "Cost")
-    seconds = ("provision_s", "setup_s", "load_s", "restore_s", "replayed_s", "paid_s")
-    head = "".join(f'<th scope="col"{_right(index > 1)}>{title}</th>' for index, title in enumerate(titles))
+    titles = ("Attempt", "Cost", "Paid", "Ended", "Provision", "Setup", "Loading", "Restore", "Done again")
+    seconds = ("provision_s", "setup_s", "load_s", "restore_s", "replayed_s")
+    head = "".join(f'<th scope="col"{_right(index not in (0, 3))}>{title}</th>' for index, title in enumerate(titles))
     rows = ""
     for one in preemptions:
         cells = "".join(f'<td class="n">{words.duration(one[name])}</td>' for name in seconds)
-        head_cells = f'<th scope="row">{one["attempt"] or words.NONE}</th><td>{escape(words.end(one))}</td>'
-        rows += f'<tr>{head_cells}{cells}<td class="n">{words.usd(one["cost_usd"])}</td></tr>'
+        money = f'<td class="n">{words.usd(one["cost_usd"])}</td><td class="n">{words.duration(one["paid_s"])}</td>'
+        name = f'<th scope="row">{one["attempt"] or words.NONE}</th>'
+        rows += f'<tr>{name}{money}<td class="nowrap">{escape(words.end(one))}</td>{cells}</tr>'
     return (
         '<div class="wide" role="region" aria-labelledby="lost" tabindex="0"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"

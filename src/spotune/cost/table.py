@@ -158,7 +158,7 @@ def _phases(report: Mapping[str, Any]) -> str:
     rows = []
     for phase, (name, _) in words.PHASES.items():
         seconds = report["phases"][f"{phase}_s"]
-        if seconds > 0:
+        if words.is_seen(seconds):
             share = seconds / paid_s
             rows.append([name, words.duration(seconds), words.percent(share), _bar(share)])
     return columns(["PHASE", "TIME", "SHARE", ""], rows, right=(1, 2))

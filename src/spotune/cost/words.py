@@ -47,6 +47,11 @@ def duration(seconds: float | None) -> str:
     return " ".join(parts[:2])
 
 
+def is_seen(seconds: float) -> bool:
+    """Returns whether a duration is more than the ``0.0 s`` that it would be shown as."""
+    return seconds >= 0.05
+
+
 def count(number: int | None) -> str:
     return NONE if number is None else f"{number:,}"
 

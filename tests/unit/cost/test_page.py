@@ -74,6 +74,19 @@ def test_what_a_user_typed_is_escaped() -> None:
     assert "&lt;script&gt;" in page
 
 
+def test_the_money_comes_first(report: dict[str, Any]) -> None:
+    """On a phone the last columns are beyond the edge of the screen."""
+    heads = [[str(cell.text) for cell in head.iter("th")] for head in parse(page_of(report)).iter("thead")]
+    assert [titles[:3] for titles in heads[1:]] == [["Attempt", "Cost", "Paid"]] * 2
+
+
+def test_a_phase_of_no_time_has_no_row(report: dict[str, Any]) -> None:
+    report["phases"]["setup_s"] = 0.04
+    names = [cell.text for cell in parse(page_of(report)).iter("th") if cell.get("scope") == "row"]
+    assert " setup" not in names
+    assert "setup" not in run_text(report)
+
+
 def test_the_same_report_gives_the_same_page(report: dict[str, Any]) -> None:
     assert page_of(report) == page_of(report)
 
