@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from spotune.contracts.config import load_config, parse_flags
 from spotune.contracts.configkeys import key_faults, schema
 from spotune.contracts.errors import Faults, InputError
+from spotune.contracts.localfiles import check_local_files
 from spotune.contracts.oldkeys import advice, new_name, old_names
 
 RIGHT: dict[str, Any] = {"model_name_or_path": "org/model", "dataset_name": "org/rows"}
@@ -253,3 +254,26 @@ def test_flags_of_several_values_are_lists() -> None:
         "seed=3",
     ]
     assert parse_flags("--lora_target_modules q_proj v_proj".split()) == ["lora_target_modules=[q_proj, v_proj]"]
+
+
+def test_files_that_are_not_here_are_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("ds.json").write_text("{}")
+    config = {
+        "chat_template_path": "chat.jinja",
+        "deepspeed": "ds.json",
+        "fsdp_config": "fsdp.json",
+        "accelerator_config": '{"split_batches": true}',
+        "datasets": [
+            {"path": "json", "data_files": {"train": "rows.jsonl"}},
+            {"path": "org/rows", "data_files": "a.jsonl"},
+            {"path": "json", "data_files": ["s3://b/a.jsonl", "*.jsonl"]},
+        ],
+    }
+    with pytest.raises(InputError) as raised:
+        check_local_files(config, "c.yaml")
+    assert raised.value.lines == [
+        "c.yaml: datasets[0].data_files: no such file: rows.jsonl",
+        "c.yaml: chat_template_path: no such file: chat.jinja",
+        "c.yaml: fsdp_config: no such file: fsdp.json",
+    ]
