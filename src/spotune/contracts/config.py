@@ -201,6 +201,7 @@ def parse_flags(flags: list[str]) -> list[str]:
                 name, values = name[3:], ["false"]
             elif not values and "boolean" not in kinds:
                 raise InputError(f"--{name}", "needs a value")
-            value = f"[{', '.join(values)}]" if kinds == "array" else " ".join(values) or "true"
+            is_list = "array" in kinds and ("string" not in kinds or len(values) > 1)
+            value = f"[{', '.join(values)}]" if is_list else " ".join(values) or "true"
         overrides.append(f"{name}={value}")
     return overrides

@@ -75,7 +75,7 @@ def _of_old_key(old: tuple[str, Any, str], config: Mapping[str, Any]) -> str:
     if not name:
         return text
     if name in config and isinstance(value, dict):
-        return f"put {', '.join(value)} into {name}"
+        return f"put {', '.join(map(str, value))} into {name}"
     if config.get(name):
         return f"leave it out, since {name} is given"
     is_taken = not list(key_faults({name: value}))

@@ -35,8 +35,9 @@ def whole_faults(config: Mapping[str, Any], faulty: frozenset[str] = frozenset()
     given = [key for key in _DATA if config.get(key)]
     if "data" in given and len(given) > 1:
         yield Fault("data", f"both data and {given[1]} are given", "keep one of them")
-    if "data" not in faulty:
-        yield from source_faults(config.get("data") or [])
+    sources = [] if "data" in faulty else list(source_faults(config.get("data") or []))
+    yield from sources
+    faulty |= {"data"} if sources else frozenset()
     yield from _extra_faults(config, faulty)
     yield from rule_faults(config, faulty)
 

@@ -49,7 +49,12 @@ _KINDS = (
     ),
     _kind("a DeepSpeed config", "zero_optimization train_micro_batch_size_per_gpu", "name it with deepspeed: FILE"),
     _kind("an accelerate config", "compute_environment distributed_type", "spotune starts the ranks itself; use fsdp:"),
-    _kind("a model's config.json", "architectures model_type", "name the model's folder with model_name_or_path:"),
+    _kind(
+        "a model's config.json",
+        "architectures model_type transformers_version vocab_size hidden_size",
+        "name the model's folder with model_name_or_path:",
+        least=2,
+    ),
     _kind("an adapter's config", "peft_type", "write use_peft: true, lora_r: … and lora_alpha: … instead"),
     _kind("the record of a run", "run_id config_sha256", "spotune show RUN; spotune train --from RUN", least=2),
     _kind("a Kubernetes manifest", "apiVersion kind", _START, least=2),

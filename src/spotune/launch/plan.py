@@ -14,6 +14,7 @@ from spotune.contracts.durations import parse_save_every
 from spotune.contracts.errors import InputError
 from spotune.contracts.fingerprint import data_files, data_sha256
 from spotune.contracts.keys import check_run_id, new_run_id
+from spotune.contracts.localfiles import check_local_files
 from spotune.contracts.money import parse_usd
 from spotune.contracts.records import PriceRow, RunRecord, fingerprint
 from spotune.launch.checks import check_model
@@ -85,6 +86,7 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
     if wish.preemptions and backend != LOCAL:
         raise InputError("--preemptions", f"{infra} takes machines away by itself", remedy="--infra local")
     config = load_config(wish.config_path, wish.profile, wish.overrides, wish.default_profile)
+    check_local_files(config, wish.config_path)
     check_model(config, wish.config_path)
     files = data_files(config, wish.config_path)
     model = model_files(config, wish.config_path, workspace.env.cache)

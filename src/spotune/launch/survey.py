@@ -9,6 +9,7 @@ from spotune.contracts.datafiles import notices
 from spotune.contracts.errors import InfraError, InputError, raise_all
 from spotune.contracts.fingerprint import data_files, data_sha256
 from spotune.contracts.keys import RUNS
+from spotune.contracts.localfiles import check_local_files
 from spotune.contracts.records import fingerprint
 from spotune.launch.checks import check_model
 from spotune.launch.infra import LOCAL, infra_of, spell
@@ -23,6 +24,7 @@ def survey_config(path: str, profile: str, overrides: Iterable[str], workspace: 
     """Facts about a config that is in order, all of its profiles included; raises InputError for all of its faults."""
     profiles = list(profiles_of(read_config(path), path))
     config = _load_all(path, profile, profiles, overrides)
+    check_local_files(config, path)
     origin = check_model(config, path)
     files = data_files(config, path)
     rows = check_rows(config, path, workspace.environ, workspace.cwd)

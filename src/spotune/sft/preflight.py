@@ -13,6 +13,7 @@ from typing import Any
 from spotune.contracts.configwhole import HUB_ID, check_sources
 from spotune.contracts.datafiles import find_files
 from spotune.contracts.errors import InputError
+from spotune.contracts.localfiles import check_local_files
 from spotune.sft.hardware import Hardware, check_hardware
 
 HUB_TIMEOUT_S = 8.0
@@ -24,30 +25,10 @@ def check(config: Mapping[str, Any], where: str, hardware: Hardware | None = Non
     for index, entry in enumerate(config.get("data") or []):
         if not entry["source"].startswith("hf://"):
             find_files(entry["source"], where, f"data[{index}].source")
-    _check_local_files(config, where)
+    check_local_files(config, where)
     _check_model(str(config.get("model_name_or_path") or ""), config, where)
     _check_held_out(config, where)
     check_hardware(config, where, hardware or Hardware.look())
-
-
-def _check_local_files(config: Mapping[str, Any], where: str) -> None:
-    for index, entry in enumerate(config.get("datasets") or []):
-        files = entry.get("data_files") if isinstance(entry, dict) else None
-        named = files.values() if isinstance(files, dict) else [files] if isinstance(files, str) else files or []
-        for file in named:
-            text = str(file)
-            folder = Path(entry["path"]) if Path(entry["path"]).is_dir() else Path()
-            if "://" not in text and not any(mark in text for mark in "*?[") and not (folder / text).exists():
-                if entry["path"] not in ("json", "csv", "parquet", "text") and not folder.name:
-                    continue  # a file of a data set on the hub
-                raise InputError(where, f"no such file: {text}", key=f"datasets[{index}].data_files")
-    template = config.get("chat_template_path")
-    if isinstance(template, str) and template.endswith((".jinja", ".j2")) and not Path(template).is_file():
-        raise InputError(where, f"no such file: {template}", key="chat_template_path")
-    for key in ("deepspeed", "fsdp_config", "accelerator_config"):
-        value = config.get(key)
-        if isinstance(value, str) and not value.lstrip().startswith("{") and not Path(value).is_file():
-            raise InputError(where, f"no such file: {value}", key=key)
 
 
 def _check_held_out(config: Mapping[str, Any], where: str) -> None:

@@ -1,14 +1,18 @@
 """Everything that is wrong with a config is reported at once, with what to write instead."""
 
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from spotune.contracts.config import load_config
+from spotune.contracts.config import load_config, parse_flags
 from spotune.contracts.configkeys import key_faults, schema
 from spotune.contracts.errors import Faults, InputError
+from spotune.contracts.localfiles import check_local_files
 from spotune.contracts.oldkeys import advice, new_name, old_names
 
 RIGHT: dict[str, Any] = {"model_name_or_path": "org/model", "dataset_name": "org/rows"}
@@ -207,3 +211,69 @@ def test_another_tools_file_is_recognised(tmp_path: Path, kind: str) -> None:
 
 def test_a_json_config_is_a_config(tmp_path: Path) -> None:
     assert not lines(tmp_path, '{\n  "model_name_or_path": "a/b",\n  "dataset_name": "x/y",\n  "packing": true\n}\n')
+
+
+KEYS = [*schema()["properties"], *old_names(), "nonsense", "profiles"]
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 2**70),
+    st.floats(),
+    st.sampled_from(["", "1e1", "no", "steps", "epoch", "best", "{", "{}", '{"a": 1}', "hf://", "none", "auto", "a/b"]),
+    st.text(max_size=3),
+    st.dates(),
+    st.binary(max_size=2),
+)
+ANYTHING = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(
+            st.sampled_from(["source", "path", "datasets", "split", "a", "dev", "seed"]), inner, max_size=3
+        ),
+        st.dictionaries(st.integers(0, 1), inner, max_size=1),
+    ),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(config=st.dictionaries(st.sampled_from(KEYS), ANYTHING, max_size=6))
+def test_whatever_a_config_says_it_is_taken_or_refused_by_line(tmp_path: Path, config: dict[str, Any]) -> None:
+    for line in lines(tmp_path, {**RIGHT, **config}):
+        assert not any(unicodedata.category(one) == "Cc" for one in line)
+
+
+def test_flags_of_several_values_are_lists() -> None:
+    flags = "--lora_modules_to_save a b --label_names c --lora_target_modules all-linear --fsdp --seed 3"
+    assert parse_flags(flags.split()) == [
+        "lora_modules_to_save=[a, b]",
+        "label_names=[c]",
+        "lora_target_modules=all-linear",
+        "fsdp=true",
+        "seed=3",
+    ]
+    assert parse_flags("--lora_target_modules q_proj v_proj".split()) == ["lora_target_modules=[q_proj, v_proj]"]
+
+
+def test_files_that_are_not_here_are_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("ds.json").write_text("{}")
+    config = {
+        "chat_template_path": "chat.jinja",
+        "deepspeed": "ds.json",
+        "fsdp_config": "fsdp.json",
+        "accelerator_config": '{"split_batches": true}',
+        "datasets": [
+            {"path": "json", "data_files": {"train": "rows.jsonl"}},
+            {"path": "org/rows", "data_files": "a.jsonl"},
+            {"path": "json", "data_files": ["s3://b/a.jsonl", "*.jsonl"]},
+        ],
+    }
+    with pytest.raises(InputError) as raised:
+        check_local_files(config, "c.yaml")
+    assert raised.value.lines == [
+        "c.yaml: datasets[0].data_files: no such file: rows.jsonl",
+        "c.yaml: chat_template_path: no such file: chat.jinja",
+        "c.yaml: fsdp_config: no such file: fsdp.json",
+    ]
