@@ -11,6 +11,7 @@ from typing import Any
 
 from spotune.contracts.datafiles import find_files, is_remote, kind_of
 from spotune.contracts.errors import InputError, SpotuneError
+from spotune.contracts.output import protect_output
 from spotune.sft.readers import open_bytes
 from spotune.sft.sources import Part, Read, Source, one_layout, read_part
 
@@ -56,6 +57,7 @@ def _is_large_list(path: str, most_bytes: int) -> bool:
 
 
 def main() -> None:
+    protect_output()
     asked = json.load(sys.stdin)
     try:
         found = {**check_rows(asked["config"], asked["config_path"], asked["most_bytes"]), "error": ""}
