@@ -278,7 +278,7 @@ def test_settings_may_say_nothing(project: Project, text: str) -> None:
 def test_settings_that_cannot_be_read(project: Project, name: str) -> None:
     path = project.folder / name
     path.mkdir(parents=True)
-    assert_one_line(project, TRAIN, f"{name}: cannot be read: ")
+    assert_one_line(project, TRAIN, f"{name}: is a folder (name a plain file)")
     path.rmdir()
     path.symlink_to("nowhere")
     assert_one_line(project, TRAIN, f"{name}: no such file")
@@ -304,7 +304,9 @@ def test_a_store_that_is_away(project: Project, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("source", ["away://b/x.jsonl", "away://b/*.jsonl"])
-def test_a_store_that_cannot_be_reached(project: Project, source: str) -> None:
+def test_a_store_that_cannot_be_reached(project: Project, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spotune.contracts.datafiles.PROTOCOLS", ("away",))
+
     class NoCredentialsError(Exception):
         """As of botocore: neither OSError nor ValueError."""
 
