@@ -180,6 +180,7 @@ class FakeRank:
         self._phase("load")
         self.told.wait_to_load()
         self._load()
+        self._write("rows", set="training", max_length=None, sources=[])
         self._wait_for_restore()
         self.peers = Peers(self.rank, self.world_size)
         self._write("plan", max_steps=self.max_steps, num_train_epochs=1, trainable_parameters=1, total_parameters=1)

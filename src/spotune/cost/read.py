@@ -8,7 +8,7 @@ from typing import TypeVar
 from spotune.contracts.clusters import read_clusters
 from spotune.contracts.errors import BadRecord, InputError
 from spotune.contracts.keys import Keys
-from spotune.contracts.records import AttemptRecord, Bill, Certificate, Commit, PriceRow, Record, check_filed
+from spotune.contracts.records import AttemptRecord, Bill, Certificate, Commit, Mark, PriceRow, Record, check_filed
 from spotune.contracts.revisions import record_in_force
 from spotune.contracts.store import Store
 from spotune.cost.each import each
@@ -33,7 +33,7 @@ def read_evidence(store: Store, run_id: str, intervals: Sequence[PaidInterval] =
     names = [key for key in store.keys(keys.attempts) if _FILE.search(key)]
     commits = [key for key in store.keys(keys.commits) if key.endswith(".json")]
     lost = [key for key in store.keys(keys.lost) if key.endswith(".json")]
-    wanted = [*names, *commits, *lost, keys.completed]
+    wanted = [*names, *commits, *lost, keys.completed, keys.cancelled]
     records = _Records(dict(zip(wanted, each(store.url, store.read, wanted), strict=True)))
     attempts = records.read(AttemptRecord, (key for key in names if key.endswith("/attempt.json")))
     return Evidence(
@@ -45,6 +45,7 @@ def read_evidence(store: Store, run_id: str, intervals: Sequence[PaidInterval] =
         certificate=next(iter(records.read(Certificate, [keys.completed])), None),
         bills=records.read(Bill, [*(key for key in names if key.endswith("/bill.json")), *lost]),
         parts={} if run.prices else _parts(store, attempts, records.unread.append),
+        cancelled_at=next((mark.at for mark in records.read(Mark, [keys.cancelled])), None),
         unread=records.unread,
     )
 

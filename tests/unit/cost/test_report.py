@@ -352,3 +352,15 @@ def test_several_kinds_of_gpu_are_each_priced_as_what_they_are() -> None:
     on_l4 = 6 + 2  # two steps and an evaluation
     assert report["on_demand"]["seconds"] == pytest.approx(43)
     assert report["on_demand_usd"] == pytest.approx(((43 - on_l4) * 7.2 + on_l4 * 0.72) / 3600)
+
+
+def test_a_run_that_was_cancelled_while_it_waited() -> None:
+    waited = Evidence(run=run(), cancelled_at=T + 120)
+    report = build_report(waited, "CANCELLED", T + 9000)
+    assert report["phases"]["queue_s"] == pytest.approx(120)
+    assert (report["cost_usd"], report["on_demand_usd"], report["saved_usd"]) == (0, 0, 0)
+    assert report["on_demand"]["price_usd_per_hour"] == 0.72
+    preempted = Evidence(run=run(), intervals=[row(10, 30, end_reason="preempted")], cancelled_at=T + 100)
+    assert build_report(preempted, "CANCELLED", T + 9000)["phases"]["queue_s"] == pytest.approx(10 + 70)
+    running = Evidence(run=run(), intervals=[row(10, 30, end_reason="cancelled")], cancelled_at=T + 30)
+    assert build_report(running, "CANCELLED", T + 9000)["phases"]["queue_s"] == pytest.approx(10)
