@@ -7,6 +7,7 @@ import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from uuid import uuid4
 
 import psutil
 import pytest
@@ -33,8 +34,8 @@ def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 class WatchedScript(FakeScript):
     """The script with a watchdog whose clock the test moves."""
 
-    def __init__(self, config: Path, folder: Path, how: str = "jumps") -> None:
-        super().__init__(f"file://{folder}/bucket", "watched", config, folder / "home")
+    def __init__(self, config: Path, folder: Path, how: str = "jumps", run_id: str = "watched") -> None:
+        super().__init__(f"file://{folder}/bucket", run_id, config, folder / "home")
         self._clock = folder / "clock"
         self.let_pass(0)
         self.entry = [str(GUARD), str(self._clock), how]
@@ -145,9 +146,7 @@ def test_guard_and_ranks_stopped_together_are_no_stall(config: Path, undisturbed
     assert not script.events(1, "stall")
 
 
-def test_one_stopped_rank_of_two_ends_both_and_leaves_the_stacks_of_both(
-    script: WatchedScript, undisturbed: str
-) -> None:
+def test_one_stopped_rank_of_two_ends_both_and_leaves_the_stacks_of_both(script: WatchedScript) -> None:
     script.allow(8)
     process = script.start(**{NUM_PROCESSES: "2"})
     script.wait_for_step(process, 8)
@@ -157,6 +156,32 @@ def test_one_stopped_rank_of_two_ends_both_and_leaves_the_stacks_of_both(
     texts = [(script.store.read(script.keys.stacks(1, rank)) or b"").decode() for rank in (0, 1)]
     states = ["stopped by a signal" in text.partition("\n")[0] for text in texts]
     assert sorted(states) == [False, True]
+
+
+def test_a_stopped_rank_of_another_machine_leaves_the_stacks_of_all_machines(config: Path, tmp_path: Path) -> None:
+    run_id = f"pair-{uuid4().hex[:8]}"  # guards meet at a port that follows from it
+    leader = WatchedScript(config, tmp_path, run_id=run_id)
+    follower = FakeScript(f"file://{tmp_path}/bucket", run_id, config, tmp_path / "other")
+    for number, node in enumerate((leader, follower)):
+        node.environ |= {
+            "SKYPILOT_NUM_NODES": "2",
+            "SKYPILOT_NODE_RANK": str(number),
+            "SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.1",
+            "FAKE_WORKER_DIR": str(leader.told),
+        }
+    leader.allow(8)
+    first, second = leader.start(), follower.start()
+    leader.wait_for_step(first, 8)
+    (worker,) = follower.workers(second)
+    worker.suspend()
+    until(lambda: worker.status() == psutil.STATUS_STOPPED)
+    leader.let_pass(LONG_S)
+    assert (ended(first), ended(second)) == (75, 75), leader.log() + follower.log()
+    assert not worker.is_running()
+    texts = [(leader.store.read(leader.keys.stacks(1, rank)) or b"").decode() for rank in (0, 1)]
+    assert ["stopped by a signal" in text.partition("\n")[0] for text in texts] == [False, True]
+    leader.allow_all()
+    assert [ended(node) for node in (leader.start(), follower.start())] == [0, 0], leader.log() + follower.log()
 
 
 def test_a_second_stall_without_a_commit_is_a_failure(script: WatchedScript) -> None:
