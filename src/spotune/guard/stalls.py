@@ -6,6 +6,7 @@
     train, first steps      max(3 floors, 6 times the longest step so far)  before step 1: CPU time for 12 floors; bytes
     train                   max(floor, 6 times the median step)             nothing: a hung collective burns CPU
     eval                    max(floor, 6 median steps, 2 times the longest evaluation); the first: at least 2 floors
+    extra                   max(floor, the bucket's patience)               as load: it may talk to a hub that is slow
     save, teardown          max(2 floors, 6 times a save)                   bytes
     upload, beside training max(floor, the bucket's patience, 6 uploads)    bytes that the guard moves
 
@@ -246,6 +247,8 @@ class Stalls:
             case "save" | "teardown":
                 return max(2 * floor_s, TIMES * save_s), 0.0, True
             case "restore" if not self._is_restored:
+                return max(floor_s, self._budgets.patience_s), LOAD_FLOORS * floor_s, True
+            case "extra":
                 return max(floor_s, self._budgets.patience_s), LOAD_FLOORS * floor_s, True
             case _:
                 return floor_s, LOAD_FLOORS * floor_s, True
