@@ -114,7 +114,7 @@ class Attempt:
                 restoring = Restoring(context, self.journal, self.leader)
                 outcome = watch.until_ended(ranks, restoring, lambda: dog.stall)
         finally:
-            dog.stop()
+            dog.stop(has_stalled=watch.stall is not None)
             ranks.kill()
         return self._conclude(watch, outcome)
 
@@ -130,7 +130,7 @@ class Attempt:
                 return self._pause(watch)
             case "stopped":
                 return exits.PREEMPTED, "failed", watch.why_stopped() or "training stopped without being asked to"
-            case "retry" if self.watchdog and self.watchdog.stall:
+            case "retry" if self.watchdog and watch.stall:
                 return exits.PREEMPTED, "stalled", self.watchdog.message
             case "retry":
                 return exits.PREEMPTED, "preempted" if self.notices.given else "failed", outcome.message

@@ -39,6 +39,7 @@ class Watch:
 
     Attributes:
         committer: there once the ranks have their checkpoint.
+        stall: why it ended, where the watchdog had it end.
         wall: of the run's budget; once reached, training was stopped for that.
     """
 
@@ -63,7 +64,7 @@ class Watch:
         self._is_stopping = False
         self._fence_at = clock()
         self._greet_at: float | None = clock() + GREET_S
-        self._has_stalled = self._uploads_hang = False
+        self.stall: Stall | None = None
         self._leave_by: float | None = None  # by when to stop waiting for uploads, after a notice
 
     def until_ended(
@@ -76,7 +77,7 @@ class Watch:
             self._collect()
             self._look_at_fence()
             if found := stall():
-                self._has_stalled, self._uploads_hang = True, found.phase == "upload"
+                self.stall = found
                 return Outcome(how="retry", message=found.what)
             if self.leader.lost:
                 return Outcome(how="retry", message="a machine of this job is gone")
@@ -116,7 +117,7 @@ class Watch:
 
     def _time_to_upload_s(self) -> float:
         """How long to wait for uploads once the ranks have ended: until the machine goes, or patience has run out."""
-        if self._uploads_hang:
+        if self.stall and self.stall.phase == "upload":
             return 0.0
         if self._leave_by is not None:
             return max(0.0, self._leave_by - self._clock())
@@ -133,7 +134,7 @@ class Watch:
     def close(self) -> None:
         """Ends the uploads."""
         if self.committer:
-            self.committer.close(HANG_S if self._has_stalled else None)
+            self.committer.close(HANG_S if self.stall else None)
 
     def why_stopped(self) -> str:
         """The message of an attempt that ended since its bucket was away; empty for one that did not."""

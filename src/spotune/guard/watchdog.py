@@ -61,6 +61,7 @@ class Watchdog:
         self._pids: Mapping[int, int] = {}
         self.stall: Stall | None = None
         self._code = exits.PREEMPTED
+        self._lock = threading.Lock()
         self._stop, self._closed = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="watchdog", daemon=True)
 
@@ -70,9 +71,13 @@ class Watchdog:
         if self.floor_s > 0:
             self._thread.start()
 
-    def stop(self) -> None:
-        """The ranks have ended: nothing is watched any more, but that a stalled attempt does end."""
-        self._stop.set()
+    def stop(self, has_stalled: bool) -> None:
+        """The ranks have ended, or are about to: only that an attempt which has stalled does end is still watched."""
+        with self._lock:
+            self._stop.set()
+            if not has_stalled:  # they ended by themselves, while their stacks were recorded
+                self.stall = None
+                self._closed.set()
 
     def close(self, code: int) -> None:
         """The attempt has ended, and the process is about to, with this exit code."""
@@ -99,13 +104,26 @@ class Watchdog:
         stall = self._stalls.look(self._time.seen_s, self._sample())
         if stall is None or self._is_leaving():
             return
-        facts = {"silent_s": round(stall.silent_s, 1), "limit_s": round(stall.limit_s, 1)}
-        self._journal.write("stall", phase=stall.phase, since=round(stall.since, 4), **facts)
-        say(f"{stall.what} for {stall.silent_s:.0f} s: the attempt ends here; its stacks are recorded first")
+        say(f"{stall.what} for {stall.silent_s:.0f} s: the stacks of all ranks are recorded, then the attempt ends")
         self._leader.ask_for_stacks()
-        collect_stacks(self._context.folder, self._pids)
+        paths = collect_stacks(self._context.folder, self._pids)
         self._leader.wait_for_stacks()
-        self.stall = stall
+        self._journal.poll()
+        if self._stalls.look(self._time.seen_s) is None:
+            say("a sign of life has come meanwhile: the attempt goes on")
+            for path in paths:
+                path.unlink(missing_ok=True)
+            self._time.tick()  # that was no time in which the guard did not run
+            return
+        self._end_attempt(stall)
+
+    def _end_attempt(self, stall: Stall) -> None:
+        with self._lock:
+            if self._stop.is_set():
+                return
+            facts = {"silent_s": round(stall.silent_s, 1), "limit_s": round(stall.limit_s, 1)}
+            self._journal.write("stall", phase=stall.phase, since=round(stall.since, 4), **facts)
+            self.stall = stall
 
     def _sample(self) -> Sample | None:
         """What processes have done; None between two samples."""
@@ -131,9 +149,9 @@ class Watchdog:
             self.look()
             if self.stall is not None:
                 break
+        is_closed = self._closed.wait(self._context.patience_s + END_S)
         if self.stall is None:
             return
-        is_closed = self._closed.wait(self._context.patience_s + END_S)
         if is_closed:
             self._sleep(EXIT_S)  # Python waits for threads, also for one that uploads for ever; it ends this one if not
         if not self._is_leaving():

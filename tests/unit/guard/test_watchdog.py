@@ -80,9 +80,52 @@ def test_a_stall_is_an_event_and_a_line_with_where_the_stacks_are(
     scene.pass_s(TICK_S)
     (event,) = [one for one in scene.events if one["event"] == "stall"]
     assert (event["phase"], event["silent_s"], event["limit_s"]) == ("train", 185.0, 180.0)
-    assert "no step for 185 s: the attempt ends here" in capsys.readouterr().err
+    assert "no step for 185 s: the stacks of all ranks are recorded, then the attempt ends" in capsys.readouterr().err
     place = f"{local_store.url}/runs/a-run/attempts/0001/stacks-0.txt"
     assert scene.dog.message == f"stalled: no step for 185 s (limit 180 s); stacks: {place}"
+
+
+def test_a_step_while_stacks_are_recorded_undoes_the_stall(
+    make: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scene = make()
+
+    def collect(folder: Path, pids: object) -> list[Path]:
+        scene.clock.advance(20.0)
+        scene.journal.write("phase", phase="train")
+        stacks = folder / "stacks-0.txt"
+        stacks.write_text("stacks")
+        return [stacks]
+
+    monkeypatch.setattr(watchdog, "collect_stacks", collect)
+    scene.pass_s(65)
+    assert "a sign of life has come meanwhile: the attempt goes on" in capsys.readouterr().err
+    assert scene.dog.stall is None
+    assert not list(scene.dog._context.folder.iterdir())
+    scene.pass_s(180)
+    assert scene.dog.stall is None
+    assert "the guard did not run" not in capsys.readouterr().err
+    assert not [one for one in scene.events if one["event"] == "stall"]
+
+
+def test_ranks_that_end_by_themselves_meanwhile_have_not_stalled(
+    make: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = make()
+    monkeypatch.setattr(watchdog, "collect_stacks", lambda folder, pids: scene.dog.stop(has_stalled=False) or [])
+    scene.pass_s(70)
+    assert scene.dog.stall is None
+    assert not [one for one in scene.events if one["event"] == "stall"]
+
+
+def test_an_attempt_that_ended_otherwise_is_not_ended_again(
+    make: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = make()
+    stalled(scene, monkeypatch)
+    scene.dog.stop(has_stalled=False)
+    scene.dog._thread.join(LIMIT_S)
+    assert scene.left == []
 
 
 def test_time_that_the_guard_missed_is_said_and_not_counted(
@@ -133,7 +176,7 @@ def stalled(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_guard_that_hangs_is_ended(make: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch) -> None:
     scene = make(patience_s=0.001 - END_S)
     stalled(scene, monkeypatch)
-    scene.dog.stop()
+    scene.dog.stop(has_stalled=True)
     until(lambda: scene.left)
     assert (scene.left, scene.slept) == ([75], [])
 
@@ -143,7 +186,7 @@ def test_a_process_that_does_not_end_after_the_attempt_is_ended_with_its_code(
 ) -> None:
     scene = make()
     stalled(scene, monkeypatch)
-    scene.dog.stop()
+    scene.dog.stop(has_stalled=True)
     assert scene.left == []
     scene.dog.close(1)
     scene.dog._thread.join(LIMIT_S)
