@@ -11,6 +11,7 @@ Every line has ``t`` (epoch seconds) and ``event``:
     step     {step, tokens, data_wait_s}                       a step ended; tokens since step 0, all ranks
     log      {step, epoch, loss, learning_rate, ...}           Trainer's own log line, numbers only; NaN and infinity
                                                                are "nan", "inf" and "-inf", JSON has no number for them
+    predicted {step}                                           an evaluation has come on; at most every 2 s
     save     {step, stall_s}                                   training stood still for a checkpoint; it is in memory
     written  {step, write_s, bytes}                            it is on the local disk
     unsaved  {step, message}                                   it is not, and why; training goes on
@@ -19,6 +20,7 @@ Every line has ``t`` (epoch seconds) and ``event``:
     budget   {spent_usd, budget_usd}                           most of the run's budget is used up
     gpu      {busy, memory_gib, memory_total_gib}              share of time with a kernel on, GiB of the fullest
     notice   {source, grace_s or null}                         the machine is about to be taken
+    stall    {phase, silent_s, limit_s, since}                 the watchdog ends the attempt; since: last sign of life
     alive    {}                                                nothing but the time: what was going on still is
     end      {reason, exit_code, step, message}                the attempt's last line, when it had time
 
@@ -37,7 +39,7 @@ from typing import Any, Literal
 
 Phase = Literal["setup", "load", "restore", "train", "eval", "save", "idle", "teardown"]
 NOT_FINITE = ("nan", "inf", "-inf")
-EndReason = Literal["completed", "preempted", "failed", "cancelled", "paused", "lost"]
+EndReason = Literal["completed", "preempted", "failed", "cancelled", "paused", "lost", "stalled"]
 
 
 class EventLog:

@@ -11,6 +11,8 @@ The worker knows torch and no store; the guard knows the store and no torch.
     control.json           guard -> worker   {"stop": bool, "save": n}: stop at the next step boundary; save once per n
     events-<rank>.jsonl    worker -> guard   append-only, one JSON object per line (see events.py)
     outcome-<rank>.json    worker -> guard   how the rank ended (Outcome), last
+    python-stacks-<rank>.txt  worker -> guard  its Python stacks, after STACKS_SIGNAL
+    stacks-<rank>.txt      guard             what the rank was doing when the watchdog ended the attempt
     output/                worker -> guard   the result, complete once rank 0's outcome says "completed"
 
 What is done with the result after its certificate is in extras.py.
@@ -20,6 +22,7 @@ Every file but the event logs appears by an atomic rename, so that a reader sees
 
 import json
 import os
+import signal
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +33,7 @@ RESTORED = "restored.json"
 STAGED = "staged"
 CONTROL = "control.json"
 OUTPUT = "output"
+STACKS_SIGNAL = signal.SIGUSR2  # the guard asks a rank for its Python stacks
 
 How = Literal["completed", "stopped", "bad_input", "retry", "failed"]
 
@@ -128,3 +132,11 @@ def outcome_path(folder: Path, rank: int) -> Path:
 
 def staged_path(folder: Path, step: int, rank: int = 0) -> Path:
     return folder / STAGED / f"{step:08d}-{rank}.json"
+
+
+def stacks_path(folder: Path, rank: int) -> Path:
+    return folder / f"stacks-{rank}.txt"
+
+
+def python_stacks_path(folder: Path, rank: int) -> Path:
+    return folder / f"python-stacks-{rank}.txt"

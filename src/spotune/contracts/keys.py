@@ -5,6 +5,7 @@ runs/<run_id>/revisions/<4d>.json                   what was changed since: the 
 runs/<run_id>/code/                                 commit, and the diff when dirty
 runs/<run_id>/attempts/<4d>/attempt.json            claims the attempt (the fence); create-only
 runs/<run_id>/attempts/<4d>/events-<rank>-<n>.jsonl phase changes, steps, losses; never rewritten
+runs/<run_id>/attempts/<4d>/stacks-<rank>.txt       what the ranks did when the watchdog ended it; create-only
 runs/<run_id>/attempts/<4d>/bill.json               price row and paid interval; create-only
 runs/<run_id>/lost/<start>-<end, epoch ms>.json     bill of a machine that went before it claimed; create-only
 runs/<run_id>/progress.json                         latest step, phase, loss, heartbeat; overwritten
@@ -138,6 +139,9 @@ class Keys:
 
     def events(self, attempt: int, rank: int, part: int) -> str:
         return f"{self.attempts}/{attempt:04d}/events-{rank}-{part}.jsonl"
+
+    def stacks(self, attempt: int, rank: int) -> str:
+        return f"{self.attempts}/{attempt:04d}/stacks-{rank}.txt"
 
     def checkpoint(self, step: int, attempt: int) -> str:
         return f"{self.checkpoints}/{step:08d}-{attempt:04d}"

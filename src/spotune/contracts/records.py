@@ -74,6 +74,7 @@ class RunRecord(Record):
         data_files: what the fingerprint was taken over: one ``{source, url, size, sha256 | etag}`` a file.
         model_files: the same of the base model: ``{name, size, sha256}`` a file, ``{name, revision}`` from a hub.
         save_every: ``50`` (steps), ``5m``, or empty for the default.
+        stall_after: ``10m``, ``0`` for no watchdog, or empty for the default.
         prices: a row for every candidate that the run may land on.
         use_spot: whether its machines may be taken away; ``may_be_on_demand``: they may also be others.
         budget_usd: what it may cost in all, as asked for; training pauses there. None: no wall.
@@ -102,6 +103,7 @@ class RunRecord(Record):
     may_be_on_demand: bool = False
     priority: int = 0
     save_every: str = ""
+    stall_after: str = ""
     budget_usd: float | None = None
     month_usd: float | None = None
     month_of: str = ""

@@ -51,6 +51,7 @@ def revised(before: RunRecord, wanted: RunRecord, by: str, at: float) -> RunReco
         model_sha256=wanted.model_sha256,
         model_files=wanted.model_files,
         save_every=wanted.save_every or before.save_every,
+        stall_after=wanted.stall_after or before.stall_after,
         budget_usd=before.budget_usd if wanted.budget_usd is None else wanted.budget_usd,
         month_usd=wanted.month_usd,
         month_of=wanted.month_of,

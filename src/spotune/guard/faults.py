@@ -8,13 +8,15 @@ from spotune.contracts.keys import Keys
 from spotune.contracts.store import Store
 from spotune.guard.restore import list_commits
 
+FAULTS = ("failed", "stalled")  # the reasons of attempts that another machine may do better
+
 
 def is_second_fault(store: Store, keys: Keys, attempt: int) -> bool:
-    """Whether this attempt and the one before it both failed unpreempted and committed nothing new."""
+    """Whether this attempt and the one before it both failed or stalled, unpreempted, and committed nothing new."""
     if any(number >= attempt - 1 for (number, _), _ in list_commits(store, keys)):
         return False
     end = last_event(store, keys, attempt - 1)
-    return end.get("event") == "end" and end.get("reason") == "failed" and end.get("exit_code") == exits.PREEMPTED
+    return end.get("event") == "end" and end.get("reason") in FAULTS and end.get("exit_code") == exits.PREEMPTED
 
 
 def last_event(store: Store, keys: Keys, attempt: int) -> dict[str, Any]:

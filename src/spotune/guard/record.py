@@ -11,8 +11,8 @@ from spotune import __version__
 from spotune.contracts.basemodel import model_files, model_sha256
 from spotune.contracts.change import FLAG, compare, compare_configs
 from spotune.contracts.config import load_config, overlay
-from spotune.contracts.durations import parse_save_every
-from spotune.contracts.environment import RunEnvironment
+from spotune.contracts.durations import parse_save_every, parse_stall_after
+from spotune.contracts.environment import SAVE_EVERY, STALL_AFTER, RunEnvironment
 from spotune.contracts.errors import InputError, StoreError
 from spotune.contracts.fingerprint import data_files, data_sha256
 from spotune.contracts.keys import Keys
@@ -45,7 +45,7 @@ def _new_run(store: Store, keys: Keys, env: RunEnvironment, request: Request) ->
     path = request.config_path or env.config
     if not path:
         raise InputError("command line", "no config", remedy="python -m spotune.sft CONFIG")
-    parse_save_every(env.save_every, "SPOTUNE_SAVE_EVERY")
+    _check_durations(env)
     config = load_config(path, request.profile, request.overrides, default_profile=env.profile)
     bare = RunRecord(
         run_id=keys.run_id,
@@ -60,10 +60,17 @@ def _new_run(store: Store, keys: Keys, env: RunEnvironment, request: Request) ->
         config_sha256="",
         data_sha256="",
         save_every=env.save_every,
+        stall_after=env.stall_after,
         code=_code(store, keys),
         versions={"spotune": __version__},
     )
     return _resolved(bare, config, env)
+
+
+def _check_durations(env: RunEnvironment) -> None:
+    """Raises InputError for a variable that is no duration."""
+    parse_save_every(env.save_every, SAVE_EVERY)
+    parse_stall_after(env.stall_after, STALL_AFTER)
 
 
 def _code(store: Store, keys: Keys) -> dict[str, object]:
@@ -81,8 +88,8 @@ def _as_asked(store: Store, run: RunRecord, env: RunEnvironment, request: Reques
     if request.config_path or env.config:
         return _new_run(store, Keys(run.run_id), env, request)
     overrides = [*run.overrides, *request.overrides]
-    parse_save_every(env.save_every, "SPOTUNE_SAVE_EVERY")
-    wanted = replace(run, overrides=overrides, save_every=env.save_every)
+    _check_durations(env)
+    wanted = replace(run, overrides=overrides, save_every=env.save_every, stall_after=env.stall_after)
     return _resolved(wanted, overlay(run.config, request.overrides, run.config_path), env)
 
 

@@ -20,7 +20,7 @@ from spotune.launch.workspace import Workspace
 class Edit:
     """``key=value`` overrides of the config in force; ``allow``: also of what may not change by itself.
 
-    ``budget_usd``, ``month_usd``, ``month_of``: as in the record.
+    ``budget_usd``, ``month_usd``, ``month_of``, ``stall_after``: as in the record.
     With ``allow`` the data and the model as they are now, seen from here, are taken for the run's own. A run that
     failed because its libraries changed goes on under the new ones.
     """
@@ -30,6 +30,7 @@ class Edit:
     budget_usd: float | None = None
     month_usd: float | None = None
     month_of: str = ""
+    stall_after: str = ""
 
 
 def revise(workspace: Workspace, status: JobStatus, edit: Edit) -> tuple[Change, RunRecord | None]:
@@ -64,6 +65,7 @@ def _wanted(record: RunRecord, edit: Edit, workspace: Workspace) -> RunRecord:
         budget_usd=edit.budget_usd,
         month_usd=edit.month_usd,
         month_of=edit.month_of,
+        stall_after=edit.stall_after,
     )
     if not edit.allow:  # other data or another model would be refused, so that nobody has to look at them
         return wanted

@@ -43,6 +43,7 @@ COMMAND_LINES = {
     "priority not a number": ([*TRAIN, "--priority", "high"], "--priority"),
     "two machines": ([*TRAIN, "--num-nodes", "2"], "--num-nodes: local is one machine"),
     "no machine": ([*TRAIN, "--num-nodes", "0"], "--num-nodes: 0 is not a number of machines"),
+    "bad --stall-after": ([*TRAIN, "--stall-after", "never"], "--stall-after: 'never' is not a duration"),
     "bad --save-every": ([*TRAIN, "--save-every", "often"], "--save-every: 'often' is neither"),
     "bad --env": ([*TRAIN, "--env", "HOME"], "--env: 'HOME' is not NAME=value"),
     "--env of ours": ([*TRAIN, "--env", "SPOTUNE_RUN_ID=x"], "--env: SPOTUNE_RUN_ID is for spotune to set"),

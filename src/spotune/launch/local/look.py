@@ -10,17 +10,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from spotune.contracts.errors import SpotuneError
+from spotune.contracts.errors import BadRecord, SpotuneError
 from spotune.contracts.exchange import write_json
 from spotune.contracts.keys import Keys, commit_of
 from spotune.contracts.output import protect_output
-from spotune.contracts.records import Mark
+from spotune.contracts.records import Mark, Progress
 from spotune.contracts.store import Store
 
 
 @dataclass(frozen=True)
 class Look:
-    """``failed``, ``cancelled`` and ``paused`` are the marks' reasons, None for none; ``commit`` the newest's key."""
+    """``failed``, ``cancelled`` and ``paused`` are the marks' reasons, None for none; ``commit`` the newest's key.
+
+    ``stalled``: the watchdog ended the last attempt that wrote its progress.
+    """
 
     completed: bool = False
     failed: str | None = None
@@ -28,6 +31,7 @@ class Look:
     cancelled: str | None = None
     paused: str | None = None
     commit: str = ""
+    stalled: bool = False
     error: str = ""
     at: float = 0.0
 
@@ -39,6 +43,7 @@ def look(bucket: str, run_id: str, clock: Callable[[], float] = time.time) -> Lo
         if store.exists(keys.completed):
             return Look(completed=True, at=clock())
         failed, cancelled, paused = (_mark(store, key) for key in (keys.failed, keys.cancelled, keys.paused))
+        progress = store.read(keys.progress)
         commits = [found for key in store.keys(keys.commits) if (found := commit_of(key))]
     except SpotuneError as error:
         return Look(error=str(error), at=clock())
@@ -48,6 +53,7 @@ def look(bucket: str, run_id: str, clock: Callable[[], float] = time.time) -> Lo
         cancelled=cancelled.reason if cancelled else None,
         paused=paused.reason if paused else None,
         commit=keys.commit(*max(commits)) if commits else "",
+        stalled=_ended_as(progress, keys.progress) == "stalled",
         at=clock(),
     )
 
@@ -59,6 +65,14 @@ def cancelled_because(bucket: str, run_id: str) -> str | None:
     except SpotuneError:
         return None
     return mark.reason if mark else None
+
+
+def _ended_as(progress: bytes | None, key: str) -> str:
+    """The phase of ``progress.json``, which is the reason once an attempt has ended; empty where it cannot be read."""
+    try:
+        return Progress.from_bytes(progress, key).phase if progress else ""
+    except BadRecord:
+        return ""
 
 
 def _mark(store: Store, key: str) -> Mark | None:
