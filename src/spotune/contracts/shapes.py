@@ -12,6 +12,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 Time = Annotated[float, "epoch seconds, 1970 to 2200; 0 by default: not said"]
 
+RECORD_MOST_BYTES = 64 << 20  # a commit of a hundred thousand files has a quarter of it
 MOST = 2**53  # of what is counted: more is no count, and more than JSON and SQLite are sure to keep
 _GREATEST = 1e100  # of what is measured: products of some of these are finite
 YEAR_2000 = 946_684_800  # a machine whose clock says less has not set it; half a century is paid for by nobody
