@@ -13,8 +13,8 @@ from pathlib import Path
 from spotune.contracts.errors import SpotuneError
 from spotune.contracts.exchange import write_json
 from spotune.contracts.keys import Keys, commit_of
+from spotune.contracts.marks import read_mark
 from spotune.contracts.output import protect_output
-from spotune.contracts.records import Mark
 from spotune.contracts.store import Store
 
 
@@ -38,7 +38,7 @@ def look(bucket: str, run_id: str, clock: Callable[[], float] = time.time) -> Lo
     try:
         if store.exists(keys.completed):
             return Look(completed=True, at=clock())
-        failed, cancelled, paused = (_mark(store, key) for key in (keys.failed, keys.cancelled, keys.paused))
+        failed, cancelled, paused = (read_mark(store, key) for key in (keys.failed, keys.cancelled, keys.paused))
         commits = [found for key in store.keys(keys.commits) if (found := commit_of(key))]
     except SpotuneError as error:
         return Look(error=str(error), at=clock())
@@ -55,15 +55,10 @@ def look(bucket: str, run_id: str, clock: Callable[[], float] = time.time) -> Lo
 def cancelled_because(bucket: str, run_id: str) -> str | None:
     """Why a run is cancelled, None where it is not, or its bucket is not on this machine: nobody waits for another."""
     try:
-        mark = _mark(Store(bucket), Keys(run_id).cancelled) if bucket.startswith("file://") else None
+        mark = read_mark(Store(bucket), Keys(run_id).cancelled) if bucket.startswith("file://") else None
     except SpotuneError:
         return None
     return mark.reason if mark else None
-
-
-def _mark(store: Store, key: str) -> Mark | None:
-    data = store.read(key)
-    return Mark.from_bytes(data, key) if data else None
 
 
 def main(arguments: list[str]) -> None:
