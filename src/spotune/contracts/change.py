@@ -169,7 +169,7 @@ def compare_configs(before: Mapping[str, Any], after: Mapping[str, Any]) -> tupl
 
 def changed_files(before: Iterable[Mapping[str, Any]], after: Iterable[Mapping[str, Any]], by: str) -> tuple[str, ...]:
     """The files that differ, by name, with a word on those that came or went."""
-    old, new = ({str(file[by]): dict(file) for file in files} for files in (before, after))
+    old, new = ({str(file.get(by)): dict(file) for file in files} for files in (before, after))
     changed = [name for name in old if name in new and new[name] != old[name]]
     added = [f"{name} (added)" for name in new if name not in old]
     gone = [f"{name} (gone)" for name in old if name not in new]

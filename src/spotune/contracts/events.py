@@ -37,6 +37,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from spotune.contracts.shapes import YEAR_2000, YEAR_2200
+
+Event = dict[str, Any]
 Phase = Literal["setup", "load", "restore", "train", "eval", "save", "idle", "teardown"]
 NOT_FINITE = ("nan", "inf", "-inf")
 EndReason = Literal["completed", "preempted", "failed", "cancelled", "paused", "lost", "stalled"]
@@ -77,3 +80,42 @@ def as_number(value: Any) -> float | None:
         return float(value)
     except OverflowError:
         return None
+
+
+def parse_lines(data: bytes) -> list[Event]:
+    """The events of one part. Skipped: what is no JSON object, such as a last line that was cut, and what is dated by
+    a clock that nobody had set, or in milliseconds."""
+    return [event for event in parse_objects(data) if _is_dated(event)]
+
+
+def parse_objects(data: bytes) -> list[Event]:
+    """The same, whatever their time."""
+    lines = data.splitlines()
+    try:
+        found = json.loads(b"[" + b",".join(lines) + b"]")  # whole, as most are: in one go, in half the time
+    except (ValueError, RecursionError):
+        found = [_parse(line) for line in lines]
+    return [event for event in found if isinstance(event, dict)]
+
+
+def _parse(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_dated(event: Event) -> bool:
+    at = number(event.get("t"))
+    return at is not None and YEAR_2000 <= at < YEAR_2200
+
+
+def number(value: Any) -> float | None:
+    """A finite number, else None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:
+        return None
+    return found if math.isfinite(found) else None

@@ -23,9 +23,12 @@ Every file but the event logs appears by an atomic rename, so that a reader sees
 import json
 import os
 import signal
+import threading
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
+
+from spotune.contracts.shapes import Amount, Count, Files, Ranks, Step, checked
 
 JOB = "job.json"
 TRAINER = "trainer"
@@ -76,18 +79,26 @@ class Staged:
         config_sha256, revision: of the run's record, added by the guard when it seals the checkpoint.
     """
 
-    step: int
+    step: Step
     checkpoint: str
-    epoch: float
-    tokens: int
-    world_size: int
-    threads: int
-    best_step: int | None = None
+    epoch: Amount
+    tokens: Count
+    world_size: Ranks
+    threads: Ranks
+    best_step: Step | None = None
     versions: dict[str, str] = field(default_factory=dict)
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    global_batch: int = 0
+    files: Files = field(default_factory=dict)
+    global_batch: Count = 0
     config_sha256: str = ""
-    revision: int = 0
+    revision: Count = 0
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Self:
+        """Raises ValueError, naming the field, for what is not a rank's word or a seal. Ignores fields that it does not
+        know."""
+        if not isinstance(data, dict):
+            raise ValueError("not a JSON object")
+        return cls(**checked(cls, data))
 
 
 @dataclass(frozen=True)
@@ -109,7 +120,7 @@ def write_json(path: Path, value: Any) -> None:
     """Writes JSON so that it appears whole, by rename. Accepts a dataclass or plain data."""
     data = asdict(value) if hasattr(value, "__dataclass_fields__") else value
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     part.write_text(json.dumps(data, default=str))
     part.replace(path)
 

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from random import Random
 
 from spotune.contracts.errors import InputError, shown
+from spotune.contracts.names import number_of
+from spotune.contracts.shapes import MOST, MOST_ATTEMPTS, MOST_STEPS
 
 RUN_ID = re.compile(r"[a-z][a-z0-9-]{1,23}[a-z0-9]")
 RUNS = "runs"
@@ -157,17 +159,33 @@ def cluster_key(name: str, launched_at: float) -> str:
 
 def revision_of(key: str) -> int | None:
     """The number of a revision's key, None for any other key."""
-    found = re.search(r"/revisions/(\d{4,})\.json$", key)
-    return int(found[1]) if found else None
+    found = re.search(r"/revisions/([^/]+)\.json\Z", key)
+    return number_of(found[1], 4, MOST) if found else None
 
 
 def attempt_of(key: str) -> int | None:
     """The attempt number in a key below ``attempts/``, None for any other key."""
-    found = re.search(r"/attempts/(\d{4,})/", key)
-    return int(found[1]) if found else None
+    found = re.search(r"/attempts/([^/]+)/", key)
+    return attempt_number(found[1]) if found else None
+
+
+def attempt_number(name: str) -> int | None:
+    """The attempt that a folder of ``attempts/`` is named after, None for any other name."""
+    return number_of(name, 4, MOST_ATTEMPTS)
 
 
 def commit_of(key: str) -> tuple[int, int] | None:
     """(attempt, step) of a commit's key, None for any other key; the highest is the newest."""
-    found = re.search(r"/commits/(\d{4,})-(\d{8,})\.json$", key)
-    return (int(found[1]), int(found[2])) if found else None
+    found = re.search(r"/commits/([^/-]+)-([^/-]+)\.json\Z", key)
+    return _pair(found[1], found[2]) if found else None
+
+
+def checkpoint_of(name: str) -> tuple[int, int] | None:
+    """(attempt, step) that a folder of ``checkpoints/`` is named after, None for any other name."""
+    step, _, attempt = name.partition("-")
+    return _pair(attempt, step)
+
+
+def _pair(attempt: str, step: str) -> tuple[int, int] | None:
+    numbers = attempt_number(attempt), number_of(step, 8, MOST_STEPS)
+    return None if numbers[0] is None or numbers[1] is None else (numbers[0], numbers[1])

@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from spotune.contracts import exits
-from spotune.contracts.events import EndReason
+from spotune.contracts.events import EndReason, Event
 from spotune.contracts.keys import commit_of
 from spotune.contracts.money import Place, claimed_place, cost_usd, narrowed, price_of
 from spotune.contracts.records import AttemptRecord, PriceRow
 from spotune.cost.bills import interval_of
-from spotune.cost.eventlog import Event, clean, step_of
+from spotune.cost.eventlog import clean, step_of
 from spotune.cost.evidence import Evidence
 from spotune.cost.join import Machine
 from spotune.cost.phases import Segment, Span, Step, divide

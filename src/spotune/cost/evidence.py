@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from spotune.contracts.events import Event
 from spotune.contracts.records import AttemptRecord, Bill, Certificate, Commit, PriceRow, RunRecord
-from spotune.cost.eventlog import Event
 from spotune.launch.infra import PaidInterval
 
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from spotune.cost.eventlog import Event, clean, number, step_of
+from spotune.contracts.events import Event, number
+from spotune.cost.eventlog import clean, step_of
 
 Phase = Literal[
     "provision", "setup", "load", "restore", "useful", "data_wait",

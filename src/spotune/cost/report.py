@@ -23,12 +23,12 @@ A figure that cannot be known is null: cost without a frozen price, goodput of n
 from collections.abc import Sequence
 from typing import Any
 
-from spotune.contracts.events import NOT_FINITE, as_json, as_number
+from spotune.contracts.events import NOT_FINITE, as_json, as_number, number
 from spotune.contracts.money import HOUR_S, on_demand_price
 from spotune.contracts.records import SCHEMA_VERSION, PriceRow
 from spotune.cost.account import Account
 from spotune.cost.datarows import data_rows
-from spotune.cost.eventlog import number, step_of
+from spotune.cost.eventlog import step_of
 from spotune.cost.evidence import Evidence
 from spotune.cost.gpus import gpu_figures
 from spotune.cost.ledger import build_accounts

@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.exchange import STAGED, Staged, read_json, write_json
+from spotune.contracts.exchange import STAGED, TRAINER, Staged, read_json, write_json
 from spotune.contracts.fingerprint import file_facts
+from spotune.contracts.names import number_of
+from spotune.contracts.shapes import MOST_STEPS
 
 SEALED = "sealed"
 
@@ -26,8 +28,8 @@ class Handover:
         """The checkpoints that have become complete since the last call, oldest first."""
         parts: dict[int, list[Path]] = {}
         for path in (self._folder / STAGED).glob("*-*.json"):
-            step = int(path.name.partition("-")[0])
-            if step not in self._done:
+            step = number_of(path.name.partition("-")[0], 8, MOST_STEPS)
+            if step is not None and step not in self._done:
                 parts.setdefault(step, []).append(path)
         complete = sorted(step for step, paths in parts.items() if len(paths) == self._ranks)
         self._done.update(complete)
@@ -49,11 +51,11 @@ def _merge(paths: list[Path]) -> Staged:
 def seal(folder: Path, staged: Staged, config_sha256: str, revision: int = 0) -> Staged:
     """Adds the facts of all files that have none yet, and writes the seal; when it is there already, reads it."""
     path = seal_path(folder, staged.step)
-    if found := read_json(path):
-        return Staged(**found)
+    if found := _read_seal(path):
+        return found
     source = Path(staged.checkpoint)
     files = {}
-    for file in sorted(path for path in source.rglob("*") if path.is_file()):
+    for file in sorted(path for path in source.rglob("*") if path.is_file() and not path.is_symlink()):
         name = file.relative_to(source).as_posix()
         files[name] = staged.files.get(name) or file_facts(file)
     whole = replace(staged, files=files, config_sha256=config_sha256, revision=revision)
@@ -66,6 +68,15 @@ def seal_path(folder: Path, step: int) -> Path:
 
 
 def sealed(folder: Path) -> list[Staged]:
-    """What is sealed in an attempt's folder, newest first."""
-    found = [read_json(path) for path in (folder / SEALED).glob("*.json")]
-    return sorted((Staged(**data) for data in found if data), key=lambda staged: -staged.step)
+    """What is sealed in an attempt's folder, newest first. A seal that cannot be read seals nothing, nor does one of
+    another folder's files."""
+    found = (_read_seal(path) for path in (folder / SEALED).glob("*.json"))
+    own = (seal for seal in found if seal and Path(seal.checkpoint) == folder / TRAINER / f"checkpoint-{seal.step}")
+    return sorted(own, key=lambda staged: -staged.step)
+
+
+def _read_seal(path: Path) -> Staged | None:
+    try:
+        return Staged.from_dict(data) if (data := read_json(path)) else None
+    except (OSError, ValueError, RecursionError):  # of another version, or cut by a crash of this machine
+        return None

@@ -9,6 +9,7 @@ from spotune.contracts.config import overlay
 from spotune.contracts.errors import InputError
 from spotune.contracts.fingerprint import data_files, data_sha256
 from spotune.contracts.keys import Keys
+from spotune.contracts.marks import read_mark
 from spotune.contracts.records import RunRecord, fingerprint
 from spotune.contracts.revisions import check_length, record_in_force, refused_versions, revised
 from spotune.launch.checks import check_model
@@ -41,7 +42,7 @@ def revise(workspace: Workspace, status: JobStatus, edit: Edit) -> tuple[Change,
     store, keys = workspace.store(status.bucket), Keys(status.run_id)
     record = record_in_force(store, keys)
     if record is None:
-        if edit == Edit() and store.exists(keys.failed):  # it never began: nothing could be changed of it
+        if edit == Edit() and read_mark(store, keys.failed):  # it never began: nothing could be changed of it
             return Change(), None
         raise InputError(status.run_id, "has no run.json in its bucket", remedy=f"is all of {store.url} there?")
     revision = revised(record, _wanted(record, edit, workspace), workspace.env.user, time.time())

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spotune.cost.eventlog import clean, parse_lines
+from spotune.contracts.events import parse_lines
+from spotune.cost.eventlog import clean
 from spotune.cost.evidence import Evidence
 from spotune.cost.ledger import bills_due, build_accounts
 from spotune.cost.page import page_of

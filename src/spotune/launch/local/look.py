@@ -13,8 +13,9 @@ from pathlib import Path
 from spotune.contracts.errors import BadRecord, SpotuneError
 from spotune.contracts.exchange import write_json
 from spotune.contracts.keys import Keys, commit_of
+from spotune.contracts.marks import read_mark
 from spotune.contracts.output import protect_output
-from spotune.contracts.records import Mark, Progress
+from spotune.contracts.records import Progress
 from spotune.contracts.store import Store
 
 
@@ -42,8 +43,8 @@ def look(bucket: str, run_id: str, clock: Callable[[], float] = time.time) -> Lo
     try:
         if store.exists(keys.completed):
             return Look(completed=True, at=clock())
-        failed, cancelled, paused = (_mark(store, key) for key in (keys.failed, keys.cancelled, keys.paused))
-        progress = store.read(keys.progress)
+        failed, cancelled, paused = (read_mark(store, key) for key in (keys.failed, keys.cancelled, keys.paused))
+        stalled = _has_stalled(store, keys.progress)
         commits = [found for key in store.keys(keys.commits) if (found := commit_of(key))]
     except SpotuneError as error:
         return Look(error=str(error), at=clock())
@@ -53,7 +54,7 @@ def look(bucket: str, run_id: str, clock: Callable[[], float] = time.time) -> Lo
         cancelled=cancelled.reason if cancelled else None,
         paused=paused.reason if paused else None,
         commit=keys.commit(*max(commits)) if commits else "",
-        stalled=_ended_as(progress, keys.progress) == "stalled",
+        stalled=stalled,
         at=clock(),
     )
 
@@ -61,23 +62,19 @@ def look(bucket: str, run_id: str, clock: Callable[[], float] = time.time) -> Lo
 def cancelled_because(bucket: str, run_id: str) -> str | None:
     """Why a run is cancelled, None where it is not, or its bucket is not on this machine: nobody waits for another."""
     try:
-        mark = _mark(Store(bucket), Keys(run_id).cancelled) if bucket.startswith("file://") else None
+        mark = read_mark(Store(bucket), Keys(run_id).cancelled) if bucket.startswith("file://") else None
     except SpotuneError:
         return None
     return mark.reason if mark else None
 
 
-def _ended_as(progress: bytes | None, key: str) -> str:
-    """The phase of ``progress.json``, which is the reason once an attempt has ended; empty where it cannot be read."""
+def _has_stalled(store: Store, key: str) -> bool:
+    """Whether ``progress.json`` says so: once an attempt has ended, its phase is the reason. False where unreadable."""
     try:
-        return Progress.from_bytes(progress, key).phase if progress else ""
+        data = store.read(key)
+        return data is not None and Progress.from_bytes(data, key).phase == "stalled"
     except BadRecord:
-        return ""
-
-
-def _mark(store: Store, key: str) -> Mark | None:
-    data = store.read(key)
-    return Mark.from_bytes(data, key) if data else None
+        return False
 
 
 def main(arguments: list[str]) -> None:
