@@ -213,26 +213,29 @@ def test_a_narrow_locale_changes_nothing(material: Path, undisturbed: Callable[[
     assert "\\u2705 Training completed." in script.log()
 
 
+@pytest.mark.parametrize("phase", ["load", "train"])
 def test_a_stopped_rank_is_a_stall_and_the_next_attempt_ends_as_if_undisturbed(
-    material: Path, undisturbed: Callable[[str], str], tmp_path: Path
+    material: Path, undisturbed: Callable[[str], str], tmp_path: Path, phase: str
 ) -> None:
-    """By the watchdog's own clock: the limit is short, but only a rank that is stopped makes no step for so long."""
+    """By the watchdog's own clock: the limit is short, but only a rank that is stopped does nothing for so long."""
     script = Script(f"file://{tmp_path}/bucket", "stalled", material / "lora.yaml")
-    first = script.start(stop_at="snapshot:2", SPOTUNE_STALL_AFTER="5s")
-    script.until(lambda: (script.seen().get("committed_step") or 0) >= 6, first)
-    script.wait_at(first, "snapshot")
-    (worker,) = workers(first)
     written = script.home / "work" / "stalled" / "node-0" / "0001" / "events-0.jsonl"
-    script.pass_on("snapshot")
-    until(lambda: '"step", "step": 13' in written.read_text(), script.log)
+    first = script.start(stop_at="snapshot:2" if phase == "train" else "", SPOTUNE_STALL_AFTER="5s")
+    if phase == "train":
+        script.until(lambda: (script.seen().get("committed_step") or 0) >= 6, first)
+        script.wait_at(first, "snapshot")
+        script.pass_on("snapshot")
+    last = '"step", "step": 13' if phase == "train" else '"phase": "load"'
+    script.until(lambda: written.exists() and last in written.read_text(), first)
+    (worker,) = workers(first)
     worker.suspend()
     assert ended(first) == 75, script.log()
     (stall,) = script.events(1, "stall")
-    assert stall["phase"] == "train"
+    assert stall["phase"] == phase
+    assert stall["silent_s"] > stall["limit_s"] >= 5
     assert script.events(1, "end")[-1]["reason"] == "stalled", script.log()
     stacks = (script.store.read(script.keys.stacks(1, 0)) or b"").decode()
     assert "state T (stopped by a signal)" in stacks
     assert script.run("--allow-config-change", SPOTUNE_STALL_AFTER="10m") == 0, script.log()
     assert script.weights == undisturbed("lora")
     assert script.attempts == 2
-    assert stall["silent_s"] > stall["limit_s"] >= 5

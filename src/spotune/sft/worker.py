@@ -72,8 +72,8 @@ def main(argv: list[str]) -> None:
 def write_stacks_when_asked(folder: Path, rank: int) -> None:
     """Has this process write its Python stacks on STACKS_SIGNAL, also while it hangs in a library."""
     with suppress(OSError):  # a full disk is found by what matters more
-        stacks = open(python_stacks_path(folder, rank), "w")  # noqa: SIM115 - held open for the process's life
-        faulthandler.register(STACKS_SIGNAL, stacks, all_threads=True)
+        stacks = os.open(python_stacks_path(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        faulthandler.register(STACKS_SIGNAL, stacks, all_threads=True)  # which keeps it for the process's life
 
 
 def run(folder: Path, rank: int) -> Outcome:
