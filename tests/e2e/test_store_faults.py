@@ -232,7 +232,7 @@ def test_who_waits_at_a_terminal_is_told_so_once(
     result = cli_runner().invoke(main, ["queue", "-a"])
     assert result.exit_code == 0
     told = [line for line in result.stderr.splitlines() if "no answer" in line]
-    assert told == [f"{url}: no answer for 0.05 s; asked again for up to 60 s"]
+    assert told == [f"{url}: no answer for 0.05 s; asked again for up to 20 s"]
     proxy.plan = Plan(hold=1.0)
     said: list[str] = []
     assert Store(url, waiting=said.append).read("runs/a/none") is None
