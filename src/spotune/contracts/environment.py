@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spotune.contracts.durations import parse_duration
+from spotune.contracts.envrule import allowed_names
 from spotune.contracts.errors import InputError, shown
 
 BUCKET = "SPOTUNE_BUCKET"
@@ -26,6 +27,7 @@ STATUS_FILE = "SPOTUNE_STATUS_FILE"  # a local file that the guard keeps current
 SAVE_EVERY = "SPOTUNE_SAVE_EVERY"  # `50` steps or `5m`; for a bare launch, `train --save-every` freezes it in run.json
 PATIENCE = "SPOTUNE_BUCKET_PATIENCE"  # for how long training goes on while the bucket is away; default 30m
 ALLOW_CONFIG_CHANGE = "SPOTUNE_ALLOW_CONFIG_CHANGE"  # `1`, for a bare launch: `--allow-config-change` of the script
+ALLOW_ENV = "SPOTUNE_ALLOW_ENV"  # names that a config's `env:` may set all the same; the launcher or a user sets it
 GPU_SHARE = "SPOTUNE_GPU_SHARE"  # on a dev cluster: GPUs of each node that the run asked for, 0.5 for half of one
 KIND = "SPOTUNE_KIND"  # `dev` or `prod`, for a bare launch: whose money it is counted as; TEAM and USER likewise
 TEAM = "SPOTUNE_TEAM"
@@ -65,6 +67,7 @@ class RunEnvironment:
     gpu_share: float = 0.0
     kind: str = "prod"
     team: str = ""
+    allow_env: tuple[str, ...] = ()
 
     @property
     def cache(self) -> Path:
@@ -95,6 +98,7 @@ class RunEnvironment:
             gpu_share=_read_share(setting(environ, GPU_SHARE)),
             kind="dev" if setting(environ, KIND) == "dev" else "prod",
             team=setting(environ, TEAM),
+            allow_env=allowed_names(setting(environ, ALLOW_ENV)),
         )
 
 

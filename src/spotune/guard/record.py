@@ -13,6 +13,7 @@ from spotune.contracts.change import FLAG, compare, compare_configs
 from spotune.contracts.config import load_config, overlay
 from spotune.contracts.durations import parse_save_every
 from spotune.contracts.environment import RunEnvironment
+from spotune.contracts.envrule import allowed_in, check_env
 from spotune.contracts.errors import InputError, StoreError
 from spotune.contracts.fingerprint import data_files, data_sha256
 from spotune.contracts.keys import Keys
@@ -37,6 +38,7 @@ def read_or_create_run(store: Store, keys: Keys, env: RunEnvironment, request: R
     elif request.allow_config_change or env.allow_config_change:
         return _follow(store, keys, run, _as_asked(store, run, env, request), env)
     else:
+        check_env(run.config, keys.record(run.revision), env.allow_env)
         _say_what_is_not_followed(run, env, request)
     return run
 
@@ -46,7 +48,7 @@ def _new_run(store: Store, keys: Keys, env: RunEnvironment, request: Request) ->
     if not path:
         raise InputError("command line", "no config", remedy="python -m spotune.sft CONFIG")
     parse_save_every(env.save_every, "SPOTUNE_SAVE_EVERY")
-    config = load_config(path, request.profile, request.overrides, default_profile=env.profile)
+    config = load_config(path, request.profile, request.overrides, env.profile, env.allow_env)
     bare = RunRecord(
         run_id=keys.run_id,
         created_at=time.time(),
@@ -62,6 +64,7 @@ def _new_run(store: Store, keys: Keys, env: RunEnvironment, request: Request) ->
         save_every=env.save_every,
         code=_code(store, keys),
         versions={"spotune": __version__},
+        allowed_env=allowed_in(config, env.allow_env),
     )
     return _resolved(bare, config, env)
 
@@ -83,7 +86,7 @@ def _as_asked(store: Store, run: RunRecord, env: RunEnvironment, request: Reques
     overrides = [*run.overrides, *request.overrides]
     parse_save_every(env.save_every, "SPOTUNE_SAVE_EVERY")
     wanted = replace(run, overrides=overrides, save_every=env.save_every)
-    return _resolved(wanted, overlay(run.config, request.overrides, run.config_path), env)
+    return _resolved(wanted, overlay(run.config, request.overrides, run.config_path, env.allow_env), env)
 
 
 def _resolved(run: RunRecord, config: dict[str, object], env: RunEnvironment) -> RunRecord:
@@ -122,7 +125,7 @@ def _say_what_is_not_followed(run: RunRecord, env: RunEnvironment, request: Requ
         path, profile, overrides = run.config_path, run.profile, run.overrides
         default = "dev" if run.kind == "dev" else "prod"
     try:
-        changes = compare_configs(run.config, load_config(path, profile, overrides, default_profile=default))
+        changes = compare_configs(run.config, load_config(path, profile, overrides, default, run.allowed_env))
     except InputError:
         return
     if changes:

@@ -11,6 +11,7 @@ from spotune.contracts import environment
 from spotune.contracts.basemodel import model_files, model_sha256
 from spotune.contracts.config import load_config
 from spotune.contracts.durations import parse_save_every
+from spotune.contracts.envrule import allowed_in
 from spotune.contracts.errors import InputError
 from spotune.contracts.fingerprint import data_files, data_sha256
 from spotune.contracts.keys import check_run_id, new_run_id
@@ -48,6 +49,7 @@ class Wish:
     secrets: tuple[str, ...] = ()
     kind: str = "prod"
     allow_config_change: bool = False
+    allow_env: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,13 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
     budget_usd = None if wish.budget is None else parse_usd(wish.budget, BUDGET_FLAG)
     if wish.preemptions and backend != LOCAL:
         raise InputError("--preemptions", f"{infra} takes machines away by itself", remedy="--infra local")
-    config = load_config(wish.config_path, wish.profile, wish.overrides, wish.default_profile)
+    config = load_config(wish.config_path, wish.profile, wish.overrides, wish.default_profile, wish.allow_env)
+    allowed_env = allowed_in(config, wish.allow_env)
     check_model(config, wish.config_path)
     files = data_files(config, wish.config_path)
     model = model_files(config, wish.config_path, workspace.env.cache)
     task_path, task = load_task(workspace.cwd)
-    task = fill_in(task, _environment(wish, workspace, run_id), wish.resources, run_id)
+    task = fill_in(task, _environment(wish, workspace, run_id, allowed_env), wish.resources, run_id)
     demand = _check_demand(demand_of(task, task_path), wish, infra, task_path)
     secrets = secrets_of(wish.secrets, workspace.environ)
     now = clock()
@@ -127,6 +130,7 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
         prices=[vars(offer) for offer in offered.rows],
         code=code.facts(),
         versions={"spotune": __version__},
+        allowed_env=allowed_env,
     )
     return Plan(
         record=record,
@@ -190,13 +194,14 @@ def _check_demand(demand: Demand, wish: Wish, infra: str, task_path: Path) -> De
     return demand
 
 
-def _environment(wish: Wish, workspace: Workspace, run_id: str) -> dict[str, str]:
+def _environment(wish: Wish, workspace: Workspace, run_id: str, allowed_env: list[str]) -> dict[str, str]:
     """What the task's ``envs`` get: seam 1, and what ``--env`` adds."""
     ours = {
         environment.BUCKET: workspace.env.bucket,
         environment.RUN_ID: run_id,
         environment.CONFIG: wish.config_path,
         environment.PROFILE: wish.profile or wish.default_profile,
+        **({environment.ALLOW_ENV: " ".join(allowed_env)} if allowed_env else {}),
     }
     return {**env_pairs(wish.envs), **ours}
 

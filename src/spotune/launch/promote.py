@@ -24,7 +24,8 @@ def promote(source: str, wish: Wish, workspace: Workspace) -> Plan:
     is what goes to production. Overrides of the new command line come on top.
     """
     record = _record(source, workspace)
-    then = load_config(record.config_path, record.profile, record.overrides, _default_profile(record))
+    default = _default_profile(record)
+    then = load_config(record.config_path, record.profile, record.overrides, default, record.allowed_env)
     if fingerprint(then) not in (record.config_sha256, fingerprint(recorded(record.config))):
         raise InputError(source, f"{record.config_path} has changed since", remedy="submit the config itself")
     overrides = (*record.overrides, *wish.overrides)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from spotune.contracts.change import FLAG, Change, admit, compare
+from spotune.contracts.envrule import FLAG as FLAG_ENV
 from spotune.contracts.errors import InfraError, InputError, Taken, Unsettled
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import RunRecord
@@ -77,6 +78,9 @@ def existing(plan: Plan, workspace: Workspace) -> Existing | None:
     record = record_in_force(store, keys)
     if record is None:
         return None
+    if more := sorted(set(plan.record.allowed_env) - set(record.allowed_env)):
+        what = f"{plan.run_id} was submitted without {', '.join(more)}, and its machines go by that"
+        raise InputError(FLAG_ENV, what, remedy=OTHER_NAME)
     revision = revised(record, plan.record, plan.record.user, plan.record.created_at)
     if record.kind != plan.record.kind:
         what = "a dev run" if record.kind == "dev" else "a production run"
