@@ -41,8 +41,9 @@ def plan_text(plan: "Plan") -> str:
         facts.append(("budget", budget_text(plan)))
     if plan.submission.preemptions:
         facts.append(("preemptions", f"{len(plan.submission.preemptions)} planned"))
+    facts += plan.code.lines()
     facts += [("note", note) for note in plan.notes]
-    text = "\n".join(f"{name:<12}{plain(value)}" for name, value in facts)
+    text = "\n".join(f"{name:<13}{plain(value)}" for name, value in facts)
     priced = columns(["INFRA", "INSTANCE", "ACCELERATORS", "KIND", "$/HOUR", "CHOSEN"], offers)
     more = f"\n… and {len(plan.offers) - len(shown)} more" if len(plan.offers) > len(shown) else ""
     return f"{text}\n\n{priced}{more}"

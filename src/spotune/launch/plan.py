@@ -19,6 +19,7 @@ from spotune.contracts.money import parse_usd
 from spotune.contracts.records import PriceRow, RunRecord, fingerprint
 from spotune.launch.checks import check_model
 from spotune.launch.code import Code, sent_code
+from spotune.launch.codeuse import check_used
 from spotune.launch.infra import LOCAL, Submission, infra_of, spell
 from spotune.launch.local.gpus import find_gpus
 from spotune.launch.preemptions import read_preemptions
@@ -106,6 +107,7 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
     if budget_usd is not None:
         check_priced(offered.chosen)
     code = sent_code(task, workspace.cwd)
+    check_used(code, config, wish.config_path, files, task, task_path, workspace.cwd)
     record = RunRecord(
         run_id=run_id,
         created_at=now,
@@ -235,5 +237,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "model_sha256": plan.record.model_sha256,
         "offers": [vars(offer) for offer in plan.offers],
         "chosen": plan.chosen and vars(plan.chosen),
+        "code": {
+            **plan.record.code,
+            "changed": plan.code.changed,
+            "new": plan.code.new,
+            "left_out": [{"path": left.path, "why": left.why} for left in plan.code.left_out],
+        },
         "notes": list(plan.notes),
     }
