@@ -110,7 +110,7 @@ class Code:
         goes = f", {' and '.join(files)} {many}" if files and self.is_kept else ""
         found = [("code", f"commit {self.commit[:12]}{goes}")]
         if more := len(self.untracked) - self.new:
-            found.append(("by name only", f"{more} new file{'s' if more > 1 else ''}"))
+            found.append(("names only", f"{more} new file{'s' if more > 1 else ''}"))
         shown = [str(left) for left in self.left_out[:MAX_SHOWN]]
         if rest := len(self.left_out) - len(shown):
             shown.append(f"and {rest} more")

@@ -22,6 +22,7 @@ from spotune.launch.code import Code, sent_code
 from spotune.launch.codeuse import check_used
 from spotune.launch.infra import LOCAL, Submission, infra_of, spell
 from spotune.launch.local.gpus import find_gpus
+from spotune.launch.origins import Origin, origins_of
 from spotune.launch.preemptions import read_preemptions
 from spotune.launch.prices import Offers, local_prices
 from spotune.launch.task import Demand, Resources, demand_of, env_pairs, fill_in, load_task
@@ -58,6 +59,7 @@ class Plan:
     """Everything that a submission needs; ``offers`` are the candidates, cheapest first, ``chosen`` among them.
 
     ``notes``: what is said of them.
+    ``takes``: what it takes from elsewhere. ``unseen``: who has revised that since this user last saw it.
     ``allow_config_change``: a run of that id may go on with another config, data or model than it began with.
     """
 
@@ -71,6 +73,8 @@ class Plan:
     notes: tuple[str, ...] = ()
     code: Code = field(default_factory=Code)
     allow_config_change: bool = False
+    takes: tuple[Origin, ...] = ()
+    unseen: tuple[str, ...] = ()
 
     @property
     def run_id(self) -> str:
@@ -145,6 +149,7 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
         notes=(*offered.notes, *code.notes()),
         code=code,
         allow_config_change=wish.allow_config_change,
+        takes=tuple(origins_of(record, workspace.cwd)),
     )
 
 
@@ -243,5 +248,6 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "new": plan.code.new,
             "left_out": [{"path": left.path, "why": left.why} for left in plan.code.left_out],
         },
+        "takes": [vars(origin) for origin in plan.takes],
         "notes": list(plan.notes),
     }

@@ -16,8 +16,8 @@ MAX_SCAN_BYTES = 10 << 20  # of one file
 _NAMES = (
     ".env .env.* *.env .envrc* env.sh *env.local.sh setenv*.sh *.local *.local.* local.* local_settings.*"
     " settings_local.* .netrc _netrc .npmrc .pypirc .pgpass .my.cnf .htpasswd .git-credentials .dockercfg .s3cfg .boto"
-    " .databrickscfg rclone.conf kubeconfig* *.kubeconfig *.tfstate *.tfstate.* *.tfvars *.tfvars.json *.pem *.key *.p12 *.pfx"
-    " *.jks *.ppk *.keystore *.kdbx *.gpg *.asc id_rsa* id_dsa* id_ecdsa* id_ed25519* .vault* vault.y*ml .*_history"
+    " .databrickscfg rclone.conf kubeconfig* *.kubeconfig *.tfstate *.tfstate.* *.tfvars* *.pem *.key *.p12"
+    " *.pfx *.jks *.ppk *.keystore *.kdbx *.gpg *.asc id_[rd]sa* id_ecdsa* id_ed25519* .vault* vault.y*ml .*_history"
     " *.secret tokens.*".split()
 )
 _FOLDERS = frozenset(".aws .azure .docker .gcloud .gnupg .kube .ssh secrets .secrets credentials".split())

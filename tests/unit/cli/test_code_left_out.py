@@ -121,7 +121,7 @@ def test_without_secrets_nothing_is_left_out(project: Project) -> None:
     plan = plan_of(project)
     assert [line for line in plan if line.startswith("left out")] == []
     assert [line.partition(", ")[2] for line in plan if line.startswith("code ")] == ["1 changed and 1 new files"]
-    assert "by name only 1 new file" in plan
+    assert "names only 1 new file" in plan
 
 
 TASK = "resources: {}\nenvs: {SPOTUNE_PYTHON: python3}\nrun: |\n  "
