@@ -36,12 +36,13 @@ class Resumed:
 
 @dataclass(frozen=True)
 class Resumption:
-    """What a resumed run would go on with. ``takes`` and ``unseen``: as in a plan."""
+    """What a resumed run would go on with. ``takes`` and ``unseen``: as in a plan; ``revision``: in force so far."""
 
     run_id: str
     change: Change
     takes: tuple[Origin, ...] = ()
     unseen: tuple[str, ...] = ()
+    revision: int = 0
 
 
 def cancel(workspace: Workspace, run_id: str, clock: Callable[[], float] = time.time) -> JobStatus:
@@ -79,7 +80,11 @@ def resume(
         raise InputError(run_id, f"is {status.state}: only {', '.join(RESUMABLE)} can be resumed", remedy=remedy)
     change, revision = revise(workspace, status, edit) if edit else (Change(), None)
     if agree:
-        agree(_resumption(workspace, status, change, revision))
+        shown = _resumption(workspace, status, change, revision)
+        agree(shown)
+        now = record_in_force(workspace.store(status.bucket), Keys(run_id))
+        if now and now.revision != shown.revision:  # while the user read
+            raise InputError(run_id, "was changed by somebody else just now", remedy="try again")
     is_queued = go_on(workspace, status, revision)
     return Resumed(is_queued, change, _keep_other_code(workspace, status) if is_queued else "")
 
@@ -91,7 +96,7 @@ def _resumption(workspace: Workspace, status: JobStatus, change: Change, revisio
     user, record = workspace.env.user, revision or history[-1]
     taken = [from_run(record, "its config, data, model and checkpoints")] if record.user != user else []
     taken += [*revision_of(history), *origins_of(record, workspace.cwd)]
-    return Resumption(status.run_id, change, tuple(taken), tuple(unseen_by(user, history)))
+    return Resumption(status.run_id, change, tuple(taken), tuple(unseen_by(user, history)), history[-1].revision)
 
 
 def _stands(workspace: Workspace, status: JobStatus) -> bool:

@@ -2,12 +2,14 @@
 
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from spotune.cli import options
 from spotune.contracts.keys import Keys
+from spotune.contracts.records import RunRecord
 from spotune.launch import origins
 from tests.unit.project import CONFIG, Project
 
@@ -183,3 +185,21 @@ def test_a_machine_is_not_given_another_name_to_allow(project: Project) -> None:
     assert project.infra.submissions["run-b"].task["envs"]["SPOTUNE_ALLOW_ENV"] == "LD_PRELOAD"
     project.run("cancel", "run-b", "-y")
     assert project.run("resume", "run-b", "--set", "max_steps=40").exit_code == 0
+
+
+def test_a_revision_made_while_the_user_reads_is_not_gone_on_with(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    revised_by_eva(project, monkeypatch)
+    keys = Keys("run-a")
+
+    def answer(question: str, yes: bool) -> None:
+        record = RunRecord.from_bytes(project.store.read(keys.revision(1)) or b"")
+        project.store.create(keys.revision(2), replace(record, revision=2).to_bytes())
+
+    monkeypatch.setattr(options, "can_ask", lambda: True)
+    monkeypatch.setattr(options, "agree", answer)
+    refused = project.run("resume", "run-a")
+    assert refused.exit_code == 2
+    assert refused.stderr.splitlines()[-1] == "run-a: was changed by somebody else just now (try again)"
+    assert project.infra.calls == []
