@@ -13,7 +13,14 @@ from spotune.cli.options import config_options, format_option, open_workspace
 @config_options
 @click.option("--infra", default="", metavar="NAME", help="Also ask SkyPilot how NAME stands: takes seconds.")
 @format_option()
-def check(config: str | None, profile: str, overrides: tuple[str, ...], infra: str, output: str) -> None:
+def check(
+    config: str | None,
+    profile: str,
+    overrides: tuple[str, ...],
+    allow_env: tuple[str, ...],
+    infra: str,
+    output: str,
+) -> None:
     """Check CONFIG, its data and its model as far as that goes without running anything.
 
     Prints one line on stderr for each fault of CONFIG and its profiles, and exits with 2.
@@ -28,7 +35,7 @@ def check(config: str | None, profile: str, overrides: tuple[str, ...], infra: s
     if not config and (profile or overrides):
         raise click.UsageError("--profile and --set are of a CONFIG, and there is none.")
     workspace, silent = open_workspace(), None
-    found = survey_config(config, profile, overrides, workspace) if config else survey_machine(workspace)
+    found = survey_config(config, profile, overrides, workspace, allow_env) if config else survey_machine(workspace)
     if infra or not config:
         from spotune.launch.survey import survey_place
 

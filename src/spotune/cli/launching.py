@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from spotune.launch.submit import Submitted
     from spotune.launch.workspace import Workspace
 
+AGREE = "look with --dryrun, then add -y"
 _RESOURCES = ("gpus", "num_nodes", "use_spot", "priority", "cpus", "memory")
 
 
@@ -70,19 +71,24 @@ def agree_to(plan: "Plan", workspace: "Workspace", yes: bool) -> None:
     """Shows the plan on stderr, where it is in nobody's way, and asks unless told not to.
 
     What would be refused is refused before anything is shown. On this machine nothing is bought, so that without a
-    terminal nobody is asked; elsewhere that needs -y.
+    terminal nobody is asked; elsewhere that needs -y. So does what another user has revised.
     """
+    import time
+
     from spotune.cli.options import agree, can_ask
     from spotune.cli.render import plan_text
     from spotune.launch.infra import infra_of
-    from spotune.launch.submit import existing
+    from spotune.launch.submit import existing, with_existing
 
     workspace.infra(plan.infra)  # opens it: there may be no room for its files
     found = existing(plan, workspace)
+    plan = with_existing(plan, found)
     asks = not yes and can_ask()
+    if plan.unseen and not yes and not asks:
+        raise InputError(plan.run_id, f"goes on from what {' and '.join(plan.unseen)} revised", remedy=AGREE)
     if not yes and not asks and infra_of(plan.infra) != "local":
         raise InputError("stdin", "nobody to ask", remedy="add -y")
-    click.echo(plan_text(plan), err=True)
+    click.echo(plan_text(plan, time.time()), err=True)
     question = f"Launch {plan.run_id}. Proceed?"
     if found and found.change:
         question = f"Go on with {plan.run_id}, changed: {found.change.as_followed()}. Proceed?"

@@ -35,6 +35,9 @@ def open_workspace() -> "Workspace":
 def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """How a config is overlaid."""
     for option in (
+        click.option(
+            "--allow-env", multiple=True, metavar="NAME", help="Let CONFIG's env: set NAME, which it may not by itself."
+        ),
         click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the config."),
         click.option("--profile", default="", metavar="NAME", help="Overlay this profile of the config."),
     ):

@@ -1,6 +1,6 @@
 """Tables and words for people."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from spotune.contracts.columns import columns, cut, plain
@@ -8,13 +8,14 @@ from spotune.contracts.columns import columns, cut, plain
 if TYPE_CHECKING:
     from spotune.contracts.records import PriceRow
     from spotune.launch.infra import JobStatus
+    from spotune.launch.origins import Origin
     from spotune.launch.plan import Plan
 
 MAX_OFFERS = 10
 
 
-def plan_text(plan: "Plan") -> str:
-    """A plan as SkyPilot shows one: what would run, and the priced offers."""
+def plan_text(plan: "Plan", now: float) -> str:
+    """A plan as SkyPilot shows one: what would run, what it takes from elsewhere, and the priced offers."""
     record = plan.record
     shown = shown_offers(plan)
     offers = [
@@ -41,11 +42,27 @@ def plan_text(plan: "Plan") -> str:
         facts.append(("budget", budget_text(plan)))
     if plan.submission.preemptions:
         facts.append(("preemptions", f"{len(plan.submission.preemptions)} planned"))
+    facts += [(origin.kind, origin_text(origin, now)) for origin in plan.takes]
+    facts += plan.code.lines()
     facts += [("note", note) for note in plan.notes]
-    text = "\n".join(f"{name:<12}{plain(value)}" for name, value in facts)
+    text = fact_lines(facts)
     priced = columns(["INFRA", "INSTANCE", "ACCELERATORS", "KIND", "$/HOUR", "CHOSEN"], offers)
     more = f"\n… and {len(plan.offers) - len(shown)} more" if len(plan.offers) > len(shown) else ""
     return f"{text}\n\n{priced}{more}"
+
+
+def fact_lines(facts: "Iterable[tuple[str, str]]") -> str:
+    return "\n".join(f"{name:<12}{plain(value)}" for name, value in facts)
+
+
+def origin_text(origin: "Origin", now: float) -> str:
+    """``run-b by eva: its config``, ``3 by eva, 2h 5m ago: learning_rate: 0.0001 -> 0.001``."""
+    name, colon, rest = origin.what.partition(": ")
+    if origin.kind not in ("takes from", "revision") or not colon:
+        return origin.what
+    by = f" by {origin.by}" if origin.by else ""
+    age = f", {duration(now - origin.at)} ago" if origin.at else ""
+    return f"{name}{by}{age}: {rest}"
 
 
 def budget_text(plan: "Plan") -> str:

@@ -7,6 +7,7 @@ import click
 from spotune.cli.options import open_workspace, stall_option
 
 if TYPE_CHECKING:
+    from spotune.launch.actions import Resumption
     from spotune.launch.workspace import Workspace
 
 
@@ -18,14 +19,18 @@ if TYPE_CHECKING:
 @click.option("--budget", metavar="USD", help="Pause once it has cost so much in all, from its start on.")
 @stall_option
 @click.option("--allow-config-change", is_flag=True, help="Also with another config, data, model or libraries.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 def resume(
-    run: str, overrides: tuple[str, ...], budget: str | None, stall_after: str, allow_config_change: bool
+    run: str, overrides: tuple[str, ...], budget: str | None, stall_after: str, allow_config_change: bool, yes: bool
 ) -> None:
     """Go on with a run that failed, was cancelled or is paused, from its newest checkpoint.
 
     Its training length, logging, saving and evaluation may be --set freely. The rest needs --allow-config-change; so do
     data or a model that were edited, and a run that failed because libraries changed. A run that no queue of this
     machine has, since it was started by hand or by a bare `sky`, may go on from then on: start it again where it was.
+
+    Shows what the run takes from elsewhere: overrides, env:, remote code, models and data of others, the revision in
+    force. Asks where another user has revised the run; where nobody can be asked that needs -y.
     """
     from spotune.contracts.durations import parse_stall_after
     from spotune.contracts.money import parse_usd
@@ -37,7 +42,10 @@ def resume(
     budget_usd = None if budget is None else parse_usd(budget, "--budget")
     month_usd, owner = check_budget(workspace, run, budget_usd)
     edit = Edit(overrides, allow_config_change, budget_usd, month_usd, owner, stall_after)
-    resumed = actions.resume(workspace, run, edit)
+    later: list[str] = []
+    resumed = actions.resume(workspace, run, edit, lambda resumption: later.extend(agree_to(resumption, yes)))
+    for line in later:
+        click.echo(line, err=True)
     changed = f", changed: {resumed.change.as_followed()}" if resumed.change else ""
     if resumed.code:
         click.echo(f"{run}: its code is not what it was submitted with: {resumed.code}", err=True)
@@ -45,6 +53,31 @@ def resume(
         click.echo(f"{run}: PENDING{changed}. Follow it: spotune logs -f {run}")
     else:
         click.echo(f"{run}: may go on{changed}. Start it again as before, with SPOTUNE_RUN_ID={run}")
+
+
+def agree_to(resumption: "Resumption", yes: bool) -> list[str]:
+    """Asks where another user has revised the run, and shows before that what it takes from elsewhere.
+
+    Returns these lines where nobody is asked: they are shown once the run goes on, so that a refusal stays one line.
+    """
+    import time
+
+    from spotune.cli.options import agree, can_ask
+    from spotune.cli.render import fact_lines, origin_text
+    from spotune.contracts.errors import InputError
+
+    run, others = resumption.run_id, " and ".join(resumption.unseen)
+    facts = [(origin.kind, origin_text(origin, time.time())) for origin in resumption.takes]
+    if others and not yes and not can_ask():
+        changes = "; ".join(text for kind, text in facts if kind == "revision")
+        raise InputError(run, f"was revised by {others}: revision {changes}", remedy="add -y to go on with it")
+    shown = fact_lines([("run", run), *facts]).splitlines() if facts else []
+    if yes or not others:
+        return shown
+    for line in shown:
+        click.echo(line, err=True)
+    agree(f"Go on with {run} as {others} revised it. Proceed?", False)
+    return []
 
 
 def check_budget(workspace: "Workspace", run: str, budget_usd: float | None) -> tuple[float | None, str]:

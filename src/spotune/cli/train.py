@@ -41,24 +41,27 @@ def train(source: str, dryrun: bool, yes: bool, detach: bool, output: str, **giv
     With --name of a run that stands still and a CONFIG that has changed, that run goes on with it: freely where only
     the training length, logging, saving or evaluation changed, else with --allow-config-change.
 
-    Uses the config's profile `prod` if it has one. Shows the plan and asks, as `sky` does; where nobody can be asked
-    it needs -y, unless it runs on this machine. Ctrl-C and a reader that leaves (`| head`) stop following, the run goes
-    on. Exit codes: 0 finished and certified, 1 failed, 2 bad input, 3 infrastructure failed, 75 ended by a fault that
-    another machine may not have, 76 paused. A secret's value is kept on this machine alone, readable by you alone,
-    until the run has ended; elsewhere it is handed to SkyPilot's server and not kept.
+    Uses the config's profile `prod` if it has one. Shows the plan, with all that it takes from elsewhere, and asks, as
+    `sky` does. Where nobody can be asked it needs -y, unless it runs on this machine and nobody else has revised what
+    it goes on from. Ctrl-C and a reader that leaves (`| head`) stop following, the run goes on. Exit codes: 0 finished
+    and certified, 1 failed, 2 bad input, 3 infrastructure failed, 75 ended by a fault that another machine may not
+    have, 76 paused. A secret's value is kept on this machine alone, readable by you alone, until the run has ended;
+    elsewhere it is handed to SkyPilot's server and not kept.
     """
+    import time
+
     from spotune.cli.follow import follow
     from spotune.cli.launching import agree_to, plan_of, submit_plan
     from spotune.cli.options import print_json
     from spotune.cli.render import plan_text
     from spotune.launch.plan import as_json
-    from spotune.launch.submit import existing
+    from spotune.launch.submit import existing, with_existing
 
     workspace = open_workspace()
     plan = plan_of(given, source, workspace)
     if dryrun:
-        existing(plan, workspace)
-        print_json(as_json(plan)) if output == "json" else click.echo(plan_text(plan))
+        plan = with_existing(plan, existing(plan, workspace))
+        print_json(as_json(plan)) if output == "json" else click.echo(plan_text(plan, time.time()))
         return
     agree_to(plan, workspace, yes or output == "json")
     outcome = submit_plan(plan, workspace).outcome

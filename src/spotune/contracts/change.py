@@ -235,6 +235,12 @@ def _canonical(key: str, value: Any) -> Any:
         return value
 
 
+def shown_leaves(key: str, value: Any) -> dict[str, str]:
+    """The places inside a value, each with its value as text for people; secrets are hidden."""
+    leaves = _leaves(key, value)
+    return {leaf: _shown(leaf, leaves) for leaf in leaves}
+
+
 def _shown(key: str, leaves: Mapping[str, Any]) -> str:
     if key not in leaves:
         return _NOT_SET

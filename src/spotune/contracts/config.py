@@ -4,7 +4,7 @@ Used by the launcher at submission and by the guard of a run that was started by
 pinned TRL's, so that what the machine would refuse costs milliseconds. All that is wrong is reported at once.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,11 @@ OVERRIDE = "--set"
 
 
 def load_config(
-    path: str | Path, profile: str = "", overrides: Iterable[str] = (), default_profile: str = ""
+    path: str | Path,
+    profile: str = "",
+    overrides: Iterable[str] = (),
+    default_profile: str = "",
+    allowed_env: Collection[str] = (),
 ) -> dict[str, Any]:
     """Reads, overlays and checks a config.
 
@@ -30,6 +34,7 @@ def load_config(
         profile: must be one of the file's ``profiles`` when given.
         overrides: ``key=value`` each, the value as YAML; they win over the profile.
         default_profile: used when ``profile`` is empty and the file has it.
+        allowed_env: names that ``env`` may set because the user said so, see ``envrule.py``.
 
     Returns:
         The flat config without ``profiles``. Raises InputError for all that is wrong with it.
@@ -42,7 +47,8 @@ def load_config(
     chosen = profile or (default_profile if default_profile in profiles else "")
     given, overlay = parse_overrides(overrides), profiles[chosen] if chosen else {}
     config = {**raw, **overlay, **given}
-    faults = list(_faults_of(config, path, overlay.keys() - given.keys(), f"{path}: profiles.{chosen}"))
+    overlaid = overlay.keys() - given.keys()
+    faults = list(_faults_of(config, path, overlaid, f"{path}: profiles.{chosen}", allowed_env))
     for name, other in profiles.items():
         if name != chosen:
             faults += _as_errors(key_faults(other), f"{path}: profiles.{name}")
@@ -50,15 +56,21 @@ def load_config(
     return recorded(config)
 
 
-def overlay(config: Mapping[str, Any], overrides: Iterable[str], where: object) -> dict[str, Any]:
+def overlay(
+    config: Mapping[str, Any], overrides: Iterable[str], where: object, allowed_env: Collection[str] = ()
+) -> dict[str, Any]:
     """A resolved config with ``key=value`` overrides on top, checked again; raises InputError."""
     changed = {**config, **parse_overrides(overrides)}
-    raise_all(_faults_of(changed, where))
+    raise_all(_faults_of(changed, where, allowed_env=allowed_env))
     return recorded(changed)
 
 
 def _faults_of(
-    config: Mapping[str, Any], where: object, overlaid: Iterable[str] = (), overlay_is: object = ""
+    config: Mapping[str, Any],
+    where: object,
+    overlaid: Iterable[str] = (),
+    overlay_is: object = "",
+    allowed_env: Collection[str] = (),
 ) -> Iterator[InputError]:
     """All that is wrong with a config; what comes from a profile (``overlaid``) is reported there."""
     places = dict.fromkeys(overlaid, overlay_is)
@@ -72,7 +84,7 @@ def _faults_of(
     wrong = list(key_faults({key: value for key, value in config.items() if key not in dated}))
     faulty = frozenset([*dated, *(_top_level(fault.key) for fault in wrong)])
     missing = [] if faulty else missing_faults(config)  # an unknown key may be the one that is meant
-    for fault in [*wrong, *missing, *whole_faults(config, faulty)]:
+    for fault in [*wrong, *missing, *whole_faults(config, faulty, allowed_env)]:
         place = places.get(_top_level(fault.key), where)
         yield InputError(place, fault.what, key=fault.key, remedy=fault.remedy)
 

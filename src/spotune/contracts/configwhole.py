@@ -3,12 +3,13 @@
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from spotune.contracts.configkeys import is_on, settled
 from spotune.contracts.configrules import rule_faults
 from spotune.contracts.configvalues import Fault, number_of, one_of
+from spotune.contracts.envrule import env_faults
 from spotune.contracts.errors import refuse, shown
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -27,8 +28,13 @@ def missing_faults(config: Mapping[str, Any]) -> Iterator[Fault]:
         yield Fault("data", "no training data", "data:, or TRL's dataset_name or datasets")
 
 
-def whole_faults(config: Mapping[str, Any], faulty: frozenset[str] = frozenset()) -> Iterator[Fault]:
-    """What does not go together; ``faulty``: keys whose own values are reported already."""
+def whole_faults(
+    config: Mapping[str, Any], faulty: frozenset[str] = frozenset(), allowed_env: Collection[str] = ()
+) -> Iterator[Fault]:
+    """What does not go together; ``faulty``: keys whose own values are reported already.
+
+    ``allowed_env``: names of ``env`` that the user allowed, see ``envrule.py``.
+    """
     config = settled(config)
     if "max_steps" not in faulty and config.get("max_steps") == 0:
         yield Fault("max_steps", "0 steps train nothing", "1 or more, or leave it out")
@@ -39,6 +45,8 @@ def whole_faults(config: Mapping[str, Any], faulty: frozenset[str] = frozenset()
     yield from sources
     faulty |= {"data"} if sources else frozenset()
     yield from _extra_faults(config, faulty)
+    if "env" not in faulty:
+        yield from env_faults(config.get("env") or {}, allowed_env)
     yield from rule_faults(config, faulty)
 
 
@@ -48,23 +56,9 @@ def _extra_faults(config: Mapping[str, Any], faulty: frozenset[str]) -> Iterator
         yield Fault("merge_adapter", "this config trains no adapter", remedy)
     if config.get("hub_token"):
         yield Fault("hub_token", "a secret would be written to run.json", "leave it out, and give --secret HF_TOKEN")
-    if "env" not in faulty:
-        yield from _env_faults(config.get("env") or {})
     name = config.get("hub_model_id")
     if name is not None and "hub_model_id" not in faulty and not HUB_NAME.fullmatch(str(name)):
         yield Fault("hub_model_id", f"{shown(name)} is no name on the hub", "name, or org/name")
-
-
-def _env_faults(env: Mapping[Any, Any]) -> Iterator[Fault]:
-    """What TRL sets in the environment of a run: names and texts, and none that spotune goes by."""
-    for name, value in env.items():
-        key = f"env.{name}"
-        if not isinstance(name, str) or not name.isidentifier():
-            yield Fault(key, "is no name of the environment", "env: {NCCL_DEBUG: INFO}")
-        elif name.startswith("SPOTUNE_"):
-            yield Fault(key, "is for spotune to set", "leave it out")
-        elif not isinstance(value, (str, int, float)) or (isinstance(value, str) and "\0" in value):
-            yield Fault(key, f"{shown(value)} is not text", f'{name}: "1"')
 
 
 def check_sources(config: Mapping[str, Any], where: object) -> None:

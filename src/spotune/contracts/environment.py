@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spotune.contracts.durations import parse_duration
+from spotune.contracts.envrule import allowed_names
 from spotune.contracts.errors import InputError, shown
 
 BUCKET = "SPOTUNE_BUCKET"
@@ -27,6 +28,7 @@ SAVE_EVERY = "SPOTUNE_SAVE_EVERY"  # `50` steps or `5m`; for a bare launch, `tra
 STALL_AFTER = "SPOTUNE_STALL_AFTER"  # `10m`, `0` for never; for a bare launch, as SAVE_EVERY
 PATIENCE = "SPOTUNE_BUCKET_PATIENCE"  # for how long training goes on while the bucket is away; default 30m
 ALLOW_CONFIG_CHANGE = "SPOTUNE_ALLOW_CONFIG_CHANGE"  # `1`, for a bare launch: `--allow-config-change` of the script
+ALLOW_ENV = "SPOTUNE_ALLOW_ENV"  # names that a config's `env:` may set all the same; the launcher or a user sets it
 GPU_SHARE = "SPOTUNE_GPU_SHARE"  # on a dev cluster: GPUs of each node that the run asked for, 0.5 for half of one
 KIND = "SPOTUNE_KIND"  # `dev` or `prod`, for a bare launch: whose money it is counted as; TEAM and USER likewise
 TEAM = "SPOTUNE_TEAM"
@@ -67,6 +69,7 @@ class RunEnvironment:
     kind: str = "prod"
     team: str = ""
     stall_after: str = ""
+    allow_env: tuple[str, ...] = ()
 
     @property
     def cache(self) -> Path:
@@ -98,6 +101,7 @@ class RunEnvironment:
             kind="dev" if setting(environ, KIND) == "dev" else "prod",
             team=setting(environ, TEAM),
             stall_after=setting(environ, STALL_AFTER),
+            allow_env=allowed_names(setting(environ, ALLOW_ENV)),
         )
 
 

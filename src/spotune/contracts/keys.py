@@ -118,6 +118,10 @@ class Keys:
     def cancelled(self) -> str:
         return f"{self.root}/cancelled.json"
 
+    def record(self, revision: int) -> str:
+        """The record of that revision; 0 is the one that was submitted."""
+        return self.revision(revision) if revision else self.run
+
     def revision(self, revision: int) -> str:
         return f"{self.revisions}/{revision:04d}.json"
 

@@ -100,6 +100,8 @@ class RunRecord(Record):
         kind: ``prod`` for managed jobs, ``dev`` for interactive runs.
         revision: 0 as submitted; ``allowed`` names what changed with it that may not change by itself:
             keys of the config, ``data``, ``model``, ``versions``.
+        allowed_env: names that ``env`` sets because the submitter allowed it. For readers: a machine goes by its own
+            environment, since a record is only as trusted as the bucket.
     """
 
     run_id: str
@@ -132,6 +134,7 @@ class RunRecord(Record):
     revised_at: Time = 0.0
     revised_by: str = ""
     allowed: list[str] = field(default_factory=list)
+    allowed_env: list[str] = field(default_factory=list)
 
     @property
     def wall_usd(self) -> float | None:

@@ -31,6 +31,7 @@ class Request:
     profile: str
     overrides: tuple[str, ...]
     allow_config_change: bool = False
+    allow_env: tuple[str, ...] = ()
 
 
 def choose_run_id(env: RunEnvironment, machine: Machine, request: Request) -> str:

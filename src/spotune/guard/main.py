@@ -6,8 +6,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 
-from spotune.contracts import exits
+from spotune.contracts import envrule, exits
 from spotune.contracts.change import FLAG
 from spotune.contracts.config import parse_flags
 from spotune.contracts.environment import NUM_PROCESSES, RunEnvironment
@@ -32,7 +33,8 @@ from spotune.guard.record import read_or_create_run
 from spotune.guard.say import say
 
 FIRST_LOOK_S = 300.0
-USAGE = "python -m spotune.sft CONFIG [--profile P] [--set key=value]... [--allow-config-change] [TRL's own flags]"
+USAGE = "python -m spotune.sft CONFIG [--profile P] [--set key=value]... [--allow-config-change]"
+USAGE += " [--allow-env NAME]... [TRL's own flags]"
 
 
 def main(argv: list[str]) -> int:
@@ -75,12 +77,13 @@ def managed_job(environ: Mapping[str, str]) -> Machine | None:
 
 
 def parse_arguments(argv: list[str]) -> admission.Request:
-    """CONFIG, --profile, --set and our flag; every other flag is TRL's own and becomes an override."""
+    """CONFIG, --profile, --set and our flags; every other flag is TRL's own and becomes an override."""
     parser = argparse.ArgumentParser(prog="python -m spotune.sft", usage=USAGE, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", default="", metavar="CONFIG", help="as `trl sft` takes it")
     parser.add_argument("--profile", default="")
     parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument(FLAG, action="store_true", help="follow CONFIG though the run began with another one")
+    parser.add_argument(envrule.FLAG, action="append", default=[], metavar="NAME", help="let CONFIG's env: set NAME")
     # CONFIG is the first word or comes by --config; a later bare word is the value of the flag before it.
     named = argv[:1] if argv and not argv[0].startswith("-") else []
     try:
@@ -88,12 +91,14 @@ def parse_arguments(argv: list[str]) -> admission.Request:
     except argparse.ArgumentError as error:
         raise InputError("command line", str(error), remedy=USAGE) from error
     overrides = (*parse_flags(flags), *known.sets)
-    return admission.Request((named or [known.config])[0], known.profile, overrides, known.allow_config_change)
+    path, allow_env = (named or [known.config])[0], tuple(known.allow_env)
+    return admission.Request(path, known.profile, overrides, known.allow_config_change, allow_env)
 
 
 def run_attempt(request: admission.Request, notices: Notices, environ: Mapping[str, str]) -> int:
     """One attempt, from the first look at the bucket to the exit code."""
     env = RunEnvironment.read(environ)
+    env = replace(env, allow_env=(*env.allow_env, *request.allow_env))
     machine = Machine.read(environ)
     notices.infra, notices.told_grace_s = machine.infra, env.grace_s
     with Watcher(sources_for(machine.infra, environ), notices):
@@ -150,6 +155,8 @@ def work(
     scratch = env.home / "work" / keys.run_id / f"node-{machine.node_rank}"
     if machine.node_rank:
         return Follower(store, keys, machine, scratch, notices).run(environ)
+    if debt:
+        envrule.check_env(debt.run.config, keys.record(debt.run.revision), env.allow_env)
     run = debt.run if debt else read_or_create_run(store, keys, env, request)
     machine = Machine.read(environ, run.config.get("num_processes"))
     record = admission.claim_attempt(store, keys, machine, env.attempt, env.gpu_share)

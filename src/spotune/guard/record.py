@@ -15,6 +15,7 @@ from spotune.contracts.configkeys import key_faults, schema
 from spotune.contracts.configwhole import source_faults
 from spotune.contracts.durations import parse_save_every, parse_stall_after
 from spotune.contracts.environment import SAVE_EVERY, STALL_AFTER, RunEnvironment
+from spotune.contracts.envrule import allowed_in, check_env
 from spotune.contracts.errors import BadRecord, InputError, StoreError, refuse
 from spotune.contracts.fingerprint import data_files, data_sha256
 from spotune.contracts.keys import Keys
@@ -40,6 +41,7 @@ def read_or_create_run(store: Store, keys: Keys, env: RunEnvironment, request: R
         return _follow(store, keys, run, _as_asked(store, run, env, request), env)
     else:
         _check_config(run)
+        check_env(run.config, keys.record(run.revision), env.allow_env)
         _say_what_is_not_followed(run, env, request)
     return run
 
@@ -59,7 +61,7 @@ def _new_run(store: Store, keys: Keys, env: RunEnvironment, request: Request) ->
     if not path:
         raise InputError("command line", "no config", remedy="python -m spotune.sft CONFIG")
     _check_durations(env)
-    config = load_config(path, request.profile, request.overrides, default_profile=env.profile)
+    config = load_config(path, request.profile, request.overrides, env.profile, env.allow_env)
     bare = RunRecord(
         run_id=keys.run_id,
         created_at=time.time(),
@@ -76,6 +78,7 @@ def _new_run(store: Store, keys: Keys, env: RunEnvironment, request: Request) ->
         stall_after=env.stall_after,
         code=_code(store, keys),
         versions={"spotune": __version__},
+        allowed_env=allowed_in(config, env.allow_env),
     )
     return _resolved(bare, config, env)
 
@@ -102,7 +105,7 @@ def _as_asked(store: Store, run: RunRecord, env: RunEnvironment, request: Reques
     overrides = [*run.overrides, *request.overrides]
     _check_durations(env)
     wanted = replace(run, overrides=overrides, save_every=env.save_every, stall_after=env.stall_after)
-    return _resolved(wanted, overlay(run.config, request.overrides, run.config_path), env)
+    return _resolved(wanted, overlay(run.config, request.overrides, run.config_path, env.allow_env), env)
 
 
 def _resolved(run: RunRecord, config: dict[str, object], env: RunEnvironment) -> RunRecord:
@@ -141,7 +144,7 @@ def _say_what_is_not_followed(run: RunRecord, env: RunEnvironment, request: Requ
         path, profile, overrides = run.config_path, run.profile, run.overrides
         default = "dev" if run.kind == "dev" else "prod"
     try:
-        changes = compare_configs(run.config, load_config(path, profile, overrides, default_profile=default))
+        changes = compare_configs(run.config, load_config(path, profile, overrides, default, run.allowed_env))
     except InputError:
         return
     if changes:

@@ -12,9 +12,10 @@ from spotune.contracts.exits import FAILED
 from spotune.contracts.keys import Keys
 from spotune.contracts.marks import read_mark
 from spotune.contracts.records import Mark, RunRecord
-from spotune.contracts.revisions import record_in_force, write_revision
+from spotune.contracts.revisions import record_history, record_in_force, write_revision
 from spotune.launch.code import differs, keep_code, read_code
 from spotune.launch.infra import ACTIVE, Agree, JobStatus, is_infra
+from spotune.launch.origins import Origin, from_run, origins_of, revision_of, unseen_by
 from spotune.launch.revise import Edit, revise
 from spotune.launch.status import find_run
 from spotune.launch.workspace import Workspace
@@ -32,6 +33,17 @@ class Resumed:
     is_queued: bool
     change: Change = field(default_factory=Change)
     code: str = ""
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """What a resumed run would go on with. ``takes`` and ``unseen``: as in a plan; ``revision``: in force so far."""
+
+    run_id: str
+    change: Change
+    takes: tuple[Origin, ...] = ()
+    unseen: tuple[str, ...] = ()
+    revision: int = 0
 
 
 def cancel(workspace: Workspace, run_id: str, clock: Callable[[], float] = time.time) -> JobStatus:
@@ -55,19 +67,37 @@ def cancel(workspace: Workspace, run_id: str, clock: Callable[[], float] = time.
     return ended
 
 
-def resume(workspace: Workspace, run_id: str, edit: Edit | None = None) -> Resumed:
+def resume(
+    workspace: Workspace, run_id: str, edit: Edit | None = None, agree: Callable[[Resumption], None] | None = None
+) -> Resumed:
     """Lets a run that FAILED, was CANCELLED or is PAUSED go on, with nothing held against it, and as edited.
 
     A run that was started by hand or by a bare ``sky`` is only cleared of what held it back, and has to be started
-    again where it was.
+    again where it was. ``agree`` is asked before anything is written; it raises to refuse.
     """
     status = find_run(workspace, run_id)
     if status.state not in RESUMABLE and not _stands(workspace, status):
         remedy = "it is finished" if status.state == "SUCCEEDED" else f"spotune logs -f {run_id}"
         raise InputError(run_id, f"is {status.state}: only {', '.join(RESUMABLE)} can be resumed", remedy=remedy)
     change, revision = revise(workspace, status, edit) if edit else (Change(), None)
+    if agree:
+        shown = _resumption(workspace, status, change, revision)
+        agree(shown)
+        now = record_in_force(workspace.store(status.bucket), Keys(run_id))
+        if now and now.revision != shown.revision:  # while the user read
+            raise InputError(run_id, "was changed by somebody else just now", remedy="try again")
     is_queued = go_on(workspace, status, revision)
     return Resumed(is_queued, change, _keep_other_code(workspace, status) if is_queued else "")
+
+
+def _resumption(workspace: Workspace, status: JobStatus, change: Change, revision: RunRecord | None) -> Resumption:
+    history = record_history(workspace.store(status.bucket), Keys(status.run_id))
+    if not history:
+        return Resumption(status.run_id, change)
+    user, record = workspace.env.user, revision or history[-1]
+    taken = [from_run(record, "its config, data, model and checkpoints")] if record.user != user else []
+    taken += [*revision_of(history), *origins_of(record, workspace.cwd)]
+    return Resumption(status.run_id, change, tuple(taken), tuple(unseen_by(user, history)), history[-1].revision)
 
 
 def _stands(workspace: Workspace, status: JobStatus) -> bool:

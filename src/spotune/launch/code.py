@@ -14,10 +14,13 @@ from typing import Any
 
 from spotune.contracts.errors import InputError
 from spotune.contracts.store import Store
+from spotune.launch.patches import Section, sections
+from spotune.launch.secretfiles import MAX_SCAN_BYTES, secret_content, secret_name
 
 MAX_PATCH_BYTES = 10 << 20
 MAX_FILE_BYTES = 1 << 20
 MAX_NAMES = 1000
+MAX_SHOWN = 10
 # What of the files that git does not know is code, and part of the difference; the rest is data, logs, notebooks.
 SUFFIXES = (".py", ".pyi", ".sh", ".yaml", ".yml", ".toml", ".cfg", ".ini", ".jinja", ".j2")
 # A patch is the same, and applies, whatever the user's settings of git are: these are git's own defaults.
@@ -40,6 +43,18 @@ _LOCAL = frozenset(
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """A file that stays here. ``path``: relative to the folder. ``is_tracked``: git knows it, and it changed."""
+
+    path: str
+    why: str
+    is_tracked: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.why})"
+
+
+@dataclass(frozen=True)
 class Code:
     """The state of a working tree; ``commit`` is empty outside a git repository.
 
@@ -48,6 +63,8 @@ class Code:
         untracked: files that git does not know and does not ignore, names only.
         url: of the repository that a machine fetches it from; empty where the folder here is sent.
         refusal: what git says where it does not open the repository that is there.
+        left_out: files that look like secrets, by name or by content, or are too large: not in ``diff``.
+        changed, new: how many files of each kind ``diff`` has.
     """
 
     commit: str = ""
@@ -56,10 +73,13 @@ class Code:
     untracked: tuple[str, ...] = ()
     url: str = ""
     refusal: str = ""
+    left_out: tuple[LeftOut, ...] = ()
+    changed: int = 0
+    new: int = 0
 
     @property
     def dirty(self) -> bool:
-        return bool(self.diff or self.untracked)
+        return bool(self.diff or self.untracked or self.left_out)
 
     @property
     def is_kept(self) -> bool:
@@ -78,7 +98,23 @@ class Code:
             "diff_sha256": hashlib.sha256(self.diff).hexdigest() if self.diff else "",
             "diff_bytes": len(self.diff),
             "untracked": list(self.untracked[:MAX_NAMES]),
+            "left_out": [left.path for left in self.left_out if left.is_tracked][:MAX_NAMES],
         }
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Returns what the plan says of the code: what goes to the bucket, and what stays here."""
+        if not self.commit:
+            return [("code", f"{self.url} at {self.branch or 'its default branch'}")] if self.url else []
+        files = [f"{count} {kind}" for count, kind in ((self.changed, "changed"), (self.new, "new")) if count]
+        many = "file" if self.changed + self.new == 1 else "files"
+        goes = f", {' and '.join(files)} {many}" if files and self.is_kept else ""
+        found = [("code", f"commit {self.commit[:12]}{goes}")]
+        if more := len(self.untracked) - self.new:
+            found.append(("names only", f"{more} new file{'s' if more > 1 else ''}"))
+        shown = [str(left) for left in self.left_out[:MAX_SHOWN]]
+        if rest := len(self.left_out) - len(shown):
+            shown.append(f"and {rest} more")
+        return [*found, ("left out", ", ".join(shown))] if shown else found
 
     def notes(self) -> list[str]:
         """What people should know of it before it is submitted."""
@@ -102,15 +138,71 @@ def read_code(folder: Path) -> Code:
     try:
         names = _git(folder, "ls-files", "-z", "--others", "--exclude-standard").split(b"\0")
         untracked = [os.fsdecode(name) for name in names if name]
+        left = {name: why for name in untracked if (why := _why_left_out(folder, name))}
+        added = [name for name in untracked if _is_code(folder / name) and name not in left]
+        top = Path(os.fsdecode(_git(folder, "rev-parse", "--show-toplevel").rstrip(b"\n")))
+        kept, out = _without_secrets(_diff(folder, added), folder, top)
+        there = {os.path.realpath(top / one.path) for one in kept}
+        new = len(there & {os.path.realpath(folder / name) for name in added})
         return Code(
             commit=commit,
             branch=_git(folder, "rev-parse", "--abbrev-ref", "HEAD").strip().decode(),
-            diff=_diff(folder, [name for name in untracked if _is_code(folder / name)]),
+            diff=b"".join(one.data for one in kept),
             untracked=tuple(untracked),
+            left_out=(*out, *(LeftOut(name, why, is_tracked=False) for name, why in left.items())),
+            changed=len(kept) - new,
+            new=new,
         )
     except (OSError, subprocess.SubprocessError) as error:
         what = f"git cannot say what differs from the commit: {_said(error)[:200]}"
         raise InputError(folder, what, remedy="git status there says more") from error
+
+
+def _why_left_out(folder: Path, name: str) -> str:
+    """Returns why a file that git does not know stays here; empty where it may go, or would not go anyway."""
+    if secret_name(name):
+        return "its name"
+    path = folder / name
+    if path.suffix not in SUFFIXES or not path.is_file():
+        return ""
+    if path.stat().st_size > MAX_FILE_BYTES:
+        return f"larger than {MAX_FILE_BYTES >> 20} MiB"
+    return _why_secret(path.read_bytes(), name)
+
+
+def _without_secrets(diff: bytes, folder: Path, top: Path) -> tuple[list[Section], list[LeftOut]]:
+    """The parts of a patch that may go, and the files whose parts may not. A patch that is too large goes nowhere."""
+    kept: list[Section] = []
+    out: list[LeftOut] = []
+    for section in sections(diff):
+        why = ""
+        if any(map(secret_name, section.paths)):
+            why = "its name"
+        elif len(diff) <= MAX_PATCH_BYTES:
+            why = _why_section(section, folder, top)
+        if why:
+            out.append(LeftOut(os.path.relpath(top.resolve() / section.path, folder.resolve()), why))
+        else:
+            kept.append(section)
+    return kept, out
+
+
+def _why_section(section: Section, folder: Path, top: Path) -> str:
+    """Why a part of the patch stays here. Looks at the whole file as it is now, and at what the patch shows."""
+    path, before = top / section.path, section.text
+    if path.is_file() and not path.is_symlink():
+        with open(path, "rb") as file:
+            if why := _why_secret(file.read(MAX_SCAN_BYTES), section.path):
+                return why
+    if section.is_binary and not section.is_new:
+        before = _git(folder, "cat-file", "blob", f"HEAD:{section.paths[0]}")
+    found = secret_content(before, section.path)
+    return f"its change shows what looks like {found[1]}" if found else ""
+
+
+def _why_secret(data: bytes, name: str) -> str:
+    found = secret_content(data, name)
+    return f"line {found[0]} looks like {found[1]}" if found else ""
 
 
 def _refusal(folder: Path) -> str:
@@ -136,7 +228,16 @@ def sent_code(task: Mapping[str, Any], folder: Path) -> Code:
     if not isinstance(workdir, Mapping):
         return read_code(folder)
     ref = str(workdir.get("ref") or "")
-    return Code(commit=ref if re.fullmatch("[0-9a-f]{40}", ref) else "", branch=ref, url=str(workdir.get("url") or ""))
+    return Code(
+        commit=ref if re.fullmatch("[0-9a-f]{40}", ref) else "",
+        branch=ref,
+        url=_without_login(str(workdir.get("url") or "")),
+    )
+
+
+def _without_login(url: str) -> str:
+    """The URL of a repository without the name and token that open it: it goes into the record."""
+    return re.sub(r"^(https?://)[^/@]*@", r"\1", url)
 
 
 def differs(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -145,7 +246,10 @@ def differs(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         return f"from {now.get('url') or 'the folder'}, not {then.get('url') or 'the folder'}"
     if then.get("commit") != now.get("commit"):
         return f"commit {str(now.get('commit'))[:12]}, not {str(then.get('commit'))[:12]}"
-    return "" if then.get("diff_sha256") == now.get("diff_sha256") else "its uncommitted changes are others"
+    if then.get("diff_sha256") != now.get("diff_sha256"):
+        return "its uncommitted changes are others"
+    left = sorted({*(then.get("left_out") or []), *(now.get("left_out") or [])})
+    return f"nobody knows whether {', '.join(left[:4])} changed: it was left out" if left else ""
 
 
 def keep_code(code: Code, store: Store, folder: str, written: list[str] | None = None) -> None:

@@ -11,6 +11,7 @@ from spotune.contracts import environment
 from spotune.contracts.basemodel import model_files, model_sha256
 from spotune.contracts.config import load_config
 from spotune.contracts.durations import parse_save_every, parse_stall_after
+from spotune.contracts.envrule import allowed_in
 from spotune.contracts.errors import InputError
 from spotune.contracts.fingerprint import data_files, data_sha256
 from spotune.contracts.keys import check_run_id, new_run_id
@@ -19,8 +20,10 @@ from spotune.contracts.money import parse_usd
 from spotune.contracts.records import PriceRow, RunRecord, fingerprint
 from spotune.launch.checks import check_model
 from spotune.launch.code import Code, sent_code
+from spotune.launch.codeuse import check_used
 from spotune.launch.infra import LOCAL, Submission, infra_of, spell
 from spotune.launch.local.gpus import find_gpus
+from spotune.launch.origins import Origin, origins_of
 from spotune.launch.preemptions import read_preemptions
 from spotune.launch.prices import Offers, local_prices
 from spotune.launch.task import Demand, Resources, demand_of, env_pairs, fill_in, load_task
@@ -50,6 +53,7 @@ class Wish:
     secrets: tuple[str, ...] = ()
     kind: str = "prod"
     allow_config_change: bool = False
+    allow_env: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Plan:
     """Everything that a submission needs; ``offers`` are the candidates, cheapest first, ``chosen`` among them.
 
     ``notes``: what is said of them.
+    ``takes``: what it takes from elsewhere. ``unseen``: who has revised that since this user last saw it.
     ``allow_config_change``: a run of that id may go on with another config, data or model than it began with.
     """
 
@@ -70,6 +75,8 @@ class Plan:
     notes: tuple[str, ...] = ()
     code: Code = field(default_factory=Code)
     allow_config_change: bool = False
+    takes: tuple[Origin, ...] = ()
+    unseen: tuple[str, ...] = ()
 
     @property
     def run_id(self) -> str:
@@ -87,13 +94,14 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
     budget_usd = None if wish.budget is None else parse_usd(wish.budget, BUDGET_FLAG)
     if wish.preemptions and backend != LOCAL:
         raise InputError("--preemptions", f"{infra} takes machines away by itself", remedy="--infra local")
-    config = load_config(wish.config_path, wish.profile, wish.overrides, wish.default_profile)
+    config = load_config(wish.config_path, wish.profile, wish.overrides, wish.default_profile, wish.allow_env)
     check_local_files(config, wish.config_path)
+    allowed_env = allowed_in(config, wish.allow_env)
     check_model(config, wish.config_path)
     files = data_files(config, wish.config_path)
     model = model_files(config, wish.config_path, workspace.env.cache)
     task_path, task = load_task(workspace.cwd)
-    task = fill_in(task, _environment(wish, workspace, run_id), wish.resources, run_id)
+    task = fill_in(task, _environment(wish, workspace, run_id, allowed_env), wish.resources, run_id)
     demand = _check_demand(demand_of(task, task_path), wish, infra, task_path)
     secrets = secrets_of(wish.secrets, workspace.environ)
     now = clock()
@@ -107,6 +115,7 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
     if budget_usd is not None:
         check_priced(offered.chosen)
     code = sent_code(task, workspace.cwd)
+    check_used(code, config, wish.config_path, files, task, task_path, workspace.cwd)
     record = RunRecord(
         run_id=run_id,
         created_at=now,
@@ -132,6 +141,7 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
         prices=[vars(offer) for offer in offered.rows],
         code=code.facts(),
         versions={"spotune": __version__},
+        allowed_env=allowed_env,
     )
     return Plan(
         record=record,
@@ -144,6 +154,7 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
         notes=(*offered.notes, *code.notes()),
         code=code,
         allow_config_change=wish.allow_config_change,
+        takes=tuple(origins_of(record, workspace.cwd)),
     )
 
 
@@ -195,13 +206,14 @@ def _check_demand(demand: Demand, wish: Wish, infra: str, task_path: Path) -> De
     return demand
 
 
-def _environment(wish: Wish, workspace: Workspace, run_id: str) -> dict[str, str]:
+def _environment(wish: Wish, workspace: Workspace, run_id: str, allowed_env: list[str]) -> dict[str, str]:
     """What the task's ``envs`` get: seam 1, and what ``--env`` adds."""
     ours = {
         environment.BUCKET: workspace.env.bucket,
         environment.RUN_ID: run_id,
         environment.CONFIG: wish.config_path,
         environment.PROFILE: wish.profile or wish.default_profile,
+        **({environment.ALLOW_ENV: " ".join(allowed_env)} if allowed_env else {}),
     }
     return {**env_pairs(wish.envs), **ours}
 
@@ -235,5 +247,12 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "model_sha256": plan.record.model_sha256,
         "offers": [vars(offer) for offer in plan.offers],
         "chosen": plan.chosen and vars(plan.chosen),
+        "code": {
+            **plan.record.code,
+            "changed": plan.code.changed,
+            "new": plan.code.new,
+            "left_out": [{"path": left.path, "why": left.why} for left in plan.code.left_out],
+        },
+        "takes": [vars(origin) for origin in plan.takes],
         "notes": list(plan.notes),
     }

@@ -10,8 +10,9 @@ from spotune.contracts.configkeys import recorded
 from spotune.contracts.errors import InputError
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import RunRecord, fingerprint
-from spotune.contracts.revisions import record_in_force
+from spotune.contracts.revisions import record_history
 from spotune.launch.code import differs
+from spotune.launch.origins import from_run, revision_of, unseen_by
 from spotune.launch.plan import Plan, Wish, make_plan
 from spotune.launch.status import find_run
 from spotune.launch.workspace import Workspace
@@ -23,8 +24,10 @@ def promote(source: str, wish: Wish, workspace: Workspace) -> Plan:
     Raises InputError when the config, the data, the model or the code is not what ``source`` ran with: what was tried
     is what goes to production. Overrides of the new command line come on top.
     """
-    record = _record(source, workspace)
-    then = load_config(record.config_path, record.profile, record.overrides, _default_profile(record))
+    history = _history(source, workspace)
+    record = history[-1]
+    default = _default_profile(record)
+    then = load_config(record.config_path, record.profile, record.overrides, default, record.allowed_env)
     if fingerprint(then) not in (record.config_sha256, fingerprint(recorded(record.config))):
         raise InputError(source, f"{record.config_path} has changed since", remedy="submit the config itself")
     overrides = (*record.overrides, *wish.overrides)
@@ -44,15 +47,17 @@ def promote(source: str, wish: Wish, workspace: Workspace) -> Plan:
         patch = f"{plan.bucket}/{Keys(source).code}/diff.patch has what they were"
         remedy = patch if is_there else f"git checkout {record.code['commit'][:12]}"
         raise InputError(source, f"its code has changed since: {words}", remedy=remedy)
-    return plan
+    taken = [from_run(record, "its config, overrides, data and model"), *revision_of(history)]
+    unseen = tuple(unseen_by(workspace.env.user, history))
+    return replace(plan, takes=(*taken, *plan.takes), unseen=unseen)
 
 
-def _record(run_id: str, workspace: Workspace) -> RunRecord:
+def _history(run_id: str, workspace: Workspace) -> list[RunRecord]:
     status = find_run(workspace, run_id)
-    record = record_in_force(workspace.store(status.bucket), Keys(run_id))
-    if record is None:
+    history = record_history(workspace.store(status.bucket), Keys(run_id))
+    if not history:
         raise InputError(run_id, "has no run.json in its bucket")
-    return record
+    return history
 
 
 def _default_profile(record: RunRecord) -> str:

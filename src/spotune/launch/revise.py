@@ -57,7 +57,7 @@ def revise(workspace: Workspace, status: JobStatus, edit: Edit) -> tuple[Change,
 
 
 def _wanted(record: RunRecord, edit: Edit, workspace: Workspace) -> RunRecord:
-    config = overlay(record.config, edit.overrides, record.run_id)
+    config = overlay(record.config, edit.overrides, record.run_id, record.allowed_env)
     wanted = replace(
         record,
         config=config,

@@ -8,13 +8,15 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from spotune.contracts.change import FLAG, Change, admit, compare
+from spotune.contracts.envrule import FLAG as FLAG_ENV
 from spotune.contracts.errors import InfraError, InputError, Taken, Unsettled
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import RunRecord
-from spotune.contracts.revisions import check_length, record_in_force, refused_versions, revised, write_revision
+from spotune.contracts.revisions import check_length, record_history, refused_versions, revised, write_revision
 from spotune.launch.actions import go_on
 from spotune.launch.code import keep_code
 from spotune.launch.infra import ACTIVE, Infra, JobStatus
+from spotune.launch.origins import from_run, revision_of, unseen_by
 from spotune.launch.plan import Plan
 from spotune.launch.status import find_run
 from spotune.launch.workspace import Workspace
@@ -37,11 +39,15 @@ class Submitted:
 
 @dataclass(frozen=True)
 class Existing:
-    """The run that has a plan's id: ``status`` None when it was never handed to an engine."""
+    """The run that has a plan's id: ``status`` None when it was never handed to an engine.
+
+    ``history``: its record as submitted and all revisions.
+    """
 
     status: JobStatus | None
     change: Change
     revision: RunRecord
+    history: tuple[RunRecord, ...] = ()
 
 
 def submit(plan: Plan, workspace: Workspace) -> Submitted:
@@ -74,9 +80,13 @@ def submit(plan: Plan, workspace: Workspace) -> Submitted:
 def existing(plan: Plan, workspace: Workspace) -> Existing | None:
     """The run that has the plan's id, None when there is none; raises what ``submit`` would raise. Writes nothing."""
     store, keys = workspace.store(plan.bucket), Keys(plan.run_id)
-    record = record_in_force(store, keys)
-    if record is None:
+    history = record_history(store, keys)
+    if not history:
         return None
+    record = history[-1]
+    if more := sorted(set(plan.record.allowed_env) - set(record.allowed_env)):
+        what = f"{plan.run_id} was submitted without {', '.join(more)}, and its machines go by that"
+        raise InputError(FLAG_ENV, what, remedy=OTHER_NAME)
     revision = revised(record, plan.record, plan.record.user, plan.record.created_at)
     if record.kind != plan.record.kind:
         what = "a dev run" if record.kind == "dev" else "a production run"
@@ -96,7 +106,19 @@ def existing(plan: Plan, workspace: Workspace) -> Existing | None:
         allowed = admit(change, plan.allow_config_change, "--name", f"{plan.run_id} exists with", remedy)
         revision = replace(revision, allowed=allowed)
         check_length(store, keys, revision)
-    return Existing(status, change, revision)
+    return Existing(status, change, revision, tuple(history))
+
+
+def with_existing(plan: Plan, found: Existing | None) -> Plan:
+    """The plan as it is shown where a run has its id already: with whose that is, and the revision in force."""
+    if found is None:
+        return plan
+    user, record = plan.record.user, found.history[-1]
+    taken = [from_run(record, "its checkpoints")] if record.user != user else []
+    taken += revision_of(found.history)
+    is_new = not found.change and found.status is not None  # nothing goes on
+    unseen = plan.unseen if is_new else (*plan.unseen, *unseen_by(user, found.history))
+    return replace(plan, takes=(*taken, *plan.takes), unseen=tuple(dict.fromkeys(unseen)))
 
 
 def _check_open(plan: Plan, record: RunRecord, status: JobStatus | None, change: Change) -> None:

@@ -1,6 +1,6 @@
 """What ``spotune check`` says: of a config, or of this machine and project."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from spotune.contracts.basemodel import model_files, model_sha256
@@ -20,10 +20,12 @@ from spotune.launch.trainer import find_trainer
 from spotune.launch.workspace import Workspace
 
 
-def survey_config(path: str, profile: str, overrides: Iterable[str], workspace: Workspace) -> dict[str, Any]:
+def survey_config(
+    path: str, profile: str, overrides: Iterable[str], workspace: Workspace, allow_env: Collection[str] = ()
+) -> dict[str, Any]:
     """Facts about a config that is in order, all of its profiles included; raises InputError for all of its faults."""
     profiles = list(profiles_of(read_config(path), path))
-    config = _load_all(path, profile, profiles, overrides)
+    config = _load_all(path, profile, profiles, overrides, allow_env)
     check_local_files(config, path)
     origin = check_model(config, path)
     files = data_files(config, path)
@@ -42,17 +44,19 @@ def survey_config(path: str, profile: str, overrides: Iterable[str], workspace: 
     }
 
 
-def _load_all(path: str, profile: str, profiles: Iterable[str], overrides: Iterable[str]) -> dict[str, Any]:
+def _load_all(
+    path: str, profile: str, profiles: Iterable[str], overrides: Iterable[str], allow_env: Collection[str]
+) -> dict[str, Any]:
     """The config under the chosen profile, once it is in order under each of them."""
     errors: list[InputError] = []
     config: dict[str, Any] = {}
     try:
-        config = load_config(path, profile, overrides, default_profile="prod")
+        config = load_config(path, profile, overrides, "prod", allow_env)
     except InputError as error:
         errors.append(error)
     for name in profiles:
         try:
-            load_config(path, name)
+            load_config(path, name, allowed_env=allow_env)
         except InputError as error:
             errors.append(error)
     raise_all(errors)

@@ -20,6 +20,7 @@ _MEMORY = re.compile(r"[0-9]{0,9}(?<=[0-9])(\.[0-9]{1,9})?([kmgtp]?b)?[+x]?", re
 _RESERVED = (
     *(environment.RUN_ID, environment.CONFIG, environment.PROFILE, environment.HOME, environment.STATUS_FILE),
     environment.BUCKET,
+    environment.ALLOW_ENV,  # by --allow-env: the plan shows it
     environment.ALLOW_CONFIG_CHANGE,  # its command line is in the record alone: CONFIG would be read without it
 )
 

@@ -41,6 +41,7 @@ def run(
     envs: tuple[str, ...],
     secrets: tuple[str, ...],
     save_every: str,
+    allow_env: tuple[str, ...],
 ) -> None:
     """Run CONFIG now with its profile `dev`. Ctrl-C stops it; it is never recovered.
 
@@ -58,11 +59,11 @@ def run(
             from spotune.launch.task import env_pairs
 
             values = secrets_of(secrets, workspace.environ)
-            wish = RunWish(profile, overrides, gpus, share, save_every, env_pairs(envs), values)
+            wish = RunWish(profile, overrides, gpus, share, save_every, env_pairs(envs), values, allow_env)
             sys.exit(_on_cluster(config, name, where, wish, workspace))
         if share is not None:
             raise InputError("--share", "runs here share a GPU without it", remedy="leave it out")
-        given = {"name": name, "envs": envs, "secrets": secrets, "save_every": save_every}
+        given = {"allow_env": allow_env, "name": name, "envs": envs, "secrets": secrets, "save_every": save_every}
         sys.exit(_here(config, workspace, gpus, profile, overrides, **given))
 
 

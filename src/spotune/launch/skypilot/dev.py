@@ -135,7 +135,7 @@ def check_run(config: str, name: str, wish: "RunWish", workspace: Workspace) -> 
     run_id = check_run_id(name) if name else new_run_id(Path(config).stem, SystemRandom())
     if run_id in ("keeper", "notebook"):
         raise InputError("--name", f"{run_id} is the name of another job of a cluster", remedy="another --name")
-    checked = load_config(config, wish.profile, wish.overrides, "dev")
+    checked = load_config(config, wish.profile, wish.overrides, "dev", wish.allow_env)
     if inside(workspace.cwd / config, workspace.cwd) is None:
         raise InputError(config, f"is not below {workspace.cwd}, which is what a cluster gets", remedy="copy it here")
     check_model_goes_along(checked, config, workspace.cwd)
@@ -158,6 +158,7 @@ def run_task(config: str, run_id: str, cluster: Cluster, wish: "RunWish", worksp
         environment.RUN_ID: run_id,
         environment.CONFIG: config,
         environment.PROFILE: wish.profile or "dev",
+        **({environment.ALLOW_ENV: " ".join(wish.allow_env)} if wish.allow_env else {}),
         **({environment.SAVE_EVERY: wish.save_every} if wish.save_every else {}),
         **bucket_of(workspace),
     }
@@ -199,6 +200,7 @@ class RunWish:
     save_every: str = ""
     envs: Mapping[str, str] = field(default_factory=dict)
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+    allow_env: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_share(self.share, "")

@@ -1,0 +1,117 @@
+"""Each claim of docs/security.md has a test: those that no other file has are here."""
+
+import re
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from spotune.contracts.keys import Keys
+from spotune.contracts.records import RunRecord
+from spotune.contracts.revisions import record_in_force
+from spotune.launch.local.machine import keep_environment
+from tests.unit.project import CONFIG, Project
+
+ROOT = Path(__file__).parents[2]
+LEFT_OUT, TAKES = "tests/unit/cli/test_code_left_out.py", "tests/unit/cli/test_takes.py"
+NAMES, HERE = "tests/unit/launch/test_secretfiles.py", "tests/unit/test_security.py"
+SENT = "tests/unit/launch/skypilot/test_sent.py"
+ENV, MACHINE = "tests/unit/contracts/test_envrule.py", "tests/e2e/test_env_rule.py"
+# A claim, in the page's words -> the test that holds it.
+CLAIMS = {
+    "read a secret given by `--secret`": (HERE, "test_a_secret_is_in_no_record"),
+    "put another config in force": (HERE, "test_a_writer_to_the_bucket_chooses_model_data_and_remote_code"),
+    "set `LD_PRELOAD`, `PATH` or the like": (MACHINE, "test_a_forged_record_cannot_set_the_loaders_names"),
+    "a machine goes by its own environment": (MACHINE, "test_who_starts_the_machine_may_allow_a_name"),
+    "choose model, data and `env:` names that are harmless": (ENV, "test_other_names_are_free"),
+    "set names that decide which code runs": (ENV, "test_a_name_that_decides_what_runs_needs_the_flag"),
+    "that file is yours alone": (HERE, "test_the_kept_value_of_a_secret_is_its_owners_alone"),
+    "They are no proof": (HERE, "test_a_writer_to_the_bucket_chooses_model_data_and_remote_code"),
+    "list what a run takes": (TAKES, "test_overrides_env_and_remote_code_are_listed_and_secrets_hidden"),
+    "are `(hidden)`": (TAKES, "test_overrides_env_and_remote_code_are_listed_and_secrets_hidden"),
+    "if another user owns it": (TAKES, "test_files_of_another_user_are_named"),
+    "if it lies in another user's home": (TAKES, "test_what_lies_in_another_users_home_is_theirs"),
+    "if it is from the hub": (TAKES, "test_a_model_of_the_hub_is_its_organisations"),
+    "another user's run made it": (TAKES, "test_the_result_of_another_users_run_is_theirs"),
+    "A run is its submitter's": (TAKES, "test_resume_of_another_users_run_says_whose_it_is"),
+    "ask if another user has revised": (TAKES, "test_a_run_that_another_user_revised_is_resumed_only_when_agreed"),
+    "where it goes on from a run": (TAKES, "test_train_goes_on_with_what_another_user_revised_only_when_agreed"),
+    "since you submitted or revised": (TAKES, "test_yes_or_a_word_of_ones_own_since_is_enough"),
+    "`hub_token` is refused": (HERE, "test_a_token_of_the_hub_is_refused_in_a_config"),
+    "in the queue or SkyPilot's record": (HERE, "test_env_of_the_command_line_is_in_the_task"),
+    "in the bucket, in clear: not for secrets": (HERE, "test_env_of_a_config_is_in_the_record"),
+    "not in the record: it is taken out of the URL": (LEFT_OUT, "test_the_token_in_a_repositorys_url_is_not_recorded"),
+    "**by name**": (NAMES, "test_names_of_secrets"),
+    "Not `tokenizer.json`": (NAMES, "test_names_of_code_and_configs"),
+    "**by content**": (NAMES, "test_contents_of_secrets_by_line"),
+    "no placeholders": (NAMES, "test_code_and_placeholders_are_no_secrets"),
+    "files that look like secrets stay here, whole": (LEFT_OUT, "test_new_secrets_stay_here_and_the_plan_says_so"),
+    "so does what a change takes out of it": (LEFT_OUT, "test_changed_files_with_secrets_stay_here_whole"),
+    "The plan says what goes and what stays": (LEFT_OUT, "test_without_secrets_nothing_is_left_out"),
+    "A left-out file that the run uses is refused": (LEFT_OUT, "test_a_left_out_file_that_the_run_uses_is_refused"),
+    "all files that git does not ignore": (SENT, "test_skypilot_itself_says_what_is_not_sent"),
+    "the bucket gets the hash alone": (LEFT_OUT, "test_changed_files_with_secrets_stay_here_whole"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    return Project(tmp_path / "project", monkeypatch)
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_the_page_makes_the_claim_and_its_test_is_there(claim: str) -> None:
+    page = " ".join((ROOT / "docs/security.md").read_text().split())
+    file, test = CLAIMS[claim]
+    assert claim in page
+    assert re.search(rf"(?m)^def {test}\(", (ROOT / file).read_text())
+
+
+def test_a_secret_is_in_no_record(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "v4lu3-0f-th3-s3cr3t")
+    project.submit("run-a", "--secret", "MY_KEY")
+    files = [path for path in (project.home / "bucket").rglob("*") if path.is_file()]
+    assert files
+    assert not [path for path in files if b"v4lu3" in path.read_bytes()]
+    plan = project.run("train", "run.yaml", "--secret", "MY_KEY", "--dryrun", "--format", "json").stdout
+    assert "MY_KEY" in plan
+    assert "v4lu3" not in plan
+
+
+def test_the_kept_value_of_a_secret_is_its_owners_alone(tmp_path: Path) -> None:
+    path = tmp_path / "kept" / "run-a.json"
+    keep_environment(path, {}, {"MY_KEY": "value"})
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+def test_a_writer_to_the_bucket_chooses_model_data_and_remote_code(project: Project) -> None:
+    project.submit()
+    keys = Keys("run-a")
+    record = RunRecord.from_bytes(project.store.read(keys.run) or b"")
+    config = {**record.config, "model_name_or_path": "eve/model", "trust_remote_code": True}
+    forged = replace(record, config=config, revision=1, revised_by="ada")  # under the submitter's name
+    project.store.create(keys.revision(1), forged.to_bytes())
+    found = record_in_force(project.store, keys)
+    assert found
+    assert (found.config["model_name_or_path"], found.revised_by) == ("eve/model", "ada")
+
+
+def test_a_token_of_the_hub_is_refused_in_a_config(project: Project) -> None:
+    project.write("run.yaml", f"{CONFIG}hub_token: abc\n")
+    refused = project.run("train", "run.yaml", "-y", "-d")
+    assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+    assert "hub_token: a secret would be written to run.json" in refused.stderr
+
+
+def test_env_of_the_command_line_is_in_the_task(project: Project) -> None:
+    project.submit("run-a", "--env", "PYTHONPATH=mine")
+    assert project.infra.submissions["run-a"].task["envs"]["PYTHONPATH"] == "mine"
+    assert b"PYTHONPATH" not in (project.store.read(Keys("run-a").run) or b"")
+
+
+def test_env_of_a_config_is_in_the_record(project: Project) -> None:
+    project.write("run.yaml", f"{CONFIG}env: {{NCCL_DEBUG: INFO}}\n")
+    project.submit()
+    assert b"NCCL_DEBUG" in (project.store.read(Keys("run-a").run) or b"")
