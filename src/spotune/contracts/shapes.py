@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields
 from functools import cache
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 Time = Annotated[float, "epoch seconds, 1970 to 2200; 0 by default: not said"]
 
@@ -34,6 +34,11 @@ def checked(record: type, values: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def fits(record: type, name: str, value: Any) -> bool:
+    """Returns whether a value is what the class says of this field."""
+    return _checks(record)[name][1](value)
+
+
 @cache
 def _checks(record: type) -> dict[str, Check]:
     return {name: _check(kind) for name, kind in get_type_hints(record, include_extras=True).items()}
@@ -52,11 +57,18 @@ def _check(kind: Any) -> Check:
     if origin in (Union, UnionType):
         checks = [_check(one) for one in kinds]
         return " or ".join(words for words, _ in checks), lambda value: any(fits(value) for _, fits in checks)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, kinds))}", lambda value: isinstance(value, str) and value in kinds
     words, fits = _check(kinds[-1])
     of_each = "" if kinds[-1] is Any else f" (each {words})"
     if origin is list:
         return f"a list{of_each}", lambda value: type(value) is list and all(map(fits, value))
     return f"an object{of_each}", lambda value: type(value) is dict and all(map(fits, value.values()))
+
+
+def is_whole(value: Any) -> bool:
+    """Returns whether a value is a whole number that a record may hold."""
+    return type(value) is int and -MOST < value < MOST
 
 
 def _is_text(value: Any) -> bool:
@@ -77,7 +89,7 @@ _PLAIN: dict[Any, Check] = {
     NoneType: ("null", lambda value: value is None),
     str: ("a text", _is_text),
     bool: ("true or false", lambda value: type(value) is bool),
-    int: ("a whole number", lambda value: type(value) is int and -MOST < value < MOST),
+    int: ("a whole number", is_whole),
     float: ("a number", _is_number),
     Time: ("a time in epoch seconds", _is_time),
 }

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.exchange import STAGED, Staged, read_json, write_json
+from spotune.contracts.exchange import STAGED, Staged, read_json
 from spotune.contracts.fingerprint import file_facts
+from spotune.contracts.localstate import read_as, write_state
 
 SEALED = "sealed"
 
@@ -49,15 +50,15 @@ def _merge(paths: list[Path]) -> Staged:
 def seal(folder: Path, staged: Staged, config_sha256: str, revision: int = 0) -> Staged:
     """Adds the facts of all files that have none yet, and writes the seal; when it is there already, reads it."""
     path = seal_path(folder, staged.step)
-    if found := read_json(path):
-        return Staged(**found)
+    if found := read_as(path, Staged):
+        return found
     source = Path(staged.checkpoint)
     files = {}
     for file in sorted(path for path in source.rglob("*") if path.is_file()):
         name = file.relative_to(source).as_posix()
         files[name] = staged.files.get(name) or file_facts(file)
     whole = replace(staged, files=files, config_sha256=config_sha256, revision=revision)
-    write_json(path, whole)
+    write_state(path, whole)
     return whole
 
 
@@ -66,6 +67,6 @@ def seal_path(folder: Path, step: int) -> Path:
 
 
 def sealed(folder: Path) -> list[Staged]:
-    """What is sealed in an attempt's folder, newest first."""
-    found = [read_json(path) for path in (folder / SEALED).glob("*.json")]
-    return sorted((Staged(**data) for data in found if data), key=lambda staged: -staged.step)
+    """What is sealed in an attempt's folder, newest first. A damaged seal is set aside: its checkpoint is not whole."""
+    found = [read_as(path, Staged) for path in (folder / SEALED).glob("*.json")]
+    return sorted((staged for staged in found if staged), key=lambda staged: -staged.step)
