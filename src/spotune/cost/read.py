@@ -8,7 +8,7 @@ from typing import TypeVar
 from spotune.contracts.clusters import read_clusters
 from spotune.contracts.errors import BadRecord, InputError
 from spotune.contracts.keys import Keys
-from spotune.contracts.records import AttemptRecord, Bill, Certificate, Commit, PriceRow, Record, check_filed
+from spotune.contracts.records import AttemptRecord, Bill, Certificate, Commit, PriceRow, Record, RunRecord, check_filed
 from spotune.contracts.revisions import record_in_force
 from spotune.contracts.store import Store
 from spotune.cost.each import each
@@ -21,20 +21,34 @@ _FILE = re.compile(r"/attempts/(\d{4,})/(attempt|bill|events-0-(\d+))\.jsonl?$")
 Kind = TypeVar("Kind", bound=Record)
 
 
-def read_evidence(store: Store, run_id: str, intervals: Sequence[PaidInterval] = ()) -> Evidence:
+def read_evidence(
+    store: Store, run_id: str, intervals: Sequence[PaidInterval] = (), without: RunRecord | None = None
+) -> Evidence:
     """All that is known of a run. Raises InputError when the bucket has no such run, StoreError when it fails.
 
     A record of an attempt that cannot be read is left out, as if it had never been written, and said in ``unread``.
+
+    Args:
+        without: stands for the run's record where the run's folder is gone from the bucket.
     """
     keys = Keys(run_id)
-    run = record_in_force(store, keys)
+    run = record_in_force(store, keys) or without
     if run is None:
         raise InputError(run_id, f"no such run in {store.url}")
     names = [key for key in store.keys(keys.attempts) if _FILE.search(key)]
     commits = [key for key in store.keys(keys.commits) if key.endswith(".json")]
     lost = [key for key in store.keys(keys.lost) if key.endswith(".json")]
     wanted = [*names, *commits, *lost, keys.completed]
-    records = _Records(dict(zip(wanted, each(store.url, store.read, wanted), strict=True)))
+    unread: list[str] = []
+
+    def read(key: str) -> bytes | None:
+        try:
+            return store.read(key)
+        except (BadRecord, InputError) as error:  # a link, a file that is too large, or one that others may not read
+            unread.append(str(error))
+            return None
+
+    records = _Records(dict(zip(wanted, each(store.url, read, wanted), strict=True)), unread)
     attempts = records.read(AttemptRecord, (key for key in names if key.endswith("/attempt.json")))
     return Evidence(
         run=run,

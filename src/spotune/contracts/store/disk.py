@@ -88,7 +88,7 @@ class Disk:
         def scan() -> list[str]:
             try:
                 with os.scandir(f"{self._root}/{prefix}") as entries:
-                    found = [f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries]
+                    found = [f"{entry.name}/" if _may_be_folder(entry) else entry.name for entry in entries]
             except FileNotFoundError:
                 return []
             return sorted(name for name in found if not name.startswith(PART))
@@ -116,6 +116,14 @@ class Disk:
     def _files(self, prefix: str) -> list[str]:
         root = len(self._root) + 1
         return sorted([path[root:] for path in _below(f"{self._root}/{prefix}")])
+
+
+def _may_be_folder(entry: os.DirEntry[str]) -> bool:
+    """A link to itself counts as one: whoever reads in it is told, and its neighbours are listed."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return True
 
 
 def _is_file(path: str) -> bool:
@@ -148,6 +156,7 @@ def _open_part(path: Path) -> tuple[Path, BinaryIO]:
             descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileNotFoundError:
             continue
+        _share_file(part)
         return part, open(descriptor, "wb")
 
 
@@ -170,6 +179,16 @@ def _make_folder(folder: Path) -> None:
         mode = stat.S_IMODE(folder.stat().st_mode)
         if shared & ~mode:
             folder.chmod(mode | shared)
+
+
+def _share_file(part: Path) -> None:
+    """Whoever may read or write in its folder may do so with the file: safetensors makes the weights 0600, say."""
+    with contextlib.suppress(OSError):  # not ours, or gone
+        above = part.parent.stat().st_mode
+        shared = 0 if above & stat.S_ISVTX else above & 0o066
+        mode = stat.S_IMODE(part.stat().st_mode)
+        if shared & ~mode:
+            part.chmod(mode | shared)
 
 
 def _write_part(path: Path, data: bytes) -> Path:
@@ -218,6 +237,7 @@ def _link_part(source: Path, path: Path) -> Path | None:
         os.link(source, part)
     except OSError:
         return None
+    _share_file(part)
     return part
 
 
