@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from click.testing import Result
@@ -19,6 +20,7 @@ from tests.commands import cli_runner
 from tests.unit.cost.cases import RUN_ID, T, three_attempts
 from tests.unit.cost.test_read import write
 
+NOBODY = 65534
 SINCE = ("--since", "9999d")
 
 
@@ -107,3 +109,34 @@ def test_new_files_get_the_buckets_mode(tmp_path: Path, mode: int, made: int) ->
     finally:
         os.umask(before)
     assert {oct(path.stat().st_mode & 0o777) for path in root.rglob("*") if path.is_file()} == {oct(made)}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+@pytest.mark.parametrize("part", [".", "run.json", "attempts", "attempts/0001/attempt.json", "progress.json"])
+def test_a_run_that_others_may_not_read(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    """As its owner's umask 077 leaves it."""
+    with TemporaryDirectory() as folder:
+        store = Store(f"file://{folder}/bucket")
+        for name in ("good", "bad"):
+            write(store, three_attempts(), run_id=name)
+        store.write("runs/bad/progress.json", b"{}")
+        for path in (Path(folder), *Path(folder).rglob("*")):
+            os.chown(path, NOBODY, NOBODY)
+        secret = Path(folder, "bucket/runs/bad", part)
+        os.chown(secret, 0, 0)
+        secret.chmod(0o700 if secret.is_dir() else 0o600)
+        monkeypatch.setenv("SPOTUNE_HOME", f"{folder}/home")
+        monkeypatch.setenv("SPOTUNE_BUCKET", store.url)
+        monkeypatch.chdir(folder)
+        os.seteuid(NOBODY)
+        try:
+            done = [spotune("queue", "-a", "--format", "json"), spotune("cost", *SINCE, "--format", "json")]
+            done.append(spotune("cost", *SINCE, "--by", "user", "--format", "json"))
+        finally:
+            os.seteuid(0)
+        for one in done:
+            assert one.exit_code == 0, one.stderr + repr(one.exception)
+            assert len(one.stderr.splitlines()) <= 1, one.stderr
+            assert all("bad" in line for line in one.stderr.splitlines())
+        for one in done[:2]:
+            assert "good" in {row["run_id"] for row in json.loads(one.stdout)}
