@@ -95,6 +95,8 @@ lab-down: setup ## the lab goes, without a trace
 bench: setup ## the figures in benchmarks/README.md but for game days; 20 minutes on an idle machine
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/check.py
+	$(TRAIN_BIN)/python benchmarks/reading.py
+	$(TRAIN_BIN)/python benchmarks/finite.py
 	$(TRAIN_BIN)/python benchmarks/first_step.py
 	$(BIN)/python benchmarks/restore.py
 	$(TRAIN_BIN)/python benchmarks/saving.py --rounds 3

@@ -10,6 +10,7 @@ took the same steps on the same data from the same model. What a test tells it, 
     DIR/fault           {"step": n, "how": h}: once, before step n: h is `kill` (SIGKILL to itself), `failed`, `retry`,
                         `bad_input` (an outcome), `raise` (exit code 1 without a word), `diverge` (goes on, with a loss
                         and a result that are NaN)
+    DIR/evaluate        a number: after this step the worker stays in the phase `eval` until the file is gone
     DIR/merge, push     what the next merges or pushes do: `hang`, or the text of an error; no file: they succeed
     DIR/asked           written by the worker: a merge or push has begun
     DIR/hub.json        in place of a hub: {repository: {"commits": [id], "files": [name]}}
@@ -78,6 +79,13 @@ class Told:
     def wait_for(self, step: int) -> None:
         """Returns once the worker may take this step."""
         while self._folder and (text := _read(self._folder / "steps")) and int(text) < step:
+            time.sleep(POLL_S)
+
+    def evaluates_after(self, step: int) -> bool:
+        return self._folder is not None and _read(self._folder / "evaluate") == str(step)
+
+    def wait_to_evaluate(self, step: int) -> None:
+        while self.evaluates_after(step):
             time.sleep(POLL_S)
 
     def fault(self, step: int) -> str:
@@ -180,6 +188,7 @@ class FakeRank:
         self._phase("load")
         self.told.wait_to_load()
         self._load()
+        self._write("rows", set="training", max_length=None, sources=[])
         self._wait_for_restore()
         self.peers = Peers(self.rank, self.world_size)
         self._write("plan", max_steps=self.max_steps, num_train_epochs=1, trainable_parameters=1, total_parameters=1)
@@ -252,6 +261,10 @@ class FakeRank:
         if step % int(self.config.get("logging_steps") or 10) == 0:
             loss = math.nan if self.has_diverged else 1.0 / step
             self._write("log", loss=loss, learning_rate=1.0, step=step, epoch=step / self.max_steps)
+        if self.told.evaluates_after(step):
+            self._phase("eval")
+            self.told.wait_to_evaluate(step)
+            self._phase("train")
         self._decide()
 
     def _decide(self) -> None:

@@ -39,6 +39,9 @@ class Script:
         bucket: its URL.
         config: the config file.
         home: SPOTUNE_HOME of the machine; default that of the test.
+
+    Attributes:
+        entry: what Python is to run.
     """
 
     def __init__(self, bucket: str, run_id: str, config: Path, home: Path | None = None) -> None:
@@ -48,6 +51,7 @@ class Script:
         self.log_file = self.home / f"{run_id}.log"
         self.failpoints = self.home / "failpoints"
         self.home.mkdir(parents=True, exist_ok=True)
+        self.entry = ["-m", "spotune.sft"]
         self.environ = {
             "SPOTUNE_BUCKET": bucket,
             "SPOTUNE_RUN_ID": run_id,
@@ -63,7 +67,7 @@ class Script:
         for file in self.failpoints.iterdir():
             file.unlink()
         held = {FAILPOINTS: stop_at, FAILPOINT_DIR: str(self.failpoints)} if stop_at else {}
-        command = [sys.executable, "-m", "spotune.sft", str(self.config), *flags]
+        command = [sys.executable, *self.entry, str(self.config), *flags]
         with open(self.log_file, "a") as log:
             known = {**os.environ, **self.environ, **held, **environ}
             process = subprocess.Popen(command, env=known, stdout=log, stderr=log, text=True)

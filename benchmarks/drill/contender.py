@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from spotune.contracts.environment import FAILPOINT_DIR, FAILPOINTS
-from spotune.cost.eventlog import Event
+from spotune.contracts.events import Event
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from drill.contender import Account
 from drill.schedule import Kill
-from spotune.cost.eventlog import Event
+from spotune.contracts.events import Event
 
 
 @dataclass(frozen=True)

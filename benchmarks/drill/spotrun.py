@@ -8,10 +8,11 @@ from pathlib import Path
 from drill.contender import Account, Hold, Launch
 from drill.servers import Bucket
 from spotune.contracts import environment
+from spotune.contracts.events import Event, parse_lines
 from spotune.contracts.keys import Keys, attempt_of, commit_of
 from spotune.contracts.records import AttemptRecord, Certificate
 from spotune.contracts.store import Store
-from spotune.cost.eventlog import Event, clean, parse_lines
+from spotune.cost.eventlog import clean
 
 FOREIGN = ("SPOTUNE_", "SKYPILOT_", "SLURM_")  # the caller's own run is not this one
 

@@ -13,7 +13,7 @@ import pytest
 
 from spotune.cli import main
 from spotune.contracts.errors import InputError, StoreError
-from spotune.contracts.store import Patience, Store, connection, gcs, objects, s3
+from spotune.contracts.store import FOR_VERBS, Patience, Store, connection, gcs, objects, s3
 from spotune.contracts.store.objects import Objects
 from tests.clocks import ClockLoop, Loops
 from tests.commands import cli_runner
@@ -232,10 +232,10 @@ def test_who_waits_at_a_terminal_is_told_so_once(
     result = cli_runner().invoke(main, ["queue", "-a"])
     assert result.exit_code == 0
     told = [line for line in result.stderr.splitlines() if "no answer" in line]
-    assert told == [f"{url}: no answer for 0.05 s; asked again for up to 60 s"]
+    assert told == [f"{url}: no answer for 0.05 s; asked again for up to 20 s"]
     proxy.plan = Plan(hold=1.0)
     said: list[str] = []
-    assert Store(url, waiting=said.append).read("runs/a/none") is None
+    assert Store(url, FOR_VERBS, waiting=said.append).read("runs/a/none") is None
     assert said == told
 
 

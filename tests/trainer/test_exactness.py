@@ -1,5 +1,6 @@
 """Streams, other numbers of ranks, and sharded models: resumed exactly, or with the same rows."""
 
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -169,3 +170,31 @@ def test_fsdp_killed_and_resumed(
     assert {outcome["how"] for outcome in ranks.run(resumed, 2, kind="fsdp")} == {"completed"}, log_text(resumed)
     assert [event["step"] for event in events(resumed, "step")] == list(range(4, 9))
     assert weights(resumed) == weights(whole)
+
+
+@pytest.mark.slow
+def test_fsdp_runs_no_code_from_a_checkpoint(ranks: Nursery, base: dict[str, Any], tmp_path: Path) -> None:
+    """Of torch's own reader the same file makes a program: tests/trainer/test_shards.py."""
+    fsdp = {"fsdp_version": 2, "state_dict_type": "SHARDED_STATE_DICT"}
+    config = base | {"fsdp": True, "fsdp_config": fsdp, "max_steps": 4}
+    whole = make_folder(tmp_path / "whole", config, save_steps=3)
+    assert {outcome["how"] for outcome in ranks.run(whole, 2, kind="fsdp")} == {"completed"}, log_text(whole)
+    resumed = move(whole, tmp_path / "resumed", config, 3, 2, save_steps=3)
+    for path in (resumed / TRAINER / "checkpoint-3").glob("*/.metadata"):
+        poisoned = pickle.loads(path.read_bytes())
+        poisoned.planner_data = Touch(str(tmp_path / "ran"))
+        path.unlink()  # it may be a hard link
+        path.write_bytes(pickle.dumps(poisoned))
+    assert "completed" not in {outcome["how"] for outcome in ranks.run(resumed, 2, kind="fsdp")}
+    assert "which no checkpoint needs" in log_text(resumed)
+    assert not (tmp_path / "ran").exists()
+
+
+class Touch:
+    """Makes a file where it is unpickled by a reader that calls what a file names."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+        return open, (self._path, "w")

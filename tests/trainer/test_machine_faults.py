@@ -221,12 +221,14 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Nursery, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("keys", ["data", "dataset_name"])
 @pytest.mark.parametrize("fault", ["full while it reads", "read-only while it reads", "full while it tokenizes"])
-def test_a_run_whose_cache_fails(cached: tuple[Nursery, Path], tmp_path: Path, fault: str) -> None:
+def test_a_run_whose_cache_fails(cached: tuple[Nursery, Path], tmp_path: Path, fault: str, keys: str) -> None:
     ranks, cache = cached
-    config = {
+    rows = str(cache.parent / "rows")
+    config: dict[str, Any] = {
         "model_name_or_path": str(cache.parent / "model"),
-        "dataset_name": str(cache.parent / "rows"),
+        **({"data": [{"source": rows}]} if keys == "data" else {"dataset_name": rows}),
         "max_steps": 1,
         "bf16": False,
         "report_to": "none",
@@ -234,7 +236,7 @@ def test_a_run_whose_cache_fails(cached: tuple[Nursery, Path], tmp_path: Path, f
     }
 
     def run(name: str, **changes: Any) -> Outcome:
-        (found,) = ranks.run(make_folder(tmp_path / name, config | changes))
+        (found,) = ranks.run(make_folder(tmp_path / name, config | changes, cache=str(cache)))
         return Outcome(**found)
 
     for path in cache.iterdir():

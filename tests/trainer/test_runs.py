@@ -16,6 +16,7 @@ from drill.machine import command_of
 from spotune.contracts.environment import NUM_PROCESSES
 from spotune.launch.local.processes import is_live
 from tests.conftest import reach
+from tests.hostile import hostile_commits
 from tests.script import Script
 from tests.tiny import make_model, rows, write_jsonl
 from tests.waiting import ended, until
@@ -211,3 +212,51 @@ def test_a_narrow_locale_changes_nothing(material: Path, undisturbed: Callable[[
     assert script.run(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii") == 0, script.log()
     assert script.weights == undisturbed("lora")
     assert "\\u2705 Training completed." in script.log()
+
+
+@pytest.mark.parametrize("phase", ["load", "train"])
+def test_a_stopped_rank_is_a_stall_and_the_next_attempt_ends_as_if_undisturbed(
+    material: Path, undisturbed: Callable[[str], str], tmp_path: Path, phase: str
+) -> None:
+    """By the watchdog's own clock: the limit is short, but only a rank that is stopped does nothing for so long."""
+    script = Script(f"file://{tmp_path}/bucket", "stalled", material / "lora.yaml")
+    written = script.home / "work" / "stalled" / "node-0" / "0001" / "events-0.jsonl"
+    first = script.start(stop_at="snapshot:2" if phase == "train" else "", SPOTUNE_STALL_AFTER="5s")
+    if phase == "train":
+        script.until(lambda: (script.seen().get("committed_step") or 0) >= 6, first)
+        script.wait_at(first, "snapshot")
+        script.pass_on("snapshot")
+    last = '"step", "step": 13' if phase == "train" else '"phase": "load"'
+    script.until(lambda: written.exists() and last in written.read_text(), first)
+    (worker,) = workers(first)
+    worker.suspend()
+    assert ended(first) == 75, script.log()
+    (stall,) = script.events(1, "stall")
+    assert stall["phase"] == phase
+    assert stall["silent_s"] > stall["limit_s"] >= 5
+    assert script.events(1, "end")[-1]["reason"] == "stalled", script.log()
+    stacks = (script.store.read(script.keys.stacks(1, 0)) or b"").decode()
+    assert "state T (stopped by a signal)" in stacks
+    assert script.run("--allow-config-change", SPOTUNE_STALL_AFTER="10m") == 0, script.log()
+    assert script.weights == undisturbed("lora")
+    assert script.attempts == 2
+
+
+def test_a_run_in_a_hostile_bucket_ends_as_if_undisturbed(
+    bucket: str, material: Path, undisturbed: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Its newest whole commit is followed by a hundred that are wrong."""
+    script = Script(bucket, "hostile", material / "lora.yaml", tmp_path / "machine")
+    first = script.start()
+    script.until(lambda: script.commits, first)
+    first.kill()
+    ended(first)
+    newest = max(script.commits)
+    whole = script.store.read(f"{script.keys.commits}/{newest}.json") or b""
+    for number, data in enumerate(hostile_commits(whole).values(), 1):
+        script.store.write(script.keys.commit(1, 10_000 + number), data)
+        script.store.write(f"{script.keys.checkpoint(10_000 + number, 1)}/scheduler.pt", b"12345")
+    assert script.run() == 0, script.log()
+    assert f"resumed from the checkpoint of step {int(newest.partition('-')[2])}, attempt 1" in script.log()
+    assert script.weights == undisturbed("lora")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name not in ("home", "bucket")) == ["machine"]

@@ -1,17 +1,20 @@
 """The worker's small parts: what a fault means, what the guard asks for, when to save, which trackers."""
 
 import errno
+import faulthandler
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from spotune.contracts.errors import InputError, StoreError
-from spotune.contracts.exchange import CONTROL, Job, write_json
+from spotune.contracts.exchange import CONTROL, STACKS_SIGNAL, Job, python_stacks_path, write_json
 from spotune.sft.arguments import effective, usable_trackers
 from spotune.sft.control import Control, Wish
 from spotune.sft.extra import Extra
 from spotune.sft.faults import Stopped, outcome_of
+from spotune.sft.worker import write_stacks_when_asked
 
 
 class SafetensorError(Exception):
@@ -107,3 +110,18 @@ def test_a_ranks_state_survives(tmp_path: Path) -> None:
     extra.write(tmp_path, 0)
     assert Extra.read(tmp_path, 0, 1, 7) == extra
     assert Extra.read(tmp_path, 1, 2, 7) == Extra(tokens=7)  # made by one rank, resumed by two
+
+
+def test_a_rank_writes_its_stacks_when_it_is_asked(tmp_path: Path) -> None:
+    write_stacks_when_asked(tmp_path, 3)
+    try:
+        for times in (1, 2):
+            os.kill(os.getpid(), STACKS_SIGNAL)
+            text = python_stacks_path(tmp_path, 3).read_text()
+            assert text.count("in test_a_rank_writes_its_stacks_when_it_is_asked") == times
+    finally:
+        faulthandler.unregister(STACKS_SIGNAL)
+
+
+def test_a_rank_that_cannot_write_its_stacks_trains_all_the_same(tmp_path: Path) -> None:
+    write_stacks_when_asked(tmp_path / "none", 0)

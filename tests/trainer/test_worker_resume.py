@@ -86,6 +86,7 @@ def test_killed_after_a_checkpoint(ranks: Nursery, base: dict[str, Any], tmp_pat
     whole = make_folder(tmp_path / "whole", base, save_steps=4)
     last = ranks.run(whole)[0]
     assert last["how"] == "completed"
+    assert events(whole, "predicted")[0]["step"] == 2  # a sign of life of the first evaluation
 
     killed = make_folder(tmp_path / "killed", base, save_steps=4)
     pid = ranks.start(killed)

@@ -48,6 +48,12 @@ def secret_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--secret", "secrets", multiple=True, metavar="K", help=help_text)(command)
 
 
+def stall_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """When the watchdog ends an attempt, as ``stall_after``."""
+    help_text = "End an attempt that makes no step for so long, or for 6 median steps; 0: never. Default 10m."
+    return click.option("--stall-after", default="", metavar="10m", help=help_text)(command)
+
+
 def format_option(help_text: str = "Output format.") -> Decorator:
     return click.option(
         "--format", "output", type=click.Choice(["table", "json"]), default="table", show_default=True, help=help_text

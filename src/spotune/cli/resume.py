@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from spotune.cli.options import open_workspace
+from spotune.cli.options import open_workspace, stall_option
 
 if TYPE_CHECKING:
     from spotune.launch.workspace import Workspace
@@ -16,22 +16,27 @@ if TYPE_CHECKING:
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Go on with this key of its config changed."
 )
 @click.option("--budget", metavar="USD", help="Pause once it has cost so much in all, from its start on.")
+@stall_option
 @click.option("--allow-config-change", is_flag=True, help="Also with another config, data, model or libraries.")
-def resume(run: str, overrides: tuple[str, ...], budget: str | None, allow_config_change: bool) -> None:
+def resume(
+    run: str, overrides: tuple[str, ...], budget: str | None, stall_after: str, allow_config_change: bool
+) -> None:
     """Go on with a run that failed, was cancelled or is paused, from its newest checkpoint.
 
     Its training length, logging, saving and evaluation may be --set freely. The rest needs --allow-config-change; so do
     data or a model that were edited, and a run that failed because libraries changed. A run that no queue of this
     machine has, since it was started by hand or by a bare `sky`, may go on from then on: start it again where it was.
     """
+    from spotune.contracts.durations import parse_stall_after
     from spotune.contracts.money import parse_usd
     from spotune.launch import actions
     from spotune.launch.revise import Edit
 
     workspace = open_workspace()
+    parse_stall_after(stall_after)
     budget_usd = None if budget is None else parse_usd(budget, "--budget")
     month_usd, owner = check_budget(workspace, run, budget_usd)
-    edit = Edit(overrides, allow_config_change, budget_usd, month_usd, owner)
+    edit = Edit(overrides, allow_config_change, budget_usd, month_usd, owner, stall_after)
     resumed = actions.resume(workspace, run, edit)
     changed = f", changed: {resumed.change.as_followed()}" if resumed.change else ""
     if resumed.code:

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from spotune.cli.options import config_options, format_option, open_workspace, secret_option
+from spotune.cli.options import config_options, format_option, open_workspace, secret_option, stall_option
 
 
 @click.command()
@@ -25,6 +25,7 @@ from spotune.cli.options import config_options, format_option, open_workspace, s
 @click.option("--name", default="", metavar="ID", help="Run id; default from the config's name.")
 @click.option("--from", "source", default="", metavar="RUN", help="Promote RUN: its config, data and code, unchanged.")
 @click.option("--save-every", default="", metavar="50|5m", help="Save every so many steps, or so often.")
+@stall_option
 @click.option("--budget", metavar="USD", help="Pause, with a checkpoint, once the run has cost so much.")
 @click.option("--preemptions", default="", metavar="FILE", help="Planned preemptions, JSONL (local only).")
 @click.option("--env", "envs", multiple=True, metavar="K=V", help="Environment of the run.")

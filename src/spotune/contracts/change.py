@@ -6,7 +6,7 @@ Keys that may change freely (``FREE``), since what was trained so far is what it
 * logging: nothing of it reaches the weights.
 * saving: when a checkpoint is taken and where the result goes; every checkpoint holds the whole state.
 * what spotune does not follow (``resume_from_checkpoint``, ``save_only_model``, ``enable_jit_checkpoint``).
-* the budget: it says when training pauses, not what it is.
+* the budget and ``--stall-after``: they say when training is interrupted, not what it is.
 * ``num_processes``: as many as the next machine has. Whether the global batch is kept is decided at the restore.
 * evaluation, as long as it only looks: it does not move training's randomness, and its rows are held out whether it
   runs or not. Not where the best model is kept, and not under a schedule that follows the metric.
@@ -45,8 +45,8 @@ EVALUATION = frozenset(
     " eval_do_concat_batches eval_use_gather_object per_device_eval_batch_size batch_eval_metrics"
     " prediction_loss_only include_for_metrics".split()
 )
-BUDGET = "budget"  # no key of a config, as little as save_every
-FREE = LENGTH | LOGGING | SAVING | NOT_FOLLOWED | {"num_processes", BUDGET}
+BUDGET, STALL_AFTER = "budget", "stall_after"  # no keys of a config, as little as save_every
+FREE = LENGTH | LOGGING | SAVING | NOT_FOLLOWED | {"num_processes", BUDGET, STALL_AFTER}
 RENAMED = {  # by transformers 5.24: the old name -> the new one
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
@@ -120,8 +120,8 @@ class Change:
 def compare(before: RunRecord, after: RunRecord) -> Change:
     """What differs between two records of one run. A model that nobody took a fingerprint of is taken as unchanged."""
     changes = compare_configs(
-        {**before.config, "save_every": before.save_every or None, BUDGET: before.budget_usd},
-        {**after.config, "save_every": after.save_every or None, BUDGET: after.budget_usd},
+        {**before.config, **_of_the_command_line(before)},
+        {**after.config, **_of_the_command_line(after)},
     )
     tops = {top_level(change.key) for change in changes}
     data: tuple[str, ...] = ()
@@ -131,6 +131,15 @@ def compare(before: RunRecord, after: RunRecord) -> Change:
     if before.model_sha256 and before.model_sha256 != after.model_sha256 and not tops & set(MODEL_KEYS):
         model = changed_files(before.model_files, after.model_files, "name") or ("its fingerprint",)
     return Change(changes, data, model)
+
+
+def _of_the_command_line(record: RunRecord) -> dict[str, Any]:
+    """What was asked for beside the config."""
+    return {
+        "save_every": record.save_every or None,
+        STALL_AFTER: record.stall_after or None,
+        BUDGET: record.budget_usd,
+    }
 
 
 def admit(change: Change, allowed: bool, where: object, what: str, remedy: str) -> list[str]:
@@ -160,7 +169,7 @@ def compare_configs(before: Mapping[str, Any], after: Mapping[str, Any]) -> tupl
 
 def changed_files(before: Iterable[Mapping[str, Any]], after: Iterable[Mapping[str, Any]], by: str) -> tuple[str, ...]:
     """The files that differ, by name, with a word on those that came or went."""
-    old, new = ({str(file[by]): dict(file) for file in files} for files in (before, after))
+    old, new = ({str(file.get(by)): dict(file) for file in files} for files in (before, after))
     changed = [name for name in old if name in new and new[name] != old[name]]
     added = [f"{name} (added)" for name in new if name not in old]
     gone = [f"{name} (gone)" for name in old if name not in new]

@@ -11,7 +11,7 @@ from typing import Any
 from spotune.contracts.errors import BadRecord
 from spotune.contracts.keys import CLUSTERS, cluster_key
 from spotune.contracts.records import PriceRow, Record
-from spotune.contracts.shapes import Time
+from spotune.contracts.shapes import Ranks, Time
 from spotune.contracts.store import Store
 
 
@@ -35,7 +35,7 @@ class ClusterRecord(Record):
     team: str = ""
     infra: str = ""
     accelerators: str = ""
-    nodes: int = 1
+    nodes: Ranks = 1
     price: dict[str, Any] = field(default_factory=dict)
     spans: list[list[Time | None]] = field(default_factory=list)
     updated_at: Time = 0.0

@@ -14,6 +14,7 @@ from spotune.contracts.configvalues import Fault, one_of
 from spotune.contracts.configwhole import missing_faults, whole_faults
 from spotune.contracts.errors import InputError, raise_all, shown
 from spotune.contracts.foreign import foreign_data, foreign_text
+from spotune.contracts.userfiles import read_user_file
 from spotune.contracts.yamlonly import refuse_dates, refuse_endless
 
 OVERRIDE = "--set"
@@ -116,11 +117,7 @@ def read_yaml(path: str | Path, remedy: str = "model_name_or_path: …", may_be_
     import yaml
 
     try:
-        data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_unique_loader())
-    except FileNotFoundError as error:
-        raise InputError(path, "no such file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(path, f"cannot be read: {error}") from error
+        data = yaml.load(read_user_file(path), Loader=_unique_loader())
     except (ValueError, RecursionError) as error:  # a value that looks like a date and is none; brackets without end
         raise InputError(path, f"not YAML: {error}") from error
     except yaml.composer.ComposerError as error:  # also an alias of nothing

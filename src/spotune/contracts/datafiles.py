@@ -9,7 +9,7 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ _CHECKSUMS = ("ETag", "etag", "md5Hash", "generation", "checksum")
 _HELD_OUT = re.compile(r"(^|[-_.])(test|val|valid|validation|dev|eval|evaluation|held-?out)([-_.]|$)", re.IGNORECASE)
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _MOST_NAMED = 4
+_MOST_FILES = 100_000
+_SYSTEM = ("/proc", "/sys", "/dev")  # folders of the kernel: files without end
+PROTOCOLS = ("s3", "gs", "gcs", "hf", "http", "https", "memory")
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,9 @@ def find_files(source: str, where: object, key: str) -> Found:
         InputError: it names no data file.
         StoreError: the store is away.
     """
+    if is_remote(source) and (protocol := source.split(":", 1)[0]) not in PROTOCOLS:
+        what = f"{protocol}:// is not a store that data is read from"
+        raise InputError(where, what, key=key, remedy="a path, or hf://, s3://, gs:// or https://")
     if source.startswith(("hf://", "http://", "https://")):
         return Found([source], [])
     is_one, names = _find_remote(source, where, key) if is_remote(source) else _find_local(source, where, key)
@@ -102,7 +108,21 @@ def _find_local(source: str, where: object, key: str) -> tuple[bool, list[str]]:
     if os.path.isfile(path):
         return True, [path]
     pattern = os.path.join(glob.escape(path), "**", "*") if os.path.isdir(path) else path
-    return False, sorted(name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
+    return False, sorted(_walk(pattern, where, key))
+
+
+def _walk(pattern: str, where: object, key: str) -> Iterator[str]:
+    """The files that a pattern names. Raises InputError where looking for them would not end."""
+    root = os.path.realpath(pattern[: min((pattern.find(mark) for mark in "*?[" if mark in pattern), default=None)])
+    top = root if os.path.isdir(root) else os.path.dirname(root)
+    if ("**" in pattern and top == "/") or any(top == one or top.startswith(f"{one}/") for one in _SYSTEM):
+        what = f"{pattern.removesuffix('/**/*') or '/'} is not a place for data"
+        raise InputError(where, what, key=key, remedy="name the data's own folder")
+    for number, name in enumerate(glob.iglob(pattern, recursive=True)):
+        if number >= _MOST_FILES:
+            raise InputError(where, f"more than {_MOST_FILES:,} files", key=key, remedy="name the data's own folder")
+        if os.path.isfile(name):
+            yield name
 
 
 def local_path(text: str, where: object, key: str) -> Path:

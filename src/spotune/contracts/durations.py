@@ -1,4 +1,4 @@
-"""Durations as people write them: ``30s``, ``5m``, ``1.5h``, ``2d``; and ``--save-every``."""
+"""Durations as people write them: ``30s``, ``5m``, ``1.5h``, ``2d``; ``--save-every`` and ``--stall-after``."""
 
 import re
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from spotune.contracts.errors import InputError, shown
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+STALL_AFTER_S = 600.0
 
 
 def parse_duration(text: str, where: str) -> float:
@@ -14,6 +15,11 @@ def parse_duration(text: str, where: str) -> float:
     if not found:
         raise InputError(where, f"{shown(text)} is not a duration", remedy="30s, 5m, 1.5h or 2d")
     return float(found[1]) * _UNITS_S[found[2] or "s"]
+
+
+def parse_stall_after(text: str, where: str = "--stall-after") -> float:
+    """Seconds, 0 for never; empty is the default. Raises InputError."""
+    return parse_duration(text, where) if text else STALL_AFTER_S
 
 
 @dataclass(frozen=True)

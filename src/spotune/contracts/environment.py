@@ -24,6 +24,7 @@ PYTHON = "SPOTUNE_PYTHON"  # the trainer's interpreter, which a task runs; defau
 ATTEMPT = "SPOTUNE_ATTEMPT"  # the engine's count of machines, where it keeps one: claims then have the same numbers
 STATUS_FILE = "SPOTUNE_STATUS_FILE"  # a local file that the guard keeps current: progress without a bucket's delay
 SAVE_EVERY = "SPOTUNE_SAVE_EVERY"  # `50` steps or `5m`; for a bare launch, `train --save-every` freezes it in run.json
+STALL_AFTER = "SPOTUNE_STALL_AFTER"  # `10m`, `0` for never; for a bare launch, as SAVE_EVERY
 PATIENCE = "SPOTUNE_BUCKET_PATIENCE"  # for how long training goes on while the bucket is away; default 30m
 ALLOW_CONFIG_CHANGE = "SPOTUNE_ALLOW_CONFIG_CHANGE"  # `1`, for a bare launch: `--allow-config-change` of the script
 GPU_SHARE = "SPOTUNE_GPU_SHARE"  # on a dev cluster: GPUs of each node that the run asked for, 0.5 for half of one
@@ -65,6 +66,7 @@ class RunEnvironment:
     gpu_share: float = 0.0
     kind: str = "prod"
     team: str = ""
+    stall_after: str = ""
 
     @property
     def cache(self) -> Path:
@@ -95,6 +97,7 @@ class RunEnvironment:
             gpu_share=_read_share(setting(environ, GPU_SHARE)),
             kind="dev" if setting(environ, KIND) == "dev" else "prod",
             team=setting(environ, TEAM),
+            stall_after=setting(environ, STALL_AFTER),
         )
 
 

@@ -9,6 +9,7 @@ SpotuneError            exit 1   something failed; one line says what
 │   └── Unsettled       exit 3   and may have taken the run all the same
 ├── StoreError          exit 75  the bucket cannot be reached or answers wrongly: another machine may
 │   └── BadRecord       exit 75  it holds a record that cannot be read: KEY: what
+│       └── Misplaced   exit 2   the key leads out of the bucket, or to what is not a file
 └── Fenced              exit 75  a later attempt has taken the run over: this one must stop
 
 75 is an attempt's word to its engine. A verb of the launcher has none to give it to: there a bucket that fails is
@@ -103,6 +104,12 @@ class StoreError(SpotuneError):
 
 class BadRecord(StoreError):
     """A record in the bucket is not what its class says, as ``KEY: WHAT``."""
+
+
+class Misplaced(BadRecord):
+    """A key that leads out of the bucket, or to what is not a file, as ``KEY: WHAT``. No other machine can mend it."""
+
+    exit_code = exits.BAD_INPUT
 
 
 class Fenced(SpotuneError):

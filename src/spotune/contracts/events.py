@@ -11,6 +11,7 @@ Every line has ``t`` (epoch seconds) and ``event``:
     step     {step, tokens, data_wait_s}                       a step ended; tokens since step 0, all ranks
     log      {step, epoch, loss, learning_rate, ...}           Trainer's own log line, numbers only; NaN and infinity
                                                                are "nan", "inf" and "-inf", JSON has no number for them
+    predicted {step}                                           an evaluation has come on; at most every 2 s
     save     {step, stall_s}                                   training stood still for a checkpoint; it is in memory
     written  {step, write_s, bytes}                            it is on the local disk
     unsaved  {step, message}                                   it is not, and why; training goes on
@@ -19,6 +20,7 @@ Every line has ``t`` (epoch seconds) and ``event``:
     budget   {spent_usd, budget_usd}                           most of the run's budget is used up
     gpu      {busy, memory_gib, memory_total_gib}              share of time with a kernel on, GiB of the fullest
     notice   {source, grace_s or null}                         the machine is about to be taken
+    stall    {phase, silent_s, limit_s, since}                 the watchdog ends the attempt; since: last sign of life
     alive    {}                                                nothing but the time: what was going on still is
     end      {reason, exit_code, step, message}                the attempt's last line, when it had time
 
@@ -35,9 +37,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from spotune.contracts.shapes import YEAR_2000, YEAR_2200
+
+Event = dict[str, Any]
 Phase = Literal["setup", "load", "restore", "train", "eval", "save", "idle", "teardown"]
 NOT_FINITE = ("nan", "inf", "-inf")
-EndReason = Literal["completed", "preempted", "failed", "cancelled", "paused", "lost"]
+EndReason = Literal["completed", "preempted", "failed", "cancelled", "paused", "lost", "stalled"]
 
 
 class EventLog:
@@ -75,3 +80,42 @@ def as_number(value: Any) -> float | None:
         return float(value)
     except OverflowError:
         return None
+
+
+def parse_lines(data: bytes) -> list[Event]:
+    """The events of one part. Skipped: what is no JSON object, such as a last line that was cut, and what is dated by
+    a clock that nobody had set, or in milliseconds."""
+    return [event for event in parse_objects(data) if _is_dated(event)]
+
+
+def parse_objects(data: bytes) -> list[Event]:
+    """The same, whatever their time."""
+    lines = data.splitlines()
+    try:
+        found = json.loads(b"[" + b",".join(lines) + b"]")  # whole, as most are: in one go, in half the time
+    except (ValueError, RecursionError):
+        found = [_parse(line) for line in lines]
+    return [event for event in found if isinstance(event, dict)]
+
+
+def _parse(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_dated(event: Event) -> bool:
+    at = number(event.get("t"))
+    return at is not None and YEAR_2000 <= at < YEAR_2200
+
+
+def number(value: Any) -> float | None:
+    """A finite number, else None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:
+        return None
+    return found if math.isfinite(found) else None

@@ -11,6 +11,8 @@ The worker knows torch and no store; the guard knows the store and no torch.
     control.json           guard -> worker   {"stop": bool, "save": n}: stop at the next step boundary; save once per n
     events-<rank>.jsonl    worker -> guard   append-only, one JSON object per line (see events.py)
     outcome-<rank>.json    worker -> guard   how the rank ended (Outcome), last
+    python-stacks-<rank>.txt  worker -> guard  its Python stacks, after STACKS_SIGNAL
+    stacks-<rank>.txt      guard             what the rank was doing when the watchdog ended the attempt
     output/                worker -> guard   the result, complete once rank 0's outcome says "completed"
 
 What is done with the result after its certificate is in extras.py.
@@ -20,9 +22,13 @@ Every file but the event logs appears by an atomic rename, so that a reader sees
 
 import json
 import os
+import signal
+import threading
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
+
+from spotune.contracts.shapes import Amount, Count, Files, Ranks, Step, checked
 
 JOB = "job.json"
 TRAINER = "trainer"
@@ -30,6 +36,7 @@ RESTORED = "restored.json"
 STAGED = "staged"
 CONTROL = "control.json"
 OUTPUT = "output"
+STACKS_SIGNAL = signal.SIGUSR2  # the guard asks a rank for its Python stacks
 
 How = Literal["completed", "stopped", "bad_input", "retry", "failed"]
 
@@ -72,18 +79,26 @@ class Staged:
         config_sha256, revision: of the run's record, added by the guard when it seals the checkpoint.
     """
 
-    step: int
+    step: Step
     checkpoint: str
-    epoch: float
-    tokens: int
-    world_size: int
-    threads: int
-    best_step: int | None = None
+    epoch: Amount
+    tokens: Count
+    world_size: Ranks
+    threads: Ranks
+    best_step: Step | None = None
     versions: dict[str, str] = field(default_factory=dict)
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    global_batch: int = 0
+    files: Files = field(default_factory=dict)
+    global_batch: Count = 0
     config_sha256: str = ""
-    revision: int = 0
+    revision: Count = 0
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Self:
+        """Raises ValueError, naming the field, for what is not a rank's word or a seal. Ignores fields that it does not
+        know."""
+        if not isinstance(data, dict):
+            raise ValueError("not a JSON object")
+        return cls(**checked(cls, data))
 
 
 @dataclass(frozen=True)
@@ -105,7 +120,7 @@ def write_json(path: Path, value: Any) -> None:
     """Writes JSON so that it appears whole, by rename. Accepts a dataclass or plain data."""
     data = asdict(value) if hasattr(value, "__dataclass_fields__") else value
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     part.write_text(json.dumps(data, default=str))
     part.replace(path)
 
@@ -128,3 +143,11 @@ def outcome_path(folder: Path, rank: int) -> Path:
 
 def staged_path(folder: Path, step: int, rank: int = 0) -> Path:
     return folder / STAGED / f"{step:08d}-{rank}.json"
+
+
+def stacks_path(folder: Path, rank: int) -> Path:
+    return folder / f"stacks-{rank}.txt"
+
+
+def python_stacks_path(folder: Path, rank: int) -> Path:
+    return folder / f"python-stacks-{rank}.txt"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spotune.contracts.errors import InputError
+from spotune.contracts.userfiles import read_user_file
 
 _START = "a config starts with model_name_or_path: …"
 
@@ -79,8 +80,8 @@ def foreign_data(data: Mapping[str, Any], path: object) -> InputError | None:
 def foreign_text(path: str | Path) -> InputError | None:
     """The same for a file that is not one YAML mapping: several documents, rows of data, JSON with tabs."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError):
+        text = read_user_file(path)
+    except InputError:
         return None
     if _is_rows(text):
         return _error("rows of data", path, "name the file in a config: data: [{source: FILE}]")

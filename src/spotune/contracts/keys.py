@@ -5,6 +5,7 @@ runs/<run_id>/revisions/<4d>.json                   what was changed since: the 
 runs/<run_id>/code/                                 commit, and the diff when dirty
 runs/<run_id>/attempts/<4d>/attempt.json            claims the attempt (the fence); create-only
 runs/<run_id>/attempts/<4d>/events-<rank>-<n>.jsonl phase changes, steps, losses; never rewritten
+runs/<run_id>/attempts/<4d>/stacks-<rank>.txt       what the ranks did when the watchdog ended it; create-only
 runs/<run_id>/attempts/<4d>/bill.json               price row and paid interval; create-only
 runs/<run_id>/lost/<start>-<end, epoch ms>.json     bill of a machine that went before it claimed; create-only
 runs/<run_id>/progress.json                         latest step, phase, loss, heartbeat; overwritten
@@ -23,6 +24,8 @@ from dataclasses import dataclass
 from random import Random
 
 from spotune.contracts.errors import InputError, shown
+from spotune.contracts.names import number_of
+from spotune.contracts.shapes import MOST, MOST_ATTEMPTS, MOST_STEPS
 
 RUN_ID = re.compile(r"[a-z][a-z0-9-]{1,23}[a-z0-9]")
 RUNS = "runs"
@@ -139,6 +142,9 @@ class Keys:
     def events(self, attempt: int, rank: int, part: int) -> str:
         return f"{self.attempts}/{attempt:04d}/events-{rank}-{part}.jsonl"
 
+    def stacks(self, attempt: int, rank: int) -> str:
+        return f"{self.attempts}/{attempt:04d}/stacks-{rank}.txt"
+
     def checkpoint(self, step: int, attempt: int) -> str:
         return f"{self.checkpoints}/{step:08d}-{attempt:04d}"
 
@@ -153,17 +159,33 @@ def cluster_key(name: str, launched_at: float) -> str:
 
 def revision_of(key: str) -> int | None:
     """The number of a revision's key, None for any other key."""
-    found = re.search(r"/revisions/(\d{4,})\.json$", key)
-    return int(found[1]) if found else None
+    found = re.search(r"/revisions/([^/]+)\.json\Z", key)
+    return number_of(found[1], 4, MOST) if found else None
 
 
 def attempt_of(key: str) -> int | None:
     """The attempt number in a key below ``attempts/``, None for any other key."""
-    found = re.search(r"/attempts/(\d{4,})/", key)
-    return int(found[1]) if found else None
+    found = re.search(r"/attempts/([^/]+)/", key)
+    return attempt_number(found[1]) if found else None
+
+
+def attempt_number(name: str) -> int | None:
+    """The attempt that a folder of ``attempts/`` is named after, None for any other name."""
+    return number_of(name, 4, MOST_ATTEMPTS)
 
 
 def commit_of(key: str) -> tuple[int, int] | None:
     """(attempt, step) of a commit's key, None for any other key; the highest is the newest."""
-    found = re.search(r"/commits/(\d{4,})-(\d{8,})\.json$", key)
-    return (int(found[1]), int(found[2])) if found else None
+    found = re.search(r"/commits/([^/-]+)-([^/-]+)\.json\Z", key)
+    return _pair(found[1], found[2]) if found else None
+
+
+def checkpoint_of(name: str) -> tuple[int, int] | None:
+    """(attempt, step) that a folder of ``checkpoints/`` is named after, None for any other name."""
+    step, _, attempt = name.partition("-")
+    return _pair(attempt, step)
+
+
+def _pair(attempt: str, step: str) -> tuple[int, int] | None:
+    numbers = attempt_number(attempt), number_of(step, 8, MOST_STEPS)
+    return None if numbers[0] is None or numbers[1] is None else (numbers[0], numbers[1])

@@ -153,7 +153,7 @@ _LEAVE_OUT = {
     " do_sample strict pad_to_sequence_len special_tokens sample_packing_eff_est dataset_prepared_path plugins"
     " overwrite_cache dataset_dir plot_loss stage template lora_bias bias lora_fan_in_fan_out is_llama_derived_model"
     " group_by_length_column xformers_attention s2_attention trl",
-    "it is an option of spotune train": "num_nodes gpus infra budget use_spot save_every",
+    "it is an option of spotune train": "num_nodes gpus infra budget use_spot save_every stall_after",
 }
 _REASONS = {old: reason for reason, olds in _LEAVE_OUT.items() for old in olds.split()}
 

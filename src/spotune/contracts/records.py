@@ -7,12 +7,24 @@ Times are epoch seconds (``*_at``), durations seconds (``*_s``), money US dollar
 import hashlib
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from spotune.contracts.errors import BadRecord
-from spotune.contracts.keys import Keys, attempt_of
-from spotune.contracts.shapes import YEAR_2000, Time, checked
+from spotune.contracts.keys import RUNS, Keys, attempt_of, commit_of
+from spotune.contracts.shapes import (
+    YEAR_2000,
+    Amount,
+    AttemptNumber,
+    Count,
+    ExitCode,
+    Files,
+    Ranks,
+    Step,
+    Time,
+    checked,
+)
 
 SCHEMA_VERSION = 1
 
@@ -28,11 +40,17 @@ class Record:
 
     @classmethod
     def from_bytes(cls, data: bytes, key: str = "record") -> Self:
-        """Reads a record; raises BadRecord naming ``key``, and the field if it is one, when it is none."""
+        """Reads a record; raises BadRecord naming ``key``, and the field if it is one, for what is not that record.
+
+        All fields are checked, down to the innermost value, so that nobody who has a record has to expect more; and
+        that it is the record of its key, where that is one of a run.
+        """
         try:
-            return cls.from_dict(json.loads(data))
+            record = cls.from_dict(json.loads(data))
         except (ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
             raise BadRecord(f"{key}: not a {cls.__name__}: {error}") from error
+        _check_place(record, key)
+        return record
 
     @classmethod
     def from_dict(cls, data: Any) -> Self:
@@ -58,7 +76,7 @@ class PriceRow(Record):
     instance_type: str = ""
     accelerators: str = ""
     use_spot: bool
-    price_usd_per_hour: float
+    price_usd_per_hour: Amount
     source: str
     at: float = 0.0
 
@@ -74,6 +92,7 @@ class RunRecord(Record):
         data_files: what the fingerprint was taken over: one ``{source, url, size, sha256 | etag}`` a file.
         model_files: the same of the base model: ``{name, size, sha256}`` a file, ``{name, revision}`` from a hub.
         save_every: ``50`` (steps), ``5m``, or empty for the default.
+        stall_after: ``10m``, ``0`` for no watchdog, or empty for the default.
         prices: a row for every candidate that the run may land on.
         use_spot: whether its machines may be taken away; ``may_be_on_demand``: they may also be others.
         budget_usd: what it may cost in all, as asked for; training pauses there. None: no wall.
@@ -102,13 +121,14 @@ class RunRecord(Record):
     may_be_on_demand: bool = False
     priority: int = 0
     save_every: str = ""
-    budget_usd: float | None = None
-    month_usd: float | None = None
+    stall_after: str = ""
+    budget_usd: Amount | None = None
+    month_usd: Amount | None = None
     month_of: str = ""
     prices: list[dict[str, Any]] = field(default_factory=list)
     code: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-    revision: int = 0
+    revision: Count = 0
     revised_at: Time = 0.0
     revised_by: str = ""
     allowed: list[str] = field(default_factory=list)
@@ -141,7 +161,7 @@ class AttemptRecord(Record):
     """
 
     run_id: str
-    attempt: int
+    attempt: AttemptNumber
     claimed_at: Time
     claim_id: str
     host: str = ""
@@ -150,11 +170,11 @@ class AttemptRecord(Record):
     zone: str = ""
     cluster_name: str = ""
     engine_job_id: str = ""
-    num_nodes: int = 1
-    ranks_per_node: int = 1
+    num_nodes: Ranks = 1
+    ranks_per_node: Ranks = 1
     gpu: str = ""
-    gpu_share: float = 0.0
-    spells_s: list[float] = field(default_factory=list)
+    gpu_share: Amount = 0.0
+    spells_s: list[Amount] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,24 +194,24 @@ class Commit(Record):
     """
 
     run_id: str
-    step: int
-    attempt: int
+    step: Step
+    attempt: AttemptNumber
     parent: str = ""
-    epoch: float = 0.0
-    tokens: int = 0
-    world_size: int = 1
-    threads: int = 1
+    epoch: Amount = 0.0
+    tokens: Count = 0
+    world_size: Ranks = 1
+    threads: Ranks = 1
     config_sha256: str = ""
     data_sha256: str = ""
     model_sha256: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     committed_at: Time = 0.0
-    best_step: int | None = None
-    global_batch: int = 0
-    ordinal: int = 0
-    saving: dict[str, float] = field(default_factory=dict)
-    revision: int = 0
-    files: dict[str, dict[str, Any]]
+    best_step: Step | None = None
+    global_batch: Count = 0
+    ordinal: Count = 0
+    saving: dict[str, Amount] = field(default_factory=dict)
+    revision: Count = 0
+    files: Files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,11 +219,11 @@ class Certificate(Record):
     """``output/completed.json``: the result is whole and was read back. Only this makes a run SUCCEEDED."""
 
     run_id: str
-    attempt: int
-    step: int
+    attempt: AttemptNumber
+    step: Step
     weights_sha256: str
     completed_at: Time = 0.0
-    files: dict[str, dict[str, Any]]
+    files: Files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,13 +231,13 @@ class Progress(Record):
     """``progress.json``: what can be seen while it runs. ``at`` is the heartbeat; a loss that is not finite is text."""
 
     run_id: str
-    attempt: int
-    step: int = 0
-    max_steps: int = 0
+    attempt: AttemptNumber
+    step: Step = 0
+    max_steps: Step = 0
     phase: str = ""
     loss: float | str | None = None
-    tokens: int = 0
-    committed_step: int = 0
+    tokens: Count = 0
+    committed_step: Step = 0
     at: Time = 0.0
 
 
@@ -230,11 +250,11 @@ class Mark(Record):
     """
 
     run_id: str
-    attempt: int
+    attempt: AttemptNumber
     at: Time
     reason: str
-    exit_code: int
-    step: int = 0
+    exit_code: ExitCode
+    step: Step = 0
     versions: list[str] = field(default_factory=list)
 
 
@@ -248,13 +268,13 @@ class Bill(Record):
     """
 
     run_id: str
-    attempt: int
+    attempt: AttemptNumber
     started_at: Time
     ended_at: Time
     price: dict[str, Any]
-    nodes: int = 1
-    paid_s: float = 0.0
-    cost_usd: float = 0.0
+    nodes: Ranks = 1
+    paid_s: Amount = 0.0
+    cost_usd: Amount = 0.0
     end_reason: str = "lost"
     infra: str = ""
     region: str = ""
@@ -262,7 +282,7 @@ class Bill(Record):
     instance_type: str = ""
     accelerators: str = ""
     use_spot: bool = False
-    setup_s: float = 0.0
+    setup_s: Amount = 0.0
     reason: str = ""
     exit_code: int | None = None
 
@@ -276,8 +296,23 @@ class Bill(Record):
         return row if row.price_usd_per_hour > 0 else None
 
 
-def check_filed(record: Record, key: str) -> None:
-    """Raises BadRecord for a claim or bill that is of another folder, and for times that money cannot be counted by."""
+def _check_place(record: Record, key: str) -> None:
+    """Raises BadRecord for a record that another key of a run should have. A key of anything else says nothing."""
+    found = re.match(rf"{RUNS}/([^/]+)/", key)
+    if found is None:
+        return
+    match record:
+        case RunRecord() if record.run_id != found[1]:  # counted under either name, it would be counted twice
+            raise BadRecord(f"{key}: run_id: {record.run_id!r}, not that of its folder (a copy, or renamed)")
+        case Commit() if (record.attempt, record.step) != commit_of(key):
+            numbers = f"{record.attempt}, {record.step}"
+            raise BadRecord(f"{key}: attempt, step: {numbers}, not those of its name (a copy, or renamed)")
+        case AttemptRecord() | Bill() if record.attempt != (attempt_of(key) or 0):
+            raise BadRecord(f"{key}: attempt: {record.attempt}, not that of its folder (a copy, or renamed)")
+
+
+def check_paid(record: Record, key: str) -> None:
+    """Raises BadRecord for times of a claim or a bill that money cannot be counted by."""
     match record:
         case AttemptRecord():
             name, began, ended = "claimed_at", record.claimed_at, math.inf
@@ -285,8 +320,6 @@ def check_filed(record: Record, key: str) -> None:
             name, began, ended = "started_at", record.started_at, record.ended_at
         case _:
             return
-    if record.attempt != (attempt_of(key) or 0):
-        raise BadRecord(f"{key}: attempt: {record.attempt}, not that of its folder (a copy, or renamed)")
     if began < YEAR_2000:
         raise BadRecord(f"{key}: {name}: {began}, before the year 2000")
     if ended < began:

@@ -8,9 +8,11 @@ what its checkpoints may have been made with.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from spotune.contracts.errors import BadRecord, InputError
+from spotune.contracts.configvalues import number_of
+from spotune.contracts.errors import InputError
 from spotune.contracts.keys import Keys, commit_of, revision_of
-from spotune.contracts.records import Commit, Mark, RunRecord
+from spotune.contracts.marks import read_mark
+from spotune.contracts.records import Commit, RunRecord
 from spotune.contracts.store import Store
 
 VERSIONS = "versions"  # in ``RunRecord.allowed``
@@ -51,6 +53,7 @@ def revised(before: RunRecord, wanted: RunRecord, by: str, at: float) -> RunReco
         model_sha256=wanted.model_sha256,
         model_files=wanted.model_files,
         save_every=wanted.save_every or before.save_every,
+        stall_after=wanted.stall_after or before.stall_after,
         budget_usd=before.budget_usd if wanted.budget_usd is None else wanted.budget_usd,
         month_usd=wanted.month_usd,
         month_of=wanted.month_of,
@@ -69,10 +72,10 @@ def write_revision(store: Store, keys: Keys, record: RunRecord) -> None:
 
 def check_length(store: Store, keys: Keys, record: RunRecord) -> None:
     """Raises InputError for a training length that the newest checkpoint is beyond already."""
-    steps = int(float(record.config.get("max_steps") or 0))
+    steps = number_of(record.config.get("max_steps")) or 0
     newest = max((number for key in store.keys(keys.commits) if (number := commit_of(key))), default=(0, 0))[1]
     if 0 < steps < newest:
-        what = f"{steps} steps, but the newest checkpoint is of step {newest} already"
+        what = f"{steps:.0f} steps, but the newest checkpoint is of step {newest} already"
         raise InputError(keys.run_id, what, key="max_steps", remedy=f"{newest} or more, or another --name")
 
 
@@ -102,8 +105,8 @@ def allows_other_versions(commit: Commit, history: Sequence[RunRecord]) -> bool:
 
 def refused_versions(store: Store, keys: Keys) -> tuple[str, ...]:
     """Returns the changed libraries that the run failed because of, ``datasets 5.0.1 -> 5.2.0``; empty for none."""
-    data = store.read(keys.failed)
-    return tuple(Mark.from_bytes(data, keys.failed).versions) if data else ()
+    mark = read_mark(store, keys.failed)
+    return tuple(mark.versions) if mark else ()
 
 
 def _numbers(store: Store, keys: Keys) -> list[int]:
@@ -114,7 +117,4 @@ def _read(store: Store, keys: Keys, key: str) -> RunRecord | None:
     data = store.read(key)
     if data is None:
         return None
-    record = RunRecord.from_bytes(data, key)
-    if record.run_id != keys.run_id:  # counted under either name, it would be counted twice
-        raise BadRecord(f"{key}: run_id: {record.run_id!r}, not that of its folder (a copy, or renamed)")
-    return record
+    return RunRecord.from_bytes(data, key)

@@ -4,17 +4,33 @@ A bucket is shared: what is read from it was written by others, now or by anothe
 of another type, or a time that is none, is a bad record with a field to name, and nothing later has to expect it.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-Time = Annotated[float, "epoch seconds, 1970 to 2200; 0 by default: not said"]
+from spotune.contracts.names import name_fault
 
+Time = Annotated[float, "epoch seconds, 1970 to 2200; 0 by default: not said"]
+Step = Annotated[int, "a step of training, or a number of steps"]
+AttemptNumber = Annotated[int, "an attempt; 0: none"]
+Ranks = Annotated[int, "processes, threads or machines that work together"]
+Count = Annotated[int, "what is counted"]
+Amount = Annotated[float, "what is measured and not below 0"]
+ExitCode = Annotated[int, "of a process that did not succeed"]
+Files = Annotated[dict[str, dict[str, Any]], "relative path -> {size: bytes, sha256: hex}"]
+
+RECORD_MOST_BYTES = 64 << 20  # a commit of a hundred thousand files has a quarter of it
 MOST = 2**53  # of what is counted: more is no count, and more than JSON and SQLite are sure to keep
+MOST_STEPS = 10**12
+MOST_ATTEMPTS = 10**6  # a machine a minute, for two years
+MOST_RANKS = 2**17
+_DEEPEST = 64  # lists and objects in each other: more cannot be copied and written again by Python's own means
 _GREATEST = 1e100  # of what is measured: products of some of these are finite
 YEAR_2000 = 946_684_800  # a machine whose clock says less has not set it; half a century is paid for by nobody
+_SHA256 = re.compile("[0-9a-f]{64}")
 YEAR_2200 = 7_258_118_400  # a time in milliseconds is far beyond it
 
 Check = tuple[str, Callable[[Any], bool]]  # what is expected, in words, and whether a value is that
@@ -22,11 +38,15 @@ Check = tuple[str, Callable[[Any], bool]]  # what is expected, in words, and whe
 
 def checked(record: type, values: dict[str, Any]) -> dict[str, Any]:
     """The values of the fields that the class has. Raises ValueError, naming the field, for one that is missing, or is
-    not what the class says."""
+    not what the class says, down to the innermost value."""
     checks, found = _checks(record), {}
     for name, value in values.items():
         if check := checks.get(name):
-            if not check[1](value):
+            try:
+                fits = check[1](value)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            if not fits:
                 raise ValueError(f"{name}: not {check[0]}: {_shown(value)}")
             found[name] = value
     if missing := _required(record) - found.keys():
@@ -36,7 +56,10 @@ def checked(record: type, values: dict[str, Any]) -> dict[str, Any]:
 
 def fits(record: type, name: str, value: Any) -> bool:
     """Returns whether a value is what the class says of this field."""
-    return _checks(record)[name][1](value)
+    try:
+        return _checks(record)[name][1](value)
+    except ValueError:  # out of bounds
+        return False
 
 
 @cache
@@ -63,12 +86,59 @@ def _check(kind: Any) -> Check:
     of_each = "" if kinds[-1] is Any else f" (each {words})"
     if origin is list:
         return f"a list{of_each}", lambda value: type(value) is list and all(map(fits, value))
-    return f"an object{of_each}", lambda value: type(value) is dict and all(map(fits, value.values()))
+    return f"an object{of_each}", lambda value: _is_object(value) and all(map(fits, value.values()))
 
 
-def is_whole(value: Any) -> bool:
-    """Returns whether a value is a whole number that a record may hold."""
-    return type(value) is int and -MOST < value < MOST
+def check_files(files: Any) -> None:
+    """Raises ValueError, naming the file, for what is not ``{relative path: {size: bytes, sha256: hex}}``."""
+    if not _is_object(files):
+        raise ValueError(f"not an object: {_shown(files)}")
+    for name, facts in files.items():
+        if type(facts) is not dict:
+            raise ValueError(f"{_shown(name)}: not an object: {_shown(facts)}")
+        if not is_whole(facts.get("size")) or facts["size"] < 0:
+            raise ValueError(f"{_shown(name)}: size: not a number of bytes: {_shown(facts.get('size'))}")
+        if type(facts.get("sha256")) is not str or not _SHA256.fullmatch(facts["sha256"]):
+            raise ValueError(f"{_shown(name)}: sha256: not 64 hexadecimal digits: {_shown(facts.get('sha256'))}")
+    if wrong := name_fault(files):
+        raise ValueError(f"{_shown(wrong)}: not the name of a file in this folder, beside the others")
+
+
+def _are_files(value: Any) -> bool:
+    check_files(value)
+    return True
+
+
+def _is_object(value: Any) -> bool:
+    return type(value) is dict and all(map(_is_text, value))
+
+
+def _is_json(value: Any) -> bool:
+    """Anything, but no text that cannot be kept, and nothing that is nested without end."""
+    here, depth = [value], 0
+    while here and depth <= _DEEPEST:
+        inner: list[Any] = []
+        for one in here:
+            if isinstance(one, str) and not _is_text(one):
+                return False
+            if isinstance(one, dict):
+                inner += [*one, *one.values()]
+            elif isinstance(one, list):
+                inner += one
+        here, depth = inner, depth + 1
+    return not here
+
+
+def _bounded(is_kind: Callable[[Any], bool], low: int, high: float) -> Callable[[Any], bool]:
+    """Fits a value of a kind; raises ValueError for one of that kind which is out of bounds."""
+
+    def fits(value: Any) -> bool:
+        if is_kind(value) and not low <= value <= high:
+            bounds = f"from {low} to {high}" if high < _GREATEST else f"{low} or more"
+            raise ValueError(f"not {bounds}: {_shown(value)}")
+        return is_kind(value)
+
+    return fits
 
 
 def _is_text(value: Any) -> bool:
@@ -80,18 +150,29 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and -_GREATEST < value < _GREATEST  # of NaN neither is so
 
 
+def is_whole(value: Any) -> bool:
+    return type(value) is int and -MOST < value < MOST
+
+
 def _is_time(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value < YEAR_2200
 
 
 _PLAIN: dict[Any, Check] = {
-    Any: ("anything", lambda value: True),
+    Any: (f"plain text, and at most {_DEEPEST} deep", _is_json),
     NoneType: ("null", lambda value: value is None),
     str: ("a text", _is_text),
     bool: ("true or false", lambda value: type(value) is bool),
     int: ("a whole number", is_whole),
     float: ("a number", _is_number),
     Time: ("a time in epoch seconds", _is_time),
+    Step: ("a whole number", _bounded(is_whole, 0, MOST_STEPS)),
+    AttemptNumber: ("a whole number", _bounded(is_whole, 0, MOST_ATTEMPTS)),
+    Ranks: ("a whole number", _bounded(is_whole, 1, MOST_RANKS)),
+    Count: ("a whole number", _bounded(is_whole, 0, MOST)),
+    Amount: ("a number", _bounded(_is_number, 0, _GREATEST)),
+    ExitCode: ("a whole number", _bounded(is_whole, 1, 255)),
+    Files: ("files", _are_files),
 }
 
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from spotune.contracts import exits
-from spotune.contracts.events import EndReason
+from spotune.contracts.events import EndReason, Event
 from spotune.contracts.keys import commit_of
 from spotune.contracts.money import Place, claimed_place, cost_usd, narrowed, price_of
 from spotune.contracts.records import AttemptRecord, PriceRow
 from spotune.cost.bills import interval_of
-from spotune.cost.eventlog import Event, clean, step_of
+from spotune.cost.eventlog import clean, step_of
 from spotune.cost.evidence import Evidence
 from spotune.cost.join import Machine
 from spotune.cost.phases import Segment, Span, Step, divide
@@ -18,7 +18,7 @@ from spotune.launch.infra import PaidInterval
 
 _REASONS: dict[Any, EndReason] = {
     "completed": "completed", "preempted": "preempted", "failed": "failed",
-    "cancelled": "cancelled", "paused": "paused", "lost": "lost",
+    "cancelled": "cancelled", "paused": "paused", "lost": "lost", "stalled": "stalled",
 }  # fmt: skip
 _OF_EXIT_CODE: dict[int | None, EndReason] = {exits.PREEMPTED: "preempted", exits.PAUSED: "paused", None: "lost"}
 
@@ -57,7 +57,7 @@ class Account:
         """Whether nothing follows until somebody resumes the run."""
         code = next((event.get("exit_code") for event in self.events if event["event"] == "end"), None)
         code = code if code is not None or not self.machine.interval else self.machine.interval.exit_code
-        is_final = self.end_reason == "failed" and code != exits.PREEMPTED
+        is_final = self.end_reason in ("failed", "stalled") and code != exits.PREEMPTED
         return is_final or self.end_reason in ("cancelled", "paused", "completed")
 
 

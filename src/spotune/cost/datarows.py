@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spotune.cost.eventlog import Event, number
+from spotune.contracts.events import Event, number
 
 SETS = ("training", "evaluation")
 COUNTS = ("rows", "dropped", "truncated", "empty")

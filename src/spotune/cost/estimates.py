@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from spotune.contracts.events import number
 from spotune.contracts.keys import commit_of
-from spotune.cost.eventlog import number, step_of
+from spotune.cost.eventlog import step_of
 from spotune.cost.evidence import Evidence
 
 GB = 1e9

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from spotune.contracts.events import Event
 from spotune.contracts.records import AttemptRecord, Bill, Certificate, Commit, PriceRow, RunRecord
-from spotune.cost.eventlog import Event
 from spotune.launch.infra import PaidInterval
 
 
@@ -18,6 +18,7 @@ class Evidence:
         events: by attempt, as read.
         certificate: there when the run is certified.
         parts: by attempt, the price of its part of a dev cluster, where it ran on one.
+        cancelled_at: when it was cancelled, epoch seconds; None where it was not.
         unread: a line for each record that cannot be read; the rest is as if it had never been written.
     """
 
@@ -29,6 +30,7 @@ class Evidence:
     certificate: Certificate | None = None
     bills: Sequence[Bill] = ()
     parts: Mapping[int, PriceRow] = field(default_factory=dict)
+    cancelled_at: float | None = None
     unread: Sequence[str] = ()
 
     @cached_property

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+from spotune.contracts.events import number
 from spotune.contracts.money import HOUR_S
 from spotune.contracts.shapes import MOST
 from spotune.cost.account import Account
-from spotune.cost.eventlog import number
 
 
 def gpus_of(accelerators: str) -> tuple[str, float]:

@@ -134,7 +134,7 @@ def _figures(report: Mapping[str, Any]) -> str:
 
 
 def _notes(report: Mapping[str, Any]) -> str:
-    said = [*words.preemptions(report), *words.gpus(report), *notes_of(report)]
+    said = [*words.preemptions(report), *words.stalls(report), *words.gpus(report), *notes_of(report)]
     notes = "".join(f"<li>{escape(note)}</li>" for note in said)
     return f'<ul class="notes" aria-label="Notes">{notes}</ul>' if notes else ""
 

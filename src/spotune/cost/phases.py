@@ -8,15 +8,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from spotune.cost.eventlog import Event, clean, number, step_of
+from spotune.contracts.events import Event, number
+from spotune.cost.eventlog import clean, step_of
 
 Phase = Literal[
     "provision", "setup", "load", "restore", "useful", "data_wait",
-    "eval", "save_stall", "replayed", "idle", "teardown", "unknown",
+    "eval", "save_stall", "replayed", "stalled", "idle", "teardown", "unknown",
 ]  # fmt: skip
 PAID_PHASES: tuple[Phase, ...] = (
     "provision", "setup", "load", "restore", "useful", "data_wait",
-    "eval", "save_stall", "replayed", "idle", "teardown", "unknown",
+    "eval", "save_stall", "replayed", "stalled", "idle", "teardown", "unknown",
 )  # fmt: skip
 # What a machine calls its phases (contracts/events.py) -> ours; "train" is divided by its steps.
 _NAMES: dict[Any, Phase] = {
@@ -77,6 +78,7 @@ def divide(
     marks = clean([*([{"t": claimed_at, "event": "claim"}] if claimed_at is not None else []), *events])
     if not marks:
         return _divide_silence(span), []
+    marks = _with_stall(marks)
     offset = clock_offset_s(span, marks[0]["t"], marks[-1]["t"])
     walk = _Walk(span, done_before)
     for mark in marks:
@@ -84,6 +86,18 @@ def divide(
         if walk.has_ended:
             break
     return walk.finish(), walk.steps
+
+
+def _with_stall(marks: list[Event]) -> list[Event]:
+    """The events with the beginning of a stall as one of them: the last sign of life, which only its end tells."""
+    stall = next((mark for mark in marks if mark["event"] == "stall"), None)
+    since = number(stall.get("since")) if stall else None
+    if stall is None or since is None:
+        return marks
+    since = min(max(since, marks[0]["t"]), stall["t"])
+    before = [mark for mark in marks if mark["t"] <= since]
+    after = [mark for mark in marks if mark["t"] > since and mark["event"] not in ("phase", "step")]
+    return [*before, {"t": since, "event": "stalled"}, *after]
 
 
 def clock_offset_s(span: Span, first: float, last: float) -> float:
@@ -153,6 +167,9 @@ class _Walk:
             case "step" if is_step:
                 self._close_step(event)
                 self._phase = "train" if trains_unsaid else self._phase
+            case "stalled":
+                self._settle("stalled")
+                self._phase = "stalled"
             case "end":
                 # An orderly end leaves no step behind; a failure's last, unfinished step is work of unknown use.
                 self._settle("unknown" if event.get("reason") in ("failed", "lost") else "teardown")

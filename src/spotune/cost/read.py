@@ -3,21 +3,32 @@
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from spotune.contracts.clusters import read_clusters
 from spotune.contracts.errors import BadRecord, InputError
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import AttemptRecord, Bill, Certificate, Commit, PriceRow, Record, RunRecord, check_filed
+from spotune.contracts.events import Event, parse_lines
+from spotune.contracts.keys import Keys, attempt_of, commit_of
+from spotune.contracts.records import (
+    AttemptRecord,
+    Bill,
+    Certificate,
+    Commit,
+    Mark,
+    PriceRow,
+    Record,
+    RunRecord,
+    check_paid,
+)
 from spotune.contracts.revisions import record_in_force
 from spotune.contracts.store import Store
 from spotune.cost.each import each
-from spotune.cost.eventlog import Event, parse_lines
 from spotune.cost.evidence import Evidence
 from spotune.cost.sharing import home_of, price_of_part
 from spotune.launch.infra import PaidInterval
 
-_FILE = re.compile(r"/attempts/(\d{4,})/(attempt|bill|events-0-(\d+))\.jsonl?$")
+_FILE = re.compile(r"/attempts/([0-9]{4,})/(attempt|bill|events-0-([0-9]{1,15}))\.jsonl?\Z")
 Kind = TypeVar("Kind", bound=Record)
 
 
@@ -35,20 +46,11 @@ def read_evidence(
     run = record_in_force(store, keys) or without
     if run is None:
         raise InputError(run_id, f"no such run in {store.url}")
-    names = [key for key in store.keys(keys.attempts) if _FILE.search(key)]
-    commits = [key for key in store.keys(keys.commits) if key.endswith(".json")]
+    names = [key for key in store.keys(keys.attempts) if _FILE.search(key) and attempt_of(key)]
+    commits = [key for key in store.keys(keys.commits) if commit_of(key)]
     lost = [key for key in store.keys(keys.lost) if key.endswith(".json")]
-    wanted = [*names, *commits, *lost, keys.completed]
-    unread: list[str] = []
-
-    def read(key: str) -> bytes | None:
-        try:
-            return store.read(key)
-        except (BadRecord, InputError) as error:  # a link, a file that is too large, or one that others may not read
-            unread.append(str(error))
-            return None
-
-    records = _Records(dict(zip(wanted, each(store.url, read, wanted), strict=True)), unread)
+    wanted = [*names, *commits, *lost, keys.completed, keys.cancelled]
+    records = _Records(dict(zip(wanted, each(store.url, partial(_read, store), wanted), strict=True)))
     attempts = records.read(AttemptRecord, (key for key in names if key.endswith("/attempt.json")))
     return Evidence(
         run=run,
@@ -59,6 +61,7 @@ def read_evidence(
         certificate=next(iter(records.read(Certificate, [keys.completed])), None),
         bills=records.read(Bill, [*(key for key in names if key.endswith("/bill.json")), *lost]),
         parts={} if run.prices else _parts(store, attempts, records.unread.append),
+        cancelled_at=next((mark.at for mark in records.read(Mark, [keys.cancelled])), None),
         unread=records.unread,
     )
 
@@ -67,20 +70,32 @@ def read_evidence(
 class _Records:
     """What was fetched, by key; a line is kept for each that is no record."""
 
-    found: Mapping[str, bytes | None]
+    found: Mapping[str, bytes | BadRecord | None]
     unread: list[str] = field(default_factory=list)
 
     def read(self, kind: type[Kind], keys: Iterable[str]) -> list[Kind]:
         records: list[Kind] = []
         for key in keys:
             try:
-                if (data := self.found[key]) is not None:
+                if isinstance(data := self.found[key], BadRecord):
+                    raise data
+                if data is not None:
                     record = kind.from_bytes(data, key)
-                    check_filed(record, key)
+                    check_paid(record, key)
                     records.append(record)
             except BadRecord as error:
                 self.unread.append(str(error))
         return records
+
+
+def _read(store: Store, key: str) -> bytes | BadRecord | None:
+    """One that cannot be read, such as a link, or for lack of a right, costs nothing but itself."""
+    try:
+        return store.read(key)
+    except BadRecord as error:
+        return error
+    except InputError as error:
+        return BadRecord(str(error))
 
 
 def _parts(store: Store, attempts: Sequence[AttemptRecord], warn: Callable[[str], None]) -> dict[int, PriceRow]:
@@ -96,13 +111,13 @@ def _parts(store: Store, attempts: Sequence[AttemptRecord], warn: Callable[[str]
     return parts
 
 
-def _events(names: Sequence[str], found: Mapping[str, bytes | None]) -> dict[int, list[Event]]:
+def _events(names: Sequence[str], found: Mapping[str, bytes | BadRecord | None]) -> dict[int, list[Event]]:
     """By attempt, its parts in order. Rank 0 speaks for the attempt."""
     parts = []
     for key in names:
-        match = _FILE.search(key)
-        if match and match[3] is not None:
-            parts.append((int(match[1]), int(match[3]), found[key] or b""))
+        match, data = _FILE.search(key), found[key]
+        if match and match[3] is not None and isinstance(data, bytes):
+            parts.append((int(match[1]), int(match[3]), data))
     events: dict[int, list[Event]] = {}
     for attempt, _, data in sorted(parts):
         events.setdefault(attempt, []).extend(parse_lines(data))

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from spotune.contracts.errors import BadRecord, InputError, StoreError
 from spotune.contracts.keys import LATE, RUN_ID, RUNS, Keys
 from spotune.contracts.records import RunRecord
-from spotune.contracts.store import Store
+from spotune.contracts.store import FOR_VERBS, Store
 from spotune.cost.each import each
 from spotune.cost.estimates import estimates
 from spotune.cost.index import Entry, Index, Key
@@ -164,7 +164,7 @@ def _chunks(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
 
 def read_chunk(bucket: str, run_ids: Sequence[str], is_whole: bool, now: float) -> list[Found]:
     """Runs that no engine here knows, from their bucket alone."""
-    store = Store(bucket)
+    store = Store(bucket, FOR_VERBS)
 
     def read(run_id: str) -> Found:
         try:

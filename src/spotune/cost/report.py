@@ -23,12 +23,12 @@ A figure that cannot be known is null: cost without a frozen price, goodput of n
 from collections.abc import Sequence
 from typing import Any
 
-from spotune.contracts.events import NOT_FINITE, as_json, as_number
+from spotune.contracts.events import NOT_FINITE, as_json, as_number, number
 from spotune.contracts.money import HOUR_S, on_demand_price
-from spotune.contracts.records import SCHEMA_VERSION, PriceRow, RunRecord
+from spotune.contracts.records import SCHEMA_VERSION, PriceRow
 from spotune.cost.account import Account
 from spotune.cost.datarows import data_rows
-from spotune.cost.eventlog import number, step_of
+from spotune.cost.eventlog import step_of
 from spotune.cost.evidence import Evidence
 from spotune.cost.gpus import gpu_figures
 from spotune.cost.ledger import build_accounts
@@ -61,7 +61,7 @@ def build_report(
     accounts = build_accounts(evidence, now, state) if accounts is None else accounts
     run = evidence.run
     is_over = state not in ACTIVE
-    phases = _phases(run, accounts, state if is_heard else None, now)
+    phases = _phases(evidence, accounts, state if is_heard else None, now)
     paid_s = sum(account.paid_s for account in accounts)
     costs = [account.cost_usd for account in accounts if account.cost_usd is not None]
     cost_usd = sum(costs) if costs or not accounts else None
@@ -163,14 +163,14 @@ def _can_be_drawn(loss: float | None) -> bool:
     return loss is not None and abs(loss) < _GREATEST_LOSS
 
 
-def _phases(run: RunRecord, accounts: Sequence[Account], state: State | None, now: float) -> dict[str, float]:
+def _phases(evidence: Evidence, accounts: Sequence[Account], state: State | None, now: float) -> dict[str, float]:
     sums = total([segment for account in accounts for segment in account.segments])
-    return {"queue_s": _queue_s(run, accounts, state, now)} | {f"{phase}_s": sums[phase] for phase in PAID_PHASES}
+    return {"queue_s": _queue_s(evidence, accounts, state, now)} | {f"{phase}_s": sums[phase] for phase in PAID_PHASES}
 
 
-def _queue_s(run: RunRecord, accounts: Sequence[Account], state: State | None, now: float) -> float:
+def _queue_s(evidence: Evidence, accounts: Sequence[Account], state: State | None, now: float) -> float:
     """Waiting for a machine, unpaid. A run that stands still until somebody resumes it does not wait for one."""
-    waited, free_at, is_waiting = 0.0, run.created_at, True
+    waited, free_at, is_waiting = 0.0, evidence.run.created_at, True
     for account in accounts:
         if is_waiting:
             waited += max(0.0, account.span.started_at - free_at)
@@ -178,6 +178,8 @@ def _queue_s(run: RunRecord, accounts: Sequence[Account], state: State | None, n
         is_waiting = not account.stands_still
     if is_waiting and state in ACTIVE and not (accounts and accounts[-1].span.is_open):
         waited += max(0.0, now - free_at)
+    elif is_waiting and state == "CANCELLED" and evidence.cancelled_at is not None:  # before the next machine came
+        waited += max(0.0, evidence.cancelled_at - free_at)
     return waited
 
 
@@ -186,6 +188,8 @@ def _on_demand(rows: Sequence[PriceRow], accounts: Sequence[Account], done: int)
 
     What ran on several kinds of GPU is priced by kind: nobody knows how long one would have taken for another's steps.
     """
+    if not accounts:
+        return _nothing(rows)
     ran = {account.place.accelerators for account in accounts}
     kinds = [(account.machine.interval, account.place.accelerators) for account in accounts]
     known = [{accelerators} if row or accelerators else ran for row, accelerators in kinds]
@@ -210,6 +214,16 @@ def _on_demand(rows: Sequence[PriceRow], accounts: Sequence[Account], done: int)
     dearest = max((price for price in prices if price), key=lambda price: price.price_usd_per_hour)
     return {"usd": seconds / HOUR_S * nodes * hourly, "seconds": seconds, "nodes": nodes,
             "price_usd_per_hour": hourly, "instance_type": dearest.instance_type, "infra": dearest.infra}  # fmt: skip
+
+
+def _nothing(rows: Sequence[PriceRow]) -> dict[str, Any]:
+    """What no work would have cost on demand: nothing, at the cheapest frozen price; empty without one."""
+    prices = [row for row in rows if not row.use_spot]
+    if not prices:
+        return {}
+    cheapest = min(prices, key=lambda row: row.price_usd_per_hour)
+    return {"usd": 0.0, "seconds": 0.0, "nodes": 1, "price_usd_per_hour": cheapest.price_usd_per_hour,
+            "instance_type": cheapest.instance_type, "infra": cheapest.infra}  # fmt: skip
 
 
 def _steps_done(evidence: Evidence, accounts: Sequence[Account]) -> int:

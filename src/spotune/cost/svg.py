@@ -15,6 +15,7 @@ _PATTERNS = {
     "data_wait": '<path d="M0 4h8" stroke-width="2"/>',
     "provision": '<path d="M4 0v8" stroke-width="2.4"/>',
     "setup": '<path d="M-2 6l4 4M0 0l8 8M6-2l4 4" stroke-width="1.6"/>',
+    "stalled": '<path d="M1 1l6 6M7 1l-6 6" stroke-width="1.6"/>',
     "restore": '<path d="M4 0v8M0 4h8" stroke-width="1.4"/>',
     "teardown": '<path d="M0 2h8M0 6h8" stroke-width="1.2"/>',
     "unknown": '<path d="M2 2h0M6 6h0" stroke-width="3.4" stroke-linecap="round"/>',

@@ -128,7 +128,7 @@ def _headline(report: Mapping[str, Any]) -> list[str]:
         f"{words.count(report['useful_steps'])} steps, {words.count(report['replayed_steps'])} of them done again, "
         f"{words.count(report['tokens'])} tokens{_per_million(report['usd_per_million_tokens'])}"
     )
-    return [*lines, *words.preemptions(report), *words.gpus(report)]
+    return [*lines, *words.preemptions(report), *words.stalls(report), *words.gpus(report)]
 
 
 def _per_million(amount: float | None) -> str:

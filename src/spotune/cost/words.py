@@ -12,6 +12,7 @@ PHASES: dict[str, tuple[str, str]] = {
     "eval": ("evaluation", "on held-out data"),
     "save_stall": ("saving", "training stood still for a checkpoint"),
     "replayed": ("replayed", "steps that an earlier attempt had done already"),
+    "stalled": ("stalled", "ranks hung, from their last sign of life until the watchdog ended the attempt"),
     "restore": ("restore", "fetching the checkpoint"),
     "load": ("loading", "imports, model, tokenizing"),
     "setup": ("setup", "the task's own setup"),
@@ -127,6 +128,21 @@ def gpus(report: Mapping[str, Any]) -> list[str]:
         memory = f", at most {report['gpu_memory_gib']:.1f} of {report['gpu_memory_total_gib']:.0f} GiB in use"
     hours = f"{report['gpu_busy_hours']:.2f} of {report['gpu_hours']:.2f} paid GPU hours"
     return [f"GPUs busy {percent(report['gpu_utilization'])}, {hours}{memory}"]
+
+
+def stalls(report: Mapping[str, Any]) -> list[str]:
+    """What the time without a sign of life cost, in a line; none for none."""
+    hung = [attempt for attempt in report["attempts"] if attempt["phases"]["stalled_s"] > 0]
+    if not hung:
+        return []
+    seconds = [attempt["phases"]["stalled_s"] for attempt in hung]
+    hourly = [attempt["price_usd_per_hour"] for attempt in hung]
+    cost = None
+    if None not in hourly:
+        parts = zip(seconds, hourly, hung, strict=True)
+        cost = sum(paid_s / money.HOUR_S * price * attempt["nodes"] for paid_s, price, attempt in parts)
+    what = "1 stalled attempt" if len(hung) == 1 else f"{len(hung)} stalled attempts"
+    return [f"{what} cost {usd(cost)}: {duration(sum(seconds))} without a sign of life"]
 
 
 def losses(report: Mapping[str, Any]) -> list[str]:

@@ -11,10 +11,12 @@ from spotune.contracts import exits
 from spotune.contracts.basemodel import model_files, model_sha256
 from spotune.contracts.change import FLAG, changed_files, few
 from spotune.contracts.environment import RunEnvironment
-from spotune.contracts.errors import Fenced, InputError
+from spotune.contracts.errors import BadRecord, Fenced, InputError
 from spotune.contracts.fingerprint import data_files, data_sha256
-from spotune.contracts.keys import Keys, check_run_id, new_run_id
+from spotune.contracts.keys import Keys, attempt_number, check_run_id, new_run_id
+from spotune.contracts.marks import read_mark
 from spotune.contracts.records import AttemptRecord, Mark, RunRecord
+from spotune.contracts.shapes import MOST_ATTEMPTS
 from spotune.contracts.store import Store
 from spotune.guard.faults import last_event
 from spotune.guard.machine import Machine
@@ -48,8 +50,7 @@ def standing_verdict(store: Store, keys: Keys) -> int | None:
         say(f"{keys.run_id} is finished and certified already")
         return exits.SUCCEEDED
     for key in (keys.failed, keys.cancelled, keys.paused):
-        if data := store.read(key):
-            mark = Mark.from_bytes(data, key)
+        if mark := read_mark(store, key):
             say(
                 f"{keys.run_id} stands still since attempt {mark.attempt}: {mark.reason} (spotune resume {keys.run_id})"
             )
@@ -102,6 +103,8 @@ def claim_attempt(
     spells_s = earlier_spells(store, keys, attempt)
     while True:
         attempt += 1
+        if attempt > MOST_ATTEMPTS:
+            raise InputError(keys.attempts, f"claims {MOST_ATTEMPTS} attempts", remedy="remove what no machine claimed")
         record = AttemptRecord(
             run_id=keys.run_id,
             attempt=attempt,
@@ -131,19 +134,23 @@ def earlier_spells(store: Store, keys: Keys, attempt: int) -> list[float]:
 
     Each attempt's record has those before it; its own end is in its events, or is their last.
     """
-    data = store.read(keys.attempt(attempt)) if attempt else None
-    if data is None:
+    try:
+        data = store.read(keys.attempt(attempt)) if attempt else None
+        record = AttemptRecord.from_bytes(data, keys.attempt(attempt)) if data is not None else None
+    except BadRecord as error:
+        say(f"how long earlier machines lasted is not known: {error}")
         return []
-    record = AttemptRecord.from_bytes(data, keys.attempt(attempt))
+    if record is None:
+        return []
     last = last_event(store, keys, attempt)
     if not last or (last.get("event") == "end" and last.get("reason") != "preempted"):
         return record.spells_s
-    return [*record.spells_s, round(max(0.0, float(last["t"]) - record.claimed_at), 1)]
+    return [*record.spells_s, round(max(0.0, float(last.get("t", 0.0)) - record.claimed_at), 1)]
 
 
 def latest_attempt(store: Store, keys: Keys) -> int:
-    """The highest attempt number claimed so far, 0 when there is none."""
-    return max((int(name) for name in store.folders(keys.attempts) if name.isdigit()), default=0)
+    """The highest attempt number claimed so far, 0 when there is none. A folder with an odd name claims nothing."""
+    return max((number for name in store.folders(keys.attempts) if (number := attempt_number(name))), default=0)
 
 
 def check_fence(store: Store, keys: Keys, attempt: int) -> None:

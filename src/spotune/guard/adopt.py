@@ -4,7 +4,9 @@ Only what the bucket does not have yet, only what still is what the seal says, a
 a checkpoint. Everything else on this disk is not ours to trust, and goes.
 """
 
+import os
 import shutil
+import stat
 from pathlib import Path
 
 from spotune.contracts.exchange import Staged
@@ -31,9 +33,17 @@ def is_whole(staged: Staged) -> bool:
         return False
     source = Path(staged.checkpoint)
     try:
-        return all(file_facts(source / name) == facts for name, facts in staged.files.items())
+        return all(
+            _is_own_file(source, name) and file_facts(source / name) == staged.files[name] for name in staged.files
+        )
     except OSError:
         return False
+
+
+def _is_own_file(source: Path, name: str) -> bool:
+    """Whether a name leads to a regular file of this user, without a link on the way: its bytes leave this machine."""
+    path, found = source / name, os.lstat(source / name)
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and path.resolve() == source.resolve() / name
 
 
 def clear(context: Context, but: Staged | None = None) -> None:

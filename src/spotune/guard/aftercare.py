@@ -49,8 +49,8 @@ def finish_owed(context: Context, notices: Notices, owed: tuple[str, ...]) -> in
 def _shown(context: Context) -> Progress:
     """What could be seen of the run last: its steps do not go back to 0."""
     key = context.keys.progress
-    data = context.store.read(key)
     seen = Progress(run_id=context.keys.run_id, attempt=context.attempt)
     with suppress(BadRecord):  # a broken heartbeat costs nothing else
+        data = context.store.read(key)
         seen = Progress.from_bytes(data, key) if data else seen
     return replace(seen, attempt=context.attempt, at=time.time())

@@ -17,7 +17,7 @@ from spotune.contracts.revisions import record_history
 from spotune.guard import admission
 from spotune.guard.context import Context
 from spotune.guard.extras import Extras
-from spotune.guard.faults import is_second_fault
+from spotune.guard.faults import FAULTS, is_second_fault
 from spotune.guard.finish import certify, copy_output
 from spotune.guard.gang import Leader, gang_token
 from spotune.guard.gpus import GpuMeter
@@ -28,9 +28,12 @@ from spotune.guard.ranks import Ranks, free_port
 from spotune.guard.restore import newest_commit
 from spotune.guard.restoring import Restoring
 from spotune.guard.say import say
+from spotune.guard.stacks import upload_stacks
+from spotune.guard.stalls import sample_every_s
 from spotune.guard.toll import Toll
 from spotune.guard.trackers import rebuild_offline, tracker_environ
 from spotune.guard.watch import Watch
+from spotune.guard.watchdog import Watchdog
 
 CERTIFY_PAUSE_S = 15.0
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -56,6 +59,7 @@ class Attempt:
         token = gang_token(context.keys.run_id, context.environ.get("SKYPILOT_TASK_ID", ""))
         self.leader = Leader(context.keys.run_id, context.machine, token)
         self.watch: Watch | None = None
+        self.watchdog: Watchdog | None = None
         self._newest: Commit | None = None
         self._refused_versions: list[str] = []
 
@@ -69,7 +73,7 @@ class Attempt:
             code, reason, message = error.exit_code, self._reason_of(error), str(error)
         except (OSError, MemoryError) as error:  # of this machine: those of the bucket have their own name
             code, reason, message = exits.PREEMPTED, "failed", f"this machine: {error}"
-        if code == exits.PREEMPTED and reason == "failed" and self._is_second_fault():
+        if code == exits.PREEMPTED and reason in FAULTS and self._is_second_fault():
             code, message = exits.FAILED, f"two attempts in a row failed and committed nothing: {message}"
         if code in (exits.FAILED, exits.BAD_INPUT):
             self._mark_failed(code, message)
@@ -96,17 +100,23 @@ class Attempt:
         self.journal.listen(toll.take)
         job = make_job(context, self._newest, record_history(context.store, context.keys))
         exchange.write_json(context.folder / exchange.JOB, job)
-        self.watch = Watch(context, job, self.journal, self.leader, self.notices, toll)
+        watch = self.watch = Watch(context, job, self.journal, self.leader, self.notices, toll)
+        uploading, is_leaving = lambda: watch.uploading, lambda: self.notices.given
+        dog = self.watchdog = Watchdog(context, self.journal, self.leader, toll, uploading, is_leaving)
         trackers, port = tracker_environ(context.run, context.environ), free_port()
-        self.leader.gather(self.notices, job=asdict(job), master_port=port, environ=trackers)
+        sample_s = sample_every_s(dog.floor_s) if dog.floor_s else 0.0
+        self.leader.gather(self.notices, job=asdict(job), master_port=port, environ=trackers, sample_s=sample_s)
         ranks = Ranks(context.folder, context.machine, port, {**context.environ, **trackers})
         try:
             self.journal.write("phase", phase="load")
+            dog.start(ranks.pids)
             with GpuMeter(context.machine.gpus, context.environ, self.journal):
-                outcome = self.watch.until_ended(ranks, Restoring(context, self.journal, self.leader))
+                restoring = Restoring(context, self.journal, self.leader)
+                outcome = watch.until_ended(ranks, restoring, lambda: dog.stall)
         finally:
+            dog.stop(has_stalled=watch.stall is not None)
             ranks.kill()
-        return self._conclude(self.watch, outcome)
+        return self._conclude(watch, outcome)
 
     def _conclude(self, watch: Watch, outcome: Outcome) -> Ending:
         """From how the ranks ended to exit code, reason and message."""
@@ -120,6 +130,8 @@ class Attempt:
                 return self._pause(watch)
             case "stopped":
                 return exits.PREEMPTED, "failed", watch.why_stopped() or "training stopped without being asked to"
+            case "retry" if self.watchdog and watch.stall:
+                return exits.PREEMPTED, "stalled", self.watchdog.message
             case "retry":
                 return exits.PREEMPTED, "preempted" if self.notices.given else "failed", outcome.message
             case "bad_input":
@@ -183,8 +195,9 @@ class Attempt:
         admission.leave_mark(context.store, key, context.keys.run_id, context.attempt, **facts)
 
     def _close(self, code: int, reason: EndReason, message: str) -> None:
-        if self.watch and self.watch.committer:
-            self.watch.committer.close()
+        if self.watch:
+            self.watch.close()
+        upload_stacks(self.context.store, self.context.keys, self.context.attempt, self.context.folder)
         self.journal.poll()
         self.journal.write("end", reason=reason, exit_code=code, step=self.journal.progress.step, message=message)
         try:
@@ -192,6 +205,8 @@ class Attempt:
         except SpotuneError as error:
             say(f"the last events are not recorded: {error}")
         self.leader.close(code)
+        if self.watchdog:
+            self.watchdog.close(code)
         is_over = code == exits.SUCCEEDED or reason == "lost"
         if is_over or not sealed(self.context.folder):  # else the next attempt on this machine may still commit it
             shutil.rmtree(self.context.folder, ignore_errors=True)

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from spotune.contracts.errors import BadRecord
-from spotune.contracts.keys import Keys
+from spotune.contracts.keys import Keys, attempt_number
 from spotune.contracts.money import HOUR_S, WARN_AT, claimed_place, price_of, usd
-from spotune.contracts.records import AttemptRecord, Bill, Record, RunRecord, check_filed
+from spotune.contracts.records import AttemptRecord, Bill, Record, RunRecord, check_paid
 from spotune.contracts.store import Store
 from spotune.guard.context import Context
 from spotune.guard.faults import last_event
@@ -128,7 +128,8 @@ def _process_started_at(pid: int) -> float | None:
 
 
 def _earlier_usd(store: Store, keys: Keys, run: RunRecord, attempt: int, lead_s: float) -> float:
-    claimed = sum(_attempt_usd(store, keys, run, number, lead_s) for number in range(1, attempt))
+    earlier = (number for name in store.folders(keys.attempts) if (number := attempt_number(name)))
+    claimed = sum(_attempt_usd(store, keys, run, number, lead_s) for number in earlier if number < attempt)
     lost = (_read(store, Bill, key) for key in store.keys(keys.lost))
     return claimed + sum(_billed_usd(run, bill) for bill in lost if bill)
 
@@ -158,7 +159,7 @@ def _read(store: Store, kind: type[Kind], key: str) -> Kind | None:
         if (data := store.read(key)) is None:
             return None
         record = kind.from_bytes(data, key)
-        check_filed(record, key)
+        check_paid(record, key)
         return record
     except BadRecord as error:
         say(f"left out of the budget: {error}")

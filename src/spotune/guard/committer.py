@@ -151,4 +151,4 @@ def upload_checkpoint(store: Store, keys: Keys, staged: Staged, attempt: int) ->
         failpoint("uploading")
 
     with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(put, sorted(staged.files, key=lambda name: -int(staged.files[name]["size"]))))
+        list(pool.map(put, sorted(staged.files, key=lambda name: -staged.files[name]["size"])))

@@ -25,10 +25,14 @@ def run_extra(
     config: Mapping[str, Any],
     environ: Mapping[str, str],
     wait: Callable[[float], None],
+    fault: Callable[[int], str] = lambda pid: "",
     timeout_s: float = TIMEOUT_S,
     clock: Callable[[], float] = time.monotonic,
 ) -> Answer:
-    """Runs ``python -m spotune.sft.extras NAME FOLDER`` to its end; whatever ``wait`` raises ends it at once."""
+    """Runs ``python -m spotune.sft.extras NAME FOLDER`` to its end; whatever ``wait`` raises ends it at once.
+
+    ``fault``: what is wrong with the process of that id; empty where nothing is.
+    """
     answer_path(folder, name).unlink(missing_ok=True)
     process = subprocess.Popen(
         worker_command(environ, "spotune.sft.extras", name, str(folder)),
@@ -41,6 +45,8 @@ def run_extra(
         while process.poll() is None:
             if clock() > deadline:
                 return Answer(False, f"not done after {timeout_s:.0f} s")
+            if what := fault(process.pid):
+                return Answer(False, what)
             wait(POLL_S)
     finally:
         _kill(process)

@@ -21,6 +21,7 @@ from spotune.contracts.store import Store
 from spotune.guard.admission import check_fence, check_model
 from spotune.guard.context import Context
 from spotune.guard.extra_process import run_extra
+from spotune.guard.extra_watch import ExtraWatch
 from spotune.guard.finish import certificate_of, fetch_result, send, weights_of
 from spotune.guard.grace import is_person
 from spotune.guard.journal import Journal
@@ -140,7 +141,9 @@ class Extras:
         self._fence()
         job = ExtraJob(context.keys.run_id, certificate.step, certificate.weights_sha256, context.run.config)
         write_json(context.folder / EXTRAS, job)
-        answer = run_extra(name, context.folder, job.config, context.environ, self._wait)
+        answer = run_extra(
+            name, context.folder, job.config, context.environ, self._wait, ExtraWatch(context, self._clock).fault
+        )
         if not answer.done:
             raise SpotuneError(answer.message)
         return answer.facts

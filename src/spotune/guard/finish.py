@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.errors import SpotuneError, StoreError
+from spotune.contracts.errors import BadRecord, InputError, SpotuneError, StoreError
 from spotune.contracts.exchange import OUTPUT
 from spotune.contracts.failpoints import failpoint
 from spotune.contracts.fingerprint import file_facts
@@ -41,10 +41,13 @@ def certify(store: Store, keys: Keys, attempt: int, step: int, folder: Path) -> 
     fence()
     store.create(keys.completed, certificate.to_bytes())
     failpoint("certified")
-    data = store.read(keys.completed)
-    if data is None:
-        raise StoreError(f"{keys.completed}: written, but not there when read back")
-    return Certificate.from_bytes(data, keys.completed)
+    try:
+        data = store.read(keys.completed)
+        if data is not None:
+            return Certificate.from_bytes(data, keys.completed)
+    except BadRecord as error:  # somebody else's, which no later try replaces
+        raise InputError(keys.completed, f"in the way of the certificate: {error}", remedy="remove it") from error
+    raise StoreError(f"{keys.completed}: written, but not there when read back")
 
 
 def send(store: Store, source: Path, prefix: str, fence: Callable[[], None], uploaded: Callable[[], None]) -> Facts:
@@ -102,7 +105,8 @@ def fetch_result(store: Store, keys: Keys, certificate: Certificate, target: Pat
     def get(name: str) -> None:
         for _ in range(TRIES):  # the way here may be at fault, not what lies there
             try:
-                if store.download(f"{keys.output}/{name}", target / name) == certificate.files[name]:
+                found, certified = store.download(f"{keys.output}/{name}", target / name), certificate.files[name]
+                if (found["size"], found["sha256"]) == (certified["size"], certified["sha256"]):
                     return
             except FileNotFoundError as error:
                 raise SpotuneError(f"{keys.output}/{name}: certified, but not there") from error

@@ -1,6 +1,8 @@
 """The guard of every node but the first: does what the leader says, and uploads its own ranks' files."""
 
+import math
 import shutil
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +14,7 @@ from spotune.contracts.exchange import Job, Staged
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Commit
 from spotune.contracts.store import Store
+from spotune.guard import procfs
 from spotune.guard.committer import drop_older, upload_checkpoint
 from spotune.guard.gang import Line, gang_token, join
 from spotune.guard.handover import Handover, seal
@@ -20,6 +23,7 @@ from spotune.guard.notices import Notices
 from spotune.guard.ranks import Ranks
 from spotune.guard.restore import BadCheckpoint, download_checkpoint
 from spotune.guard.say import say
+from spotune.guard.stacks import collect_stacks, upload_stacks
 from spotune.guard.uploader import Uploader
 
 POLL_S = 0.1
@@ -45,16 +49,17 @@ class Follower:
         machine = Machine.read(environ, welcome["job"]["config"].get("num_processes"))
         ranks = Ranks(folder, machine, int(welcome["master_port"]), {**environ, **welcome["environ"]})
         try:
-            return self._watch(line, ranks, folder, int(welcome["job"]["attempt"]))
+            attempt, sample_s = int(welcome["job"]["attempt"]), float(welcome.get("sample_s") or math.inf)
+            return self._watch(line, ranks, folder, attempt, sample_s)
         finally:
             ranks.kill()
             line.close()
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _watch(self, line: Line, ranks: Ranks, folder: Path, attempt: int) -> int:
+    def _watch(self, line: Line, ranks: Ranks, folder: Path, attempt: int, sample_s: float) -> int:
         handover, told, ended_at = Handover(folder, self.machine.ranks), False, 0.0
         uploader = Uploader(lambda staged: self._send_part(line, folder, attempt, staged))
-        wanted = 0
+        wanted, sampled_at = 0, time.monotonic()
         while True:
             message = line.next(POLL_S)
             if message is None and line.gone and line.inbox.empty():
@@ -64,6 +69,11 @@ class Follower:
                 self._restore(message, folder)
             if message and "upload" in message:
                 wanted = message["upload"]
+            if message and "stacks" in message:
+                self._start_stacks(line, ranks, folder, attempt)
+            if time.monotonic() - sampled_at >= sample_s and (work := procfs.work_of(set(ranks.pids.values()))):
+                sampled_at = time.monotonic()
+                line.send(work=vars(work))
             if message and "end" in message:
                 return int(message["end"])
             if self.notices.given and not told:
@@ -79,6 +89,17 @@ class Follower:
                 line.send(ended=vars(ranks.outcome()))
             elif ended_at and time.monotonic() - ended_at > END_S:
                 raise StoreError("the leader did not say how the attempt ended")
+
+    def _start_stacks(self, line: Line, ranks: Ranks, folder: Path, attempt: int) -> None:
+        """Uploads the stacks of this node's ranks, in a thread: a bucket that hangs must not keep us from the end."""
+
+        def send() -> None:
+            pids = ranks.pids
+            collect_stacks(folder, pids)
+            upload_stacks(self.store, self.keys, attempt, folder)
+            line.send(stacks=list(pids))
+
+        threading.Thread(target=send, name="stacks", daemon=True).start()
 
     def _send_part(self, line: Line, folder: Path, attempt: int, staged: Staged) -> None:
         """Uploads this machine's files of a checkpoint, and says so; the leader commits."""

@@ -1,7 +1,11 @@
 """Several machines as one attempt: the guard of node 0 leads, the others follow, over one TCP connection each.
 
     follower -> leader   {"hello": node, "token"}  {"part": step, "files"}  {"notice": source, "left_s"}  {"ended": …}
+                         {"work": {cpu_s, moved_bytes, stopped}}  {"stacks": [rank]}
     leader -> follower   {"welcome": {...}}   {"restored": key or null}   {"upload": step}   {"end": exit code}
+                         {"stacks": true}
+
+A message that the other side does not know is ignored.
 
 A connection that breaks is a machine that is gone: the whole attempt ends with it.
 """
@@ -18,9 +22,11 @@ from typing import Any
 from spotune.contracts.errors import StoreError
 from spotune.guard.machine import Machine
 from spotune.guard.notices import Notices
+from spotune.guard.stalls import Work
 
 GATHER_S = 600.0  # machines of one job may start minutes apart
 PART_S = 600.0
+STACKS_S = 60.0
 
 
 def gang_port(run_id: str) -> int:
@@ -82,6 +88,8 @@ class Leader:
         self._changed = threading.Condition()
         self._parts: dict[tuple[int, int], dict[str, Any]] = {}
         self.outcomes: dict[int, dict[str, Any]] = {}
+        self._works: dict[int, Work] = {}
+        self._has_stacks: set[int] = set()
         self.notice: tuple[str, float] | None = None
         self._listener = socket.create_server(("", gang_port(run_id)), reuse_port=False) if self._followers else None
 
@@ -120,6 +128,10 @@ class Leader:
                     self._parts[node, message["part"]] = message["files"]
                 if "notice" in message:
                     self.notice = self.notice or (f"{message['notice']} on node {node}", message["left_s"])
+                if "work" in message:
+                    self._works[node] = Work(**message["work"])
+                if "stacks" in message:
+                    self._has_stacks.add(node)
                 if "ended" in message:
                     self.outcomes[node] = message["ended"]
                 self._changed.notify_all()
@@ -141,6 +153,24 @@ class Leader:
             if not done or not all((node, step) in self._parts for node in nodes):
                 raise StoreError(f"step {step}: not all machines have uploaded their part")
             return {name: facts for node in nodes for name, facts in self._parts[node, step].items()}
+
+    @property
+    def works(self) -> list[Work]:
+        """What the followers' ranks have done, as each said last."""
+        with self._changed:
+            return list(self._works.values())
+
+    def ask_for_stacks(self) -> None:
+        """Has all followers upload the stacks of their ranks."""
+        self.broadcast(stacks=True)
+
+    def wait_for_stacks(self, seconds: float = STACKS_S) -> None:
+        """Waits until the followers have done so, those that are still there, or the time is over."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: all(line.gone or node in self._has_stacks for node, line in self._lines.items()),
+                timeout=seconds,
+            )
 
     def wait_for_outcomes(self, seconds: float) -> list[dict[str, Any]]:
         """How the followers' ranks ended, of those that say so in time."""

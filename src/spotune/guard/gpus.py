@@ -11,6 +11,7 @@ from spotune.guard.say import say
 
 EVERY_S = 15.0
 TIMEOUT_S = 15.0
+END_S = 20.0
 _QUERY = "--query-gpu=utilization.gpu,memory.used,memory.total"
 _MIB_PER_GIB = 1024.0
 
@@ -37,7 +38,7 @@ class GpuMeter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stop.set()
         if self._gpus:
-            self._thread.join()
+            self._thread.join(END_S)  # nvidia-smi may hang with the driver
 
     def _work(self) -> None:
         while not self._stop.wait(self._every_s):

@@ -11,9 +11,11 @@ from pathlib import Path
 from spotune.contracts import environment, exchange
 from spotune.contracts.exchange import Outcome
 from spotune.guard.machine import Machine
+from spotune.guard.say import say
 from spotune.guard.worker_command import worker_command
 
 PEER_GRACE_S = 20.0  # once one rank has failed, the others may hang in a collective: this long to end by themselves
+DIE_S = 30.0  # a process that waits for a disk or a device outlives SIGKILL: so long it is waited for
 
 
 class Ranks:
@@ -41,6 +43,11 @@ class Ranks:
         self._failed_at: float | None = None
 
     @property
+    def pids(self) -> dict[int, int]:
+        """rank -> process id; each leads a process group of that number."""
+        return {self._first_rank + index: process.pid for index, process in enumerate(self._processes)}
+
+    @property
     def running(self) -> bool:
         """Whether any rank runs. A rank that ended badly takes the others with it, after a grace."""
         codes = [process.poll() for process in self._processes]
@@ -54,14 +61,18 @@ class Ranks:
         return True
 
     def kill(self) -> None:
-        """SIGKILL to every rank and its children; returns when the ranks are gone."""
+        """SIGKILL to every rank and its children; returns when the ranks are gone, or cannot die."""
         for process in self._processes:
             try:
                 os.killpg(process.pid, signal.SIGKILL)
             except (ProcessLookupError, PermissionError):  # macOS says the latter of a zombie
                 continue
-        for process in self._processes:
-            process.wait()
+        deadline = self._clock() + DIE_S
+        for rank, process in zip(self.pids, self._processes, strict=True):
+            try:
+                process.wait(max(deadline - self._clock(), 0.0))
+            except subprocess.TimeoutExpired:
+                say(f"rank {rank} (process {process.pid}) does not die: it waits for a disk or a device, and is left")
 
     def outcome(self) -> Outcome:
         """How training ended: the worst of what the ranks say, and of those that could not say anything."""

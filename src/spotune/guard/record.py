@@ -11,9 +11,11 @@ from spotune import __version__
 from spotune.contracts.basemodel import model_files, model_sha256
 from spotune.contracts.change import FLAG, compare, compare_configs
 from spotune.contracts.config import load_config, overlay
-from spotune.contracts.durations import parse_save_every
-from spotune.contracts.environment import RunEnvironment
-from spotune.contracts.errors import InputError, StoreError
+from spotune.contracts.configkeys import key_faults, schema
+from spotune.contracts.configwhole import source_faults
+from spotune.contracts.durations import parse_save_every, parse_stall_after
+from spotune.contracts.environment import SAVE_EVERY, STALL_AFTER, RunEnvironment
+from spotune.contracts.errors import BadRecord, InputError, StoreError, refuse
 from spotune.contracts.fingerprint import data_files, data_sha256
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import RunRecord, fingerprint
@@ -37,15 +39,26 @@ def read_or_create_run(store: Store, keys: Keys, env: RunEnvironment, request: R
     elif request.allow_config_change or env.allow_config_change:
         return _follow(store, keys, run, _as_asked(store, run, env, request), env)
     else:
+        _check_config(run)
         _say_what_is_not_followed(run, env, request)
     return run
+
+
+def _check_config(run: RunRecord) -> None:
+    """Raises InputError where the record's config is not one that was checked when it was written."""
+    keys = Keys(run.run_id)
+    # A key of another version is for the worker to judge.
+    known = {key: value for key, value in run.config.items() if key in schema()["properties"]}
+    faults = list(key_faults(known)) or list(source_faults(run.config.get("data") or []))
+    where = keys.revision(run.revision) if run.revision else keys.run
+    refuse(where, ((f"config.{fault.key}", fault.what, FLAG) for fault in faults))
 
 
 def _new_run(store: Store, keys: Keys, env: RunEnvironment, request: Request) -> RunRecord:
     path = request.config_path or env.config
     if not path:
         raise InputError("command line", "no config", remedy="python -m spotune.sft CONFIG")
-    parse_save_every(env.save_every, "SPOTUNE_SAVE_EVERY")
+    _check_durations(env)
     config = load_config(path, request.profile, request.overrides, default_profile=env.profile)
     bare = RunRecord(
         run_id=keys.run_id,
@@ -60,18 +73,24 @@ def _new_run(store: Store, keys: Keys, env: RunEnvironment, request: Request) ->
         config_sha256="",
         data_sha256="",
         save_every=env.save_every,
+        stall_after=env.stall_after,
         code=_code(store, keys),
         versions={"spotune": __version__},
     )
     return _resolved(bare, config, env)
 
 
+def _check_durations(env: RunEnvironment) -> None:
+    """Raises InputError for a variable that is no duration."""
+    parse_save_every(env.save_every, SAVE_EVERY)
+    parse_stall_after(env.stall_after, STALL_AFTER)
+
+
 def _code(store: Store, keys: Keys) -> dict[str, object]:
     """What the launcher of a dev run on a cluster left of the code that it sent there; empty where nobody did."""
-    data = store.read(f"{keys.code}/commit.json")
     try:
-        facts = json.loads(data or b"{}")
-    except ValueError:
+        facts = json.loads(store.read(f"{keys.code}/commit.json") or b"{}")
+    except (BadRecord, ValueError, RecursionError):
         return {}
     return facts if isinstance(facts, dict) else {}
 
@@ -81,8 +100,8 @@ def _as_asked(store: Store, run: RunRecord, env: RunEnvironment, request: Reques
     if request.config_path or env.config:
         return _new_run(store, Keys(run.run_id), env, request)
     overrides = [*run.overrides, *request.overrides]
-    parse_save_every(env.save_every, "SPOTUNE_SAVE_EVERY")
-    wanted = replace(run, overrides=overrides, save_every=env.save_every)
+    _check_durations(env)
+    wanted = replace(run, overrides=overrides, save_every=env.save_every, stall_after=env.stall_after)
     return _resolved(wanted, overlay(run.config, request.overrides, run.config_path), env)
 
 

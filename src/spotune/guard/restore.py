@@ -3,10 +3,12 @@
 import shutil
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from spotune.contracts.errors import StoreError
+from spotune.contracts.change import few
+from spotune.contracts.errors import BadRecord, Misplaced
 from spotune.contracts.failpoints import failpoint
 from spotune.contracts.keys import Keys, commit_of
 from spotune.contracts.records import Commit
@@ -44,13 +46,22 @@ def list_commits(store: Store, keys: Keys) -> list[tuple[tuple[int, int], str]]:
 
 
 def newest_commit(store: Store, keys: Keys) -> Commit | None:
-    """The newest readable commit, without a look at its files."""
+    """The newest readable commit whose files are there; without a look at what is in them."""
     for _, key in list_commits(store, keys):
-        try:
-            return Commit.from_bytes(store.read(key) or b"", key)
-        except StoreError:
-            continue
+        with suppress(BadCheckpoint):
+            if (commit := _read(store, key)) and _has_its_files(store, keys, commit):
+                return commit
     return None
+
+
+def _has_its_files(store: Store, keys: Keys, commit: Commit) -> bool:
+    """Ranks start by a commit's word, before it is restored: it must not be that of one which never was."""
+    folder = keys.checkpoint(commit.step, commit.attempt)
+    try:
+        there = {key.removeprefix(f"{folder}/") for key in store.keys(folder)}
+    except Misplaced:
+        return False
+    return there.issuperset(commit.files) and not missing_files(commit.files, commit.world_size)
 
 
 def restore(store: Store, keys: Keys, folder: Path, check: Callable[[Commit], None] = lambda commit: None) -> Restored:
@@ -60,6 +71,7 @@ def restore(store: Store, keys: Keys, folder: Path, check: Callable[[Commit], No
     that is whole but must not be continued, by an InputError.
     """
     result = Restored()
+    store.names(keys.checkpoints)  # raises Misplaced where nothing could be uploaded
     seen: set[str] = set()
     while True:
         # Listed anew after each failure: another attempt may have pruned this one, and committed a newer one, since.
@@ -68,11 +80,10 @@ def restore(store: Store, keys: Keys, folder: Path, check: Callable[[Commit], No
             return result
         (attempt, step), key = entry
         seen.add(key)
-        data = store.read(key)
-        if data is None:
-            continue
         try:
-            commit = _read(data, key)
+            commit = _read(store, key)
+            if commit is None:
+                continue
             check(commit)
             result.best, result.best_key = _restore_best(store, keys, commit, folder)
             result.checkpoint = download_checkpoint(store, keys, commit, folder)
@@ -85,15 +96,22 @@ def restore(store: Store, keys: Keys, folder: Path, check: Callable[[Commit], No
         return result
 
 
-def _read(data: bytes, key: str) -> Commit:
+def _read(store: Store, key: str) -> Commit | None:
+    """None for a commit that has been pruned since it was listed."""
     try:
-        return Commit.from_bytes(data, key)
-    except StoreError as error:
+        data = store.read(key)
+        commit = None if data is None else Commit.from_bytes(data, key)
+    except BadRecord as error:
         raise BadCheckpoint(str(error)) from error
+    if commit and f"{Keys(commit.run_id).commits}/" != key[: key.rindex("/") + 1]:
+        raise BadCheckpoint(f"{key}: run_id: {commit.run_id!r}, not that of its folder")
+    return commit
 
 
 def missing_files(files: Collection[str], world_size: int) -> list[str]:
     """What a checkpoint lacks; without it a resume would silently be another training run."""
+    if world_size > len(files):  # so many names need not be made
+        return [f"the RNG states of {world_size} ranks"]
     needed = ["scheduler.pt", "trainer_state.json"]
     needed += ["rng_state.pth"] if world_size == 1 else [f"rng_state_{rank}.pth" for rank in range(world_size)]
     missing = [name for name in needed if name not in files]
@@ -107,19 +125,21 @@ def missing_files(files: Collection[str], world_size: int) -> list[str]:
 def download_checkpoint(store: Store, keys: Keys, commit: Commit, folder: Path) -> Path:
     """Fetches and verifies one commit's files; raises BadCheckpoint when one is missing or not as committed."""
     if missing := missing_files(commit.files, commit.world_size):
-        raise BadCheckpoint(f"holds no {', '.join(missing)}")
+        raise BadCheckpoint(f"holds no {few(tuple(missing))}")
     target = folder / f"checkpoint-{commit.step}"
     part = folder / f".part-{commit.step}"
     shutil.rmtree(part, ignore_errors=True)
     source = keys.checkpoint(commit.step, commit.attempt)
 
     def fetch(name: str) -> None:
-        committed, local = commit.files[name], part / name
+        committed, local = {fact: commit.files[name][fact] for fact in ("size", "sha256")}, part / name
         for _ in range(TRIES):  # the way here may be at fault, not what lies there
             try:
                 found = store.download(f"{source}/{name}", local)
             except FileNotFoundError as error:
                 raise BadCheckpoint(f"{name} is missing") from error
+            except BadRecord as error:  # a link, say
+                raise BadCheckpoint(str(error)) from error
             if found == committed:
                 failpoint("restoring")
                 return
@@ -129,7 +149,7 @@ def download_checkpoint(store: Store, keys: Keys, commit: Commit, folder: Path) 
 
     try:
         with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(fetch, sorted(commit.files, key=lambda name: -int(commit.files[name]["size"]))))
+            list(pool.map(fetch, sorted(commit.files, key=lambda name: -commit.files[name]["size"])))
     except BadCheckpoint:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -147,11 +167,11 @@ def _restore_best(store: Store, keys: Keys, newest: Commit, folder: Path) -> tup
         return None, ""
     reason = "is not there"
     for (attempt, step), key in list_commits(store, keys):
-        data = store.read(key) if step == newest.best_step and attempt <= newest.attempt else None
-        if data is None:
+        if step != newest.best_step or attempt > newest.attempt:
             continue
         try:
-            return download_checkpoint(store, keys, _read(data, key), folder), key
+            if best := _read(store, key):
+                return download_checkpoint(store, keys, best, folder), key
         except BadCheckpoint as error:
             reason = str(error)
     raise BadCheckpoint(f"its best checkpoint, step {newest.best_step}: {reason}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spotune.contracts import exchange
-from spotune.contracts.errors import InputError, SpotuneError, StoreError
+from spotune.contracts.errors import InputError, Misplaced, SpotuneError, StoreError
 from spotune.contracts.failpoints import failpoint
 from spotune.contracts.records import Commit, RunRecord
 from spotune.contracts.revisions import allows_other_versions, check_commit, record_history
@@ -97,7 +97,7 @@ class Restoring:
         for pause_s in PAUSES_S:
             try:
                 return fetch()
-            except InputError:
+            except (InputError, Misplaced):  # time does not mend it
                 raise
             except (SpotuneError, OSError) as fault:
                 say(f"the checkpoint is not fetched yet: {fault}")

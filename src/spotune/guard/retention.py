@@ -5,8 +5,9 @@ A commit that did not verify counts for nothing: it neither protects nor displac
 
 from collections.abc import Collection
 
+from spotune.contracts.errors import BadRecord
 from spotune.contracts.failpoints import failpoint
-from spotune.contracts.keys import Keys
+from spotune.contracts.keys import Keys, checkpoint_of
 from spotune.contracts.records import Commit
 from spotune.contracts.store import Store
 from spotune.guard.restore import list_commits
@@ -53,8 +54,11 @@ class Retention:
         if not self._keep_every:
             return False
         if key not in self._kept_for_good:
-            data = self._store.read(key)
-            if data is None or Commit.from_bytes(data, key).ordinal % self._keep_every:
+            try:
+                data = self._store.read(key)
+                if data is None or Commit.from_bytes(data, key).ordinal % self._keep_every:
+                    return False
+            except BadRecord:  # no number that would keep it
                 return False
             self._kept_for_good.add(key)
         return True
@@ -70,8 +74,8 @@ class Retention:
         committed = {self._keys.checkpoint(step, attempt) for (attempt, step), _ in listed}
         for name in self._store.folders(self._keys.checkpoints):
             folder = f"{self._keys.checkpoints}/{name}"
-            number = name.rpartition("-")[2]
-            if folder not in committed and number.isdigit() and int(number) < self._attempt:
+            number = checkpoint_of(name)
+            if folder not in committed and number and number[0] < self._attempt:
                 self._store.delete(self._store.keys(folder))
         # Right after a commit this attempt uploads nothing, so that what is unfinished is of those before it.
         self._store.abort_uploads(self._keys.checkpoints, 0.0)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from spotune.contracts.errors import StoreError
+from spotune.contracts.events import number, parse_objects
 from spotune.contracts.keys import Keys, attempt_of
 from spotune.contracts.records import RunRecord
 from spotune.contracts.store import Store
@@ -56,13 +57,9 @@ def surviving_logs(store: Store, keys: Keys) -> list[dict[str, object]]:
         attempt = attempt_of(key)
         if attempt is None or "/events-0-" not in key:
             continue
-        for line in (store.read(key) or b"").splitlines():
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            if event.get("event") == "log" and "step" in event:
-                slot = (int(event["step"]), any(name.startswith("eval_") for name in event))
+        for event in parse_objects(store.read(key) or b""):
+            if event.get("event") == "log" and (step := number(event.get("step"))) is not None:
+                slot = (int(step), any(name.startswith("eval_") for name in event))
                 if slot not in logs or logs[slot][0] <= attempt:
                     logs[slot] = (attempt, {name: value for name, value in event.items() if name != "event"})
     return [fields for _, (_, fields) in sorted(logs.items())]

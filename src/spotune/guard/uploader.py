@@ -73,12 +73,15 @@ class Uploader:
             done = self._changed.wait_for(lambda: not self._waiting and not self._current, timeout_s)
             return done and self.error is None and self.fenced is None
 
-    def close(self) -> None:
-        """Ends the thread once the upload under way has ended, well or not; what waits is left as it is."""
+    def close(self, timeout_s: float | None = None) -> None:
+        """Ends the thread once the upload under way has ended, well or not; what waits is left as it is.
+
+        ``timeout_s``: for how long to wait for that.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(timeout_s)
 
     def _run(self) -> None:
         while True:

@@ -22,10 +22,12 @@ from spotune.guard.ranks import PEER_GRACE_S, Ranks, worst
 from spotune.guard.restoring import Ready, Restoring
 from spotune.guard.retention import KEEP, Retention
 from spotune.guard.say import say
+from spotune.guard.stalls import Stall
 from spotune.guard.toll import Toll
 
 POLL_S = 0.1
 FENCE_S = 15.0
+HANG_S = 5.0  # an upload that hangs beside its ranks is not waited for
 GREET_S = 20.0  # bad input is found by then; until then its one line stands alone
 
 
@@ -37,6 +39,7 @@ class Watch:
 
     Attributes:
         committer: there once the ranks have their checkpoint.
+        stall: why it ended, where the watchdog had it end.
         wall: of the run's budget; once reached, training was stopped for that.
     """
 
@@ -61,15 +64,21 @@ class Watch:
         self._is_stopping = False
         self._fence_at = clock()
         self._greet_at: float | None = clock() + GREET_S
+        self.stall: Stall | None = None
         self._leave_by: float | None = None  # by when to stop waiting for uploads, after a notice
 
-    def until_ended(self, ranks: Ranks, restoring: Restoring) -> Outcome:
+    def until_ended(
+        self, ranks: Ranks, restoring: Restoring, stall: Callable[[], Stall | None] = lambda: None
+    ) -> Outcome:
         """Returns how training ended; raises Fenced, and what kept the ranks from a checkpoint."""
         while ranks.running:
             self._greet()
             self._look_at_restore(restoring)
             self._collect()
             self._look_at_fence()
+            if found := stall():
+                self.stall = found
+                return Outcome(how="retry", message=found.what)
             if self.leader.lost:
                 return Outcome(how="retry", message="a machine of this job is gone")
             if self.leader.notice:
@@ -108,10 +117,24 @@ class Watch:
 
     def _time_to_upload_s(self) -> float:
         """How long to wait for uploads once the ranks have ended: until the machine goes, or patience has run out."""
+        if self.stall and self.stall.phase == "upload":
+            return 0.0
         if self._leave_by is not None:
             return max(0.0, self._leave_by - self._clock())
         away_s = self.committer.away_s if self.committer else 0.0
         return max(0.0, min(self.context.patience_s - away_s, self.notices.left_s))
+
+    @property
+    def uploading(self) -> int | None:
+        """The step whose upload is under way, None for none, and while the bucket is known to be away."""
+        committer = self.committer
+        under_way = committer.under_way if committer and not committer.away_s else None
+        return under_way[0] if under_way else None
+
+    def close(self) -> None:
+        """Ends the uploads."""
+        if self.committer:
+            self.committer.close(HANG_S if self.stall else None)
 
     def why_stopped(self) -> str:
         """The message of an attempt that ended since its bucket was away; empty for one that did not."""

@@ -8,9 +8,11 @@ import json
 import struct
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from spotune.contracts.errors import SpotuneError, StoreError
 
+_MOST_HEADER = 100_000_000  # as safetensors has it
 # dtype -> bytes of an element, and the bits of its exponent. All of them are set in NaN and infinity, in nothing else.
 _FLOATS = {
     "F64": (8, 0x7FF0 << 48),
@@ -34,13 +36,11 @@ def weights_sha256(files: Iterable[Path]) -> str:
         with open(path, "rb") as file:
             try:
                 (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(length))
-            except (struct.error, ValueError, MemoryError, OverflowError) as error:
+                header = json.loads(file.read(min(length, _MOST_HEADER)))
+                for name in header.keys() - {"__metadata__"}:
+                    tensors[name] = (path, *_place_of(header[name], 8 + length))
+            except (struct.error, AttributeError, ValueError, RecursionError) as error:
                 raise StoreError(f"{path.name}: not a safetensors file: {error}") from error
-        for name, facts in header.items():
-            if name != "__metadata__":
-                begin, end = facts["data_offsets"]
-                tensors[name] = (path, facts["dtype"], facts["shape"], 8 + length + begin, end - begin)
     digest = hashlib.sha256()
     for name in sorted(tensors):
         path, dtype, shape, offset, size = tensors[name]
@@ -56,6 +56,15 @@ def weights_sha256(files: Iterable[Path]) -> str:
                     raise SpotuneError(f"{path.name}: tensor {name} holds NaN or infinity: not a result to certify")
                 size -= len(block)
     return digest.hexdigest()
+
+
+def _place_of(facts: Any, start: int) -> tuple[str, list[int], int, int]:
+    """A tensor's dtype, shape, offset in the file and size in bytes; raises ValueError."""
+    match facts:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
+            if all(type(size) is int for size in shape) and 0 <= begin <= end:
+                return dtype, shape, start + begin, end - begin
+    raise ValueError("a tensor without dtype, shape and data_offsets")
 
 
 def has_not_finite(block: bytes, dtype: str) -> bool:

@@ -10,6 +10,7 @@ from spotune.contracts.change import Change
 from spotune.contracts.errors import InputError, StoreError
 from spotune.contracts.exits import FAILED
 from spotune.contracts.keys import Keys
+from spotune.contracts.marks import read_mark
 from spotune.contracts.records import Mark, RunRecord
 from spotune.contracts.revisions import record_in_force, write_revision
 from spotune.launch.code import differs, keep_code, read_code
@@ -72,7 +73,7 @@ def resume(workspace: Workspace, run_id: str, edit: Edit | None = None) -> Resum
 def _stands(workspace: Workspace, status: JobStatus) -> bool:
     """Whether a run that its engine is still at has paused or failed for good: every further attempt ends at once."""
     keys, store = Keys(status.run_id), workspace.store(status.bucket)
-    return status.state in ACTIVE and any(store.exists(key) for key in (keys.paused, keys.failed))
+    return status.state in ACTIVE and any(read_mark(store, key) for key in (keys.paused, keys.failed))
 
 
 def go_on(workspace: Workspace, status: JobStatus, revision: RunRecord | None = None) -> bool:

@@ -10,7 +10,7 @@ from spotune import __version__
 from spotune.contracts import environment
 from spotune.contracts.basemodel import model_files, model_sha256
 from spotune.contracts.config import load_config
-from spotune.contracts.durations import parse_save_every
+from spotune.contracts.durations import parse_save_every, parse_stall_after
 from spotune.contracts.errors import InputError
 from spotune.contracts.fingerprint import data_files, data_sha256
 from spotune.contracts.keys import check_run_id, new_run_id
@@ -43,6 +43,7 @@ class Wish:
     infra: str = ""
     resources: Resources = field(default_factory=Resources)
     save_every: str = ""
+    stall_after: str = ""
     budget: str | None = None
     preemptions: str = ""
     envs: tuple[str, ...] = ()
@@ -82,6 +83,7 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
     workspace.check_bucket_reaches(infra)
     run_id = check_run_id(wish.name) if wish.name else new_run_id(Path(wish.config_path).stem, rng)
     parse_save_every(wish.save_every)
+    parse_stall_after(wish.stall_after)
     budget_usd = None if wish.budget is None else parse_usd(wish.budget, BUDGET_FLAG)
     if wish.preemptions and backend != LOCAL:
         raise InputError("--preemptions", f"{infra} takes machines away by itself", remedy="--infra local")
@@ -125,6 +127,7 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
         may_be_on_demand=offered.may_be_either,
         priority=demand.priority,
         save_every=wish.save_every,
+        stall_after=wish.stall_after,
         budget_usd=budget_usd,
         prices=[vars(offer) for offer in offered.rows],
         code=code.facts(),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from spotune.contracts.errors import InputError, shown
+from spotune.contracts.userfiles import read_user_file
 
 _KEYS = ("after_s", "at_step", "notice_s")
 _MOST = 1e9
@@ -14,12 +15,7 @@ _EXAMPLE = '{"after_s": 20, "notice_s": 0} or {"at_step": 40, "notice_s": 30}'
 
 def read_preemptions(path: Path) -> tuple[dict[str, float], ...]:
     """The file's lines in order; raises InputError naming the line that is wrong."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise InputError(path, "no such file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(path, f"cannot be read: {error}") from error
+    lines = read_user_file(path).splitlines()
     return tuple(_parse(line, path, f"line {number}") for number, line in enumerate(lines, 1) if line.strip())
 
 

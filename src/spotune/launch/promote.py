@@ -29,7 +29,8 @@ def promote(source: str, wish: Wish, workspace: Workspace) -> Plan:
         raise InputError(source, f"{record.config_path} has changed since", remedy="submit the config itself")
     overrides = (*record.overrides, *wish.overrides)
     wish = replace(wish, config_path=record.config_path, overrides=overrides)
-    wish = replace(wish, save_every=wish.save_every or record.save_every)
+    save_every, stall_after = wish.save_every or record.save_every, wish.stall_after or record.stall_after
+    wish = replace(wish, save_every=save_every, stall_after=stall_after)
     plan = make_plan(wish, workspace, time.time, SystemRandom())
     if [_content(file) for file in plan.record.data_files] != [_content(file) for file in record.data_files]:
         raise InputError(source, "its data has changed since", remedy="submit the config itself")

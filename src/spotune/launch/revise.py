@@ -9,6 +9,7 @@ from spotune.contracts.config import overlay
 from spotune.contracts.errors import InputError
 from spotune.contracts.fingerprint import data_files, data_sha256
 from spotune.contracts.keys import Keys
+from spotune.contracts.marks import read_mark
 from spotune.contracts.records import RunRecord, fingerprint
 from spotune.contracts.revisions import check_length, record_in_force, refused_versions, revised
 from spotune.launch.checks import check_model
@@ -20,7 +21,7 @@ from spotune.launch.workspace import Workspace
 class Edit:
     """``key=value`` overrides of the config in force; ``allow``: also of what may not change by itself.
 
-    ``budget_usd``, ``month_usd``, ``month_of``: as in the record.
+    ``budget_usd``, ``month_usd``, ``month_of``, ``stall_after``: as in the record.
     With ``allow`` the data and the model as they are now, seen from here, are taken for the run's own. A run that
     failed because its libraries changed goes on under the new ones.
     """
@@ -30,6 +31,7 @@ class Edit:
     budget_usd: float | None = None
     month_usd: float | None = None
     month_of: str = ""
+    stall_after: str = ""
 
 
 def revise(workspace: Workspace, status: JobStatus, edit: Edit) -> tuple[Change, RunRecord | None]:
@@ -40,7 +42,7 @@ def revise(workspace: Workspace, status: JobStatus, edit: Edit) -> tuple[Change,
     store, keys = workspace.store(status.bucket), Keys(status.run_id)
     record = record_in_force(store, keys)
     if record is None:
-        if edit == Edit() and store.exists(keys.failed):  # it never began: nothing could be changed of it
+        if edit == Edit() and read_mark(store, keys.failed):  # it never began: nothing could be changed of it
             return Change(), None
         raise InputError(status.run_id, "has no run.json in its bucket", remedy=f"is all of {store.url} there?")
     revision = revised(record, _wanted(record, edit, workspace), workspace.env.user, time.time())
@@ -64,6 +66,7 @@ def _wanted(record: RunRecord, edit: Edit, workspace: Workspace) -> RunRecord:
         budget_usd=edit.budget_usd,
         month_usd=edit.month_usd,
         month_of=edit.month_of,
+        stall_after=edit.stall_after,
     )
     if not edit.allow:  # other data or another model would be refused, so that nobody has to look at them
         return wanted

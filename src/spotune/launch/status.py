@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from spotune.contracts import exits
 from spotune.contracts.errors import BadRecord, InfraError, InputError, StoreError
 from spotune.contracts.events import as_number
-from spotune.contracts.keys import RUN_ID, RUNS, Keys
-from spotune.contracts.records import Certificate, Mark, Progress
+from spotune.contracts.keys import RUN_ID, RUNS, Keys, attempt_number
+from spotune.contracts.marks import read_mark
+from spotune.contracts.records import Certificate, Progress
 from spotune.contracts.revisions import record_as_submitted
 from spotune.contracts.store import Store
 from spotune.launch.infra import ACTIVE, ANY, LOCAL, SKYPILOT, Infra, JobStatus, State, infra_of, is_infra
@@ -152,18 +152,18 @@ def certify(job: JobStatus, store: Store) -> JobStatus:
     keys = Keys(job.run_id)
     if job.step is None and job.attempt:
         job = _with_progress(job, store)
-    if data := store.read(keys.completed):
+    if (data := store.read(keys.completed)) is not None:
         done = _read_certificate(data, keys.completed)
         ended_at = job.ended_at or (done and done.completed_at) or None
         step = (done and done.step) or job.step
         return replace(job, state="SUCCEEDED", reason="", exit_code=0, by_infra=False, ended_at=ended_at, step=step)
     if job.state == "SUCCEEDED":
         return replace(job, state="FAILED", reason=UNCERTIFIED)
-    if job.state not in (*ACTIVE, "CANCELLED") and (mark := _mark(store, keys.paused)):
+    if job.state not in (*ACTIVE, "CANCELLED") and (mark := read_mark(store, keys.paused)):
         return replace(job, state="PAUSED", reason=mark.reason)
-    if job.state == "FAILED" and (mark := _mark(store, keys.failed)):  # the run's own word, not the engine's
+    if job.state == "FAILED" and (mark := read_mark(store, keys.failed)):  # the run's own word, not the engine's
         return replace(job, reason=mark.reason, exit_code=mark.exit_code, by_infra=False)
-    if job.state == "FAILED" and (mark := _mark(store, keys.cancelled)):  # and the engine was not told any more
+    if job.state == "FAILED" and (mark := read_mark(store, keys.cancelled)):  # and the engine was not told any more
         return replace(job, state="CANCELLED", reason=mark.reason, by_infra=False)
     return job
 
@@ -179,7 +179,7 @@ def read_run(store: Store, run_id: str, now: float) -> JobStatus | None:
         if store.keys(keys.attempts) or store.keys(keys.lost):
             raise BadRecord(f"{keys.run}: missing, though there are attempts")
         return _never_begun(store, keys)
-    attempts = len(store.folders(keys.attempts))
+    attempts = sum(attempt_number(name) is not None for name in store.folders(keys.attempts))
     status = JobStatus(
         run_id=run_id,
         state="PENDING",
@@ -200,7 +200,7 @@ def read_run(store: Store, run_id: str, now: float) -> JobStatus | None:
         ("PAUSED", keys.paused),
     )
     for state, key in ends:
-        if mark := _mark(store, key):
+        if mark := read_mark(store, key):
             ended_at = mark.at or None
             return replace(status, state=state, reason=mark.reason, ended_at=ended_at, exit_code=mark.exit_code)
     seen, why = _progress(store, keys)
@@ -211,7 +211,7 @@ def read_run(store: Store, run_id: str, now: float) -> JobStatus | None:
 
 def _never_begun(store: Store, keys: Keys) -> JobStatus | None:
     """A bare launch whose input was bad: it has left a mark, and no record."""
-    mark = _mark(store, keys.failed)
+    mark = read_mark(store, keys.failed)
     if mark is None:
         return None
     return JobStatus(
@@ -228,19 +228,10 @@ def _never_begun(store: Store, keys: Keys) -> JobStatus | None:
     )
 
 
-def _mark(store: Store, key: str) -> Mark | None:
-    """A mark is one by being there: of one that cannot be read nothing else is known."""
-    data = store.read(key)
-    try:
-        return None if data is None else Mark.from_bytes(data, key)
-    except BadRecord as error:
-        return Mark(run_id="", attempt=0, at=0.0, reason=str(error), exit_code=exits.FAILED)
-
-
 def _progress(store: Store, keys: Keys) -> tuple[Progress | None, str]:
     """The heartbeat, or why there is none."""
-    data = store.read(keys.progress)
     try:
+        data = store.read(keys.progress)
         return (None if data is None else Progress.from_bytes(data, keys.progress)), ""
     except BadRecord as error:
         return None, f": {error}"

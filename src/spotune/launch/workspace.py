@@ -8,7 +8,7 @@ from typing import Any
 from spotune.contracts import environment
 from spotune.contracts.environment import RunEnvironment
 from spotune.contracts.errors import InputError
-from spotune.contracts.store import Store
+from spotune.contracts.store import FOR_VERBS, Store
 from spotune.launch.infra import BACKENDS, LOCAL, SKYPILOT, Infra, cloud_of, infra_of, open_backend
 from spotune.launch.settings import Settings, load_settings
 
@@ -37,7 +37,7 @@ class Workspace:
     def store(self, bucket: str = "") -> Store:
         url = bucket or self.env.bucket
         if url not in self._stores:
-            self._stores[url] = Store(url, waiting=self.waiting)
+            self._stores[url] = Store(url, FOR_VERBS, waiting=self.waiting)
         return self._stores[url]
 
     def infra(self, name: str = LOCAL) -> Infra:

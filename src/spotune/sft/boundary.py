@@ -22,6 +22,8 @@ from spotune.sft.extra import Extra
 from spotune.sft.faults import Stopped
 from spotune.sft.saver import Saver
 
+PREDICTED_S = 2.0  # an evaluation says that it has come on, at most so often
+
 
 class EvaluationInterrupted(Exception):
     """The guard asked to leave while an evaluation ran; it is to be run again after the restore."""
@@ -57,6 +59,7 @@ class Boundary(TrainerCallback):
         self._clock = clock
         self._last_save = clock()
         self._phase: Phase = "load"
+        self._predicted_at = -PREDICTED_S
         self._data_wait_s = 0.0
         self._is_saving_due = False
         self._first_step = 0
@@ -108,6 +111,9 @@ class Boundary(TrainerCallback):
             self._decide(state, control)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.events and self._clock() - self._predicted_at >= PREDICTED_S:
+            self._predicted_at = self._clock()
+            self.events.write("predicted", step=state.global_step)
         if self.trainer.is_in_train and self._common(self.control_file.look()).stop:
             self.leaving = True
             raise EvaluationInterrupted

@@ -17,6 +17,10 @@ def prepare(trainer: Any, restored: dict[str, Any]) -> str | None:
         return None
     checkpoint = Path(restored["checkpoint"])
     args, boundary = trainer.args, trainer.boundary
+    if trainer.is_fsdp_enabled:
+        from spotune.sft.shards import refuse_code  # here: torch's sharding is loaded where it is used
+
+        refuse_code()
     _check_complete(checkpoint, trainer)
     if args.local_process_index == 0:
         _patch_best(checkpoint, restored.get("best_checkpoint"))

@@ -9,11 +9,13 @@ from spotune.sft.lifeline import die_with_parent, ignore_signals
 if __name__ == "__main__":
     ignore_signals()  # before anything else is imported
 
+import faulthandler
 import os
 import sys
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,12 @@ from spotune.contracts.exchange import (
     JOB,
     OUTPUT,
     RESTORED,
+    STACKS_SIGNAL,
     Job,
     Outcome,
     events_path,
     outcome_path,
+    python_stacks_path,
     read_json,
     write_json,
 )
@@ -57,11 +61,19 @@ def main(argv: list[str]) -> None:
     die_with_parent(os.environ)
     folder = Path(argv[1]).absolute()
     rank = int(os.environ.get("RANK", "0"))
+    write_stacks_when_asked(folder, rank)
     outcome = run(folder, rank)
     write_json(outcome_path(folder, rank), outcome)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0 if outcome.how in ("completed", "stopped") else 1)  # unwinding DataLoader workers takes seconds
+
+
+def write_stacks_when_asked(folder: Path, rank: int) -> None:
+    """Has this process write its Python stacks on STACKS_SIGNAL, also while it hangs in a library."""
+    with suppress(OSError):  # a full disk is found by what matters more
+        stacks = os.open(python_stacks_path(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        faulthandler.register(STACKS_SIGNAL, stacks, all_threads=True)  # which keeps it for the process's life
 
 
 def run(folder: Path, rank: int) -> Outcome:

@@ -43,6 +43,7 @@ COMMAND_LINES = {
     "priority not a number": ([*TRAIN, "--priority", "high"], "--priority"),
     "two machines": ([*TRAIN, "--num-nodes", "2"], "--num-nodes: local is one machine"),
     "no machine": ([*TRAIN, "--num-nodes", "0"], "--num-nodes: 0 is not a number of machines"),
+    "bad --stall-after": ([*TRAIN, "--stall-after", "never"], "--stall-after: 'never' is not a duration"),
     "bad --save-every": ([*TRAIN, "--save-every", "often"], "--save-every: 'often' is neither"),
     "bad --env": ([*TRAIN, "--env", "HOME"], "--env: 'HOME' is not NAME=value"),
     "--env of ours": ([*TRAIN, "--env", "SPOTUNE_RUN_ID=x"], "--env: SPOTUNE_RUN_ID is for spotune to set"),
@@ -278,7 +279,7 @@ def test_settings_may_say_nothing(project: Project, text: str) -> None:
 def test_settings_that_cannot_be_read(project: Project, name: str) -> None:
     path = project.folder / name
     path.mkdir(parents=True)
-    assert_one_line(project, TRAIN, f"{name}: cannot be read: ")
+    assert_one_line(project, TRAIN, f"{name}: is a folder (name a plain file)")
     path.rmdir()
     path.symlink_to("nowhere")
     assert_one_line(project, TRAIN, f"{name}: no such file")
@@ -304,7 +305,9 @@ def test_a_store_that_is_away(project: Project, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("source", ["away://b/x.jsonl", "away://b/*.jsonl"])
-def test_a_store_that_cannot_be_reached(project: Project, source: str) -> None:
+def test_a_store_that_cannot_be_reached(project: Project, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spotune.contracts.datafiles.PROTOCOLS", ("away",))
+
     class NoCredentialsError(Exception):
         """As of botocore: neither OSError nor ValueError."""
 

@@ -68,6 +68,16 @@ def test_training_length_logging_and_saving_change_freely(ended: Project) -> Non
     assert len(ended.infra.submissions) == 1
 
 
+def test_a_resume_may_move_the_watchdogs_limit(ended: Project) -> None:
+    result = ended.run("resume", "run-a", "--stall-after", "0")
+    assert "run-a: PENDING, changed: stall_after: not set -> 0." in result.stdout, result.stderr
+    assert (record(ended).stall_after, record(ended).allowed) == ("0", [])
+    ended.run("cancel", "run-a", "-y")
+    wrong = ended.run("resume", "run-a", "--stall-after", "soon")
+    assert (wrong.exit_code, wrong.stdout) == (2, "")
+    assert wrong.stderr == "--stall-after: 'soon' is not a duration (30s, 5m, 1.5h or 2d)\n"
+
+
 def test_train_prints_the_run_id_alone_all_the_same(ended: Project) -> None:
     assert ended.run(*TRAIN, "--set", "max_steps=40").stdout == "run-a\n"
     ended.run("cancel", "run-a", "-y")

@@ -72,6 +72,7 @@ def test_train_passes_everything_on(project: Project, monkeypatch: pytest.Monkey
     monkeypatch.setattr("spotune.launch.plan.find_gpus", lambda environ: [Gpu("0", "L4"), Gpu("1", "L4")])
     project.write("plan.jsonl", '{"after_s": 20}\n\n{"at_step": 40, "notice_s": 30}\n')
     options = "--priority 7 --no-use-spot --gpus L4:2 --env A=b=c --secret TOKEN --save-every 5m --set max_steps=3"
+    options += " --stall-after 20m"
     project.submit("run-a", *options.split(), "--preemptions", "plan.jsonl")
     submission = project.infra.submissions["run-a"]
     assert submission.priority == 7
@@ -86,7 +87,7 @@ def test_train_passes_everything_on(project: Project, monkeypatch: pytest.Monkey
     data = project.store.read("runs/run-a/run.json") or b""
     assert b"s3cret" not in data
     record = RunRecord.from_bytes(data)
-    assert (record.save_every, record.config["max_steps"]) == ("5m", 3)
+    assert (record.save_every, record.stall_after, record.config["max_steps"]) == ("5m", "20m", 3)
 
 
 def test_dryrun_does_nothing(project: Project) -> None:

@@ -104,7 +104,7 @@ def test_a_change_back_is_the_same_change() -> None:
 
 
 def test_the_free_keys_are_keys() -> None:
-    ours = {"save_every", "budget"}  # of the command line
+    ours = {"save_every", "stall_after", "budget"}  # of the command line
     assert set(schema()["properties"]) >= (FREE | EVALUATION) - ours
     assert not FREE & EVALUATION
 

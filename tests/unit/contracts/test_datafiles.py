@@ -1,5 +1,6 @@
 """Which files a source names: one rule for a folder, a pattern and a name, on disk and in stores."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,23 @@ def test_local_files_of_trl_keys_count_by_their_content(tmp_path: Path) -> None:
             file.write_text(text)
             found.append(data_sha256(config, data_files(config, "c.yaml")))
         assert found[0] != found[1], named
+
+
+@pytest.mark.parametrize(
+    "source", ["/", "/**/*.jsonl", "/proc", "/proc/**", "/sys/class", "/dev/", "//proc/self/../**"]
+)
+def test_a_place_without_end_is_refused_at_once(source: str) -> None:
+    with pytest.raises(InputError, match=r"is not a place for data \(name the data's own folder\)"):
+        names(source)
+
+
+@pytest.mark.parametrize("source", ["ftp://host/a.jsonl", "sftp://host/a.jsonl", "github://o:r@main/a.jsonl"])
+def test_a_store_that_is_not_read_from(source: str) -> None:
+    with pytest.raises(InputError, match="is not a store that data is read from"):
+        names(source)
+
+
+def test_a_fifo_is_not_data(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(InputError, match="no file matches"):
+        names(str(tmp_path / "a.jsonl"))

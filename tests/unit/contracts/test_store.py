@@ -126,7 +126,7 @@ def test_who_shares_a_disk_bucket_shares_its_folders(local_store: Store, tmp_pat
     assert {stat.S_IMODE(path.stat().st_mode) for path in folders} == {made}
 
 
-def refuse_link(source: Path, target: Path) -> None:
+def refuse_link(source: Path, target: Path, **_: Any) -> None:
     raise OSError(errno.EXDEV, "Invalid cross-device link")
 
 
@@ -144,10 +144,10 @@ def test_a_disk_bucket_elsewhere_copies(local_store: Store, tmp_path: Path, monk
 def test_a_file_server_that_restarts_is_waited_for(local_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     replies = [OSError(errno.ESTALE, "Stale file handle")] * 2
 
-    def link(source: Path, target: Path, real: Callable[[Path, Path], None] = os.link) -> None:
+    def link(source: str, target: str, real: Callable[..., None] = os.link, **folders: Any) -> None:
         if replies:
             raise replies.pop()
-        real(source, target)
+        real(source, target, **folders)
 
     monkeypatch.setattr(os, "link", link)
     clock, patience = Clock(), Patience(deadline_s=60.0, first_wait_s=1.0, longest_wait_s=8.0)

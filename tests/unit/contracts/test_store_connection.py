@@ -246,6 +246,28 @@ def test_waits_between_tries_grow_until_the_deadline() -> None:
     assert 60.0 - 8.0 <= times[-1] <= 60.0
 
 
+def test_a_store_that_is_away_is_waited_for_once() -> None:
+    """A verb with many requests fails at the first one's deadline, and asks anew when the outage may be over."""
+    loops, tries = Loops(), []
+    line = Connection(Clients(), Patience(deadline_s=20.0, outage_s=30.0), new_loop=loops)
+
+    async def refused(client: int) -> None:
+        tries.append(loops.now)
+        raise ConnectionResetError("why")
+
+    def ask() -> int:
+        with pytest.raises(GaveUp, match=r"why \(\d+ tries in \d+ s\)"):
+            line.ask("read", refused)
+        return len(tries)
+
+    first = ask()
+    assert first > 1
+    assert [ask(), ask()] == [first, first]
+    assert loops.now <= 20
+    loops.advance(31)
+    assert ask() > first
+
+
 @pytest.mark.parametrize("fault", [never, reset])
 @pytest.mark.parametrize("size", [0, LARGE])
 def test_the_deadline_fits_the_size(size: int, fault: Callable[[], Any]) -> None:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spotune.cost.eventlog import clean, parse_lines
+from spotune.contracts.events import parse_lines
+from spotune.cost.eventlog import clean
 from spotune.cost.evidence import Evidence
 from spotune.cost.ledger import bills_due, build_accounts
 from spotune.cost.page import page_of
@@ -49,6 +50,27 @@ def test_a_step_may_be_interrupted_by_other_phases() -> None:
 def test_steps_that_were_done_before_are_replayed() -> None:
     events = [phase(0, "train"), step(5, 7, 1.0), step(11, 8), step(20, 9)]
     assert seconds(events, done_before=8) == pytest.approx({"data_wait": 1, "replayed": 10, "useful": 9})
+
+
+STALL = [phase(0, "load"), phase(2, "train"), step(5, 1), event(15, "stall", phase="train", since=T + 5)]
+
+
+@pytest.mark.parametrize("reason", ["stalled", "failed"])
+def test_a_stall_is_paid_from_the_last_sign_of_life_to_the_end(reason: str) -> None:
+    events = [*STALL, event(16, "end", reason=reason, exit_code=75)]
+    assert seconds(events) == pytest.approx({"load": 2, "useful": 3, "stalled": 11, "teardown": 4})
+
+
+def test_a_stall_in_a_save_ends_that_phase_and_nothing_follows_it() -> None:
+    saving = [phase(0, "train"), step(4, 1), phase(5, "save"), event(14, "stall", phase="save", since=T + 6)]
+    late = [phase(14.5, "train"), step(15, 2), event(16, "end", reason="stalled", exit_code=75)]
+    assert seconds([*saving, *late]) == pytest.approx({"useful": 4, "save_stall": 1, "stalled": 10 + 1, "teardown": 4})
+
+
+@pytest.mark.parametrize("since", [None, "x", 0.0, T + 1e6])
+def test_a_stall_without_a_beginning_is_still_divided(since: Any) -> None:
+    events = [*STALL[:-1], event(15, "stall", phase="train", since=since), event(16, "end", reason="stalled")]
+    assert sum(seconds(events).values()) == pytest.approx(20)
 
 
 def test_doubled_and_shuffled_lines_change_nothing() -> None:

@@ -21,8 +21,8 @@ CONTRACT = """run_id state user team config started_at ended_at attempts phases 
 goodput useful_steps replayed_steps tokens gpu_utilization unreconciled_s schema_version""".split()
 ATTEMPT = """attempt infra region zone instance_type accelerators nodes use_spot price_usd_per_hour price_source
 started_at ended_at paid_s cost_usd end_reason first_step last_step""".split()
-PHASES = """queue_s provision_s setup_s load_s restore_s useful_s data_wait_s eval_s save_stall_s replayed_s idle_s
-teardown_s unknown_s""".split()
+PHASES = """queue_s provision_s setup_s load_s restore_s useful_s data_wait_s eval_s save_stall_s replayed_s stalled_s
+idle_s teardown_s unknown_s""".split()
 
 
 def test_every_second_by_hand() -> None:
@@ -42,6 +42,7 @@ def test_every_second_by_hand() -> None:
             "eval_s": 2 + 2,
             "save_stall_s": 1 + 2,
             "replayed_s": 3 + 3,
+            "stalled_s": 0,
             "idle_s": 0,
             "teardown_s": 1 + 8,
             "unknown_s": 4,
@@ -75,6 +76,21 @@ def test_attempts() -> None:
     assert [piece[2] for piece in attempts[1]["timeline"]] == [
         "provision", "load", "restore", "useful", "eval", "useful", "unknown",
     ]  # fmt: skip
+
+
+def test_what_a_stall_cost_has_a_line() -> None:
+    evidence = three_attempts()
+    hung = [
+        *evidence.events[2],
+        event(58, "stall", phase="train", since=T + 56),
+        event(59, "end", reason="stalled", exit_code=75),
+    ]
+    report = build_report(replace(evidence, events={**evidence.events, 2: hung}), "SUCCEEDED", T + 1000)
+    assert [attempt["end_reason"] for attempt in report["attempts"]] == ["preempted", "stalled", "completed"]
+    assert (report["phases"]["stalled_s"], report["phases"]["unknown_s"]) == (3, 0)
+    line = "1 stalled attempt cost $0.00030: 3.0 s without a sign of life"
+    assert line in run_text(report)
+    assert line in page_of(report)
 
 
 def test_a_loss_that_is_not_finite_is_shown_as_such() -> None:
@@ -352,3 +368,15 @@ def test_several_kinds_of_gpu_are_each_priced_as_what_they_are() -> None:
     on_l4 = 6 + 2  # two steps and an evaluation
     assert report["on_demand"]["seconds"] == pytest.approx(43)
     assert report["on_demand_usd"] == pytest.approx(((43 - on_l4) * 7.2 + on_l4 * 0.72) / 3600)
+
+
+def test_a_run_that_was_cancelled_while_it_waited() -> None:
+    waited = Evidence(run=run(), cancelled_at=T + 120)
+    report = build_report(waited, "CANCELLED", T + 9000)
+    assert report["phases"]["queue_s"] == pytest.approx(120)
+    assert (report["cost_usd"], report["on_demand_usd"], report["saved_usd"]) == (0, 0, 0)
+    assert report["on_demand"]["price_usd_per_hour"] == 0.72
+    preempted = Evidence(run=run(), intervals=[row(10, 30, end_reason="preempted")], cancelled_at=T + 100)
+    assert build_report(preempted, "CANCELLED", T + 9000)["phases"]["queue_s"] == pytest.approx(10 + 70)
+    running = Evidence(run=run(), intervals=[row(10, 30, end_reason="cancelled")], cancelled_at=T + 30)
+    assert build_report(running, "CANCELLED", T + 9000)["phases"]["queue_s"] == pytest.approx(10)

@@ -5,6 +5,7 @@ import shlex
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -17,10 +18,12 @@ from spotune.contracts.keys import Keys
 from spotune.contracts.records import RunRecord
 from spotune.contracts.store import Store
 from spotune.guard.extra_process import TIMEOUT_S, run_extra
+from spotune.guard.extra_watch import ExtraWatch
 from spotune.guard.extras import debt_of
 from spotune.launch.local.processes import send
 from tests.clocks import Clock
 from tests.script import FAKE_WORKER
+from tests.unit.guard.attempts import RUN, make_context
 from tests.waiting import until
 
 KEYS = Keys("a-run")
@@ -103,3 +106,32 @@ def test_whatever_ends_the_wait_ends_the_process(
     with pytest.raises(TimeoutError):
         run_extra(PUSH, tmp_path, {}, environ, leave)
     assert not children()
+
+
+def test_a_process_that_hangs_is_ended_and_leaves_its_stacks(
+    local_store: Store, tmp_path: Path, environ: dict[str, str]
+) -> None:
+    (tmp_path / "push").write_text("hang")
+    context = make_context(local_store, tmp_path, patience_s=1200.0)
+    context.folder.mkdir(parents=True)
+    clock = Clock(1000.0)
+
+    def wait(seconds: float) -> None:
+        until((tmp_path / "asked").exists)  # it is up: what it does then takes no time of the clock's
+        clock.advance(4.0)
+
+    answer = run_extra(PUSH, tmp_path, {}, environ, wait, ExtraWatch(context, clock, clock).fault, clock=clock)
+    place = f"{local_store.url}/{context.keys.stacks(1, 0)}"
+    assert not answer.done
+    assert answer.message.startswith("its process hangs: nothing done for 12")
+    assert answer.message.endswith(f" s (limit 1200 s); stacks: {place}")
+    assert b"threads, as the kernel sees them" in (local_store.read(context.keys.stacks(1, 0)) or b"")
+
+
+def test_a_process_is_not_watched_where_the_watchdog_is_off(local_store: Store, tmp_path: Path) -> None:
+    context = make_context(local_store, tmp_path, run=replace(RUN, stall_after="0"))
+    clock = Clock(0.0)
+    watch = ExtraWatch(context, clock, clock)
+    for _ in range(2000):
+        clock.advance(4.0)
+        assert watch.fault(os.getpid()) == ""

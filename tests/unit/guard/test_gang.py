@@ -11,6 +11,7 @@ from spotune.contracts.errors import StoreError
 from spotune.guard.gang import Leader, Line, join
 from spotune.guard.machine import Machine
 from spotune.guard.notices import Notices
+from spotune.guard.stalls import Work
 from tests.waiting import LIMIT_S, until
 
 
@@ -84,3 +85,31 @@ def test_the_follower_hears_how_the_attempt_ended(pair: tuple[Leader, Line]) -> 
     leader, line = pair
     leader.broadcast(end=75)
     assert line.next(LIMIT_S) == {"end": 75}
+
+
+def test_followers_say_what_their_ranks_do_and_are_asked_for_stacks(
+    pair: tuple[Leader, Line], pool: ThreadPoolExecutor
+) -> None:
+    leader, line = pair
+    assert leader.works == []
+    line.send(work={"cpu_s": 1.5, "moved_bytes": 20, "stopped": True})
+    until(lambda: leader.works)
+    assert leader.works == [Work(1.5, 20, stopped=True)]
+    leader.ask_for_stacks()
+    assert line.next(LIMIT_S) == {"stacks": True}
+    waiting = pool.submit(leader.wait_for_stacks, LIMIT_S)
+    line.send(stacks=[1])
+    waiting.result(LIMIT_S)
+
+
+def test_a_follower_that_is_gone_is_not_waited_for(pair: tuple[Leader, Line]) -> None:
+    leader, line = pair
+    leader.ask_for_stacks()
+    leave(line)
+    leader.wait_for_stacks(LIMIT_S)
+
+
+def test_stacks_are_waited_for_no_longer_than_said(pair: tuple[Leader, Line]) -> None:
+    leader, _ = pair
+    leader.ask_for_stacks()
+    leader.wait_for_stacks(0.01)

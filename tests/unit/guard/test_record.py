@@ -110,11 +110,12 @@ def test_the_environment_does_the_same(hand: Hand) -> None:
 
 
 def test_the_flag_without_a_config(hand: Hand, said: Said) -> None:
-    hand.run("run.yaml", SPOTUNE_SAVE_EVERY="5m")
+    hand.run("run.yaml", SPOTUNE_SAVE_EVERY="5m", SPOTUNE_STALL_AFTER="20m")
     Path("run.yaml").unlink()
     Path("data.jsonl").write_text('{"text": "b"}\n')
     second = hand.run("--allow-config-change", "--set", "logging_steps=2")
     assert (second.config["logging_steps"], second.save_every, second.allowed) == (2, "5m", ["data"])
+    assert second.stall_after == "20m"
     assert "now in the new data" in said()
     check_data(second)
 

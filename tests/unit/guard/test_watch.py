@@ -21,6 +21,7 @@ from spotune.guard.machine import Machine
 from spotune.guard.ranks import PEER_GRACE_S, Ranks
 from spotune.guard.restore import Restored
 from spotune.guard.restoring import Ready
+from spotune.guard.stalls import Stall
 from spotune.guard.toll import Toll
 from spotune.guard.watch import FENCE_S, GREET_S, Watch
 from tests.clocks import Clock, QuickNotices
@@ -239,3 +240,31 @@ def test_ranks_that_hang_after_one_has_failed_are_killed_after_a_grace(tmp_path:
         assert (outcome.how, outcome.message) == ("retry", "rank 0 ended with exit code 1 without a word")
     finally:
         ranks.kill()
+
+
+def test_a_rank_that_cannot_die_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one in state D, which no signal reaches: here the signal is lost on its way."""
+    (tmp_path / "worker.py").write_text("import time; time.sleep(3600)")
+    environ = {**os.environ, WORKER: shlex.join([str(tmp_path / "worker.py")])}
+    ranks = Ranks(tmp_path, Machine.read({}), 0, environ)
+    pid = ranks.pids[0]
+    with monkeypatch.context() as patch:
+        patch.setattr("spotune.guard.ranks.os.killpg", lambda pid, number: None)
+        patch.setattr("spotune.guard.ranks.DIE_S", 0.0)
+        ranks.kill()
+    said = capsys.readouterr().err
+    assert said == f"[spotune] rank 0 (process {pid}) does not die: it waits for a disk or a device, and is left\n"
+    ranks.kill()
+    assert ranks._processes[0].returncode == -signal.SIGKILL
+
+
+def test_a_stall_ends_the_attempt_and_a_hung_upload_is_not_waited_for(scene: Scene) -> None:
+    found: list[Stall] = []
+    ranks = ScriptedRanks(
+        [lambda: None, lambda: found.append(Stall("upload", 9.0, 8.0, 0.0)), lambda: None], Outcome("completed")
+    )
+    outcome = scene.watch.until_ended(ranks, FreshStart(), lambda: found[0] if found else None)  # type: ignore[arg-type]
+    assert (outcome.how, outcome.message) == ("retry", "no byte of a checkpoint was uploaded")
+    assert scene.watch._time_to_upload_s() == 0.0

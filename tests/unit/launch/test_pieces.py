@@ -9,7 +9,7 @@ import yaml
 
 from spotune.contracts.errors import InfraError, InputError, Taken
 from spotune.contracts.keys import Keys
-from spotune.contracts.records import Commit, Mark
+from spotune.contracts.records import Commit, Mark, Progress
 from spotune.contracts.store import Store
 from spotune.launch import task as tasks
 from spotune.launch.infra import Submission
@@ -166,6 +166,13 @@ def test_look(tmp_path: Path) -> None:
     store.create(keys.failed, Mark(run_id="run-a", attempt=1, at=0.0, reason="why", exit_code=2).to_bytes())
     seen = look(store.url, "run-a")
     assert (seen.commit, seen.failed, seen.failed_code, seen.completed) == (keys.commit(2, 10), "why", 2, False)
+    for progress, expected in (
+        (b"{", False),
+        (Progress(run_id="run-a", attempt=2, phase="preempted").to_bytes(), False),
+        (Progress(run_id="run-a", attempt=2, phase="stalled").to_bytes(), True),
+    ):
+        store.write(keys.progress, progress)
+        assert look(store.url, "run-a").stalled is expected
     store.create(keys.completed, b"{}")
     assert look(store.url, "run-a").completed
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from spotune.contracts.errors import StoreError
 from spotune.contracts.exchange import write_json
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Commit, Mark
@@ -268,16 +269,32 @@ def test_planned_preemptions_come_when_they_are_due_and_once(world: World) -> No
     assert [row.end_reason for row in world.queue.attempts("run-a")] == ["preempted", "preempted", ""]
 
 
-def test_a_bucket_that_does_not_answer_is_asked_again_after_a_while(world: World) -> None:
-    key = Keys("run-a").failed
+def test_a_mark_that_cannot_be_read_ends_the_run_and_frees_its_slot(world: World) -> None:
     world.submit("run-a")
     world.tick()
-    world.store.write(key, b"half a rec")
+    world.store.write(Keys("run-a").failed, b"half a rec")
     world.kill("run-a")
     world.tick()
     world.tick()
+    assert world.job("run-a").state == "FAILED"
+    assert world.job("run-a").reason.startswith("runs/run-a/failed.json: not a Mark: ")
+
+
+def test_a_bucket_that_does_not_answer_is_asked_again_after_a_while(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exists(store: Store, key: str) -> bool:
+        raise StoreError(f"{store.url}/{key}: cannot look up: timed out")
+
+    key = Keys("run-a").failed
+    world.submit("run-a")
+    world.tick()
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "exists", exists)
+        world.kill("run-a")
+        world.tick()
+        world.tick()
     assert world.job("run-a").reason.startswith("waiting for its bucket: ")
-    world.store.delete([key])
     world.store.create(key, Mark(run_id="run-a", attempt=1, at=T, reason="bad data", exit_code=2).to_bytes())
     world.tick(RETRY_S - 0.25)
     assert world.job("run-a").state == "RUNNING"

@@ -11,6 +11,6 @@ faults.py     which of the clients' exceptions pass, and which do not
 """
 
 from spotune.contracts.store.bucket import Store
-from spotune.contracts.store.patience import Patience
+from spotune.contracts.store.patience import FOR_VERBS, Patience
 
-__all__ = ["Patience", "Store"]
+__all__ = ["FOR_VERBS", "Patience", "Store"]

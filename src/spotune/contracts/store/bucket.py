@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from spotune.contracts.environment import BUCKET, check_bucket
-from spotune.contracts.errors import InputError, StoreError
+from spotune.contracts.errors import BadRecord, InputError, Misplaced, StoreError, shown
+from spotune.contracts.names import is_key
+from spotune.contracts.shapes import RECORD_MOST_BYTES
 from spotune.contracts.store.disk import Disk
 from spotune.contracts.store.faults import Denied, GaveUp, LocalFault, words_of
 from spotune.contracts.store.patience import Patience
@@ -34,6 +36,9 @@ class Bucket(Protocol):
 class Store:
     """One bucket. Keys are relative to ``url``; a key is written whole or not at all.
 
+    A key names an object or a folder below ``url`` and nothing else: what leads out of it, or to a link, a pipe or a
+    device, is Misplaced, and is no part of a listing.
+
     What may pass (time-outs, 5xx, resets, expired credentials) is tried again for as long as ``patience`` says. After
     that: StoreError (one line, naming the key). InputError at once when there is no such bucket, or no access to it
     and never was. What happens to the local file of a transfer (a full disk) is an OSError, as it is.
@@ -48,12 +53,15 @@ class Store:
         self._bucket = _open(self.url, patience, waiting and (lambda what: waiting(f"{self.url}: {what}")))
 
     def read(self, key: str) -> bytes | None:
-        """The object's bytes, None when there is none."""
+        """The object's bytes, None when there is none. Raises BadRecord for one that is too large to be a record."""
         try:
             with self._faults("read", key):
-                return self._bucket.read(key)
+                data = self._bucket.read(key)
         except FileNotFoundError:
             return None
+        if len(data) > RECORD_MOST_BYTES:
+            raise BadRecord(f"{key}: larger than {RECORD_MOST_BYTES >> 20} MiB, too large to be a record")
+        return data
 
     def exists(self, key: str) -> bool:
         """Whether there is such an object."""
@@ -124,7 +132,12 @@ class Store:
 
     @contextmanager
     def _faults(self, verb: str, key: str) -> Iterator[None]:
-        """Maps what the bucket raises: InputError for what no other machine can mend, else StoreError."""
+        """Maps what the bucket raises: InputError for what no other machine can mend, else StoreError.
+
+        Raises Misplaced, and asks nothing, for what is not a key.
+        """
+        if not is_key(key) and (key or verb != "list"):
+            raise Misplaced(f"{shown(key)}: not a key of this bucket ('..', an empty part, NUL, or too long)")
         try:
             yield
         except LocalFault as fault:

@@ -92,6 +92,7 @@ class Connection:
         self._lock = threading.Lock()
         self._engine: _Engine | None = None
         self._worked: set[str] = set()
+        self._away_until, self._away_why = 0.0, ""
 
     def ask(self, action: str, step: Step[T], size: int = 0) -> T:
         """The answer to one request; see ``submit`` and ``wait``."""
@@ -147,6 +148,8 @@ class Connection:
 
     async def _persist(self, engine: _Engine, action: str, step: Step[T], size: int) -> T:
         clock, started, tries = engine.loop.time, engine.loop.time(), 0
+        if started < self._away_until:
+            raise GaveUp(self._away_why)
         deadline = started + self.patience.limit_s(size)
         why: Exception | None = None
         while True:
@@ -164,7 +167,9 @@ class Connection:
                     why = error  # a last try that was cut short says less than the one before
             wait = self.patience.wait_s(tries, self._rng)
             if tries > 1 and clock() + wait >= deadline:
-                raise GaveUp(f"{words_of(why)} ({tries} tries in {clock() - started:.0f} s)") from why
+                self._away_why = f"{words_of(why)} ({tries} tries in {clock() - started:.0f} s)"
+                self._away_until = clock() + self.patience.outage_s
+                raise GaveUp(self._away_why) from why
             await asyncio.sleep(wait)
 
     def _pass_on_if_lasting(self, action: str, error: Exception) -> None:

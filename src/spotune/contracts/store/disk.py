@@ -1,16 +1,22 @@
-"""file://: a folder, also one that many machines mount. Whole files only, each made beside its place and renamed."""
+"""file://: a folder, also one that many machines mount. Whole files only, each made beside its place and renamed.
+
+Below the root nothing but folders and regular files counts (``beneath.py``).
+"""
 
 import contextlib
 import errno
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any, BinaryIO, TypeVar
 from uuid import uuid4
 
+from spotune.contracts.names import is_key
+from spotune.contracts.shapes import RECORD_MOST_BYTES
+from spotune.contracts.store.beneath import TRIES, files_below, list_folder, open_file, open_folders
 from spotune.contracts.store.download import Download
 from spotune.contracts.store.faults import local_side, opened
 from spotune.contracts.store.patience import Patience
@@ -41,9 +47,6 @@ class Disk:
         self._clock, self._sleep = clock, sleep
         self._rng = Random()
 
-    def _path(self, key: str) -> Path:
-        return Path(f"{self._root}/{key}")
-
     def _steadily(self, call: Callable[[], T]) -> T:
         deadline, tries = self._clock() + self._patience.deadline_s, 0
         while True:
@@ -57,193 +60,220 @@ class Disk:
             self._sleep(wait)
 
     def read(self, key: str) -> bytes:
-        return self._steadily(self._path(key).read_bytes)
+        def read() -> bytes:
+            with self._place(key) as (folder, name), open(open_file(folder, name, key), "rb") as file:
+                return file.read(RECORD_MOST_BYTES + 1)
+
+        return self._steadily(read)
 
     def exists(self, key: str) -> bool:
-        return self._steadily(lambda: _is_file(f"{self._root}/{key}"))
+        def exists() -> bool:
+            try:
+                with self._place(key) as (folder, name):
+                    return stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode)
+            except FileNotFoundError:
+                return False
+
+        return self._steadily(exists)
 
     def create(self, key: str, data: bytes) -> bool:
         def create() -> bool:
-            part = _write_part(self._path(key), data)
-            return _publish_new(part, self._path(key))
+            with self._place(key, make=True) as (folder, name):
+                return _publish_new(folder, _write_part(folder, data), name)
 
-        return self._steadily(create)
+        return self._in_a_folder(create)
 
     def write(self, key: str, data: bytes) -> None:
-        self._steadily(lambda: _publish(_write_part(self._path(key), data), self._path(key)))
+        def write() -> None:
+            with self._place(key, make=True) as (folder, name):
+                _publish(folder, _write_part(folder, data), name)
+
+        self._in_a_folder(write)
 
     def upload(self, local: Path, key: str) -> None:
-        self._steadily(lambda: _publish(_bring_in(local, self._path(key)), self._path(key)))
+        def upload() -> None:
+            with self._place(key, make=True) as (folder, name):
+                _publish(folder, _bring_in(local, folder), name)
+
+        self._in_a_folder(upload)
 
     def upload_new(self, local: Path, key: str) -> bool:
-        return self._steadily(lambda: _publish_new(_bring_in(local, self._path(key)), self._path(key)))
+        def upload() -> bool:
+            with self._place(key, make=True) as (folder, name):
+                return _publish_new(folder, _bring_in(local, folder), name)
+
+        return self._in_a_folder(upload)
 
     def download(self, key: str, local: Path) -> dict[str, Any]:
-        return self._steadily(lambda: _take_out(self._path(key), local))
+        def download() -> dict[str, Any]:
+            with self._place(key) as (folder, name):
+                return _take_out(folder, name, key, local)
+
+        return self._steadily(download)
 
     def keys(self, prefix: str) -> list[str]:
-        return [key for key in self._steadily(lambda: self._files(prefix)) if f"/{PART}" not in key]
+        return [key for key in self._files(prefix) if f"/{PART}" not in f"/{key}"]
 
     def names(self, prefix: str) -> list[str]:
         def scan() -> list[str]:
             try:
-                with os.scandir(f"{self._root}/{prefix}") as entries:
-                    found = [f"{entry.name}/" if _may_be_folder(entry) else entry.name for entry in entries]
+                with open_folders(self._root, _parts(prefix)) as folders:
+                    files, inner = list_folder(folders[-1])
             except FileNotFoundError:
                 return []
-            return sorted(name for name in found if not name.startswith(PART))
+            return sorted(name for name in (*files, *(f"{name}/" for name in inner)) if not name.startswith(PART))
 
         return self._steadily(scan)
 
     def delete(self, key: str) -> None:
-        path = self._path(key)
-        self._steadily(lambda: path.unlink(missing_ok=True))
-        _prune_empty(path.parent, Path(self._root))
+        *above, name = _parts(key)
+
+        def delete() -> None:
+            with contextlib.suppress(FileNotFoundError), open_folders(self._root, above) as folders:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=folders[-1])
+                _prune_empty(folders, above)
+
+        self._steadily(delete)
 
     def abort_uploads(self, prefix: str, older_than_s: float) -> list[str]:
         gone = []
-        for key in self._steadily(lambda: self._files(prefix)):
-            path = self._path(key)
-            try:
-                # Not the time of modification: a hard link has the file's own.
-                if path.name.startswith(PART) and time.time() - path.stat().st_ctime >= older_than_s:
-                    path.unlink()
-                    gone.append(key)
-            except FileNotFoundError:  # finished just now
+        for key in self._files(prefix):
+            if f"/{PART}" not in f"/{key}":
                 continue
+            with contextlib.suppress(FileNotFoundError), self._place(key) as (folder, name):  # finished just now
+                # Not the time of modification: a hard link has the file's own.
+                begun_at = os.stat(name, dir_fd=folder, follow_symlinks=False).st_ctime
+                if time.time() - begun_at >= older_than_s:
+                    os.unlink(name, dir_fd=folder)
+                    gone.append(key)
         return gone
 
     def _files(self, prefix: str) -> list[str]:
-        root = len(self._root) + 1
-        return sorted([path[root:] for path in _below(f"{self._root}/{prefix}")])
+        """The keys of all files below a folder, half ones included; none where there is no such folder."""
+
+        def find() -> list[str]:
+            try:
+                with open_folders(self._root, _parts(prefix)) as folders:
+                    return list(files_below(folders[-1], f"{prefix}/" if prefix else ""))
+            except FileNotFoundError:
+                return []
+
+        return sorted(filter(is_key, self._steadily(find)))
+
+    @contextlib.contextmanager
+    def _place(self, key: str, make: bool = False) -> Iterator[tuple[int, str]]:
+        """The open folder that a key lies in, and its name there."""
+        *above, name = _parts(key)
+        with open_folders(self._root, above, make) as folders:
+            yield folders[-1], name
+
+    def _in_a_folder(self, call: Callable[[], T]) -> T:
+        """As ``_steadily``; once more where somebody has just pruned the folder that was open."""
+
+        def repeat() -> T:
+            for _ in range(TRIES):
+                with contextlib.suppress(FolderGone):
+                    return call()
+            raise FileNotFoundError(errno.ENOENT, "its folder is removed again and again")
+
+        return self._steadily(repeat)
 
 
-def _may_be_folder(entry: os.DirEntry[str]) -> bool:
-    """A link to itself counts as one: whoever reads in it is told, and its neighbours are listed."""
+class FolderGone(Exception):
+    """The open folder of a new file was removed by somebody who found it empty."""
+
+
+def _parts(key: str) -> list[str]:
+    return key.split("/") if key else []
+
+
+def _open_part(folder: int) -> tuple[str, BinaryIO]:
+    """A new file in the folder, to be renamed."""
+    part = f"{PART}{uuid4().hex}"
     try:
-        return entry.is_dir()
-    except OSError:
-        return True
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=folder)
+    except FileNotFoundError as error:
+        raise FolderGone from error
+    _share_file(folder, descriptor)
+    return part, open(descriptor, "wb")
 
 
-def _is_file(path: str) -> bool:
-    try:
-        return stat.S_ISREG(os.stat(path).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-
-
-def _below(folder: str) -> list[str]:
-    """The files below a folder. Unlike ``os.walk`` it passes over no folder that cannot be read."""
-    files: list[str] = []
-    folders = [folder]
-    while folders:
-        try:
-            with os.scandir(folders.pop()) as entries:
-                for entry in entries:
-                    (folders if entry.is_dir(follow_symlinks=False) else files).append(entry.path)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-    return files
-
-
-def _open_part(path: Path) -> tuple[Path, BinaryIO]:
-    """A new file beside ``path``, to be renamed to it; the folder is made, also when somebody just pruned it."""
-    while True:
-        _make_folder(path.parent)
-        part = path.with_name(f"{PART}{uuid4().hex}")
-        try:
-            descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        except FileNotFoundError:
-            continue
-        _share_file(part)
-        return part, open(descriptor, "wb")
-
-
-def _make_folder(folder: Path) -> None:
-    """Whoever may write above may write in it: a bucket's own mode (2775, say) decides who shares it, not the umask.
-
-    A sticky folder (/tmp) is everybody's to put things in, and gives nothing on.
-    """
-    if not folder.parent.is_dir():
-        _make_folder(folder.parent)
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        if folder.is_dir():
-            return
-        raise
-    with contextlib.suppress(FileNotFoundError):  # pruned at this moment
-        above = folder.parent.stat().st_mode
-        shared = 0 if above & stat.S_ISVTX else above & (stat.S_IRWXG | stat.S_IRWXO)
-        mode = stat.S_IMODE(folder.stat().st_mode)
-        if shared & ~mode:
-            folder.chmod(mode | shared)
-
-
-def _share_file(part: Path) -> None:
+def _share_file(folder: int, file: int | str) -> None:
     """Whoever may read or write in its folder may do so with the file: safetensors makes the weights 0600, say."""
     with contextlib.suppress(OSError):  # not ours, or gone
-        above = part.parent.stat().st_mode
-        shared = 0 if above & stat.S_ISVTX else above & 0o066
-        mode = stat.S_IMODE(part.stat().st_mode)
-        if shared & ~mode:
-            part.chmod(mode | shared)
+        above = os.stat(".", dir_fd=folder).st_mode
+        found = os.stat(file) if isinstance(file, int) else os.stat(file, dir_fd=folder, follow_symlinks=False)
+        shared, mode = 0 if above & stat.S_ISVTX else above & 0o066, stat.S_IMODE(found.st_mode)
+        if shared & ~mode and isinstance(file, int):
+            os.fchmod(file, mode | shared)
+        elif shared & ~mode:
+            os.chmod(file, mode | shared, dir_fd=folder)
 
 
-def _write_part(path: Path, data: bytes) -> Path:
-    part, file = _open_part(path)
+def _remove(folder: int, name: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=folder)
+
+
+def _write_part(folder: int, data: bytes) -> str:
+    part, file = _open_part(folder)
     try:
         with file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
-        part.unlink(missing_ok=True)
+        _remove(folder, part)
         raise
     return part
 
 
-def _publish(part: Path, path: Path) -> None:
+def _publish(folder: int, part: str, name: str) -> None:
     try:
-        part.replace(path)
+        os.replace(part, name, src_dir_fd=folder, dst_dir_fd=folder)
     finally:
-        part.unlink(missing_ok=True)  # a rename between two links to one file does nothing, and leaves both
+        _remove(folder, part)  # a rename between two links to one file does nothing, and leaves both
 
 
-def _publish_new(part: Path, path: Path) -> bool:
+def _publish_new(folder: int, part: str, name: str) -> bool:
     """Create-only on a file system: a hard link fails when the name is taken, and shows whole files only."""
     try:
-        os.link(part, path)
+        os.link(part, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
     except FileExistsError:
         return False
     finally:
-        part.unlink(missing_ok=True)
+        _remove(folder, part)
     return True
 
 
-def _bring_in(local: Path, path: Path) -> Path:
-    """A durable part beside ``path`` with the local file's bytes: a hard link where that is possible, else a copy."""
+def _bring_in(local: Path, folder: int) -> str:
+    """A durable part in the folder with the local file's bytes: a hard link where that is possible, else a copy."""
     with local_side(), open(local, "rb") as reader:
         os.fsync(reader.fileno())
-    return _link_part(local.resolve(), path) or _copy_part(local, path)
+        seen = os.fstat(reader.fileno())
+    return _link_part(local.resolve(), folder, seen) or _copy_part(local, folder)
 
 
-def _link_part(source: Path, path: Path) -> Path | None:
-    """None when it cannot be a link: another file system, one without links, or a folder pruned at this moment."""
-    _make_folder(path.parent)
-    part = path.with_name(f"{PART}{uuid4().hex}")
+def _link_part(source: Path, folder: int, seen: os.stat_result) -> str | None:
+    """None when it cannot be a link: another file system, one without links, or somebody else's file."""
+    if seen.st_uid != os.geteuid() or not stat.S_ISREG(seen.st_mode):
+        return None
+    part = f"{PART}{uuid4().hex}"
     try:
-        os.link(source, part)
+        os.link(source, part, dst_dir_fd=folder, follow_symlinks=False)
     except OSError:
         return None
-    _share_file(part)
-    return part
+    if os.path.samestat(os.stat(part, dir_fd=folder, follow_symlinks=False), seen):
+        _share_file(folder, part)
+        return part
+    _remove(folder, part)
+    return None
 
 
-def _copy_part(local: Path, path: Path) -> Path:
+def _copy_part(local: Path, folder: int) -> str:
     with opened(local) as reader:
-        part, writer = _open_part(path)
+        part, writer = _open_part(folder)
         try:
             with writer:
                 buffer = memoryview(bytearray(BUFFER_BYTES))
@@ -255,17 +285,18 @@ def _copy_part(local: Path, path: Path) -> Path:
                     writer.write(buffer[:count])
                 writer.flush()
                 os.fsync(writer.fileno())
-            if part.stat().st_size != reader.tell():
-                raise OSError(errno.EIO, f"{part.stat().st_size} bytes are stored, {reader.tell()} were copied")
+                stored = os.fstat(writer.fileno()).st_size
+            if stored != reader.tell():
+                raise OSError(errno.EIO, f"{stored} bytes are stored, {reader.tell()} were copied")
         except BaseException:
-            part.unlink(missing_ok=True)
+            _remove(folder, part)
             raise
     return part
 
 
-def _take_out(path: Path, local: Path) -> dict[str, Any]:
-    with open(path, "rb", buffering=0) as reader, Download(local) as download:
-        linked = download.link(path)
+def _take_out(folder: int, name: str, key: str, local: Path) -> dict[str, Any]:
+    with open(open_file(folder, name, key), "rb", buffering=0) as reader, Download(local) as download:
+        linked = _is_ours_alone(os.fstat(reader.fileno())) and download.link(folder, name, reader.fileno())
         buffer, other = memoryview(bytearray(BUFFER_BYTES)), memoryview(bytearray(BUFFER_BYTES))
         while count := reader.readinto(buffer):
             if linked:
@@ -276,10 +307,15 @@ def _take_out(path: Path, local: Path) -> dict[str, Any]:
         return download.finish()
 
 
-def _prune_empty(folder: Path, root: Path) -> None:
-    while folder != root:
+def _is_ours_alone(found: os.stat_result) -> bool:
+    """Whether nobody else may rewrite the file: a link to it would change after its bytes were hashed."""
+    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _prune_empty(folders: list[int], names: list[str]) -> None:
+    """Removes the innermost folder if it is empty, then the one above it, and so on; the root stays."""
+    for folder, name in zip(reversed(folders[:-1]), reversed(names), strict=True):
         try:
-            folder.rmdir()
+            os.rmdir(name, dir_fd=folder)
         except OSError:
             return
-        folder = folder.parent

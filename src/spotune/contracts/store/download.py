@@ -35,11 +35,15 @@ class Download:
             self._file.close()
         self._part.unlink(missing_ok=True)
 
-    def link(self, source: Path) -> bool:
-        """Makes the file a hard link to ``source`` if it can be one; its bytes are then to be hashed only."""
+    def link(self, folder: int, name: str, opened: int) -> bool:
+        """Makes the file a hard link to ``name`` in an open folder if it can be one, and only if it still is the file
+        that is open as ``opened``; its bytes are then to be hashed only."""
         link = self._part.with_name(f"{self._part.name}-link")
         try:
-            os.link(source, link)
+            os.link(name, link, src_dir_fd=folder, follow_symlinks=False)
+            if not os.path.samestat(os.lstat(link), os.fstat(opened)):
+                link.unlink()
+                return False
             link.replace(self._part)
         except OSError:
             return False

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 from uuid import uuid4
 
+from spotune.contracts.names import is_key
+from spotune.contracts.shapes import RECORD_MOST_BYTES
 from spotune.contracts.store.connection import Connection, Pending
 from spotune.contracts.store.download import Download
 from spotune.contracts.store.faults import GaveUp, local_side, opened
@@ -98,7 +100,13 @@ class Objects:
         return f"{self._root}/{key}".rstrip("/")
 
     def read(self, key: str) -> bytes:
-        return b"".join(self._ranges(key, RECORD_BYTES))
+        data = bytearray()
+        with closing(self._ranges(key, RECORD_BYTES)) as ranges:
+            for piece in ranges:
+                data += piece
+                if len(data) > RECORD_MOST_BYTES:
+                    break
+        return bytes(data)
 
     def exists(self, key: str) -> bool:
         try:
@@ -130,12 +138,13 @@ class Objects:
 
     def keys(self, prefix: str) -> list[str]:
         found = self._list(partial(self._api.page, path=self._path(prefix), flat=True))
-        return sorted(name.removeprefix(f"{self._root}/") for name in found)
+        return sorted(filter(is_key, (name.removeprefix(f"{self._root}/") for name in found)))
 
     def names(self, prefix: str) -> list[str]:
         path = self._path(prefix)
         found = (name.removeprefix(f"{path}/") for name in self._list(partial(self._api.page, path=path, flat=False)))
-        return sorted(name for name in found if name)  # a console may have made an object for the folder itself
+        # A console may have made an object for the folder itself.
+        return sorted(name for name in found if is_key(name.removesuffix("/")))
 
     def delete(self, key: str) -> None:
         with suppress(FileNotFoundError):

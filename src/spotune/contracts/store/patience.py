@@ -17,6 +17,8 @@ class Patience:
         floor_bytes_per_s: what is slower on one connection is hung. A request with a body gets that much more time.
         first_wait_s: the wait before the second try; it doubles from try to try, up to ``longest_wait_s``.
         longest_wait_s: no wait is longer.
+        outage_s: once a request has failed for ``deadline_s``, others of the same store fail at once for so long. So
+            a verb of many requests, one after the other, waits for a store that is away only once. 0 asks each time.
     """
 
     request_s: float = 15.0
@@ -24,10 +26,11 @@ class Patience:
     floor_bytes_per_s: float = 64 * 1024
     first_wait_s: float = 0.2
     longest_wait_s: float = 10.0
+    outage_s: float = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if not getattr(self, field.name) > 0:
+            if not getattr(self, field.name) > 0 and field.name != "outage_s":
                 raise ValueError(f"{field.name} must be positive, not {getattr(self, field.name)}")
 
     def try_s(self, size: int = 0, tries: int = 3) -> float:
@@ -42,3 +45,7 @@ class Patience:
         """The wait after ``tries`` failed tries; random, so that many machines do not come back at once."""
         longest = min(self.longest_wait_s, self.first_wait_s * 2.0 ** min(tries - 1, 30))
         return longest * rng.uniform(0.5, 1.0)
+
+
+# Somebody waits at a terminal: a verb answers within 30 s where the store is away, transfers aside.
+FOR_VERBS = Patience(request_s=8.0, deadline_s=20.0, outage_s=30.0)

@@ -10,17 +10,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from spotune.contracts.errors import SpotuneError
+from spotune.contracts.errors import BadRecord, SpotuneError
 from spotune.contracts.keys import Keys, commit_of
 from spotune.contracts.localstate import log_line, write_state
+from spotune.contracts.marks import read_mark
 from spotune.contracts.output import protect_output
-from spotune.contracts.records import Mark
+from spotune.contracts.records import Progress
 from spotune.contracts.store import Store
 
 
 @dataclass(frozen=True)
 class Look:
-    """``failed``, ``cancelled`` and ``paused`` are the marks' reasons, None for none; ``commit`` the newest's key."""
+    """``failed``, ``cancelled`` and ``paused`` are the marks' reasons, None for none; ``commit`` the newest's key.
+
+    ``stalled``: the watchdog ended the last attempt that wrote its progress.
+    """
 
     completed: bool = False
     failed: str | None = None
@@ -28,6 +32,7 @@ class Look:
     cancelled: str | None = None
     paused: str | None = None
     commit: str = ""
+    stalled: bool = False
     error: str = ""
     at: float = 0.0
 
@@ -39,7 +44,8 @@ def look(bucket: str, run_id: str, clock: Callable[[], float] = time.time) -> Lo
         store = Store(bucket)
         if store.exists(keys.completed):
             return Look(completed=True, at=clock())
-        failed, cancelled, paused = (_mark(store, key) for key in (keys.failed, keys.cancelled, keys.paused))
+        failed, cancelled, paused = (read_mark(store, key) for key in (keys.failed, keys.cancelled, keys.paused))
+        stalled = _has_stalled(store, keys.progress)
         commits = [found for key in store.keys(keys.commits) if (found := commit_of(key))]
     except SpotuneError as error:
         return Look(error=str(error), at=clock())
@@ -49,6 +55,7 @@ def look(bucket: str, run_id: str, clock: Callable[[], float] = time.time) -> Lo
         cancelled=cancelled.reason if cancelled else None,
         paused=paused.reason if paused else None,
         commit=keys.commit(*max(commits)) if commits else "",
+        stalled=stalled,
         at=clock(),
     )
 
@@ -56,15 +63,19 @@ def look(bucket: str, run_id: str, clock: Callable[[], float] = time.time) -> Lo
 def cancelled_because(bucket: str, run_id: str) -> str | None:
     """Why a run is cancelled, None where it is not, or its bucket is not on this machine: nobody waits for another."""
     try:
-        mark = _mark(Store(bucket), Keys(run_id).cancelled) if bucket.startswith("file://") else None
+        mark = read_mark(Store(bucket), Keys(run_id).cancelled) if bucket.startswith("file://") else None
     except SpotuneError:
         return None
     return mark.reason if mark else None
 
 
-def _mark(store: Store, key: str) -> Mark | None:
-    data = store.read(key)
-    return Mark.from_bytes(data, key) if data else None
+def _has_stalled(store: Store, key: str) -> bool:
+    """Whether ``progress.json`` says so: once an attempt has ended, its phase is the reason. False where unreadable."""
+    try:
+        data = store.read(key)
+        return data is not None and Progress.from_bytes(data, key).phase == "stalled"
+    except BadRecord:
+        return False
 
 
 def main(arguments: list[str]) -> None:

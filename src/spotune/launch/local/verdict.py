@@ -70,16 +70,16 @@ def decide(ending: Ending, seen: Look, patience: Patience) -> Verdict:
         return kept("CANCELLED", seen.cancelled, code)
     if patience.interactive:
         return Verdict(
-            "FAILED", _end_of_interactive(ending), exits.PREEMPTED if _is_machines(ending, patience) else code
+            "FAILED", _end_of_interactive(ending, seen), exits.PREEMPTED if _is_machines(ending, patience) else code
         )
     if _is_machines(ending, patience):
         return _recover(ending, seen, patience)
     if code == exits.SUCCEEDED:
         return kept("FAILED", "ended without a certificate", code)
     if patience.restarts < patience.max_restarts:
-        reason = f"{_spell(ending)}; restart {patience.restarts + 1} of {patience.max_restarts}"
+        reason = f"{_spell(ending, seen)}; restart {patience.restarts + 1} of {patience.max_restarts}"
         return Verdict("RECOVERING", reason, code, restarts=patience.restarts + 1, faults=patience.faults)
-    return kept("FAILED", _spell(ending), code)
+    return kept("FAILED", _spell(ending, seen), code)
 
 
 def backoff_s(faults: int) -> float:
@@ -101,16 +101,18 @@ def _recover(ending: Ending, seen: Look, patience: Patience) -> Verdict:
     faults = 1 if progress else patience.faults + 1
     vanished = ending.exit_code in (None, KILLED)
     delay_s = backoff_s(faults if vanished else faults - FREE_RETRIES)
-    return Verdict("RECOVERING", _spell(ending), ending.exit_code, delay_s, patience.restarts, faults)
+    return Verdict("RECOVERING", _spell(ending, seen), ending.exit_code, delay_s, patience.restarts, faults)
 
 
-def _end_of_interactive(ending: Ending) -> str:
+def _end_of_interactive(ending: Ending, seen: Look) -> str:
     if ending.preempted:
         return "preempted; an interactive run is not recovered"
-    return "ended without a certificate" if ending.exit_code == 0 else _spell(ending)
+    return "ended without a certificate" if ending.exit_code == 0 else _spell(ending, seen)
 
 
-def _spell(ending: Ending) -> str:
+def _spell(ending: Ending, seen: Look) -> str:
+    if seen.stalled and ending.exit_code == exits.PREEMPTED:
+        return "stalled (exit code 75)"
     if ending.exit_code is None:
         return "the machine was lost"
     what = "setup " if ending.phase == "setup" else ""

@@ -1,0 +1,259 @@
+"""Decides whether an attempt has stalled. Pure: events and samples come in, time is counted by ``SeenTime``.
+
+    phase                   limit                                           what else is a sign of life
+    load, restore, idle     the floor                                       CPU time for 24 floors; bytes
+    restore, while fetching max(floor, the bucket's patience)               bytes that the guard moves
+    train, first steps      max(3 floors, 6 times the longest step so far)  before step 1: CPU time for 12 floors; bytes
+    train                   max(floor, 6 times the median step)             nothing: a hung collective burns CPU
+    eval                    max(floor, 6 median steps, 2 times the longest evaluation); the first: at least 2 floors
+    extra                   max(floor, the bucket's patience)               as load: it may talk to a hub that is slow
+    save, teardown          max(2 floors, 6 times a save)                   bytes
+    upload, beside training max(floor, the bucket's patience, 6 uploads)    bytes that the guard moves
+
+The floor is ``--stall-after``. CPU time and bytes of others excuse nothing while a rank is stopped (state T).
+"""
+
+import math
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+TIMES = 6.0  # a step may take so many times the median
+RECENT = 50  # steps that the median is taken of
+FEWEST = 3  # steps below which there is no median
+LONGEST_TICK_S = 5.0  # a longer one is time in which the guard itself did not run
+CPU_SHARE = 0.05  # of one core: less is a trickle
+BYTES_PER_S = 256e3  # less is a trickle: logs, heartbeats, this watchdog's own reading of /proc
+FIRST_FLOORS, LOAD_FLOORS = 12.0, 24.0  # for how long CPU time alone is believed
+_SIGNS = frozenset(("phase", "step", "plan", "rows", "predicted", "save", "log", "restored"))
+
+
+def boot_time() -> float:
+    """Seconds that also count while the machine is suspended; elsewhere than on Linux as ``monotonic``."""
+    clock_id = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+    return time.clock_gettime(clock_id)
+
+
+class SeenTime:
+    """Counts the seconds in which the guard ran and could see its ranks.
+
+    Attributes:
+        seen_s: their sum.
+        missed_s: all others so far: the guard was stopped, or the machine was suspended.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, boot: Callable[[], float] = boot_time) -> None:
+        self._clock, self._boot = clock, boot
+        self._at, self._asleep_s = clock(), boot() - clock()
+        self.seen_s = self.missed_s = 0.0
+
+    def tick(self) -> float:
+        """Adds the time since the last tick; returns the seconds of it that were missed, 0 as a rule."""
+        now = self._clock()
+        passed_s, asleep_s = max(now - self._at, 0.0), self._boot() - now
+        slept_s = max(asleep_s - self._asleep_s, 0.0)
+        self._at, self._asleep_s = now, asleep_s
+        is_gap = passed_s > LONGEST_TICK_S or slept_s > LONGEST_TICK_S
+        if is_gap:
+            self.missed_s += passed_s + slept_s
+            return passed_s + slept_s
+        self.seen_s += passed_s
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What processes have done so far: CPU seconds, bytes read and written; ``stopped``: one is in state T."""
+
+    cpu_s: float = 0.0
+    moved_bytes: float = 0.0
+    stopped: bool = False
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the guard sees in one look.
+
+    Attributes:
+        ranks: the work of all ranks and their children, on all machines; None where the system does not say.
+        guard: the guard's own.
+        uploading: the step whose upload is under way, None for none, and while the bucket is known to be away.
+    """
+
+    ranks: Work | None
+    guard: Work
+    uploading: int | None = None
+
+
+@dataclass(frozen=True)
+class Stall:
+    """Nothing has happened for longer than may be.
+
+    Attributes:
+        phase: ``upload``, or as events name it.
+        silent_s: seen seconds since the last sign of life.
+        since: when that was, epoch seconds.
+    """
+
+    phase: str
+    silent_s: float
+    limit_s: float
+    since: float
+
+    @property
+    def what(self) -> str:
+        """What did not come."""
+        missing = {"train": "no step", "upload": "no byte of a checkpoint was uploaded"}
+        return missing.get(self.phase, f"no sign of life in the phase {self.phase}")
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """What limits begin with.
+
+    Attributes:
+        floor_s: ``--stall-after``; 0: nothing is ever a stall.
+        patience_s: for how long the bucket may be away.
+        known: medians of earlier attempts, as ``Toll.record`` names them.
+    """
+
+    floor_s: float
+    patience_s: float
+    known: Callable[[], dict[str, float]] = dict
+
+
+class Stalls:
+    """Listens to the events of an attempt and looks at samples. Thread-safe."""
+
+    def __init__(self, budgets: Budgets, wall: Callable[[], float] = time.time) -> None:
+        self._budgets, self._floor_s, self._wall = budgets, budgets.floor_s, wall
+        self._lock = threading.Lock()
+        self._phase, self._is_restored, self._has_stepped = "load", False, False
+        self._seen_s = 0.0
+        self._sign_s, self._sign_at = 0.0, wall()
+        self._worked_s = self._moved_s = 0.0  # when CPU time was last used, when bytes were last moved
+        self._steps: deque[float] = deque(maxlen=RECENT)
+        self._longest_step_s = self._longest_eval_s = 0.0
+        self._step_s: float | None = None  # when the last step ended, or training began
+        self._eval_s: float | None = None
+        self._upload: int | None = None
+        self._upload_s, self._upload_at = 0.0, wall()
+        self._last: tuple[float, Sample] | None = None
+
+    def take(self, event: dict[str, Any]) -> None:
+        """One event, as the journal has it."""
+        if event["event"] not in _SIGNS:
+            return
+        with self._lock:
+            now = self._seen_s
+            self._sign_s, self._sign_at = now, self._wall()
+            match event["event"]:
+                case "restored":
+                    self._is_restored = True
+                case "phase":
+                    self._enter(event["phase"], now)
+                case "step":
+                    self._measure_step(now)
+
+    def _enter(self, phase: str, now: float) -> None:
+        if self._phase == "eval" and self._eval_s is not None:
+            self._longest_eval_s = max(self._longest_eval_s, now - self._eval_s)
+        self._eval_s = now if phase == "eval" else None
+        self._step_s = now if phase == "train" else None  # what lies between is not a step's time
+        self._phase = phase
+
+    def _measure_step(self, now: float) -> None:
+        if self._step_s is not None:
+            took_s = now - self._step_s
+            self._longest_step_s = max(self._longest_step_s, took_s)
+            if self._has_stepped:  # the first one compiles and warms up
+                self._steps.append(took_s)
+        self._has_stepped, self._step_s = True, now
+
+    def forgive(self, missed_s: float) -> None:
+        """The guard has missed some time: every limit begins anew."""
+        if missed_s:
+            with self._lock:
+                self._sign_s = self._worked_s = self._moved_s = self._upload_s = self._seen_s
+                self._last = None
+
+    def look(self, seen_s: float, sample: Sample | None = None) -> Stall | None:
+        """The stall, if there is one now; ``sample``: where one was taken in this look."""
+        with self._lock:
+            self._seen_s = seen_s
+            if sample is not None:
+                self._compare(sample)
+            return self._judge() if self._floor_s > 0 else None
+
+    def _compare(self, sample: Sample) -> None:
+        """Notes what has worked since the last sample."""
+        now, last = self._seen_s, self._last
+        if sample.uploading != self._upload:
+            self._upload, self._upload_s, self._upload_at = sample.uploading, now, self._wall()
+        self._last = (now, sample)
+        if last is None or now <= last[0]:
+            return
+        span_s, before = now - last[0], last[1]
+        if (sample.guard.moved_bytes - before.guard.moved_bytes) / span_s >= BYTES_PER_S:
+            if self._upload is not None:
+                self._upload_s, self._upload_at = now, self._wall()
+            if self._phase == "restore" and not self._is_restored:
+                self._moved_s = now
+        if sample.ranks is None or before.ranks is None or sample.ranks.stopped:
+            return
+        if (sample.ranks.cpu_s - before.ranks.cpu_s) / span_s >= CPU_SHARE:
+            self._worked_s = now
+        if (sample.ranks.moved_bytes - before.ranks.moved_bytes) / span_s >= BYTES_PER_S:
+            self._moved_s = now
+
+    def _judge(self) -> Stall | None:
+        known = self._budgets.known()
+        limit_s, believes_cpu_s, believes_bytes = self._limit(known)
+        signs = [self._sign_s]
+        if believes_bytes:
+            signs.append(self._moved_s)
+        silent_s = self._seen_s - max(signs)
+        if believes_cpu_s:
+            is_blind = self._last is not None and self._last[1].ranks is None
+            limit_s = believes_cpu_s if is_blind else limit_s
+            if silent_s <= believes_cpu_s:
+                silent_s = min(silent_s, self._seen_s - self._worked_s)
+        if silent_s > limit_s:
+            return Stall(self._phase, self._seen_s - self._sign_s, limit_s, self._sign_at)
+        if self._upload is None:
+            return None
+        limit_s = max(self._floor_s, self._budgets.patience_s, TIMES * known.get("send_s", 0.0))
+        silent_s = self._seen_s - self._upload_s
+        return Stall("upload", silent_s, limit_s, self._upload_at) if silent_s > limit_s else None
+
+    def _limit(self, known: dict[str, float]) -> tuple[float, float, bool]:
+        """The phase's limit, for how long CPU time is believed (0: not), and whether bytes are."""
+        floor_s = self._floor_s
+        step_s = statistics.median(self._steps) if len(self._steps) >= FEWEST else 0.0
+        save_s = known.get("stall_s", 0.0) + known.get("write_s", 0.0)
+        match self._phase:
+            case "train" if step_s or len(self._steps) >= FEWEST:
+                return max(floor_s, TIMES * step_s), 0.0, False
+            case "train":
+                limit_s = max(3 * floor_s, TIMES * max(self._longest_step_s, known.get("step_s", 0.0)))
+                return (limit_s, 0.0, False) if self._has_stepped else (limit_s, FIRST_FLOORS * floor_s, True)
+            case "eval":
+                least_s = 2 * self._longest_eval_s or 2 * floor_s
+                return max(floor_s, TIMES * step_s, least_s), 0.0, False
+            case "save" | "teardown":
+                return max(2 * floor_s, TIMES * save_s), 0.0, True
+            case "restore" if not self._is_restored:
+                return max(floor_s, self._budgets.patience_s), LOAD_FLOORS * floor_s, True
+            case "extra":
+                return max(floor_s, self._budgets.patience_s), LOAD_FLOORS * floor_s, True
+            case _:
+                return floor_s, LOAD_FLOORS * floor_s, True
+
+
+def sample_every_s(floor_s: float) -> float:
+    """How often to look at processes: seldom where the floor is long, since there may be a thousand of them."""
+    return min(max(floor_s / 60, 0.5), 10.0) if floor_s > 0 else math.inf

@@ -1,0 +1,94 @@
+"""A bucket that others have filled with wrong records, links and odd names: the run ends as if undisturbed, and nothing
+outside the bucket and the machine's own folders is touched. On a disk, an S3 server and a GCS emulator."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from spotune.contracts.store import Store
+from tests.hostile import hostile_commits
+from tests.script import FakeScript, fake_config, undisturbed_weights
+from tests.waiting import ended
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fake_config(tmp_path_factory.mktemp("material"), max_steps=STEPS)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return undisturbed_weights(config, tmp_path_factory.mktemp("undisturbed"))
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(path): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def fill(store: Store, script: FakeScript, theirs: Path) -> None:
+    """Puts whatever is wrong beside and after the run's own records."""
+    keys = script.keys
+    key = f"{keys.commits}/{max(script.commits)}.json"
+    whole = store.read(key) or b""
+    for number, data in enumerate(hostile_commits(whole).values(), 1):
+        store.write(keys.commit(1, 10_000 + number), data)
+        store.write(f"{keys.checkpoint(10_000 + number, 1)}/scheduler.pt", b"12345")
+    store.write(keys.commit(1, 9_000), whole)  # of another step
+    store.write(f"{keys.commits}/²-00000001.json", whole)
+    store.write(f"{keys.commits}/0001-99999999999999999999.json", whole)
+    for name in ("²", "abc", "00001", "9" * 30):
+        store.write(f"{keys.attempts}/{name}/attempt.json", b"{}")
+    store.write(keys.attempt(1), b'{"spells_s": "x"}')
+    store.write(keys.bill(1), b'{"price": 7}')
+    store.write(keys.events(1, 0, 99_999), b'[]\n{"t": "x", "event": 7}\n' + b"[" * 100_000)
+    store.write(keys.progress, b'{"step": NaN}')
+    if store.is_local:
+        root = Path(store.url.removeprefix("file://"))
+        for name in ("00000004-0001", "odd", "99999999-0001"):
+            (root / keys.checkpoints / name).symlink_to(theirs, target_is_directory=True)
+        (root / keys.commits / "0001-00020000.json").symlink_to(theirs / "thesis.txt")
+        os.mkfifo(root / keys.commits / "0001-00030000.json")
+        (root / keys.attempts / "0009").symlink_to(theirs, target_is_directory=True)
+        (root / keys.root / "lost").symlink_to(theirs / "none")
+
+
+def test_a_run_in_a_hostile_bucket_ends_as_if_undisturbed(
+    bucket: str, config: Path, undisturbed: str, tmp_path: Path
+) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "thesis.txt").write_text("all of it")
+    before = contents(theirs)
+    script = FakeScript(bucket, "hostile", config, tmp_path / "machine")
+    first = script.start_and_stop_after(8)
+    script.until(lambda: script.commits, first)
+    first.kill()
+    ended(first)
+    step = int(max(script.commits).partition("-")[2])
+    fill(script.store, script, theirs)
+    script.allow_all()
+    assert script.run() == 0, script.log()
+    assert f"resumed from the checkpoint of step {step}, attempt 1" in script.log()
+    assert "Traceback" not in script.log()
+    assert script.weights == undisturbed
+    assert contents(theirs) == before
+    assert not Path("/tmp/spotune-hostile").exists()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "home") == sorted(
+        ["machine", "theirs", *(["bucket"] if script.store.is_local else [])]
+    )
+
+
+@pytest.mark.parametrize("mark", ["failed", "paused", "cancelled"])
+@pytest.mark.parametrize("kind", ["empty", "cut", "link"])
+def test_a_mark_is_one_by_being_there(config: Path, tmp_path: Path, mark: str, kind: str) -> None:
+    script = FakeScript(f"file://{tmp_path}/bucket", "marked", config, tmp_path / "machine")
+    key = f"{script.keys.root}/{mark}.json"
+    script.store.write(key, b"" if kind == "empty" else b'{"run')
+    if kind == "link":
+        (tmp_path / "bucket" / key).unlink()
+        (tmp_path / "bucket" / key).symlink_to(tmp_path / "nowhere")
+    assert script.run() == 1
+    assert f"stands still since attempt 0: {key}: " in script.log()
