@@ -4,7 +4,6 @@ A file is known again by path, size, both times and inode. Only large files are 
 written within the last seconds: a second write in the same tick of the file system's clock would not show.
 """
 
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -12,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.exchange import write_json
+from spotune.contracts.errors import InfraError
 from spotune.contracts.fingerprint import file_facts
+from spotune.contracts.localstate import read_object, write_state
 
 MEMORY = "file-hashes.json"
 WORTHWHILE = 1 << 20  # bytes
@@ -59,14 +59,19 @@ def _state(path: Path) -> list[int]:
 
 def _recall(cache: Path) -> dict[str, list[Any]]:
     try:
-        known = json.loads((cache / MEMORY).read_bytes())
-    except (OSError, ValueError):  # not there, or damaged: everything is read again
+        known = read_object(cache / MEMORY) or {}
+    except InfraError:  # a disk that fails: everything is read again
         return {}
-    return {path: entry for path, entry in known.items() if isinstance(entry, list)} if isinstance(known, dict) else {}
+    return {path: entry for path, entry in known.items() if _is_entry(entry)}
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether it is a file's state and a sha256: half of one would be taken for the file's."""
+    return isinstance(entry, list) and len(entry) == 6 and isinstance(entry[5], str) and len(entry[5]) == 64
 
 
 def _remember(cache: Path, memory: dict[str, list[Any]]) -> None:
     try:
-        write_json(cache / MEMORY, {path: entry for path, entry in memory.items() if os.path.exists(path)})
-    except OSError:  # a home that cannot be written: slower, not wrong
+        write_state(cache / MEMORY, {path: entry for path, entry in memory.items() if os.path.exists(path)})
+    except (OSError, InfraError):  # a home that cannot be written: slower, not wrong
         return

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields
 from functools import cache
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from spotune.contracts.names import name_fault
 
@@ -54,6 +54,14 @@ def checked(record: type, values: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def fits(record: type, name: str, value: Any) -> bool:
+    """Returns whether a value is what the class says of this field."""
+    try:
+        return _checks(record)[name][1](value)
+    except ValueError:  # out of bounds
+        return False
+
+
 @cache
 def _checks(record: type) -> dict[str, Check]:
     return {name: _check(kind) for name, kind in get_type_hints(record, include_extras=True).items()}
@@ -72,6 +80,8 @@ def _check(kind: Any) -> Check:
     if origin in (Union, UnionType):
         checks = [_check(one) for one in kinds]
         return " or ".join(words for words, _ in checks), lambda value: any(fits(value) for _, fits in checks)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, kinds))}", lambda value: isinstance(value, str) and value in kinds
     words, fits = _check(kinds[-1])
     of_each = "" if kinds[-1] is Any else f" (each {words})"
     if origin is list:
@@ -86,7 +96,7 @@ def check_files(files: Any) -> None:
     for name, facts in files.items():
         if type(facts) is not dict:
             raise ValueError(f"{_shown(name)}: not an object: {_shown(facts)}")
-        if not _is_whole(facts.get("size")) or facts["size"] < 0:
+        if not is_whole(facts.get("size")) or facts["size"] < 0:
             raise ValueError(f"{_shown(name)}: size: not a number of bytes: {_shown(facts.get('size'))}")
         if type(facts.get("sha256")) is not str or not _SHA256.fullmatch(facts["sha256"]):
             raise ValueError(f"{_shown(name)}: sha256: not 64 hexadecimal digits: {_shown(facts.get('sha256'))}")
@@ -140,7 +150,7 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and -_GREATEST < value < _GREATEST  # of NaN neither is so
 
 
-def _is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
     return type(value) is int and -MOST < value < MOST
 
 
@@ -153,15 +163,15 @@ _PLAIN: dict[Any, Check] = {
     NoneType: ("null", lambda value: value is None),
     str: ("a text", _is_text),
     bool: ("true or false", lambda value: type(value) is bool),
-    int: ("a whole number", _is_whole),
+    int: ("a whole number", is_whole),
     float: ("a number", _is_number),
     Time: ("a time in epoch seconds", _is_time),
-    Step: ("a whole number", _bounded(_is_whole, 0, MOST_STEPS)),
-    AttemptNumber: ("a whole number", _bounded(_is_whole, 0, MOST_ATTEMPTS)),
-    Ranks: ("a whole number", _bounded(_is_whole, 1, MOST_RANKS)),
-    Count: ("a whole number", _bounded(_is_whole, 0, MOST)),
+    Step: ("a whole number", _bounded(is_whole, 0, MOST_STEPS)),
+    AttemptNumber: ("a whole number", _bounded(is_whole, 0, MOST_ATTEMPTS)),
+    Ranks: ("a whole number", _bounded(is_whole, 1, MOST_RANKS)),
+    Count: ("a whole number", _bounded(is_whole, 0, MOST)),
     Amount: ("a number", _bounded(_is_number, 0, _GREATEST)),
-    ExitCode: ("a whole number", _bounded(_is_whole, 1, 255)),
+    ExitCode: ("a whole number", _bounded(is_whole, 1, 255)),
     Files: ("files", _are_files),
 }
 

@@ -45,4 +45,4 @@ def all_runs(
         refresh(workspace, index, clock(), warn, progress)
         return take(index)
 
-    return use_index(index_file(workspace.env.cache, workspace.env.bucket), use)
+    return use_index(index_file(workspace.env.cache, workspace.env.bucket), use, warn)

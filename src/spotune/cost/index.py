@@ -1,10 +1,12 @@
 """What is known of every run's cost, kept on this machine: SQLite below ``$SPOTUNE_HOME/cache``, a file a bucket.
 
-The bucket and the engine are the truth; the file may be deleted at any time, and one that is broken or of another
-version is made anew. Where no file can be written the index lives in memory, and everything is read each time.
+The bucket and the engine are the truth; the file may be deleted at any time. One of an older version is made anew, a
+damaged one set aside, each in a line; one of a newer version is left alone. Where no file can be used the index lives
+in memory, and everything is read each time.
 """
 
 import hashlib
+import os
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -12,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from spotune.contracts.errors import InfraError
+from spotune.contracts.localstate import set_aside
 from spotune.cost.rows import INDEXED as COLUMNS
 from spotune.cost.rows import RUN as TOTALS
 
@@ -25,7 +29,14 @@ CREATE INDEX IF NOT EXISTS attempts_of ON attempts (bucket, run_id);
 PRAGMA user_version = {VERSION};
 """
 
-_NOT_THE_FILES_FAULT = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
+_NOT_THE_FILES_FAULT = (
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+)
 
 Key = tuple[str, str]  # bucket, run id
 Result = TypeVar("Result")
@@ -54,6 +65,14 @@ class Entry:
         return self.bucket, self.run_id
 
 
+class OtherVersion(Exception):
+    """The file is of another version of spotune."""
+
+    def __init__(self, version: int) -> None:
+        super().__init__(f"made by {'a newer' if version > VERSION else 'an older'} spotune, version {version}")
+        self.is_newer = version > VERSION
+
+
 class Index:
     """Several processes may use one file at a time: each write is one transaction, and what it writes is whole."""
 
@@ -61,7 +80,9 @@ class Index:
         self._connection = sqlite3.connect(path, timeout=BUSY_S)
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
         if version not in (0, VERSION):
-            raise sqlite3.DatabaseError(f"tables of version {version}")
+            raise OtherVersion(version)
+        if (found := self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+            raise sqlite3.DatabaseError(found)
         if not version:
             self._connection.executescript(f"BEGIN IMMEDIATE; {_TABLES} COMMIT;")
 
@@ -117,16 +138,30 @@ def index_file(cache: Path, bucket: str) -> Path:
     return cache / f"cost-{hashlib.sha256(bucket.encode()).hexdigest()[:16]}.sqlite"
 
 
-def use_index(path: Path, use: Callable[[Index], Result]) -> Result:
-    """What ``use`` makes of the index in that file. It is called again, with an empty one, where that is broken."""
+def use_index(path: Path, use: Callable[[Index], Result], warn: Callable[[str], None] = lambda message: None) -> Result:
+    """What ``use`` makes of the index in that file. It is called again, with an empty one, where that is damaged."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
     for _ in range(2):
         try:
+            if os.path.lexists(path) and not path.is_file():
+                set_aside(path, "not a file", warn)
             return use(Index(str(path)))
-        except sqlite3.Error as error:
-            if getattr(error, "sqlite_errorcode", None) in _NOT_THE_FILES_FAULT:
+        except OtherVersion as error:
+            if error.is_newer:
+                warn(f"{path}: {error} and not {VERSION}: left alone, everything is read (upgrade spotune)")
                 break
+            warn(f"{path}: {error}: made anew as version {VERSION}")
             with suppress(OSError):
                 path.unlink()
+        except sqlite3.Error as error:
+            if (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF in _NOT_THE_FILES_FAULT:
+                break
+            with suppress(InfraError):
+                set_aside(path, f"damaged: {error}", warn)
+        except InfraError as error:
+            if not str(error).startswith(str(path)):
+                raise
+            warn(str(error))
+            break
     return use(Index(":memory:"))

@@ -10,7 +10,17 @@ from spotune.contracts.clusters import read_clusters
 from spotune.contracts.errors import BadRecord, InputError
 from spotune.contracts.events import Event, parse_lines
 from spotune.contracts.keys import Keys, attempt_of, commit_of
-from spotune.contracts.records import AttemptRecord, Bill, Certificate, Commit, Mark, PriceRow, Record, check_paid
+from spotune.contracts.records import (
+    AttemptRecord,
+    Bill,
+    Certificate,
+    Commit,
+    Mark,
+    PriceRow,
+    Record,
+    RunRecord,
+    check_paid,
+)
 from spotune.contracts.revisions import record_in_force
 from spotune.contracts.store import Store
 from spotune.cost.each import each
@@ -22,13 +32,18 @@ _FILE = re.compile(r"/attempts/([0-9]{4,})/(attempt|bill|events-0-([0-9]{1,15}))
 Kind = TypeVar("Kind", bound=Record)
 
 
-def read_evidence(store: Store, run_id: str, intervals: Sequence[PaidInterval] = ()) -> Evidence:
+def read_evidence(
+    store: Store, run_id: str, intervals: Sequence[PaidInterval] = (), without: RunRecord | None = None
+) -> Evidence:
     """All that is known of a run. Raises InputError when the bucket has no such run, StoreError when it fails.
 
     A record of an attempt that cannot be read is left out, as if it had never been written, and said in ``unread``.
+
+    Args:
+        without: stands for the run's record where the run's folder is gone from the bucket.
     """
     keys = Keys(run_id)
-    run = record_in_force(store, keys)
+    run = record_in_force(store, keys) or without
     if run is None:
         raise InputError(run_id, f"no such run in {store.url}")
     names = [key for key in store.keys(keys.attempts) if _FILE.search(key) and attempt_of(key)]
@@ -74,11 +89,13 @@ class _Records:
 
 
 def _read(store: Store, key: str) -> bytes | BadRecord | None:
-    """One that cannot be read, such as a link, costs nothing but itself."""
+    """One that cannot be read, such as a link, or for lack of a right, costs nothing but itself."""
     try:
         return store.read(key)
     except BadRecord as error:
         return error
+    except InputError as error:
+        return BadRecord(str(error))
 
 
 def _parts(store: Store, attempts: Sequence[AttemptRecord], warn: Callable[[str], None]) -> dict[int, PriceRow]:

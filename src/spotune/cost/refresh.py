@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from spotune.contracts.errors import BadRecord, InputError, StoreError
 from spotune.contracts.keys import LATE, RUN_ID, RUNS, Keys
+from spotune.contracts.records import RunRecord
 from spotune.contracts.store import FOR_VERBS, Store
 from spotune.cost.each import each
 from spotune.cost.estimates import estimates
@@ -26,6 +27,7 @@ from spotune.launch.infra import ACTIVE, JobStatus, PaidInterval
 from spotune.launch.status import LAST_SEEN, certify_if_reachable, jobs_of, read_run
 from spotune.launch.workspace import Workspace
 
+GONE = "removed"  # in the place of a fingerprint: there is no record of the run any more
 MANY = 200  # from here on it pays to start processes: reading a run is work for the CPU
 CHUNK = 50
 
@@ -59,9 +61,9 @@ def refresh(
     bucket = workspace.env.bucket
     known = _ask_engines(workspace, warn)
     wanted = {(bucket, name) for name in workspace.store().folders(RUNS) if RUN_ID.fullmatch(name)}
-    wanted |= {key for key in known.jobs if key[0] != bucket}
+    wanted |= {key for key, job in known.jobs.items() if key[0] != bucket or job.attempt}  # also without its folder
     indexed = index.keep_only(wanted)
-    stale = _stale(workspace, index, wanted, known)
+    stale = _stale(workspace, index, wanted, known, warn)
     done = 0
     for size, found in _read(workspace, stale, known, now):
         index.put([one for one in found if isinstance(one, Entry)])
@@ -90,10 +92,20 @@ def _ask_engines(workspace: Workspace, warn: Callable[[str], None]) -> Known:
     return Known({(job.bucket or workspace.env.bucket, job.run_id): job for job in jobs}, is_whole=not silent)
 
 
-def _stale(workspace: Workspace, index: Index, wanted: Iterable[Key], known: Known) -> list[Key]:
+def _late(workspace: Workspace, warn: Callable[[str], None]) -> set[str]:
+    try:
+        return set(workspace.store().keys(LATE))
+    except (InputError, StoreError) as error:
+        warn(f"bills that came late are not looked for: {error}")
+        return set()
+
+
+def _stale(
+    workspace: Workspace, index: Index, wanted: Iterable[Key], known: Known, warn: Callable[[str], None]
+) -> list[Key]:
     """Those of the runs that have to be read, in order."""
     stamps = index.stamps()
-    late = set(workspace.store().keys(LATE))
+    late = _late(workspace, warn)
 
     def is_active(key: Key) -> bool:
         return key in known.jobs and known.jobs[key].state in ACTIVE
@@ -101,7 +113,7 @@ def _stale(workspace: Workspace, index: Index, wanted: Iterable[Key], known: Kno
     def is_stale(key: Key) -> bool:
         try:
             return key not in stamps or is_active(key) or stamps[key] != stamp_of(workspace.store(key[0]), key[1])
-        except InputError:  # the engine remembers a run whose bucket is gone
+        except (InputError, StoreError):  # the run's bucket is gone, or its folder cannot be read: that is said next
             return True
 
     # The others cannot change any more, but for a bill that comes late.
@@ -159,23 +171,25 @@ def read_chunk(bucket: str, run_ids: Sequence[str], is_whole: bool, now: float) 
             stamp = stamp_of(store, run_id)
             status = read_run(store, run_id, now)
             return entry_of(store, status, [], stamp, is_whole, now) if status else None
-        except StoreError as error:
+        except (InputError, StoreError) as error:
             return Failure((bucket, run_id), str(error))
 
     return each(bucket, read, run_ids)
 
 
 def _read_known(workspace: Workspace, key: Key, job: JobStatus, now: float) -> Found:
+    history: Sequence[PaidInterval] = []
     try:
         store = workspace.store(key[0])
-        stamp = stamp_of(store, key[1])
         history = workspace.infra(job.infra).history(key[1])
+        stamp = stamp_of(store, key[1])
         status = certify_if_reachable(job, store)
         entry = entry_of(store, status, history, stamp, True, now)
         # A machine that is lost right after the certificate is followed by another.
         return replace(entry, settled=False) if job.state in ACTIVE else entry
-    except InputError:  # the engine remembers a run whose bucket is gone
-        return None
+    except InputError as error:
+        is_here = key[0] == workspace.env.bucket  # else: the engine remembers a run whose bucket is gone
+        return Failure(key, str(error)) if is_here and history else None
     except StoreError as error:
         return Failure(key, str(error))
 
@@ -204,12 +218,32 @@ def report_of(
 ) -> dict[str, Any]:
     """A run's report, with its ``bucket``; bills that are due are left there on the way."""
     with _one_shape(status.run_id):
-        evidence = read_evidence(store, status.run_id, history)
+        evidence = read_evidence(store, status.run_id, history, *([_stand_in(status)] if history else []))
+        if history and evidence.run.config_sha256 == GONE and status.state in ACTIVE:
+            gone = (
+                f"{Keys(status.run_id).run}: missing, its folder was removed; what was paid for it is the engine's word"
+            )
+            evidence = replace(evidence, unread=[*evidence.unread, gone])
         is_heard = not status.reason.startswith(LAST_SEEN)  # else nobody knows whether its machine is still on
         accounts = build_accounts(evidence, now, status.state if is_heard else None)
         leave_bills(store, evidence, accounts, is_over=status.state not in ACTIVE)
         report = build_report(evidence, status.state, now, accounts, is_drawn, is_heard)
         return {**report, "bucket": store.url, "estimates": estimates(evidence, store.url), "reason": status.reason}
+
+
+def _stand_in(status: JobStatus) -> RunRecord:
+    """What the engine knows of a run whose folder was removed: no config, and no prices."""
+    return RunRecord(
+        run_id=status.run_id,
+        created_at=status.submitted_at,
+        user=status.user,
+        infra=status.infra,
+        priority=status.priority,
+        config_path="",
+        config={},
+        config_sha256=GONE,
+        data_sha256="",
+    )
 
 
 @contextmanager

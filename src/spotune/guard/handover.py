@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.exchange import STAGED, TRAINER, Staged, read_json, write_json
+from spotune.contracts.errors import InfraError
+from spotune.contracts.exchange import STAGED, TRAINER, Staged, read_json
 from spotune.contracts.fingerprint import file_facts
+from spotune.contracts.localstate import Damaged, load_object, set_aside, write_state
 from spotune.contracts.names import number_of
 from spotune.contracts.shapes import MOST_STEPS
 
@@ -59,7 +61,7 @@ def seal(folder: Path, staged: Staged, config_sha256: str, revision: int = 0) ->
         name = file.relative_to(source).as_posix()
         files[name] = staged.files.get(name) or file_facts(file)
     whole = replace(staged, files=files, config_sha256=config_sha256, revision=revision)
-    write_json(path, whole)
+    write_state(path, whole)
     return whole
 
 
@@ -68,8 +70,10 @@ def seal_path(folder: Path, step: int) -> Path:
 
 
 def sealed(folder: Path) -> list[Staged]:
-    """What is sealed in an attempt's folder, newest first. A seal that cannot be read seals nothing, nor does one of
-    another folder's files."""
+    """What is sealed in an attempt's folder, newest first. A damaged seal is set aside and seals nothing.
+
+    Nor does one of another folder's files.
+    """
     found = (_read_seal(path) for path in (folder / SEALED).glob("*.json"))
     own = (seal for seal in found if seal and Path(seal.checkpoint) == folder / TRAINER / f"checkpoint-{seal.step}")
     return sorted(own, key=lambda staged: -staged.step)
@@ -77,6 +81,10 @@ def sealed(folder: Path) -> list[Staged]:
 
 def _read_seal(path: Path) -> Staged | None:
     try:
-        return Staged.from_dict(data) if (data := read_json(path)) else None
-    except (OSError, ValueError, RecursionError):  # of another version, or cut by a crash of this machine
-        return None
+        found = load_object(path)
+        return Staged.from_dict(found) if found else None
+    except (Damaged, ValueError) as error:  # of another version, or cut by a crash of this machine
+        set_aside(path, str(error))
+    except InfraError:  # a disk that fails: nothing is known
+        pass
+    return None

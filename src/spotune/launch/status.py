@@ -53,7 +53,7 @@ def list_runs(
     jobs = [job for engine in workspace.engines() for job in jobs_of(engine, everything, warn)]
     shown = [job for job in jobs if everything or job.state in ACTIVE or (job.ended_at or 0.0) >= since]
     with ThreadPoolExecutor(16) as pool:
-        rows = list(pool.map(lambda job: certify_if_reachable(job, workspace.store(job.bucket)), shown))
+        rows = list(pool.map(lambda job: _certified(workspace, job), shown))
         if everything:
             known = {job.run_id for job in jobs if job.bucket == workspace.env.bucket}
             ids = [name for name in workspace.store().folders(RUNS) if RUN_ID.fullmatch(name) and name not in known]
@@ -65,11 +65,24 @@ def list_runs(
 def _read_one(store: Store, run_id: str, now: float, warn: Callable[[str], None] | None) -> JobStatus | None:
     try:
         return read_run(store, run_id, now)
-    except BadRecord as error:
+    except (InputError, StoreError) as error:  # unreadable, a folder where a file belongs, a link to itself
         if warn is None:
             raise
         warn(f"{run_id} is left out: {error}")
         return None
+
+
+def _certified(workspace: Workspace, job: JobStatus) -> JobStatus:
+    """The engine's word, corrected by the bucket, which may lack the run's folder by now."""
+    try:
+        store = workspace.store(job.bucket)
+        if job.state in ACTIVE and job.attempt and not store.exists(Keys(job.run_id).run):
+            return replace(
+                job, reason=job.reason or f"its folder is gone from {store.url} (spotune cancel {job.run_id})"
+            )
+    except (InputError, StoreError) as error:
+        return replace(job, reason=job.reason or f"as the queue says: {error}")
+    return certify_if_reachable(job, store)
 
 
 def find_run(workspace: Workspace, run_id: str, clock: Callable[[], float] = time.time) -> JobStatus:

@@ -151,6 +151,35 @@ def test_an_index_of_another_version_is_made_anew(workspace: Workspace) -> None:
     assert listed(workspace) == first
 
 
+def test_an_index_of_a_newer_version_is_left_alone(workspace: Workspace, reads: list[str]) -> None:
+    write(workspace.store(), "done", three_attempts())
+    first, path, said = listed(workspace), file_of(workspace), list[str]()
+    Index(str(path))._connection.execute("PRAGMA user_version = 9999")
+    before = path.read_bytes()
+    assert listed(workspace, warn=said.append) == first
+    assert said == [f"{path}: made by a newer spotune, version 9999 and not 6: left alone, everything is read"
+                    " (upgrade spotune)"]  # fmt: skip
+    assert path.read_bytes() == before
+    Index(str(path.with_name("other")))._connection.execute("PRAGMA user_version = 5")
+    path.with_name("other").replace(path)
+    said.clear()
+    assert listed(workspace, warn=said.append) == first
+    assert said == [f"{path}: made by an older spotune, version 5: made anew as version 6"]
+
+
+@pytest.mark.parametrize("content", [b"not a database, not at all" * 200, None])
+def test_a_damaged_index_is_set_aside_with_a_line(workspace: Workspace, content: bytes | None) -> None:
+    write(workspace.store(), "done", three_attempts())
+    path, said = file_of(workspace), list[str]()
+    path.parent.mkdir(parents=True)
+    path.mkdir() if content is None else path.write_bytes(content)
+    assert set(listed(workspace, warn=said.append)) == {"done"}
+    assert len(said) == 1
+    assert said[0].startswith(f"{path}: ")
+    assert said[0].endswith(f": set aside as {path.name}.damaged-1")
+    assert Index(str(path)).stamps()
+
+
 def test_without_a_place_for_it_everything_is_read_each_time(workspace: Workspace, reads: list[str]) -> None:
     write(workspace.store(), "done", three_attempts())
     workspace.env.cache.parent.mkdir(parents=True, exist_ok=True)

@@ -218,8 +218,8 @@ def test_a_refused_job_leaves_the_one_of_its_name_alone(tmp_path: Path) -> None:
 
 def test_a_queue_that_is_none_is_named_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "queue.db").write_bytes(b"no database, and long enough to be looked at as one" * 100)
-    with pytest.raises(InfraError, match=r"queue\.db: file is not a database \(move it away: .*\)"):
-        Queue(tmp_path / "queue.db").create()
+    with pytest.raises(InfraError, match=r"queue\.db: file is not a database \(any verb makes it anew: .*\)"):
+        Queue(tmp_path / "queue.db").jobs()
 
 
 def test_a_home_on_a_disk_that_fails_is_not_bad_input(tmp_path: Path) -> None:

@@ -195,7 +195,20 @@ def _open_part(folder: int) -> tuple[str, BinaryIO]:
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=folder)
     except FileNotFoundError as error:
         raise FolderGone from error
+    _share_file(folder, descriptor)
     return part, open(descriptor, "wb")
+
+
+def _share_file(folder: int, file: int | str) -> None:
+    """Whoever may read or write in its folder may do so with the file: safetensors makes the weights 0600, say."""
+    with contextlib.suppress(OSError):  # not ours, or gone
+        above = os.stat(".", dir_fd=folder).st_mode
+        found = os.stat(file) if isinstance(file, int) else os.stat(file, dir_fd=folder, follow_symlinks=False)
+        shared, mode = 0 if above & stat.S_ISVTX else above & 0o066, stat.S_IMODE(found.st_mode)
+        if shared & ~mode and isinstance(file, int):
+            os.fchmod(file, mode | shared)
+        elif shared & ~mode:
+            os.chmod(file, mode | shared, dir_fd=folder)
 
 
 def _remove(folder: int, name: str) -> None:
@@ -252,6 +265,7 @@ def _link_part(source: Path, folder: int, seen: os.stat_result) -> str | None:
     except OSError:
         return None
     if os.path.samestat(os.stat(part, dir_fd=folder, follow_symlinks=False), seen):
+        _share_file(folder, part)
         return part
     _remove(folder, part)
     return None

@@ -234,7 +234,7 @@ class _Tail:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may come in two pieces
 
     def lines(self) -> Iterator[str]:
-        if not self._path.exists():
+        if not self._path.is_file():
             return
         with open(self._path, "rb") as file:
             file.seek(self._position)

@@ -1,15 +1,36 @@
 """Where the local infrastructure keeps what, below ``$SPOTUNE_HOME/local``."""
 
-import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spotune.contracts import environment
 from spotune.contracts.errors import InfraError, InputError
+from spotune.contracts.events import as_number
+from spotune.contracts.localstate import Damaged, load_object, make_folder_room
 from spotune.contracts.machinefaults import is_machine_fault
+from spotune.contracts.shapes import Time, is_whole
 
 MARKER = "SPOTUNE_MACHINE"  # in the environment of everything that a machine runs
+
+
+@dataclass(frozen=True)
+class Running:
+    """``running.json``: the machine is set up, and the job's program runs."""
+
+    at: Time
+    setup_s: float
+
+
+@dataclass(frozen=True)
+class Exit:
+    """``exit.json``: how the job's ``setup`` or ``run`` ended."""
+
+    exit_code: int
+    phase: str
+    setup_s: float
+    ended_at: Time
 
 
 @dataclass(frozen=True)
@@ -50,6 +71,8 @@ class Layout:
     def make(self) -> None:
         """Creates the folder, for its owner only: the queue holds what people train on."""
         try:
+            if self.home.is_dir():
+                make_folder_room(self.root)
             self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             if is_machine_fault(error):
@@ -62,6 +85,11 @@ class AttemptFiles:
     """What a machine writes for the supervisor; each file appears whole, by rename."""
 
     folder: Path
+
+    @property
+    def attempt(self) -> Path:
+        """The attempt's row of the queue, as it began."""
+        return self.folder / "attempt.json"
 
     @property
     def machine(self) -> Path:
@@ -84,12 +112,13 @@ class AttemptFiles:
         return self.folder / "status.json"
 
     def read_status(self) -> dict[str, Any]:
-        """What the guard said last; empty when there is nothing that can be read: a task may write it too."""
-        try:
-            status = json.loads(self.status.read_bytes())
-        except (OSError, ValueError):
-            return {}
-        return status if isinstance(status, dict) else {}
+        """What the guard said last; a value that is not what the guard writes is missing: a task may write it too."""
+        status: dict[str, Any] = {}
+        with suppress(Damaged, InfraError):
+            status = load_object(self.status) or {}
+        steps = {name: status[name] for name in ("step", "max_steps") if is_whole(status.get(name))}
+        loss = {"loss": status["loss"]} if as_number(status.get("loss")) is not None else {}
+        return steps | loss | ({"phase": status["phase"]} if isinstance(status.get("phase"), str) else {})
 
     @property
     def look(self) -> Path:

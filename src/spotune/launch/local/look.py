@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spotune.contracts.errors import BadRecord, SpotuneError
-from spotune.contracts.exchange import write_json
 from spotune.contracts.keys import Keys, commit_of
+from spotune.contracts.localstate import log_line, write_state
 from spotune.contracts.marks import read_mark
 from spotune.contracts.output import protect_output
 from spotune.contracts.records import Progress
@@ -39,8 +39,9 @@ class Look:
 
 def look(bucket: str, run_id: str, clock: Callable[[], float] = time.time) -> Look:
     """Reads the bucket; a bucket that does not answer is a Look with ``error``."""
-    store, keys = Store(bucket), Keys(run_id)
+    keys = Keys(run_id)
     try:
+        store = Store(bucket)
         if store.exists(keys.completed):
             return Look(completed=True, at=clock())
         failed, cancelled, paused = (read_mark(store, key) for key in (keys.failed, keys.cancelled, keys.paused))
@@ -80,7 +81,10 @@ def _has_stalled(store: Store, key: str) -> bool:
 def main(arguments: list[str]) -> None:
     protect_output()
     bucket, run_id, output = arguments
-    write_json(Path(output), look(bucket, run_id))
+    try:
+        write_state(Path(output), look(bucket, run_id))
+    except (OSError, SpotuneError) as error:  # the supervisor asks again
+        log_line(f"{run_id}: {error}")
 
 
 if __name__ == "__main__":

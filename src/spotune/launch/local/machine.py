@@ -1,7 +1,6 @@
 """A machine for one attempt: its environment as SkyPilot makes it, its files, and its start."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -10,10 +9,11 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 from spotune.contracts import environment
 from spotune.contracts.errors import InfraError, InputError
-from spotune.contracts.exchange import read_json, write_json
+from spotune.contracts.localstate import Damaged, load_object, make_room, write_state
 from spotune.contracts.machinefaults import is_machine_fault
 from spotune.launch.local.layout import MARKER, Layout
 from spotune.launch.local.rows import Attempt, Job
@@ -37,11 +37,7 @@ def keep_environment(path: Path, environ: Mapping[str, str], secrets: Mapping[st
     if python:
         kept[environment.PYTHON] = python
     with _writing(path):
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            json.dump({"environ": kept, "secrets": dict(secrets)}, file)
-        part.replace(path)
+        write_state(path, {"environ": kept, "secrets": dict(secrets)}, mode=0o600)
 
 
 def check_kept(path: Path) -> None:
@@ -62,9 +58,31 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def kept_environment(layout: Layout, run_id: str) -> dict[str, str]:
-    """What ``keep_environment`` kept, secrets included; empty when it is gone."""
-    kept: dict[str, dict[str, str]] = read_json(layout.environment(run_id)) or {}
-    return {**kept.get("environ", {}), **kept.get("secrets", {})}
+    """What ``keep_environment`` kept, secrets included; empty when it is gone or damaged."""
+    try:
+        kept = load_kept(layout.environment(run_id))
+    except Damaged:
+        return {}
+    return {**kept["environ"], **kept["secrets"]}
+
+
+def load_kept(path: Path) -> dict[str, dict[str, str]]:
+    """``environ`` and ``secrets``, empty where nothing is kept. Raises Damaged: without them no job may start."""
+    kept = load_object(path) or {}
+    found = {name: kept.get(name, {}) for name in ("environ", "secrets")}
+    if any(texts(values) != values for values in found.values()):
+        raise Damaged("not the environment of a job")
+    return found
+
+
+def texts(values: Any) -> dict[str, str]:
+    """Those of a mapping that an environment can hold."""
+    given = values if isinstance(values, dict) else {}
+    return {
+        name: value
+        for name, value in given.items()
+        if isinstance(value, str) and name and "=" not in name and "\0" not in name + value
+    }
 
 
 def machine_environment(layout: Layout, job: Job, attempt: Attempt, devices: Sequence[str]) -> dict[str, str]:
@@ -76,14 +94,14 @@ def machine_environment(layout: Layout, job: Job, attempt: Attempt, devices: Seq
     zone = f"local-{attempt.slots[0]}" if attempt.slots else "local-dev"
     place = {"cluster_name": cluster, "cloud": "local", "region": REGION, "zone": zone}
     gpus = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
-    kept: dict[str, dict[str, str]] = read_json(layout.environment(job.run_id)) or {}
+    kept = load_kept(layout.environment(job.run_id))
     return {
         environment.PYTHON: sys.executable,  # for jobs of versions that had one environment
-        **kept.get("environ", {}),
+        **kept["environ"],
         "PYTHONUNBUFFERED": "1",
         environment.ATTEMPT: str(attempt.attempt),
-        **job.task.get("envs", {}),
-        **kept.get("secrets", {}),
+        **texts(job.task.get("envs")),
+        **kept["secrets"],
         **gpus,
         environment.HOME: str(layout.home),
         environment.BUCKET: job.bucket,
@@ -108,11 +126,14 @@ def machine_environment(layout: Layout, job: Job, attempt: Attempt, devices: Seq
 def start_machine(layout: Layout, job: Job, attempt: Attempt, devices: Sequence[str]) -> subprocess.Popen[bytes]:
     """Starts the node in a session of its own; its output goes to the job's log."""
     files = layout.attempt(job.run_id, attempt.attempt)
+    make_room(files.machine)
     files.folder.mkdir(parents=True, exist_ok=True)
+    make_room(layout.log(job.run_id))
     setup, run = job.task.get("setup") or "", job.task["run"]
     wanted = sha256(f"{job.workdir}\n{setup}".encode()).hexdigest()[:16]
     marker = layout.job(job.run_id) / f"setup-{wanted}"
-    write_json(files.machine, {"setup": setup, "run": run, "setup_marker": str(marker)})
+    write_state(files.attempt, attempt)  # first: by its marker a machine is found again
+    write_state(files.machine, {"setup": setup, "run": run, "setup_marker": str(marker)})
     with open(layout.log(job.run_id), "ab") as log:
         log.write(f"[spotune] attempt {attempt.attempt}\n".encode())
         log.flush()

@@ -10,12 +10,13 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.exchange import read_json, write_json
+from spotune.contracts.localstate import Damaged, load_object, write_state
 from spotune.contracts.output import protect_output
-from spotune.launch.local.layout import AttemptFiles
+from spotune.launch.local.layout import AttemptFiles, Exit, Running
 
 HEARTBEAT_S = 1.0
 
@@ -26,17 +27,31 @@ def main(arguments: list[str]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGURG):
         signal.signal(number, _ignore)  # a function: SIG_IGN would be inherited by the job
     files = AttemptFiles(Path(arguments[0]))
-    job: dict[str, Any] = read_json(files.machine) or {}
+    if not (job := _job(files.machine)):
+        return  # without a word of its end, the machine counts as lost
     files.heartbeat.touch()
     threading.Thread(target=_beat, args=(files.heartbeat,), daemon=True).start()
     began = time.time()
     code, phase = _setup(job), "setup"
     setup_s = time.time() - began
     if code == 0:
-        write_json(files.running, {"at": time.time(), "setup_s": setup_s})
+        write_state(files.running, Running(at=time.time(), setup_s=setup_s))
         code, phase = _bash(job["run"]), "run"
     ended = time.time()
-    write_json(files.exit, {"exit_code": code, "phase": phase, "setup_s": setup_s, "ended_at": ended})
+    write_state(files.exit, Exit(exit_code=code, phase=phase, setup_s=setup_s, ended_at=ended))
+
+
+def _job(path: Path) -> dict[str, Any]:
+    """The job, empty where the file is damaged: the supervisor writes another for the next machine."""
+    why = "it is missing"
+    try:
+        job = load_object(path) or {}
+    except Damaged as error:
+        job, why = {}, str(error)
+    if all(isinstance(job.get(name), str) for name in ("setup", "run", "setup_marker")):
+        return job
+    print(f"[spotune] {path}: {why}", flush=True)
+    return {}
 
 
 def _ignore(*_: Any) -> None:
@@ -46,7 +61,8 @@ def _ignore(*_: Any) -> None:
 def _beat(path: Path) -> None:
     while True:
         time.sleep(HEARTBEAT_S)
-        os.utime(path)
+        with suppress(OSError):
+            os.utime(path)
 
 
 def _setup(job: dict[str, Any]) -> int:

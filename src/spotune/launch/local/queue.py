@@ -1,66 +1,48 @@
 """The durable queue: one SQLite file (WAL). Verbs add jobs and requests; the supervisor does the rest."""
 
-import fcntl
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from spotune.contracts.errors import InfraError, Taken
+from spotune.contracts.localstate import Log, log_line
 from spotune.launch.infra import ACTIVE, Submission
+from spotune.launch.local.database import connect, is_passing, only_one_prepares, prepare
+from spotune.launch.local.jobfiles import job_file, keep_all, keep_job, restore_jobs
 from spotune.launch.local.rows import Attempt, Job, Request
 from spotune.launch.local.verdict import Verdict
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS jobs (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, run_id TEXT UNIQUE NOT NULL, position INTEGER NOT NULL,
-    priority INTEGER NOT NULL, state TEXT NOT NULL, user TEXT NOT NULL, bucket TEXT NOT NULL,
-    submission TEXT NOT NULL, interactive INTEGER NOT NULL, submitted_at REAL NOT NULL,
-    started_at REAL, ended_at REAL, attempt INTEGER NOT NULL DEFAULT 0, reason TEXT NOT NULL DEFAULT '',
-    exit_code INTEGER, not_before REAL NOT NULL DEFAULT 0, restarts INTEGER NOT NULL DEFAULT 0,
-    faults INTEGER NOT NULL DEFAULT 0, last_commit TEXT NOT NULL DEFAULT '', fired TEXT NOT NULL DEFAULT '[]',
-    cancelling INTEGER NOT NULL DEFAULT 0);
-CREATE TABLE IF NOT EXISTS attempts (
-    run_id TEXT NOT NULL, attempt INTEGER NOT NULL, marker TEXT NOT NULL, slots TEXT NOT NULL,
-    pid INTEGER, created REAL, boot TEXT NOT NULL, accelerators TEXT NOT NULL, use_spot INTEGER NOT NULL,
-    started_at REAL NOT NULL, running_at REAL, ended_at REAL, setup_s REAL NOT NULL DEFAULT 0,
-    exit_code INTEGER, phase TEXT NOT NULL DEFAULT 'run', end_reason TEXT NOT NULL DEFAULT '',
-    taking TEXT NOT NULL DEFAULT '', kill_at REAL, settled INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (run_id, attempt));
-CREATE TABLE IF NOT EXISTS requests (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, run_id TEXT NOT NULL, kind TEXT NOT NULL, notice_s REAL NOT NULL,
-    made_at REAL NOT NULL, done_at REAL);
-CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-"""
+Value = TypeVar("Value")
 _ACTIVE = "(" + ", ".join(f"'{state}'" for state in ACTIVE) + ")"
 _NEXT_POSITION = "(SELECT COALESCE(MAX(position), 0) + 1 FROM jobs)"
 
 
-def _failed(path: Path, error: Exception) -> InfraError:
-    """OperationalError is a matter of now: a full disk, a lock. Any other says that the file is no such database."""
-    is_broken = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
-    return InfraError(f"{path}: {error}" + (" (move it away: what runs have saved is in their bucket)" * is_broken))
+def _failed(path: Path, error: sqlite3.Error) -> InfraError:
+    """A full disk or a lock is a matter of now; any other error says that the file is damaged."""
+    return InfraError(f"{path}: {error}" + ("" if is_passing(error) else " (any verb makes it anew: spotune queue)"))
 
 
 class Queue:
     """Every method opens what it needs and leaves nothing open: verbs and the supervisor share the file."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self._root = path, path.parent
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         try:
-            with closing(sqlite3.connect(self._path, timeout=30, isolation_level=None)) as connection:
-                connection.row_factory = sqlite3.Row
+            with closing(connect(self._path)) as connection:
                 connection.execute("BEGIN IMMEDIATE")
                 try:
                     yield connection
                 except BaseException:
-                    connection.execute("ROLLBACK")
+                    with suppress(sqlite3.Error):  # a full disk has rolled it back already
+                        connection.execute("ROLLBACK")
                     raise
                 connection.execute("COMMIT")
         except sqlite3.IntegrityError:
@@ -68,22 +50,32 @@ class Queue:
         except sqlite3.Error as error:
             raise _failed(self._path, error) from error
 
-    def create(self) -> None:
-        """Makes the tables where there are none. One process at a time: SQLite waits for no lock to change to WAL."""
+    def create(self, log: Log = log_line) -> None:
+        """Makes the queue where there is none, migrates an older one, and makes a damaged one anew, each in a line.
+
+        Raises NewerState for one of a newer spotune.
+        """
+        with only_one_prepares(self._path):
+            prepare(self._path, partial(self._fill, log), log)
+            self._path.chmod(0o600)
+
+    def _fill(self, log: Log, connection: sqlite3.Connection, version: int | None) -> None:
+        if version is None:
+            restore_jobs(self._root, connection, log)
+        elif version < 1:
+            keep_all(self._root, connection, log)
+
+    def _keep(self, run_id: str) -> None:
+        """Writes the job's row a second time. Without it the queue goes on: it is only read if ``queue.db`` is lost."""
         try:
-            with open(self._path.with_suffix(".lock"), "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                with closing(sqlite3.connect(self._path, timeout=30)) as connection:
-                    connection.execute("PRAGMA journal_mode=WAL")
-                    connection.executescript(_SCHEMA)
-        except (sqlite3.Error, OSError) as error:
-            raise _failed(self._path, error) from error
-        self._path.chmod(0o600)
+            for row in self._rows("SELECT * FROM jobs WHERE run_id = ?", run_id):
+                keep_job(self._root, row)
+        except (OSError, InfraError) as error:
+            log_line(f"{run_id}: its copy of the queue's row is not written: {error}")
 
     def _rows(self, sql: str, *values: Any) -> list[sqlite3.Row]:
         try:
-            with closing(sqlite3.connect(self._path, timeout=30)) as connection:
-                connection.row_factory = sqlite3.Row
+            with closing(connect(self._path)) as connection:
                 return connection.execute(sql, values).fetchall()
         except sqlite3.Error as error:
             raise _failed(self._path, error) from error
@@ -91,11 +83,11 @@ class Queue:
     # What the verbs write.
 
     def add(
-        self, submission: Submission, bucket: str, prepare: Callable[[], None] = lambda: None, at: float | None = None
+        self, submission: Submission, bucket: str, before: Callable[[], None] = lambda: None, at: float | None = None
     ) -> None:
         """A new job at the end of its priority, submitted ``at`` (now); raises Taken for a run id that it has.
 
-        ``prepare`` is called before anybody can see the job, and not for one that is refused.
+        ``before`` is called before anybody can see the job, and not for one that is refused.
         """
         stored: dict[str, Any] = {"task": submission.task, "workdir": submission.workdir}
         stored["secrets"] = sorted(submission.secrets)
@@ -109,7 +101,8 @@ class Queue:
                     (submission.run_id, submission.priority, submission.user, bucket, text,
                      submission.interactive, time.time() if at is None else at),
                 )  # fmt: skip
-                prepare()
+                before()
+            self._keep(submission.run_id)
         except sqlite3.IntegrityError as error:
             what = f"{submission.run_id} is in this machine's queue already"
             raise Taken("--name", what, remedy="another --name") from error
@@ -124,6 +117,8 @@ class Queue:
             left = connection.execute("SELECT submitted_at FROM jobs WHERE run_id = ?", (run_id,)).fetchone()
             if left is None:
                 forget()
+                with suppress(OSError):
+                    job_file(self._root, run_id).unlink()
             return left is None or left["submitted_at"] != at
 
     def requeue(self, run_id: str) -> None:
@@ -135,6 +130,7 @@ class Queue:
                 f" WHERE run_id = ? AND state NOT IN {_ACTIVE}",
                 (run_id,),
             )
+        self._keep(run_id)
 
     def ask(self, run_id: str, kind: str, notice_s: float = 0.0) -> int:
         """A request to the supervisor; returns its id."""
@@ -148,34 +144,36 @@ class Queue:
     # What everybody reads.
 
     def fact(self, name: str, default: Any = None) -> Any:
-        rows = self._rows("SELECT value FROM facts WHERE name = ?", name)
-        return json.loads(rows[0]["value"]) if rows else default
+        """A fact of this machine; ``default`` where there is none that can be read."""
+        try:
+            return json.loads(self._rows("SELECT value FROM facts WHERE name = ?", name)[0]["value"])
+        except (IndexError, ValueError, TypeError, RecursionError):
+            return default
 
     def job(self, run_id: str) -> Job | None:
         rows = self._rows("SELECT * FROM jobs WHERE run_id = ?", run_id)
         return Job.from_row(rows[0]) if rows else None
 
     def jobs(self) -> list[Job]:
-        """All jobs: highest priority first, then order of submission."""
-        return [Job.from_row(row) for row in self._rows("SELECT * FROM jobs ORDER BY priority DESC, position")]
+        """All jobs: highest priority first, then order of submission. A row without a run id is passed over."""
+        return _values(Job.from_row, self._rows("SELECT * FROM jobs ORDER BY priority DESC, position"))
 
     def active(self) -> list[Job]:
         """Jobs that have not ended, in the order that they would run."""
         sql = f"SELECT * FROM jobs WHERE state IN {_ACTIVE} ORDER BY priority DESC, position"
-        return [Job.from_row(row) for row in self._rows(sql)]
+        return _values(Job.from_row, self._rows(sql))
 
     def attempts(self, run_id: str) -> list[Attempt]:
         sql = "SELECT * FROM attempts WHERE run_id = ? ORDER BY attempt"
-        return [Attempt.from_row(row) for row in self._rows(sql, run_id)]
+        return _values(Attempt.from_row, self._rows(sql, run_id))
 
     def unsettled(self) -> list[Attempt]:
         """Machines whose job does not know yet what became of them: running or just ended."""
-        return [
-            Attempt.from_row(row) for row in self._rows("SELECT * FROM attempts WHERE settled = 0 ORDER BY started_at")
-        ]
+        return _values(Attempt.from_row, self._rows("SELECT * FROM attempts WHERE settled = 0 ORDER BY started_at"))
 
     def requests(self) -> list[Request]:
-        return [Request.from_row(row) for row in self._rows("SELECT * FROM requests WHERE done_at IS NULL ORDER BY id")]
+        rows = self._rows("SELECT * FROM requests WHERE done_at IS NULL ORDER BY id")
+        return [Request.from_row(row) for row in rows]
 
     def is_done(self, request: int) -> bool:
         return bool(self._rows("SELECT 1 FROM requests WHERE id = ? AND done_at IS NOT NULL", request))
@@ -191,6 +189,7 @@ class Queue:
         with self._transaction() as connection:
             connection.execute("UPDATE jobs SET fired = ? WHERE run_id = ?", (json.dumps(fired), run_id))
             _ask(connection, run_id, "preempt", notice_s)
+        self._keep(run_id)
 
     def start(self, attempt: Attempt) -> bool:
         """A job gets a machine; returns False for one that was withdrawn meanwhile."""
@@ -239,6 +238,7 @@ class Queue:
     def mark_cancelling(self, run_id: str) -> None:
         with self._transaction() as connection:
             connection.execute("UPDATE jobs SET cancelling = 1 WHERE run_id = ?", (run_id,))
+        self._keep(run_id)
 
     def settle(self, run_id: str, verdict: Verdict, commit: str, at: float) -> None:
         """The job takes its next state, and all of its machines are accounted for, in one step."""
@@ -251,6 +251,11 @@ class Queue:
                 (verdict.state, verdict.reason, verdict.exit_code, at + verdict.delay_s, verdict.restarts,
                  verdict.faults, commit, ended, run_id),
             )  # fmt: skip
+        self._keep(run_id)
+
+
+def _values(kind: Callable[[sqlite3.Row], Value | None], rows: Sequence[sqlite3.Row]) -> list[Value]:
+    return [value for row in rows if (value := kind(row)) is not None]
 
 
 def _ask(connection: sqlite3.Connection, run_id: str, kind: str, notice_s: float) -> int:

@@ -4,12 +4,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-from spotune.contracts.exchange import read_json, write_json
+from spotune.contracts.localstate import make_room, read_as, write_state
 from spotune.launch.local.layout import Layout
 from spotune.launch.local.look import Look, look
-from spotune.launch.local.machine import kept_environment
+from spotune.launch.local.machine import kept_environment, texts
 from spotune.launch.local.queue import Queue
 from spotune.launch.local.rows import Attempt, Job
 from spotune.launch.local.verdict import Ending, Patience, Verdict, decide
@@ -56,15 +55,15 @@ class Settler:
         if self._is_helper_busy(job, attempt):
             return None
         files = self._layout.attempt(attempt.run_id, attempt.attempt)
-        seen = _answer(files.look)
+        seen = read_as(files.look, Look)
         is_open = seen is None or (seen.error and not job.cancelling)
         if is_open and self._clock() >= self._not_before.get(attempt.marker, 0.0):
             self._not_before[attempt.marker] = self._clock() + RETRY_S
             if not job.bucket.startswith("file://"):
-                self._ask(job, attempt, files.look)
+                self._ask(job, attempt)
                 return None
             seen = look(job.bucket, job.run_id)  # answers at once, and needs no credentials
-            write_json(files.look, seen)
+            write_state(files.look, seen)
         if seen is None:
             return None
         if seen.error and not job.cancelling:  # a cancelled one that is certified is found to be so when it is listed
@@ -72,10 +71,12 @@ class Settler:
             return None
         return seen
 
-    def _ask(self, job: Job, attempt: Attempt, answer: Path) -> None:
+    def _ask(self, job: Job, attempt: Attempt) -> None:
         """Lets a helper ask, in the job's environment."""
+        answer = self._layout.attempt(attempt.run_id, attempt.attempt).look
+        make_room(answer)
         command = [sys.executable, "-P", "-m", "spotune.launch.local.look", job.bucket, job.run_id, str(answer)]
-        environ = kept_environment(self._layout, job.run_id) | job.task.get("envs", {})
+        environ = kept_environment(self._layout, job.run_id) | texts(job.task.get("envs"))
         helper = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL)
         self._helpers[attempt.marker] = (helper, self._clock())
 
@@ -90,11 +91,6 @@ class Settler:
             helper.kill()
             helper.wait()
             silent = Look(error=f"it has not answered for {limit_s:g} s", at=now)
-            write_json(self._layout.attempt(attempt.run_id, attempt.attempt).look, silent)
+            write_state(self._layout.attempt(attempt.run_id, attempt.attempt).look, silent)
         del self._helpers[attempt.marker]
         return False
-
-
-def _answer(path: Path) -> Look | None:
-    found = read_json(path)
-    return Look(**found) if found else None

@@ -5,9 +5,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from spotune.contracts.exchange import read_json
+from spotune.contracts.localstate import read_as
 from spotune.launch.local import processes
-from spotune.launch.local.layout import AttemptFiles, Layout
+from spotune.launch.local.layout import AttemptFiles, Exit, Layout, Running
 from spotune.launch.local.queue import Queue
 from spotune.launch.local.rows import Attempt
 
@@ -71,31 +71,31 @@ class Watcher:
         return attempt
 
     def _note_running(self, attempt: Attempt, files: AttemptFiles) -> None:
-        if attempt.running_at is None and (running := read_json(files.running)):
-            self._queue.run_began(attempt, running["at"], running["setup_s"])
+        if attempt.running_at is None and (running := read_as(files.running, Running)):
+            self._queue.run_began(attempt, running.at, running.setup_s)
 
     def _close(self, attempt: Attempt, files: AttemptFiles, lost_at: float) -> None:
         """Nothing of the machine is left: its paid interval ends."""
         self._note_running(attempt, files)
-        left = read_json(files.exit)
+        left = read_as(files.exit, Exit)  # one that is damaged: the machine is lost, and the bucket decides
         seen_at = self._seen.pop(attempt.marker, 0.0)
         if left is None:
             reason = attempt.taking or "lost"
             self._queue.update_attempt(attempt, ended_at=max(seen_at, lost_at), end_reason=reason)
             return
-        finished = left["exit_code"] == 0
+        finished = left.exit_code == 0
         self._queue.update_attempt(
             attempt,
-            ended_at=max(seen_at, left["ended_at"]),
-            exit_code=left["exit_code"],
-            phase=left["phase"],
-            setup_s=left["setup_s"],
-            end_reason="exited" if finished else attempt.taking or ("lost" if left["exit_code"] == 137 else "exited"),
+            ended_at=max(seen_at, left.ended_at),
+            exit_code=left.exit_code,
+            phase=left.phase,
+            setup_s=left.setup_s,
+            end_reason="exited" if finished else attempt.taking or ("lost" if left.exit_code == 137 else "exited"),
         )
 
 
 def _heartbeat(files: AttemptFiles) -> float:
     try:
         return files.heartbeat.stat().st_mtime
-    except FileNotFoundError:
+    except OSError:  # missing, or a file where its folder was
         return 0.0

@@ -5,15 +5,14 @@ SkyPilot has anything to say: of a run that has ended, how it did is kept here. 
 """
 
 import fcntl
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from spotune.contracts import environment
-from spotune.contracts.errors import InfraError, InputError, Taken
-from spotune.contracts.exchange import write_json
+from spotune.contracts.errors import InputError, Taken
+from spotune.contracts.localstate import read_as, set_aside, write_state
 from spotune.launch.infra import ACTIVE, JobStatus, PaidInterval
 
 
@@ -74,14 +73,16 @@ class Registry:
         self.folder = home / "skypilot" / "runs"
 
     def entry(self, run_id: str) -> Entry | None:
-        path = self._path(run_id)
+        """The run's entry; a damaged one is set aside, and counts as missing: the bucket still has the run."""
+        entry = read_as(self._path(run_id), Entry)
         try:
-            found = json.loads(path.read_bytes())
-        except FileNotFoundError:
+            if entry:
+                entry.status()
+                entry.intervals()
+        except TypeError as error:  # a field is missing
+            set_aside(self._path(run_id), str(error))
             return None
-        except (OSError, ValueError) as error:
-            raise InfraError(f"{path} cannot be read: {error}") from error
-        return Entry(**_known(Entry, found))
+        return entry
 
     def entries(self) -> list[Entry]:
         """All of them, in order of submission."""
@@ -93,7 +94,7 @@ class Registry:
         """For its owner only: what people train on is nobody else's business."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_json(self._path(entry.run_id), entry)
+            write_state(self._path(entry.run_id), entry)
         except OSError as error:
             raise self._unwritable(error) from error
 
