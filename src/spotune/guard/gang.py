@@ -17,6 +17,7 @@ import socket
 import threading
 import time
 import zlib
+from contextlib import suppress
 from typing import Any
 
 from spotune.contracts.errors import StoreError
@@ -75,6 +76,9 @@ class Line:
             self.gone = True
 
     def close(self) -> None:
+        """Ends the connection at once: the reader's file would hold it open until the process ends."""
+        with suppress(OSError):  # the other side has gone already
+            self._socket.shutdown(socket.SHUT_WR)
         self._socket.close()
 
 
