@@ -13,7 +13,7 @@ from spotune.contracts.errors import InfraError, InputError, Unsettled
 from spotune.contracts.events import as_number
 from spotune.launch.infra import Agree, JobStatus, PaidInterval, Submission, check_folder, check_secrets
 from spotune.launch.local import daemon
-from spotune.launch.local.gpus import find_gpus
+from spotune.launch.local.gpus import Gpu, find_gpus
 from spotune.launch.local.layout import Layout
 from spotune.launch.local.machine import REGION, check_kept, keep_environment
 from spotune.launch.local.queue import Queue
@@ -66,8 +66,7 @@ class LocalInfra:
             remedy = f"--gpus {gpus[0].name}:{slots}"
             raise InputError("--gpus", f"{demand.gpu}:{demand.gpus} on a machine with {slots}", remedy=remedy)
         python = trainer_of(submission.task, self._environ, Path(submission.workdir))
-        self._queue.note("slots", slots)
-        self._queue.note("gpus", [vars(gpu) for gpu in gpus])
+        self._note_machine(slots, gpus)
         bucket = submission.task.get("envs", {}).get(environment.BUCKET) or f"file://{self.layout.home}/bucket"
         kept, now, is_added = self.layout.environment(submission.run_id), self._clock(), False
         try:
@@ -79,6 +78,10 @@ class LocalInfra:
             if is_added or not isinstance(error, Exception):  # else it was rolled back
                 self._take_back(submission.run_id, now, error)
             raise
+
+    def _note_machine(self, slots: int, gpus: list[Gpu]) -> None:
+        self._queue.note("slots", slots)
+        self._queue.note("gpus", [vars(gpu) for gpu in gpus])
 
     def _take_back(self, run_id: str, added_at: float, why: BaseException) -> None:
         """Raises Unsettled for a job that has begun, or that nobody can tell of."""
@@ -216,6 +219,9 @@ class LocalInfra:
     def _wake(self) -> None:
         """Sees to it that a supervisor runs; one that was started a moment ago is given time to say so."""
         if self._clock() - self._woken_at > START_S and not daemon.is_running(self.layout):
+            if self._queue.fact("slots") is None:  # a queue that was made anew does not know its machine
+                gpus = find_gpus(self._environ)
+                self._note_machine(self._slots or len(gpus) or 1, gpus)
             daemon.start(self.layout, self._environ)
             self._woken_at = self._clock()
 
