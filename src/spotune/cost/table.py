@@ -105,10 +105,20 @@ def notes_of(report: Mapping[str, Any]) -> list[str]:
     notes += words.estimated(report)
     unknown = report["phases"]["unknown_s"]
     if report["paid_s"] and unknown / report["paid_s"] >= 0.05:
-        is_running = any(attempt["ended_at"] is None for attempt in report["attempts"])
-        why = "events arrive in parts" if is_running else "a machine that vanishes takes its last events with it"
-        notes.append(f"{words.duration(unknown)} are unknown{' so far' if is_running else ''}: {why}.")
+        notes.append(_unknown(report["attempts"], unknown))
     return notes
+
+
+def _unknown(attempts: Sequence[Mapping[str, Any]], unknown_s: float) -> str:
+    """Why it is not known what some of the paid time was for."""
+    if any(attempt["ended_at"] is None for attempt in attempts):
+        return f"{words.duration(unknown_s)} are unknown so far: events arrive in parts."
+    refused = [one for one in attempts if not one["claimed"] and one["end_reason"] == "failed"]
+    if sum(one["phases"]["unknown_s"] for one in refused) > unknown_s / 2:
+        why = "a start that is refused leaves no events; the log says why"
+    else:
+        why = "a machine that vanishes takes its last events with it"
+    return f"{words.duration(unknown_s)} are unknown: {why}."
 
 
 def _headline(report: Mapping[str, Any]) -> list[str]:

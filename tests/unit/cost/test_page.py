@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from spotune.contracts.errors import InputError
+from spotune.cost.evidence import Evidence
 from spotune.cost.page import check_target, page_of, write_page
 from spotune.cost.report import build_report
 from spotune.cost.rows import as_csv, attempt_rows, run_row
@@ -85,6 +86,15 @@ def test_a_phase_of_no_time_has_no_row(report: dict[str, Any]) -> None:
     names = [cell.text for cell in parse(page_of(report)).iter("th") if cell.get("scope") == "row"]
     assert " setup" not in names
     assert "setup" not in run_text(report)
+
+
+def test_a_refusal_before_the_claim_is_no_vanished_machine() -> None:
+    refused = Evidence(run=run(), intervals=[row(10, 30, end_reason="failed", exit_code=2)])
+    text = run_text(build_report(refused, "FAILED", T + 1000))
+    assert "are unknown: a start that is refused leaves no events; the log says why." in text
+    assert "vanishes" not in text
+    gone = Evidence(run=run(), intervals=[row(10, 30, end_reason="preempted")])
+    assert "a machine that vanishes takes its last events" in run_text(build_report(gone, "FAILED", T + 1000))
 
 
 def test_the_same_report_gives_the_same_page(report: dict[str, Any]) -> None:
