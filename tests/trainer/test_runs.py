@@ -233,7 +233,7 @@ def test_a_stopped_rank_is_a_stall_and_the_next_attempt_ends_as_if_undisturbed(
     assert ended(first) == 75, script.log()
     (stall,) = script.events(1, "stall")
     assert stall["phase"] == phase
-    assert stall["silent_s"] > stall["limit_s"] >= 5
+    assert stall["silent_s"] >= stall["limit_s"] >= 5
     assert script.events(1, "end")[-1]["reason"] == "stalled", script.log()
     stacks = (script.store.read(script.keys.stacks(1, 0)) or b"").decode()
     assert "state T (stopped by a signal)" in stacks
