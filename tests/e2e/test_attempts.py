@@ -36,6 +36,7 @@ def local_script(config: Path, tmp_path: Path) -> Callable[..., FakeScript]:
     return make
 
 
+@pytest.mark.parametrize("bucket", ["file", "s3", pytest.param("gs", marks=pytest.mark.slow)], indirect=True)
 def test_a_run_killed_and_noticed_ends_as_if_undisturbed(bucket: str, config: Path, undisturbed: str) -> None:
     script = FakeScript(bucket, "killed", config)
     first = script.start_and_stop_after(8)

@@ -55,6 +55,9 @@ def fill(store: Store, script: FakeScript, theirs: Path) -> None:
         (root / keys.root / "lost").symlink_to(theirs / "none")
 
 
+@pytest.mark.parametrize(
+    "bucket", ["file", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("s3", "gs"))], indirect=True
+)
 def test_a_run_in_a_hostile_bucket_ends_as_if_undisturbed(
     bucket: str, config: Path, undisturbed: str, tmp_path: Path
 ) -> None:

@@ -115,7 +115,7 @@ def test_a_stopped_rank_ends_the_attempt_and_the_next_one_goes_on(
     process = start(script)
     assert script.stall(process) == 75, script.log()
     (stall,) = script.events(1, "stall")
-    assert (stall["phase"], stall["silent_s"] > stall["limit_s"] >= 600) == (phase, True)
+    assert (stall["phase"], stall["silent_s"] >= stall["limit_s"] >= 600) == (phase, True)
     (end,) = script.events(1, "end")
     assert (end["reason"], end["exit_code"]) == ("stalled", 75)
     assert f"\nstalled: {what} for " in script.log()
@@ -198,6 +198,7 @@ def test_a_second_stall_without_a_commit_is_a_failure(script: WatchedScript) -> 
     assert (end["reason"], end["exit_code"]) == ("stalled", 1)
 
 
+@pytest.mark.slow
 def test_an_upload_that_hangs_is_a_stall(tmp_path: Path) -> None:
     """Its limit is 30 s here; that of ranks that have made few steps is three times that."""
     often = fake_config(tmp_path / "material", max_steps=STEPS, save_steps=2)

@@ -37,6 +37,9 @@ def contents(store: Store) -> dict[str, bytes | None]:
     return {name: store.read(name) for place in (KEYS.commits, KEYS.checkpoints) for name in store.keys(place)}
 
 
+@pytest.mark.parametrize(
+    "bucket", ["file", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("s3", "gs"))], indirect=True
+)
 def test_each_is_passed_over(store: Store, tmp_path: Path) -> None:
     commit_steps(store, tmp_path, 10, 20)
     key = KEYS.commit(1, 20)

@@ -196,6 +196,7 @@ def test_no_state_file_ends_a_verb_or_the_supervisor(
         home.end()
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from(("jobs", "attempts", "requests", "facts")),
     st.data(),
