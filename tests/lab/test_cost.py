@@ -27,6 +27,8 @@ def test_a_preempted_jobs_dollars_are_skypilots_rows_at_the_frozen_price(
     wait_until(lambda: bool(store.keys(keys.commits)), START_S, "it has not committed a checkpoint")
     spotune("preempt", "dollars", "--notice", "25s")
     spotune("logs", "dollars", "--follow")
+    # The job ends before its machine does: until then the report has the job's end, to a fraction of a second.
+    wait_until(lambda: None not in [end for _, end in sky.paid(lab, "dollars")], START_S, "its machine is not gone")
 
     report = json.loads(spotune("cost", "dollars", "--format", "json"))
     assert report["state"] == "SUCCEEDED"
