@@ -88,7 +88,10 @@ def test_trl_trains_to_the_same_weights(ranks: Nursery, model: Path, tmp_path: P
     assert trained(ranks, tmp_path / "found", model, data=[{"source": str(SHARED / name)}]) == expected
 
 
-@pytest.mark.parametrize("keys", ["data", "datasets", "dataset_name"])
+SLOW = [pytest.param(keys, marks=pytest.mark.slow) for keys in ("datasets", "dataset_name")]
+
+
+@pytest.mark.parametrize("keys", ["data", *SLOW])
 def test_another_file_under_the_same_name_is_trained_on(ranks: Nursery, model: Path, tmp_path: Path, keys: str) -> None:
     """A file of the same path, size and time, as reproducible archives and ``cp -p`` make it."""
 

@@ -110,6 +110,7 @@ worker.wait()
 """
 
 
+@pytest.mark.slow
 def test_deaf_to_signals_and_dead_with_its_guard(base: dict[str, Any], tmp_path: Path) -> None:
     # More rows than it trains on, one a step: a loader that has delivered its whole epoch may die unnoticed.
     tiny.write_jsonl(tmp_path / "train.jsonl", tiny.rows(2000))

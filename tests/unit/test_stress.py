@@ -117,6 +117,7 @@ def test_it():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("stress-ng"), reason="no stress-ng here")
 def test_a_suite_is_stopped_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -178,6 +178,7 @@ def test_no_part_of_the_guard_ends_with_a_traceback(world: Store, spoil: tuple[s
             part()
 
 
+@pytest.mark.slow
 @SETTINGS
 @given(name=st.sampled_from(sorted(EVENT)), value=values, verb=st.sampled_from(VERBS[:6]))
 def test_nor_of_an_event(world: Store, name: str, value: Any, verb: tuple[str, ...], tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ print(engine.machine("run-a-7"))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("sky")
 def test_skypilots_provisioner_terminates_that_cluster_alone(tmp_path: Path, sky_says: RealSky) -> None:
     """SkyPilot's own code against a stand-in for EC2; the cluster's record is made up."""
