@@ -60,7 +60,7 @@ demo-undisturbed: setup ## the same job with nothing taken away: .demo/undisturb
 	@$(BIN)/python examples/demo/demo.py --undisturbed
 
 # Each environment runs the tests that it can import, see tests/conftest.py; two processes share them.
-PYTEST = -m pytest -n 2 --dist loadgroup
+PYTEST = -m pytest -n 3 --dist loadgroup
 
 test: setup ## the quick tests, in both environments; no cloud is needed
 	@$(BIN)/python $(PYTEST) -m 'not slow and not chaos and not lab'
