@@ -61,6 +61,17 @@ def file_state(path: str) -> tuple[int, ...]:
     return seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns, seen.st_ino
 
 
+def changed_while_read(url: object) -> InputError:
+    """Returns the error for a file whose state or checksum changed under the reader."""
+    return InputError(url, "was changed while it was read", remedy="try again once nobody writes to it")
+
+
+def not_as_submitted(url: object, how: str) -> InputError:
+    """Returns the error for a file that is not the one in the run's record; ``how`` says in what it differs."""
+    what = f"is not the file that the run was submitted with: its {how} differs"
+    return InputError(url, what, remedy="put it back, or submit a new run")
+
+
 def is_lfs_pointer(path: str | Path) -> bool:
     """Returns whether a file only says where Git LFS keeps its content. Raises OSError."""
     with open(path, "rb") as file:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from spotune.contracts.datafiles import file_state, notices
+from spotune.contracts.datafiles import changed_while_read, file_state, not_as_submitted, notices
 from spotune.contracts.errors import InputError
 from spotune.contracts.exchange import Job
 from spotune.contracts.fingerprint import data_files
@@ -136,7 +136,7 @@ def _load_as_trl(args: Arguments, job: Job, wants_evaluation: bool) -> Data:
         raise InputError(job.config_path, f"cannot be loaded: {error.__cause__ or error}", key=key) from error
     for file, state in zip(files, states, strict=True):
         if file_state(file["url"]) != state:
-            raise InputError(file["url"], "was changed while it was read", remedy="try again once nobody writes to it")
+            raise changed_while_read(file["url"])
     splits = {"dataset_train_split": script.dataset_train_split}
     if wants_evaluation:
         splits["dataset_test_split"] = script.dataset_test_split
@@ -185,6 +185,5 @@ def _local_files(job: Job) -> list[dict[str, Any]]:
     recorded = [file for file in job.data_files if "sha256" in file]
     for file, known in zip(found, recorded, strict=False):
         if file["sha256"] != known["sha256"]:
-            what = "is not the file that the run was submitted with: its sha256 differs"
-            raise InputError(file["url"], what, remedy="put it back, or submit a new run")
+            raise not_as_submitted(file["url"], "sha256")
     return found

@@ -8,7 +8,15 @@ import hashlib
 import os
 from pathlib import Path
 
-from spotune.contracts.datafiles import checksum_of, is_remote, local_path, open_store, unreachable
+from spotune.contracts.datafiles import (
+    changed_while_read,
+    checksum_of,
+    is_remote,
+    local_path,
+    not_as_submitted,
+    open_store,
+    unreachable,
+)
 from spotune.contracts.errors import InputError
 from spotune.contracts.machinefaults import is_machine_fault
 
@@ -30,8 +38,7 @@ def fetch(url: str, cache: Path, where: str, key: str, checksum: str = "") -> st
         facts = filesystem.info(path)
         found = checksum_of(facts)
         if checksum and found != checksum:
-            what = "is not the file that the run was submitted with: its checksum in the store differs"
-            raise InputError(url, what, remedy="put it back, or submit a new run")
+            raise not_as_submitted(url, "checksum in the store")
         folder = hashlib.sha256(f"{url}\n{found}\n{facts.get('size')}".encode()).hexdigest()[:24]
         target = cache / "sources" / folder / Path(path.split("?")[0]).name
         if found and target.exists() and target.stat().st_size == facts.get("size", target.stat().st_size):
@@ -40,7 +47,7 @@ def fetch(url: str, cache: Path, where: str, key: str, checksum: str = "") -> st
         part = target.with_name(f".{os.getpid()}-{target.name}")  # ranks may fetch at the same time
         filesystem.get_file(path, str(part))
         if found and checksum_of(filesystem.info(path)) != found:
-            raise InputError(url, "was changed while it was read", remedy="try again once nobody writes to it")
+            raise changed_while_read(url)
         part.replace(target)
     except InputError:
         raise

@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from spotune.contracts.datafiles import file_state, find_files, kind_of
+from spotune.contracts.datafiles import changed_while_read, file_state, find_files, kind_of, not_as_submitted
 from spotune.contracts.errors import InputError, shown
 from spotune.contracts.exchange import read_json, write_json
 from spotune.contracts.fingerprint import file_facts
@@ -201,8 +201,7 @@ def parts_of(source: Source, cache: Path) -> Iterator[Part]:
         except (FileNotFoundError, PermissionError) as error:
             raise InputError(url, f"cannot be read: {error.strerror}") from error
         if recorded.get("sha256") not in (None, facts["sha256"]):
-            what = "is not the file that the run was submitted with: its sha256 differs"
-            raise InputError(url, what, remedy="put it back, or submit a new run")
+            raise not_as_submitted(url, "sha256")
         yield Part(source, url, path, str(facts["sha256"]), state)
 
 
@@ -230,7 +229,7 @@ def read_part(part: Part, cache: Path | None, most_bytes: int | None = None) -> 
             raise InputError(part.url, f"cannot be read: {error}") from error
         raise
     if part.state and part.state != file_state(part.path):
-        raise InputError(part.url, "was changed while it was read", remedy="try again once nobody writes to it")
+        raise changed_while_read(part.url)
     return read if read.rows else None
 
 
