@@ -20,6 +20,7 @@ from tests.commands import cli_runner
 from tests.conftest import reach
 from tests.faultproxy import FaultProxy, Plan
 from tests.store_verbs import VERBS, sha256, use_every_verb
+from tests.unit.project import Project
 from tests.waiting import LIMIT_S, until
 
 STEADY = Patience(
@@ -219,8 +220,8 @@ def test_who_waits_at_a_terminal_is_told_so_once(
 ) -> None:
     monkeypatch.setattr(connection, "SILENT_S", 0.05)
     monkeypatch.setenv("SPOTUNE_BUCKET", url)
-    monkeypatch.setenv("SPOTUNE_HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
+    project = Project(tmp_path / "project", monkeypatch)
+    project.submit("run-a", "--infra", "local")
     real = connection.Connection._tell
 
     def tell(self: connection.Connection) -> None:
@@ -233,6 +234,10 @@ def test_who_waits_at_a_terminal_is_told_so_once(
     assert result.exit_code == 0
     told = [line for line in result.stderr.splitlines() if "no answer" in line]
     assert told == [f"{url}: no answer for 0.05 s; asked again for up to 20 s"]
+    after = result.stderr.partition(told[0])[2].splitlines()
+    assert after[1] == "So far, as the queues say:"
+    assert after[3].split()[:2] == ["run-a", "PENDING"]  # below the header
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["RUN", "run-a"]
     proxy.plan = Plan(hold=1.0)
     said: list[str] = []
     assert Store(url, FOR_VERBS, waiting=said.append).read("runs/a/none") is None

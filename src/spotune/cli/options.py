@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +13,16 @@ if TYPE_CHECKING:
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def open_workspace() -> "Workspace":
-    """This directory, this environment. The one place where the command line reads them."""
+def say(line: str) -> None:
+    """Writes a line to stderr."""
+    click.echo(line, err=True)
+
+
+def open_workspace(waiting: Callable[[str], None] = say) -> "Workspace":
+    """This directory, this environment. The one place where the command line reads them.
+
+    ``waiting`` is told, in a line, of a bucket that does not answer for some seconds.
+    """
     from spotune.contracts.environment import HOME
     from spotune.contracts.errors import InputError
     from spotune.launch.workspace import Workspace
@@ -24,7 +31,7 @@ def open_workspace() -> "Workspace":
         cwd = Path.cwd()
     except FileNotFoundError:
         raise InputError("this folder", "is gone", remedy="cd to one that is there") from None
-    workspace = Workspace.open(dict(os.environ), cwd, waiting=partial(click.echo, err=True))
+    workspace = Workspace.open(dict(os.environ), cwd, waiting)
     home = workspace.env.home
     there = next(place for place in (home, *home.parents) if os.path.exists(place))
     if not there.is_dir():

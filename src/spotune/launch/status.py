@@ -41,25 +41,40 @@ def list_runs(
     everything: bool,
     clock: Callable[[], float] = time.time,
     warn: Callable[[str], None] | None = None,
+    known: Callable[[list[JobStatus]], None] | None = None,
 ) -> list[JobStatus]:
     """Runs as ``queue`` shows them, engine by engine in the order that they would run.
 
     Args:
         everything: also those that ended more than a day ago, those of others, and those that only the bucket knows.
-        warn: is told of an engine that does not answer, whose runs are then not listed, and of a run whose record
-            cannot be read; without it that is an error.
+        warn: is told of an engine or a bucket that does not answer, whose runs are then not listed, and of a run whose
+            record cannot be read; without it that is an error.
+        known: gets what the engines say, before the bucket is asked.
     """
     since = clock() - RECENT_S
     jobs = [job for engine in workspace.engines() for job in jobs_of(engine, everything, warn)]
     shown = [job for job in jobs if everything or job.state in ACTIVE or (job.ended_at or 0.0) >= since]
+    if known:
+        known(shown)
     with ThreadPoolExecutor(16) as pool:
         rows = list(pool.map(lambda job: _certified(workspace, job), shown))
         if everything:
-            known = {job.run_id for job in jobs if job.bucket == workspace.env.bucket}
-            ids = [name for name in workspace.store().folders(RUNS) if RUN_ID.fullmatch(name) and name not in known]
-            found = pool.map(lambda run_id: _read_one(workspace.store(), run_id, clock(), warn), ids)
+            names = set(_runs_in_bucket(workspace, warn))
+            names -= {job.run_id for job in jobs if job.bucket == workspace.env.bucket}
+            found = pool.map(lambda run_id: _read_one(workspace.store(), run_id, clock(), warn), sorted(names))
             rows += heard_of(workspace, [status for status in found if status])
     return rows
+
+
+def _runs_in_bucket(workspace: Workspace, warn: Callable[[str], None] | None) -> list[str]:
+    """Of a bucket that does not answer ``warn`` is told; raises InputError for one that is not there."""
+    try:
+        return [name for name in workspace.store().folders(RUNS) if RUN_ID.fullmatch(name)]
+    except StoreError as error:
+        if warn is None:
+            raise
+        warn(f"runs that only the bucket knows are not listed: {error}")
+        return []
 
 
 def _read_one(store: Store, run_id: str, now: float, warn: Callable[[str], None] | None) -> JobStatus | None:
