@@ -89,6 +89,13 @@ def _check(kind: Any) -> Check:
     return f"an object{of_each}", lambda value: _is_object(value) and all(map(fits, value.values()))
 
 
+def clock_fault(now: float) -> str:
+    """Returns what is wrong with a clock that says ``now`` (epoch seconds): records with such a time are refused."""
+    if YEAR_2000 <= now < YEAR_2200:
+        return ""
+    return f"its clock is set {'before the year 2000' if now < YEAR_2000 else 'after the year 2199'}"
+
+
 def check_files(files: Any) -> None:
     """Raises ValueError, naming the file, for what is not ``{relative path: {size: bytes, sha256: hex}}``."""
     if not _is_object(files):

@@ -16,6 +16,7 @@ from spotune.contracts.errors import BadRecord, InputError, SpotuneError, StoreE
 from spotune.contracts.failpoints import failpoint
 from spotune.contracts.keys import Keys
 from spotune.contracts.output import protect_output
+from spotune.contracts.shapes import clock_fault
 from spotune.contracts.store import Patience, Store
 from spotune.guard import admission
 from spotune.guard.aftercare import finish_owed
@@ -43,6 +44,8 @@ def main(argv: list[str]) -> int:
     enter_own_step(argv, os.environ)
     notices = Notices().install()
     try:
+        if fault := clock_fault(time.time()):
+            return fail_here(fault, notices, os.environ)
         return run_attempt(parse_arguments(argv), notices, os.environ)
     except InputError as error:
         print(error, file=sys.stderr)
@@ -55,8 +58,13 @@ def main(argv: list[str]) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     except (OSError, MemoryError) as error:  # of this machine, before an attempt could record it
-        print(f"this machine: {type(error).__name__}: {error}", file=sys.stderr)
-        return exits.FAILED if managed_job(os.environ) and not notices.given else exits.PREEMPTED
+        return fail_here(f"{type(error).__name__}: {error}", notices, os.environ)
+
+
+def fail_here(what: str, notices: Notices, environ: Mapping[str, str]) -> int:
+    """Says a fault of this machine before an attempt is claimed; returns the exit code that leads to another one."""
+    print(f"this machine: {what}", file=sys.stderr)
+    return exits.FAILED if managed_job(environ) and not notices.given else exits.PREEMPTED
 
 
 def bar_restarts(error: InputError, environ: Mapping[str, str]) -> None:

@@ -1,5 +1,6 @@
 """Where a verb is run: directory, environment, settings, and from these the bucket and the infrastructure."""
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from spotune.contracts import environment
 from spotune.contracts.environment import RunEnvironment
 from spotune.contracts.errors import InputError
+from spotune.contracts.shapes import clock_fault
 from spotune.contracts.store import FOR_VERBS, Store
 from spotune.launch.infra import BACKENDS, LOCAL, SKYPILOT, Infra, cloud_of, infra_of, open_backend
 from spotune.launch.settings import Settings, load_settings
@@ -27,7 +29,9 @@ class Workspace:
 
     @classmethod
     def open(cls, environ: Mapping[str, str], cwd: Path, waiting: Callable[[str], None] | None = None) -> "Workspace":
-        """Raises InputError for an environment or settings that cannot be."""
+        """Raises InputError for an environment or settings that cannot be, and for a clock that is not set."""
+        if fault := clock_fault(time.time()):
+            raise InputError("this machine", fault, remedy="set it: timedatectl set-time")
         env = RunEnvironment.read(environ)
         settings = load_settings(cwd, env.home)
         if settings.bucket and not environment.setting(environ, environment.BUCKET):

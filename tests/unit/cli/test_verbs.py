@@ -4,6 +4,7 @@ import ast
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -284,6 +285,30 @@ def test_a_bucket_out_of_reach_hides_no_job(project: Project, monkeypatch: pytes
     monkeypatch.setattr(Store, "read", refuse)
     (row,) = project.json("queue")
     assert (row["state"], row["reason"]) == ("PENDING", "as the queue says: SPOTUNE_BUCKET: access denied")
+
+
+def test_a_bucket_that_is_away_hides_no_job(project: Project) -> None:
+    project.submit("run-a")
+    (project.home / "bucket").rename(project.home / "elsewhere")
+    (project.home / "bucket").symlink_to("x" * 300)  # every request fails at once
+    result = project.run("queue", "-a", "--format", "json")
+    (row,) = json.loads(result.stdout)
+    assert (row["run_id"], row["state"]) == ("run-a", "PENDING")
+    assert row["reason"].startswith("as the queue says: ")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("runs that only the bucket knows are not listed: ")
+    assert result.exit_code == 0
+
+
+@pytest.mark.parametrize(("now", "when"), [(-1.0, "before the year 2000"), (8e9, "after the year 2199")])
+def test_a_clock_that_is_not_set_is_refused(
+    project: Project, monkeypatch: pytest.MonkeyPatch, now: float, when: str
+) -> None:
+    monkeypatch.setattr(time, "time", lambda: now)
+    result = project.run("train", "run.yaml", "-y", "-d")
+    says = f"this machine: its clock is set {when} (set it: timedatectl set-time)\n"
+    assert (result.exit_code, result.stderr) == (2, says)
+    assert not project.infra.states
 
 
 def test_cancel_marks_before_it_signals(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """What a machine does and leaves behind when it ends before an attempt is claimed."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,6 +47,17 @@ def test_bad_input_bars_the_net_of_restarts(
     monkeypatch.setenv("SPOTUNE_NUM_PROCESSES", "")
     assert guard.main(["none.yaml"]) == 2
     assert store.keys("runs") == [KEYS.failed]
+
+
+def test_a_clock_that_is_not_set_is_this_machines_fault(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(time, "time", lambda: 5.0)
+    assert guard.main(["none.yaml"]) == 75
+    monkeypatch.setenv("SKYPILOT_MANAGED_JOB_ID", "7")
+    assert guard.main(["none.yaml"]) == 1
+    assert capsys.readouterr().err == "this machine: its clock is set before the year 2000\n" * 2
+    assert store.keys("runs") == []
 
 
 def test_a_bucket_that_was_never_reached_is_an_error_that_is_counted(
