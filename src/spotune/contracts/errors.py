@@ -93,7 +93,7 @@ class InfraError(SpotuneError):
 
 
 class Unsettled(InfraError):
-    """A submission was stopped half way and could not be taken back: the run may start, and stays known."""
+    """What was asked for may still happen: a submission that could not be taken back, a cancel that is under way."""
 
 
 class StoreError(SpotuneError):

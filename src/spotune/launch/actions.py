@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from spotune.contracts.change import Change
-from spotune.contracts.errors import InputError, StoreError
+from spotune.contracts.errors import InputError, SpotuneError, StoreError, Unsettled
 from spotune.contracts.exits import FAILED
 from spotune.contracts.keys import Keys
 from spotune.contracts.marks import read_mark
@@ -56,11 +56,18 @@ def cancel(workspace: Workspace, run_id: str, clock: Callable[[], float] = time.
     by = f"cancelled by {workspace.env.user}"
     mark = Mark(run_id=run_id, attempt=status.attempt, at=clock(), reason=by, exit_code=FAILED, step=status.step or 0)
     try:
-        store.create(keys.cancelled, mark.to_bytes())
+        is_ours = store.create(keys.cancelled, mark.to_bytes())
     except (InputError, StoreError):  # not reachable from here: what runs on this machine is stopped all the same
         workspace.infra(status.infra).cancel(run_id)
         return find_run(workspace, run_id)
-    workspace.infra(status.infra).cancel(run_id)
+    try:
+        workspace.infra(status.infra).cancel(run_id)
+    except Unsettled:
+        raise
+    except SpotuneError:  # it goes on, and no later attempt of it may end of this
+        if is_ours:
+            store.delete([keys.cancelled])
+        raise
     ended = find_run(workspace, run_id)
     if ended.state == "SUCCEEDED":  # it was certified before the signal came
         store.delete([keys.cancelled])

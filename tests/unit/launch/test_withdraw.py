@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from spotune.contracts.keys import Keys
 from spotune.launch import infra
 from spotune.launch.infra import Submission
 from spotune.launch.local import daemon
-from spotune.launch.local.infra import LocalInfra
+from spotune.launch.local.infra import TAKE_UP_S, LocalInfra
 from spotune.launch.local.layout import Layout
 from spotune.launch.local.queue import Queue
 from spotune.launch.local.rows import Attempt
@@ -137,3 +138,54 @@ def test_ctrl_c_ends_a_dev_run_that_has_begun(tmp_path: Path, monkeypatch: pytes
     assert (result.exit_code, "run-a: stopped" in result.stderr) == (130, True)
     assert ("cancel", "run-a") in project.infra.calls
     assert project.store.exists(Keys("run-a").run)
+
+
+class SilentSupervisor:
+    """It runs, and takes nothing up; ``sleep`` is the clock of who waits for it."""
+
+    def __init__(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(daemon, "is_running", lambda _: True)
+        self.infra = LocalInfra(home, {}, clock=lambda: self.now, sleep=self.sleep)
+        self.queue = Queue(self.infra.layout.database)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize("kind", ["cancel", "preempt"])
+def test_what_nobody_takes_up_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    silent = SilentSupervisor(tmp_path, monkeypatch)
+    silent.queue.add(SUBMISSION, "file:///b")
+    silent.queue.start(MACHINE)
+    ask = silent.infra.cancel if kind == "cancel" else partial(silent.infra.preempt, notice_s=0.0)
+    with pytest.raises(
+        InfraError, match="^run-a: the supervisor does not answer, so that nothing was done, see "
+    ) as told:
+        ask("run-a")
+    assert not isinstance(told.value, Unsettled)
+    assert silent.queue.requests() == []
+    assert silent.now == pytest.approx(TAKE_UP_S, abs=1.0)
+
+
+def test_a_cancel_that_nobody_takes_up_leaves_no_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = Project(tmp_path / "project", monkeypatch)
+    project.submit()
+    mark = Keys("run-a").cancelled
+
+    def refuse(error: InfraError) -> Callable[..., None]:
+        def cancel(*_: object) -> None:
+            assert project.store.exists(mark)
+            raise error
+
+        return cancel
+
+    monkeypatch.setattr(type(project.infra), "cancel", refuse(InfraError("run-a: no answer")))
+    assert project.run("cancel", "run-a", "-y").exit_code == 3
+    assert not project.store.exists(mark)
+    monkeypatch.setattr(type(project.infra), "cancel", refuse(Unsettled("run-a: being cancelled")))
+    assert project.run("cancel", "run-a", "-y").exit_code == 3
+    assert project.store.exists(mark)
+    monkeypatch.setattr(type(project.infra), "cancel", refuse(InfraError("run-a: no answer")))
+    assert project.run("cancel", "run-a", "-y").exit_code == 3
+    assert project.store.exists(mark)  # of the cancel before, which is under way

@@ -18,6 +18,7 @@ from spotune.launch.local.layout import Layout
 from spotune.launch.local.machine import REGION, check_kept, keep_environment
 from spotune.launch.local.queue import Queue
 from spotune.launch.local.rows import Job
+from spotune.launch.loglines import LogLines
 from spotune.launch.task import demand_of
 from spotune.launch.trainer import trainer_of
 
@@ -125,7 +126,8 @@ class LocalInfra:
         while self._job(run_id).is_active:
             self._wake()
             if self._clock() > deadline:
-                raise InfraError(f"{run_id}: not cancelled within {CANCEL_S:g} s, see {self.layout.supervisor_log}")
+                what = f"{run_id}: being cancelled, for {CANCEL_S:g} s now (spotune queue)"
+                raise Unsettled(f"{what}, see {self.layout.supervisor_log}")
             self._sleep(POLL_S)
 
     def preempt(self, run_id: str, notice_s: float, agree: Agree = lambda question: None) -> None:
@@ -135,13 +137,14 @@ class LocalInfra:
         self._ask(run_id, "preempt", notice_s)
 
     def _ask(self, run_id: str, kind: str, notice_s: float = 0.0) -> None:
-        """Leaves a request and waits until the supervisor has taken it up."""
+        """Leaves a request and waits until the supervisor has taken it up. One that it does not is taken back."""
         request = self._queue.ask(run_id, kind, notice_s)
         deadline = self._clock() + TAKE_UP_S
         self._wake()
         while not self._queue.is_done(request):
-            if self._clock() > deadline:
-                raise InfraError(f"{run_id}: the supervisor does not answer, see {self.layout.supervisor_log}")
+            if self._clock() > deadline and (self._queue.take_back(request) or not self._queue.is_done(request)):
+                what = f"{run_id}: the supervisor does not answer, so that nothing was done"
+                raise InfraError(f"{what}, see {self.layout.supervisor_log}")
             self._sleep(POLL_S)
             self._wake()
 
@@ -236,7 +239,7 @@ class _Tail:
     """A growing text file: what it has that was not read yet, as whole lines."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._position, self._rest = path, 0, ""
+        self._path, self._position, self._lines = path, 0, LogLines()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may come in two pieces
 
     def lines(self) -> Iterator[str]:
@@ -246,11 +249,8 @@ class _Tail:
             file.seek(self._position)
             while piece := file.read(1 << 20):
                 self._position += len(piece)
-                lines = (self._rest + self._decoder.decode(piece)).split("\n")
-                self._rest = lines.pop()
-                yield from lines
+                yield from self._lines.add(self._decoder.decode(piece))
 
     def last(self) -> Iterator[str]:
         """A last line that was never ended."""
-        if self._rest:
-            yield self._rest
+        yield from self._lines.last()

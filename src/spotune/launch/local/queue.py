@@ -137,6 +137,13 @@ class Queue:
         with self._transaction() as connection:
             return _ask(connection, run_id, kind, notice_s)
 
+    def take_back(self, request: int) -> bool:
+        """Removes a request that was not taken up; returns False for one that was."""
+        with self._transaction() as connection:
+            return bool(
+                connection.execute("DELETE FROM requests WHERE id = ? AND done_at IS NULL", (request,)).rowcount
+            )
+
     def note(self, name: str, value: Any) -> None:
         with self._transaction() as connection:
             connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from spotune.contracts.environment import BUCKET
-from spotune.contracts.errors import InfraError, InputError, SpotuneError, Unsettled
+from spotune.contracts.errors import InputError, SpotuneError, Unsettled
 from spotune.launch.infra import ACTIVE, Agree, JobStatus, PaidInterval, Submission, check_folder, check_secrets
 from spotune.launch.settings import SlurmSettings
 from spotune.launch.skypilot import engine, following, lookup
@@ -164,7 +164,9 @@ class SkyInfra:
         deadline = self._clock() + CANCEL_S
         while self._active(run_id):
             if self._clock() > deadline:
-                raise InfraError(f"{run_id}: not cancelled within {CANCEL_S:g} s (sky jobs logs --controller says why)")
+                raise Unsettled(
+                    f"{run_id}: being cancelled, for {CANCEL_S:g} s now (sky jobs logs --controller says why)"
+                )
             self._sleep(POLL_S)
 
     def preempt(self, run_id: str, notice_s: float, agree: Agree = lambda question: None) -> None:
