@@ -59,8 +59,8 @@ class Project:
         ):
             self.write(name, "")
 
-    def run(self, *arguments: str, input: str | None = None) -> click.testing.Result:
-        return cli_runner().invoke(main, arguments, input=input, prog_name="spotune")
+    def run(self, *arguments: str, input: str | None = None, env: dict[str, str] | None = None) -> click.testing.Result:
+        return cli_runner().invoke(main, arguments, input=input, env=env, prog_name="spotune")
 
     def submit(self, name: str = "run-a", *arguments: str) -> str:
         result = self.run("train", "run.yaml", "--name", name, "-y", "-d", *arguments)

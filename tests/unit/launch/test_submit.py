@@ -1,5 +1,6 @@
 """Two that submit one run at a time: it is a whole run, and each is told so."""
 
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from spotune.contracts.errors import InfraError
 from spotune.contracts.keys import Keys
 from spotune.launch.infra import Submission
+from tests.filesystems import file_system, fill
 from tests.unit.fake_infra import FakeInfra
 from tests.unit.project import Project
 
@@ -98,3 +100,23 @@ def test_a_job_of_before_is_another_run(project: Project, monkeypatch: pytest.Mo
     refused: Any = project.run(*TRAIN)
     assert (refused.exit_code, project.store.keys("runs")) == (2, [])
     assert refused.stderr.splitlines()[-1] == "--name: run-a is in this machine's queue already (another --name)"
+
+
+def test_a_full_bucket_gets_nothing_of_a_refused_run(project: Project, tmp_path: Path) -> None:
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "run.yaml"], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *words], cwd=project.folder, check=True)
+    project.write("more.py", "x = 1\n" * 2000)  # goes along with the run's code
+    codes = set()
+    with file_system(tmp_path / "bucket") as folder:
+        for left_kb in range(0, 64, 4):
+            fill(folder, left_kb << 10)
+            before = sorted(folder.rglob("*"))
+            result = project.run(*TRAIN, "--set", f"seed={left_kb}", env={"SPOTUNE_BUCKET": f"file://{folder}"})
+            codes.add(result.exit_code)
+            if result.exit_code == 0:
+                break
+            assert sorted(folder.rglob("*")) == before
+            assert "No space left" in result.stderr.splitlines()[-1]
+            assert not project.infra.states
+    assert codes == {0, 3}

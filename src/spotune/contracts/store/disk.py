@@ -163,10 +163,15 @@ class Disk:
 
     @contextlib.contextmanager
     def _place(self, key: str, make: bool = False) -> Iterator[tuple[int, str]]:
-        """The open folder that a key lies in, and its name there."""
+        """The open folder that a key lies in, and its name there. One that was made for nothing goes again."""
         *above, name = _parts(key)
         with open_folders(self._root, above, make) as folders:
-            yield folders[-1], name
+            try:
+                yield folders[-1], name
+            except BaseException:
+                if make:
+                    _prune_empty(folders, above)
+                raise
 
     def _in_a_folder(self, call: Callable[[], T]) -> T:
         """As ``_steadily``; once more where somebody has just pruned the folder that was open."""
