@@ -76,6 +76,20 @@ def launch(lab: Layout) -> Launch:
     return launch_job
 
 
+@pytest.fixture(scope="session")
+def demo(lab: Layout) -> Callable[[int], str]:
+    """Writes the demo's config with fewer steps to where all nodes see it; returns its path."""
+
+    def write(steps: int) -> str:
+        text = (ROOT / "config/runs/demo.yaml").read_text()
+        path = lab.shared / f"demo-{steps}.yaml"
+        path.write_text(text.replace("max_steps: 200", f"max_steps: {steps}"))
+        assert path.read_text() != text
+        return str(path)
+
+    return write
+
+
 @pytest.fixture
 def spotune(lab: Layout, tmp_path: Path) -> Spotune:
     """Runs ``spotune WORDS`` in the lab; returns its output once its exit code is the expected one."""

@@ -22,7 +22,7 @@ def test_a_preempted_jobs_dollars_are_skypilots_rows_at_the_frozen_price(
     lab: Layout, spotune: Spotune, tmp_path: Path
 ) -> None:
     store, keys = Store(f"file://{lab.shared}/verbs-{tmp_path.name}"), Keys("dollars")
-    words = ["--name", "dollars", "-y", "-d", "--env", f"SPOTUNE_PYTHON={lab.job_python}"]
+    words = ["--name", "dollars", "--set", "max_steps=80", "-y", "-d", "--env", f"SPOTUNE_PYTHON={lab.job_python}"]
     spotune("train", CONFIG, *MACHINE, *words)
     wait_until(lambda: bool(store.keys(keys.commits)), START_S, "it has not committed a checkpoint")
     spotune("preempt", "dollars", "--notice", "25s")
