@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from spotune.launch.workspace import Workspace
 
 REFRESH_S = 0.5
+MOST_WAITING = 1000  # lines that were read and not shown yet
 _END = None
 Show = Callable[["JobStatus"], None]
 Say = Callable[[str], None]
@@ -31,7 +32,7 @@ def follow(workspace: "Workspace", run_id: str) -> int:
 
     status = find_run(workspace, run_id)
     engine = workspace.infra(status.infra)
-    lines: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+    lines: queue.Queue[str | BaseException | None] = queue.Queue(MOST_WAITING)
     logs = engine.logs(run_id, follow=True)
     threading.Thread(target=_pump, args=(logs, lines), daemon=True).start()
     shown_at, outage = 0.0, Outage()
@@ -107,7 +108,7 @@ def exit_code_of(status: "JobStatus") -> int:
     return exits.FAILED
 
 
-def _pump(logs: Iterator[str], lines: "queue.SimpleQueue[str | BaseException | None]") -> None:
+def _pump(logs: Iterator[str], lines: "queue.Queue[str | BaseException | None]") -> None:
     """Moves lines to where the main thread can wait for them; an error, whatever it is, travels the same way."""
     try:
         for line in logs:

@@ -21,6 +21,7 @@ from contextlib import suppress
 from typing import Any
 
 from spotune.contracts.errors import StoreError
+from spotune.contracts.shapes import RECORD_MOST_BYTES
 from spotune.guard.machine import Machine
 from spotune.guard.notices import Notices
 from spotune.guard.stalls import Work
@@ -53,9 +54,9 @@ class Line:
     def _read(self) -> None:
         try:
             with self._socket.makefile("rb") as lines:
-                for line in lines:
+                while line := lines.readline(RECORD_MOST_BYTES):
                     self.inbox.put(json.loads(line))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             pass  # a broken connection and a cut line mean the same: said below
         self.gone = True
         self.inbox.put(None)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 from spotune.contracts.errors import InfraError
+from spotune.launch.loglines import MOST_CHARS
 from spotune.launch.skypilot import engine
 from spotune.launch.skypilot.logs import exit_code, said
 
@@ -72,7 +73,7 @@ class JobLog(io.TextIOBase):
             is_again = self._told < self._passed
             if not is_again:
                 self._out.write(piece)
-            self._line += piece
+            self._line = (self._line + piece)[:MOST_CHARS]  # enough to tell whose it is
             if piece.endswith("\n"):
                 self._told += said(self._line.rstrip("\n")) is not None
                 self._line = ""

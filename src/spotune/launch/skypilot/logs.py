@@ -3,6 +3,8 @@
 import re
 from collections.abc import Iterable, Iterator
 
+from spotune.launch.loglines import LogLines
+
 _TAKEN_DOWN = 137  # SkyPilot kills the others when one machine's process fails
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 # (NAME, pid=123) text, and (worker1, rank=1, pid=123, ip=10.0.0.2) text
@@ -24,14 +26,10 @@ def plain(text: str) -> str:
 
 def lines_of(pieces: Iterable[str | None]) -> Iterator[str]:
     """Whole lines from a stream of text; a last one that was never ended too. None is SkyPilot's spinner moving."""
-    rest = ""
+    lines = LogLines()
     for piece in pieces:
-        if piece is None:
-            continue
-        *lines, rest = (rest + piece).split("\n")
-        yield from lines
-    if rest:
-        yield rest
+        yield from lines.add(piece or "")
+    yield from lines.last()
 
 
 def exit_code(log: str) -> int | None:
