@@ -81,7 +81,7 @@ lab: setup ## real SkyPilot on a real Slurm of two nodes, on this machine (Debia
 	@$(BIN)/python -m tests.lab.up --server
 
 lab-test: setup ## the lab's smoke part, from nothing: jobs preempted once, by sky's command line and by spotune's, and their dollars
-	@$(BIN)/python -m pytest -m lab -s tests/lab/test_smoke.py tests/lab/test_cost.py $(ARGS)
+	@$(BIN)/python -m pytest -m lab -n 2 tests/lab/test_smoke.py tests/lab/test_cost.py $(ARGS)
 
 lab-test-full: setup ## from nothing: all that can happen to a job, and a dev cluster's verbs
 	@$(BIN)/python -m pytest -m lab -s tests/lab --ignore tests/lab/test_infra.py $(ARGS)
