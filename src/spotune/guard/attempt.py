@@ -112,7 +112,10 @@ class Attempt:
             dog.start(ranks.pids)
             with GpuMeter(context.machine.gpus, context.environ, self.journal):
                 restoring = Restoring(context, self.journal, self.leader)
-                outcome = watch.until_ended(ranks, restoring, lambda: dog.stall)
+                try:
+                    outcome = watch.until_ended(ranks, restoring, lambda: dog.stall)
+                finally:
+                    restoring.stop()
         finally:
             dog.stop(has_stalled=watch.stall is not None)
             ranks.kill()
