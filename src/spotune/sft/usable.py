@@ -84,7 +84,7 @@ def _check_pickle(name: str, file: io.BufferedIOBase) -> None:
     except (OSError, MemoryError):
         raise
     except Exception as error:  # a file that is damaged raises nearly anything
-        raise Unusable(f"{name}: cannot be read as weights: {_reason(error)}") from error
+        raise Unusable(f"{name}: cannot be read as weights: {reason_of(error)}") from error
 
 
 def _check_sharded(folder: Path) -> None:
@@ -140,7 +140,7 @@ class _Part(io.BufferedIOBase):
         return len(data)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """What is wrong, in a few words of torch's page."""
     text = str(error)
     if isinstance(error, pickle.UnpicklingError):
