@@ -43,6 +43,7 @@ from spotune.contracts.exchange import (
     Job,
     Outcome,
     Staged,
+    answer_candidate,
     events_path,
     outcome_path,
     read_json,
@@ -219,6 +220,8 @@ class FakeRank:
         while (restored := read_json(self.folder / RESTORED)) is None:
             if (read_json(self.folder / CONTROL) or {}).get("stop"):
                 raise Ended(Outcome("stopped", 0))
+            if self.rank == 0:
+                answer_candidate(self.folder, fault_of)
             time.sleep(POLL_S)
         if restored.get("error"):
             raise Ended(Outcome("stopped", 0))
@@ -337,6 +340,11 @@ class FakeRank:
     def _write(self, event: str, **fields: Any) -> None:
         if self.events:
             self.events.write(event, **fields)
+
+
+def fault_of(checkpoint: Path, best: Path | None) -> str:
+    """Refuses a checkpoint whose optimizer is ``poison``, as torch does one that wants to run code."""
+    return "optimizer.pt: poison" if (checkpoint / "optimizer.pt").read_bytes() == b"poison" else ""
 
 
 def write_weights(path: Path, state: bytes, dtype: str = "U8") -> None:

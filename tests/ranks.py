@@ -14,7 +14,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.exchange import JOB, OUTPUT, RESTORED, Job, outcome_path, read_json, write_json
+from spotune.contracts.exchange import (
+    CANDIDATE,
+    JOB,
+    OUTPUT,
+    RESTORED,
+    VERDICT,
+    Job,
+    outcome_path,
+    read_json,
+    write_json,
+)
 from tests.waiting import POLL_S, until
 
 HELD = "held"  # a file in the exchange folder while the rank stands still
@@ -120,6 +130,17 @@ def make_folder(folder: Path, config: dict[str, Any], **job: Any) -> Path:
 def restore(folder: Path, checkpoint: Path | None = None, tokens: int = 0, best: Path | None = None) -> None:
     found = {"checkpoint": checkpoint and str(checkpoint), "tokens": tokens, "error": None}
     write_json(folder / RESTORED, {**found, "best_checkpoint": best and str(best)})
+
+
+def verdict_on(folder: Path, checkpoint: Path, number: int) -> str:
+    """Asks a running rank 0 about a checkpoint, as the guard does; returns what is wrong with it."""
+    candidate = {"number": number, "checkpoint": str(checkpoint), "best_checkpoint": None}
+    write_json(folder / CANDIDATE, candidate)
+    until(
+        lambda: (read_json(folder / VERDICT) or {}).get("number") == number or outcome_path(folder, 0).exists(),
+        lambda: f"no verdict\n{log_text(folder)[-3000:]}",
+    )
+    return str((read_json(folder / VERDICT) or {})["fault"])
 
 
 def events(folder: Path, kind: str = "") -> list[dict[str, Any]]:

@@ -1,8 +1,11 @@
 """A bucket that others have filled with wrong records, links and odd names: the run ends as if undisturbed, and nothing
 outside the bucket and the machine's own folders is touched. On a disk, an S3 server and a GCS emulator."""
 
+import json
 import os
+from hashlib import sha256
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -82,6 +85,68 @@ def test_a_run_in_a_hostile_bucket_ends_as_if_undisturbed(
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "home") == sorted(
         ["machine", "theirs", *(["bucket"] if script.store.is_local else [])]
     )
+
+
+def poison(script: FakeScript, commit: str) -> None:
+    """Has a commit name an optimizer that wants to run code: whole, with its own size and sha256."""
+    attempt, step = map(int, commit.split("-"))
+    folder, key = script.keys.checkpoint(step, attempt), script.keys.commit(attempt, step)
+    facts = script.json(key)
+    script.store.delete([f"{folder}/optimizer.pt"])
+    script.store.write(f"{folder}/optimizer.pt", b"poison")
+    facts["files"]["optimizer.pt"] = {"size": 6, "sha256": sha256(b"poison").hexdigest()}
+    script.store.write(key, json.dumps(facts).encode())
+
+
+@pytest.mark.parametrize("poisoned", [1, 2])
+def test_a_checkpoint_that_cannot_be_loaded_is_passed_over_in_the_same_attempt(
+    config: Path, undisturbed: str, tmp_path: Path, poisoned: int
+) -> None:
+    script = FakeScript(f"file://{tmp_path}/bucket", "poisoned", config, tmp_path / "machine")
+    first = script.start()
+    script.allow_and_commit(first, 6)
+    script.allow_and_commit(first, 12)
+    first.kill()
+    ended(first)
+    steps = sorted(int(name.partition("-")[2]) for name in script.commits)
+    for name in sorted(script.commits, reverse=True)[:poisoned]:
+        poison(script, name)
+    script.allow_all()
+    assert script.run() == 0, script.log()
+    assert steps == [6, 12]
+    for step in steps[-poisoned:]:
+        assert f"checkpoint rejected: step {step} of attempt 1: optimizer.pt: poison" in script.log()
+    assert ("resumed from the checkpoint of step 6, attempt 1" in script.log()) == (poisoned == 1)
+    (restored,) = script.events(2, "restored")
+    assert len(restored["rejected"]) == poisoned
+    assert script.weights == undisturbed
+    assert script.attempts == 2
+
+
+def test_all_machines_pass_over_a_checkpoint_that_cannot_be_loaded(config: Path, tmp_path: Path) -> None:
+    run_id = f"pair-{uuid4().hex[:8]}"  # guards meet at a port that follows from it
+    bucket = f"file://{tmp_path}/bucket"
+    nodes = [FakeScript(bucket, run_id, config, tmp_path / name) for name in ("leader", "follower")]
+    for number, node in enumerate(nodes):
+        node.environ |= {
+            "SKYPILOT_NUM_NODES": "2",
+            "SKYPILOT_NODE_RANK": str(number),
+            "SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.1",
+            "FAKE_WORKER_DIR": str(nodes[0].told),
+        }
+    leader = nodes[0]
+    leader.allow(6)
+    first = [node.start() for node in nodes]
+    for step in (6, 12):
+        leader.allow_and_commit(first[0], step)
+    for process in first:
+        process.kill()
+        ended(process)
+    poison(leader, max(leader.commits))
+    leader.allow_all()
+    assert [ended(node) for node in [node.start() for node in nodes]] == [0, 0], leader.log() + nodes[1].log()
+    assert "checkpoint rejected: step 12 of attempt 1: optimizer.pt: poison" in leader.log()
+    assert "resumed from the checkpoint of step 6, attempt 1" in leader.log()
 
 
 @pytest.mark.parametrize("mark", ["failed", "paused", "cancelled"])

@@ -3,6 +3,7 @@
 The watchdog's clock is the test's: it goes by the default limits, and only a rank that stands still is a stall.
 """
 
+import re
 import signal
 import subprocess
 from collections.abc import Callable
@@ -50,6 +51,22 @@ class WatchedScript(FakeScript):
         """What the watchdog has seen of it."""
         seen = self._clock.with_suffix(".seen")
         return seen.read_text() if seen.exists() else ""
+
+    def hang(self, part: str, how: str = "hang") -> None:
+        """Has the guard's calls to the bucket hang whose keys have this in them."""
+        part_file = self._clock.with_name(".hang")
+        part_file.write_text(part)
+        part_file.rename(self._clock.with_name(how))
+
+    def wait_until_it_hangs(self, process: "subprocess.Popen[str]", seen_s: int = 40) -> None:
+        """Returns once a call hangs, and the watchdog has seen it."""
+        self.until(self._clock.with_name("hangs").exists, process)
+        self.let_pass(seen_s)
+        self.until(lambda: self.passed == str(seen_s), process)
+
+    def repair(self) -> None:
+        for name in ("hang", "crawl", "hangs"):
+            self._clock.with_name(name).unlink(missing_ok=True)
 
     def stop_a_rank(self, process: "subprocess.Popen[str]", rank: int = 0) -> None:
         """SIGSTOP to a rank; returns once it stands still."""
@@ -213,6 +230,91 @@ def test_an_upload_that_hangs_is_a_stall(tmp_path: Path) -> None:
     assert "\nstalled: no byte of a checkpoint was uploaded for " in script.log()
     (stall,) = script.events(1, "stall")
     assert stall["phase"] == "upload"
+    script.allow_all()
+    assert script.run() == 0, script.log()
+
+
+def test_a_result_whose_upload_hangs_ends_the_attempt_and_the_next_one_finishes(
+    script: WatchedScript, undisturbed: str
+) -> None:
+    script.hang("/output/model.safetensors")
+    process = script.start()
+    script.wait_until_it_hangs(process)
+    script.let_pass(LONG_S)
+    assert ended(process) == 75, script.log()
+    what = f"no answer from the bucket to: upload {script.keys.output}/model.safetensors"
+    assert f"\nstalled: {what} for " in script.log()
+    (stall,) = script.events(1, "stall")
+    assert (stall["phase"], stall["silent_s"] >= stall["limit_s"] >= 1800) == ("upload", True)
+    (end,) = script.events(1, "end")
+    assert (end["reason"], end["exit_code"]) == ("stalled", 75)
+    stacks = (script.store.read(script.keys.stacks(1, 0)) or b"").decode()
+    assert "the guard, process " in stacks
+    assert "in upload_new" in stacks
+    script.repair()
+    assert script.run() == 0, script.log()
+    assert script.weights == undisturbed
+    assert script.attempts == 2
+
+
+def test_a_bucket_that_hangs_as_a_whole_at_the_end_ends_the_attempt(script: WatchedScript, undisturbed: str) -> None:
+    """Nothing can be written there: what was seen is left on this machine."""
+    process = script.start_and_stop_after(8)
+    script.until(lambda: (script.seen().get("committed_step") or 0) >= 6, process)
+    script.hang("runs/")
+    script.allow_all()
+    script.wait_until_it_hangs(process)
+    script.until(lambda: not script.workers(process), process)
+    script.let_pass(LONG_S)
+    assert ended(process) == 75, script.log()
+    assert "\nstalled: no answer from the bucket to: " in script.log()
+    assert script.seen()["phase"] == "stalled"
+    (stacks,) = (script.home / "work").rglob("stacks-0.txt")
+    assert f"the guard's stacks are in {stacks}" in script.log()
+    script.repair()
+    assert script.run() == 0, script.log()
+    assert script.weights == undisturbed
+
+
+def test_a_result_that_is_uploaded_slowly_is_no_stall(script: WatchedScript, undisturbed: str) -> None:
+    script.hang("/output/model.safetensors", how="crawl")
+    process = script.start()
+    script.wait_until_it_hangs(process)
+    for seconds in (2_000, 4_000, 6_000):
+        script.let_pass(seconds)
+        script.until(lambda seconds=seconds: script.passed == str(seconds), process)
+    script.repair()
+    assert ended(process) == 0, script.log()
+    assert script.weights == undisturbed
+
+
+def test_a_certified_run_whose_last_events_hang_has_succeeded(script: WatchedScript, undisturbed: str) -> None:
+    process = script.start(stop_at="certified")
+    script.wait_at(process, "certified")
+    script.hang("/events-")
+    script.pass_on("certified")
+    script.wait_until_it_hangs(process)
+    script.let_pass(LONG_S)
+    assert ended(process) == 0, script.log()
+    assert script.weights == undisturbed
+
+
+@pytest.mark.parametrize("place", ["/checkpoints/", "/events-"])
+def test_a_call_to_the_bucket_that_hangs_beside_training_ends_the_attempt(tmp_path: Path, place: str) -> None:
+    """Its limit is 30 s here; that of ranks that have made few steps is three times that."""
+    script = WatchedScript(fake_config(tmp_path / "material", max_steps=STEPS, save_steps=2), tmp_path)
+    script.allow(1)
+    process = script.start(**{PATIENCE: "20s", "SPOTUNE_STALL_AFTER": "30s"})
+    script.wait_for_step(process, 1)
+    script.hang(place)
+    script.allow(2)
+    script.wait_until_it_hangs(process)
+    script.let_pass(80)
+    assert ended(process) == 75, script.log()
+    assert re.search(r"\nstalled: no (answer|byte).*limit 30 s", script.log())
+    assert "the guard's stacks are in " in script.log()
+    assert script.seen()["phase"] == "stalled"
+    script.repair()
     script.allow_all()
     assert script.run() == 0, script.log()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from spotune.contracts.exchange import TRAINER, read_json, staged_path
+from spotune.contracts.exchange import RESTORED, TRAINER, outcome_path, read_json, staged_path
 from tests import tiny
 from tests.ranks import (
     Nursery,
@@ -18,6 +18,7 @@ from tests.ranks import (
     make_folder,
     rank_environment,
     restore,
+    verdict_on,
     wait_for,
     weights,
 )
@@ -187,6 +188,34 @@ def test_fsdp_runs_no_code_from_a_checkpoint(ranks: Nursery, base: dict[str, Any
         path.write_bytes(pickle.dumps(poisoned))
     assert "completed" not in {outcome["how"] for outcome in ranks.run(resumed, 2, kind="fsdp")}
     assert "which no checkpoint needs" in log_text(resumed)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.slow
+def test_fsdp_asks_for_another_checkpoint_in_place_of_a_poisoned_one(
+    ranks: Nursery, base: dict[str, Any], tmp_path: Path
+) -> None:
+    fsdp = {"fsdp_version": 2, "state_dict_type": "SHARDED_STATE_DICT"}
+    config = base | {"fsdp": True, "fsdp_config": fsdp, "max_steps": 4}
+    whole = make_folder(tmp_path / "whole", config, save_steps=2)
+    assert {outcome["how"] for outcome in ranks.run(whole, 2, kind="fsdp")} == {"completed"}, log_text(whole)
+    resumed = move(whole, tmp_path / "resumed", config, 2, 2, save_steps=2)
+    good = resumed / TRAINER / "checkpoint-2"
+    poisoned = resumed / "poisoned" / "checkpoint-2"
+    shutil.copytree(good, poisoned)
+    (poisoned / "optimizer_0/.metadata").unlink()  # it may be a hard link
+    (poisoned / "optimizer_0/.metadata").write_bytes(pickle.dumps(Touch(str(tmp_path / "ran"))))
+    tokens = read_json(resumed / RESTORED)["tokens"]
+    (resumed / RESTORED).unlink()
+    port = free_port()
+    for rank in (0, 1):
+        ranks.start(resumed, log=f"log-{rank}", kind="fsdp", MASTER_PORT=port, **rank_environment(rank, 2))
+    what = "optimizer_0/.metadata: not a sharded checkpoint's metadata: names io.open, which no checkpoint needs"
+    assert verdict_on(resumed, poisoned, 0) == what
+    assert verdict_on(resumed, good, 1) == ""
+    restore(resumed, good, tokens)
+    assert [wait_for(outcome_path(resumed, rank), resumed)["how"] for rank in (0, 1)] == ["completed"] * 2
+    assert weights(resumed) == weights(whole)
     assert not (tmp_path / "ran").exists()
 
 

@@ -4,6 +4,9 @@ The worker knows torch and no store; the guard knows the store and no torch.
 
     job.json               guard -> worker   what to do (Job), before the worker starts
     trainer/checkpoint-N/  both              restored there by the guard; saved there by Trainer
+    candidate.json         guard -> worker   {"number": n, "checkpoint": path, "best_checkpoint": path or null}:
+                           can rank 0 load this verified checkpoint? Another number: another candidate
+    verdict.json           worker -> guard   {"number": the candidate's, "fault": why it cannot, empty where it can}
     restored.json          guard -> worker   {"checkpoint": path or null, "tokens": n, "error": text or null,
                                             "versions", "global_batch": the commit's, "other_versions_allowed": bool}
     staged/<step 8d>-<rank>.json  worker -> guard   a rank's part of a local checkpoint is complete (Staged); once all
@@ -24,6 +27,7 @@ import json
 import os
 import signal
 import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -33,6 +37,8 @@ from spotune.contracts.shapes import Amount, Count, Files, Ranks, Step, checked
 JOB = "job.json"
 TRAINER = "trainer"
 RESTORED = "restored.json"
+CANDIDATE = "candidate.json"
+VERDICT = "verdict.json"
 STAGED = "staged"
 CONTROL = "control.json"
 OUTPUT = "output"
@@ -131,6 +137,16 @@ def read_json(path: Path) -> Any | None:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
+
+
+def answer_candidate(folder: Path, fault_of: Callable[[Path, Path | None], str]) -> None:
+    """Says whether the guard's candidate can be loaded, once for each; returns at once where there is none."""
+    candidate, verdict = read_json(folder / CANDIDATE), read_json(folder / VERDICT)
+    if candidate is None or (verdict and verdict["number"] == candidate["number"]):
+        return
+    best = candidate["best_checkpoint"]
+    fault = fault_of(Path(candidate["checkpoint"]), Path(best) if best else None)
+    write_json(folder / VERDICT, {"number": candidate["number"], "fault": fault})
 
 
 def events_path(folder: Path, rank: int) -> Path:

@@ -1,10 +1,12 @@
 """One attempt: run the ranks, commit what they save, and say how it ended. What happens meanwhile is in watch.py."""
 
 import shutil
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 from spotune.contracts import exchange, exits
 from spotune.contracts.durations import parse_save_every
@@ -36,8 +38,10 @@ from spotune.guard.watch import Watch
 from spotune.guard.watchdog import Watchdog
 
 CERTIFY_PAUSE_S = 15.0
+HANGING_S = 30.0  # what the end of a stalled attempt waits for a bucket that may not answer
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
+Result = TypeVar("Result")
 Ending = tuple[int, EndReason, str]  # exit code, reason for the report, one line for people
 
 
@@ -62,6 +66,8 @@ class Attempt:
         self.watchdog: Watchdog | None = None
         self._newest: Commit | None = None
         self._refused_versions: list[str] = []
+        self._ending: Ending | None = None
+        self._is_certified = False
 
     def run(self) -> int:
         """Trains to an end or to a notice; leaves the attempt's last event and, at a bad end, failed.json."""
@@ -79,8 +85,35 @@ class Attempt:
             self._mark_failed(code, message)
         if message:
             say(message, bare=True)
+        self._ending = code, reason, message
         self._close(code, reason, message)
         return code
+
+    def end_stalled(self, message: str) -> int:
+        """Ends the attempt in the place of the main thread, which hangs; returns the exit code.
+
+        What the main thread has decided stands. No call to the bucket is waited for longer than ``HANGING_S``.
+        """
+        code, reason = self._stalled_end()
+        say(message, bare=True)
+        self.journal.write("end", reason=reason, exit_code=code, step=self.journal.progress.step, message=message)
+        within(HANGING_S, lambda: self._record_stalled(code, message), None)
+        self.leader.close(code)
+        return code
+
+    def _stalled_end(self) -> tuple[int, EndReason]:
+        if self._ending:
+            return self._ending[:2]
+        if self._is_certified:
+            return exits.SUCCEEDED, "completed"
+        is_second = within(HANGING_S, self._is_second_fault, False)
+        return exits.FAILED if is_second else exits.PREEMPTED, "stalled"
+
+    def _record_stalled(self, code: int, message: str) -> None:
+        if code == exits.FAILED and not self._ending:
+            self._mark_failed(code, message)
+        upload_stacks(self.context.store, self.context.keys, self.context.attempt, self.context.folder)
+        self.journal.close()
 
     def _is_second_fault(self) -> bool:
         try:
@@ -102,7 +135,9 @@ class Attempt:
         exchange.write_json(context.folder / exchange.JOB, job)
         watch = self.watch = Watch(context, job, self.journal, self.leader, self.notices, toll)
         uploading, is_leaving = lambda: watch.uploading, lambda: self.notices.given
-        dog = self.watchdog = Watchdog(context, self.journal, self.leader, toll, uploading, is_leaving)
+        dog = self.watchdog = Watchdog(
+            context, self.journal, self.leader, toll, uploading, is_leaving, self.end_stalled
+        )
         trackers, port = tracker_environ(context.run, context.environ), free_port()
         sample_s = sample_every_s(dog.floor_s) if dog.floor_s else 0.0
         self.leader.gather(self.notices, job=asdict(job), master_port=port, environ=trackers, sample_s=sample_s)
@@ -112,7 +147,10 @@ class Attempt:
             dog.start(ranks.pids)
             with GpuMeter(context.machine.gpus, context.environ, self.journal):
                 restoring = Restoring(context, self.journal, self.leader)
-                outcome = watch.until_ended(ranks, restoring, lambda: dog.stall)
+                try:
+                    outcome = watch.until_ended(ranks, restoring, lambda: dog.stall)
+                finally:
+                    restoring.stop()
         finally:
             dog.stop(has_stalled=watch.stall is not None)
             ranks.kill()
@@ -144,6 +182,7 @@ class Attempt:
         context = self.context
         self.journal.write("phase", phase="teardown")
         certificate = self._certify(outcome.step)
+        self._is_certified = True
         say(f"{context.keys.run_id} is certified at step {certificate.step}: weights {certificate.weights_sha256[:16]}")
         if output_dir := context.run.config.get("output_dir"):
             self._copy_output(Path(output_dir))
@@ -210,6 +249,22 @@ class Attempt:
         is_over = code == exits.SUCCEEDED or reason == "lost"
         if is_over or not sealed(self.context.folder):  # else the next attempt on this machine may still commit it
             shutil.rmtree(self.context.folder, ignore_errors=True)
+
+
+def within(seconds: float, work: Callable[[], Result], otherwise: Result) -> Result:
+    """Returns what ``work`` returns in time, else ``otherwise``; a thread that hangs is left behind."""
+    results = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except (SpotuneError, OSError) as error:
+            say(str(error))
+
+    thread = threading.Thread(target=run, name="end", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return results[0] if results else otherwise
 
 
 def make_job(context: Context, newest: Commit | None, history: Sequence[RunRecord]) -> Job:

@@ -60,13 +60,16 @@ class Follower:
         handover, told, ended_at = Handover(folder, self.machine.ranks), False, 0.0
         uploader = Uploader(lambda staged: self._send_part(line, folder, attempt, staged))
         wanted, sampled_at = 0, time.monotonic()
+        restored: dict[str, Any] = {}
         while True:
             message = line.next(POLL_S)
             if message is None and line.gone and line.inbox.empty():
                 say("the leader is gone")
                 return exits.PREEMPTED
-            if message and "restored" in message:
-                self._restore(message, folder)
+            if message and "fetch" in message:
+                restored = self._fetch(message, folder)
+            if message and "resume" in message:
+                exchange.write_json(folder / exchange.RESTORED, restored)
             if message and "upload" in message:
                 wanted = message["upload"]
             if message and "stacks" in message:
@@ -108,8 +111,11 @@ class Follower:
         line.send(part=whole.step, files=whole.files)
         drop_older(folder / exchange.TRAINER, whole)
 
-    def _restore(self, message: dict[str, Any], folder: Path) -> None:
-        """The same commits as the leader's, from the bucket; a fault ends this node's ranks, and so the attempt."""
+    def _fetch(self, message: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """Returns what this node's ranks are to restore: the leader's commits, from the bucket.
+
+        A fault ends these ranks, and so the attempt. They are told once the leader's rank could load the checkpoint.
+        """
         found: dict[str, Any] = {
             "checkpoint": None,
             "best_checkpoint": None,
@@ -120,7 +126,7 @@ class Follower:
             "global_batch": 0,
         }
         try:
-            for name, key in (("checkpoint", message["restored"]), ("best_checkpoint", message["best"])):
+            for name, key in (("checkpoint", message["fetch"]), ("best_checkpoint", message["best"])):
                 if key:
                     commit = Commit.from_bytes(self.store.read(key) or b"", key)
                     if name == "checkpoint":
@@ -128,4 +134,4 @@ class Follower:
                     found[name] = str(download_checkpoint(self.store, self.keys, commit, folder / exchange.TRAINER))
         except (BadCheckpoint, SpotuneError, OSError) as error:
             found["error"] = str(error)
-        exchange.write_json(folder / exchange.RESTORED, found)
+        return found

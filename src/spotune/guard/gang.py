@@ -2,8 +2,8 @@
 
     follower -> leader   {"hello": node, "token"}  {"part": step, "files"}  {"notice": source, "left_s"}  {"ended": …}
                          {"work": {cpu_s, moved_bytes, stopped}}  {"stacks": [rank]}
-    leader -> follower   {"welcome": {...}}   {"restored": key or null}   {"upload": step}   {"end": exit code}
-                         {"stacks": true}
+    leader -> follower   {"welcome": {...}}   {"fetch": key or null}   {"resume": true}   {"upload": step}
+                         {"end": exit code}  {"stacks": true}
 
 A message that the other side does not know is ignored.
 

@@ -1,11 +1,12 @@
 """Restore: the newest commit whose files verify, else the one before, saying so."""
 
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from spotune.contracts.change import few
 from spotune.contracts.errors import BadRecord, Misplaced
@@ -64,11 +65,18 @@ def _has_its_files(store: Store, keys: Keys, commit: Commit) -> bool:
     return there.issuperset(commit.files) and not missing_files(commit.files, commit.world_size)
 
 
-def restore(store: Store, keys: Keys, folder: Path, check: Callable[[Commit], None] = lambda commit: None) -> Restored:
+def restore(
+    store: Store,
+    keys: Keys,
+    folder: Path,
+    check: Callable[[Commit], None] = lambda commit: None,
+    unusable: Mapping[str, str] = MappingProxyType({}),
+) -> Restored:
     """Downloads the newest commit that verifies to ``folder/checkpoint-N``; raises StoreError if the store fails.
 
     Where the commit names a best checkpoint that is another one, that is fetched too. ``check`` may refuse a commit
-    that is whole but must not be continued, by an InputError.
+    that is whole but must not be continued, by an InputError. ``unusable`` has the keys of commits that the worker
+    could not load, and why; they are passed over.
     """
     result = Restored()
     store.names(keys.checkpoints)  # raises Misplaced where nothing could be uploaded
@@ -81,6 +89,8 @@ def restore(store: Store, keys: Keys, folder: Path, check: Callable[[Commit], No
         (attempt, step), key = entry
         seen.add(key)
         try:
+            if key in unusable:
+                raise BadCheckpoint(unusable[key])
             commit = _read(store, key)
             if commit is None:
                 continue

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from spotune.guard.restore import Restored, newest_commit, restore
 from spotune.guard.say import say
 
 PAUSES_S = (1.0, 4.0, 15.0)
+POLL_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Restoring:
         self._context, self._journal, self._leader = context, journal, leader
         self.ready: Ready | None = None
         self.error: SpotuneError | OSError | None = None
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="restore", daemon=True)
         self._thread.start()
 
@@ -59,14 +61,54 @@ class Restoring:
             admission.check_data(self._context.run)
             admission.check_model(self._context.run, self._context.cache)
             self._adopt()
-            found, history = self._fetch()
-            failpoint("restored")
-            allows = self._context.allow_config_change
-            allows = allows or bool(found.commit and allows_other_versions(found.commit, history))
-            self.ready = Ready(found, time.monotonic() - began, allows)
-            self._publish(self.ready)
+            unusable: dict[str, str] = {}
+            while True:
+                found, history = self._fetch(unusable)
+                failpoint("restored")
+                ready = Ready(found, time.monotonic() - began, self._allows_other_versions(found, history))
+                self._have_followers_fetch(ready)
+                fault = self._ask_rank(found, len(unusable))
+                if fault is None:
+                    return
+                if not fault:
+                    break
+                unusable[found.key] = fault
+            self.ready = ready
+            self._publish(ready)
         except (SpotuneError, OSError) as error:
             self.error = error
+
+    def stop(self) -> None:
+        """The ranks have ended: nobody will say any more whether a checkpoint can be loaded."""
+        self._stop.set()
+
+    def _allows_other_versions(self, found: Restored, history: list[RunRecord]) -> bool:
+        if self._context.allow_config_change:
+            return True
+        return bool(found.commit and allows_other_versions(found.commit, history))
+
+    def _ask_rank(self, found: Restored, number: int) -> str | None:
+        """Asks rank 0 whether it can load a checkpoint: the guard knows no torch.
+
+        Returns why it cannot, empty where it can or where there is nothing to load, None where the ranks have ended.
+        """
+        if found.checkpoint is None:
+            return ""
+        folder = self._context.folder
+        paths = {"checkpoint": str(found.checkpoint), "best_checkpoint": found.best and str(found.best)}
+        exchange.write_json(folder / exchange.CANDIDATE, {"number": number, **paths})
+        while not self._stop.is_set():
+            verdict = exchange.read_json(folder / exchange.VERDICT)
+            if verdict and verdict["number"] == number:
+                return str(verdict["fault"])
+            self._stop.wait(POLL_S)
+        return None
+
+    def _have_followers_fetch(self, ready: Ready) -> None:
+        found = ready.found
+        told = {"tokens": found.commit.tokens if found.commit else 0}
+        told["other_versions_allowed"] = ready.other_versions_allowed
+        self._leader.broadcast(fetch=found.key or None, best=found.best_key or None, **told)
 
     def _adopt(self) -> None:
         """Commits what an earlier attempt left behind on this disk, if it is ahead of the bucket; clears the rest."""
@@ -85,14 +127,14 @@ class Restoring:
                 return
         adopt.clear(context)
 
-    def _fetch(self) -> tuple[Restored, list[RunRecord]]:
+    def _fetch(self, unusable: Mapping[str, str]) -> tuple[Restored, list[RunRecord]]:
         """The newest good checkpoint and the run's records; raises what went wrong when the bucket could not be read in
         several tries."""
         store, keys, folder = self._context.store, self._context.keys, self._context.folder / exchange.TRAINER
 
         def fetch() -> tuple[Restored, list[RunRecord]]:
             history = record_history(store, keys)
-            return restore(store, keys, folder, lambda commit: check_commit(commit, history)), history
+            return restore(store, keys, folder, lambda commit: check_commit(commit, history), unusable), history
 
         for pause_s in PAUSES_S:
             try:
@@ -110,9 +152,7 @@ class Restoring:
             say(f"checkpoint rejected: {line}")
         if commit:
             say(f"resumed from the checkpoint of step {commit.step}, attempt {commit.attempt}")
-        tokens = commit.tokens if commit else 0
-        told = {"tokens": tokens, "other_versions_allowed": ready.other_versions_allowed}
-        self._leader.broadcast(restored=found.key or None, best=found.best_key or None, **told)
+        self._leader.broadcast(resume=True)
         self._journal.write(
             "restored",
             step=commit.step if commit else 0,
@@ -126,6 +166,7 @@ class Restoring:
             "error": None,
             "versions": commit.versions if commit else {},
             "global_batch": commit.global_batch if commit else 0,
-            **told,
+            "tokens": commit.tokens if commit else 0,
+            "other_versions_allowed": ready.other_versions_allowed,
         }
         exchange.write_json(self._context.folder / exchange.RESTORED, given)

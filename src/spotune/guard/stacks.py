@@ -5,6 +5,7 @@ thread's line, and what the kernel says that it waits for. A rank that runs also
 gets a signal (sft/worker.py); a stopped rank cannot, and says so here.
 """
 
+import faulthandler
 import os
 import shutil
 import signal
@@ -58,6 +59,18 @@ def upload_stacks(store: Store, keys: Keys, attempt: int, folder: Path) -> None:
             store.create(keys.stacks(attempt, int(path.stem.rpartition("-")[2])), path.read_bytes())
         except (SpotuneError, OSError) as error:
             say(f"{path.name} is not in the bucket: {error}")
+
+
+def append_own_stacks(folder: Path, rank: int) -> Path:
+    """Adds what the guard's own threads do to the file of a rank; returns the file."""
+    path = stacks_path(folder, rank)
+    with open(path, "ab") as file:
+        file.write(f"\nthe guard, process {os.getpid()}\n\nits Python stacks:\n".encode())
+        file.flush()
+        faulthandler.dump_traceback(file, all_threads=True)
+        threads = [_thread(folder) for folder in procfs.threads_of(os.getpid())[:_MOST_THREADS]]
+        file.write("\n".join(["\nthreads, as the kernel sees them:", *threads, ""]).encode(errors="replace"))
+    return path
 
 
 def describe_rank(folder: Path, rank: int, pid: int) -> str:

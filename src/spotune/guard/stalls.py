@@ -9,6 +9,7 @@
     extra                   max(floor, the bucket's patience)               as load: it may talk to a hub that is slow
     save, teardown          max(2 floors, 6 times a save)                   bytes
     upload, beside training max(floor, the bucket's patience, 6 uploads)    bytes that the guard moves
+    a call to the bucket    the same, also once the ranks have ended        bytes that this call moves
 
 The floor is ``--stall-after``. CPU time and bytes of others excuse nothing while a rank is stopped (state T).
 """
@@ -18,9 +19,11 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+from spotune.contracts.store import Call
 
 TIMES = 6.0  # a step may take so many times the median
 RECENT = 50  # steps that the median is taken of
@@ -82,11 +85,15 @@ class Sample:
         ranks: the work of all ranks and their children, on all machines; None where the system does not say.
         guard: the guard's own.
         uploading: the step whose upload is under way, None for none, and while the bucket is known to be away.
+        sent_bytes: bytes of files that the guard has moved to and from the bucket so far.
+        calls: the guard's calls to the bucket that have not returned, by number.
     """
 
     ranks: Work | None
     guard: Work
     uploading: int | None = None
+    sent_bytes: int = 0
+    calls: Mapping[int, Call] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,16 +104,20 @@ class Stall:
         phase: ``upload``, or as events name it.
         silent_s: seen seconds since the last sign of life.
         since: when that was, epoch seconds.
+        call: the call to the bucket that does not return; empty for another stall.
     """
 
     phase: str
     silent_s: float
     limit_s: float
     since: float
+    call: str = ""
 
     @property
     def what(self) -> str:
         """What did not come."""
+        if self.call:
+            return f"no answer from the bucket to: {self.call}"
         missing = {"train": "no step", "upload": "no byte of a checkpoint was uploaded"}
         return missing.get(self.phase, f"no sign of life in the phase {self.phase}")
 
@@ -126,6 +137,15 @@ class Budgets:
     known: Callable[[], dict[str, float]] = dict
 
 
+@dataclass(frozen=True)
+class _SilentCall:
+    """A call to the bucket, and since when it has moved nothing: seen seconds, and epoch seconds."""
+
+    call: Call
+    since_s: float
+    since: float
+
+
 class Stalls:
     """Listens to the events of an attempt and looks at samples. Thread-safe."""
 
@@ -143,6 +163,13 @@ class Stalls:
         self._upload: int | None = None
         self._upload_s, self._upload_at = 0.0, wall()
         self._last: tuple[float, Sample] | None = None
+        self._calls: dict[int, _SilentCall] = {}
+        self._has_ended = False
+
+    def end_ranks(self) -> None:
+        """The ranks have ended: from now on only calls to the bucket can stall."""
+        with self._lock:
+            self._has_ended = True
 
     def take(self, event: dict[str, Any]) -> None:
         """One event, as the journal has it."""
@@ -180,6 +207,7 @@ class Stalls:
             with self._lock:
                 self._sign_s = self._worked_s = self._moved_s = self._upload_s = self._seen_s
                 self._last = None
+                self._calls = {}
 
     def look(self, seen_s: float, sample: Sample | None = None) -> Stall | None:
         """The stall, if there is one now; ``sample``: where one was taken in this look."""
@@ -195,9 +223,12 @@ class Stalls:
         if sample.uploading != self._upload:
             self._upload, self._upload_s, self._upload_at = sample.uploading, now, self._wall()
         self._last = (now, sample)
+        self._compare_calls(sample.calls)
         if last is None or now <= last[0]:
             return
         span_s, before = now - last[0], last[1]
+        if sample.sent_bytes != before.sent_bytes:
+            self._upload_s, self._upload_at = now, self._wall()
         if (sample.guard.moved_bytes - before.guard.moved_bytes) / span_s >= BYTES_PER_S:
             if self._upload is not None:
                 self._upload_s, self._upload_at = now, self._wall()
@@ -210,7 +241,33 @@ class Stalls:
         if (sample.ranks.moved_bytes - before.ranks.moved_bytes) / span_s >= BYTES_PER_S:
             self._moved_s = now
 
+    def _compare_calls(self, calls: Mapping[int, Call]) -> None:
+        """Keeps for each call under way since when it has moved nothing."""
+        new = {
+            number: _SilentCall(call, self._seen_s, self._wall())
+            for number, call in calls.items()
+            if number not in self._calls or self._calls[number].call != call
+        }
+        self._calls = {number: new.get(number) or self._calls[number] for number in calls}
+
     def _judge(self) -> Stall | None:
+        if self._has_ended:
+            return self._judge_calls(self._budgets.known())
+        return self._judge_ranks() or self._judge_calls(self._budgets.known())
+
+    def _judge_calls(self, known: dict[str, float]) -> Stall | None:
+        limit_s = self._upload_limit_s(known)
+        for silent in self._calls.values():
+            silent_s = self._seen_s - silent.since_s
+            if silent_s > limit_s:
+                what = f"{silent.call.verb} {silent.call.key}"
+                return Stall("upload", silent_s, limit_s, silent.since, what)
+        return None
+
+    def _upload_limit_s(self, known: dict[str, float]) -> float:
+        return max(self._floor_s, self._budgets.patience_s, TIMES * known.get("send_s", 0.0))
+
+    def _judge_ranks(self) -> Stall | None:
         known = self._budgets.known()
         limit_s, believes_cpu_s, believes_bytes = self._limit(known)
         signs = [self._sign_s]
@@ -226,7 +283,7 @@ class Stalls:
             return Stall(self._phase, self._seen_s - self._sign_s, limit_s, self._sign_at)
         if self._upload is None:
             return None
-        limit_s = max(self._floor_s, self._budgets.patience_s, TIMES * known.get("send_s", 0.0))
+        limit_s = self._upload_limit_s(known)
         silent_s = self._seen_s - self._upload_s
         return Stall("upload", silent_s, limit_s, self._upload_at) if silent_s > limit_s else None
 

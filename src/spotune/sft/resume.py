@@ -21,6 +21,10 @@ def prepare(trainer: Any, restored: dict[str, Any]) -> str | None:
         from spotune.sft.shards import refuse_code  # here: torch's sharding is loaded where it is used
 
         refuse_code()
+    if trainer.is_deepspeed_enabled:
+        from spotune.sft import deepspeed_files
+
+        deepspeed_files.refuse_code()
     _check_complete(checkpoint, trainer)
     if args.local_process_index == 0:
         _patch_best(checkpoint, restored.get("best_checkpoint"))

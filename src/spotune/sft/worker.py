@@ -31,6 +31,7 @@ from spotune.contracts.exchange import (
     STACKS_SIGNAL,
     Job,
     Outcome,
+    answer_candidate,
     events_path,
     outcome_path,
     python_stacks_path,
@@ -162,12 +163,15 @@ def _load(this: Rank) -> Any:
 def _wait_for_restore(this: Rank) -> str | None:
     """The restored checkpoint's folder, None for a fresh start; raises Stopped when the guard says so."""
     from spotune.sft.resume import prepare
+    from spotune.sft.usable import fault_of
 
     if this.events and not (this.folder / RESTORED).exists():
         this.events.phase("restore")
     while (restored := read_json(this.folder / RESTORED)) is None:
         if (read_json(this.folder / CONTROL) or {}).get("stop"):
             raise Stopped(0)
+        if this.rank == 0:  # the others would only find the same
+            answer_candidate(this.folder, fault_of)
         time.sleep(0.02)
     if restored.get("error"):
         raise Stopped(0)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from spotune.contracts.store import Call
 from spotune.guard.stalls import (
     BYTES_PER_S,
     LONGEST_TICK_S,
@@ -65,7 +66,12 @@ class Watched:
                 ranks = Work(cpu_s, moved, sample.get("stopped", ranks.stopped))
             own = replace(own, moved_bytes=own.moved_bytes + guard * span_s)
             self.sample = replace(
-                self.sample, ranks=ranks, guard=own, uploading=sample.get("uploading", self.sample.uploading)
+                self.sample,
+                ranks=ranks,
+                guard=own,
+                uploading=sample.get("uploading", self.sample.uploading),
+                calls=sample.get("calls", self.sample.calls),
+                sent_bytes=self.sample.sent_bytes + sample.get("sent", 0),
             )
             if stall := self.stalls.look(self.seen_s, self.sample):
                 return stall
@@ -220,6 +226,64 @@ def test_an_upload_without_a_byte_is_a_stall_while_training_goes_on() -> None:
     assert (stall.phase, stall.limit_s) == ("upload", PATIENCE_S)
     assert stall.silent_s <= PATIENCE_S + 60.0
     assert stall.what == "no byte of a checkpoint was uploaded"
+
+
+def test_an_upload_that_sends_a_byte_now_and_then_is_none() -> None:
+    ranks = Watched()
+    ranks.train()
+    ranks.phase("eval")
+    for _ in range(20):
+        ranks.say("predicted", step=10)
+        assert ranks.pass_s(EVERY_S, uploading=12, sent=1) is None
+        assert ranks.pass_s(0.3 * PATIENCE_S) is None
+
+
+def call(moved_bytes: int = 0, verb: str = "upload") -> dict[int, Call]:
+    return {7: Call(verb, "runs/a/output/model.safetensors", moved_bytes)}
+
+
+def test_a_call_to_the_bucket_that_moves_nothing_is_a_stall_once_the_ranks_have_ended() -> None:
+    ranks = Watched(send_s=400.0)
+    ranks.train()
+    ranks.stalls.end_ranks()
+    assert ranks.pass_s(10 * PATIENCE_S) is None  # nothing is asked for
+    at = ranks.wall.now + EVERY_S
+    assert ranks.pass_s(6 * 400.0 + EVERY_S, calls=call()) is None
+    stall = ranks.pass_s(EVERY_S)
+    assert stall
+    assert (stall.phase, stall.limit_s, stall.since) == ("upload", 2400.0, at)
+    assert stall.what == "no answer from the bucket to: upload runs/a/output/model.safetensors"
+
+
+@pytest.mark.parametrize("rate", [1, 1 << 30])
+def test_a_call_that_moves_bytes_however_slowly_is_none(rate: int) -> None:
+    ranks = Watched()
+    ranks.stalls.end_ranks()
+    for moved in range(0, 20 * rate, rate):
+        assert ranks.pass_s(0.9 * PATIENCE_S, calls=call(moved)) is None
+
+
+def test_calls_that_return_in_time_are_none() -> None:
+    ranks = Watched()
+    ranks.stalls.end_ranks()
+    for number in range(20):
+        assert ranks.pass_s(0.9 * PATIENCE_S, calls={number: Call("create", "runs/a/events")}) is None
+
+
+def test_events_that_hang_are_a_stall_beside_training() -> None:
+    ranks = Watched()
+    ranks.train()
+    while (stall := ranks.pass_s(60.0, calls=call(verb="create"))) is None:
+        ranks.say("step", step=1)
+    assert (stall.phase, stall.limit_s) == ("upload", PATIENCE_S)
+
+
+def test_time_that_was_missed_begins_a_calls_limit_anew() -> None:
+    ranks = Watched()
+    ranks.stalls.end_ranks()
+    assert ranks.pass_s(0.9 * PATIENCE_S, calls=call()) is None
+    ranks.stalls.forgive(1.0)
+    assert ranks.pass_s(0.9 * PATIENCE_S) is None
 
 
 def test_the_next_upload_has_its_own_time() -> None:

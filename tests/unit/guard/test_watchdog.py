@@ -27,6 +27,7 @@ class Scene:
     def __init__(self, store: Store, folder: Path, stall_after: str = "60s", patience_s: float = 60.0) -> None:
         self.clock, self.left, self.is_leaving = Clock(1000.0), [], False
         self.slept: list[float] = []
+        self.messages = []
         run = replace(RUN, stall_after=stall_after)
         context = make_context(store, folder, run=run, patience_s=patience_s)
         context.folder.mkdir(parents=True)
@@ -41,6 +42,7 @@ class Scene:
             Toll(),
             uploading=lambda: None,
             is_leaving=lambda: self.is_leaving,
+            end_attempt=self.end_attempt,
             clock=self.clock,
             boot=self.clock,
             leave=self.left.append,
@@ -48,6 +50,11 @@ class Scene:
         )
 
     left: list[int]
+    messages: list[str]
+
+    def end_attempt(self, message: str) -> int:
+        self.messages.append(message)
+        return 75
 
     def pass_s(self, seconds: float) -> None:
         for _ in range(int(seconds / TICK_S)):
@@ -124,8 +131,49 @@ def test_an_attempt_that_ended_otherwise_is_not_ended_again(
     scene = make()
     stalled(scene, monkeypatch)
     scene.dog.stop(has_stalled=False)
+    scene.dog.close(0)
     scene.dog._thread.join(LIMIT_S)
     assert scene.left == []
+
+
+def test_a_call_to_the_bucket_that_hangs_after_the_ranks_have_ended_ends_the_process(
+    make: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch, local_store: Store
+) -> None:
+    monkeypatch.setattr(watchdog, "TICK_S", 0.001)
+    scene = make()
+    scene.dog.start({})
+    scene.dog.stop(has_stalled=False)
+    with local_store.calls.call("upload", "runs/a-run/output/x"):
+        until(lambda: scene.dog._stalls._calls)
+        for _ in range(30):
+            scene.clock.advance(TICK_S)
+            until(lambda: scene.dog._time.seen_s == scene.clock.now - 1000.0 or scene.left)
+        scene.dog._thread.join(LIMIT_S)
+    assert scene.left == [75]
+    assert "stalled: no answer from the bucket to: upload runs/a-run/output/x for 6" in scene.messages[0]
+    (event,) = [one for one in scene.events if one["event"] == "stall"]
+    assert (event["phase"], event["limit_s"]) == ("upload", 60.0)
+    stacks = next(scene.dog._context.folder.glob("stacks-0.txt")).read_text()
+    assert "the guard, process" in stacks
+    assert "test_watchdog.py" in stacks
+
+
+def test_a_stalled_upload_is_not_waited_for_as_long_as_the_bucket_may_be_away(
+    make: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog, "HUNG_END_S", 0.001)
+    monkeypatch.setattr(watchdog, "TICK_S", 0.001)
+    scene = make(patience_s=1e6)
+    scene.dog._stalls._budgets = replace(scene.dog._stalls._budgets, patience_s=60.0)
+    scene.dog._uploading = lambda: 3
+    scene.journal.write("restored", step=0)
+    scene.journal.write("phase", phase="train")
+    scene.pass_s(70)
+    assert scene.dog.stall
+    assert scene.dog.stall.phase == "upload"
+    scene.dog.start({})
+    until(lambda: scene.left)
+    assert len(scene.messages) == 1
 
 
 def test_time_that_the_guard_missed_is_said_and_not_counted(

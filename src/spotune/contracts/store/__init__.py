@@ -1,6 +1,7 @@
 """The bucket: a few verbs that mean the same on file://, s3:// and gs://, and that hold out against its faults.
 
 bucket.py     Store: the verbs, and what their faults are called
+calls.py      the calls under way
 patience.py   how long a verb holds out
 disk.py       file://: hard links, atomic renames, fsync
 objects.py    s3:// and gs://: whole objects from ranges and parts, create-only, verified
@@ -11,6 +12,7 @@ faults.py     which of the clients' exceptions pass, and which do not
 """
 
 from spotune.contracts.store.bucket import Store
+from spotune.contracts.store.calls import Call
 from spotune.contracts.store.patience import FOR_VERBS, Patience
 
-__all__ = ["FOR_VERBS", "Patience", "Store"]
+__all__ = ["FOR_VERBS", "Call", "Patience", "Store"]

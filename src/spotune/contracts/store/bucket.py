@@ -9,6 +9,7 @@ from spotune.contracts.environment import BUCKET, check_bucket
 from spotune.contracts.errors import BadRecord, InputError, Misplaced, StoreError, shown
 from spotune.contracts.names import is_key
 from spotune.contracts.shapes import RECORD_MOST_BYTES
+from spotune.contracts.store.calls import Calls
 from spotune.contracts.store.disk import Disk
 from spotune.contracts.store.faults import Denied, GaveUp, LocalFault, words_of
 from spotune.contracts.store.patience import Patience
@@ -18,7 +19,12 @@ DEFAULT = Patience()
 
 
 class Bucket(Protocol):
-    """One kind of bucket. Raises OSErrors (FileNotFoundError for no such object), Denied, GaveUp or LocalFault."""
+    """One kind of bucket. Raises OSErrors (FileNotFoundError for no such object), Denied, GaveUp or LocalFault.
+
+    ``move`` is called with the bytes of a file that an upload or a download has just moved.
+    """
+
+    move: Callable[[int], object]
 
     def read(self, key: str) -> bytes: ...
     def exists(self, key: str) -> bool: ...
@@ -44,13 +50,16 @@ class Store:
     and never was. What happens to the local file of a transfer (a full disk) is an OSError, as it is.
     Safe to use from several threads of one process; not across a fork.
 
-    ``waiting`` is told once, in one line, of a store that does not answer for some seconds.
+    ``waiting`` is told once, in one line, of a store that does not answer for some seconds. ``calls`` are those under
+    way: a call that waits in the kernel for a disk that is gone never returns.
     """
 
     def __init__(self, url: str, patience: Patience = DEFAULT, waiting: Callable[[str], None] | None = None) -> None:
         self.url = check_bucket(url)
         self.is_local = self.url.startswith("file://")
         self._bucket = _open(self.url, patience, waiting and (lambda what: waiting(f"{self.url}: {what}")))
+        self.calls = Calls()
+        self._bucket.move = self.calls.move
 
     def read(self, key: str) -> bytes | None:
         """The object's bytes, None when there is none. Raises BadRecord for one that is too large to be a record."""
@@ -139,7 +148,8 @@ class Store:
         if not is_key(key) and (key or verb != "list"):
             raise Misplaced(f"{shown(key)}: not a key of this bucket ('..', an empty part, NUL, or too long)")
         try:
-            yield
+            with self.calls.call(verb, key):
+                yield
         except LocalFault as fault:
             raise fault.error from None
         except FileNotFoundError as error:

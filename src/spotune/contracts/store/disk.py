@@ -46,6 +46,7 @@ class Disk:
         self._patience = patience
         self._clock, self._sleep = clock, sleep
         self._rng = Random()
+        self.move: Callable[[int], object] = lambda count: None
 
     def _steadily(self, call: Callable[[], T]) -> T:
         deadline, tries = self._clock() + self._patience.deadline_s, 0
@@ -93,21 +94,21 @@ class Disk:
     def upload(self, local: Path, key: str) -> None:
         def upload() -> None:
             with self._place(key, make=True) as (folder, name):
-                _publish(folder, _bring_in(local, folder), name)
+                _publish(folder, _bring_in(local, folder, self.move), name)
 
         self._in_a_folder(upload)
 
     def upload_new(self, local: Path, key: str) -> bool:
         def upload() -> bool:
             with self._place(key, make=True) as (folder, name):
-                return _publish_new(folder, _bring_in(local, folder), name)
+                return _publish_new(folder, _bring_in(local, folder, self.move), name)
 
         return self._in_a_folder(upload)
 
     def download(self, key: str, local: Path) -> dict[str, Any]:
         def download() -> dict[str, Any]:
             with self._place(key) as (folder, name):
-                return _take_out(folder, name, key, local)
+                return _take_out(folder, name, key, local, self.move)
 
         return self._steadily(download)
 
@@ -252,12 +253,15 @@ def _publish_new(folder: int, part: str, name: str) -> bool:
     return True
 
 
-def _bring_in(local: Path, folder: int) -> str:
+def _bring_in(local: Path, folder: int, move: Callable[[int], object]) -> str:
     """A durable part in the folder with the local file's bytes: a hard link where that is possible, else a copy."""
     with local_side(), open(local, "rb") as reader:
         os.fsync(reader.fileno())
         seen = os.fstat(reader.fileno())
-    return _link_part(local.resolve(), folder, seen) or _copy_part(local, folder)
+    part = _link_part(local.resolve(), folder, seen)
+    if part:
+        move(seen.st_size)
+    return part or _copy_part(local, folder, move)
 
 
 def _link_part(source: Path, folder: int, seen: os.stat_result) -> str | None:
@@ -276,7 +280,7 @@ def _link_part(source: Path, folder: int, seen: os.stat_result) -> str | None:
     return None
 
 
-def _copy_part(local: Path, folder: int) -> str:
+def _copy_part(local: Path, folder: int, move: Callable[[int], object]) -> str:
     with opened(local) as reader:
         part, writer = _open_part(folder)
         try:
@@ -288,6 +292,7 @@ def _copy_part(local: Path, folder: int) -> str:
                     if not count:
                         break
                     writer.write(buffer[:count])
+                    move(count)
                 writer.flush()
                 os.fsync(writer.fileno())
                 stored = os.fstat(writer.fileno()).st_size
@@ -299,7 +304,7 @@ def _copy_part(local: Path, folder: int) -> str:
     return part
 
 
-def _take_out(folder: int, name: str, key: str, local: Path) -> dict[str, Any]:
+def _take_out(folder: int, name: str, key: str, local: Path, move: Callable[[int], object]) -> dict[str, Any]:
     with open(open_file(folder, name, key), "rb", buffering=0) as reader, Download(local) as download:
         linked = _is_ours_alone(os.fstat(reader.fileno())) and download.link(folder, name, reader.fileno())
         buffer, other = memoryview(bytearray(BUFFER_BYTES)), memoryview(bytearray(BUFFER_BYTES))
@@ -308,6 +313,7 @@ def _take_out(folder: int, name: str, key: str, local: Path) -> dict[str, Any]:
                 download.hash(buffer[:count])
             else:
                 download.write(buffer[:count])
+            move(count)
             buffer, other = other, buffer  # one is hashed while the other is read
         return download.finish()
 

@@ -95,6 +95,7 @@ class Objects:
         self._api = api
         self._root = root
         self._line = Connection(api, patience, waiting, new_loop)
+        self.move: Callable[[int], object] = lambda count: None
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}".rstrip("/")
@@ -133,6 +134,7 @@ class Objects:
         with Download(local) as download, closing(ranges):
             while data:
                 download.write(data)
+                self.move(len(data))
                 data = next(ranges, b"")
             return download.finish()
 
@@ -221,6 +223,7 @@ class Objects:
                 with local_side():
                     data = file.read()
                 done = self._put(key, data, new)
+                self.move(size)
             else:
                 done = self._upload_parts(file, size, key, new)
         if done:
@@ -260,12 +263,15 @@ class Objects:
             for start in range(0, size, length):
                 if len(underway) == self._api.parts_in_flight:
                     receipts.append(self._line.wait(underway.popleft()))
+                    self.move(length)
                 with local_side():
                     file.seek(start)
                     data = file.read(length)
                 step = partial(self._api.part, upload=upload, start=start, data=data, size=size)
                 underway.append(self._line.submit("write", step, len(data)))
-            receipts += [self._line.wait(pending) for pending in underway]
+            for pending in underway:
+                receipts.append(self._line.wait(pending))
+                self.move(pending.size)
             self._line.ask("write", partial(self._api.finish, upload=upload, receipts=receipts, new=new), length)
         except BaseException:
             for pending in underway:
