@@ -15,6 +15,7 @@ import pytest
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Mark, RunRecord
 from spotune.contracts.revisions import record_in_force
+from spotune.guard import handshake
 from spotune.guard.admission import standing_verdict
 from spotune.launch import infra
 from spotune.launch.local.infra import LocalInfra
@@ -30,6 +31,7 @@ ROOT = Path(__file__).parents[2]
 LEFT_OUT, TAKES = "tests/unit/cli/test_code_left_out.py", "tests/unit/cli/test_takes.py"
 NAMES, HERE = "tests/unit/launch/test_secretfiles.py", "tests/unit/test_security.py"
 SENT = "tests/unit/launch/skypilot/test_sent.py"
+STRANGERS = "tests/unit/guard/test_strangers.py"
 CODE = "tests/unit/launch/test_code.py"
 ENV, MACHINE = "tests/unit/contracts/test_envrule.py", "tests/e2e/test_env_rule.py"
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN",
@@ -40,6 +42,11 @@ CLAIMS = {
     "cancel or revise any run that stands still": (HERE, "test_a_writer_to_the_bucket_cancels_a_run"),
     "the same under `takes`": (TAKES, "test_overrides_env_and_remote_code_are_listed_and_secrets_hidden"),
     "up to 1 MiB": (HERE, "test_a_large_new_file_is_named_only"),
+    "it is not encrypted": (STRANGERS, "test_a_follower_that_comes_again_takes_its_own_place"),
+    "speak as one of them with": (STRANGERS, "test_a_follower_that_talks_rubbish_is_gone"),
+    "without these ids, crash": (STRANGERS, "test_a_stranger_is_turned_away"),
+    "hold up or fill the leader": (STRANGERS, "test_a_stranger_without_end_fills_no_memory"),
+    "10 s and 4 KiB": (HERE, "test_a_stranger_has_so_long_and_so_much"),
     "they refuse with exit code 2": (TAKES, "test_a_run_that_another_user_revised_is_resumed_only_when_agreed"),
     "`resume` shows the list before it asks": (TAKES, "test_resume_of_another_users_run_says_whose_it_is"),
     "until the run has ended": (HERE, "test_the_kept_value_of_a_secret_goes_with_the_end_of_its_run"),
@@ -140,6 +147,10 @@ def test_a_writer_to_the_bucket_chooses_model_data_and_remote_code(project: Proj
     found = record_in_force(project.store, keys)
     assert found
     assert (found.config["model_name_or_path"], found.revised_by) == ("eve/model", "ada")
+
+
+def test_a_stranger_has_so_long_and_so_much() -> None:
+    assert (handshake.HELLO_S, handshake.HELLO_MOST_BYTES) == (10.0, 4 << 10)
 
 
 def make_repository(project: Project) -> None:

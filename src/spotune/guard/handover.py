@@ -64,7 +64,8 @@ class Handover:
             raise Damaged(f"{path}: {error}") from error
         if part is None:
             raise Damaged(f"{path}: gone")
-        if part.step != step or Path(part.checkpoint) != self._folder / TRAINER / f"checkpoint-{step}":
+        own = (self._folder / TRAINER / f"checkpoint-{step}").absolute()
+        if part.step != step or Path(part.checkpoint).absolute() != own:
             raise Damaged(f"{path}: checkpoint: not the one of step {step} in this folder")
         return part
 
