@@ -1,12 +1,82 @@
-"""Commits that somebody else may have put into a bucket: each is a change of a whole one, and none may be continued."""
+"""What somebody else, a crash or another version may leave in a bucket, on a disk or on a connection."""
 
 import json
+import os
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
+
+from hypothesis import strategies as st
 
 Facts = dict[str, Any]
 Change = Callable[[Facts], object]
 WHOLE = {"size": 5, "sha256": "0" * 64}
+
+# Any JSON, with a liking for what breaks programs.
+leaves = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.integers(-(10**40), 10**40), st.floats(), st.text(max_size=8),
+    st.sampled_from(["", "1", "nan", "\ud800", "a\nb", "../x", 10**9, -1, 1e300, 1.7e12, 0]),
+)  # fmt: skip
+values = st.recursive(
+    leaves,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)),
+    max_leaves=6,
+)
+
+
+@st.composite
+def changed(draw: st.DrawFn, whole: Facts) -> Facts:
+    """A JSON object with another value somewhere, in a field or deeper, or without a field."""
+    facts: Any = json.loads(json.dumps(whole))
+    place, name = facts, draw(st.sampled_from(sorted(facts)))
+    while isinstance(place[name], (dict, list)) and place[name] and draw(st.booleans()):
+        place = place[name]
+        name = draw(st.sampled_from(sorted(place) if isinstance(place, dict) else list(range(len(place)))))
+    if isinstance(place, dict) and draw(st.integers(0, 9)) == 0:
+        del place[name]
+    else:
+        place[name] = draw(values)
+    return dict(facts)
+
+
+# Ways in which ``spoil`` damages a file.
+HOW = ("empty", "cut", "zeros", "list", "null", "text", "deep", "odd", "folder", "loop", "pipe")
+
+
+def spoil(path: Path, how: str) -> None:
+    """Puts something else into the place of a file."""
+    whole = path.read_bytes() if path.is_file() else b""
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        path.unlink()
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.is_dir():
+        return
+    if how == "folder":
+        path.mkdir()
+    elif how == "loop":
+        path.symlink_to(path.name)
+    elif how == "pipe":
+        os.mkfifo(path)
+    else:
+        contents = {
+            "empty": b"",
+            "cut": whole[: len(whole) // 2],
+            "zeros": b"\0" * max(1, len(whole)),
+            "list": b"[1]",
+            "null": b"null",
+            "text": b'"x"',
+            "deep": b"[" * 100_000,
+            "odd": b'{"run_id": 7, "environ": 1, "at": "x", "exit_code": null, "slots": "x", "step": "x"}',
+        }
+        path.write_bytes(contents[how])
+
+
+# Commits: each is a change of a whole one, and none may be continued.
 
 
 def named(name: str) -> Change:

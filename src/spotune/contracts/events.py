@@ -34,15 +34,41 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from spotune.contracts.shapes import YEAR_2000, YEAR_2200
+from spotune.contracts.shapes import YEAR_2000, YEAR_2200, Amount, Count, Step, Time, fits
 
 Event = dict[str, Any]
 Phase = Literal["setup", "load", "restore", "train", "eval", "save", "idle", "teardown"]
 NOT_FINITE = ("nan", "inf", "-inf")
 EndReason = Literal["completed", "preempted", "failed", "cancelled", "paused", "lost", "stalled"]
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """What the fields hold that the guard acts on while the worker runs."""
+
+    t: Time
+    event: str
+    phase: str | None = None
+    step: Step | None = None
+    tokens: Count | None = None
+    max_steps: Step | None = None
+    stall_s: Amount | None = None
+    bytes: Count | None = None
+    reason: str | None = None
+
+
+_NEEDED = {
+    "phase": ("phase",),
+    "step": ("step",),
+    "save": ("step", "stall_s"),
+    "written": ("step",),
+    "commit": ("step", "bytes"),
+    "end": ("reason",),
+}
 
 
 class EventLog:
@@ -86,6 +112,15 @@ def parse_lines(data: bytes) -> list[Event]:
     """The events of one part. Skipped: what is no JSON object, such as a last line that was cut, and what is dated by
     a clock that nobody had set, or in milliseconds."""
     return [event for event in parse_objects(data) if _is_dated(event)]
+
+
+def is_whole(event: Any) -> bool:
+    """Returns whether a line of the worker's log is an event, with the fields that the guard acts on."""
+    if not isinstance(event, dict) or not {"t", "event"} <= event.keys():
+        return False
+    if not all(fits(_Fields, name, event[name]) for name in _Fields.__dataclass_fields__ if name in event):
+        return False
+    return all(event.get(name) is not None for name in _NEEDED.get(event["event"], ()))
 
 
 def parse_objects(data: bytes) -> list[Event]:

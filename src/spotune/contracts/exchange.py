@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from spotune.contracts.shapes import Amount, Count, Files, Ranks, Step, checked
+from spotune.contracts.shapes import Amount, Count, Files, Ranks, Step, build, plain
 
 JOB = "job.json"
 TRAINER = "trainer"
@@ -102,9 +102,7 @@ class Staged:
     def from_dict(cls, data: Any) -> Self:
         """Raises ValueError, naming the field, for what is not a rank's word or a seal. Ignores fields that it does not
         know."""
-        if not isinstance(data, dict):
-            raise ValueError("not a JSON object")
-        return cls(**checked(cls, data))
+        return build(cls, data)
 
 
 @dataclass(frozen=True)
@@ -117,9 +115,12 @@ class Outcome:
     """
 
     how: How
-    step: int = 0
+    step: Step = 0
     message: str = ""
     versions: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", plain(self.message))  # it may name a file whose name is not UTF-8
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -15,10 +15,12 @@ from typing import Any
 
 from spotune.contracts.configkeys import is_on
 from spotune.contracts.records import Record
+from spotune.contracts.shapes import plain
 
 EXTRAS = "extras.json"
 MERGED = "merged"
 MERGE, PUSH = "merge", "push"
+FACTS = {MERGE: ("check",), PUSH: ("repo_id", "oid", "url")}  # what an answer has to say when it is done
 CONFIG_KEYS = {MERGE: "merge_adapter", PUSH: "push_to_hub"}
 
 
@@ -39,6 +41,9 @@ class Answer:
     done: bool
     message: str = ""
     facts: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", plain(self.message))
 
 
 @dataclass(frozen=True, kw_only=True)

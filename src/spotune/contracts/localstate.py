@@ -13,18 +13,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
 from spotune.contracts.errors import InfraError
-from spotune.contracts.shapes import checked
+from spotune.contracts.shapes import Kind, build
 
 MOST_BYTES = 64 << 20  # of a state file: more is not ours, and would fill the memory
 # The place itself is wrong, and stays so: other errors (a full disk, too many open files) pass.
 _WRONG_PLACE = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENXIO)
 
 Log = Callable[[str], None]
-Kind = TypeVar("Kind")
 
 
 class Damaged(Exception):
@@ -110,7 +109,7 @@ def load_as(path: Path, kind: type[Kind]) -> Kind | None:
     """Returns what a JSON file holds as a dataclass. Raises Damaged, naming the field, for another shape."""
     found = load_object(path)
     try:
-        return None if found is None else kind(**checked(kind, found))
+        return None if found is None else build(kind, found)
     except ValueError as error:
         raise Damaged(str(error)) from error
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields
 from functools import cache
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from spotune.contracts.names import name_fault
 
@@ -34,6 +34,7 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 YEAR_2200 = 7_258_118_400  # a time in milliseconds is far beyond it
 
 Check = tuple[str, Callable[[Any], bool]]  # what is expected, in words, and whether a value is that
+Kind = TypeVar("Kind")
 
 
 def checked(record: type, values: dict[str, Any]) -> dict[str, Any]:
@@ -52,6 +53,21 @@ def checked(record: type, values: dict[str, Any]) -> dict[str, Any]:
     if missing := _required(record) - found.keys():
         raise ValueError(f"{min(missing)}: missing")
     return found
+
+
+def build(kind: type[Kind], values: Any) -> Kind:
+    """Returns a dataclass made from a JSON object; fields that the class does not have are ignored.
+
+    Raises ValueError, naming the field, for any other value.
+    """
+    if not isinstance(values, dict):
+        raise ValueError("not a JSON object")
+    return kind(**checked(kind, values))
+
+
+def plain(text: str) -> str:
+    """Returns a text that can be kept: half a surrogate pair, as in a file's name that is not UTF-8, is escaped."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def fits(record: type, name: str, value: Any) -> bool:

@@ -16,7 +16,7 @@ from spotune.contracts.fingerprint import data_files, data_sha256
 from spotune.contracts.keys import Keys, attempt_number, check_run_id, new_run_id
 from spotune.contracts.marks import read_mark
 from spotune.contracts.records import AttemptRecord, Mark, RunRecord
-from spotune.contracts.shapes import MOST_ATTEMPTS
+from spotune.contracts.shapes import MOST_ATTEMPTS, plain
 from spotune.contracts.store import Store
 from spotune.guard.faults import last_event
 from spotune.guard.machine import Machine
@@ -163,4 +163,5 @@ def check_fence(store: Store, keys: Keys, attempt: int) -> None:
 
 def leave_mark(store: Store, key: str, run_id: str, attempt: int, **facts: Any) -> None:
     """Writes ``failed.json`` or its like, once; ``facts``: reason, exit_code, step."""
+    facts["reason"] = plain(facts["reason"])  # it may name a file whose name is not UTF-8
     store.create(key, Mark(run_id=run_id, attempt=attempt, at=time.time(), **facts).to_bytes())

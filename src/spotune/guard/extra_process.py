@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from spotune.contracts.environment import GUARD_PID
-from spotune.contracts.exchange import read_json
-from spotune.contracts.extras import Answer, answer_path
+from spotune.contracts.errors import InfraError
+from spotune.contracts.extras import FACTS, Answer, answer_path
+from spotune.contracts.localstate import Damaged, load_as
 from spotune.guard.worker_command import worker_command
 
 POLL_S = 0.1
@@ -50,12 +51,23 @@ def run_extra(
             wait(POLL_S)
     finally:
         _kill(process)
-    data = read_json(answer_path(folder, name))
-    if data is not None:
-        return Answer(**data)
+    if answer := _read_answer(folder, name):
+        return answer
     code = process.returncode
     died = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     return Answer(False, f"its process {died} without a word")
+
+
+def _read_answer(folder: Path, name: str) -> Answer | None:
+    """The process's answer, None where it left none; a damaged one means that it is not done."""
+    path = answer_path(folder, name)
+    try:
+        answer = load_as(path, Answer)
+    except (Damaged, InfraError) as error:
+        return Answer(False, f"its process left a damaged {path.name}: {error}")
+    if missing := [fact for fact in FACTS[name] if answer and answer.done and fact not in answer.facts]:
+        return Answer(False, f"its process left a damaged {path.name}: facts: {missing[0]}: missing")
+    return answer
 
 
 def extra_environ(config: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, str]:

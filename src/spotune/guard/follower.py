@@ -10,7 +10,7 @@ from typing import Any
 
 from spotune.contracts import exchange, exits
 from spotune.contracts.errors import SpotuneError, StoreError
-from spotune.contracts.exchange import Job, Staged
+from spotune.contracts.exchange import Staged
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Commit
 from spotune.contracts.store import Store
@@ -39,18 +39,17 @@ class Follower:
 
     def run(self, environ: Mapping[str, str]) -> int:
         token = gang_token(self.keys.run_id, environ.get("SKYPILOT_TASK_ID", ""))
-        line, welcome = join(self.keys.run_id, self.machine, token)
+        line, job, welcome = join(self.keys.run_id, self.machine, token)
         shutil.rmtree(self.scratch, ignore_errors=True)
-        folder = self.scratch / f"{welcome['job']['attempt']:04d}"
+        folder = self.scratch / f"{job.attempt:04d}"
         (folder / exchange.STAGED).mkdir(parents=True)
-        say(f"node {self.machine.node_rank} follows attempt {welcome['job']['attempt']}")
-        exchange.write_json(folder / exchange.JOB, Job(**welcome["job"]))
+        say(f"node {self.machine.node_rank} follows attempt {job.attempt}")
+        exchange.write_json(folder / exchange.JOB, job)
         exchange.write_json(folder / exchange.CONTROL, {"stop": False, "save": 0})
-        machine = Machine.read(environ, welcome["job"]["config"].get("num_processes"))
-        ranks = Ranks(folder, machine, int(welcome["master_port"]), {**environ, **welcome["environ"]})
+        machine = Machine.read(environ, job.config.get("num_processes"))
+        ranks = Ranks(folder, machine, welcome.master_port, {**environ, **welcome.environ})
         try:
-            attempt, sample_s = int(welcome["job"]["attempt"]), float(welcome.get("sample_s") or math.inf)
-            return self._watch(line, ranks, folder, attempt, sample_s)
+            return self._watch(line, ranks, folder, job.attempt, welcome.sample_s or math.inf)
         finally:
             ranks.kill()
             line.close()
@@ -126,7 +125,7 @@ class Follower:
             "global_batch": 0,
         }
         try:
-            for name, key in (("checkpoint", message["fetch"]), ("best_checkpoint", message["best"])):
+            for name, key in (("checkpoint", message["fetch"]), ("best_checkpoint", message.get("best"))):
                 if key:
                     commit = Commit.from_bytes(self.store.read(key) or b"", key)
                     if name == "checkpoint":

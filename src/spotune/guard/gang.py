@@ -5,7 +5,8 @@
     leader -> follower   {"welcome": {...}}   {"fetch": key or null}   {"resume": true}   {"upload": step}
                          {"end": exit code}  {"stacks": true}
 
-A message that the other side does not know is ignored.
+A message that the other side does not know is ignored. One that it knows and whose fields are not what they should
+be breaks the connection, with a line that says why.
 
 A connection that breaks is a machine that is gone: the whole attempt ends with it.
 """
@@ -18,17 +19,63 @@ import threading
 import time
 import zlib
 from contextlib import suppress
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from spotune.contracts.errors import StoreError
-from spotune.contracts.shapes import RECORD_MOST_BYTES
+from spotune.contracts.exchange import Job, Outcome
+from spotune.contracts.shapes import RECORD_MOST_BYTES, Amount, Count, Files, Step, build, checked
+from spotune.guard.handshake import Handshake
 from spotune.guard.machine import Machine
 from spotune.guard.notices import Notices
+from spotune.guard.say import say
 from spotune.guard.stalls import Work
 
 GATHER_S = 600.0  # machines of one job may start minutes apart
 PART_S = 600.0
 STACKS_S = 60.0
+MOST_UNREAD = 100  # messages: a side that sends more has to wait until these are read
+
+
+@dataclass(frozen=True)
+class FromFollower:
+    """What the messages of a follower hold; a message has the fields of one line above."""
+
+    part: Step = 0
+    files: Files = field(default_factory=dict)
+    notice: str = ""
+    left_s: Amount = 0.0
+    work: dict[str, Any] = field(default_factory=dict)
+    stacks: list[int] = field(default_factory=list)
+    ended: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FromLeader:
+    """What the messages of the leader hold."""
+
+    welcome: dict[str, Any] = field(default_factory=dict)
+    fetch: str | None = None
+    resume: bool = False
+    best: str | None = None
+    tokens: Count = 0
+    other_versions_allowed: bool = False
+    upload: Step = 0
+    end: Count = 0
+    stacks: bool = False
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """What a follower needs to start its ranks; ``sample_s`` 0: the watchdog is off."""
+
+    job: dict[str, Any]
+    master_port: Count
+    environ: dict[str, str]
+    sample_s: Amount = 0.0
+
+
+_TOGETHER = {"part": "files", "notice": "left_s", "fetch": "tokens"}
 
 
 def gang_port(run_id: str) -> int:
@@ -42,12 +89,16 @@ def gang_token(run_id: str, task_id: str) -> str:
 
 
 class Line:
-    """One connection, as a sender and a queue of what came in; None in the queue: it is gone."""
+    """One connection, as a sender and a queue of what came in; None in the queue: it is gone.
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._socket = connection
+    Args:
+        kind: the messages of the other side: ``FromFollower`` or ``FromLeader``.
+    """
+
+    def __init__(self, connection: socket.socket, kind: type) -> None:
+        self._socket, self._kind = connection, kind
         self._lock = threading.Lock()
-        self.inbox: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self.inbox: queue.Queue[dict[str, Any] | None] = queue.Queue(MOST_UNREAD)
         self.gone = False
         threading.Thread(target=self._read, name="gang", daemon=True).start()
 
@@ -55,9 +106,11 @@ class Line:
         try:
             with self._socket.makefile("rb") as lines:
                 while line := lines.readline(RECORD_MOST_BYTES):
-                    self.inbox.put(json.loads(line))
-        except (OSError, ValueError, RecursionError):
-            pass  # a broken connection and a cut line mean the same: said below
+                    self.inbox.put(read_message(line, self._kind))
+        except OSError:
+            pass  # a broken connection means the same as one that is closed
+        except (ValueError, RecursionError) as error:
+            say(f"a connection to another machine of this job is ended: {str(error)[:200]}")
         self.gone = True
         self.inbox.put(None)
 
@@ -83,6 +136,22 @@ class Line:
         self._socket.close()
 
 
+def read_message(line: bytes, kind: Any) -> dict[str, Any]:
+    """Returns the fields of a message that are known. Raises ValueError or RecursionError for no such message."""
+    message = json.loads(line)
+    if not isinstance(message, dict):
+        raise ValueError("not a JSON object")
+    names = message.keys() & {one.name for one in fields(kind)}
+    for name, other in _TOGETHER.items():
+        if name in names and other not in names:
+            raise ValueError(f"{other}: missing")
+    found = checked(kind, message)
+    for name, inner in (("work", Work), ("ended", Outcome)):
+        if name in found:
+            found[name] = build(inner, found[name])
+    return found
+
+
 class Leader:
     """Node 0's side. Thread-safe: the committer waits for parts while the attempt looks at the rest."""
 
@@ -92,7 +161,7 @@ class Leader:
         self._lines: dict[int, Line] = {}
         self._changed = threading.Condition()
         self._parts: dict[tuple[int, int], dict[str, Any]] = {}
-        self.outcomes: dict[int, dict[str, Any]] = {}
+        self.outcomes: dict[int, Outcome] = {}
         self._works: dict[int, Work] = {}
         self._has_stacks: set[int] = set()
         self.notice: tuple[str, float] | None = None
@@ -105,26 +174,27 @@ class Leader:
 
     def gather(self, notices: Notices, **welcome: Any) -> None:
         """Waits for all followers and greets them; raises StoreError (worth another machine) when one stays away."""
-        deadline = time.monotonic() + GATHER_S
-        while self._listener and len(self._lines) < self._followers:
-            self._listener.settimeout(1.0)
+        if self._listener:
+            handshake = Handshake(self._listener, self._token, self._followers)
             try:
-                connection, _ = self._listener.accept()
-            except TimeoutError as error:
-                if time.monotonic() < deadline and not notices.given:
-                    continue
-                missing = self._followers - len(self._lines)
-                raise StoreError(f"{missing} of {self._followers + 1} machines have not come") from error
-            connection.settimeout(None)
-            line = Line(connection)
-            hello = line.inbox.get() or {}
-            if hello.get("token") != self._token:
-                line.close()
-                continue
-            self._lines[int(hello["hello"])] = line
+                self._wait_for_followers(handshake, notices)
+            finally:
+                handshake.close()
+                self._listener.close()  # who comes from now on is turned away
         for node, line in self._lines.items():
             line.send(welcome=welcome)
             threading.Thread(target=self._listen, args=(node, line), name=f"node {node}", daemon=True).start()
+
+    def _wait_for_followers(self, handshake: Handshake, notices: Notices) -> None:
+        deadline = time.monotonic() + GATHER_S
+        while len(self._lines) < self._followers:
+            for node, connection in handshake.wait(1.0):
+                if node in self._lines:  # it has come again: its first connection is broken
+                    self._lines[node].close()
+                self._lines[node] = Line(connection, FromFollower)
+            missing = self._followers - len(self._lines)
+            if missing and (time.monotonic() >= deadline or notices.given):
+                raise StoreError(f"{missing} of {self._followers + 1} machines have not come")
 
     def _listen(self, node: int, line: Line) -> None:
         while (message := line.inbox.get()) is not None:
@@ -134,7 +204,7 @@ class Leader:
                 if "notice" in message:
                     self.notice = self.notice or (f"{message['notice']} on node {node}", message["left_s"])
                 if "work" in message:
-                    self._works[node] = Work(**message["work"])
+                    self._works[node] = message["work"]
                 if "stacks" in message:
                     self._has_stacks.add(node)
                 if "ended" in message:
@@ -177,7 +247,7 @@ class Leader:
                 timeout=seconds,
             )
 
-    def wait_for_outcomes(self, seconds: float) -> list[dict[str, Any]]:
+    def wait_for_outcomes(self, seconds: float) -> list[Outcome]:
         """How the followers' ranks ended, of those that say so in time."""
         with self._changed:
             self._changed.wait_for(lambda: len(self.outcomes) == len(self._lines) or self.lost, timeout=seconds)
@@ -192,8 +262,11 @@ class Leader:
             self._listener.close()
 
 
-def join(run_id: str, machine: Machine, token: str) -> tuple[Line, dict[str, Any]]:
-    """A follower's connection and the leader's welcome; raises StoreError when there is no leader in time."""
+def join(run_id: str, machine: Machine, token: str) -> tuple[Line, Job, Welcome]:
+    """A follower's connection, its job and the leader's welcome; raises StoreError when there is no leader in time.
+
+    What answers with anything else is not the leader, and is asked again.
+    """
     deadline = time.monotonic() + GATHER_S
     while time.monotonic() < deadline:
         try:
@@ -202,11 +275,12 @@ def join(run_id: str, machine: Machine, token: str) -> tuple[Line, dict[str, Any
             time.sleep(0.5)
             continue
         connection.settimeout(None)
-        line = Line(connection)
+        line = Line(connection, FromLeader)
         line.send(hello=machine.node_rank, token=token)
-        message = line.inbox.get()
-        if message and "welcome" in message:
-            return line, message["welcome"]
+        message = line.next(GATHER_S) or {}  # the leader waits for all others first
+        with suppress(ValueError):
+            welcome = build(Welcome, message.get("welcome"))
+            return line, build(Job, welcome.job), welcome
         line.close()
         time.sleep(0.5)
     raise StoreError(f"the leader on {machine.node_ips[0]} did not answer within {GATHER_S:.0f} s")

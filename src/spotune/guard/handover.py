@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from spotune.contracts.errors import InfraError
-from spotune.contracts.exchange import STAGED, TRAINER, Staged, read_json
+from spotune.contracts.exchange import STAGED, TRAINER, Staged
 from spotune.contracts.fingerprint import file_facts
-from spotune.contracts.localstate import Damaged, load_object, set_aside, write_state
+from spotune.contracts.localstate import Damaged, load_as, load_object, set_aside, write_state
 from spotune.contracts.names import number_of
-from spotune.contracts.shapes import MOST_STEPS
+from spotune.contracts.shapes import MOST_RANKS, MOST_STEPS
+from spotune.guard.say import say
 
 SEALED = "sealed"
 
@@ -27,27 +28,46 @@ class Handover:
         self.taken: list[Staged] = []
 
     def take(self) -> list[Staged]:
-        """The checkpoints that have become complete since the last call, oldest first."""
-        parts: dict[int, list[Path]] = {}
+        """The checkpoints that have become complete since the last call, oldest first.
+
+        A damaged file of a rank costs its checkpoint and nothing else: training goes on, and the next save replaces it.
+        """
+        parts: dict[int, dict[int, Path]] = {}
         for path in (self._folder / STAGED).glob("*-*.json"):
-            step = number_of(path.name.partition("-")[0], 8, MOST_STEPS)
-            if step is not None and step not in self._done:
-                parts.setdefault(step, []).append(path)
+            named = path.stem.partition("-")
+            step, rank = number_of(named[0], 8, MOST_STEPS), number_of(named[2], 1, MOST_RANKS)
+            if step is not None and rank is not None and step not in self._done:
+                parts.setdefault(step, {})[rank] = path
         complete = sorted(step for step, paths in parts.items() if len(paths) == self._ranks)
         self._done.update(complete)
-        found = [_merge(parts[step]) for step in complete]
+        found = [staged for step in complete if (staged := self._merge(step, parts[step]))]
         self.taken += found
         return found
 
+    def _merge(self, step: int, paths: dict[int, Path]) -> Staged | None:
+        """The ranks' parts as one: as the lowest of them tells it, with the files of all. None if one is damaged."""
+        try:
+            parts = [self._read_part(step, paths[rank]) for rank in sorted(paths)]
+        except (Damaged, InfraError) as error:
+            say(f"the checkpoint of step {step} is not committed: {error}")
+            return None
+        files: dict[str, dict[str, Any]] = {}
+        for part in parts:
+            files |= part.files
+        return replace(parts[0], files=files)
 
-def _merge(paths: list[Path]) -> Staged:
-    """The ranks' parts as one: as the lowest of them tells it, with the files of all."""
-    ordered = sorted(paths, key=lambda path: int(path.stem.partition("-")[2]))
-    parts = [Staged(**data) for path in ordered if (data := read_json(path))]
-    files: dict[str, dict[str, Any]] = {}
-    for part in parts:
-        files |= part.files
-    return replace(parts[0], files=files)
+    def _read_part(self, step: int, path: Path) -> Staged:
+        """Raises Damaged, naming the file, for one that is not about this step's own folder: it will be removed."""
+        try:
+            part = load_as(path, Staged)
+        except Damaged as error:
+            raise Damaged(f"{path}: {error}") from error
+        if part is None:
+            raise Damaged(f"{path}: gone")
+        own = (self._folder / TRAINER / f"checkpoint-{step}").absolute()
+        if part.step != step or Path(part.checkpoint).absolute() != own:
+            raise Damaged(f"{path}: checkpoint: not the one of step {step} in this folder")
+        return part
 
 
 def seal(folder: Path, staged: Staged, config_sha256: str, revision: int = 0) -> Staged:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spotune.contracts.errors import SpotuneError
-from spotune.contracts.events import as_json, as_number
+from spotune.contracts.events import as_json, as_number, is_whole
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Progress
 from spotune.contracts.store import Store
@@ -115,9 +115,11 @@ class Journal:
         lines = whole.splitlines()
         for line in lines:
             try:
-                self._take(json.loads(line))
-            except ValueError:  # a line cut by a dying worker
+                event = json.loads(line)
+            except (ValueError, RecursionError):  # a line cut by a dying worker
                 continue
+            if is_whole(event):
+                self._take(event)
         return len(lines)
 
     def _take(self, event: dict[str, Any]) -> None:

@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from spotune.contracts import environment, exchange
+from spotune.contracts.errors import InfraError
 from spotune.contracts.exchange import Outcome
+from spotune.contracts.localstate import Damaged, load_as
 from spotune.guard.machine import Machine
 from spotune.guard.say import say
 from spotune.guard.worker_command import worker_command
@@ -80,9 +82,12 @@ class Ranks:
 
     def _outcome_of(self, index: int, process: "subprocess.Popen[bytes]") -> Outcome:
         rank = self._first_rank + index
-        data = exchange.read_json(exchange.outcome_path(self._folder, rank))
-        if data is not None:
-            return Outcome(**data)
+        path = exchange.outcome_path(self._folder, rank)
+        try:
+            if outcome := load_as(path, Outcome):
+                return outcome
+        except (Damaged, InfraError) as error:
+            return Outcome(how="retry", message=f"rank {rank} left a damaged {path.name}: {error}")
         code = process.returncode
         died = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit code {code}"
         return Outcome(how="retry", message=f"rank {rank} {died} without a word")

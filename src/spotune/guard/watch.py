@@ -101,7 +101,7 @@ class Watch:
         self._look_at_restore(restoring)
         self._collect()
         others = self.leader.wait_for_outcomes(PEER_GRACE_S)
-        return worst([ranks.outcome(), *(Outcome(**outcome) for outcome in others)])
+        return worst([ranks.outcome(), *others])
 
     def finish_uploads(self) -> None:
         """Waits for what is on its way to the bucket, as long as there is time for it. Raises Fenced."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sqlite3
 from pathlib import Path
+from urllib.parse import quote
 
+from spotune.keeper.files import one_line
 from spotune.keeper.signs import Sign
 
 # A job of one of these names only waits for somebody: the keeper judges a notebook by its kernels.
@@ -19,15 +21,15 @@ def job_look(runtime: Path, own: int | None, now: float) -> list[Sign]:
     only keeps the idle time from running meanwhile.
     """
     path = runtime / ".sky" / "jobs.db"
-    if not path.exists():
+    if not path.is_file():  # SQLite would wait for a pipe
         return []
     marks = ",".join("?" * len(_ACTIVE))
     try:
-        table = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5)
+        table = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=5)
         try:
             rows = table.execute(f"SELECT job_id, job_name FROM jobs WHERE status IN ({marks})", _ACTIVE).fetchall()
         finally:
             table.close()
     except sqlite3.Error:
         return []
-    return [Sign(f"job {job} ({name})", now) for job, name in rows if job != own and name not in WAITING]
+    return [Sign(one_line(f"job {job} ({name})"), now) for job, name in rows if job != own and name not in WAITING]

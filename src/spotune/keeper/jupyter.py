@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 from urllib.request import ProxyHandler, Request, build_opener
 
+from spotune.keeper.files import MOST_BYTES, one_line, read_file
 from spotune.keeper.signs import Sign
 
 TIMEOUT_S = 5.0
@@ -29,14 +31,21 @@ class Server:
 
 def servers(runtime: Path) -> Iterator[Server]:
     """Servers that run; Jupyter leaves the files of killed ones behind."""
-    for path in sorted(runtime.glob("jpserver-*.json")):
+    for path in _files(runtime):
         try:
-            said = json.loads(path.read_bytes())
+            said = json.loads(read_file(path))
             server = Server(str(said["url"]), str(said.get("token", "")), int(said["pid"]))
             os.kill(server.pid, 0)
-        except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue
         yield server
+
+
+def _files(runtime: Path) -> list[Path]:
+    try:
+        return sorted(runtime.glob("jpserver-*.json"))
+    except OSError:
+        return []
 
 
 def jupyter_look(runtime: Path, now: float) -> list[Sign]:
@@ -47,7 +56,7 @@ def jupyter_look(runtime: Path, now: float) -> list[Sign]:
         for kernel in answer if isinstance(answer, list) else []:
             if not isinstance(kernel, dict):
                 continue
-            name = str(kernel.get("name", "kernel"))
+            name = one_line(kernel.get("name", "kernel"))
             if kernel.get("execution_state") == "busy":
                 signs.append(Sign(f"Jupyter kernel {name} is busy", now))
             elif at := _time(kernel.get("last_activity")):
@@ -65,15 +74,25 @@ def ask(server: Server, path: str, method: str = "GET") -> Any | None:
     try:
         request = Request(server.url + path, method=method, headers={"Authorization": f"token {server.token}"})
         with build_opener(ProxyHandler({})).open(request, timeout=TIMEOUT_S) as answer:  # never by way of a proxy
-            body = answer.read()
+            body = read_answer(answer)
         return json.loads(body) if body.strip() else []
     except (URLError, OSError, ValueError, HTTPException, RecursionError):  # another program may have the port now
         return None
+
+
+def read_answer(answer: HTTPResponse) -> bytes:
+    """The body. Raises ValueError for one without an end: too long, or a few bytes now and then."""
+    body, deadline = b"", time.monotonic() + TIMEOUT_S
+    while piece := answer.read1(MOST_BYTES):
+        body += piece
+        if len(body) > MOST_BYTES or time.monotonic() > deadline:
+            raise ValueError("an answer without an end")
+    return body
 
 
 def _time(text: Any) -> float | None:
     """Epoch seconds of ``2026-11-25T01:30:00.123456Z``."""
     try:
         return datetime.fromisoformat(str(text).replace("Z", "+00:00")).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError, OSError):  # of the year 1, say, in a time zone before Greenwich
         return None

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from spotune.keeper.files import read_file, write_file
 from spotune.keeper.jupyter import shut_down
 from spotune.keeper.log import log
 from spotune.keeper.look import Look
@@ -86,8 +87,7 @@ def _end(settings: Settings) -> None:
 def _claim(path: Path, me: str) -> str:
     """Writes that this keeper is the newest; returns what stands there then, which is another's where it cannot."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(me)
+        write_file(path, me)
     except OSError as error:  # a full disk: both hold
         log(f"{path}: {error}")
         return _read(path)
@@ -96,15 +96,13 @@ def _claim(path: Path, me: str) -> str:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(errors="replace")
+        return read_file(path).decode(errors="replace")
     except OSError:
         return ""
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        part.write_text(json.dumps(state))
-        part.replace(path)
+        write_file(path, json.dumps(state))
     except OSError as error:  # a full disk: holding on matters more than telling
         log(f"{path}: {error}")

@@ -80,7 +80,7 @@ def _read(pid: int) -> Process:
 
 def _slurm_job_of(pid: int) -> str | None:
     try:
-        found = _JOB.search((PROC / str(pid) / "cgroup").read_text())
+        found = _JOB.search((PROC / str(pid) / "cgroup").read_text(errors="replace"))
     except OSError:
         return None
     return found[1] if found else None

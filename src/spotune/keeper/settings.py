@@ -61,7 +61,7 @@ class Settings:
             gpu_percent=_number(environ, GPU, 2),
             home=home,
             runtime=Path(environ.get("SKY_RUNTIME_DIR") or home),
-            job_id=int(own) if own.isdigit() else None,
+            job_id=int(own) if own.isdecimal() else None,
             slurm_job=environ.get("SLURM_JOB_ID", ""),
             ends=environ.get(ENDS, ""),
             jupyter_runtime=Path(jupyter),

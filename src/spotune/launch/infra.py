@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from spotune.contracts.errors import InputError, shown
+from spotune.contracts.shapes import Amount, Count, Ranks, Time
 
 State = Literal["PENDING", "STARTING", "RUNNING", "RECOVERING", "PAUSED", "SUCCEEDED", "FAILED", "CANCELLED"]
 ACTIVE: tuple[State, ...] = ("PENDING", "STARTING", "RUNNING", "RECOVERING")
@@ -28,11 +29,11 @@ class JobStatus:
     priority: int
     user: str
     infra: str
-    submitted_at: float
-    started_at: float | None = None
-    ended_at: float | None = None
-    attempt: int = 0
-    recoveries: int = 0
+    submitted_at: Time
+    started_at: Time | None = None
+    ended_at: Time | None = None
+    attempt: Count = 0
+    recoveries: Count = 0
     reason: str = ""
     exit_code: int | None = None
     by_infra: bool = False  # FAILED without a fault of the run: no machine could be had, or the engine itself failed
@@ -55,16 +56,16 @@ class PaidInterval:
     """
 
     run_id: str
-    started_at: float
-    ended_at: float | None
+    started_at: Time
+    ended_at: Time | None
     infra: str
     region: str = ""
     zone: str = ""
     instance_type: str = ""
     accelerators: str = ""
     use_spot: bool = False
-    nodes: int = 1
-    setup_s: float = 0.0
+    nodes: Ranks = 1
+    setup_s: Amount = 0.0
     end_reason: str = ""
     exit_code: int | None = None
 

@@ -41,6 +41,7 @@ from spotune.guard.retention import Retention
 from spotune.guard.trackers import surviving_logs
 from spotune.launch.local.look import look
 from tests.commands import cli_runner
+from tests.hostile import changed, values
 from tests.unit.guard.attempts import make_context
 
 T = 1_700_000_000.0
@@ -70,32 +71,12 @@ RECORDS: dict[str, Record] = {
 }
 EVENT = {"t": T, "event": "step", "step": 1, "tokens": 9, "phase": "train", "reason": "failed", "exit_code": 75}
 
-leaves = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.integers(-(10**40), 10**40), st.floats(), st.text(max_size=8),
-    st.sampled_from(["", "1", "nan", "\ud800", "a\nb", "../x", 10**9, -1, 1e300, T * 1000, 0]),
-)  # fmt: skip
-values = st.recursive(
-    leaves,
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)),
-    max_leaves=6,
-)
-
 
 @st.composite
 def spoiled(draw: st.DrawFn) -> tuple[str, bytes]:
     """A key, and its record with another value somewhere: in a field, or deeper."""
     key = draw(st.sampled_from(sorted(RECORDS)))
-    facts: Any = json.loads(RECORDS[key].to_bytes())
-    place = facts
-    name: Any = draw(st.sampled_from(sorted(field.name for field in fields(RECORDS[key]))))
-    while isinstance(place[name], (dict, list)) and place[name] and draw(st.booleans()):
-        place = place[name]
-        name = draw(st.sampled_from(sorted(place) if isinstance(place, dict) else list(range(len(place)))))
-    if isinstance(place, dict) and draw(st.integers(0, 9)) == 0:
-        del place[name]
-    else:
-        place[name] = draw(values)
-    return key, json.dumps(facts).encode()
+    return key, json.dumps(draw(changed(json.loads(RECORDS[key].to_bytes())))).encode()
 
 
 @pytest.fixture

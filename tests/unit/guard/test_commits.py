@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from spotune.contracts.errors import Fenced, StoreError
-from spotune.contracts.exchange import Staged, staged_path, write_json
+from spotune.contracts.exchange import TRAINER, Staged, staged_path, write_json
 from spotune.contracts.records import Commit
 from spotune.contracts.store import Store
 from spotune.guard.admission import check_fence, claim_attempt, latest_attempt
@@ -292,8 +292,8 @@ def test_the_best_one_is_not_dropped_for_a_newer_one(local_store: Store, tmp_pat
 
 def test_all_ranks_make_a_checkpoint_complete(tmp_path: Path) -> None:
     handover = Handover(tmp_path, ranks=2)
-    facts = {"size": 1, "sha256": "s"}
-    part = Staged(5, str(tmp_path / "c"), epoch=1.0, tokens=9, world_size=2, threads=1)
+    facts = {"size": 1, "sha256": "0" * 64}
+    part = Staged(5, str(tmp_path / TRAINER / "checkpoint-5"), epoch=1.0, tokens=9, world_size=2, threads=1)
     write_json(staged_path(tmp_path, 5, 1), replace(part, files={"rng_state_1.pth": facts}))
     assert handover.take() == []
     write_json(staged_path(tmp_path, 5, 0), replace(part, files={"rng_state_0.pth": facts}))

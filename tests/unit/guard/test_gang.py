@@ -8,11 +8,16 @@ from uuid import uuid4
 import pytest
 
 from spotune.contracts.errors import StoreError
+from spotune.contracts.exchange import Outcome
 from spotune.guard.gang import Leader, Line, join
 from spotune.guard.machine import Machine
 from spotune.guard.notices import Notices
 from spotune.guard.stalls import Work
 from tests.waiting import LIMIT_S, until
+
+FACTS = {"size": 1, "sha256": "0" * 64}
+JOB = {"run_id": "pair", "attempt": 1, "config": {"max_steps": 8}, "config_path": "c", "cache": ""}
+WELCOME = {"job": JOB, "master_port": 1, "environ": {"WANDB_MODE": "offline"}, "sample_s": 0.5}
 
 
 def machine(node: int) -> Machine:
@@ -35,9 +40,9 @@ def pair(pool: ThreadPoolExecutor) -> Iterator[tuple[Leader, Line]]:
     run_id = f"pair-{uuid4().hex[:8]}"
     leader = Leader(run_id, machine(0), "token")
     joined = pool.submit(join, run_id, machine(1), "token")
-    leader.gather(Notices(), job={"attempt": 1})
-    line, welcome = joined.result(LIMIT_S)
-    assert welcome == {"job": {"attempt": 1}}
+    leader.gather(Notices(), **WELCOME)
+    line, job, welcome = joined.result(LIMIT_S)
+    assert (job.attempt, job.config, vars(welcome)) == (1, {"max_steps": 8}, WELCOME)
     yield leader, line
     leave(line)
     leader.close(0)
@@ -55,9 +60,9 @@ def test_a_commit_has_the_files_of_all_machines(pair: tuple[Leader, Line], pool:
     parts = pool.submit(leader.parts, 5)
     assert line.next(LIMIT_S) == {"upload": 5}
     assert not parts.done()
-    line.send(part=4, files={"old": {}})
-    line.send(part=5, files={"rng_state_1.pth": {"size": 1}})
-    assert parts.result(LIMIT_S) == {"rng_state_1.pth": {"size": 1}}
+    line.send(part=4, files={"old": FACTS})
+    line.send(part=5, files={"rng_state_1.pth": FACTS})
+    assert parts.result(LIMIT_S) == {"rng_state_1.pth": FACTS}
 
 
 def test_without_the_files_of_a_machine_there_is_no_commit(pair: tuple[Leader, Line], pool: ThreadPoolExecutor) -> None:
@@ -74,7 +79,7 @@ def test_a_machine_that_has_said_how_it_ended_is_not_lost(pair: tuple[Leader, Li
     leader, line = pair
     line.send(notice="SIGTERM", left_s=20.0)
     line.send(ended={"how": "stopped", "step": 5, "message": ""})
-    assert leader.wait_for_outcomes(LIMIT_S) == [{"how": "stopped", "step": 5, "message": ""}]
+    assert leader.wait_for_outcomes(LIMIT_S) == [Outcome("stopped", 5)]
     assert leader.notice == ("SIGTERM on node 1", 20.0)
     leave(line)
     until(lambda: leader._lines[1].gone)

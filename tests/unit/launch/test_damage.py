@@ -2,11 +2,10 @@
 
 import json
 import os
-import shutil
 import sqlite3
 import subprocess
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from spotune.launch.local.queue import Queue
 from spotune.launch.local.rows import Attempt, Job
 from spotune.launch.local.supervisor import DISK_S, FAULT_S, MOST_FAULTY_S, Supervisor, serve
 from tests.commands import cli_runner
+from tests.hostile import HOW, spoil
 
 T = 1_700_000_000.0
 RUNS = ("run-a", "run-b", "run-c")
@@ -114,38 +114,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
     home.end()
 
 
-def spoil(path: Path, how: str) -> None:
-    """Puts something else into the place of a file."""
-    whole = path.read_bytes() if path.is_file() else b""
-    if path.is_dir():
-        shutil.rmtree(path)
-    elif os.path.lexists(path):
-        path.unlink()
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.parent.is_dir():
-        return
-    if how == "folder":
-        path.mkdir()
-    elif how == "loop":
-        path.symlink_to(path.name)
-    elif how == "pipe":
-        os.mkfifo(path)
-    else:
-        contents = {
-            "empty": b"",
-            "cut": whole[: len(whole) // 2],
-            "zeros": b"\0" * max(1, len(whole)),
-            "list": b"[1]",
-            "null": b"null",
-            "text": b'"x"',
-            "deep": b"[" * 100_000,
-            "odd": b'{"run_id": 7, "environ": 1, "at": "x", "exit_code": null, "slots": "x", "step": "x"}',
-        }
-        path.write_bytes(contents[how])
-
-
-HOW = ("empty", "cut", "zeros", "list", "null", "text", "deep", "odd", "folder", "loop", "pipe")
 FILES = (
     "queue.db",
     "queue.db-wal",

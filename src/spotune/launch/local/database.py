@@ -1,6 +1,7 @@
 """The queue's file and its version. An older file is migrated, a newer one refused, a damaged one set aside."""
 
 import fcntl
+import os
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -11,6 +12,7 @@ from spotune.contracts.localstate import Damaged, Log, log_line, make_room, set_
 
 VERSION = 1  # ``PRAGMA user_version``; 0: from before the file had a version
 BUSY_S = 30.0
+LEAST_BYTES = 64 << 10  # on the disk: with less a queue cannot even be opened
 # What the tables have; a column that an older file lacks is added, with its default or an empty value.
 TABLES = {
     "jobs": (
@@ -129,6 +131,15 @@ def is_passing(error: sqlite3.Error) -> bool:
     return (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF in _PASSING
 
 
+def describe(path: Path, error: Exception) -> str:
+    """Returns what is wrong with the queue in one line. SQLite itself calls a full disk ``disk I/O error``."""
+    with suppress(OSError):
+        found = os.statvfs(path.parent)
+        if isinstance(error, sqlite3.Error) and is_passing(error) and found.f_bavail * found.f_frsize < LEAST_BYTES:
+            return f"{path}: {error}: the disk is full"
+    return f"{path}: {error}"
+
+
 def prepare(path: Path, fill: Fill, log: Log = log_line) -> None:
     """Brings the file to this version; a damaged one is set aside, and made anew.
 
@@ -147,7 +158,7 @@ def prepare(path: Path, fill: Fill, log: Log = log_line) -> None:
                 return
         except (sqlite3.Error, Damaged) as error:
             if is_last or (isinstance(error, sqlite3.Error) and is_passing(error)):
-                raise InfraError(f"{path}: {error}") from error
+                raise InfraError(describe(path, error)) from error
             why = str(error)
         set_aside(path, f"damaged: {why}", log)
         for name in ("-wal", "-shm", "-journal"):

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from spotune.contracts.errors import InfraError, Taken
 from spotune.contracts.localstate import Log, log_line
 from spotune.launch.infra import ACTIVE, Submission
-from spotune.launch.local.database import connect, is_passing, only_one_prepares, prepare
+from spotune.launch.local.database import connect, describe, is_passing, only_one_prepares, prepare
 from spotune.launch.local.jobfiles import job_file, keep_all, keep_job, restore_jobs
 from spotune.launch.local.rows import Attempt, Job, Request
 from spotune.launch.local.verdict import Verdict
@@ -24,7 +24,7 @@ _NEXT_POSITION = "(SELECT COALESCE(MAX(position), 0) + 1 FROM jobs)"
 
 def _failed(path: Path, error: sqlite3.Error) -> InfraError:
     """A full disk or a lock is a matter of now; any other error says that the file is damaged."""
-    return InfraError(f"{path}: {error}" + ("" if is_passing(error) else " (any verb makes it anew: spotune queue)"))
+    return InfraError(describe(path, error) + ("" if is_passing(error) else " (any verb makes it anew: spotune queue)"))
 
 
 class Queue:

@@ -46,9 +46,9 @@ def list_dev(workspace: Workspace, warn: Warn) -> list[Listed]:
 
 
 def _listed(cluster: Cluster) -> Listed:
-    state = ssh.keeper_state(cluster.name) if cluster.status == "UP" else {}
-    if not state:
+    state = ssh.keeper_state(cluster.name) if cluster.status == "UP" else None
+    if state is None:
         known = cluster.autostop_minutes is not None
         why = "no keeper: SkyPilot counts jobs and ssh terminals" if cluster.status == "UP" and known else ""
         return Listed(cluster, cluster.autostop_minutes, None, None, why)
-    return Listed(cluster, state["idle_minutes"], state["last_active_at"], state["stops_at"], state["why"])
+    return Listed(cluster, state.idle_minutes, state.last_active_at, state.stops_at, state.why)

@@ -1,6 +1,6 @@
 """Jupyter on a dev cluster: found or started there, reached through a tunnel."""
 
-import json
+import re
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -27,13 +27,17 @@ class Server:
     port: int
     token: str
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for what is no port, or no token of a URL."""
+        if not 0 < self.port < 1 << 16 or not re.fullmatch(r"[\w.~-]*", self.token, re.ASCII):
+            raise ValueError("not a port and a token")
+
 
 def find(name: str) -> Server | None:
     """The server that runs on the cluster, None where there is none."""
     try:
-        said = json.loads(ssh.read(name, _FIND))
-        return Server(int(said["port"]), str(said["token"]))
-    except (ValueError, KeyError, TypeError):
+        return ssh.read_as(name, _FIND, Server)
+    except ValueError:
         return None
 
 

@@ -6,13 +6,14 @@ SkyPilot has anything to say: of a run that has ended, how it did is kept here. 
 
 import fcntl
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from spotune.contracts import environment
 from spotune.contracts.errors import InputError, Taken
 from spotune.contracts.localstate import read_as, set_aside, write_state
+from spotune.contracts.shapes import Count, Time, build
 from spotune.launch.infra import ACTIVE, JobStatus, PaidInterval
 
 
@@ -34,11 +35,11 @@ class Entry:
     bucket: str
     user: str
     priority: int
-    submitted_at: float
+    submitted_at: Time
     workdir: str
     task: dict[str, Any]
     secrets: list[str] = field(default_factory=list)
-    jobs: list[int] = field(default_factory=list)
+    jobs: list[Count] = field(default_factory=list)
     preemptible: list[str] = field(default_factory=list)
     submitting: bool = False
     ended: dict[str, Any] | None = None
@@ -46,8 +47,8 @@ class Entry:
 
     def status(self) -> JobStatus:
         """As it ended, or as it was submitted."""
-        if self.ended:
-            return JobStatus(**_known(JobStatus, self.ended))
+        if self.ended is not None:
+            return build(JobStatus, self.ended)
         return JobStatus(
             run_id=self.run_id,
             state="PENDING",
@@ -63,7 +64,22 @@ class Entry:
         """Its machines, where they are all known; else None."""
         if self.history is None:
             return None
-        return [PaidInterval(**_known(PaidInterval, row)) for row in self.history]
+        return [build(PaidInterval, row) for row in self.history]
+
+    def check(self, run_id: str) -> None:
+        """Raises ValueError, naming the field, for what is not an entry of this run."""
+        if self.run_id != run_id:
+            raise ValueError(f"run_id: not {run_id}")
+        try:
+            ended = self.status()
+        except ValueError as error:
+            raise ValueError(f"ended: {error}") from error
+        if ended.run_id != run_id:
+            raise ValueError(f"ended: run_id: not {run_id}")
+        try:
+            self.intervals()
+        except ValueError as error:
+            raise ValueError(f"history: {error}") from error
 
 
 class Registry:
@@ -77,9 +93,8 @@ class Registry:
         entry = read_as(self._path(run_id), Entry)
         try:
             if entry:
-                entry.status()
-                entry.intervals()
-        except TypeError as error:  # a field is missing
+                entry.check(run_id)
+        except ValueError as error:
             set_aside(self._path(run_id), str(error))
             return None
         return entry
@@ -135,8 +150,3 @@ class Registry:
 
     def _path(self, run_id: str) -> Path:
         return self.folder / f"{run_id}.json"
-
-
-def _known(kind: type, found: dict[str, Any]) -> dict[str, Any]:
-    names = {one.name for one in fields(kind)}
-    return {name: value for name, value in found.items() if name in names}

@@ -7,15 +7,27 @@ and the key are named on the command line.
 import json
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from spotune.contracts.errors import InfraError, InputError
+from spotune.contracts.shapes import Amount, Kind, Time, build
 from spotune.launch.skypilot import engine
 
 GENERATED = ".sky/generated/ssh"
 STATE = ".spotune/keeper.json"
+_MOST_BYTES = 1 << 20  # of what a cluster says
+
+
+@dataclass(frozen=True)
+class KeeperState:
+    """What a cluster's keeper wrote last; times in epoch seconds, ``stops_at`` None while somebody works."""
+
+    idle_minutes: Amount
+    last_active_at: Time
+    why: str
+    stops_at: Time | None = None
 
 
 def ssh_command(name: str, *options: str) -> list[str]:
@@ -53,7 +65,7 @@ def read(name: str, command: str, timeout_s: float = 60.0) -> str:
     """What a command prints on a cluster; raises InfraError when it cannot be asked or fails."""
     argv = [*ssh_command(name, "-o", "BatchMode=yes"), command]
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout_s, check=False)
+        done = subprocess.run(argv, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired as error:
         raise InfraError(f"{name}: no answer within {timeout_s:.0f} s (sky status -r {name})") from error
     if done.returncode:
@@ -62,13 +74,21 @@ def read(name: str, command: str, timeout_s: float = 60.0) -> str:
     return done.stdout
 
 
-def keeper_state(name: str) -> dict[str, Any]:
-    """What the cluster's keeper said last, empty when it is not there or not to be asked."""
+def keeper_state(name: str) -> KeeperState | None:
+    """The state of the cluster's keeper. None where there is none, where it is damaged or cannot be asked for."""
     try:
-        state = json.loads(read(name, f"cat ~/{STATE}", 30.0))
+        return read_as(name, f"head -c {_MOST_BYTES} ~/{STATE}", KeeperState, 30.0)
     except (InfraError, InputError, ValueError):
-        return {}
-    return state if isinstance(state, dict) else {}
+        return None
+
+
+def read_as(name: str, command: str, kind: type[Kind], timeout_s: float = 60.0) -> Kind:
+    """A dataclass from the JSON that a command prints on a cluster; raises ValueError where it is no such JSON."""
+    text = read(name, command, timeout_s)
+    try:
+        return build(kind, json.loads(text))
+    except RecursionError as error:
+        raise ValueError("nested without end") from error
 
 
 def attach(argv: Sequence[str]) -> int:

@@ -92,6 +92,12 @@ class FakeSky:
         if not down and self.clusters[name].cloud in self.cannot_stop:
             raise NotSupportedError("Autostop is not supported")
 
+    def stop(self, name: str) -> None:
+        self.clusters[name].status = SimpleNamespace(value="STOPPED")
+
+    def down(self, name: str) -> None:
+        del self.clusters[name]
+
     def cancel(self, name: str, job_ids: list[int]) -> None:
         self.calls.append(("cancel", job_ids))
 
