@@ -17,6 +17,15 @@ METRICS = (  # what SFTTrainer's evaluation reports, each with `eval_` before it
 )
 _FOLLOWS_THE_METRIC = ("reduce_lr_on_plateau", "greedy")
 _LOW_RANK = ("galore", "apollo")  # optimizers that need to know their layers
+# Names inside ``model_init_kwargs`` that run code or send a token where no plan shows it -> remedy.
+_NOT_INSIDE = {
+    "trust_remote_code": "write trust_remote_code: true as a key of its own",
+    "weights_only": "leave it out: weights are read without running code",
+    "token": "leave it out, and give --secret HF_TOKEN",
+    "use_auth_token": "leave it out, and give --secret HF_TOKEN",
+    "proxies": "leave it out, and give --env HTTPS_PROXY=…",
+    "cache_dir": "leave it out, and give --env HF_HOME=…",
+}
 _OWN_FILES = ("fsdp_config", "deepspeed", "accelerator_config")  # a mapping, JSON, or the path of a file
 
 
@@ -260,6 +269,18 @@ def _is_json_mapping(text: str) -> bool:
     return bool(mapping_of(text)) or text.replace(" ", "") == "{}"
 
 
+def _loaded_with(view: View) -> Iterator[Fault]:
+    """What decides which code runs, or where a token goes, is no keyword of the model (or of its adapter) inside."""
+    waiting: list[tuple[str, Any]] = [("model_init_kwargs", mapping_of(view["model_init_kwargs"]))]
+    while waiting:
+        key, value = waiting.pop()
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            if name in _NOT_INSIDE:
+                yield Fault(f"{key}.{name}", "is not taken here", _NOT_INSIDE[name])
+            elif isinstance(inner, (dict, list)):
+                waiting.append((f"{key}.{name}", inner))
+
+
 def _accelerator(view: View) -> Iterator[Fault]:
     kwargs = mapping_of(view["accelerator_config"]).get("gradient_accumulation_kwargs")
     if isinstance(kwargs, dict) and "num_steps" in kwargs and view["gradient_accumulation_steps"] > 1:
@@ -322,6 +343,6 @@ def _reports(view: View) -> Iterator[Fault]:
 
 RULES: tuple[Callable[[View], Iterator[Fault]], ...] = (
     *(_intervals, _best_model, _metric, _evaluation, _held_out_rows, _mixture, _streaming, _formats),
-    *(_precision, _quantization, _adapter, _packing, _loading, _checkpointing, _sharding, _mappings),
+    *(_precision, _quantization, _adapter, _packing, _loading, _checkpointing, _sharding, _mappings, _loaded_with),
     *(_accelerator, _schedule, _optimizer, _kernels, _padding, _reports),
 )

@@ -12,12 +12,14 @@ from typing import Any
 from spotune.contracts.change import compare, shown_leaves
 from spotune.contracts.config import parse_overrides
 from spotune.contracts.configkeys import is_on
+from spotune.contracts.configvalues import bool_of, mapping_of
 from spotune.contracts.envrule import FLAG, why_refused
 from spotune.contracts.records import RunRecord
 from spotune.launch.secretfiles import secret_content
 
 HIDDEN = "(hidden)"
 MONTH = "what the month's budget leaves to it"
+_KERNEL = re.compile(r"[^/:|]+/[^/:|]+(?:[@:].*)?")  # of the hub, as transformers tells it from ``sdpa``
 _OF_A_RUN = re.compile(r"(.*)/runs/([a-z][a-z0-9-]+)/")
 
 
@@ -48,7 +50,7 @@ def origins_of(record: RunRecord, cwd: Path) -> list[Origin]:
         found.append(
             Origin("remote code", f"trust_remote_code: Python files that come with {model} run on the machine")
         )
-    return [*found, *_models(record, cwd), *_data(record, cwd)]
+    return [*found, *_kernels(record), *_models(record, cwd), *_data(record, cwd)]
 
 
 def revision_of(history: Sequence[RunRecord]) -> list[Origin]:
@@ -115,17 +117,42 @@ def _env(record: RunRecord) -> list[Origin]:
     ]
 
 
+def _kernels(record: RunRecord) -> Iterator[Origin]:
+    """Kernels of the hub: code that the model's layers are replaced by."""
+    given = mapping_of(record.config.get("model_init_kwargs"))
+    named = [("attn_implementation", record.config.get("attn_implementation"))]
+    named += [(f"model_init_kwargs.{key}", given.get(key)) for key in ("attn_implementation", "experts_implementation")]
+    for key, value in named:
+        for one in value.values() if isinstance(value, dict) else (value,):
+            if isinstance(one, str) and any(_KERNEL.fullmatch(part) for part in one.split("|")):
+                yield Origin("remote code", f"{key}: the kernel {one} of the hub runs on the machine")
+    for key in ("use_kernels", "kernel_config", "allow_all_kernels"):
+        value = given.get(key)
+        if value and bool_of(value) is not False:
+            yield Origin("remote code", f"model_init_kwargs.{key}: kernels of the hub run on the machine")
+
+
 def _models(record: RunRecord, cwd: Path) -> Iterator[Origin]:
     for file in record.model_files:
         if "revision" in file:
             part, _, name = str(file["name"]).partition("hf://")
             what = "chat template" if part else "model"
             yield Origin("takes from", f"hf://{name}@{file['revision']}: {what}", name.rpartition("/")[0])
+    yield from _inner_revisions("model_init_kwargs", mapping_of(record.config.get("model_init_kwargs")))
     for key, what in (("model_name_or_path", "model"), ("chat_template_path", "chat template")):
         if isinstance(named := record.config.get(key), str) and named:
             yield from _local(path := cwd / Path(named).expanduser(), named, what, record.user)
             if base := _base_of(path):
                 yield from _local(cwd / Path(base).expanduser(), base, "base model", record.user)
+
+
+def _inner_revisions(key: str, given: Mapping[str, Any]) -> Iterator[Origin]:
+    """Another revision than ``model_revision``, of the model, its code or its adapter."""
+    for name, value in given.items():
+        if name in ("revision", "code_revision") and value:
+            yield Origin("takes from", f"{key}.{name}={value}: model")
+        elif isinstance(value, Mapping):
+            yield from _inner_revisions(f"{key}.{name}", value)
 
 
 def _base_of(folder: Path) -> str:

@@ -58,6 +58,28 @@ def test_overrides_env_and_remote_code_are_listed_and_secrets_hidden(project: Pr
     assert "run.yaml: env.LD_PRELOAD: decides what the loader loads" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    {
+        "attn_implementation: org/kernel@v1": "remote code attn_implementation: the kernel org/kernel@v1 of the hub",
+        "attn_implementation: paged|org/kernel:f": "remote code attn_implementation: the kernel paged|org/kernel:f of",
+        "model_init_kwargs: {attn_implementation: {text_config: a/b}}": "remote code model_init_kwargs.attn_",
+        "model_init_kwargs: '{\"use_kernels\": true}'": "remote code model_init_kwargs.use_kernels: kernels",
+        "model_init_kwargs: {kernel_config: {a: b}}": "remote code model_init_kwargs.kernel_config: kernels of the hub",
+        "model_init_kwargs: {revision: v2}": "takes from model_init_kwargs.revision=v2: model",
+        "model_init_kwargs: {adapter_kwargs: {revision: v3}}": "model_init_kwargs.adapter_kwargs.revision=v3: model",
+    }.items(),
+)
+def test_kernels_and_revisions_are_listed(project: Project, written: str, shown: str) -> None:
+    project.write("run.yaml", f"{CONFIG}{written}\n")
+    assert shown in "\n".join(plan_of(project))
+
+
+def test_attention_without_a_kernel_of_the_hub_is_not_listed(project: Project) -> None:
+    project.write("run.yaml", CONFIG + "attn_implementation: sdpa\nmodel_init_kwargs: {use_kernels: false}\n")
+    assert project.json("train", "run.yaml", "--dryrun")["takes"] == []
+
+
 def test_a_run_of_ones_own_takes_nothing(project: Project) -> None:
     kinds = {line.split()[0] for line in plan_of(project) if line}
     assert not kinds & {"override", "env", "remote", "takes", "revision"}

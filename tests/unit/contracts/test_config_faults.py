@@ -1,5 +1,6 @@
 """Everything that is wrong with a config is reported at once, with what to write instead."""
 
+import json
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,19 @@ def test_refused(tmp_path: Path, kind: str) -> None:
     config, line = REFUSED[kind]
     text = yaml.safe_dump({**RIGHT, **config}).replace("DATE", "2026-11-30")
     assert lines(tmp_path, text) == [line]
+
+
+INSIDE = "model_init_kwargs"
+
+
+@pytest.mark.parametrize("name", "trust_remote_code weights_only token use_auth_token proxies cache_dir".split())
+@pytest.mark.parametrize("where", [INSIDE, f"{INSIDE}.adapter_kwargs", "text"])
+def test_code_and_tokens_are_not_let_in_by_keywords_of_the_model(tmp_path: Path, name: str, where: str) -> None:
+    given: Any = {name: True}
+    given = {"adapter_kwargs": given} if where.endswith("adapter_kwargs") else given
+    (line,) = lines(tmp_path, {INSIDE: json.dumps(given) if where == "text" else given})
+    assert line.startswith(f"{INSIDE if where == 'text' else where}.{name}: is not taken here (")
+    assert not lines(tmp_path, {INSIDE: {"dtype": "bfloat16", "rope_scaling": {"factor": 2.0}, "device_map": None}})
 
 
 def test_a_rule_is_silent_where_a_key_of_its_own_is_wrong(tmp_path: Path) -> None:
