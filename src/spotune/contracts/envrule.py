@@ -14,47 +14,53 @@ from spotune.contracts.errors import refuse, shown
 FLAG = "--allow-env"
 OWN = ("SPOTUNE_*", "SKYPILOT_*")  # never, with no flag
 
-# Python reads these, and none of them names a file, a folder or a module.
+# None of these names code or a host, though a pattern below has them.
 HARMLESS = frozenset(
     "PYTHONDONTWRITEBYTECODE PYTHONFAULTHANDLER PYTHONHASHSEED PYTHONIOENCODING PYTHONNOUSERSITE PYTHONSAFEPATH"
-    " PYTHONTRACEMALLOC PYTHONUNBUFFERED PYTHONUTF8".split()
+    " PYTHONTRACEMALLOC PYTHONUNBUFFERED PYTHONUTF8 ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_NVME_PATH"
+    " ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH".split()
 )
-# reason -> patterns of names, upper case.
+# reason -> patterns of names, upper case. Families first: a library that nobody has thought of names its plugin alike.
 REFUSED: dict[str, tuple[str, ...]] = {
     "decides what the loader loads": (
         *("LD_*", "DYLD_*", "GLIBC_TUNABLES", "GCONV_PATH", "GETCONF_DIR", "LOCPATH", "NLSPATH", "MALLOC_TRACE"),
-        *(
-            "*_PRELOAD",
-            "*_INJECTION*_PATH",
-            "OMP_TOOL*",
-            "NCCL_*PLUGIN*",
-            "NCCL_CONF_FILE",
-            "OPENSSL_*",
-            "HSA_TOOLS_LIB",
-        ),
-        *("LIBRARY_PATH", "LIBPATH", "SHLIB_PATH", "OCL_ICD_*", "VK_*", "SASL_PATH", "KRB5_*", "HSA_TOOLS_LIB"),
+        *("*_PRELOAD", "*_PATH", "*_PATHS", "*PLUGIN*", "*_MODULE_DIR*", "*_LIB", "*_LIBS", "*_LIBRARY"),
+        *("*_LIBRARIES", "*_LIBDIR", "*_LIB*_DIR", "*_SO", "*_DLL", "OMP_TOOL*", "NCCL_CONF_FILE", "OPENSSL_*"),
+        *("LIBPATH", "SHLIB_PATH", "OCL_ICD_*", "VK_*", "KRB5_*", "OMPI_*", "OPAL_*", "PMIX_*", "PRTE_*", "NVSHMEM_*"),
+        *("RDMAV_DRIVERS", "IBV_DRIVERS", "HADOOP_*", "ODBC*", "TVM_*", "DEEPSPEED_*_LIB*", "UCX_*MODULE*", "INTEL_*"),
     ),
     "decides which programs and modules run": (
         *("PYTHON*", "PATH", "HOME", "USER", "LOGNAME", "SHELL", "BASH*", "ENV", "IFS", "CDPATH", "PS4", "ZDOTDIR"),
         *("PROMPT_COMMAND", "SHELLOPTS", "PERL*", "RUBY*", "GEM_*", "NODE_*", "LUA_*", "JAVA_*", "_JAVA_*", "JDK_*"),
         *("CLASSPATH", "VIRTUAL_ENV", "CONDA_*", "PIP_*", "UV_*", "GIT_*", "SSH_*", "BROWSER", "EDITOR", "VISUAL"),
-        *("PAGER", "MANPAGER", "LESSOPEN", "LESSCLOSE", "XDG_*", "HF_MODULES_CACHE", "WANDB__EXECUTABLE"),
+        *("PAGER", "MANPAGER", "LESSOPEN", "LESSCLOSE", "XDG_*", "*_EXECUTABLE", "*_COMMAND", "*_CMD"),
+        *("COVERAGE_*", "PYDEVD*", "DEBUGPY*", "IPYTHON*", "JUPYTER*", "MPLBACKEND", "MPLCONFIGDIR", "MATPLOTLIBRC"),
+        *("HF_MODULES_CACHE", "*TRUST_REMOTE_CODE", "*_CODE_EVAL", "TRANSFORMERS_TEST_*"),
+        *("TORCH_HOME", "TORCH_HUB*", "TORCH_PYTHON_NATIVE_*", "SM_FRAMEWORK_*", "OTEL_*", "*NO_WEIGHTS_ONLY*"),
+        *("WANDB__EXECUTABLE", "WANDB_DOCKER"),
     ),
     "decides which compiler or compiled code runs": (
-        *("CC", "CXX", "CPP", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CPATH", "*_INCLUDE_PATH", "COMPILER_PATH"),
-        *("GCC_EXEC_PREFIX", "CUDA_HOME", "CUDA_PATH", "CUDA_ROOT", "ROCM_HOME", "ROCM_PATH", "NVCC_*", "TRITON_*PATH"),
-        *("TRITON_CACHE_DIR", "TRITON_HOME", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "CUDA_CACHE_PATH"),
-        *("PYTORCH_NVCC", "TORCHINDUCTOR_CXX", "CMAKE_*"),
+        *("CC", "CXX", "CPP", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CPATH", "*_COMPILER", "CUDACXX"),
+        *("GCC_EXEC_PREFIX", "CUDA_HOME", "CUDA_ROOT", "ROCM_HOME", "NVCC_*", "ONEAPI_ROOT", "CUDNN_*", "HALIDE_*"),
+        *("TRITON_*PATH*", "TRITON_*CACHE*", "TRITON_*DIR", "TRITON_*HOME", "TRITON_*OVERRIDE*", "TRITON_*BACKEND*"),
+        *("TRITON_*HOST*", "TRITON_*REDIS*", "TRITON_*HOOK*", "TORCHINDUCTOR_*DIR", "TORCHINDUCTOR_*REDIS*"),
+        *("TORCHINDUCTOR_CXX", "TORCHINDUCTOR_CPP_MARCH", "TORCH_EXTENSIONS_DIR", "PYTORCH_NVCC", "CMAKE_*"),
+        *("LOCAL_KERNELS", "KERNELS_*", "USE_HUB_KERNELS", "NUMBA_CACHE_*", "QUACK_CACHE_*", "TILELANG_*"),
+        *("CUDAHOSTCXX", "FLASHINFER_*", "CUPY_*", "CUTE_DSL_*", "DS_BUILD_*"),
     ),
     "decides where traffic and tokens go": (
-        *("*_PROXY", "SSL_*", "SSLKEYLOGFILE", "*_CA_BUNDLE", "NODE_EXTRA_CA_CERTS", "*_CA_CERTS", "*_CA_CERT"),
-        *("*_ENDPOINT", "*_ENDPOINT_URL", "*_ENDPOINT_URL_*", "*_BASE_URL", "*_TRACKING_URI", "*_EMULATOR_HOST"),
-        *("HOSTALIASES", "LOCALDOMAIN", "RES_OPTIONS", "RESOLV_HOST_CONF", "NIS_PATH", "*_METADATA_*", "GCE_METADATA*"),
+        *("*_PROXY", "*_PROXIES", "SSL_*", "SSLKEYLOGFILE", "*_CA_BUNDLE", "*_CA_CERTS", "*_CA_CERT"),
+        *("*_ENDPOINT", "*_ENDPOINTS", "*_ENDPOINT_*", "*_URL", "*_URLS", "*_URL_*", "*_URI", "*_HOST", "*_HOSTS"),
+        *("*_ADDR", "*_ADDRESS", "*_SERVER", "*_GATEWAY", "*_CONNECTION_STRING", "NCCL_COMM_ID", "HUGGINGFACE_CO_*"),
+        *("HOSTALIASES", "LOCALDOMAIN", "RES_OPTIONS", "RESOLV_HOST_CONF", "*_METADATA_*", "GCE_METADATA*"),
+        *("FSSPEC_*", "*_UNIVERSE_DOMAIN", "HF_OIDC_*", "HF_DEVICE_CODE_*", "TRACKIO_S*", "CLEARML_CONFIG_*"),
+        *("*_DSN", "COMET_CONFIG*", "WANDB_IDENTITY_*"),
     ),
     "decides whose credentials are used": (
         *("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_PROFILE", "AWS_WEB_IDENTITY_*", "AWS_CONTAINER_*"),
-        *("AWS_ROLE_*", "BOTO_*", "GOOGLE_APPLICATION_*", "GOOGLE_AUTH_*", "CLOUDSDK_*", "AZURE_CONFIG_DIR"),
-        *("KUBECONFIG", "DOCKER_CONFIG", "DOCKER_HOST", "NETRC", "CURL_HOME", "HF_TOKEN_PATH", "WANDB_CONFIG_DIR"),
+        *("AWS_ROLE_*", "AWS_*ACCESS_KEY*", "AWS_SESSION_TOKEN", "BOTO_*", "GOOGLE_APPLICATION_*", "GOOGLE_AUTH_*"),
+        *("CLOUDSDK_*", "AZURE_CONFIG_DIR", "AZURE_CLIENT_*", "AZURE_STORAGE_*", "KUBECONFIG", "DOCKER_CONFIG"),
+        *("NETRC", "CURL_HOME", "HF_HOME", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_CONFIG_DIR", "*_API_KEY"),
     ),
 }
 
