@@ -66,8 +66,8 @@ _TOKENS = tuple(
 _URL = re.compile(rb"://[^\s/:@'\"<>{}$]{0,100}:([^\s/@'\"<>{}$]{3,200})@[\w.-]")
 # Names are looked for in lower case, and what follows a name is matched where the name ends: that is fast.
 _NAME = re.compile(
-    rb"(?:passw(?:or)?d|passphrase|pwd|secret|token|credentials?|(?:api|access|secret|private|auth|encryption|signing|master"
-    rb"|license|account|client|deploy|storage|openai|anthropic|wandb|hf)[_-]?key)(?:_?(?:value|base64|b64|\d))?"
+    rb"(?:(?:api|access|secret|private|auth|encryption|signing|master|license|account|client|deploy|storage|openai|anthropic"
+    rb"|wandb|hf)[_-]?key|passw(?:or)?d|passphrase|pwd|secret|token|credentials?)(?:_?(?:value|base64|b64|\d))?"
 )
 _SHORT = re.compile(rb"(?<![a-z0-9])(?:pass|pw|psw|key)(?![a-z0-9_-])")
 _BEFORE = re.compile(rb"[A-Za-z0-9_-]*\Z")

@@ -39,6 +39,7 @@ SECRETS = {
 # The same: what is left of the bar and what is right of it make one text. Name -> the file, the text.
 HIDDEN = {
     "an annotated name": ("a.py", 'TOK|EN: str = "8f3kq0z7m2x9w4v1b6n5"'),
+    "a secret key": ("a.py", 'secret_k|ey = "8f3kq0z7m2x9w4v1b6n5"'),
     "brackets and a new line": ("a.py", 'tok|en = (\n    "8f3kq0z7m2x9w4v1b6n5"\n)'),
     "a default of getenv": ("a.py", 'os.getenv("TO|KEN", "8f3kq0z7m2x9w4v1b6n5")'),
     "a default of environ.get": ("a.py", 'os.environ.get("DB_PASS|WORD", "hunter2!x")'),
