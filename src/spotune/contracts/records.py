@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from spotune.contracts.errors import BadRecord
-from spotune.contracts.keys import RUNS, Keys, attempt_of, commit_of
+from spotune.contracts.keys import RUNS, Keys, attempt_of, commit_of, revision_of
 from spotune.contracts.shapes import (
     YEAR_2000,
     Amount,
@@ -307,6 +307,8 @@ def _check_place(record: Record, key: str) -> None:
     match record:
         case RunRecord() if record.run_id != found[1]:  # counted under either name, it would be counted twice
             raise BadRecord(f"{key}: run_id: {record.run_id!r}, not that of its folder (a copy, or renamed)")
+        case RunRecord() if record.revision != (revision_of(key) or 0):  # one that says 0 would pass as submitted
+            raise BadRecord(f"{key}: revision: {record.revision}, not that of its name (a copy, or renamed)")
         case Commit() if (record.attempt, record.step) != commit_of(key):
             numbers = f"{record.attempt}, {record.step}"
             raise BadRecord(f"{key}: attempt, step: {numbers}, not those of its name (a copy, or renamed)")
