@@ -207,9 +207,10 @@ class Attempt:
 
     def _copy_output(self, target: Path) -> None:
         try:
-            copy_output(self.context.folder, target)
-        except OSError as error:  # the result is safe in the bucket
-            say(f"output_dir {target}: not copied there: {error}")
+            copy_output(self.context.folder, target, self.context.keys.run_id)
+        except OSError as error:
+            place = f"{self.context.store.url}/{self.context.keys.output}"
+            say(f"output_dir {target}: the result is in {place}, not copied: {error}")
 
     def _pause(self, watch: Watch) -> Ending:
         """The mark comes first: where it cannot be left, the next attempt has to find the wall again."""
