@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from spotune.contracts import exchange, exits
 from spotune.contracts.durations import parse_save_every
-from spotune.contracts.errors import Fenced, InputError, SpotuneError, StoreError
+from spotune.contracts.errors import Fenced, InputError, Misplaced, SpotuneError, StoreError
 from spotune.contracts.events import EndReason
 from spotune.contracts.exchange import Job, Outcome
 from spotune.contracts.extras import asked_for
@@ -200,8 +200,10 @@ class Attempt:
             try:
                 return certify(context.store, context.keys, context.attempt, step, context.folder)
             except StoreError as error:
-                if self._clock() > deadline or self.notices.left_s <= 0:
-                    raise StoreError(f"{error}; all {step} steps are made, the result is not in the bucket") from error
+                is_over = self._clock() > deadline or self.notices.left_s <= 0
+                if is_over or isinstance(error, Misplaced):  # time does not mend that: people have to
+                    kind = Misplaced if isinstance(error, Misplaced) else StoreError
+                    raise kind(f"{error}; all {step} steps are made, the result is not in the bucket") from error
                 say(f"the result is not certified yet: {error}")
                 self.notices.wait(min(CERTIFY_PAUSE_S, self.notices.left_s))
 
