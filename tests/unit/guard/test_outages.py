@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,24 @@ def test_how_long_the_store_has_been_away_counts_from_the_first_failure(clock: C
     assert uploader.drain(LIMIT_S)
     uploader.close()
     assert (uploader.away_s, uploader.error) == (0, None)
+
+
+def test_nobody_waits_for_an_upload_that_only_people_can_help(clock: Clock) -> None:
+    """The machine is paid for meanwhile. A newer checkpoint may have another place."""
+
+    def work(one: Staged) -> None:
+        if one.step == 5:
+            raise Misplaced("runs/a-run/checkpoints/00000005-0001: a pipe, not a folder (remove it)")
+
+    uploader = Uploader(work, clock, pauses_s=(3600.0,))
+    uploader.submit(staged(5))
+    began = time.monotonic()
+    assert not uploader.drain(LIMIT_S)
+    assert time.monotonic() - began < LIMIT_S / 2
+    assert isinstance(uploader.error, Misplaced)
+    uploader.submit(staged(6))
+    assert uploader.drain(LIMIT_S)
+    uploader.close()
 
 
 def test_an_attempt_that_is_fenced_off_tries_nothing_again(clock: Clock) -> None:
