@@ -14,6 +14,7 @@ import yaml
 
 from drill.machine import command_of
 from spotune.contracts.environment import NUM_PROCESSES
+from spotune.guard.finish import COPIED
 from spotune.launch.local.processes import is_live
 from tests.conftest import reach
 from tests.hostile import hostile_commits
@@ -184,7 +185,7 @@ def test_a_certified_run_starts_no_training(material: Path, tmp_path: Path) -> N
     script = Script(f"file://{tmp_path}/bucket", "again", material / "lora.yaml")
     assert script.run("--max_steps", "2", "--output_dir", str(tmp_path / "mine")) == 0, script.log()
     certified = {path.name for path in (tmp_path / "mine").iterdir()}
-    assert certified == set(script.json(script.keys.completed)["files"])
+    assert certified == {*script.json(script.keys.completed)["files"], COPIED}
     before = script.log()
     assert script.run() == 0
     assert script.log() == before + "[spotune] again is finished and certified already\n"

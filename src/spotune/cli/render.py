@@ -58,7 +58,7 @@ def fact_lines(facts: "Iterable[tuple[str, str]]") -> str:
 def origin_text(origin: "Origin", now: float) -> str:
     """``run-b by eva: its config``, ``3 by eva, 2h 5m ago: learning_rate: 0.0001 -> 0.001``."""
     name, colon, rest = origin.what.partition(": ")
-    if origin.kind not in ("takes from", "revision") or not colon:
+    if origin.kind not in ("takes from", "goes to", "revision") or not colon:
         return origin.what
     by = f" by {origin.by}" if origin.by else ""
     age = f", {duration(now - origin.at)} ago" if origin.at else ""

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 from spotune.contracts.errors import InputError, shown
 from spotune.contracts.records import AttemptRecord, PriceRow, RunRecord
+from spotune.contracts.shapes import HOUR_S as HOUR_S
+from spotune.contracts.shapes import MOST_USD
 
-HOUR_S = 3600.0
-MOST_USD = 1e9  # of a budget: more is a slip
 WARN_AT = 0.8  # of a budget, a run's or a month's
 
 

@@ -12,14 +12,18 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from spotune.contracts.errors import BadRecord
-from spotune.contracts.keys import RUNS, Keys, attempt_of, commit_of
+from spotune.contracts.keys import RUNS, Keys, attempt_of, commit_of, revision_of
 from spotune.contracts.shapes import (
+    HOUR_S,
+    MOST_USD,
+    MOST_USD_PER_HOUR,
     YEAR_2000,
     Amount,
     AttemptNumber,
     Count,
     ExitCode,
     Files,
+    Price,
     Ranks,
     Step,
     Time,
@@ -27,6 +31,7 @@ from spotune.contracts.shapes import (
 )
 
 SCHEMA_VERSION = 1
+_SLACK_S, _SLACK_USD = 60.0, 0.01  # of a bill: what it adds up may be rounded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +81,7 @@ class PriceRow(Record):
     instance_type: str = ""
     accelerators: str = ""
     use_spot: bool
-    price_usd_per_hour: Amount
+    price_usd_per_hour: Price
     source: str
     at: float = 0.0
 
@@ -307,6 +312,8 @@ def _check_place(record: Record, key: str) -> None:
     match record:
         case RunRecord() if record.run_id != found[1]:  # counted under either name, it would be counted twice
             raise BadRecord(f"{key}: run_id: {record.run_id!r}, not that of its folder (a copy, or renamed)")
+        case RunRecord() if record.revision != (revision_of(key) or 0):  # one that says 0 would pass as submitted
+            raise BadRecord(f"{key}: revision: {record.revision}, not that of its name (a copy, or renamed)")
         case Commit() if (record.attempt, record.step) != commit_of(key):
             numbers = f"{record.attempt}, {record.step}"
             raise BadRecord(f"{key}: attempt, step: {numbers}, not those of its name (a copy, or renamed)")
@@ -315,7 +322,7 @@ def _check_place(record: Record, key: str) -> None:
 
 
 def check_paid(record: Record, key: str) -> None:
-    """Raises BadRecord for times of a claim or a bill that money cannot be counted by."""
+    """Raises BadRecord for a claim or a bill that money cannot be counted by: its times, or amounts no machine has."""
     match record:
         case AttemptRecord():
             name, began, ended = "claimed_at", record.claimed_at, math.inf
@@ -327,6 +334,24 @@ def check_paid(record: Record, key: str) -> None:
         raise BadRecord(f"{key}: {name}: {began}, before the year 2000")
     if ended < began:
         raise BadRecord(f"{key}: ended_at: {ended}, before {name}")
+    if isinstance(record, Bill):
+        _check_amounts(record, key)
+
+
+def _check_amounts(bill: Bill, key: str) -> None:
+    """Raises BadRecord for a bill over more than its interval can cost: it would drown what all others sum up to."""
+    named = bill.price.get("price_usd_per_hour")
+    if isinstance(named, int | float) and named > MOST_USD_PER_HOUR:
+        raise BadRecord(f"{key}: price: price_usd_per_hour: more than any machine's, {MOST_USD_PER_HOUR:,}")
+    machine_s = (bill.ended_at - bill.started_at) * bill.nodes
+    hourly = bill.price_row.price_usd_per_hour if bill.price_row else MOST_USD_PER_HOUR
+    most_usd = machine_s / HOUR_S * hourly
+    if bill.paid_s > machine_s + _SLACK_S:
+        raise BadRecord(f"{key}: paid_s: {bill.paid_s:g}, more than from started_at to ended_at ({machine_s:g})")
+    if bill.cost_usd > most_usd * (1 + 1e-6) + _SLACK_USD:
+        raise BadRecord(f"{key}: cost_usd: {bill.cost_usd:g}, more than its interval at its price ({most_usd:g})")
+    if bill.price_row and most_usd > MOST_USD:
+        raise BadRecord(f"{key}: {most_usd:g} US dollars, more than a run costs")
 
 
 def fingerprint(value: Any) -> str:

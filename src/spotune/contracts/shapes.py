@@ -19,6 +19,7 @@ AttemptNumber = Annotated[int, "an attempt; 0: none"]
 Ranks = Annotated[int, "processes, threads or machines that work together"]
 Count = Annotated[int, "what is counted"]
 Amount = Annotated[float, "what is measured and not below 0"]
+Price = Annotated[float, "US dollars an hour, of one machine"]
 ExitCode = Annotated[int, "of a process that did not succeed"]
 Files = Annotated[dict[str, dict[str, Any]], "relative path -> {size: bytes, sha256: hex}"]
 
@@ -27,6 +28,9 @@ MOST = 2**53  # of what is counted: more is no count, and more than JSON and SQL
 MOST_STEPS = 10**12
 MOST_ATTEMPTS = 10**6  # a machine a minute, for two years
 MOST_RANKS = 2**17
+HOUR_S = 3600.0
+MOST_USD = 1e9  # of a budget or a bill: more is a slip
+MOST_USD_PER_HOUR = 10**6
 _DEEPEST = 64  # lists and objects in each other: more cannot be copied and written again by Python's own means
 _GREATEST = 1e100  # of what is measured: products of some of these are finite
 YEAR_2000 = 946_684_800  # a machine whose clock says less has not set it; half a century is paid for by nobody
@@ -194,6 +198,7 @@ _PLAIN: dict[Any, Check] = {
     Ranks: ("a whole number", _bounded(is_whole, 1, MOST_RANKS)),
     Count: ("a whole number", _bounded(is_whole, 0, MOST)),
     Amount: ("a number", _bounded(_is_number, 0, _GREATEST)),
+    Price: ("a number", _bounded(_is_number, 0, MOST_USD_PER_HOUR)),
     ExitCode: ("a whole number", _bounded(is_whole, 1, 255)),
     Files: ("files", _are_files),
 }

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
-from spotune.contracts.errors import InputError, StoreError
+from spotune.contracts.errors import BadRecord, InputError, StoreError
 from spotune.contracts.keys import Keys
-from spotune.contracts.records import AttemptRecord, Bill
+from spotune.contracts.records import AttemptRecord, Bill, check_paid
 from spotune.contracts.store import Store
 from spotune.cost.account import Account, account_of
 from spotune.cost.bills import with_bills
@@ -79,7 +79,7 @@ def leave_bills(store: Store, evidence: Evidence, accounts: Sequence[Account], i
     Of a certified run whose every attempt is billed an index looks at nothing any more: that a machine is billed which
     claimed none, or came after the certificate, is said beside, and first, since a bill is written once.
     """
-    due = bills_due(evidence, accounts, is_over)
+    due = [bill for bill in bills_due(evidence, accounts, is_over) if _is_readable(bill)]
     with suppress(InputError, StoreError):
         if (certificate := evidence.certificate) and _is_late(due, evidence.attempts, certificate.attempt):
             store.create(Keys(evidence.run.run_id).late, b"")
@@ -92,8 +92,21 @@ def _is_late(due: Iterable[Bill], claims: Iterable[AttemptRecord], certified: in
 
 
 def write_bills(store: Store, bills: Iterable[Bill]) -> None:
-    """Writes the bills that are not there yet. Raises InputError or StoreError."""
-    for bill in bills:
+    """Writes the bills that are not there yet. Raises InputError or StoreError.
+
+    One that its own reader would refuse is not written: it would stay for good, and a damaged row of an engine is none.
+    """
+    for bill in filter(_is_readable, bills):
         keys = Keys(bill.run_id)
-        lost = keys.lost_bill(bill.started_at, bill.ended_at)
-        store.create(keys.bill(bill.attempt) if bill.attempt else lost, bill.to_bytes())
+        key = keys.bill(bill.attempt) if bill.attempt else keys.lost_bill(bill.started_at, bill.ended_at)
+        store.create(key, bill.to_bytes())
+
+
+def _is_readable(bill: Bill) -> bool:
+    keys = Keys(bill.run_id)
+    key = keys.bill(bill.attempt) if bill.attempt else f"{keys.lost}/"  # its name is made of times, if they are such
+    try:
+        check_paid(Bill.from_bytes(bill.to_bytes(), key), key)
+    except BadRecord:
+        return False
+    return True

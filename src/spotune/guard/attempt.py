@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from spotune.contracts import exchange, exits
 from spotune.contracts.durations import parse_save_every
-from spotune.contracts.errors import Fenced, InputError, SpotuneError, StoreError
+from spotune.contracts.errors import Fenced, InputError, Misplaced, SpotuneError, StoreError
 from spotune.contracts.events import EndReason
 from spotune.contracts.exchange import Job, Outcome
 from spotune.contracts.extras import asked_for
@@ -200,16 +200,19 @@ class Attempt:
             try:
                 return certify(context.store, context.keys, context.attempt, step, context.folder)
             except StoreError as error:
-                if self._clock() > deadline or self.notices.left_s <= 0:
-                    raise StoreError(f"{error}; all {step} steps are made, the result is not in the bucket") from error
+                is_over = self._clock() > deadline or self.notices.left_s <= 0
+                if is_over or isinstance(error, Misplaced):  # time does not mend that: people have to
+                    kind = Misplaced if isinstance(error, Misplaced) else StoreError
+                    raise kind(f"{error}; all {step} steps are made, the result is not in the bucket") from error
                 say(f"the result is not certified yet: {error}")
                 self.notices.wait(min(CERTIFY_PAUSE_S, self.notices.left_s))
 
     def _copy_output(self, target: Path) -> None:
         try:
-            copy_output(self.context.folder, target)
-        except OSError as error:  # the result is safe in the bucket
-            say(f"output_dir {target}: not copied there: {error}")
+            copy_output(self.context.folder, target, self.context.keys.run_id)
+        except OSError as error:
+            place = f"{self.context.store.url}/{self.context.keys.output}"
+            say(f"output_dir {target}: the result is in {place}, not copied: {error}")
 
     def _pause(self, watch: Watch) -> Ending:
         """The mark comes first: where it cannot be left, the next attempt has to find the wall again."""

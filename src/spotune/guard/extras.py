@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeVar
 
 from spotune.contracts.environment import BUCKET, RUN_ID
-from spotune.contracts.errors import Fenced, SpotuneError, StoreError
+from spotune.contracts.errors import Fenced, Misplaced, SpotuneError, StoreError
 from spotune.contracts.exchange import OUTPUT, write_json
 from spotune.contracts.extras import CONFIG_KEYS, EXTRAS, MERGE, MERGED, PUSH, ExtraJob, Pushed, asked_for
 from spotune.contracts.failpoints import failpoint
@@ -159,13 +159,13 @@ class Extras:
         check_fence(self.context.store, self.context.keys, self.context.attempt)
 
     def _patiently(self, work: Callable[[], Result]) -> Result:
-        """Does it again while the bucket is away, for as long as it may be."""
+        """Does it again while the bucket is away, for as long as it may be. What only people can mend is raised."""
         deadline = self._clock() + self.context.patience_s
         while True:
             try:
                 return work()
             except StoreError as error:
-                if self._clock() > deadline:
+                if self._clock() > deadline or isinstance(error, Misplaced):
                     raise
                 say(f"tried again in {PAUSE_S:.0f} s: {error}")
                 self._wait(PAUSE_S)

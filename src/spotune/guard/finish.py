@@ -1,5 +1,7 @@
 """The end of a run: the result is uploaded, read back and certified; only then is it SUCCEEDED."""
 
+import json
+import os
 import shutil
 import tempfile
 import time
@@ -20,6 +22,7 @@ from spotune.guard.weights import weights_sha256
 
 THREADS = 4
 TRIES = 2
+COPIED = ".spotune-copy.json"  # in a folder that a result was copied to: of which run, and its files
 
 Facts = dict[str, dict[str, Any]]  # relative path -> {size: bytes, sha256: hex}
 
@@ -116,6 +119,32 @@ def fetch_result(store: Store, keys: Keys, certificate: Certificate, target: Pat
         list(pool.map(get, certificate.files))
 
 
-def copy_output(folder: Path, target: Path) -> None:
-    """Leaves a copy of the result where the config's ``output_dir`` says, as TRL users expect."""
-    shutil.copytree(folder / OUTPUT, target, dirs_exist_ok=True)
+def copy_output(folder: Path, target: Path, run_id: str) -> None:
+    """Leaves a copy of the result where the config's ``output_dir`` says, as TRL users expect.
+
+    Raises OSError where that is, or may be, somebody's: a record in the bucket names it, and others may write there.
+    Into a folder with files of its own a result goes only in the place of one that spotune copied there before, which
+    ``COPIED`` names the files of. Folders beside it, of logs or checkpoints, stay.
+    """
+    source = folder / OUTPUT
+    names = sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file())
+    copied = _copied(target)
+    taken = next((name for name in names if os.path.lexists(target / name) and name not in copied), "")
+    if not copied and target.is_dir():
+        taken = taken or next((path.name for path in sorted(target.iterdir()) if not path.is_dir()), "")
+    if taken:
+        raise FileExistsError(f"it has a {taken} that spotune did not put there")
+    target.mkdir(parents=True, exist_ok=True)
+    part = target / f"{COPIED}.part"
+    part.write_text(json.dumps({"run_id": run_id, "files": sorted({*copied, *names})}, indent=1))
+    part.replace(target / COPIED)  # first: a copy that is cut off may be made again
+    shutil.copytree(source, target, dirs_exist_ok=True)
+
+
+def _copied(target: Path) -> frozenset[str]:
+    """The files of a folder that spotune put there; none where nothing says so."""
+    try:
+        files = json.loads((target / COPIED).read_bytes())["files"]
+        return frozenset(map(str, files))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return frozenset()

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from spotune.contracts.errors import Fenced, SpotuneError, StoreError
+from spotune.contracts.errors import Fenced, Misplaced, SpotuneError, StoreError
 from spotune.contracts.exchange import Staged
 from spotune.guard.say import say
 
@@ -39,6 +39,7 @@ class Uploader:
         self._current: Staged | None = None
         self._began_at = 0.0
         self._closed = False
+        self._is_blocked = False
         self._changed = threading.Condition()
         self._failing_since: float | None = None
         self.fenced: Fenced | None = None
@@ -63,14 +64,18 @@ class Uploader:
         with self._changed:
             dropped = [other for other in self._waiting if other.step != staged.best_step]
             self._waiting = [*(other for other in self._waiting if other not in dropped), staged]
+            self._is_blocked = False
             self._changed.notify_all()
         for other in dropped:
             shutil.rmtree(Path(other.checkpoint), ignore_errors=True)
 
     def drain(self, timeout_s: float | None = None) -> bool:
-        """Waits until nothing is waiting or under way; returns whether the last upload succeeded."""
+        """Waits until nothing is waiting or under way; returns whether the last upload succeeded.
+
+        Nor for one that is tried again in vain: what is in its way only people remove.
+        """
         with self._changed:
-            done = self._changed.wait_for(lambda: not self._waiting and not self._current, timeout_s)
+            done = self._changed.wait_for(lambda: self._is_blocked or not (self._waiting or self._current), timeout_s)
             return done and self.error is None and self.fenced is None
 
     def close(self, timeout_s: float | None = None) -> None:
@@ -100,7 +105,7 @@ class Uploader:
     def _try_until_newer(self, staged: Staged) -> None:
         failures = 0
         while not self.fenced:
-            began_at = self._clock()
+            began_at, self._is_blocked = self._clock(), False
             try:
                 self._work(staged)
                 self.error = self._failing_since = None
@@ -115,6 +120,8 @@ class Uploader:
             pause_s = self._pauses_s[min(failures, len(self._pauses_s) - 1)]
             failures += 1
             with self._changed:
+                self._is_blocked = isinstance(self.error, Misplaced) and not self._is_superseded(staged)
+                self._changed.notify_all()
                 self._changed.wait_for(lambda: self._is_superseded(staged) or self._closed, pause_s)
                 if self._is_superseded(staged) or self._closed:
                     return

@@ -15,7 +15,7 @@ from spotune.contracts.records import Mark, RunRecord
 from spotune.contracts.revisions import record_history, record_in_force, write_revision
 from spotune.launch.code import differs, keep_code, read_code
 from spotune.launch.infra import ACTIVE, Agree, JobStatus, is_infra
-from spotune.launch.origins import Origin, from_run, origins_of, revision_of, unseen_by
+from spotune.launch.origins import Origin, from_run, goes_to, origins_of, revision_of, unseen_by
 from spotune.launch.revise import Edit, revise
 from spotune.launch.status import find_run
 from spotune.launch.workspace import Workspace
@@ -103,7 +103,7 @@ def _resumption(workspace: Workspace, status: JobStatus, change: Change, revisio
         return Resumption(status.run_id, change)
     user, record = workspace.env.user, revision or history[-1]
     taken = [from_run(record, "its config, data, model and checkpoints")] if record.user != user else []
-    taken += [*revision_of(history), *origins_of(record, workspace.cwd)]
+    taken += [*revision_of(user, history), *goes_to(user, history, record), *origins_of(record, workspace.cwd)]
     return Resumption(status.run_id, change, tuple(taken), tuple(unseen_by(user, history)), history[-1].revision)
 
 

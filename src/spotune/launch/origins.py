@@ -28,7 +28,7 @@ class Origin:
     """One thing that a run takes from elsewhere.
 
     Attributes:
-        kind: ``override``, ``env``, ``remote code``, ``takes from`` or ``revision``.
+        kind: ``override``, ``env``, ``remote code``, ``takes from``, ``goes to`` or ``revision``.
         by: whose it is, if that is known; ``at``: since when, epoch seconds, 0 for unknown.
     """
 
@@ -53,13 +53,36 @@ def origins_of(record: RunRecord, cwd: Path) -> list[Origin]:
     return [*found, *_kernels(record), *_models(record, cwd), *_data(record, cwd)]
 
 
-def revision_of(history: Sequence[RunRecord]) -> list[Origin]:
-    """The revision in force: by whom, since when, and what it changed. Empty for a run as it was submitted."""
+def revision_of(user: str, history: Sequence[RunRecord]) -> list[Origin]:
+    """The revisions since the last record that ``user`` wrote: by whom, since when, and what they changed in all.
+
+    Where that is the one in force, or there is none of theirs: the revision in force, and all of them. Empty for a run
+    as it was submitted.
+    """
     if len(history) < 2:
         return []
-    before, last = history[-2:]
-    what = str(compare(before, last)) or MONTH
-    return [Origin("revision", f"{last.revision}: {what}", last.revised_by, last.revised_at)]
+    first = min(max(_last_of(user, history), 0) + 1, len(history) - 1)
+    before, later, last = history[first - 1], history[first:], history[-1]
+    number = f"{last.revision}" if len(later) == 1 else f"{later[0].revision} to {last.revision}"
+    what = str(compare(before, last)) or (MONTH if len(later) == 1 else "nothing in all")
+    by = " and ".join(dict.fromkeys(_author(record) or "somebody" for record in later))
+    return [Origin("revision", f"{number}: {what}", by, last.revised_at)]
+
+
+def goes_to(user: str, history: Sequence[RunRecord], record: RunRecord) -> list[Origin]:
+    """Where the result is sent, as far as ``record`` has it from the run's history and ``user`` never asked for it."""
+    last = _last_of(user, history)
+    asked = history[last].config if last >= 0 else {}
+    found = []
+    for key in ("output_dir", "push_to_hub", "hub_model_id"):
+        value = record.config.get(key)
+        is_wanted = bool_of(value) if key == "push_to_hub" else value
+        if not is_wanted or value != history[-1].config.get(key) or value == asked.get(key):
+            continue
+        others = [other for other in history[last + 1 :] if other.config.get(key) == value]
+        place = "the hub" if key == "push_to_hub" else _hidden(str(value))
+        found.append(Origin("goes to", f"{place}: {key}", _author(others[0]) if others else ""))
+    return found
 
 
 def from_run(record: RunRecord, what: str) -> Origin:
@@ -68,10 +91,17 @@ def from_run(record: RunRecord, what: str) -> Origin:
 
 def unseen_by(user: str, history: Sequence[RunRecord]) -> list[str]:
     """Who has revised the run since ``user`` submitted or revised it; names, each once."""
-    authors = [record.revised_by if record.revision else record.user for record in history]
-    last = max((index for index, author in enumerate(authors) if author == user), default=-1)
-    after = [record.revised_by for record in history[last + 1 :] if record.revision]
+    after = [record.revised_by for record in history[_last_of(user, history) + 1 :] if record.revision]
     return list(dict.fromkeys(author or "somebody" for author in after))
+
+
+def _last_of(user: str, history: Sequence[RunRecord]) -> int:
+    """Which record of them ``user`` wrote last, -1 for none."""
+    return max((index for index, record in enumerate(history) if _author(record) == user), default=-1)
+
+
+def _author(record: RunRecord) -> str:
+    return record.revised_by if record.revision else record.user
 
 
 def owner_of(path: Path) -> str:
@@ -103,7 +133,11 @@ def _name_of(uid: int) -> str:
 def _pairs(given: Mapping[str, Any]) -> list[str]:
     """``key=value`` for each value of a mapping, those inside it too; what looks secret is hidden."""
     pairs = [pair for key, value in given.items() for pair in shown_leaves(key, value).items()]
-    return [f"{key}={HIDDEN if secret_content(text.encode()) else text}" for key, text in pairs]
+    return [f"{key}={_hidden(text)}" for key, text in pairs]
+
+
+def _hidden(text: str) -> str:
+    return HIDDEN if secret_content(text.encode()) else text
 
 
 def _env(record: RunRecord) -> list[Origin]:
@@ -177,9 +211,10 @@ def _data(record: RunRecord, cwd: Path) -> Iterator[Origin]:
 
 
 def _remote(source: str) -> Origin:
-    shown = HIDDEN if secret_content(source.encode()) else source
     name = source.removeprefix("hf://")
-    return Origin("takes from", f"{shown}: data", name.partition("/")[0] if "://" not in name and "/" in name else "")
+    return Origin(
+        "takes from", f"{_hidden(source)}: data", name.partition("/")[0] if "://" not in name and "/" in name else ""
+    )
 
 
 def _local(path: Path, named: str, what: str, user: str) -> Iterator[Origin]:

@@ -12,7 +12,7 @@ from spotune.contracts.keys import Keys
 from spotune.contracts.records import RunRecord, fingerprint
 from spotune.contracts.revisions import record_history
 from spotune.launch.code import differs
-from spotune.launch.origins import from_run, revision_of, unseen_by
+from spotune.launch.origins import from_run, goes_to, revision_of, unseen_by
 from spotune.launch.plan import Plan, Wish, make_plan
 from spotune.launch.status import find_run
 from spotune.launch.workspace import Workspace
@@ -47,8 +47,10 @@ def promote(source: str, wish: Wish, workspace: Workspace) -> Plan:
         patch = f"{plan.bucket}/{Keys(source).code}/diff.patch has what they were"
         remedy = patch if is_there else f"git checkout {record.code['commit'][:12]}"
         raise InputError(source, f"its code has changed since: {words}", remedy=remedy)
-    taken = [from_run(record, "its config, overrides, data and model"), *revision_of(history)]
-    unseen = tuple(unseen_by(workspace.env.user, history))
+    taken = [from_run(record, "its config, overrides, data and model")]
+    user = workspace.env.user
+    taken += [*revision_of(user, history), *goes_to(user, history, plan.record)]
+    unseen = tuple(unseen_by(user, history))
     return replace(plan, takes=(*taken, *plan.takes), unseen=unseen)
 
 

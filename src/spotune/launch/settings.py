@@ -10,6 +10,7 @@ from typing import Any
 from spotune.contracts.config import read_yaml
 from spotune.contracts.environment import check_bucket
 from spotune.contracts.errors import InputError, shown
+from spotune.contracts.shapes import MOST_USD_PER_HOUR
 from spotune.launch.infra import infra_of
 from spotune.launch.task import shipped_file
 
@@ -170,16 +171,16 @@ def _budgets(raw: dict[str, Any], path: Path) -> dict[str, dict[str, MonthlyBudg
     return budgets
 
 
-def _is_amount(value: Any) -> bool:
+def _is_amount(value: Any, most: float = _MOST_USD) -> bool:
     """Whether it is a number of dollars, 0 or more."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= _MOST_USD
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= most
 
 
 def _check_price(price: dict[str, Any], path: Path, key: str) -> None:
     _known(price, ("on_demand", "spot"), path, f"{key}.")
     for kind in ("on_demand", "spot"):
         amount = price.get(kind)
-        if not _is_amount(amount):
+        if not _is_amount(amount, MOST_USD_PER_HOUR):
             raise InputError(path, f"{shown(amount)} is not dollars an hour", key=f"{key}.{kind}")
 
 

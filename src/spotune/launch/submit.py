@@ -115,7 +115,7 @@ def with_existing(plan: Plan, found: Existing | None) -> Plan:
         return plan
     user, record = plan.record.user, found.history[-1]
     taken = [from_run(record, "its checkpoints")] if record.user != user else []
-    taken += revision_of(found.history)
+    taken += revision_of(user, found.history)
     is_new = not found.change and found.status is not None  # nothing goes on
     unseen = plan.unseen if is_new else (*plan.unseen, *unseen_by(user, found.history))
     return replace(plan, takes=(*taken, *plan.takes), unseen=tuple(dict.fromkeys(unseen)))

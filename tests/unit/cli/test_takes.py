@@ -225,3 +225,26 @@ def test_a_revision_made_while_the_user_reads_is_not_gone_on_with(
     assert refused.exit_code == 2
     assert refused.stderr.splitlines()[-1] == "run-a: was changed by somebody else just now (try again)"
     assert project.infra.calls == []
+
+
+def test_a_revision_hides_no_earlier_one(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    revised_by_eva(project, monkeypatch)
+    keys = Keys("run-a")
+    record = RunRecord.from_bytes(project.store.read(keys.revision(1)) or b"")
+    config = {**record.config, "push_to_hub": True, "hub_model_id": "eva/theirs", "output_dir": "/home/ada/model"}
+    project.store.create(keys.revision(2), replace(record, revision=2, config=config).to_bytes())
+    then = replace(record, revision=3, config=config | {"weight_decay": 0.1}, revised_by="bob")
+    project.store.create(keys.revision(3), then.to_bytes())
+    refused = project.run("resume", "run-a")
+    assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+    assert refused.stderr.startswith("run-a: was revised by eva and bob: revision 1 to 3 by eva and bob, ")
+    for change in ("learning_rate: 1e-3 -> 2e-3", "weight_decay: 0.0 -> 0.1", "push_to_hub: false -> true"):
+        assert change in refused.stderr
+    done = project.run("resume", "run-a", "-y", "--set", "output_dir=mine")
+    assert done.exit_code == 0, done.stderr
+    said = [line for line in lines_of(done.stderr) if line.startswith("goes to")]
+    assert said == ["goes to the hub by eva: push_to_hub", "goes to eva/theirs by eva: hub_model_id"]
+    project.run("cancel", "run-a", "-y")
+    again = project.run("resume", "run-a")  # ada has seen it
+    assert "goes to" not in again.stderr
+    assert any(line.startswith("revision 4 by ada, ") for line in lines_of(again.stderr))

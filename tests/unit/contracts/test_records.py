@@ -1,13 +1,14 @@
 """What a record may hold: a bucket is shared, and what others wrote there in another shape is named, not met later."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from spotune.contracts.clusters import ClusterRecord, read_clusters
 from spotune.contracts.errors import BadRecord, StoreError, launcher_code
-from spotune.contracts.records import Bill, PriceRow, Progress, Record, RunRecord
+from spotune.contracts.records import Bill, PriceRow, Progress, Record, RunRecord, check_paid
 from spotune.contracts.store import Store
 
 T = 1_700_000_000.0
@@ -86,6 +87,36 @@ def test_a_cluster_that_cannot_be_read_is_said(local_store: Store) -> None:
     assert len(said) == 2
     assert said[1].endswith(f"name, launched_at: those of {CLUSTER.key} (a copy, or renamed)")
     assert said[0].startswith("clusters/dev-5.json: not a ClusterRecord: ")
+
+
+@pytest.mark.parametrize(
+    ("facts", "what"),
+    [
+        (
+            {"price": {**PRICE, "price_usd_per_hour": 1e99}},
+            "price: price_usd_per_hour: more than any machine's, 1,",
+        ),
+        ({"price": {**PRICE, "price_usd_per_hour": 10**400}}, "price: price_usd_per_hour: more than any machine's"),
+        ({"paid_s": 1e99}, "paid_s: 1e+99, more than from started_at to ended_at (7200)"),
+        ({"cost_usd": 1e99}, "cost_usd: 1e+99, more than its interval at its price (2)"),
+        ({"cost_usd": 2.1}, "cost_usd: 2.1, more than its interval at its price (2)"),
+        ({"price": {}, "cost_usd": 1e99}, "cost_usd: 1e+99, more than its interval at its price (2e+06)"),
+        ({"price": {**PRICE, "price_usd_per_hour": 1e6}, "nodes": 1000}, "2e+09 US dollars, more than a run costs"),
+    ],
+)
+def test_a_bill_over_more_than_its_interval_can_cost_is_none(facts: dict[str, Any], what: str) -> None:
+    good = replace(BILL, ended_at=T + 7200, price=PRICE, paid_s=7200.0, cost_usd=2.0)
+    check_paid(good, "a/key.json")
+    check_paid(replace(good, nodes=3, paid_s=3 * 7200.0, cost_usd=6.000001), "a/key.json")
+    with pytest.raises(BadRecord) as raised:
+        check_paid(read(good, **facts), "a/key.json")
+    assert str(raised.value).startswith(f"a/key.json: {what}")
+
+
+def test_no_machine_costs_so_much_an_hour() -> None:
+    dear = [{**PRICE, "price_usd_per_hour": 1e99}]
+    with pytest.raises(BadRecord, match=r"price_usd_per_hour: not from 0 to 1000000: 1e\+99$"):
+        replace(RUN, prices=dear).price_rows()
 
 
 def test_a_launcher_has_no_engine_to_say_75_to() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from spotune.contracts.errors import InputError
+from spotune.contracts.errors import BadRecord, InputError
 from spotune.contracts.keys import Keys, revision_of
 from spotune.contracts.records import Commit, RunRecord
 from spotune.contracts.revisions import (
@@ -53,6 +53,16 @@ def test_the_highest_revision_is_in_force(store: Store) -> None:
     with pytest.raises(InputError, match="run-a: was changed by somebody else just now"):
         write_revision(store, KEYS, second)
     assert record_in_force(store, KEYS) == second
+
+
+@pytest.mark.parametrize(("key", "revision"), [(KEYS.revision(1), 0), (KEYS.revision(2), 1), (KEYS.run, 1)])
+def test_a_record_under_the_name_of_another_revision_is_none(store: Store, key: str, revision: int) -> None:
+    """One that said 0 would be in force without anybody being asked: it would pass as submitted."""
+    store.create(KEYS.run, SUBMITTED.to_bytes())
+    store.write(key, replace(SUBMITTED, revision=revision, revised_by="eva").to_bytes())
+    for read in (record_in_force, record_history):
+        with pytest.raises(BadRecord, match=f"^{key}: revision: {revision}, not that of its name"):
+            read(store, KEYS)
 
 
 def test_the_key_of_a_revision() -> None:

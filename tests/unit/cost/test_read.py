@@ -10,7 +10,7 @@ from spotune.contracts.keys import Keys
 from spotune.contracts.records import Bill
 from spotune.contracts.store import Store
 from spotune.cost.evidence import Evidence
-from spotune.cost.ledger import bills_due, build_accounts, write_bills
+from spotune.cost.ledger import bills_due, build_accounts, leave_bills, write_bills
 from spotune.cost.read import read_evidence
 from spotune.cost.report import build_report
 from tests.unit.cost.cases import RUN_ID, T, three_attempts
@@ -70,6 +70,25 @@ def test_a_bill_is_written_once_and_read_by_its_contract(local_store: Store) -> 
     dearer = [{**price, "price_usd_per_hour": 99.0} for price in evidence.run.prices]
     write_bills(local_store, due(replace(evidence, run=replace(evidence.run, prices=dearer))))
     assert local_store.read(KEYS.bill(2)) == data
+
+
+@pytest.mark.parametrize(
+    ("started_at", "ended_at"), [(2.0**62, T + 30), (T, -1.0), (T, float("nan")), (float("inf"), T), (5.0, T)]
+)
+@pytest.mark.parametrize("attempts", [True, False])
+def test_a_bill_that_its_reader_would_refuse_is_not_written(
+    local_store: Store, started_at: float, ended_at: float, attempts: bool
+) -> None:
+    """A torn row of an engine says such times: what is written once, for all who share the bucket, stays for good."""
+    evidence = three_attempts()
+    write(local_store, evidence)
+    torn = replace(evidence.intervals[1], started_at=started_at, ended_at=ended_at)
+    bill = replace(due(evidence)[1], attempt=2 * attempts, started_at=started_at, ended_at=ended_at)
+    write_bills(local_store, [bill])
+    assert (local_store.keys(KEYS.lost), local_store.exists(KEYS.bill(2))) == ([], False)
+    found = replace(evidence, intervals=[evidence.intervals[0], torn, evidence.intervals[2]])
+    leave_bills(local_store, found, build_accounts(found, T + 1000), is_over=True)
+    assert (local_store.keys(KEYS.lost), read_evidence(local_store, RUN_ID).unread) == ([], [])
 
 
 def test_no_bill_while_a_machine_is_paid_for() -> None:

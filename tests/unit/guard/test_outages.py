@@ -2,13 +2,15 @@
 
 import hashlib
 import json
+import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from spotune.contracts.errors import Fenced, StoreError
+from spotune.contracts.errors import Fenced, Misplaced, SpotuneError, StoreError
 from spotune.contracts.events import EventLog
 from spotune.contracts.exchange import OUTPUT, Staged
 from spotune.contracts.records import Certificate
@@ -110,6 +112,24 @@ def test_how_long_the_store_has_been_away_counts_from_the_first_failure(clock: C
     assert (uploader.away_s, uploader.error) == (0, None)
 
 
+def test_nobody_waits_for_an_upload_that_only_people_can_help(clock: Clock) -> None:
+    """The machine is paid for meanwhile. A newer checkpoint may have another place."""
+
+    def work(one: Staged) -> None:
+        if one.step == 5:
+            raise Misplaced("runs/a-run/checkpoints/00000005-0001: a pipe, not a folder (remove it)")
+
+    uploader = Uploader(work, clock, pauses_s=(3600.0,))
+    uploader.submit(staged(5))
+    began = time.monotonic()
+    assert not uploader.drain(LIMIT_S)
+    assert time.monotonic() - began < LIMIT_S / 2
+    assert isinstance(uploader.error, Misplaced)
+    uploader.submit(staged(6))
+    assert uploader.drain(LIMIT_S)
+    uploader.close()
+
+
 def test_an_attempt_that_is_fenced_off_tries_nothing_again(clock: Clock) -> None:
     def work(one: Staged) -> None:
         raise Fenced("attempt 2 has taken over")
@@ -182,6 +202,35 @@ def test_a_result_is_tried_for_as_long_as_the_machine_lasts(
     with pytest.raises(StoreError, match="all 7 steps are made"):
         attempt._certify(7)
     assert clock.slept == [CERTIFY_PAUSE_S, 20.0 - CERTIFY_PAUSE_S]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("place", ["output/model.safetensors", "output/completed.json"])
+def test_what_is_no_file_in_the_place_of_the_result_ends_the_attempt_at_once(
+    attempt: Attempt, clock: Clock, local_store: Store, make: Callable[[Path], None], place: str
+) -> None:
+    """Somebody has to remove it: no machine is paid for meanwhile."""
+    there = Path(local_store.url.removeprefix("file://"), KEYS.root, place)
+    there.parent.mkdir()
+    make(there)
+    with pytest.raises(SpotuneError, match=rf"^{KEYS.root}/{place}: .*remove it") as error:
+        attempt._certify(7)
+    assert (error.value.exit_code, clock.slept) == (2, [])
+
+
+def test_an_extra_is_owed_at_once_where_no_file_can_lie(local_store: Store, tmp_path: Path, clock: Clock) -> None:
+    context = make_context(local_store, tmp_path)
+    journal = Journal(local_store, KEYS, 1, tmp_path / "events.jsonl")
+    certificate = Certificate(run_id="a-run", attempt=1, step=7, weights_sha256="w", files={})
+    extras = Extras(context, certificate, QuickNotices(clock), journal, clock)
+
+    def work() -> None:
+        raise Misplaced("runs/a-run/merged: a link, not a folder (remove it)")
+
+    with pytest.raises(Misplaced):
+        extras._patiently(work)
+    assert clock.slept == []
+    journal.close()
 
 
 @pytest.mark.parametrize("failures", [3, 4])

@@ -9,6 +9,7 @@ from spotune.contracts.keys import Keys
 from spotune.contracts.records import Mark
 from spotune.contracts.store import Store
 from spotune.launch.infra import Submission
+from spotune.launch.local.infra import LocalInfra
 from spotune.launch.local.layout import Layout
 from spotune.launch.local.look import look
 from spotune.launch.local.queue import Queue
@@ -50,3 +51,25 @@ def test_a_bad_row(tmp_path: Path, submission: str) -> None:
     ended = queue.job("bad")
     assert ended
     assert (ended.state, ended.exit_code, queue.attempts("bad")) == ("FAILED", 2, [])
+
+
+@pytest.mark.parametrize("column", ["started_at", "ended_at"])
+@pytest.mark.parametrize("value", [-1, 2**62, 1_700_000_000_000, 1e308, "x"])
+def test_a_time_that_is_none_counts_as_not_said(tmp_path: Path, column: str, value: object) -> None:
+    """No interval follows from it, and so no bill in a bucket that others share."""
+    infra = LocalInfra(tmp_path, {})
+    layout, queue = Layout(tmp_path), Queue(Layout(tmp_path).database)
+    layout.make()
+    queue.create()
+    queue.add(Submission("run-a", {"run": "true"}, str(tmp_path), "ada"), "file:///bucket")
+    with sqlite3.connect(layout.database) as connection:
+        for number in (1, 2):
+            words = "INSERT INTO attempts (run_id, attempt, marker, slots, boot, started_at, ended_at, settled)"
+            values = ("run-a", number, f"m{number}", "[0]", "b", 1.7e9, 1.7e9 + 60, 1)
+            connection.execute(f"{words} VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
+        connection.execute(f"UPDATE attempts SET {column} = ? WHERE attempt = 2", (value,))
+    connection.close()
+    assert [(row.started_at, row.ended_at) for row in infra.history("run-a")] == [(1.7e9, 1.7e9 + 60)]
+    damaged = queue.attempts("run-a")[1]
+    assert getattr(damaged, column) in (0.0, None)
+    assert damaged.settled

@@ -217,6 +217,7 @@ class LocalInfra:
                 exit_code=attempt.exit_code,
             )
             for attempt in self._queue.attempts(run_id)
+            if attempt.is_dated  # of another its claim and events tell
         ]
 
     def _wake(self) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from spotune.contracts.environment import check_bucket
 from spotune.contracts.errors import SpotuneError
 from spotune.contracts.keys import RUN_ID
-from spotune.contracts.shapes import fits
+from spotune.contracts.shapes import YEAR_2000, Time, fits
 from spotune.launch.infra import ACTIVE, State
 from spotune.launch.task import Demand, demand_of
 
@@ -118,6 +118,7 @@ class Attempt:
         marker: in the environment of everything that runs on it.
         slots: which of the machine's slots it has; empty for an interactive job.
         taking: ``preempted`` or ``cancelled`` once it is being taken away, all of it dead by ``kill_at``.
+        started_at: 0: not said, by a row that is damaged.
         settled: the job's state accounts for its end.
     """
 
@@ -125,20 +126,20 @@ class Attempt:
     attempt: int
     marker: str
     boot: str
-    started_at: float
+    started_at: Time
     slots: list[int] = field(default_factory=list)
     accelerators: str = ""
     use_spot: bool = False
     pid: int | None = None
     created: float | None = None
-    running_at: float | None = None
-    ended_at: float | None = None
+    running_at: Time | None = None
+    ended_at: Time | None = None
     setup_s: float = 0.0
     exit_code: int | None = None
     phase: str = "run"
     end_reason: str = ""
     taking: str = ""
-    kill_at: float | None = None
+    kill_at: Time | None = None
     settled: bool = False
 
     @classmethod
@@ -154,6 +155,11 @@ class Attempt:
         except (ValueError, TypeError, RecursionError):
             values["slots"] = []
         return sound_attempt(values, run_id, number)
+
+    @property
+    def is_dated(self) -> bool:
+        """Whether it says from when to when it was paid for; one that is not settled may have no end yet."""
+        return self.started_at >= YEAR_2000 and (self.ended_at is not None or not self.settled)
 
     @property
     def node(self) -> "Identity | None":
