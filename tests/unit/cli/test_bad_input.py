@@ -1,11 +1,13 @@
 """Every kind of bad input on the launcher's side: one clear line on stderr, nothing on stdout, exit code 2."""
 
+import errno
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
 
+from spotune.contracts import config
 from spotune.contracts.environment import RunEnvironment
 from tests.unit.project import Project
 
@@ -253,6 +255,15 @@ PREEMPTIONS = {
 def test_preemptions(project: Project, line: str) -> None:
     project.write("plan.jsonl", '{"after_s": 20, "notice_s": 0}\n' + line + "\n")
     assert_one_line(project, [*TRAIN, "--preemptions", "plan.jsonl"], "plan.jsonl: line 2: ")
+
+
+def test_a_disk_that_fails_is_the_machines(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(path: Path, **_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(config, "read_yaml", read)
+    result = project.run("check", "run.yaml")
+    assert (result.exit_code, result.stderr) == (3, "run.yaml: Input/output error\n")
 
 
 def test_environment(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
