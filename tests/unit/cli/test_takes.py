@@ -102,6 +102,31 @@ def test_the_result_of_another_users_run_is_theirs(project: Project, monkeypatch
     assert "takes from run-b by eva: model" in plan_of(project)
 
 
+def test_a_mates_folder_is_neither_waited_for_nor_read_without_end(project: Project, tmp_path: Path) -> None:
+    project.submit()
+    project.run("cancel", "run-a", "-y")
+    model = project.folder / "model"
+    os.mkfifo(model / "adapter_config.json")
+    for verb in (("train", "run.yaml", "--dryrun"), ("resume", "run-a", "-y"), ("check", "run.yaml")):
+        refused = project.run(*verb)
+        assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1), verb
+        assert "adapter_config.json: is a FIFO" in refused.stderr
+    (model / "adapter_config.json").unlink()
+    mates = tmp_path / "bucket/runs/run-z/export"
+    mates.parent.mkdir(parents=True)
+    model.rename(mates)
+    project.write("run.yaml", CONFIG.replace("./model", str(mates)))
+    record = mates.parent / "run.json"
+    os.mkfifo(record)
+    assert "run.json: is a FIFO" in project.run("train", "run.yaml", "--dryrun").stderr
+    record.unlink()
+    record.symlink_to("/dev/zero")
+    assert "run.json: is a device" in project.run("train", "run.yaml", "--dryrun").stderr
+    record.unlink()
+    record.write_text("[" * 100_000)
+    assert "run.json: cannot be read: not JSON" in project.run("train", "run.yaml", "--dryrun").stderr
+
+
 def test_a_run_that_another_user_revised_is_resumed_only_when_agreed(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
