@@ -1,6 +1,7 @@
 """Every kind of bad input on the launcher's side: one clear line on stderr, nothing on stdout, exit code 2."""
 
 import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,14 @@ PREEMPTIONS = {
 def test_preemptions(project: Project, line: str) -> None:
     project.write("plan.jsonl", '{"after_s": 20, "notice_s": 0}\n' + line + "\n")
     assert_one_line(project, [*TRAIN, "--preemptions", "plan.jsonl"], "plan.jsonl: line 2: ")
+
+
+def test_a_model_that_is_here_and_no_folder_is_not_of_the_hub(project: Project) -> None:
+    os.mkfifo(project.folder / "pipe.jsonl")
+    (project.folder / "loop").symlink_to("loop")
+    for name in ("pipe.jsonl", "loop"):
+        arguments = [*TRAIN, "--set", f"model_name_or_path={name}"]
+        assert_one_line(project, arguments, f"model_name_or_path: {name} is no folder (a hub id or a folder)")
 
 
 def test_a_disk_that_fails_is_the_machines(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
