@@ -14,6 +14,7 @@ from spotune.contracts.config import parse_overrides
 from spotune.contracts.configkeys import is_on
 from spotune.contracts.envrule import FLAG, why_refused
 from spotune.contracts.errors import InfraError
+from spotune.contracts.localfiles import SETTINGS
 from spotune.contracts.records import RunRecord
 from spotune.contracts.userfiles import read_user_json
 from spotune.launch.secretfiles import secret_content
@@ -50,7 +51,7 @@ def origins_of(record: RunRecord, cwd: Path) -> list[Origin]:
         found.append(
             Origin("remote code", f"trust_remote_code: Python files that come with {model} run on the machine")
         )
-    return [*found, *_models(record, cwd), *_data(record, cwd)]
+    return [*found, *_models(record, cwd), *_data(record, cwd), *_settings(record, cwd)]
 
 
 def revision_of(history: Sequence[RunRecord]) -> list[Origin]:
@@ -141,6 +142,13 @@ def _data(record: RunRecord, cwd: Path) -> Iterator[Origin]:
             if (origin.what, origin.by) not in seen:
                 seen.add((origin.what, origin.by))
                 yield origin
+
+
+def _settings(record: RunRecord, cwd: Path) -> Iterator[Origin]:
+    """The files that a key of the config may name instead of holding a mapping."""
+    for key in SETTINGS:
+        if isinstance(named := record.config.get(key), str) and named and not named.lstrip().startswith("{"):
+            yield from _local(cwd / os.path.expanduser(named), named, key, record.user)
 
 
 def _remote(source: str) -> Origin:

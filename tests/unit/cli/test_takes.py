@@ -76,7 +76,12 @@ def test_files_of_another_user_are_named(project: Project) -> None:
     project.write("theirs/config.json", "{}")
     os.chown(project.folder / "theirs", 54321, 54321)
     project.write("model/adapter_config.json", '{"base_model_name_or_path": "theirs"}')
+    keys = ("deepspeed", "fsdp_config", "accelerator_config")
+    for key in keys:
+        os.chown(project.write(f"{key}.json", "{}"), 54321, 54321)
+    project.write("run.yaml", CONFIG + "".join(f"{key}: {key}.json\n" for key in keys))
     plan = plan_of(project)
+    assert [f"takes from {key}.json by user 54321: {key}" in plan for key in keys] == [True] * 3
     assert "takes from ./model by user 54321: model" in plan
     assert "takes from theirs by user 54321: base model" in plan
     assert "takes from data.jsonl by user 54321: data" in plan
