@@ -243,6 +243,15 @@ def test_a_lock_that_another_process_keeps_is_not_waited_for_without_end(
         verb()
 
 
+def test_a_pipe_in_the_place_of_a_lock_is_set_aside(tmp_path: Path) -> None:
+    folder = tmp_path / "skypilot/runs"
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / ".lock")
+    registry = Registry(tmp_path)
+    registry.create(Entry("run-a", "aws", "s3://b", "ada", 0, 1.0, "/", {}))
+    assert registry.entry("run-a")
+
+
 def test_a_refused_job_leaves_the_one_of_its_name_alone(tmp_path: Path) -> None:
     queue, told = Queue(tmp_path / "queue.db"), list[str]()
     queue.create()

@@ -11,7 +11,7 @@ from typing import Any
 
 from spotune.contracts import environment
 from spotune.contracts.errors import InputError, Taken
-from spotune.contracts.localstate import read_as, set_aside, write_state
+from spotune.contracts.localstate import make_room, read_as, set_aside, write_state
 from spotune.contracts.shapes import Count, Time, build
 from spotune.launch.infra import ACTIVE, JobStatus, PaidInterval
 from spotune.launch.locks import take_lock
@@ -118,6 +118,7 @@ class Registry:
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             path = self.folder / ".lock"
+            make_room(path)
             with open(path, "w") as lock:
                 take_lock(lock, path)
                 self.check_free(entry.run_id)
