@@ -10,6 +10,7 @@ import click
 
 from spotune.cli.lazy import Lazy
 from spotune.cli.streams import is_output, let_go, open_streams
+from spotune.contracts import exits
 from spotune.contracts.errors import SpotuneError, launcher_code
 
 VERBS = {
@@ -50,10 +51,14 @@ class Verbs(Lazy):
             let_go()
             sys.exit(1)
         except OSError as error:
-            if not is_output(error):
+            if is_output(error):
+                let_go()
+                fail(f"cannot write the output: {error.strerror}", 1)
+            from spotune.contracts.machinefaults import is_machine_fault
+
+            if not is_machine_fault(error):
                 raise
-            let_go()
-            fail(f"cannot write the output: {error.strerror}", 1)
+            fail(f"{error.filename or 'this machine'}: {error.strerror or error}", exits.INFRA_FAILED)
         sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -24,7 +24,18 @@ HARMLESS = frozenset(
 REFUSED: dict[str, tuple[str, ...]] = {
     "decides what the loader loads": (
         *("LD_*", "DYLD_*", "GLIBC_TUNABLES", "GCONV_PATH", "GETCONF_DIR", "LOCPATH", "NLSPATH", "MALLOC_TRACE"),
-        *("*_PRELOAD", "*_PATH", "*_PATHS", "*PLUGIN*", "*_MODULE_DIR*", "*_LIB", "*_LIBS", "*_LIBRARY"),
+        *("*_PRELOAD", "*LIBRARY_PATH", "*_PROVIDER_PATH", "*_INJECTION*_PATH", "*_MODULE*_PATH", "*_TOOL*_PATH"),
+        *(
+            "LIBRARY_PATH",
+            "SASL_PATH",
+            "HSA_TOOLS_LIB",
+            "NIS_PATH",
+            "*PLUGIN*",
+            "*_MODULE_DIR*",
+            "*_LIB",
+            "*_LIBS",
+            "*_LIBRARY",
+        ),
         *("*_LIBRARIES", "*_LIBDIR", "*_LIB*_DIR", "*_SO", "*_DLL", "OMP_TOOL*", "NCCL_CONF_FILE", "OPENSSL_*"),
         *("LIBPATH", "SHLIB_PATH", "OCL_ICD_*", "VK_*", "KRB5_*", "OMPI_*", "OPAL_*", "PMIX_*", "PRTE_*", "NVSHMEM_*"),
         *("RDMAV_DRIVERS", "IBV_DRIVERS", "HADOOP_*", "ODBC*", "TVM_*", "DEEPSPEED_*_LIB*", "UCX_*MODULE*", "INTEL_*"),
@@ -40,6 +51,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
         *("WANDB__EXECUTABLE", "WANDB_DOCKER"),
     ),
     "decides which compiler or compiled code runs": (
+        *("*_INCLUDE_PATH", "COMPILER_PATH", "CUDA_PATH", "ROCM_PATH", "CUDA_CACHE_PATH"),
         *("CC", "CXX", "CPP", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CPATH", "*_COMPILER", "CUDACXX"),
         *("GCC_EXEC_PREFIX", "CUDA_HOME", "CUDA_ROOT", "ROCM_HOME", "NVCC_*", "ONEAPI_ROOT", "CUDNN_*", "HALIDE_*"),
         *("TRITON_*PATH*", "TRITON_*CACHE*", "TRITON_*DIR", "TRITON_*HOME", "TRITON_*OVERRIDE*", "TRITON_*BACKEND*"),
@@ -58,9 +70,9 @@ REFUSED: dict[str, tuple[str, ...]] = {
     ),
     "decides whose credentials are used": (
         *("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_PROFILE", "AWS_WEB_IDENTITY_*", "AWS_CONTAINER_*"),
-        *("AWS_ROLE_*", "AWS_*ACCESS_KEY*", "AWS_SESSION_TOKEN", "BOTO_*", "GOOGLE_APPLICATION_*", "GOOGLE_AUTH_*"),
+        *("AWS_ROLE_*", "BOTO_*", "GOOGLE_APPLICATION_*", "GOOGLE_AUTH_*"),
         *("CLOUDSDK_*", "AZURE_CONFIG_DIR", "AZURE_CLIENT_*", "AZURE_STORAGE_*", "KUBECONFIG", "DOCKER_CONFIG"),
-        *("NETRC", "CURL_HOME", "HF_HOME", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_CONFIG_DIR", "*_API_KEY"),
+        *("NETRC", "CURL_HOME", "HF_HOME", "HF_TOKEN_PATH", "WANDB_CONFIG_DIR"),
     ),
 }
 

@@ -8,7 +8,7 @@ from spotune.contracts.configvalues import Fault
 from spotune.contracts.errors import refuse
 
 _BUILDERS = ("json", "csv", "parquet", "text")  # of TRL's ``datasets``: a path of another name is on the hub
-_SETTINGS = ("deepspeed", "fsdp_config", "accelerator_config")  # a mapping, or a file that has it
+SETTINGS = ("deepspeed", "fsdp_config", "accelerator_config")  # a mapping, or a file that has it
 
 
 def check_local_files(config: Mapping[str, Any], where: object) -> None:
@@ -28,7 +28,7 @@ def file_faults(config: Mapping[str, Any]) -> Iterator[Fault]:
     template = config.get("chat_template_path")
     if isinstance(template, str) and template.endswith((".jinja", ".j2")) and not Path(template).is_file():
         yield Fault("chat_template_path", f"no such file: {template}")
-    for key in _SETTINGS:
+    for key in SETTINGS:
         value = config.get(key)
         if isinstance(value, str) and not value.lstrip().startswith("{") and not Path(value).is_file():
             yield Fault(key, f"no such file: {value}")

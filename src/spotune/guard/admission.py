@@ -11,7 +11,7 @@ from spotune.contracts import exits
 from spotune.contracts.basemodel import model_files, model_sha256
 from spotune.contracts.change import FLAG, changed_files, few
 from spotune.contracts.environment import RunEnvironment
-from spotune.contracts.errors import BadRecord, Fenced, InputError
+from spotune.contracts.errors import BadRecord, Fenced, InputError, Misplaced
 from spotune.contracts.fingerprint import data_files, data_sha256
 from spotune.contracts.keys import Keys, attempt_number, check_run_id, new_run_id
 from spotune.contracts.marks import read_mark
@@ -123,11 +123,14 @@ def claim_attempt(
             spells_s=spells_s,
         )
         # Read back: a store without conditional puts (some emulators) lets both writers think that they won.
-        if (
-            store.create(keys.attempt(attempt), record.to_bytes())
-            and store.read(keys.attempt(attempt)) == record.to_bytes()
-        ):
-            return record
+        try:
+            if (
+                store.create(keys.attempt(attempt), record.to_bytes())
+                and store.read(keys.attempt(attempt)) == record.to_bytes()
+            ):
+                return record
+        except Misplaced as error:  # a link or a file in the place of the attempt's folder
+            say(f"attempt {attempt} cannot be claimed, the next one is: {error}")
 
 
 def earlier_spells(store: Store, keys: Keys, attempt: int) -> list[float]:

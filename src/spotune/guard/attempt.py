@@ -27,6 +27,7 @@ from spotune.guard.handover import sealed
 from spotune.guard.journal import Journal
 from spotune.guard.notices import Notices
 from spotune.guard.ranks import Ranks, free_port
+from spotune.guard.record import for_people
 from spotune.guard.restore import newest_commit
 from spotune.guard.restoring import Restoring
 from spotune.guard.say import say
@@ -131,7 +132,9 @@ class Attempt:
         self._newest = newest_commit(context.store, context.keys)
         toll = Toll(self._newest.saving if self._newest else None)
         self.journal.listen(toll.take)
-        job = make_job(context, self._newest, record_history(context.store, context.keys))
+        with for_people(context.keys):
+            history = record_history(context.store, context.keys)
+        job = make_job(context, self._newest, history)
         exchange.write_json(context.folder / exchange.JOB, job)
         watch = self.watch = Watch(context, job, self.journal, self.leader, self.notices, toll)
         uploading, is_leaving = lambda: watch.uploading, lambda: self.notices.given

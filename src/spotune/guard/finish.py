@@ -49,7 +49,8 @@ def certify(store: Store, keys: Keys, attempt: int, step: int, folder: Path) -> 
         if data is not None:
             return Certificate.from_bytes(data, keys.completed)
     except BadRecord as error:  # somebody else's, which no later try replaces
-        raise InputError(keys.completed, f"in the way of the certificate: {error}", remedy="remove it") from error
+        why = str(error).removesuffix(" (remove it)")  # which is said once
+        raise InputError(keys.completed, f"in the way of the certificate: {why}", remedy="remove it") from error
     raise StoreError(f"{keys.completed}: written, but not there when read back")
 
 

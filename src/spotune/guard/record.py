@@ -5,6 +5,8 @@ Once there is one, CONFIG is not followed. ``--allow-config-change`` follows it 
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from spotune import __version__
@@ -31,7 +33,8 @@ def read_or_create_run(store: Store, keys: Keys, env: RunEnvironment, request: R
 
     Raises InputError when a config that counts is wrong.
     """
-    run = record_in_force(store, keys)
+    with for_people(keys):
+        run = record_in_force(store, keys)
     if run is None:
         store.create(keys.run, _new_run(store, keys, env, request).to_bytes())
         run = record_in_force(store, keys)
@@ -44,6 +47,15 @@ def read_or_create_run(store: Store, keys: Keys, env: RunEnvironment, request: R
         check_env(run.config, keys.record(run.revision), env.allow_env)
         _say_what_is_not_followed(run, env, request)
     return run
+
+
+@contextmanager
+def for_people(keys: Keys) -> Iterator[None]:
+    """Raises InputError for a record of the run that is damaged: no later attempt can mend it, as people can."""
+    try:
+        yield
+    except BadRecord as error:
+        raise InputError(keys.run_id, str(error), remedy="put the record back, or submit a new run") from error
 
 
 def _check_config(run: RunRecord) -> None:

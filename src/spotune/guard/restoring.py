@@ -16,6 +16,7 @@ from spotune.guard.committer import Lineage, commit_checkpoint
 from spotune.guard.context import Context
 from spotune.guard.gang import Leader
 from spotune.guard.journal import Journal
+from spotune.guard.record import for_people
 from spotune.guard.restore import Restored, newest_commit, restore
 from spotune.guard.say import say
 
@@ -133,7 +134,8 @@ class Restoring:
         store, keys, folder = self._context.store, self._context.keys, self._context.folder / exchange.TRAINER
 
         def fetch() -> tuple[Restored, list[RunRecord]]:
-            history = record_history(store, keys)
+            with for_people(keys):
+                history = record_history(store, keys)
             return restore(store, keys, folder, lambda commit: check_commit(commit, history), unusable), history
 
         for pause_s in PAUSES_S:

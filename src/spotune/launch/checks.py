@@ -22,8 +22,9 @@ def check_model(config: Mapping[str, Any], where: object) -> str:
         if not any(os.path.isfile(path / file) for file in _MODEL_FILES):
             raise InputError(where, f"{name} holds no model", key="model_name_or_path", remedy="it needs a config.json")
         return "local"
-    if os.path.isfile(path):
-        raise InputError(where, f"{name} is a file", key="model_name_or_path", remedy="a hub id or a folder")
+    if os.path.lexists(path):
+        what = "is a file" if os.path.isfile(path) else "is no folder"
+        raise InputError(where, f"{name} {what}", key="model_name_or_path", remedy="a hub id or a folder")
     if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
         raise InputError(where, f"no such folder {name}", key="model_name_or_path", remedy="a hub id or a local folder")
     if not HUB_ID.fullmatch(name):

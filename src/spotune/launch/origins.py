@@ -1,20 +1,23 @@
 """Lists what a run takes from elsewhere, so that a plan shows all that its user agrees to."""
 
-import json
 import os
 import pwd
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spotune.contracts.basemodel import adapter_base
 from spotune.contracts.change import compare, shown_leaves
 from spotune.contracts.config import parse_overrides
 from spotune.contracts.configkeys import is_on
 from spotune.contracts.configvalues import bool_of, mapping_of
 from spotune.contracts.envrule import FLAG, why_refused
+from spotune.contracts.errors import InfraError
+from spotune.contracts.localfiles import SETTINGS
 from spotune.contracts.records import RunRecord
+from spotune.contracts.userfiles import read_user_json
 from spotune.launch.secretfiles import secret_content
 
 HIDDEN = "(hidden)"
@@ -50,7 +53,7 @@ def origins_of(record: RunRecord, cwd: Path) -> list[Origin]:
         found.append(
             Origin("remote code", f"trust_remote_code: Python files that come with {model} run on the machine")
         )
-    return [*found, *_kernels(record), *_models(record, cwd), *_data(record, cwd)]
+    return [*found, *_kernels(record), *_models(record, cwd), *_data(record, cwd), *_settings(record, cwd)]
 
 
 def revision_of(user: str, history: Sequence[RunRecord]) -> list[Origin]:
@@ -175,9 +178,9 @@ def _models(record: RunRecord, cwd: Path) -> Iterator[Origin]:
     yield from _inner_revisions("model_init_kwargs", mapping_of(record.config.get("model_init_kwargs")))
     for key, what in (("model_name_or_path", "model"), ("chat_template_path", "chat template")):
         if isinstance(named := record.config.get(key), str) and named:
-            yield from _local(path := cwd / Path(named).expanduser(), named, what, record.user)
-            if base := _base_of(path):
-                yield from _local(cwd / Path(base).expanduser(), base, "base model", record.user)
+            yield from _local(path := cwd / os.path.expanduser(named), named, what, record.user)
+            if base := adapter_base(path):
+                yield from _local(cwd / os.path.expanduser(base[0]), base[0], "base model", record.user)
 
 
 def _inner_revisions(key: str, given: Mapping[str, Any]) -> Iterator[Origin]:
@@ -187,14 +190,6 @@ def _inner_revisions(key: str, given: Mapping[str, Any]) -> Iterator[Origin]:
             yield Origin("takes from", f"{key}.{name}={value}: model")
         elif isinstance(value, Mapping):
             yield from _inner_revisions(f"{key}.{name}", value)
-
-
-def _base_of(folder: Path) -> str:
-    """The base model that an adapter's folder names; empty for any other folder."""
-    try:
-        return str(json.loads((folder / "adapter_config.json").read_bytes())["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
 
 
 def _data(record: RunRecord, cwd: Path) -> Iterator[Origin]:
@@ -210,6 +205,13 @@ def _data(record: RunRecord, cwd: Path) -> Iterator[Origin]:
                 yield origin
 
 
+def _settings(record: RunRecord, cwd: Path) -> Iterator[Origin]:
+    """The files that a key of the config may name instead of holding a mapping."""
+    for key in SETTINGS:
+        if isinstance(named := record.config.get(key), str) and named and not named.lstrip().startswith("{"):
+            yield from _local(cwd / os.path.expanduser(named), named, key, record.user)
+
+
 def _remote(source: str) -> Origin:
     name = source.removeprefix("hf://")
     return Origin(
@@ -218,17 +220,27 @@ def _remote(source: str) -> Origin:
 
 
 def _local(path: Path, named: str, what: str, user: str) -> Iterator[Origin]:
-    """A path of somebody else, or of another user's run."""
-    if not path.exists():
+    """A path of somebody else, or of another user's run. Raises InputError where that run's record cannot be read."""
+    if not os.path.exists(path):
         return
-    inside: Iterable[Path] = sorted(path.iterdir()) if path.is_dir() else ()
-    if owner := next(filter(None, map(owner_of, (path, *inside))), ""):
+    if owner := next(filter(None, map(owner_of, (path, *_inside(path)))), ""):
         yield Origin("takes from", f"{named}: {what}", owner)
     if found := _OF_A_RUN.match(os.path.realpath(path)):
         record = Path(found[1], "runs", found[2], "run.json")
+        if not os.access(record, os.R_OK):
+            return  # none, or not for this user's eyes
         try:
-            by = str(json.loads(record.read_bytes())["user"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return
-        if by != user:
+            run = read_user_json(record)
+        except OSError as error:
+            raise InfraError(f"{record}: cannot be read: {error.strerror or error}") from error
+        by = run.get("user") if isinstance(run, dict) else None
+        if isinstance(by, str) and by != user:
             yield Origin("takes from", f"{found[2]}: {what}", by)
+
+
+def _inside(path: Path) -> list[Path]:
+    """What a folder has; nothing for a file, and for a folder that this user may not list."""
+    try:
+        return sorted(path.iterdir())
+    except OSError:
+        return []

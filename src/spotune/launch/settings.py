@@ -100,8 +100,7 @@ def load_settings(cwd: Path, home: Path) -> Settings:
     """Reads both files where they exist; raises InputError naming file and key."""
     settings: dict[str, Any] = {}
     files: list[str] = []
-    own = cwd / PROJECT
-    for path in (own if os.path.lexists(own) else shipped_file(PROJECT, cwd), home / PERSONAL):
+    for path in (shipped_file(PROJECT, cwd), home / PERSONAL):
         if path is not None and os.path.lexists(path):  # a folder or a broken link is an error: budgets may be meant
             raw = read_yaml(path, remedy="infra: local", may_be_empty=True)
             settings = _overlay(settings, _check(raw, path))

@@ -1,5 +1,6 @@
 """A task is a plain SkyPilot YAML, as data: found, read, checked as far as we rely on it, and filled in."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -58,12 +59,15 @@ class Demand:
 
 
 def shipped_file(name: str, cwd: Path) -> Path | None:
-    """A file of the project: here, else in spotune's own checkout, else as installed with the package."""
+    """A file of the project: here, else in spotune's own checkout, else as installed with the package.
+
+    What is here and is no file (a FIFO, a broken link) is found too, for its reader to refuse: it may be meant.
+    """
     import spotune
 
     package = Path(spotune.__file__).parent
     places = (cwd / name, package.parents[1] / name, package / "shipped" / name)
-    return next((place for place in places if place.is_file()), None)
+    return next((place for place in places if os.path.lexists(place)), None)
 
 
 def load_task(cwd: Path, name: str = TRAIN) -> tuple[Path, dict[str, Any]]:

@@ -4,7 +4,6 @@ Each check raises InputError with the key and what to do. torch is imported only
 """
 
 import importlib.util
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from spotune.contracts.configwhole import HUB_ID, check_sources
 from spotune.contracts.datafiles import find_files
 from spotune.contracts.errors import InputError
 from spotune.contracts.localfiles import check_local_files
+from spotune.contracts.userfiles import read_user_json
 from spotune.sft.hardware import Hardware, check_hardware
 
 HUB_TIMEOUT_S = 8.0
@@ -66,10 +66,7 @@ def _check_weights(folder: Path, name: str, where: str) -> None:
         raise InputError(
             where, f"{name} has no weights", key="model_name_or_path", remedy="*.safetensors beside config.json"
         )
-    try:
-        json.loads((folder / "config.json").read_bytes())
-    except ValueError as error:
-        raise InputError(folder / "config.json", f"not JSON: {error}") from error
+    read_user_json(folder / "config.json")
 
 
 def _check_template(folder: Path, config: Mapping[str, Any], where: str) -> None:
@@ -86,7 +83,8 @@ def has_template(folder: Path) -> bool:
     if (folder / "chat_template.jinja").exists() or (folder / "chat_template.json").exists():
         return True
     settings = folder / "tokenizer_config.json"
-    return settings.exists() and bool(json.loads(settings.read_bytes()).get("chat_template"))
+    found = read_user_json(settings) if settings.exists() else {}
+    return isinstance(found, dict) and bool(found.get("chat_template"))
 
 
 def _check_hub(name: str, revision: str, where: str) -> None:

@@ -1,11 +1,14 @@
 """Every kind of bad input on the launcher's side: one clear line on stderr, nothing on stdout, exit code 2."""
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
 
+from spotune.contracts import config
 from spotune.contracts.environment import RunEnvironment
 from tests.unit.project import Project
 
@@ -253,6 +256,23 @@ PREEMPTIONS = {
 def test_preemptions(project: Project, line: str) -> None:
     project.write("plan.jsonl", '{"after_s": 20, "notice_s": 0}\n' + line + "\n")
     assert_one_line(project, [*TRAIN, "--preemptions", "plan.jsonl"], "plan.jsonl: line 2: ")
+
+
+def test_a_model_that_is_here_and_no_folder_is_not_of_the_hub(project: Project) -> None:
+    os.mkfifo(project.folder / "pipe.jsonl")
+    (project.folder / "loop").symlink_to("loop")
+    for name in ("pipe.jsonl", "loop"):
+        arguments = [*TRAIN, "--set", f"model_name_or_path={name}"]
+        assert_one_line(project, arguments, f"model_name_or_path: {name} is no folder (a hub id or a folder)")
+
+
+def test_a_disk_that_fails_is_the_machines(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(path: Path, **_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(config, "read_yaml", read)
+    result = project.run("check", "run.yaml")
+    assert (result.exit_code, result.stderr) == (3, "run.yaml: Input/output error\n")
 
 
 def test_environment(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,12 @@ def test_files_of_another_user_are_named(project: Project) -> None:
     project.write("theirs/config.json", "{}")
     os.chown(project.folder / "theirs", 54321, 54321)
     project.write("model/adapter_config.json", '{"base_model_name_or_path": "theirs"}')
+    keys = ("deepspeed", "fsdp_config", "accelerator_config")
+    for key in keys:
+        os.chown(project.write(f"{key}.json", "{}"), 54321, 54321)
+    project.write("run.yaml", CONFIG + "".join(f"{key}: {key}.json\n" for key in keys))
     plan = plan_of(project)
+    assert [f"takes from {key}.json by user 54321: {key}" in plan for key in keys] == [True] * 3
     assert "takes from ./model by user 54321: model" in plan
     assert "takes from theirs by user 54321: base model" in plan
     assert "takes from data.jsonl by user 54321: data" in plan
@@ -122,6 +127,31 @@ def test_the_result_of_another_users_run_is_theirs(project: Project, monkeypatch
     (output / "config.json").write_text("{}")
     project.write("run.yaml", CONFIG.replace("./model", str(output)))
     assert "takes from run-b by eva: model" in plan_of(project)
+
+
+def test_a_mates_folder_is_neither_waited_for_nor_read_without_end(project: Project, tmp_path: Path) -> None:
+    project.submit()
+    project.run("cancel", "run-a", "-y")
+    model = project.folder / "model"
+    os.mkfifo(model / "adapter_config.json")
+    for verb in (("train", "run.yaml", "--dryrun"), ("resume", "run-a", "-y"), ("check", "run.yaml")):
+        refused = project.run(*verb)
+        assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1), verb
+        assert "adapter_config.json: is a FIFO" in refused.stderr
+    (model / "adapter_config.json").unlink()
+    mates = tmp_path / "bucket/runs/run-z/export"
+    mates.parent.mkdir(parents=True)
+    model.rename(mates)
+    project.write("run.yaml", CONFIG.replace("./model", str(mates)))
+    record = mates.parent / "run.json"
+    os.mkfifo(record)
+    assert "run.json: is a FIFO" in project.run("train", "run.yaml", "--dryrun").stderr
+    record.unlink()
+    record.symlink_to("/dev/zero")
+    assert "run.json: is a device" in project.run("train", "run.yaml", "--dryrun").stderr
+    record.unlink()
+    record.write_text("[" * 100_000)
+    assert "run.json: cannot be read: not JSON" in project.run("train", "run.yaml", "--dryrun").stderr
 
 
 def test_a_run_that_another_user_revised_is_resumed_only_when_agreed(

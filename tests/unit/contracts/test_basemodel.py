@@ -91,10 +91,42 @@ def test_an_adapter_brings_its_base(model: Path, tmp_path: Path) -> None:
     assert sha(config) != before
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/m", "revision": "v1"}))
     assert {"name": "hf://org/m", "revision": "v1"} in model_files(config, "run.yaml")
-    for damaged in ("not JSON", "{}", "[]"):
-        (adapter / "adapter_config.json").write_text(damaged)
-        with pytest.raises(InputError, match="adapter_config.json: names no base model"):
-            sha(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        *(("not JSON", "cannot be read: not JSON"), ("[" * 100_000, "cannot be read: not JSON")),
+        *(("{}", "names no base model"), ("[]", "names no base model")),
+        ('{"base_model_name_or_path": null}', "names no base model"),
+        (json.dumps({"base_model_name_or_path": "a" * 9000}), "names no base model: a name of 9000 characters"),
+    ],
+    ids=["no JSON", "brackets without end", "empty", "a list", "none", "too long"],
+)
+def test_an_adapter_that_names_no_base(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(InputError, match=f"adapter_config.json: {says}") as raised:
+        sha({"model_name_or_path": str(tmp_path)})
+    assert "\n" not in str(raised.value)
+
+
+def test_an_adapter_is_neither_waited_for_nor_read_without_end(tmp_path: Path) -> None:
+    path = tmp_path / "adapter_config.json"
+    os.mkfifo(path)
+    with pytest.raises(InputError, match="adapter_config.json: is a FIFO"):
+        sha({"model_name_or_path": str(tmp_path)})
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(InputError, match="adapter_config.json: is a device"):
+        sha({"model_name_or_path": str(tmp_path)})
+
+
+def test_a_base_of_a_name_longer_than_any_file_is_of_the_hub(tmp_path: Path) -> None:
+    name = "a" * 300
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": name}))
+    assert {"name": f"hf://{name}", "revision": "main"} in model_files(
+        {"model_name_or_path": str(tmp_path)}, "run.yaml"
+    )
 
 
 def test_a_chat_template_counts_by_its_content(model: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A file that a user names is read without waiting, and not without end."""
 
+import errno
 import os
 import socket
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from spotune.contracts import userfiles
 from spotune.contracts.config import read_yaml
 from spotune.contracts.errors import InputError
-from spotune.contracts.userfiles import read_user_file
+from spotune.contracts.userfiles import read_user_file, read_user_json
 from spotune.launch.preemptions import read_preemptions
 
 
@@ -51,3 +52,47 @@ def test_configs_and_plans_are_read_so(tmp_path: Path) -> None:
     for read in (read_yaml, read_preemptions):
         with pytest.raises(InputError, match="is a FIFO"):
             read(tmp_path / "fifo")
+
+
+def test_json(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("\ufeff[1]")
+    assert read_user_json(path) == [1]
+    for text in ("{", "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(InputError, match="cannot be read: not JSON"):
+            read_user_json(path)
+
+
+class Kernels:
+    """A file as the kernel's own may be: it has nothing to say, or cannot be read."""
+
+    def __init__(self, fault: OSError | None = None) -> None:
+        self._fault = fault
+
+    def __enter__(self) -> "Kernels":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def read(self, _: int) -> None:
+        if self._fault:
+            raise self._fault
+
+
+def test_files_of_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "kmsg"
+    path.touch()
+
+    def reading(file: Kernels) -> None:
+        monkeypatch.setattr(userfiles, "open", lambda *_, **__: file, raising=False)
+
+    reading(Kernels())
+    assert "kmsg: cannot be read: it would have to be waited for" in refusal(path)
+    reading(Kernels(OSError(errno.EINVAL, "Invalid argument")))
+    assert "kmsg: cannot be read: " in refusal(path)
+    reading(Kernels(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output") as raised:  # another machine may read it
+        read_user_file(path)
+    assert raised.value.filename == str(path)

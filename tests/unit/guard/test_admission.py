@@ -26,3 +26,13 @@ def test_a_claim_is_read_back(tmp_path: Path) -> None:
     assert record.attempt == 2
     assert store.read(KEYS.attempt(1)) == RIVAL
     assert store.read(KEYS.attempt(2)) == record.to_bytes()
+
+
+def test_a_number_whose_folder_cannot_be_is_passed_over(tmp_path: Path) -> None:
+    attempts = tmp_path / "bucket" / KEYS.attempts
+    attempts.mkdir(parents=True)
+    (attempts / "0001").symlink_to(tmp_path)
+    (attempts / "0002").touch()
+    store = Store(f"file://{tmp_path}/bucket")
+    assert claim_attempt(store, KEYS, Machine.read({})).attempt == 3
+    assert claim_attempt(store, KEYS, Machine.read({})).attempt == 4

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from spotune.contracts.errors import StoreError
+from spotune.contracts.errors import InputError, StoreError
 from spotune.contracts.exchange import OUTPUT
 from spotune.contracts.store import Store
 from spotune.guard.finish import COPIED, certify, copy_output
@@ -85,3 +85,13 @@ def test_what_was_added_to_a_copy_stays(attempt: Path, tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="it has a README.md"):
         copy_output(attempt, target, "a-run")
     assert files_of(target)["README.md"] == "mine"
+
+
+def test_what_is_in_the_way_of_the_certificate_is_to_be_removed_once(local_store: Store, tmp_path: Path) -> None:
+    folder = tmp_path / "attempt"
+    (folder / OUTPUT).mkdir(parents=True)
+    write_weights(folder / OUTPUT / "model.safetensors", b"state")
+    local_store.write(f"{KEYS.completed}/a", b"")
+    with pytest.raises(InputError, match="in the way of the certificate") as raised:
+        certify(local_store, KEYS, 1, 7, folder)
+    assert str(raised.value).count("remove it") == 1

@@ -184,6 +184,14 @@ def test_a_changed_model_is_named(hand: Hand, tmp_path: Path) -> None:
     check_model(RunRecord.from_dict({**json.loads(run.to_bytes()), "model_sha256": ""}))  # of an earlier version
 
 
+@pytest.mark.parametrize("key", [KEYS.run, KEYS.revision(1)])
+def test_a_damaged_record_is_for_people_to_mend(hand: Hand, key: str) -> None:
+    hand.run("run.yaml")
+    hand.store.write(key, b"{}")
+    with pytest.raises(InputError, match=f"a-run: {key}: not a RunRecord: .*put the record back"):
+        hand.run("run.yaml")
+
+
 def test_request() -> None:
     assert parse_arguments(["a.yaml", "--allow-config-change", "--packing"]) == Request(
         "a.yaml", "", ("packing=true",), True

@@ -1,5 +1,6 @@
 """A run's log as it grows."""
 
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -25,6 +26,21 @@ def test_the_log_never_tears_a_character_or_a_line(tmp_path: Path) -> None:
 def test_a_log_that_is_not_there_yet_has_no_lines(tmp_path: Path) -> None:
     tail = _Tail(tmp_path / "log.txt")
     assert (list(tail.lines()), list(tail.last())) == ([], [])
+
+
+def test_of_a_log_without_end_the_last_part_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "log.txt"
+    path.write_bytes(b"first\n")
+    os.truncate(path, 20 << 30)
+    with open(path, "ab") as log:
+        log.write(b"\nlast line\n")
+    tail = _Tail(path, most_bytes=100)
+    said, cut, last = tail.lines()
+    assert said == f"… {(20 << 30) + 11 - 100} bytes are not shown ({path})"
+    assert (len(cut), last) == (100 - 11, "last line")
+    with open(path, "ab") as log:
+        log.write(b"one more\n")
+    assert list(tail.lines()) == ["one more"]
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 100])

@@ -1,6 +1,9 @@
 """Tasks, settings, GPUs, preemptions, prices: the launcher's small pure parts."""
 
 import datetime
+import fcntl
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from spotune.contracts.errors import InfraError, InputError, Taken
 from spotune.contracts.keys import Keys
 from spotune.contracts.records import Commit, Mark, Progress
 from spotune.contracts.store import Store
+from spotune.launch import locks
 from spotune.launch import task as tasks
 from spotune.launch.infra import Submission
 from spotune.launch.local import gpus
@@ -22,6 +26,7 @@ from spotune.launch.local.queue import Queue
 from spotune.launch.preemptions import due
 from spotune.launch.prices import local_prices
 from spotune.launch.settings import load_settings
+from spotune.launch.skypilot.registry import Entry, Registry
 from spotune.launch.task import Demand, Resources, demand_of, fill_in, load_task
 from tests.filesystems import file_system, remounted
 
@@ -200,6 +205,51 @@ def test_a_recycled_pid_is_not_the_process_that_had_it() -> None:
 
 def test_a_file_beats_a_missing_one(tmp_path: Path) -> None:
     assert tasks.shipped_file("no/such/file.yaml", tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (os.mkfifo, "is a FIFO"),
+        (Path.mkdir, "is a folder"),
+        (lambda path: path.symlink_to("/dev/zero"), "is a device"),
+        (lambda path: path.symlink_to("train.yaml"), "cannot be read"),
+    ],
+    ids=["a FIFO", "a folder", "a device", "a loop"],
+)
+def test_a_task_of_ones_own_that_cannot_be_read_is_not_passed_over(
+    tmp_path: Path, make: Callable[[Path], object], says: str
+) -> None:
+    (tmp_path / "tasks").mkdir()
+    make(tmp_path / tasks.TRAIN)
+    with pytest.raises(InputError, match=f"{tasks.TRAIN}: {says}"):
+        tasks.load_task(tmp_path)
+
+
+def test_a_lock_that_another_process_keeps_is_not_waited_for_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "MOST_S", 0.1)
+    entry = Entry("run-a", "aws", "s3://b", "ada", 0, 1.0, "/", {})
+    for lock, verb in (
+        (tmp_path / "queue.lock", Queue(tmp_path / "queue.db").create),
+        (tmp_path / "skypilot/runs/.lock", lambda: Registry(tmp_path).create(entry)),
+    ):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with open(lock, "w") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            with pytest.raises(InfraError, match=rf"{lock}: locked by another process for 0.1 s"):
+                verb()
+        verb()
+
+
+def test_a_pipe_in_the_place_of_a_lock_is_set_aside(tmp_path: Path) -> None:
+    folder = tmp_path / "skypilot/runs"
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / ".lock")
+    registry = Registry(tmp_path)
+    registry.create(Entry("run-a", "aws", "s3://b", "ada", 0, 1.0, "/", {}))
+    assert registry.entry("run-a")
 
 
 def test_a_refused_job_leaves_the_one_of_its_name_alone(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The queue's file and its version. An older file is migrated, a newer one refused, a damaged one set aside."""
 
-import fcntl
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from spotune.contracts.errors import InfraError
 from spotune.contracts.localstate import Damaged, Log, log_line, make_room, set_aside
+from spotune.launch.locks import take_lock
 
 VERSION = 1  # ``PRAGMA user_version``; 0: from before the file had a version
 BUSY_S = 30.0
@@ -100,7 +100,7 @@ def only_one_prepares(path: Path) -> Iterator[None]:
     try:
         make_room(lock)
         with open(lock, "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            take_lock(file, lock)
             yield
     except OSError as error:
         raise InfraError(f"{error.filename or lock}: {error.strerror or error}") from error

@@ -1,6 +1,7 @@
 """What the verbs call: LocalInfra writes to the queue, sees to it that a supervisor runs, and waits where it must."""
 
 import codecs
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -26,6 +27,7 @@ POLL_S = 0.1
 START_S = 2.0
 TAKE_UP_S = 30.0  # a supervisor that starts on a busy machine
 CANCEL_S = 60.0
+MOST_LOG_BYTES = 256 << 20  # of a log at once: what nobody reads to its end
 ENDS = "end it: spotune cancel"
 
 
@@ -237,16 +239,21 @@ class LocalInfra:
 
 
 class _Tail:
-    """A growing text file: what it has that was not read yet, as whole lines."""
+    """A growing text file: what it has that was not read yet, as whole lines; of very much, a word and the end."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, most_bytes: int = MOST_LOG_BYTES) -> None:
         self._path, self._position, self._lines = path, 0, LogLines()
+        self._most_bytes = most_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may come in two pieces
 
     def lines(self) -> Iterator[str]:
         if not self._path.is_file():
             return
         with open(self._path, "rb") as file:
+            if (left_out := os.fstat(file.fileno()).st_size - self._position - self._most_bytes) > 0:
+                yield from self._lines.last()
+                yield f"… {left_out} bytes are not shown ({self._path})"
+                self._position += left_out
             file.seek(self._position)
             while piece := file.read(1 << 20):
                 self._position += len(piece)

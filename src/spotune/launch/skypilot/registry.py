@@ -4,7 +4,6 @@ It is what ``resume`` launches again, and what lets every verb tell without ``im
 SkyPilot has anything to say: of a run that has ended, how it did is kept here. Secrets are names only.
 """
 
-import fcntl
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Any
 
 from spotune.contracts import environment
 from spotune.contracts.errors import InputError, Taken
-from spotune.contracts.localstate import read_as, set_aside, write_state
+from spotune.contracts.localstate import make_room, read_as, set_aside, write_state
 from spotune.contracts.shapes import Count, Time, build
 from spotune.launch.infra import ACTIVE, JobStatus, PaidInterval
+from spotune.launch.locks import take_lock
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,10 @@ class Registry:
         """As ``write``, for a run that has none yet; raises Taken where it has: one process at a time looks."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with open(self.folder / ".lock", "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            path = self.folder / ".lock"
+            make_room(path)
+            with open(path, "w") as lock:
+                take_lock(lock, path)
                 self.check_free(entry.run_id)
                 self.write(entry)
         except OSError as error:
