@@ -16,7 +16,7 @@ from estimate.market import read_market
 from estimate.picture import picture
 from estimate.prices import read_rows
 from estimate.tables import READING, assumption_tables, cloud_table, gpu_table, job_text, left_out
-from spotune.contracts.errors import SpotuneError
+from spotune.core.errors import SpotuneError
 
 SHARED = Path(__file__).parents[2] / "shared"
 

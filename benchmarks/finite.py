@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import torch
 
-from spotune.guard.weights import has_not_finite
+from spotune.guard.finish import has_not_finite
 from spotune.sft.finite import Finite, all_finite
 
 ROUNDS = 15

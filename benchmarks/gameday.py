@@ -20,7 +20,7 @@ from tempfile import mkdtemp
 from drill.day import Day, play_day
 from drill.machine import DrillError
 from drill.scorecard import passed, table
-from spotune.contracts.errors import SpotuneError
+from spotune.core.errors import SpotuneError
 
 
 def main() -> int:

@@ -13,9 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-from spotune.contracts.exits import FAILED, PAUSED, PREEMPTED
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import AttemptRecord, Bill, Certificate, Commit, Mark, PriceRow, Record, RunRecord
+from spotune.core.exits import FAILED, PAUSED, PREEMPTED
+from spotune.core.keys import Keys
+from spotune.core.records import AttemptRecord, Bill, Certificate, Commit, Mark, PriceRow, Record, RunRecord
 
 ATTEMPTS, PARTS, STEPS = 3, 4, 40  # steps an attempt
 PLACES = [

@@ -20,7 +20,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from spotune.contracts.store import Store  # noqa: E402
+from spotune.core.store import Store  # noqa: E402
 from tests.lab import nodes, sky  # noqa: E402
 from tests.lab.layout import Layout  # noqa: E402
 from tests.lab.managed import Managed  # noqa: E402

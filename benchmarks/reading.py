@@ -56,7 +56,7 @@ def read_once(source: str, cache: str) -> dict[str, float]:
     """Reads one source in this process: ``{seconds, cpu_s, mb, rows}``."""
     import datasets
 
-    from spotune.contracts.exchange import Job
+    from spotune.core.protocol import Job
     from spotune.sft.data import load_data
 
     datasets.disable_progress_bars()

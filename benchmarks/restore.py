@@ -16,12 +16,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from spotune.contracts.exchange import Staged
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import RunRecord
-from spotune.contracts.store import Store
-from spotune.guard.committer import Lineage, commit_checkpoint
-from spotune.guard.handover import seal
+from spotune.core.keys import Keys
+from spotune.core.protocol import Staged
+from spotune.core.records import RunRecord
+from spotune.core.store import Store
+from spotune.guard.checkpoints import Lineage, commit_checkpoint, seal
 from spotune.guard.restore import restore
 
 ROUNDS = 5

@@ -103,7 +103,7 @@ def install_extra(name: str, installer: str) -> None:
         else:
             seconds += call([*pip, wanted], folder, environ)
         call([python, "-m", "pip", "check", "--quiet", "--disable-pip-version-check"], folder, environ)
-        call([python, "-c", f"import {brings}, spotune.contracts.store"], folder, environ)
+        call([python, "-c", f"import {brings}, spotune.core.store"], folder, environ)
         has_more = subprocess.run([python, "-c", f"import {brings_not}"], env=environ, capture_output=True, check=False)
         if not has_more.returncode:
             sys.exit(f"spotune[{name}] brings {brings_not} too")

@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from spotune.launch.trainer import find_trainer
+from spotune.launch.task import find_trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 SPOTUNE = str(Path(sys.executable).with_name("spotune"))

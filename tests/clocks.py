@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from threading import Event
 from typing import Any
 
-from spotune.guard.notices import Notices
+from spotune.guard.leaving import Notices
 from tests.waiting import LIMIT_S
 
 HORIZON_S = 1e6  # a loop that gets so far goes round for ever

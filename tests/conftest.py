@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from drill import servers
-from spotune.contracts.store import Store
+from spotune.core.store import Store
 from tests.real_sky import RealSky, real_sky
 from tests.script import end_attempts
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from spotune.contracts.store import Patience, Store
-from spotune.contracts.store.objects import Head, Objects, Page, Piece
+from spotune.core.store import Patience, Store
+from spotune.core.store.objects import Head, Objects, Page, Piece
 from tests.clocks import Loops
 
 PART_BYTES = 1 << 20

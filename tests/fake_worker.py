@@ -1,6 +1,6 @@
 """A worker without torch, for tests of the guard: the same protocol, the same files, weights that are a hash chain.
 
-The guard starts it in place of ``python -m`` where ``SPOTUNE_WORKER`` names this file (guard/worker_command.py). Step
+The guard starts it in place of ``python -m`` where ``SPOTUNE_WORKER`` names this file (guard/ranks.py). Step
 ``n`` turns the chain's state into sha256(state, n, learning rate, row), so two runs have the same weights only if they
 took the same steps on the same data from the same model. What a test tells it, by the environment:
 
@@ -16,7 +16,7 @@ took the same steps on the same data from the same model. What a test tells it, 
     DIR/hub.json        in place of a hub: {repository: {"commits": [id], "files": [name]}}
 """
 
-from spotune.sft.lifeline import die_with_parent, ignore_signals
+from spotune.sft.worker import die_with_parent, ignore_signals
 
 if __name__ == "__main__":
     ignore_signals()
@@ -33,25 +33,30 @@ import time
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.events import EventLog
-from spotune.contracts.exchange import (
+from spotune.core.failpoints import failpoint
+from spotune.core.protocol import (
     CONTROL,
+    EXTRAS,
     JOB,
+    MERGE,
+    MERGED,
     OUTPUT,
     RESTORED,
     TRAINER,
+    Answer,
+    EventLog,
+    ExtraJob,
     Job,
     Outcome,
     Staged,
     answer_candidate,
+    answer_path,
     events_path,
     outcome_path,
     read_json,
     staged_path,
     write_json,
 )
-from spotune.contracts.extras import EXTRAS, MERGE, MERGED, Answer, ExtraJob, answer_path
-from spotune.contracts.failpoints import failpoint
 from spotune.sft.control import Control, Wish
 
 POLL_S = 0.01

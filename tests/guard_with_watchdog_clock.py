@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.store import calls
+from spotune.core.store import faults
 from spotune.guard import attempt, stalls, watchdog
 from spotune.guard.main import main
 from spotune.guard.watchdog import Watchdog
@@ -30,7 +30,7 @@ def clock(file: Path) -> float:
     return time.monotonic() + float(moved_s)
 
 
-def hang(folder: Path, call: Any, self: calls.Calls, verb: str, key: str) -> Any:
+def hang(folder: Path, call: Any, self: faults.Calls, verb: str, key: str) -> Any:
     """As ``Calls.call``, and does not return while a test wants the call to hang."""
     under_way = call(self, verb, key)
 
@@ -59,7 +59,7 @@ if __name__ == "__main__":
     if sys.argv[2] == "jumps":
         stalls.LONGEST_TICK_S = math.inf
     attempt.Watchdog = partial(Watchdog, clock=moved, boot=moved)  # type: ignore[assignment, misc]
-    folder, call = Path(sys.argv[1]).parent, calls.Calls.call
-    calls.Calls.call = lambda self, verb, key: hang(folder, call, self, verb, key)  # type: ignore[method-assign]
+    folder, call = Path(sys.argv[1]).parent, faults.Calls.call
+    faults.Calls.call = lambda self, verb, key: hang(folder, call, self, verb, key)  # type: ignore[method-assign]
     attempt.HANGING_S = watchdog.HUNG_END_S = 1.0
     sys.exit(main(sys.argv[3:]))

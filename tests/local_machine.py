@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 
 import pytest
 
-from spotune.launch import infra
-from spotune.launch.local import daemon
-from spotune.launch.local.infra import LocalInfra
+from spotune.launch import engine
+from spotune.launch.local import engine as local_engine
+from spotune.launch.local.engine import LocalInfra
 from spotune.launch.local.layout import Layout
 from spotune.launch.local.queue import Queue
 from spotune.launch.local.supervisor import Supervisor
@@ -40,7 +40,7 @@ class LocalMachine:
         self.queue = Queue(self.layout.database)
         self.queue.create()
         self._held = ExitStack()
-        assert self._held.enter_context(daemon.only_one(self.layout))  # so that no verb starts a supervisor
+        assert self._held.enter_context(local_engine.only_one(self.layout))  # so that no verb starts a supervisor
         self._lock = threading.Lock()  # `spotune train` waits in a thread
         self._given_up_at = time.monotonic() + 2 * LIMIT_S
         self._supervisors: list[Supervisor] = []
@@ -85,7 +85,7 @@ class LocalMachine:
 
     def serve_verbs(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Verbs that run in this process use this machine."""
-        monkeypatch.setitem(infra.BACKENDS, "local", f"{__name__}:open_infra")
+        monkeypatch.setitem(engine.BACKENDS, "local", f"{__name__}:open_infra")
         monkeypatch.setattr(LocalMachine, "opened", self, raising=False)
 
 

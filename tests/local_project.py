@@ -9,11 +9,11 @@ import click.testing
 import pytest
 
 from spotune.cli import main
-from spotune.contracts.environment import PYTHON
-from spotune.contracts.exchange import CONTROL, read_json
-from spotune.contracts.keys import Keys, commit_of
-from spotune.contracts.store import Store
-from spotune.launch.infra import ACTIVE
+from spotune.core.environment import PYTHON
+from spotune.core.keys import Keys, commit_of
+from spotune.core.protocol import CONTROL, read_json
+from spotune.core.store import Store
+from spotune.launch.engine import ACTIVE
 from tests.commands import cli_runner
 from tests.local_machine import LocalMachine
 from tests.script import FakeWorkers, fake_config

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 
-from spotune.contracts.environment import HOME
+from spotune.core.environment import HOME
 from spotune.launch.local.processes import is_live, send
 from tests.waiting import until
 

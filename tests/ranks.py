@@ -14,17 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.exchange import (
-    CANDIDATE,
-    JOB,
-    OUTPUT,
-    RESTORED,
-    VERDICT,
-    Job,
-    outcome_path,
-    read_json,
-    write_json,
-)
+from spotune.core.protocol import CANDIDATE, JOB, OUTPUT, RESTORED, VERDICT, Job, outcome_path, read_json, write_json
 from tests.waiting import POLL_S, until
 
 HELD = "held"  # a file in the exchange folder while the rank stands still
@@ -184,7 +174,7 @@ def _hold_after(folder: Path, text: str) -> None:
     """Has rank 0 stand still once, after it has written an event with this text."""
     import time
 
-    from spotune.contracts.events import EventLog
+    from spotune.core.protocol import EventLog
 
     write, held = EventLog.write, folder / HELD
     waited: list[str] = []
@@ -215,7 +205,7 @@ def _child(order: dict[str, Any]) -> None:
             sys.stdout.flush()
             write_json(Path(order["folder"], "done"), True)
         os._exit(0)
-    from spotune.sft.lifeline import ignore_signals
+    from spotune.sft.worker import ignore_signals
     from spotune.sft.worker import main as work
 
     if order["kind"] == "fsdp":

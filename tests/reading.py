@@ -4,7 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from spotune.contracts.exchange import Job
+from spotune.core.protocol import Job
 from spotune.sft.data import Data, load_data
 
 

@@ -14,10 +14,10 @@ import psutil
 import yaml
 
 from drill.machine import command_of
-from spotune.contracts.environment import FAILPOINT_DIR, FAILPOINTS, GRACE_S, STATUS_FILE, WORKER
-from spotune.contracts.exchange import CONTROL, read_json
-from spotune.contracts.keys import Keys
-from spotune.contracts.store import Store
+from spotune.core.environment import FAILPOINT_DIR, FAILPOINTS, GRACE_S, STATUS_FILE, WORKER
+from spotune.core.keys import Keys
+from spotune.core.protocol import CONTROL, read_json
+from spotune.core.store import Store
 from tests.waiting import LIMIT_S, ended, until
 
 FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
@@ -61,7 +61,7 @@ class Script:
         }
 
     def start(self, *flags: str, stop_at: str = "", **environ: str) -> "subprocess.Popen[str]":
-        """Starts an attempt. ``stop_at``: failpoints, see ``spotune.contracts.failpoints``."""
+        """Starts an attempt. ``stop_at``: failpoints, see ``spotune.core.failpoints``."""
         self.status.unlink(missing_ok=True)
         self.failpoints.mkdir(exist_ok=True)
         for file in self.failpoints.iterdir():

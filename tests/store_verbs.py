@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.store import Store
+from spotune.core.store import Store
 
 VERBS: dict[str, Callable[[Store, Path], Any]] = {
     "read": lambda store, big: store.read("runs/a/x"),

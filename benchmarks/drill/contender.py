@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from spotune.contracts.environment import FAILPOINT_DIR, FAILPOINTS
-from spotune.contracts.events import Event
+from spotune.core.environment import FAILPOINT_DIR, FAILPOINTS
+from spotune.core.protocol import Event
 
 
 @dataclass(frozen=True)
 class Hold:
-    """Stand still at a boundary (contracts/failpoints.py); a file in ``folder`` says that it does.
+    """Stand still at a boundary (core/failpoints.py); a file in ``folder`` says that it does.
 
     Attributes:
         at: the boundary's name, ``NAME`` or ``NAME:N``.

@@ -16,9 +16,9 @@ from drill.show import Board
 from drill.spotrun import SpotRun, run_id_of
 from drill.timeline import Measure
 from drill.trace import SECONDS_PER_HOUR, read_trace, trace_run
-from spotune.contracts.config import load_config
-from spotune.contracts.errors import InputError
-from spotune.guard.retention import KEEP, LEAST
+from spotune.core.config import load_config
+from spotune.core.errors import InputError
+from spotune.guard.checkpoints import KEEP, LEAST
 
 NOTICE_S = 30.0
 WANTED = "random:N, boundaries, or trace:FILE[@SECONDS]"

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.events import EventLog
+from spotune.core.protocol import EventLog
 
 
 def main(config: Path, events: EventLog) -> None:

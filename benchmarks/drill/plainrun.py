@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 
 from drill.contender import Account, Hold, Launch
-from spotune.contracts.config import load_config
-from spotune.contracts.errors import InputError, StoreError
-from spotune.contracts.exchange import Job
-from spotune.guard.weights import weights_sha256
+from spotune.core.config import load_config
+from spotune.core.errors import InputError, StoreError
+from spotune.core.protocol import Job
+from spotune.guard.finish import weights_sha256
 from spotune.sft.arguments import OURS
 
 SCRIPT = Path(__file__).with_name("plain_sft.py")

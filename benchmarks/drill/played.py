@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from drill.contender import Account
 from drill.schedule import Kill
-from spotune.contracts.events import Event
+from spotune.core.protocol import Event
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from drill.contender import Account, Hold, Launch
 from drill.servers import Bucket
-from spotune.contracts import environment
-from spotune.contracts.events import Event, parse_lines
-from spotune.contracts.keys import Keys, attempt_of, commit_of
-from spotune.contracts.records import AttemptRecord, Certificate
-from spotune.contracts.store import Store
-from spotune.cost.eventlog import clean
+from spotune.core import environment
+from spotune.core.keys import Keys, attempt_of, commit_of
+from spotune.core.protocol import Event, parse_lines
+from spotune.core.records import AttemptRecord, Certificate
+from spotune.core.store import Store
+from spotune.cost.phases import clean
 
 FOREIGN = ("SPOTUNE_", "SKYPILOT_", "SLURM_")  # the caller's own run is not this one
 

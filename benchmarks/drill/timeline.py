@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from drill.played import Life
 from drill.watch import begins
-from spotune.contracts.events import Event
+from spotune.core.protocol import Event
 
 # From the launch of the machine after a kill to the first step that had not been made before.
 RECOVERY = ("launch", "load", "restore wait", "first step", "replay")

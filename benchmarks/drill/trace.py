@@ -7,7 +7,7 @@ from pathlib import Path
 from random import Random
 
 from drill.schedule import After, Kill, Run
-from spotune.contracts.errors import InputError
+from spotune.core.errors import InputError
 
 SECONDS_PER_HOUR = 60.0  # an hour of the market in a minute, when nothing else is asked for
 

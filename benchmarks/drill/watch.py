@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from spotune.contracts.events import Event, parse_lines
+from spotune.core.protocol import Event, parse_lines
 
 
 class Watch:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from estimate.assumptions import BOOT, DATA, PREPARE, SAVE_EVERY, SETUP, TRANSFER, FineTune, Gpu
-from spotune.contracts.config import load_config
-from spotune.contracts.errors import InputError
+from spotune.core.config import load_config
+from spotune.core.errors import InputError
 from spotune.sft.mixture import counts, held_out_count
 
 

@@ -6,7 +6,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 
 from drill.trace import read_trace
-from spotune.contracts.errors import InputError
+from spotune.core.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from spotune.contracts.errors import InputError
+from spotune.core.errors import InputError
 
 # The hosts that SkyPilot takes (its catalog/gcp_catalog.py, the smallest where there is a choice).
 GCP_HOSTS = {

@@ -15,11 +15,11 @@ import sys
 import time
 from pathlib import Path
 
-from spotune.contracts.environment import RunEnvironment
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import Certificate
-from spotune.contracts.store import Store
-from spotune.launch.trainer import find_trainer
+from spotune.core.environment import RunEnvironment
+from spotune.core.keys import Keys
+from spotune.core.records import Certificate
+from spotune.core.store import Store
+from spotune.launch.task import find_trainer
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent

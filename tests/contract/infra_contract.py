@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from spotune.contracts.errors import InputError
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import Mark
-from spotune.contracts.store import Store
-from spotune.launch.infra import ACTIVE, Infra, JobStatus, Submission
+from spotune.core.errors import InputError
+from spotune.core.keys import Keys
+from spotune.core.records import Mark
+from spotune.core.store import Store
+from spotune.launch.engine import ACTIVE, Infra, JobStatus, Submission
 from spotune.launch.status import certify
 from tests.waiting import LIMIT_S, POLL_S, until
 

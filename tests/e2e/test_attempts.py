@@ -7,7 +7,7 @@ from uuid import uuid4
 
 import pytest
 
-from spotune.contracts.records import Mark
+from spotune.core.records import Mark
 from spotune.launch.local.processes import is_live
 from tests.script import FakeScript, fake_config, undisturbed_weights
 from tests.waiting import ended, until

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from spotune.contracts.environment import PATIENCE
+from spotune.core.environment import PATIENCE
 from tests.conftest import reach
 from tests.faultproxy import FaultProxy, Plan
 from tests.script import FakeScript, fake_config, undisturbed_weights

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import Commit
-from spotune.contracts.revisions import check_commit, record_history
+from spotune.core.keys import Keys
+from spotune.core.records import Commit
+from spotune.core.revisions import check_commit, record_history
 from tests.local_project import LocalProject
 from tests.script import FakeScript
 from tests.waiting import ended

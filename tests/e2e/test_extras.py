@@ -9,14 +9,14 @@ from typing import Any
 import psutil
 import pytest
 
-from spotune.contracts.basemodel import model_files, model_sha256
-from spotune.contracts.exchange import OUTPUT
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import Progress, RunRecord
-from spotune.contracts.store import Store
-from spotune.guard.admission import claim_attempt
+from spotune.core.fingerprint import model_files, model_sha256
+from spotune.core.keys import Keys
+from spotune.core.protocol import OUTPUT
+from spotune.core.records import Progress, RunRecord
+from spotune.core.store import Store
+from spotune.guard.claim import claim_attempt
+from spotune.guard.context import Machine
 from spotune.guard.finish import certify
-from spotune.guard.machine import Machine
 from spotune.launch.local.processes import is_live
 from tests.fake_worker import write_weights
 from tests.script import FakeScript, fake_config

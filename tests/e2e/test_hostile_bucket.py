@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import pytest
 
-from spotune.contracts.store import Store
+from spotune.core.store import Store
 from tests.hostile import hostile_commits
 from tests.script import FakeScript, fake_config, undisturbed_weights
 from tests.waiting import ended

@@ -13,7 +13,7 @@ from uuid import uuid4
 import psutil
 import pytest
 
-from spotune.contracts.environment import NUM_PROCESSES, PATIENCE
+from spotune.core.environment import NUM_PROCESSES, PATIENCE
 from tests.script import FakeScript, fake_config, undisturbed_weights
 from tests.waiting import ended, until
 

@@ -1,6 +1,6 @@
 """The bucket's verbs on S3 and on GCS, through a proxy that fails: what each store's own requests and clients do then.
 
-How long a verb holds out, and what it sends again, is the same for both: tests/unit/contracts/test_store_retries.py.
+How long a verb holds out, and what it sends again, is the same for both: tests/unit/core/test_store_retries.py.
 """
 
 import os
@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from spotune.cli import main
-from spotune.contracts.errors import InputError, StoreError
-from spotune.contracts.store import FOR_VERBS, Patience, Store, connection, gcs, objects, s3
-from spotune.contracts.store.objects import Objects
+from spotune.core.errors import InputError, StoreError
+from spotune.core.store import FOR_VERBS, Patience, Store, gcs, objects, requests, s3
+from spotune.core.store.objects import Objects
 from tests.clocks import ClockLoop, Loops
 from tests.commands import cli_runner
 from tests.conftest import reach
@@ -218,17 +218,17 @@ def test_a_store_that_comes_back_is_used_again(proxy: FaultProxy, url: str) -> N
 def test_who_waits_at_a_terminal_is_told_so_once(
     proxy: FaultProxy, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "SILENT_S", 0.05)
+    monkeypatch.setattr(requests, "SILENT_S", 0.05)
     monkeypatch.setenv("SPOTUNE_BUCKET", url)
     project = Project(tmp_path / "project", monkeypatch)
     project.submit("run-a", "--infra", "local")
-    real = connection.Connection._tell
+    real = requests.Connection._tell
 
-    def tell(self: connection.Connection) -> None:
+    def tell(self: requests.Connection) -> None:
         real(self)
         proxy.plan = Plan()  # the store answers now
 
-    monkeypatch.setattr(connection.Connection, "_tell", tell)
+    monkeypatch.setattr(requests.Connection, "_tell", tell)
     proxy.plan = Plan(hold=1.0)
     result = cli_runner().invoke(main, ["queue", "-a"])
     assert result.exit_code == 0

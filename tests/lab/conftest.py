@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from spotune.contracts.store import Store
+from spotune.core.store import Store
 from tests.lab import sky
 from tests.lab.down import down
 from tests.lab.layout import LabError, Layout

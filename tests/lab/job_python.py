@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from spotune.launch.trainer import find_trainer
+from spotune.launch.task import find_trainer
 from tests.lab.layout import Layout
 from tests.lab.machine import may_run
 

@@ -5,8 +5,8 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-from spotune.contracts.keys import Keys
-from spotune.contracts.store import Store
+from spotune.core.keys import Keys
+from spotune.core.store import Store
 from tests.lab import sky, slurm
 from tests.lab.layout import LabError, Layout, Node
 

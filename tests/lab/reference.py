@@ -5,9 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import Certificate
-from spotune.contracts.store import Store
+from spotune.core.keys import Keys
+from spotune.core.records import Certificate
+from spotune.core.store import Store
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 import spotune
-from spotune.contracts.errors import InfraError, InputError
-from spotune.contracts.store import Store
-from spotune.launch.skypilot.infra import SkyInfra
+from spotune.core.errors import InfraError, InputError
+from spotune.core.store import Store
+from spotune.launch.skypilot.engine import SkyInfra
 from tests.contract.infra_contract import CERTIFY, RUN, UP, WAIT, Bench, InfraContract
 from tests.lab.layout import Layout
 
@@ -104,7 +104,7 @@ def test_what_has_ended_is_known_without_skypilot(bench: Bench, tmp_path: Path) 
     bench.end("run-a")
     bench.until(lambda: all(row.ended_at for row in bench.infra.history("run-a")))
     code = (
-        "import sys; from pathlib import Path; from spotune.launch.skypilot.infra import SkyInfra\n"
+        "import sys; from pathlib import Path; from spotune.launch.skypilot.engine import SkyInfra\n"
         f"infra = SkyInfra(Path({str(tmp_path / 'home')!r}), {{}})\n"
         "print(infra.jobs()[0].state, infra.history('run-a')[0].end_reason, 'sky' in sys.modules)"
     )

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from spotune.contracts.keys import Keys
-from spotune.contracts.store import Store
+from spotune.core.keys import Keys
+from spotune.core.store import Store
 from tests.lab import nodes, slurm
 from tests.lab.conftest import MACHINE, Spotune
 from tests.lab.daemons import wait_until

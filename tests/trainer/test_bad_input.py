@@ -13,14 +13,13 @@ import pytest
 import yaml
 
 from spotune.cli import main as cli
-from spotune.contracts.environment import RunEnvironment
-from spotune.contracts.exchange import Outcome
-from spotune.contracts.keys import Keys
-from spotune.contracts.store import Store
-from spotune.guard.admission import Request
+from spotune.core.environment import RunEnvironment
+from spotune.core.keys import Keys
+from spotune.core.protocol import Outcome
+from spotune.core.store import Store
+from spotune.guard.claim import Request, read_or_create_run
+from spotune.guard.leaving import Notices
 from spotune.guard.main import main as script
-from spotune.guard.notices import Notices
-from spotune.guard.record import read_or_create_run
 from tests.commands import cli_runner
 from tests.ranks import Nursery, make_folder
 from tests.tiny import make_model, rows, write_jsonl

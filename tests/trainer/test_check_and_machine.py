@@ -19,10 +19,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
-from spotune.contracts.config import load_config
-from spotune.contracts.configkeys import schema
-from spotune.contracts.errors import InputError
-from spotune.contracts.exchange import Job
+from spotune.core.config import load_config
+from spotune.core.config_keys import schema
+from spotune.core.errors import InputError
+from spotune.core.protocol import Job
 from spotune.sft.arguments import _REFUSALS, effective
 
 CLASSES = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)

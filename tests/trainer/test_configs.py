@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from spotune.contracts.config import load_config
+from spotune.core.config import load_config
 from tests.trainer.architectures import PUBLISHED, ROOT, build_meta, kept_bytes_per_token_and_layer
 
 RUNS = ROOT / "config" / "runs"
@@ -58,7 +58,7 @@ def test_first_line_gives_editors_the_schema(path: Path) -> None:
     first = path.read_text(encoding="utf-8").splitlines()[0]
     prefix = "# yaml-language-server: $schema="
     assert first.startswith(prefix)
-    assert (path.parent / first.removeprefix(prefix)).resolve() == ROOT / "src/spotune/contracts/schema.json"
+    assert (path.parent / first.removeprefix(prefix)).resolve() == ROOT / "src/spotune/core/schema.json"
 
 
 @pytest.mark.parametrize(("path", "profile"), CASES)

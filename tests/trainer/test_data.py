@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from spotune.contracts.errors import InputError
-from spotune.contracts.exchange import Job
+from spotune.core.errors import InputError
+from spotune.core.protocol import Job
 from spotune.sft.data import Data, load_data
 from tests import tiny
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from spotune.contracts.errors import SpotuneError
-from spotune.sft import deepspeed_files
-from spotune.sft.resume import prepare
+from spotune.core.errors import SpotuneError
+from spotune.sft import checkpoint_files
+from spotune.sft.model import prepare
 
 
 class DynamicLossScaler:
@@ -78,7 +78,7 @@ def make_state() -> dict[str, Any]:
 
 def test_its_own_classes_are_read(tmp_path: Path) -> None:
     torch.save(make_state(), tmp_path / "optim_states.pt")
-    deepspeed_files.refuse_code()
+    checkpoint_files.refuse_deepspeed_code()
     found = load_as_deepspeed(tmp_path / "optim_states.pt")
     assert found["loss_scaler"].cur_scale == 65536.0
     assert found["zero_stage"] is ZeroStageEnum.gradients
@@ -90,7 +90,7 @@ def test_code_is_not_run(tmp_path: Path) -> None:
     folder = tmp_path / "global_step3"
     folder.mkdir()
     torch.save(make_state() | {"more": Code(f"touch {tmp_path}/ran")}, folder / "optim_states.pt")
-    deepspeed_files.refuse_code()
+    checkpoint_files.refuse_deepspeed_code()
     what = "global_step3/optim_states.pt: cannot be read as weights: names posix.system, which no checkpoint needs"
     with pytest.raises(SpotuneError, match=f"^{what}$"):
         load_as_deepspeed(folder / "optim_states.pt")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from spotune.contracts.exchange import RESTORED, TRAINER, outcome_path, read_json, staged_path
+from spotune.core.protocol import RESTORED, TRAINER, outcome_path, read_json, staged_path
 from tests import tiny
 from tests.ranks import (
     Nursery,

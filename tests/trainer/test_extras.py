@@ -10,9 +10,8 @@ import psutil
 import pytest
 import yaml
 
-from spotune.contracts.exchange import OUTPUT, write_json
-from spotune.contracts.extras import EXTRAS, PUSH, Answer, ExtraJob
-from spotune.guard.extra_process import TIMEOUT_S, run_extra
+from spotune.core.protocol import EXTRAS, OUTPUT, PUSH, Answer, ExtraJob, write_json
+from spotune.guard.extras import TIMEOUT_S, run_extra
 from spotune.launch.local.processes import send
 from tests.clocks import Clock
 from tests.fake_hub import TOKEN, Hub, fake_hub

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from spotune.contracts.exchange import OUTPUT, STAGED
-from spotune.sft.faults import NotFinite
+from spotune.core.protocol import OUTPUT, STAGED
 from spotune.sft.finite import Finite, all_finite
+from spotune.sft.preflight import NotFinite
 from tests import tiny
 from tests.ranks import Nursery, events, log_text, make_folder
 

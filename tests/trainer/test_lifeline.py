@@ -13,7 +13,7 @@ from tests.waiting import LIMIT_S, until
 
 RANK = """
 import os, sys, time
-from spotune.sft.lifeline import die_with_parent
+from spotune.sft.worker import die_with_parent
 die_with_parent(os.environ, 0.1)
 def fork():
     if os.fork() == 0:
@@ -34,7 +34,7 @@ time.sleep(300)
 # The rank dies between the fork and the moment when the child looks for its parent.
 KILLED_WHILE_FORKING = """
 import os, signal, sys, time
-from spotune.sft.lifeline import die_with_parent
+from spotune.sft.worker import die_with_parent
 def wait_for_orphanage():
     open(f"{sys.argv[1]}/child-{os.getpid()}", "w").close()
     while os.getppid() == rank:

@@ -24,9 +24,9 @@ import safetensors.torch
 import tokenizers
 import torch
 
-from spotune.contracts.exchange import Outcome
-from spotune.contracts.machinefaults import is_machine_fault
-from spotune.sft.faults import outcome_of
+from spotune.core.machine_faults import is_machine_fault
+from spotune.core.protocol import Outcome
+from spotune.sft.preflight import outcome_of
 from tests import tiny
 from tests.filesystems import file_system, fill, remounted
 from tests.ranks import Nursery, make_folder
@@ -182,7 +182,7 @@ def test_what_only_quotes_it(tmp_path: Path, name: str) -> None:
 WITHOUT_MEMORY = """
 import resource
 import datasets, numpy, pyarrow, torch
-from spotune.sft.faults import outcome_of
+from spotune.sft.preflight import outcome_of
 
 def told(make):
     try:

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spotune.contracts.errors import SpotuneError
+from spotune.core.errors import SpotuneError
 from spotune.sft.merge import TOLERANCE, base_options, check, merge, probe
 from tests.tiny import make_model
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
-from spotune.contracts.errors import OtherVersions
-from spotune.contracts.exchange import Job
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import Commit, Mark
-from spotune.contracts.revisions import record_history
-from spotune.contracts.versions import ORDER_LIBRARIES, installed_versions
-from spotune.sft.faults import outcome_of
+from spotune.core.errors import OtherVersions
+from spotune.core.fingerprint import ORDER_LIBRARIES, installed_versions
+from spotune.core.keys import Keys
+from spotune.core.protocol import Job
+from spotune.core.records import Commit, Mark
+from spotune.core.revisions import record_history
+from spotune.sft.preflight import outcome_of
 from spotune.sft.worker import check_versions
 from tests.script import Script
 from tests.tiny import make_model, rows, write_jsonl

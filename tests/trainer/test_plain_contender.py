@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from drill.plainrun import plain_config
-from spotune.contracts.errors import InputError
+from spotune.core.errors import InputError
 from tests import tiny
 
 

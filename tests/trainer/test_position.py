@@ -11,8 +11,8 @@ import torch
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, SeedableRandomSampler, skip_first_batches
 from torch.utils.data import BatchSampler
 
-from spotune.contracts.errors import InputError
-from spotune.contracts.exchange import RESTORED, TRAINER, read_json, staged_path, write_json
+from spotune.core.errors import InputError
+from spotune.core.protocol import RESTORED, TRAINER, read_json, staged_path, write_json
 from spotune.sft.position import Layout, Position, Start, length, place
 from spotune.sft.trainer import SpotTrainer
 from tests import tiny

@@ -8,10 +8,8 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from spotune.contracts.errors import InputError
-from spotune.sft.faults import outcome_of
-from spotune.sft.hardware import Hardware, check_hardware
-from spotune.sft.preflight import check
+from spotune.core.errors import InputError
+from spotune.sft.preflight import Hardware, check, check_hardware, outcome_of
 
 ALL = frozenset({"bitsandbytes", "liger_kernel", "flash_attn", "kernels", "deepspeed"})
 CPU = Hardware(packages=ALL)

@@ -10,9 +10,9 @@ import pytest
 from huggingface_hub import HfApi, constants, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 
-from spotune.contracts.errors import SpotuneError
-from spotune.contracts.extras import ExtraJob
-from spotune.sft.push import doubts, hub, push, repo_name
+from spotune.core.errors import SpotuneError
+from spotune.core.protocol import ExtraJob
+from spotune.sft.merge import doubts, hub, push, repo_name
 from tests.fake_hub import TOKEN, Hub, fake_hub
 
 # The hub's own client sends files in a way that httpx2 calls old.

@@ -21,8 +21,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from spotune.contracts.errors import InputError
-from spotune.contracts.fingerprint import data_files
+from spotune.core.errors import InputError
+from spotune.core.fingerprint import data_files
 from spotune.sft import readers
 from spotune.sft.readers import JsonReader
 from spotune.sft.rows import RowError, chunk_of, columns_of, plain_chunk

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import yaml
 
-from spotune.contracts.config import load_config
-from spotune.contracts.errors import InputError
+from spotune.core.config import load_config
+from spotune.core.errors import InputError
 from tests.ranks import Nursery, make_folder
 from tests.tiny import make_model, rows, write_jsonl
 
-pytestmark = pytest.mark.slow  # tests/unit/contracts/test_config_faults.py has the rules themselves
+pytestmark = pytest.mark.slow  # tests/unit/core/test_config_faults.py has the rules themselves
 
 EVALUATES = {"eval_strategy": "steps", "eval_steps": 1, "data": [{"source": "FOLDER/a.jsonl", "split": 2}]}
 # the keys, and what `check` says first of them

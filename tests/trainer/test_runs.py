@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from drill.machine import command_of
-from spotune.contracts.environment import NUM_PROCESSES
+from spotune.core.environment import NUM_PROCESSES
 from spotune.guard.finish import COPIED
 from spotune.launch.local.processes import is_live
 from tests.conftest import reach

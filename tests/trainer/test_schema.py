@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from spotune.contracts.configkeys import check_keys
-from spotune.contracts.errors import InputError
+from spotune.core.config_keys import check_keys
+from spotune.core.errors import InputError
 from spotune.sft.schema import build, path
 
 

@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
-from spotune.contracts.errors import SpotuneError
-from spotune.sft.shards import refuse_code
+from spotune.core.errors import SpotuneError
+from spotune.sft.checkpoint_files import refuse_code
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning", "ignore::FutureWarning")
 

@@ -13,11 +13,17 @@ import pytest
 import safetensors.torch
 import torch
 
-from spotune.sft.snapshot.arena import ALIGNMENT, Arena, size_of
-from spotune.sft.snapshot.capture import Capture, capturing
-from spotune.sft.snapshot.direct import BLOCK, HashedFile
-from spotune.sft.snapshot.tensors import write_safetensors
-from spotune.sft.snapshot.writer import Writer
+from spotune.sft.snapshot import (
+    ALIGNMENT,
+    BLOCK,
+    Arena,
+    Capture,
+    HashedFile,
+    Writer,
+    capturing,
+    size_of,
+    write_safetensors,
+)
 
 
 def write_all(capture: Capture) -> dict[Path, dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from spotune.contracts.exchange import Outcome
+from spotune.core.protocol import Outcome
 from tests import tiny
 from tests.ranks import Nursery, events, log_text, make_folder, weights
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import RunRecord
-from spotune.contracts.store import Store
-from spotune.guard.trackers import rebuild_offline
+from spotune.core.keys import Keys
+from spotune.core.records import RunRecord
+from spotune.core.store import Store
+from spotune.guard.extras import rebuild_offline
 
 KEYS = Keys("a-run")
 

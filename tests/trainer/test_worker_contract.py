@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from spotune.contracts.environment import FAILPOINT_DIR, FAILPOINTS
-from spotune.contracts.exchange import CONTROL, OUTPUT, RESTORED, TRAINER, outcome_path, read_json, write_json
+from spotune.core.environment import FAILPOINT_DIR, FAILPOINTS
+from spotune.core.protocol import CONTROL, OUTPUT, RESTORED, TRAINER, outcome_path, read_json, write_json
+from spotune.guard.finish import weights_sha256
 from spotune.guard.restore import missing_files
-from spotune.guard.weights import weights_sha256
 from tests import tiny
 from tests.ranks import Nursery, events, free_port, make_folder, rank_environment, restore
 from tests.script import FAKE_WORKER

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from spotune.contracts.exchange import CONTROL, RESTORED, Outcome, outcome_path, write_json
+from spotune.core.protocol import CONTROL, RESTORED, Outcome, outcome_path, write_json
 from tests import tiny
 from tests.ranks import Nursery, events, make_folder, restore
 from tests.waiting import until

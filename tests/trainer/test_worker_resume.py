@@ -7,16 +7,7 @@ from typing import Any
 
 import pytest
 
-from spotune.contracts.exchange import (
-    CONTROL,
-    OUTPUT,
-    TRAINER,
-    Outcome,
-    outcome_path,
-    read_json,
-    staged_path,
-    write_json,
-)
+from spotune.core.protocol import CONTROL, OUTPUT, TRAINER, Outcome, outcome_path, read_json, staged_path, write_json
 from tests import tiny
 from tests.ranks import (
     Nursery,

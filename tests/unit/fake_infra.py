@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from spotune.contracts.errors import InfraError, InputError, Taken
-from spotune.launch.infra import Agree, JobStatus, PaidInterval, Submission
+from spotune.core.errors import InfraError, InputError, Taken
+from spotune.launch.engine import Agree, JobStatus, PaidInterval, Submission
 
 
 class FakeInfra:

@@ -8,9 +8,9 @@ import click.testing
 import pytest
 
 from spotune.cli import main
-from spotune.contracts.store import Store
-from spotune.launch import infra
-from spotune.launch.workspace import Workspace
+from spotune.core.store import Store
+from spotune.launch import engine
+from spotune.launch.settings import Workspace
 from tests.commands import cli_runner
 from tests.unit.fake_infra import FakeInfra
 
@@ -37,7 +37,7 @@ class Project:
         monkeypatch.setenv("SPOTUNE_HOME", str(self.home))
         monkeypatch.setenv("SPOTUNE_USER", "ada")
         monkeypatch.chdir(folder)
-        monkeypatch.setitem(infra.BACKENDS, "local", "tests.unit.fake_infra:FakeInfra")
+        monkeypatch.setitem(engine.BACKENDS, "local", "tests.unit.fake_infra:FakeInfra")
         FakeInfra.reset()
         self.infra = FakeInfra()
         self.store = Store(f"file://{self.home}/bucket")

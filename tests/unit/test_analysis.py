@@ -14,7 +14,7 @@ from estimate.market import Market, measure, read_market
 from estimate.picture import picture
 from estimate.prices import Offer, Row, join_hosts, offers, read_rows
 from estimate.tables import cloud_table
-from spotune.contracts.errors import InputError
+from spotune.core.errors import InputError
 from tests.trainer.architectures import PUBLISHED
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spotune.cli import VERBS
-from spotune.contracts.configkeys import schema
+from spotune.core.config_keys import schema
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")])

@@ -28,17 +28,17 @@ TRAINING = {
 }
 # side -> spotune packages it may import, third-party modules it may import
 RULES: dict[str, tuple[set[str], set[str]]] = {
-    "contracts": (set(), {"fsspec", "gcsfs", "aiohttp", "yaml"}),
-    "guard": ({"contracts"}, {"fsspec"}),
+    "core": (set(), {"fsspec", "gcsfs", "aiohttp", "yaml"}),
+    "guard": ({"core"}, {"fsspec"}),
     "keeper": (set(), set()),
-    "sft": ({"contracts"}, TRAINING | {"fsspec", "safetensors", "pyarrow", "bitsandbytes", "tokenizers", "packaging"}),
-    "launch": ({"contracts"}, {"yaml", "psutil"}),
-    "cost": ({"contracts", "launch"}, set()),
-    "cli": ({"contracts", "launch", "cost"}, {"click", "rich"}),
+    "sft": ({"core"}, TRAINING | {"fsspec", "safetensors", "pyarrow", "bitsandbytes", "tokenizers", "packaging"}),
+    "launch": ({"core"}, {"yaml", "psutil"}),
+    "cost": ({"core", "launch"}, set()),
+    "cli": ({"core", "launch", "cost"}, {"click", "rich"}),
 }
 EXCEPTIONS = {("sft/__main__.py", "spotune.guard.main")}  # the script's door: the guard enters first
 # The one door to SkyPilot, and the errors that its client lets through: nobody else imports them, not even late.
-DOOR = "launch/skypilot/engine.py"
+DOOR = "launch/skypilot/client.py"
 BEHIND_THE_DOOR = {"sky", "click", "requests"}
 
 
@@ -106,8 +106,8 @@ HEAVY = {"sky", "torch", "transformers", "trl", "datasets", "pydantic", "pandas"
     "code",
     [
         "import spotune.guard.main",
-        "import spotune.launch.local.infra",
-        "import spotune.launch.skypilot.infra",
+        "import spotune.launch.local.engine",
+        "import spotune.launch.skypilot.engine",
         "from spotune.cli import main\ntry:\n main(['--help'])\nexcept SystemExit: pass",
         "from spotune.cli import main\ntry:\n main(['queue', '-a'])\nexcept SystemExit: pass",
         "from spotune.cli import main\ntry:\n main(['cost'])\nexcept SystemExit: pass",

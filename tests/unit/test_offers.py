@@ -90,14 +90,14 @@ print(json.dumps(found))
 
 # The API server's part is done here in the process: what is enabled, and its optimizer.
 OFFER = """
-from spotune.contracts.errors import SpotuneError
-from spotune.launch.skypilot import engine, offers
-engine.enabled_clouds = lambda: clouds
+from spotune.core.errors import SpotuneError
+from spotune.launch.skypilot import client, offers
+client.enabled_clouds = lambda: clouds
 def check_feasible(job):
-    with engine.translated(), sky.Dag() as dag:
+    with client.translated(), sky.Dag() as dag:
         dag.add(job)
         optimizer.Optimizer.optimize(dag, quiet=True)
-engine.check_feasible = check_feasible
+client.check_feasible = check_feasible
 found = []
 for resources, infra, use_spot in json.loads(sys.argv[1]):
     try:

@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import Mark, RunRecord
-from spotune.contracts.revisions import record_in_force
-from spotune.guard import handshake
-from spotune.guard.admission import standing_verdict
-from spotune.launch import infra
-from spotune.launch.local.infra import LocalInfra
+from spotune.core.keys import Keys
+from spotune.core.records import Mark, RunRecord
+from spotune.core.revisions import record_in_force
+from spotune.guard import multinode
+from spotune.guard.claim import standing_verdict
+from spotune.launch import engine
+from spotune.launch.local.engine import LocalInfra
 from spotune.launch.local.machine import keep_environment
-from spotune.launch.skypilot import engine
-from spotune.launch.skypilot.infra import SkyInfra
+from spotune.launch.skypilot import client as skypilot_client
+from spotune.launch.skypilot.engine import SkyInfra
 from tests.real_sky import RealSky
 from tests.unit.launch.skypilot.fake_client import FakeClient
 from tests.unit.launch.test_damage import Home
@@ -33,7 +33,7 @@ NAMES, HERE = "tests/unit/launch/test_secretfiles.py", "tests/unit/test_security
 SENT = "tests/unit/launch/skypilot/test_sent.py"
 STRANGERS = "tests/unit/guard/test_strangers.py"
 CODE = "tests/unit/launch/test_code.py"
-ENV, MACHINE = "tests/unit/contracts/test_envrule.py", "tests/e2e/test_env_rule.py"
+ENV, MACHINE = "tests/unit/core/test_envrule.py", "tests/e2e/test_env_rule.py"
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN",
                "WANDB_API_KEY", "AZURE_CLIENT_SECRET", "GITHUB_TOKEN", "MY_KEY")  # fmt: skip
 # A claim, in the page's words -> the test that holds it.
@@ -150,7 +150,7 @@ def test_a_writer_to_the_bucket_chooses_model_data_and_remote_code(project: Proj
 
 
 def test_a_stranger_has_so_long_and_so_much() -> None:
-    assert (handshake.HELLO_S, handshake.HELLO_MOST_BYTES) == (10.0, 4 << 10)
+    assert (multinode.HELLO_S, multinode.HELLO_MOST_BYTES) == (10.0, 4 << 10)
 
 
 def make_repository(project: Project) -> None:
@@ -197,7 +197,7 @@ def test_credentials_are_in_no_record_and_not_in_the_task(
     submission = replace(project.infra.submissions["run-a"], infra="aws")
     client, tasks = FakeClient(), list[Any]()
     client.Task.from_yaml_config = lambda config: tasks.append(config) or config
-    monkeypatch.setattr(engine, "sdk", lambda: client)
+    monkeypatch.setattr(skypilot_client, "sdk", lambda: client)
     SkyInfra(project.home, os.environ).submit(submission)
     assert (project.home / "skypilot/runs/run-a.json").exists()
     assert not [path for path in files_in(project.home) if b"v4lu3" in path.read_bytes()]
@@ -211,7 +211,7 @@ def test_a_local_run_keeps_the_shells_environment_in_one_file(
     project: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     set_credentials(monkeypatch, tmp_path)
-    monkeypatch.setitem(infra.BACKENDS, "local", "spotune.launch.local.infra:LocalInfra")
+    monkeypatch.setitem(engine.BACKENDS, "local", "spotune.launch.local.engine:LocalInfra")
     monkeypatch.setattr(LocalInfra, "_wake", lambda self: None)
     monkeypatch.setenv("SPOTUNE_PYTHON", sys.executable)
     project.submit("run-a", "--secret", "MY_KEY")

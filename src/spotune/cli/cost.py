@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from spotune.cli.follow import ProgressBar
 from spotune.cli.options import open_workspace
-from spotune.cli.progress import ProgressBar
 
 if TYPE_CHECKING:
     from spotune.cost.index import Index
-    from spotune.launch.workspace import Workspace
+    from spotune.launch.settings import Workspace
 
 FORMATS = ("table", "json", "csv", "focus")
 BY = ("user", "team", "infra", "gpu", "day", "week", "kind")
@@ -36,8 +36,8 @@ def cost(run: str | None, since: str, by: str | None, clusters: bool, output: st
     Without RUN: one line for every run, or with --by for every user, team, infrastructure, GPU, day or week (UTC).
     With --clusters: what each dev cluster cost that was paid for within --since, split among its runs, the rest idle.
     """
-    from spotune.contracts.durations import parse_duration
-    from spotune.contracts.errors import InputError
+    from spotune.core.environment import parse_duration
+    from spotune.core.errors import InputError
 
     if page is not None and run is None:
         raise InputError("--html", "shows one run", remedy="spotune cost RUN --html FILE")
@@ -61,7 +61,7 @@ def _one(run: str, output: str, page: str | None) -> None:
     from spotune.cost.focus import focus_rows
     from spotune.cost.page import check_target, page_of, write_page
     from spotune.cost.rows import ATTEMPT_ROW, attempt_rows, indexed_attempts, run_row
-    from spotune.cost.table import run_text
+    from spotune.cost.tables import run_text
     from spotune.launch.status import LAST_SEEN
 
     target = None if page is None else check_target(page)
@@ -81,8 +81,8 @@ def _one(run: str, output: str, page: str | None) -> None:
 def _clusters(since: str, since_s: float, output: str) -> None:
     import time
 
-    from spotune.cost.clusters import COLUMNS, cluster_rows, flat_rows, splits_of
-    from spotune.cost.clustertable import clusters_text
+    from spotune.cost.clusters import CLUSTER_COLUMNS, cluster_rows, flat_rows, splits_of
+    from spotune.cost.tables import clusters_text
 
     now, workspace = time.time(), open_workspace()
     store = workspace.store()
@@ -92,7 +92,7 @@ def _clusters(since: str, since_s: float, output: str) -> None:
         asks_clusters=True,
     )
     nothing = f"No dev clusters within {since}."
-    show(output, rows, flat_rows(rows), COLUMNS, lambda: clusters_text(rows, now) if rows else nothing)
+    show(output, rows, flat_rows(rows), CLUSTER_COLUMNS, lambda: clusters_text(rows, now) if rows else nothing)
 
 
 def _many(since: str, since_s: float, by: str | None, output: str) -> None:
@@ -100,14 +100,14 @@ def _many(since: str, since_s: float, by: str | None, output: str) -> None:
     import time
 
     from spotune.cost.rows import RUN
-    from spotune.cost.table import LISTED, groups_text, runs_text
+    from spotune.cost.tables import LISTED, groups_text, runs_text
 
     gc.disable()  # thousands of rows, gone with the process: to look for cycles in them takes a tenth of it
     from_at, workspace = time.time() - since_s, open_workspace()
     nothing = f"No runs within {since}."
     if output == "focus":
+        from spotune.cost.clusters import charges_since
         from spotune.cost.focus import focus_rows, idle_rows
-        from spotune.cost.window import charges_since
 
         store = workspace.store()
         paid = _indexed(workspace, lambda index: charges_since(store, index, from_at, _warn), asks_clusters=True)
@@ -115,8 +115,8 @@ def _many(since: str, since_s: float, by: str | None, output: str) -> None:
         of_runs = (row for key, attempt in paid.attempts for row in focus_rows(totals[key], [attempt], key[0]))
         _show_focus([*of_runs, *idle_rows(paid.idle, store.url)])
     elif by:
-        from spotune.cost.groups import By, columns, group
-        from spotune.cost.window import paid_since
+        from spotune.cost.clusters import paid_since
+        from spotune.cost.rows import By, columns, group
 
         store = workspace.store()
         paid = _indexed(workspace, lambda index: paid_since(store, index, from_at, _warn), asks_clusters=True)

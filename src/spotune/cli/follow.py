@@ -6,17 +6,46 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import click
 
-from spotune.contracts import exits
-from spotune.contracts.errors import InfraError
+from spotune.core import exits
+from spotune.core.errors import InfraError
 
 if TYPE_CHECKING:
-    from spotune.launch.infra import Infra, JobStatus
-    from spotune.launch.outage import Outage
-    from spotune.launch.workspace import Workspace
+    from spotune.launch.engine import Infra, JobStatus
+    from spotune.launch.settings import Workspace
+    from spotune.launch.status import Outage
+
+# A progress bar on stderr for long work, where somebody looks.
+
+FEWEST = 200  # below, it is done before a bar can be read
+
+
+class ProgressBar:
+    """Called with what is done and what there is to do; where that is little, or nobody looks, nothing is drawn."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._bar: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._bar is None:
+            err = click.get_text_stream("stderr")
+            if total < FEWEST or not err.isatty():
+                return
+            self._bar = click.progressbar(length=total, label=self._label, file=err)
+            self._bar.render_progress()
+        self._bar.update(done - self._bar.pos)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.render_finish()
+
 
 REFRESH_S = 0.5
 MOST_WAITING = 1000  # lines that were read and not shown yet
@@ -27,8 +56,7 @@ Say = Callable[[str], None]
 
 def follow(workspace: "Workspace", run_id: str) -> int:
     """Streams until the run has ended; returns the exit code of ``train``. Ctrl-C is the caller's."""
-    from spotune.launch.outage import Outage
-    from spotune.launch.status import find_run
+    from spotune.launch.status import Outage, find_run
 
     status = find_run(workspace, run_id)
     engine = workspace.infra(status.infra)

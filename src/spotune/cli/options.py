@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from spotune.launch.workspace import Workspace
+    from spotune.launch.settings import Workspace
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -23,9 +23,9 @@ def open_workspace(waiting: Callable[[str], None] = say) -> "Workspace":
 
     ``waiting`` is told, in a line, of a bucket that does not answer for some seconds.
     """
-    from spotune.contracts.environment import HOME
-    from spotune.contracts.errors import InputError
-    from spotune.launch.workspace import Workspace
+    from spotune.core.environment import HOME
+    from spotune.core.errors import InputError
+    from spotune.launch.settings import Workspace
 
     try:
         cwd = Path.cwd()
@@ -88,7 +88,7 @@ def agree(question: str, yes: bool) -> None:
     click.echo(f"{question} [Y/n] ", err=True, nl=False)  # click's own confirm writes a space to stdout
     answer = click.get_text_stream("stdin").readline()
     if not answer:  # end of input: not a terminal
-        from spotune.contracts.errors import InputError
+        from spotune.core.errors import InputError
 
         raise InputError("stdin", "nobody to ask", remedy="add -y")
     if answer.strip().lower() not in ("", "y", "yes"):

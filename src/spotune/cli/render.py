@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from spotune.contracts.columns import columns, cut, plain
+from spotune.core.io import columns, cut, plain
 
 if TYPE_CHECKING:
-    from spotune.contracts.records import PriceRow
-    from spotune.launch.infra import JobStatus
+    from spotune.core.records import PriceRow
+    from spotune.launch.engine import JobStatus
     from spotune.launch.origins import Origin
     from spotune.launch.plan import Plan
 
@@ -67,7 +67,7 @@ def origin_text(origin: "Origin", now: float) -> str:
 
 def budget_text(plan: "Plan") -> str:
     """``$20.00, 64h 31m at $0.31 an hour``: how far it goes where the run would start."""
-    from spotune.contracts.money import usd
+    from spotune.core.money import usd
 
     budget_usd = plan.record.budget_usd or 0.0
     nodes = int(plan.submission.task.get("num_nodes") or 1)

@@ -1,11 +1,168 @@
-"""``spotune train``."""
+"""``spotune check``, ``train`` and ``resume``: from a config to a run under way."""
 
 import sys
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from spotune.cli.options import config_options, format_option, open_workspace, secret_option, stall_option
+from spotune.core.errors import InputError
+
+if TYPE_CHECKING:
+    from spotune.cost.budgets import Month
+    from spotune.launch.plan import Plan, Wish
+    from spotune.launch.settings import Workspace
+    from spotune.launch.submit import Resumption, Submitted
+
+# From options to a run under way: what ``train``, ``resume`` and ``dev`` share.
+
+AGREE = "look with --dryrun, then add -y"
+_RESOURCES = ("gpus", "num_nodes", "use_spot", "priority", "cpus", "memory")
+
+
+def plan_of(options: Mapping[str, Any], source: str, workspace: "Workspace") -> "Plan":
+    """The plan of ``train``'s options; with ``source`` that of a run to promote."""
+    from spotune.launch.plan import Wish, promote
+    from spotune.launch.task import Resources
+
+    resources = Resources(**{name: options[name] for name in _RESOURCES})
+    config = options["config"] or ""
+    if bool(config) == bool(source):
+        raise InputError("train", "needs a config or --from RUN, and not both", remedy="spotune train CONFIG")
+    rest = {name: value for name, value in options.items() if name not in (*_RESOURCES, "config")}
+    wish = Wish(config_path=config, resources=resources, **rest)
+    return _within_month(promote(source, wish, workspace), workspace) if source else plan_wish(wish, workspace)
+
+
+def plan_wish(wish: "Wish", workspace: "Workspace") -> "Plan":
+    import time
+    from random import SystemRandom
+
+    from spotune.launch.plan import make_plan
+
+    return _within_month(make_plan(wish, workspace, time.time, SystemRandom()), workspace)
+
+
+def month_of(workspace: "Workspace", run_id: str, user: str, team: str) -> "Month":
+    """What the month's budgets have left for a run, or with an empty ``run_id`` for whatever that user pays."""
+    import time
+
+    from spotune.cli.follow import ProgressBar
+    from spotune.cost.budgets import read_month
+
+    with ProgressBar("reading what the month has cost") as progress:
+        warn = lambda message: click.echo(message, err=True)  # noqa: E731
+        return read_month(workspace, run_id, user, team, time.time(), warn, progress)
+
+
+def check_month(workspace: "Workspace") -> None:
+    """Raises InputError where whoever is here has nothing left to spend in this month."""
+    month_of(workspace, "", workspace.env.user, workspace.settings.team).wall_usd(None)
+
+
+def _within_month(plan: "Plan", workspace: "Workspace") -> "Plan":
+    record = plan.record
+    if not workspace.settings.budgets.of(record.user, record.team):
+        return plan
+    from spotune.cost.budgets import within_month
+
+    return within_month(plan, month_of(workspace, plan.run_id, record.user, record.team))
+
+
+def agree_to(plan: "Plan", workspace: "Workspace", yes: bool) -> None:
+    """Shows the plan on stderr, where it is in nobody's way, and asks unless told not to.
+
+    What would be refused is refused before anything is shown. On this machine nothing is bought, so that without a
+    terminal nobody is asked; elsewhere that needs -y. So does what another user has revised.
+    """
+    import time
+
+    from spotune.cli.options import agree, can_ask
+    from spotune.cli.render import plan_text
+    from spotune.launch.engine import infra_of
+    from spotune.launch.submit import existing, with_existing
+
+    workspace.infra(plan.infra)  # opens it: there may be no room for its files
+    found = existing(plan, workspace)
+    plan = with_existing(plan, found)
+    asks = not yes and can_ask()
+    if plan.unseen and not yes and not asks:
+        raise InputError(plan.run_id, f"goes on from what {' and '.join(plan.unseen)} revised", remedy=AGREE)
+    if not yes and not asks and infra_of(plan.infra) != "local":
+        raise InputError("stdin", "nobody to ask", remedy="add -y")
+    click.echo(plan_text(plan, time.time()), err=True)
+    question = f"Launch {plan.run_id}. Proceed?"
+    if found and found.change:
+        question = f"Go on with {plan.run_id}, changed: {found.change.as_followed()}. Proceed?"
+    agree(question, not asks)
+
+
+def submit_plan(plan: "Plan", workspace: "Workspace") -> "Submitted":
+    """Submits, and says so when the run is there already."""
+    from spotune.launch.submit import submit
+
+    done = submit(plan, workspace)
+    if said := {
+        "succeeded": "SUCCEEDED already, nothing to do",
+        "active": "submitted already",
+        "resumed": f"PENDING, and goes on with a change: {done.change.as_followed()}",
+        "cleared": f"may go on with a change: {done.change.as_followed()}. Start it again as before, with"
+        f" SPOTUNE_RUN_ID={plan.run_id}",
+    }.get(done.outcome):
+        click.echo(f"{plan.run_id}: {said}", err=True)
+    return done
+
+
+# ``spotune check``.
+
+
+@click.command()
+@click.argument("config", required=False)
+@config_options
+@click.option("--infra", default="", metavar="NAME", help="Also ask SkyPilot how NAME stands: takes seconds.")
+@format_option()
+def check(
+    config: str | None,
+    profile: str,
+    overrides: tuple[str, ...],
+    allow_env: tuple[str, ...],
+    infra: str,
+    output: str,
+) -> None:
+    """Check CONFIG, its data and its model as far as that goes without running anything.
+
+    Prints one line on stderr for each fault of CONFIG and its profiles, and exits with 2.
+
+    Without CONFIG: this machine and project: settings, bucket, infrastructures, GPUs, and how SkyPilot stands where
+    the settings name an infrastructure of its.
+    """
+    from spotune.cli.options import print_json
+    from spotune.core.errors import InfraError
+    from spotune.launch.check import survey_config, survey_machine
+
+    if not config and (profile or overrides):
+        raise click.UsageError("--profile and --set are of a CONFIG, and there is none.")
+    workspace, silent = open_workspace(), None
+    found = survey_config(config, profile, overrides, workspace, allow_env) if config else survey_machine(workspace)
+    if infra or not config:
+        from spotune.launch.check import survey_place
+
+        try:
+            found |= survey_place(workspace, infra)
+        except InfraError as error:  # what was found without it is shown all the same
+            silent = error
+    print_json(found) if output == "json" else click.echo(_text(found))
+    if silent:
+        raise silent
+
+
+def _text(found: Mapping[str, Any]) -> str:
+    values = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in found.items()}
+    return "\n".join(f"{name:<16}{'-' if value in ('', None) else value}" for name, value in values.items())
+
+
+# ``spotune train``.
 
 
 @click.command()
@@ -51,7 +208,6 @@ def train(source: str, dryrun: bool, yes: bool, detach: bool, output: str, **giv
     import time
 
     from spotune.cli.follow import follow
-    from spotune.cli.launching import agree_to, plan_of, submit_plan
     from spotune.cli.options import print_json
     from spotune.cli.render import plan_text
     from spotune.launch.plan import as_json
@@ -79,3 +235,103 @@ def train(source: str, dryrun: bool, yes: bool, detach: bool, output: str, **giv
         except OSError:  # whoever read our output has left, or it has no room
             click.echo(f"{plan.run_id} goes on (follow it: spotune logs -f {plan.run_id})", err=True)
             raise
+
+
+# ``spotune resume``.
+
+
+@click.command()
+@click.argument("run")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Go on with this key of its config changed."
+)
+@click.option("--budget", metavar="USD", help="Pause once it has cost so much in all, from its start on.")
+@stall_option
+@click.option("--allow-config-change", is_flag=True, help="Also with another config, data, model or libraries.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+def resume(
+    run: str, overrides: tuple[str, ...], budget: str | None, stall_after: str, allow_config_change: bool, yes: bool
+) -> None:
+    """Go on with a run that failed, was cancelled or is paused, from its newest checkpoint.
+
+    Its training length, logging, saving and evaluation may be --set freely. The rest needs --allow-config-change; so do
+    data or a model that were edited, and a run that failed because libraries changed. A run that no queue of this
+    machine has, since it was started by hand or by a bare `sky`, may go on from then on: start it again where it was.
+
+    Shows what the run takes from elsewhere: overrides, env:, remote code, models and data of others, the revision in
+    force. Asks where another user has revised the run; where nobody can be asked that needs -y.
+    """
+    from spotune.core.environment import parse_stall_after
+    from spotune.core.money import parse_usd
+    from spotune.launch import submit
+    from spotune.launch.submit import Edit
+
+    workspace = open_workspace()
+    parse_stall_after(stall_after)
+    budget_usd = None if budget is None else parse_usd(budget, "--budget")
+    month_usd, owner = check_budget(workspace, run, budget_usd)
+    edit = Edit(overrides, allow_config_change, budget_usd, month_usd, owner, stall_after)
+    later: list[str] = []
+    resumed = submit.resume(workspace, run, edit, lambda resumption: later.extend(agree_to_resumption(resumption, yes)))
+    for line in later:
+        click.echo(line, err=True)
+    changed = f", changed: {resumed.change.as_followed()}" if resumed.change else ""
+    if resumed.code:
+        click.echo(f"{run}: its code is not what it was submitted with: {resumed.code}", err=True)
+    if resumed.is_queued:
+        click.echo(f"{run}: PENDING{changed}. Follow it: spotune logs -f {run}")
+    else:
+        click.echo(f"{run}: may go on{changed}. Start it again as before, with SPOTUNE_RUN_ID={run}")
+
+
+def agree_to_resumption(resumption: "Resumption", yes: bool) -> list[str]:
+    """Asks where another user has revised the run, and shows before that what it takes from elsewhere.
+
+    Returns these lines where nobody is asked: they are shown once the run goes on, so that a refusal stays one line.
+    """
+    import time
+
+    from spotune.cli.options import agree, can_ask
+    from spotune.cli.render import fact_lines, origin_text
+    from spotune.core.errors import InputError
+
+    run, others = resumption.run_id, " and ".join(resumption.unseen)
+    facts = [(origin.kind, origin_text(origin, time.time())) for origin in resumption.takes]
+    if others and not yes and not can_ask():
+        changes = "; ".join(text for kind, text in facts if kind == "revision")
+        raise InputError(run, f"was revised by {others}: revision {changes}", remedy="add -y to go on with it")
+    shown = fact_lines([("run", run), *facts]).splitlines() if facts else []
+    if yes or not others:
+        return shown
+    for line in shown:
+        click.echo(line, err=True)
+    agree(f"Go on with {run} as {others} revised it. Proceed?", False)
+    return []
+
+
+def check_budget(workspace: "Workspace", run: str, budget_usd: float | None) -> tuple[float | None, str]:
+    """Refuses what would pause again at once, or what the month's budgets cannot pay for.
+
+    Returns the wall that these leave to a run without a budget of its own, US dollars in all, and whose they are.
+    """
+    from spotune.core.errors import InputError
+    from spotune.core.keys import Keys
+    from spotune.core.revisions import record_in_force
+    from spotune.cost.budgets import check_wall
+    from spotune.cost.collect import report_run
+    from spotune.launch.settings import Budgets
+    from spotune.launch.status import find_run
+
+    record = record_in_force(workspace.store(find_run(workspace, run).bucket), Keys(run))
+    is_priced = record is not None and any(row.price_usd_per_hour > 0 for row in record.price_rows())
+    if budget_usd is not None and not is_priced:
+        raise InputError("--budget", f"cannot be kept: no price was frozen for {run}", remedy="leave it out")
+    if record is None or not is_priced:
+        return None, ""
+    if budget_usd is None and record.budget_usd is None and workspace.settings.budgets == Budgets():
+        return None, ""
+    report = report_run(workspace, run)
+    check_wall(report, budget_usd)
+    month = month_of(workspace, run, report["user"], report["team"])
+    wall_usd = month.wall_usd(report["budget_usd"] if budget_usd is None else budget_usd)
+    return wall_usd, month.tightest.budget.owner if month.tightest else ""

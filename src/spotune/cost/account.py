@@ -1,20 +1,23 @@
-"""What became of one machine: its interval divided, its price, and why it ended."""
+"""A run's machines, each accounted for: its price, its phases, its GPU hours, and why it ended."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from spotune.contracts import exits
-from spotune.contracts.events import EndReason, Event
-from spotune.contracts.keys import commit_of
-from spotune.contracts.money import Place, claimed_place, cost_usd, narrowed, price_of
-from spotune.contracts.records import AttemptRecord, PriceRow
-from spotune.cost.bills import interval_of
-from spotune.cost.eventlog import clean, step_of
-from spotune.cost.evidence import Evidence
-from spotune.cost.join import Machine
-from spotune.cost.phases import Segment, Span, Step, divide
-from spotune.launch.infra import PaidInterval
+from spotune.core import exits
+from spotune.core.errors import BadRecord, InputError, StoreError
+from spotune.core.fields import MOST
+from spotune.core.keys import Keys, commit_of
+from spotune.core.money import HOUR_S, Place, claimed_place, cost_usd, narrowed, price_of
+from spotune.core.protocol import EndReason, Event, number
+from spotune.core.records import AttemptRecord, Bill, PriceRow, check_paid
+from spotune.core.store import Store
+from spotune.cost.machines import Evidence, Machine, interval_of, join, with_bills
+from spotune.cost.phases import Segment, Span, Step, clean, divide, step_of
+from spotune.launch.engine import PaidInterval, State
+
+# What became of one machine: its interval divided, its price, and why it ended.
 
 _REASONS: dict[Any, EndReason] = {
     "completed": "completed", "preempted": "preempted", "failed": "failed",
@@ -137,3 +140,147 @@ def _end_reason(row: PaidInterval | None, marks: Sequence[Event], span: Span) ->
     if row is None:
         return "lost"
     return _REASONS.get(row.end_reason) or _OF_EXIT_CODE.get(row.exit_code, "failed")
+
+
+# GPU hours paid for and GPU hours in which a kernel ran, from what the machine measured of itself.
+
+
+def gpus_of(accelerators: str) -> tuple[str, float]:
+    """``L4:2`` -> ``("L4", 2.0)``; a machine without one is ``cpu`` and has none."""
+    name, _, count = accelerators.partition(":")
+    try:
+        number = float(count or 1)
+    except ValueError:
+        number = 1.0
+    return name or "cpu", (number if 0 < number <= MOST else 1.0) if name else 0.0
+
+
+def gpu_figures(accounts: Sequence[Account]) -> dict[str, Any]:
+    """Of all machines of a run.
+
+    ``gpu_utilization``: mean over the samples, each attempt by its GPU hours; of attempts without one nothing is
+    known, so that they are not in it. ``gpu_busy_hours``: of the attempts that were measured. ``gpu_memory_gib``: the
+    most that was in use, of ``gpu_memory_total_gib``. All None without a sample.
+    """
+    hours = measured = busy = 0.0
+    fullest: tuple[float, float] | None = None
+    for account in accounts:
+        paid = account.paid_s / HOUR_S * account.nodes * gpus_of(account.place.accelerators)[1]
+        hours += paid
+        samples = [event for event in account.events if event["event"] == "gpu"]
+        shares = [share for event in samples if (share := number(event.get("busy"))) is not None and 0 <= share <= 1]
+        if shares:
+            measured += paid
+            busy += paid * sum(shares) / len(shares)
+        for event in samples:
+            used, total = number(event.get("memory_gib")), number(event.get("memory_total_gib"))
+            if used is not None and total is not None:
+                fullest = max(fullest or (used, total), (used, total))
+    return {
+        "gpu_hours": hours,
+        "gpu_utilization": busy / measured if measured else None,
+        "gpu_busy_hours": busy if measured else None,
+        "gpu_memory_gib": fullest and fullest[0],
+        "gpu_memory_total_gib": fullest and fullest[1],
+    }
+
+
+# The machines of a run in order, each accounted for; and the bills that follow from that.
+
+_ON: tuple[State, ...] = ("STARTING", "RUNNING")  # a PENDING or RECOVERING run has no machine
+
+
+def build_accounts(evidence: Evidence, now: float, state: State | None = None) -> list[Account]:
+    """What became of each machine, in order of time.
+
+    ``state``: the run's. The newest attempt of one that runs is on, also where the engine's row of it is not to be had.
+    """
+    billed, rows = with_bills(evidence.intervals, evidence.bills)
+    newest = max((record.attempt for record in evidence.attempts), default=0) if state in _ON else 0
+    accounts: list[Account] = []
+    done_before = 0
+    for machine in join(rows, evidence.attempts, now, billed):
+        account = account_of(machine, evidence, done_before, now, is_on=machine.attempt == newest)
+        accounts.append(account)
+        done_before = max([done_before, *account.committed, *(step.step for step in account.steps)])
+    return accounts
+
+
+def bills_due(evidence: Evidence, accounts: Iterable[Account], is_over: bool = False) -> list[Bill]:
+    """The bills that can be written by now: closed intervals of machines that have none yet.
+
+    A machine that never claimed an attempt has the number that was left free for it, if any, once a later machine has
+    claimed: until then it may still be. Without a number it is billed by its times, the last one once the run
+    ``is_over``.
+    """
+    billed = {bill.attempt for bill in evidence.bills} - {0}
+    latest = max((record.attempt for record in evidence.attempts), default=0)
+    bills = []
+    for account in accounts:
+        row, number = account.machine.interval, account.machine.attempt
+        if row is None or row.ended_at is None or account.machine.is_billed:
+            continue
+        has_number = number is not None and number <= latest
+        if (number not in billed) if has_number else number is None or is_over:
+            bills.append(
+                Bill(
+                    run_id=row.run_id,
+                    attempt=number if number is not None and has_number else 0,
+                    started_at=row.started_at,
+                    ended_at=row.ended_at,
+                    price=vars(account.price) if account.price else {},
+                    nodes=row.nodes,
+                    paid_s=account.paid_s,
+                    cost_usd=account.cost_usd or 0.0,
+                    end_reason=account.end_reason or "lost",
+                    infra=row.infra,
+                    region=row.region,
+                    zone=row.zone,
+                    instance_type=row.instance_type,
+                    accelerators=row.accelerators,
+                    use_spot=row.use_spot,
+                    setup_s=row.setup_s,
+                    reason=row.end_reason,
+                    exit_code=row.exit_code,
+                )
+            )
+    return bills
+
+
+def leave_bills(store: Store, evidence: Evidence, accounts: Sequence[Account], is_over: bool) -> None:
+    """Writes the bills that are due; whoever may only read the bucket gets the report all the same.
+
+    Of a certified run whose every attempt is billed an index looks at nothing any more: that a machine is billed which
+    claimed none, or came after the certificate, is said beside, and first, since a bill is written once.
+    """
+    due = [bill for bill in bills_due(evidence, accounts, is_over) if _is_readable(bill)]
+    with suppress(InputError, StoreError):
+        if (certificate := evidence.certificate) and _is_late(due, evidence.attempts, certificate.attempt):
+            store.create(Keys(evidence.run.run_id).late, b"")
+        write_bills(store, due)
+
+
+def _is_late(due: Iterable[Bill], claims: Iterable[AttemptRecord], certified: int) -> bool:
+    known = {record.attempt for record in claims if record.attempt <= certified}
+    return any(bill.attempt not in known for bill in due)
+
+
+def write_bills(store: Store, bills: Iterable[Bill]) -> None:
+    """Writes the bills that are not there yet. Raises InputError or StoreError.
+
+    One that its own reader would refuse is not written: it would stay for good, and a damaged row of an engine is none.
+    """
+    for bill in filter(_is_readable, bills):
+        keys = Keys(bill.run_id)
+        key = keys.bill(bill.attempt) if bill.attempt else keys.lost_bill(bill.started_at, bill.ended_at)
+        store.create(key, bill.to_bytes())
+
+
+def _is_readable(bill: Bill) -> bool:
+    keys = Keys(bill.run_id)
+    key = keys.bill(bill.attempt) if bill.attempt else f"{keys.lost}/"  # its name is made of times, if they are such
+    try:
+        check_paid(Bill.from_bytes(bill.to_bytes(), key), key)
+    except BadRecord:
+        return False
+    return True

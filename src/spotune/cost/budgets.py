@@ -11,17 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from spotune.contracts.errors import InputError
-from spotune.contracts.money import WARN_AT, usd
-from spotune.cost.collect import all_runs
+from spotune.core.errors import InputError
+from spotune.core.money import WARN_AT, usd
+from spotune.cost.clusters import paid_since
+from spotune.cost.collect import Progress, all_runs
 from spotune.cost.index import Index
-from spotune.cost.periods import name_of, start_of
-from spotune.cost.refresh import Progress
-from spotune.cost.window import paid_since
-from spotune.launch.infra import ACTIVE
+from spotune.cost.rows import name_of, start_of
+from spotune.launch.engine import ACTIVE
 from spotune.launch.plan import BUDGET_FLAG, Plan
-from spotune.launch.settings import MonthlyBudget
-from spotune.launch.workspace import Workspace
+from spotune.launch.settings import MonthlyBudget, Workspace
 
 _LEAST_USD = 1e-9  # less is what sums of cents leave over
 

@@ -1,13 +1,164 @@
 """The pictures of a report: where the time went, attempts over time, loss over steps, cost over time."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from itertools import pairwise
 from statistics import median
 from typing import Any
 
-from spotune.cost import svg, words
-from spotune.cost.scale import number_ticks, placer, time_ticks
+from spotune.cost import words
+
+# Axes: round ticks for seconds, dollars and losses.
+
+_TIMES_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400)
+
+
+def time_ticks(length_s: float, most: int = 6) -> list[float]:
+    """Round times from 0 up to ``length_s``."""
+    width = length_s / most
+    step = next((size for size in _TIMES_S if size >= width), None)
+    if step is None or width < 0.5:
+        return number_ticks(0.0, length_s, most) if step is not None else _every(_nice(width / 86400) * 86400, length_s)
+    return _every(step, length_s)
+
+
+def number_ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Round numbers within ``low`` and ``high``."""
+    if not high > low:
+        return [low]
+    step = _nice((high - low) / most)
+    first = math.ceil(low / step - 1e-9)
+    return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def placer(low: float, high: float, size: float) -> Callable[[float], float]:
+    """Maps ``low``..``high`` (either may be the greater) to 0..``size``; all to the middle where they are the same."""
+    return lambda value: (value - low) / (high - low) * size if high != low else size / 2
+
+
+def tick_text(seconds: float) -> str:
+    """``0``, ``30 s``, ``2m``, ``1h 30m``."""
+    if seconds == 0:
+        return "0"
+    if seconds < 60:
+        return f"{seconds:g} s"
+    left, parts = round(seconds), []
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
+        amount, left = divmod(left, size)
+        if amount:
+            parts.append(f"{amount}{unit}")
+    return " ".join(parts)
+
+
+def _nice(width: float) -> float:
+    """The next of 1, 2, 5 x 10^n."""
+    power = 10.0 ** math.floor(math.log10(width))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= width * (1 - 1e-9))
+
+
+def _every(step: float, end: float) -> list[float]:
+    return [index * step for index in range(int(end / step + 1e-9) + 1)]
+
+
+# Pieces of pictures. x is given in percent and text keeps its size, so that one picture fits a phone and a desk.
+#
+# Lines are drawn in an inner picture of 1000 x 1000 that is stretched, their strokes are not.
+
+SIDE = 1000.0
+# Not by colour alone: these phases have a pattern of the card's colour over theirs.
+_PATTERNS = {
+    "replayed": '<path d="M-2 2l4-4M0 8l8-8M6 10l4-4" stroke-width="2.4"/>',
+    "data_wait": '<path d="M0 4h8" stroke-width="2"/>',
+    "provision": '<path d="M4 0v8" stroke-width="2.4"/>',
+    "setup": '<path d="M-2 6l4 4M0 0l8 8M6-2l4 4" stroke-width="1.6"/>',
+    "stalled": '<path d="M1 1l6 6M7 1l-6 6" stroke-width="1.6"/>',
+    "restore": '<path d="M4 0v8M0 4h8" stroke-width="1.4"/>',
+    "teardown": '<path d="M0 2h8M0 6h8" stroke-width="1.2"/>',
+    "unknown": '<path d="M2 2h0M6 6h0" stroke-width="3.4" stroke-linecap="round"/>',
+}
+
+
+def patterns() -> str:
+    """Definitions that the other pieces refer to; once in a page."""
+    shapes = "".join(
+        f'<pattern id="over-{name}" width="8" height="8" patternUnits="userSpaceOnUse">'
+        f'<g fill="none" style="stroke:var(--card)">{shape}</g></pattern>'
+        for name, shape in _PATTERNS.items()
+    )
+    return f'<svg width="0" height="0" aria-hidden="true" style="position:absolute"><defs>{shapes}</defs></svg>'
+
+
+def bar(phase: str, x: float, width: float, height: float, hint: str = "") -> str:
+    """A piece of a strip; x and width in percent."""
+    place = f'x="{x:.3f}%" width="{max(width, 0.001):.3f}%" height="{height:g}"'
+    title = f"<title>{escape(hint)}</title>" if hint else ""
+    over = f'<rect {place} fill="url(#over-{phase})" pointer-events="none"/>' if phase in _PATTERNS else ""
+    return f'<rect {place} class="{phase}">{title}</rect>{over}'
+
+
+def swatch(phase: str) -> str:
+    return f'<svg class="swatch" aria-hidden="true">{bar(phase, 0, 100, 16)}</svg>'
+
+
+def stroke(kind: str) -> str:
+    """A line's entry in a legend; a ``mark`` and a ``fault`` stand upright."""
+    path = (
+        f'<path class="{kind}" d="M14 0v16"/>'
+        if kind in ("mark", "fault")
+        else f'<path class="line {kind}" d="M2 8h24"/>'
+    )
+    return f'<svg class="stroke" aria-hidden="true">{path}</svg>'
+
+
+def svg_picture(name: str, text: str, height: float, content: str) -> str:
+    """A picture with a text for those who do not see it."""
+    return (
+        f'<svg role="img" aria-labelledby="{name}-t {name}-d" height="{height:g}">'
+        f'<title id="{name}-t">{escape(text.partition(": ")[0])}</title><desc id="{name}-d">{escape(text)}</desc>'
+        f"{content}</svg>"
+    )
+
+
+def plot(height: float, content: str) -> str:
+    """The inner, stretched picture that lines are drawn in."""
+    return (
+        f'<svg x="0" y="0" width="100%" height="{height:g}" viewBox="0 0 {SIDE:g} {SIDE:g}" '
+        f'preserveAspectRatio="none" overflow="visible">{content}</svg>'
+    )
+
+
+def line(points: Sequence[tuple[float, float]], kind: str) -> str:
+    """A line through points of the stretched picture; a single one is a dot."""
+    if not points:
+        return ""
+    (x, y), *rest = points
+    steps = "".join(f"L{x:.1f} {y:.1f}" for x, y in rest) or "h0"
+    return f'<path class="line {kind}" d="M{x:.1f} {y:.1f}{steps}"/>'
+
+
+def x_axis(places: Sequence[tuple[float, str]], y: float) -> str:
+    """Labels below a picture: (percent, text)."""
+    labels = []
+    for index, (x, text) in enumerate(places):
+        anchor = "start" if x < 3 else "end" if x > 97 else "middle"
+        odd = ' class="odd"' if index % 2 else ""
+        labels.append(f'<text x="{x:.2f}%" y="{y:g}" text-anchor="{anchor}"{odd}>{escape(text)}</text>')
+    return "".join(labels)
+
+
+def y_axis(places: Sequence[tuple[float, str]]) -> str:
+    """Lines across with their value on them: (pixels from the top, text)."""
+    return "".join(
+        f'<line class="grid" x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<text class="halo" x="0" y="{y - 4:.1f}">{escape(text)}</text>'
+        for y, text in places
+    )
+
+
+def time_axis(ticks: Sequence[float], length_s: float, y: float) -> str:
+    return x_axis([(tick / length_s * 100, tick_text(tick)) for tick in ticks], y)
+
 
 _STRIP, _PLOT = 26.0, 220.0
 _LABEL = 0.07  # of the picture's width, on a phone too
@@ -16,7 +167,7 @@ Points = list[tuple[float, float]]
 
 def legend(phases: Sequence[str]) -> str:
     """Those of the phases that occur, in their usual order."""
-    items = "".join(f"<li>{svg.swatch(phase)}{words.PHASES[phase][0]}</li>" for phase in phases)
+    items = "".join(f"<li>{swatch(phase)}{words.PHASES[phase][0]}</li>" for phase in phases)
     return f'<ul class="legend">{items}</ul>'
 
 
@@ -27,12 +178,12 @@ def phases_bar(report: Mapping[str, Any]) -> str:
     content, x = "", 0.0
     for phase, seconds in shares:
         width = seconds / report["paid_s"] * 100
-        content += svg.bar(phase, x, width, 34, f"{words.PHASES[phase][0]}: {words.duration(seconds)}")
+        content += bar(phase, x, width, 34, f"{words.PHASES[phase][0]}: {words.duration(seconds)}")
         x += width
     said = ", ".join(
         f"{words.PHASES[phase][0]} {words.percent(seconds / report['paid_s'])}" for phase, seconds in shares
     )
-    return svg.picture("phases", f"Paid time by phase: {said}", 34, content)
+    return svg_picture("phases", f"Paid time by phase: {said}", 34, content)
 
 
 def strips(report: Mapping[str, Any]) -> str:
@@ -44,7 +195,7 @@ def strips(report: Mapping[str, Any]) -> str:
         content = f'<rect class="edge" x="0" y=".5" width="100%" height="{_STRIP - 1:g}"/>'
         for offset, seconds, phase in attempt["timeline"]:
             hint = f"{words.PHASES[phase][0]}: {words.duration(seconds)}"
-            content += svg.bar(phase, (start + offset) / length_s * 100, seconds / length_s * 100, _STRIP, hint)
+            content += bar(phase, (start + offset) / length_s * 100, seconds / length_s * 100, _STRIP, hint)
         sums = [(phase, attempt["phases"][f"{phase}_s"]) for phase in words.PHASES]
         said = ", ".join(
             f"{words.PHASES[name][0]} {words.duration(paid)}" for name, paid in sums if words.is_seen(paid)
@@ -53,8 +204,8 @@ def strips(report: Mapping[str, Any]) -> str:
         facts = [words.market(attempt), words.duration(attempt["paid_s"])]
         facts += [f"steps {words.steps(attempt)}"] if attempt["last_step"] else []
         label = f"<p><b>{_name(attempt)}</b> · {escape(' · '.join(facts))} · <b>{escape(words.end(attempt))}</b></p>"
-        parts.append(f'<div class="strip">{label}{svg.picture(f"strip{index}", text, _STRIP, content)}</div>')
-    axis = svg.time_axis(time_ticks(length_s), length_s, 14)
+        parts.append(f'<div class="strip">{label}{svg_picture(f"strip{index}", text, _STRIP, content)}</div>')
+    axis = time_axis(time_ticks(length_s), length_s, 14)
     return f'{"".join(parts)}<svg class="axis" height="18" aria-hidden="true">{axis}</svg>'
 
 
@@ -69,33 +220,33 @@ def loss_chart(report: Mapping[str, Any]) -> str:
     low, high = min(loss for _, loss in every), max(loss for _, loss in every)
     pad = (high - low) * 0.06 or max(abs(high) * 0.1, 0.1)
     low, high = low - pad, high + pad
-    x, y = placer(0, last, svg.SIDE), placer(high, low, svg.SIDE)
+    x, y = placer(0, last, SIDE), placer(high, low, SIDE)
 
     def place(points: Points) -> Points:
         return [(x(step), y(loss)) for step, loss in points]
 
-    lines = "".join(svg.line(place(run), "old") for run in old) + "".join(svg.line(place(run), "main") for run in kept)
+    lines = "".join(line(place(run), "old") for run in old) + "".join(line(place(run), "main") for run in kept)
     marks, labels, starts = _starts(report["attempts"], last)
-    faults = "".join(f'<path class="fault" d="M{x(step):.1f} 0V{svg.SIDE:g}"/>' for step in lost)
-    unit = _PLOT / svg.SIDE
-    axes = svg.y_axis([(y(tick) * unit, f"{tick:.4g}") for tick in number_ticks(low, high, 4)])
-    axes += svg.x_axis([(x(tick) / 10, f"{tick:g}") for tick in number_ticks(0, last, 6)], _PLOT + 18)
+    faults = "".join(f'<path class="fault" d="M{x(step):.1f} 0V{SIDE:g}"/>' for step in lost)
+    unit = _PLOT / SIDE
+    axes = y_axis([(y(tick) * unit, f"{tick:.4g}") for tick in number_ticks(low, high, 4)])
+    axes += x_axis([(x(tick) / 10, f"{tick:g}") for tick in number_ticks(0, last, 6)], _PLOT + 18)
     (step, loss), (last_step, last_loss) = (kept or old)[0][0], (kept or old)[-1][-1]
     text = f"Loss over steps: from {loss:.3f} at step {step:g} to {last_loss:.3f} at step {last_step:g}"
     text += "".join(f"; {said}" for said in (*starts, *words.losses(report)))
-    key = f"<li>{svg.stroke('main')}what counts</li>"
-    key += f"<li>{svg.stroke('old')}done again by a later attempt</li>" if "band" in marks or old else ""
-    key += f"<li>{svg.stroke('mark')}an attempt goes on</li>" if marks else ""
-    key += f"<li>{svg.stroke('fault')}not finite: NaN or infinite</li>" if lost else ""
+    key = f"<li>{stroke('main')}what counts</li>"
+    key += f"<li>{stroke('old')}done again by a later attempt</li>" if "band" in marks or old else ""
+    key += f"<li>{stroke('mark')}an attempt goes on</li>" if marks else ""
+    key += f"<li>{stroke('fault')}not finite: NaN or infinite</li>" if lost else ""
     key += "<li>a gap: no record of these steps</li>" if len(kept) > 1 else ""
     # The bands first: an attempt that begins at step 0 again would cover the axis.
-    content = svg.plot(_PLOT, marks) + axes + svg.plot(_PLOT, faults + lines) + labels
-    return f'<ul class="legend">{key}</ul>{svg.picture("loss", text, _PLOT + 24, content)}'
+    content = plot(_PLOT, marks) + axes + plot(_PLOT, faults + lines) + labels
+    return f'<ul class="legend">{key}</ul>{svg_picture("loss", text, _PLOT + 24, content)}'
 
 
 def _starts(attempts: Sequence[Mapping[str, Any]], last: float) -> tuple[str, str, list[str]]:
     """Where attempts go on, with a band over the steps that are done again: marks, their labels, and in words."""
-    x = placer(0, last, svg.SIDE)
+    x = placer(0, last, SIDE)
     marks, said = "", []
     labels: list[tuple[float, str]] = []  # step, names
     reached = attempts[0]["last_step"] or 0
@@ -105,9 +256,9 @@ def _starts(attempts: Sequence[Mapping[str, Any]], last: float) -> tuple[str, st
             said.append(f"attempt {attempt['attempt']} goes on from step {step}")
             if step < again:
                 width = x(again) - x(step)
-                marks += f'<rect class="band" x="{x(step):.1f}" width="{width:.1f}" height="{svg.SIDE:g}"/>'
+                marks += f'<rect class="band" x="{x(step):.1f}" width="{width:.1f}" height="{SIDE:g}"/>'
                 said[-1] += f", {again - step} steps again"
-            marks += f'<path class="mark" d="M{x(step):.1f} 0V{svg.SIDE:g}"/>'
+            marks += f'<path class="mark" d="M{x(step):.1f} 0V{SIDE:g}"/>'
             if labels and step - labels[-1][0] < last * _LABEL:  # else they would lie on each other
                 labels[-1] = (labels[-1][0], f"{labels[-1][1]} #{attempt['attempt']}")
             else:
@@ -139,19 +290,19 @@ def cost_chart(report: Mapping[str, Any]) -> str:
         top = other["usd"] * (reach - start) / other["seconds"] if other["seconds"] else 0.0
         plan = [(start, 0.0), (reach, top), (length_s, top)]
     high = max(usd for _, usd in (*spent, *plan)) * 1.12
-    x, y = placer(0, length_s, svg.SIDE), placer(high, 0, svg.SIDE)
-    lines = svg.line([(x(at), y(usd)) for at, usd in plan], "plan")
-    lines += svg.line([(x(at), y(usd)) for at, usd in spent], "main")
-    unit = _PLOT / svg.SIDE
-    axes = svg.y_axis([(y(tick) * unit, words.usd(tick) if tick else "") for tick in number_ticks(0, high, 4)])
-    axes += svg.time_axis(time_ticks(length_s), length_s, _PLOT + 18)
-    key = f"<li>{svg.stroke('main')}this run: {words.usd(report['cost_usd'])}</li>"
+    x, y = placer(0, length_s, SIDE), placer(high, 0, SIDE)
+    lines = line([(x(at), y(usd)) for at, usd in plan], "plan")
+    lines += line([(x(at), y(usd)) for at, usd in spent], "main")
+    unit = _PLOT / SIDE
+    axes = y_axis([(y(tick) * unit, words.usd(tick) if tick else "") for tick in number_ticks(0, high, 4)])
+    axes += time_axis(time_ticks(length_s), length_s, _PLOT + 18)
+    key = f"<li>{stroke('main')}this run: {words.usd(report['cost_usd'])}</li>"
     text = f"Cost over time: this run reaches {words.usd(report['cost_usd'])} after {words.duration(length_s)}"
     if other:
         said = f"{words.usd(other['usd'])}, {words.duration(other['seconds'])} at ${other['price_usd_per_hour']:g}/h"
-        key += f"<li>{svg.stroke('plan')}the same work on demand: {escape(said)}</li>"
+        key += f"<li>{stroke('plan')}the same work on demand: {escape(said)}</li>"
         text += f"; the same work on demand would have cost {said}"
-    picture = svg.picture("cost", text, _PLOT + 24, axes + svg.plot(_PLOT, lines))
+    picture = svg_picture("cost", text, _PLOT + 24, axes + plot(_PLOT, lines))
     return f'<ul class="legend">{key}</ul>{picture}'
 
 

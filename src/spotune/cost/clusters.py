@@ -1,18 +1,21 @@
-"""Dev clusters for whoever pays for them: which runs were on each, what they had of it, and what was idle."""
+"""Dev clusters for whoever pays for them, and what was paid since a time."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from spotune.contracts.clusters import ClusterRecord, read_clusters
-from spotune.contracts.money import cost_usd
-from spotune.contracts.store import Store
-from spotune.cost.groups import Run
+from spotune.core.clusters import ClusterRecord, read_clusters
+from spotune.core.money import cost_usd
+from spotune.core.store import Store
 from spotune.cost.index import Index
+from spotune.cost.rows import COLUMNS, Idle, Run
 from spotune.cost.sharing import Split, Use, price_of_part, split_all
-from spotune.launch.infra import ACTIVE
+from spotune.launch.engine import ACTIVE
+
+# Dev clusters for whoever pays for them: which runs were on each, what they had of it, and what was idle.
 
 _USED = ("attempt", "started_at", "ended_at", "end_reason", "nodes", "cluster", "gpu_share")
-COLUMNS = (
+CLUSTER_COLUMNS = (
     "name", "owner", "team", "infra", "accelerators", "nodes", "launched_at", "is_up", "price_usd_per_hour",
     "price_source", "paid_s", "cost_usd", "runs", "idle_s", "idle_usd", "idle_since", "idle_usd_per_hour", "seen_at",
 )  # fmt: skip
@@ -42,7 +45,7 @@ def cluster_rows(splits: Iterable[Split], runs: Iterable[Run]) -> list[dict[str,
 
 def flat_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The same for a table: how many runs there were."""
-    return [{name: len(row["runs"]) if name == "runs" else row[name] for name in COLUMNS} for row in rows]
+    return [{name: len(row["runs"]) if name == "runs" else row[name] for name in CLUSTER_COLUMNS} for row in rows]
 
 
 def charged(attempts: Iterable[Run], splits: Iterable[Split]) -> Iterator[Run]:
@@ -145,3 +148,57 @@ def _row(split: Split, totals: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any
         "idle_usd_per_hour": split.idle_usd_per_hour,
         "seen_at": cluster.updated_at,
     }
+
+
+# What was paid since a time, whenever it was submitted: attempts and dev clusters, cut there.
+
+Warn = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Paid:
+    """Runs that were paid for since then, or submitted; what of their attempts lies in that time; and idle clusters.
+
+    What a run would have cost on demand is known of the whole run only: of one that began earlier it is None.
+    """
+
+    runs: Sequence[Run]
+    attempts: Sequence[Run]
+    idle: Sequence[Idle]
+
+
+def paid_since(store: Store, index: Index, since: float, warn: Warn) -> Paid:
+    """``store``: the bucket with the clusters' records; ``warn`` is told of one that cannot be read."""
+    splits = splits_of(store, index, since, warn)
+    attempts = list(charged(clip(index.attempts(since, COLUMNS), since), splits))
+    seen = {key for key, _ in attempts}
+    runs: list[Run] = []
+    for key, totals in index.runs(0.0):
+        if totals["submitted_at"] >= since:
+            runs.append((key, totals))
+        elif key in seen:
+            runs.append((key, {**totals, "on_demand_usd": None, "saved_usd": None}))
+    return Paid(runs, attempts, list(idle_of(splits)))
+
+
+def charges_since(store: Store, index: Index, since: float, warn: Warn) -> Paid:
+    """The same, but nothing is cut: attempts and what was idle, whole, where a part of it was paid for since then."""
+    splits = splits_of(store, index, 0.0, warn)
+    attempts = list(charged(index.attempts(since), splits))
+    seen = {key for key, _ in attempts}
+    runs = [(key, totals) for key, totals in index.runs(0.0) if key in seen]
+    return Paid(runs, attempts, [piece for piece in idle_of(splits) if piece["started_at"] + piece["paid_s"] > since])
+
+
+def clip(attempts: Iterable[Run], since: float) -> Iterator[Run]:
+    """Of each attempt what came after that time; seconds and dollars in proportion."""
+    for key, attempt in attempts:
+        before_s = since - attempt["started_at"]
+        if before_s <= 0:
+            yield key, attempt
+        elif before_s < attempt["paid_s"]:
+            left = 1 - before_s / attempt["paid_s"]
+            cut = {
+                name: attempt[name] * left for name in ("paid_s", "useful_s", "cost_usd") if attempt[name] is not None
+            }
+            yield key, {**attempt, **cut, "started_at": since}

@@ -1,14 +1,261 @@
-"""From a workspace to reports: asks the engine and the bucket, and leaves the bills that are due."""
+"""From a workspace to reports: which runs have to be read again, and reading them."""
 
+import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from os import cpu_count
 from typing import Any, TypeVar
 
-from spotune.cost.index import Index, index_file, use_index
-from spotune.cost.refresh import Progress, refresh, report_of
-from spotune.launch.infra import is_infra
-from spotune.launch.status import LAST_SEEN, find_run
-from spotune.launch.workspace import Workspace
+from spotune.core.errors import BadRecord, InputError, StoreError
+from spotune.core.keys import LATE, RUN_ID, RUNS, Keys
+from spotune.core.records import RunRecord
+from spotune.core.store import FOR_VERBS, Store
+from spotune.cost.account import build_accounts, leave_bills
+from spotune.cost.index import Entry, Index, Key, index_file, use_index
+from spotune.cost.read import each, read_evidence
+from spotune.cost.report import build_report, estimates
+from spotune.cost.rows import indexed_attempts, run_row
+from spotune.launch.engine import ACTIVE, JobStatus, PaidInterval, is_infra
+from spotune.launch.settings import Workspace
+from spotune.launch.status import LAST_SEEN, certify_if_reachable, find_run, jobs_of, read_run
+
+# Which runs have to be read again, and reading them: what cannot have changed is taken from the index.
+#
+# A run stays as it is indexed once it does not run any more, every machine of its is off, a dev cluster that it was on
+# has a price, and nothing of its records in the bucket has come or gone since; of a certified one whose machines the
+# engine has accounted for, not even that is looked at.
+
+GONE = "removed"  # in the place of a fingerprint: there is no record of the run any more
+MANY = 200  # from here on it pays to start processes: reading a run is work for the CPU
+CHUNK = 50
+
+Progress = Callable[[int, int], None]  # runs read, runs to read
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that could not be read, and why."""
+
+    key: Key
+    why: str
+
+
+Found = Entry | Failure | None  # None: there is no such run
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the engines say: jobs by bucket and run, and whether all engines did."""
+
+    jobs: Mapping[Key, JobStatus]
+    is_whole: bool
+
+
+def refresh(
+    workspace: Workspace, index: Index, now: float, warn: Callable[[str], None], progress: Progress | None = None
+) -> None:
+    """Brings the index up to the bucket and the engines. ``warn`` is told of what could not be read."""
+    bucket = workspace.env.bucket
+    known = _ask_engines(workspace, warn)
+    wanted = {(bucket, name) for name in workspace.store().folders(RUNS) if RUN_ID.fullmatch(name)}
+    wanted |= {key for key, job in known.jobs.items() if key[0] != bucket or job.attempt}  # also without its folder
+    indexed = index.keep_only(wanted)
+    stale = _stale(workspace, index, wanted, known, warn)
+    done = 0
+    for size, found in _read(workspace, stale, known, now):
+        index.put([one for one in found if isinstance(one, Entry)])
+        for message in (line for one in found for line in _lines(one, indexed)):
+            warn(message)
+        done += size
+        if progress:
+            progress(done, len(stale))
+
+
+def _lines(found: Found, indexed: set[Key]) -> list[str]:
+    """What has to be said of a run."""
+    match found:
+        case Failure(key, why):
+            return [f"{key[1]} is {'shown as it was' if key in indexed else 'left out'}: {why}"]
+        case Entry():
+            return [f"{found.run_id} is shown without one of its records: {line}" for line in found.unread]
+    return []
+
+
+def _ask_engines(workspace: Workspace, warn: Callable[[str], None]) -> Known:
+    silent: list[str] = []
+    jobs = [job for engine in workspace.engines() for job in jobs_of(engine, True, silent.append)]
+    for message in silent:
+        warn(message)
+    return Known({(job.bucket or workspace.env.bucket, job.run_id): job for job in jobs}, is_whole=not silent)
+
+
+def _late(workspace: Workspace, warn: Callable[[str], None]) -> set[str]:
+    try:
+        return set(workspace.store().keys(LATE))
+    except (InputError, StoreError) as error:
+        warn(f"bills that came late are not looked for: {error}")
+        return set()
+
+
+def _stale(
+    workspace: Workspace, index: Index, wanted: Iterable[Key], known: Known, warn: Callable[[str], None]
+) -> list[Key]:
+    """Those of the runs that have to be read, in order."""
+    stamps = index.stamps()
+    late = _late(workspace, warn)
+
+    def is_active(key: Key) -> bool:
+        return key in known.jobs and known.jobs[key].state in ACTIVE
+
+    def is_stale(key: Key) -> bool:
+        try:
+            return key not in stamps or is_active(key) or stamps[key] != stamp_of(workspace.store(key[0]), key[1])
+        except (InputError, StoreError):  # the run's bucket is gone, or its folder cannot be read: that is said next
+            return True
+
+    # The others cannot change any more, but for a bill that comes late.
+    open_ones = [key for key in wanted if stamps.get(key) != "" or is_active(key) or Keys(key[1]).late in late]
+    answers = each(workspace.env.bucket, is_stale, open_ones)
+    return sorted(key for key, stale in zip(open_ones, answers, strict=True) if stale)
+
+
+def stamp_of(store: Store, run_id: str) -> str:
+    """A digest of the names of a run's records: they are never rewritten, so that a change is a name more or less."""
+    keys = Keys(run_id)
+    there = {f"{keys.root}/{name}" for name in store.names(keys.root)}  # spares asking for what is not
+    folders = [folder for folder in (keys.attempts, keys.lost, keys.revisions) if f"{folder}/" in there]
+    names = [key for folder in folders for key in store.keys(folder)]
+    names += [keys.completed] if f"{keys.output}/" in there and store.exists(keys.completed) else []
+    names += [key for key in (keys.failed, keys.paused, keys.cancelled) if key in there]
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+
+
+def _read(
+    workspace: Workspace, stale: Sequence[Key], known: Known, now: float
+) -> Iterator[tuple[int, Sequence[Found]]]:
+    """A chunk of runs at a time: how many they were, and what was found of them."""
+    with_engine = [key for key in stale if key in known.jobs]
+    rest = [key[1] for key in stale if key not in known.jobs]
+    bucket = workspace.env.bucket
+    for keys in _chunks(with_engine):
+        yield len(keys), each(bucket, lambda key: _read_known(workspace, key, known.jobs[key], now), keys)
+    if len(rest) < MANY:
+        for run_ids in _chunks(rest):
+            yield len(run_ids), read_chunk(bucket, run_ids, known.is_whole, now)
+        return
+    from concurrent.futures import ProcessPoolExecutor  # here: most calls have nothing to read, and do not wait for it
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(cpu_count(), mp_context=get_context("spawn")) as processes:
+        futures = [
+            (len(run_ids), processes.submit(read_chunk, bucket, run_ids, known.is_whole, now))
+            for run_ids in _chunks(rest)
+        ]
+        for size, future in futures:
+            yield size, future.result()
+
+
+def _chunks(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
+    return (items[at : at + CHUNK] for at in range(0, len(items), CHUNK))
+
+
+def read_chunk(bucket: str, run_ids: Sequence[str], is_whole: bool, now: float) -> list[Found]:
+    """Runs that no engine here knows, from their bucket alone."""
+    store = Store(bucket, FOR_VERBS)
+
+    def read(run_id: str) -> Found:
+        try:
+            stamp = stamp_of(store, run_id)
+            status = read_run(store, run_id, now)
+            return entry_of(store, status, [], stamp, is_whole, now) if status else None
+        except (InputError, StoreError) as error:
+            return Failure((bucket, run_id), str(error))
+
+    return each(bucket, read, run_ids)
+
+
+def _read_known(workspace: Workspace, key: Key, job: JobStatus, now: float) -> Found:
+    history: Sequence[PaidInterval] = []
+    try:
+        store = workspace.store(key[0])
+        history = workspace.infra(job.infra).history(key[1])
+        stamp = stamp_of(store, key[1])
+        status = certify_if_reachable(job, store)
+        entry = entry_of(store, status, history, stamp, True, now)
+        # A machine that is lost right after the certificate is followed by another.
+        return replace(entry, settled=False) if job.state in ACTIVE else entry
+    except InputError as error:
+        is_here = key[0] == workspace.env.bucket  # else: the engine remembers a run whose bucket is gone
+        return Failure(key, str(error)) if is_here and history else None
+    except StoreError as error:
+        return Failure(key, str(error))
+
+
+def entry_of(
+    store: Store, status: JobStatus, history: Sequence[PaidInterval], stamp: str, is_whole: bool, now: float
+) -> Entry:
+    """A run's entry.
+
+    ``is_whole``: whether all engines answered, so that what no row was found for has none here.
+    """
+    report = report_of(store, status, history, now, is_drawn=False)
+    unread = report["unread"]  # it may be mended, under the same name
+    is_off = status.state not in ACTIVE and all(attempt["ended_at"] is not None for attempt in report["attempts"])
+    is_reconciled = not report["unreconciled_s"]
+    is_claimed = all(attempt["claimed"] for attempt in report["attempts"])
+    is_final = is_off and is_reconciled and is_claimed and status.state == "SUCCEEDED"
+    is_booked = all(attempt["cost_usd"] is not None for attempt in report["attempts"] if attempt["cluster"])
+    settled = is_off and (is_whole or is_reconciled) and is_booked and not unread
+    totals, attempts = run_row(report), indexed_attempts(report)
+    return Entry(store.url, status.run_id, "" if is_final else stamp, settled, totals, attempts, unread)
+
+
+def report_of(
+    store: Store, status: JobStatus, history: Sequence[PaidInterval], now: float, is_drawn: bool = True
+) -> dict[str, Any]:
+    """A run's report, with its ``bucket``; bills that are due are left there on the way."""
+    with _one_shape(status.run_id):
+        evidence = read_evidence(store, status.run_id, history, *([_stand_in(status)] if history else []))
+        if history and evidence.run.config_sha256 == GONE and status.state in ACTIVE:
+            gone = (
+                f"{Keys(status.run_id).run}: missing, its folder was removed; what was paid for it is the engine's word"
+            )
+            evidence = replace(evidence, unread=[*evidence.unread, gone])
+        is_heard = not status.reason.startswith(LAST_SEEN)  # else nobody knows whether its machine is still on
+        accounts = build_accounts(evidence, now, status.state if is_heard else None)
+        leave_bills(store, evidence, accounts, is_over=status.state not in ACTIVE)
+        report = build_report(evidence, status.state, now, accounts, is_drawn, is_heard)
+        return {**report, "bucket": store.url, "estimates": estimates(evidence, store.url), "reason": status.reason}
+
+
+def _stand_in(status: JobStatus) -> RunRecord:
+    """What the engine knows of a run whose folder was removed: no config, and no prices."""
+    return RunRecord(
+        run_id=status.run_id,
+        created_at=status.submitted_at,
+        user=status.user,
+        infra=status.infra,
+        priority=status.priority,
+        config_path="",
+        config={},
+        config_sha256=GONE,
+        data_sha256="",
+    )
+
+
+@contextmanager
+def _one_shape(run_id: str) -> Iterator[None]:
+    """A bucket is shared: what somebody else wrote there in a shape that nobody expects costs a line, not the list."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise BadRecord(f"{Keys(run_id).root}: a record is not in the shape that it should be: {error!r}") from error
+
+
+# From a workspace to reports: asks the engine and the bucket, and leaves the bills that are due.
 
 Result = TypeVar("Result")
 
@@ -37,7 +284,7 @@ def all_runs(
         asks_clusters: SkyPilot is asked first of the dev clusters that were still up when it was last.
     """
     if asks_clusters:
-        from spotune.launch.skypilot.booking import book_open  # here: most reports have nothing to book
+        from spotune.launch.skypilot.clusters import book_open  # here: most reports have nothing to book
 
         book_open(workspace, warn)
 

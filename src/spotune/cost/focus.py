@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from spotune.contracts.money import HOUR_S
-from spotune.cost.gpus import gpus_of
-from spotune.cost.periods import cut, end_of
+from spotune.core.money import HOUR_S
+from spotune.cost.account import gpus_of
+from spotune.cost.rows import cut, end_of
 
 VERSION = "1.2"
 COLUMNS = (

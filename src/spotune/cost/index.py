@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from spotune.contracts.errors import InfraError
-from spotune.contracts.localstate import set_aside
+from spotune.core.errors import InfraError
+from spotune.core.io import set_aside
 from spotune.cost.rows import INDEXED as COLUMNS
 from spotune.cost.rows import RUN as TOTALS
 

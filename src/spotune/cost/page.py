@@ -3,16 +3,110 @@
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.errors import InputError
-from spotune.cost import charts, svg, words
-from spotune.cost import pagetables as tables
-from spotune.cost.table import notes_of
+from spotune.core.errors import InputError
+from spotune.cost import charts, words
+from spotune.cost.read import COUNTS
+from spotune.cost.tables import notes_of
+
+# The tables of a report's page.
+
+
+def phases(report: Mapping[str, Any], present: Sequence[str]) -> str:
+    rows = ""
+    for phase in present:
+        name, what = words.PHASES[phase]
+        seconds = report["phases"][f"{phase}_s"]
+        share = seconds / report["paid_s"]
+        drawn = f'<svg height="14" aria-hidden="true">{charts.bar(phase, 0, max(share * 100, 0.4), 14)}</svg>'
+        rows += (
+            f'<tr><th scope="row">{charts.swatch(phase)} {name}</th><td class="soft what">{what}</td>'
+            f'<td class="n">{words.duration(seconds)}</td><td class="n">{words.percent(share)}</td>'
+            f'<td class="share">{drawn}</td></tr>'
+        )
+    waited = words.duration(report["phases"]["queue_s"])
+    return (
+        f'{charts.phases_bar(report)}<table class="phases">'
+        f"<caption>{words.duration(report['paid_s'])} paid; another {waited} "
+        'were spent waiting for machines, unpaid.</caption><thead><tr><th scope="col">Phase</th>'
+        '<th scope="col" class="what">What</th><th scope="col" class="n">Time</th><th scope="col" class="n">Share</th>'
+        f'<th scope="col"><span aria-hidden="true"></span></th></tr></thead><tbody>{rows}</tbody></table>'
+    )
+
+
+def machines(attempts: Sequence[Mapping[str, Any]]) -> str:
+    # The money first: on a phone the rest is beyond the screen's edge.
+    titles = ("Attempt", "Cost", "Paid", "Steps", "Ended", "Kind", "$/hour", "Machine", "Price from")
+    right = (1, 2, 3, 6)
+    head = "".join(
+        f'<th scope="col"{_right(index in right)}>{title}</th>' for index, title in enumerate(titles)
+    )  # fmt: skip
+    rows = ""
+    for attempt in attempts:
+        price = attempt["price_usd_per_hour"]
+        cells = [
+            words.usd(attempt["cost_usd"]),
+            words.duration(attempt["paid_s"]),
+            words.steps(attempt),
+            words.end(attempt),
+            words.market(attempt),
+            words.NONE if price is None else f"{price:g}",
+            words.machine(attempt),
+            attempt["price_source"],
+        ]
+        body = "".join(
+            f"<td{_right(index in right)}>{escape(cell)}</td>" for index, cell in enumerate(cells[:-1], start=1)
+        )
+        rows += f'<tr><th scope="row">{attempt["attempt"] or words.NONE}</th>{body}<td>{escape(cells[-1])}</td></tr>'
+    return (
+        '<div class="wide" role="region" aria-labelledby="machines" tabindex="0"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def lost(preemptions: Sequence[Mapping[str, Any]]) -> str:
+    """Empty when there was none."""
+    if not preemptions:
+        return ""
+    titles = ("Attempt", "Cost", "Paid", "Ended", "Provision", "Setup", "Loading", "Restore", "Done again")
+    seconds = ("provision_s", "setup_s", "load_s", "restore_s", "replayed_s")
+    head = "".join(f'<th scope="col"{_right(index not in (0, 3))}>{title}</th>' for index, title in enumerate(titles))
+    rows = ""
+    for one in preemptions:
+        cells = "".join(f'<td class="n">{words.duration(one[name])}</td>' for name in seconds)
+        money = f'<td class="n">{words.usd(one["cost_usd"])}</td><td class="n">{words.duration(one["paid_s"])}</td>'
+        name = f'<th scope="row">{one["attempt"] or words.NONE}</th>'
+        rows += f'<tr>{name}{money}<td class="nowrap">{escape(words.end(one))}</td>{cells}</tr>'
+    return (
+        '<div class="wide" role="region" aria-labelledby="lost" tabindex="0"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def data(sources: Sequence[Mapping[str, Any]]) -> str:
+    """Empty where no machine has counted yet."""
+    if not sources:
+        return ""
+    titles = ("Source", "Used for", "Rows", "Dropped", "Truncated", "Empty")
+    head = "".join(f'<th scope="col"{_right(index > 1)}>{title}</th>' for index, title in enumerate(titles))
+    rows = ""
+    for one in sources:
+        cells = "".join(f'<td class="n">{words.count(one[name])}</td>' for name in COUNTS)
+        rows += f'<tr><th scope="row">{escape(one["source"])}</th><td>{escape(words.use_of(one))}</td>{cells}</tr>'
+    return (
+        '<div class="wide" role="region" aria-labelledby="data" tabindex="0"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _right(is_right: bool) -> str:
+    return ' class="n"' if is_right else ' class="nowrap"'
+
 
 _OPTION = "--html"
 _LONGEST_NAME = 255 - 16  # bytes, what a file system takes, less the mark of a half-written file
@@ -64,13 +158,13 @@ def write_page(path: Path, page: str) -> None:
 def page_of(report: Mapping[str, Any]) -> str:
     """The page, as text."""
     style = resources.files("spotune.cost").joinpath("page.css").read_text(encoding="utf-8")
-    parts = [_HEAD.format(title=f"Cost of {escape(report['run_id'])}", style=style), "<body>", svg.patterns()]
+    parts = [_HEAD.format(title=f"Cost of {escape(report['run_id'])}", style=style), "<body>", charts.patterns()]
     parts += [_header(report), "<main>", _figures(report), _notes(report)]
     if report["attempts"]:
         parts += _sections(report)
     else:
         parts.append("<section><h2>No machine yet</h2><p>Nothing was paid so far.</p></section>")
-    parts.append(_section("data", "What became of the rows", _ROWS, tables.data(report["data_rows"])))
+    parts.append(_section("data", "What became of the rows", _ROWS, data(report["data_rows"])))
     parts += ["</main>", _footer(report), "</body></html>"]
     return "\n".join(part for part in parts if part) + "\n"
 
@@ -79,14 +173,14 @@ def _sections(report: Mapping[str, Any]) -> list[str]:
     present = [phase for phase in words.PHASES if words.is_seen(report["phases"][f"{phase}_s"])]
     attempts = f"{charts.legend(present)}{charts.strips(report)}"
     return [
-        _section("time", "Where the paid time went", "", tables.phases(report, present)) if report["paid_s"] else "",
+        _section("time", "Where the paid time went", "", phases(report, present)) if report["paid_s"] else "",
         _section(
             "attempts", "Attempts over time", "From submission on; where a strip is empty, nothing was paid.", attempts
         ),
         _section("losses", "Loss over steps", "One line across all attempts.", charts.loss_chart(report)),
         _section("money", "Cost over time", "", charts.cost_chart(report)),
-        _section("lost", "What each lost machine cost", _LOST, tables.lost(report["preemptions"])),
-        _section("machines", "Machines", "", tables.machines(report["attempts"])),
+        _section("lost", "What each lost machine cost", _LOST, lost(report["preemptions"])),
+        _section("machines", "Machines", "", machines(report["attempts"])),
     ]
 
 

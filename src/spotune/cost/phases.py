@@ -1,15 +1,42 @@
-"""One machine's paid seconds, each with one phase.
+"""One machine's paid seconds, each with one phase, from its own account of itself."""
 
-The engine's interval is the truth about how long was paid; what the machine wrote only divides it. So the
-segments tile the interval exactly, whatever the events say: time that no event explains is ``unknown``.
-"""
-
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal
 
-from spotune.contracts.events import Event, number
-from spotune.cost.eventlog import clean, step_of
+from spotune.core.protocol import Event, number
+
+# A machine's own account of itself, cleaned: what was cut, doubled or out of order does no harm.
+
+
+def clean(events: Iterable[Mapping[str, Any]]) -> list[Event]:
+    """Events with a time and a name, each once, in order of time (in the given order where times are equal)."""
+    found = [dict(one) for one in events if number(one.get("t")) is not None and isinstance(one.get("event"), str)]
+    found.sort(key=lambda event: float(event["t"]))
+    return [event for _, same in groupby(found, key=lambda event: float(event["t"])) for event in _once(list(same))]
+
+
+def _once(events: list[Event]) -> Iterable[Event]:
+    if len(events) == 1:
+        return events
+    seen: dict[str, Event] = {}
+    for event in events:
+        seen.setdefault(json.dumps(event, sort_keys=True, default=str), event)
+    return seen.values()
+
+
+def step_of(event: Mapping[str, Any]) -> int:
+    """The step that an event names, 0 where it names none."""
+    step = number(event.get("step"))
+    return int(step) if step is not None and 0 < step < 1e15 else 0
+
+
+# One machine's paid seconds, each with one phase.
+#
+# The engine's interval is the truth about how long was paid; what the machine wrote only divides it. So the
+# segments tile the interval exactly, whatever the events say: time that no event explains is ``unknown``.
 
 Phase = Literal[
     "provision", "setup", "load", "restore", "useful", "data_wait",
@@ -19,7 +46,7 @@ PAID_PHASES: tuple[Phase, ...] = (
     "provision", "setup", "load", "restore", "useful", "data_wait",
     "eval", "save_stall", "replayed", "stalled", "idle", "teardown", "unknown",
 )  # fmt: skip
-# What a machine calls its phases (contracts/events.py) -> ours; "train" is divided by its steps.
+# What a machine calls its phases (core/protocol.py) -> ours; "train" is divided by its steps.
 _NAMES: dict[Any, Phase] = {
     "setup": "setup", "load": "load", "restore": "restore", "eval": "eval",
     "save": "save_stall", "idle": "idle", "teardown": "teardown",

@@ -1,32 +1,72 @@
-"""Reads what the bucket holds on a run; the parts side by side, since each may be a request."""
+"""Reads what a bucket holds on a run, many requests at a time."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from spotune.contracts.clusters import read_clusters
-from spotune.contracts.errors import BadRecord, InputError
-from spotune.contracts.events import Event, parse_lines
-from spotune.contracts.keys import Keys, attempt_of, commit_of
-from spotune.contracts.records import (
-    AttemptRecord,
-    Bill,
-    Certificate,
-    Commit,
-    Mark,
-    PriceRow,
-    Record,
-    RunRecord,
-    check_paid,
-)
-from spotune.contracts.revisions import record_in_force
-from spotune.contracts.store import Store
-from spotune.cost.each import each
-from spotune.cost.evidence import Evidence
+from spotune.core.clusters import read_clusters
+from spotune.core.errors import BadRecord, InputError
+from spotune.core.keys import Keys, attempt_of, commit_of
+from spotune.core.protocol import Event, number, parse_lines
+from spotune.core.records import AttemptRecord, Bill, Certificate, Commit, Mark, PriceRow, Record, RunRecord, check_paid
+from spotune.core.revisions import record_in_force
+from spotune.core.store import Store
+from spotune.cost.machines import Evidence
 from spotune.cost.sharing import home_of, price_of_part
-from spotune.launch.infra import PaidInterval
+from spotune.launch.engine import PaidInterval
+
+# Requests to a bucket, many at a time where each takes its time.
+
+AT_A_TIME = 16
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def each(bucket: str, call: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """In threads where the bucket is far away; a disk has answered before a thread would."""
+    if bucket.startswith("file://"):
+        return list(map(call, items))
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        return list(pool.map(call, items))
+
+
+# What became of the rows of each source: the machine's counts, as the report has them. Pure.
+
+SETS = ("training", "evaluation")
+COUNTS = ("rows", "dropped", "truncated", "empty")
+_MOST_SOURCES = 1000
+_MOST_ROWS = 2**53  # more is no count
+
+
+def data_rows(events: Mapping[int, Sequence[Event]]) -> list[dict[str, Any]]:
+    """A row for each source of each set, training first, as the newest attempt that counted them says.
+
+    ``rows``, ``dropped``, ``truncated`` and ``empty`` are null for a source that is streamed.
+    """
+    newest: dict[str, Event] = {}
+    for attempt in sorted(events):
+        newest |= {str(event.get("set")): event for event in events[attempt] if event.get("event") == "rows"}
+    return [row for name in SETS if name in newest for row in _rows_of(name, newest[name])]
+
+
+def _rows_of(name: str, event: Event) -> list[dict[str, Any]]:
+    sources = event.get("sources")
+    if not isinstance(sources, list):
+        return []
+    found = [one for one in sources[:_MOST_SOURCES] if isinstance(one, dict) and isinstance(one.get("source"), str)]
+    return [{"source": one["source"], "set": name, **{key: _count(one.get(key)) for key in COUNTS}} for one in found]
+
+
+def _count(value: Any) -> int | None:
+    found = number(value)
+    return int(found) if found is not None and 0 <= found < _MOST_ROWS else None
+
+
+# Reads what the bucket holds on a run; the parts side by side, since each may be a request.
 
 _FILE = re.compile(r"/attempts/([0-9]{4,})/(attempt|bill|events-0-([0-9]{1,15}))\.jsonl?\Z")
 Kind = TypeVar("Kind", bound=Record)

@@ -1,41 +1,183 @@
-"""The report: what the bucket and the engine hold on one run -> the JSON of the contract. Pure.
+"""The report: what the bucket and the engine hold on one run -> the JSON of the contract. Pure."""
 
-How the figures are made:
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, TypeVar
 
-paid_s          wall seconds of the paid intervals (an open one up to now); nodes multiply dollars, not seconds
-cost_usd        sum over intervals of hours x nodes x the frozen price of one node where it landed
-goodput         useful_s / paid_s
-on_demand_usd   the same useful work, undisturbed, at the cheapest frozen on-demand row with the accelerators that
-                ran (each kind's own where several did), x nodes: useful_steps x the mean time of a step (useful +
-                data_wait, first times only), eval and save_stall (first times only), one provision + setup + load
-                (those of the first machine that trained), one teardown (that of the last that did)
-saved_usd       on_demand_usd - cost_usd
-useful_steps    distinct steps known to be completed; replayed_steps: completions of a step that an earlier
-                attempt had completed already
-usd_per_million_tokens   cost_usd / tokens trained that are in the result so far
-data_rows       what tokenizing took away from each source, as the newest attempt counted: datarows.py
-preemptions     what each lost machine cost: preemptions.py; gpu_*: gpus.py; estimates (one run only): estimates.py
-unreconciled_s  the part of paid_s that is by the machine's own clock, the engine's row being lost
+from spotune.core.keys import commit_of
+from spotune.core.money import HOUR_S, cost_usd, on_demand_price
+from spotune.core.protocol import NOT_FINITE, as_json, as_number, number
+from spotune.core.records import SCHEMA_VERSION, PriceRow
+from spotune.cost.account import Account, build_accounts, gpu_figures
+from spotune.cost.machines import Evidence
+from spotune.cost.phases import PAID_PHASES, Phase, Segment, step_of, total
+from spotune.cost.read import data_rows
+from spotune.launch.engine import ACTIVE, State
 
-A figure that cannot be known is null: cost without a frozen price, goodput of nothing paid, GPU use without a GPU.
-"""
+# Long series made short enough to draw, without changing what they say.
 
-from collections.abc import Sequence
-from typing import Any
+Point = TypeVar("Point")
 
-from spotune.contracts.events import NOT_FINITE, as_json, as_number, number
-from spotune.contracts.money import HOUR_S, on_demand_price
-from spotune.contracts.records import SCHEMA_VERSION, PriceRow
-from spotune.cost.account import Account
-from spotune.cost.datarows import data_rows
-from spotune.cost.eventlog import step_of
-from spotune.cost.evidence import Evidence
-from spotune.cost.gpus import gpu_figures
-from spotune.cost.ledger import build_accounts
-from spotune.cost.phases import PAID_PHASES, total
-from spotune.cost.preemptions import preemptions
-from spotune.cost.thin import rounded, spread, strip
-from spotune.launch.infra import ACTIVE, State
+
+def spread(points: Sequence[Point], most: int) -> list[Point]:
+    """At most ``most`` of the points, evenly picked, the first and the last among them."""
+    if len(points) <= most:
+        return list(points)
+    return [points[round(index * (len(points) - 1) / (most - 1))] for index in range(most)]
+
+
+def strip(segments: Sequence[Segment], start: float, most: int) -> list[list[float | str]]:
+    """``[offset_s, seconds, phase]`` from ``start`` on: neighbours of one phase joined, in at most ``most`` pieces.
+
+    Where there would be more, the time is cut into slices, each with the phase that has most of it: for a
+    picture only. The sums by phase are made from the segments themselves.
+    """
+    joined = _join(segments)
+    if len(joined) > most:
+        joined = _join(_slices(joined, most))
+    return [[one.started_at - start, one.seconds, one.phase] for one in joined]
+
+
+def _join(segments: Sequence[Segment]) -> list[Segment]:
+    joined: list[Segment] = []
+    for one in segments:
+        if joined and joined[-1].phase == one.phase:
+            joined[-1] = Segment(joined[-1].started_at, one.ended_at, one.phase)
+        else:
+            joined.append(Segment(one.started_at, one.ended_at, one.phase))
+    return joined
+
+
+def _slices(segments: Sequence[Segment], count: int) -> list[Segment]:
+    began, width = segments[0].started_at, (segments[-1].ended_at - segments[0].started_at) / count
+    shares: list[dict[Phase, float]] = [{} for _ in range(count)]
+    for one in segments:
+        first = min(count - 1, int((one.started_at - began) / width))
+        last = min(count - 1, int((one.ended_at - began) / width))
+        for index in range(first, last + 1):
+            low, high = began + index * width, began + (index + 1) * width
+            inside = min(one.ended_at, high) - max(one.started_at, low)
+            shares[index][one.phase] = shares[index].get(one.phase, 0.0) + inside
+    return [
+        Segment(began + index * width, began + (index + 1) * width, max(share, key=lambda phase: share[phase]))
+        for index, share in enumerate(shares)
+        if share
+    ]
+
+
+def rounded(value: Any) -> Any:
+    """Floats to nine decimals, a clock's and a float's own noise; containers are gone through."""
+    if isinstance(value, float):
+        return round(value, 9)
+    if isinstance(value, dict):
+        return {name: rounded(one) for name, one in value.items()}
+    return [rounded(one) for one in value] if isinstance(value, list) else value
+
+
+# What each lost machine cost the run: what the next one spent until it was where that one had been.
+#
+#     provision + setup + load + restore + replayed, of the attempt that followed, at that attempt's price
+#
+# ``replayed`` here is all that is done again, the waits, evaluations and saves between those steps too. What a machine
+# spent on leaving, or after its last sign of life, is in its own phases. Waiting for the next one costs nothing.
+
+RESTART: tuple[Phase, ...] = ("provision", "setup", "load", "restore")
+
+
+def preemptions(accounts: Sequence[Account]) -> list[dict[str, Any]]:
+    """One for each machine that went while the run was not over, in order; ``attempt`` is the one that was lost."""
+    return [_cost(lost, following) for lost, following in pairwise(accounts) if not lost.stands_still]
+
+
+def _cost(lost: Account, following: Account) -> dict[str, Any]:
+    sums = total([segment for segment in following.segments if not segment.again])
+    seconds = {f"{phase}_s": sums[phase] for phase in RESTART}
+    seconds["replayed_s"] = sum(segment.seconds for segment in following.segments if segment.again)
+    paid_s = sum(seconds.values())
+    return {
+        "attempt": lost.machine.attempt,
+        "at": lost.span.ended_at,
+        "end_reason": lost.end_reason,
+        "waited_s": max(0.0, following.span.started_at - lost.span.ended_at),
+        **seconds,
+        "paid_s": paid_s,
+        "cost_usd": cost_usd(paid_s, following.nodes, following.price),
+    }
+
+
+# What a bucket costs beside the machines: estimates from the bytes that went to and fro, at public list prices.
+#
+# No row of an engine has them. Whether a byte crossed a region, or left a cloud, is not known: both are said, for all
+# bytes. List prices as of 2026-11: https://aws.amazon.com/s3/pricing/, https://cloud.google.com/storage/pricing (the
+# first tier, US regions). A bucket in a folder costs nothing that is known here.
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Rates:
+    """US dollars a GB: kept for a month, moved to another region of the same cloud, moved out of the cloud."""
+
+    month: float
+    region: float
+    out: float
+
+
+RATES = {"s3": Rates(0.023, 0.02, 0.09), "gs": Rates(0.020, 0.02, 0.12)}
+
+
+def estimates(evidence: Evidence, bucket: str) -> dict[str, Any]:
+    """Bytes kept, sent and fetched, and what they cost at most; the dollars are None for a bucket without a price."""
+    sent: dict[tuple[int, int], float] = {}
+    for attempt, events in evidence.events.items():
+        for event in events:
+            if event.get("event") == "commit" and (size := number(event.get("bytes"))) is not None:
+                sent[attempt, step_of(event)] = size
+    kept = {(commit.attempt, commit.step): _size(commit.files) for commit in evidence.commits}
+    sent |= kept
+    result = float(_size(evidence.certificate.files)) if evidence.certificate else 0.0
+    fetched = 0.0
+    for events in evidence.events.values():
+        restored = (str(event.get("commit")) for event in events if event.get("event") == "restored")
+        fetched += sum(sent.get(found, 0.0) for key in restored if (found := commit_of(key)))
+    stored, moved = sum(kept.values()) + result, sum(sent.values()) + result + fetched
+    rates = RATES.get(bucket.partition(":")[0])
+    return {
+        "is_estimate": True,
+        "stored_bytes": int(stored),
+        "sent_bytes": int(sum(sent.values()) + result),
+        "fetched_bytes": int(fetched),
+        "storage_usd_per_month": rates and stored / GB * rates.month,
+        "other_region_usd": rates and moved / GB * rates.region,
+        "other_cloud_usd": rates and moved / GB * rates.out,
+    }
+
+
+def _size(files: Mapping[str, Mapping[str, Any]]) -> int:
+    return sum(int(number(file.get("size")) or 0) for file in files.values())
+
+
+# The report: what the bucket and the engine hold on one run -> the JSON of the contract. Pure.
+#
+# How the figures are made:
+#
+# paid_s          wall seconds of the paid intervals (an open one up to now); nodes multiply dollars, not seconds
+# cost_usd        sum over intervals of hours x nodes x the frozen price of one node where it landed
+# goodput         useful_s / paid_s
+# on_demand_usd   the same useful work, undisturbed, at the cheapest frozen on-demand row with the accelerators that
+#                 ran (each kind's own where several did), x nodes: useful_steps x the mean time of a step (useful +
+#                 data_wait, first times only), eval and save_stall (first times only), one provision + setup + load
+#                 (those of the first machine that trained), one teardown (that of the last that did)
+# saved_usd       on_demand_usd - cost_usd
+# useful_steps    distinct steps known to be completed; replayed_steps: completions of a step that an earlier
+#                 attempt had completed already
+# usd_per_million_tokens   cost_usd / tokens trained that are in the result so far
+# data_rows       what tokenizing took away from each source, as the newest attempt counted: datarows.py
+# preemptions     what each lost machine cost: preemptions.py; gpu_*: gpus.py; estimates (one run only): estimates.py
+# unreconciled_s  the part of paid_s that is by the machine's own clock, the engine's row being lost
+#
+# A figure that cannot be known is null: cost without a frozen price, goodput of nothing paid, GPU use without a GPU.
 
 _MAX_POINTS = 400
 _FEWEST_PLACES = 20

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from spotune.contracts.clusters import ClusterRecord
-from spotune.contracts.money import HOUR_S, cost_usd
-from spotune.contracts.records import PriceRow
-from spotune.cost.gpus import gpus_of
+from spotune.core.clusters import ClusterRecord
+from spotune.core.money import HOUR_S, cost_usd
+from spotune.core.records import PriceRow
+from spotune.cost.account import gpus_of
 
 _LEAST_PART = 1e-9  # less is what sums of thirds leave over
 

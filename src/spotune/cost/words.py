@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from spotune.contracts import money
+from spotune.core import money
 
 # Phase -> what it is called, and what it is, in the order in which it is shown.
 PHASES: dict[str, tuple[str, str]] = {

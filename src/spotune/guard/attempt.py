@@ -8,33 +8,27 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
-from spotune.contracts import exchange, exits
-from spotune.contracts.durations import parse_save_every
-from spotune.contracts.errors import Fenced, InputError, Misplaced, SpotuneError, StoreError
-from spotune.contracts.events import EndReason
-from spotune.contracts.exchange import Job, Outcome
-from spotune.contracts.extras import asked_for
-from spotune.contracts.records import Certificate, Commit, RunRecord
-from spotune.contracts.revisions import record_history
-from spotune.guard import admission
+from spotune.core import exits, protocol
+from spotune.core.environment import parse_save_every
+from spotune.core.errors import Fenced, InputError, Misplaced, SpotuneError, StoreError
+from spotune.core.protocol import EndReason, Job, Outcome, asked_for
+from spotune.core.records import Certificate, Commit, RunRecord
+from spotune.core.revisions import record_history
+from spotune.guard import claim
+from spotune.guard.checkpoints import sealed
+from spotune.guard.claim import for_people
 from spotune.guard.context import Context
-from spotune.guard.extras import Extras
-from spotune.guard.faults import FAULTS, is_second_fault
+from spotune.guard.extras import Extras, rebuild_offline, tracker_environ
 from spotune.guard.finish import certify, copy_output
-from spotune.guard.gang import Leader, gang_token
-from spotune.guard.gpus import GpuMeter
-from spotune.guard.handover import sealed
-from spotune.guard.journal import Journal
-from spotune.guard.notices import Notices
+from spotune.guard.journal import GpuMeter, Journal, say
+from spotune.guard.leaving import Notices
+from spotune.guard.multinode import Leader, gang_token
 from spotune.guard.ranks import Ranks, free_port
-from spotune.guard.record import for_people
-from spotune.guard.restore import newest_commit
-from spotune.guard.restoring import Restoring
-from spotune.guard.say import say
+from spotune.guard.restore import FAULTS, is_second_fault, newest_commit
+from spotune.guard.restore_thread import Restoring
+from spotune.guard.save_schedule import Toll
 from spotune.guard.stacks import upload_stacks
 from spotune.guard.stalls import sample_every_s
-from spotune.guard.toll import Toll
-from spotune.guard.trackers import rebuild_offline, tracker_environ
 from spotune.guard.watch import Watch
 from spotune.guard.watchdog import Watchdog
 
@@ -56,8 +50,8 @@ class Attempt:
     def __init__(self, context: Context, notices: Notices, clock: Callable[[], float] = time.monotonic) -> None:
         self.context, self.notices, self._clock = context, notices, clock
         shutil.rmtree(context.folder, ignore_errors=True)
-        (context.folder / exchange.STAGED).mkdir(parents=True)
-        log = exchange.events_path(context.folder, 0)
+        (context.folder / protocol.STAGED).mkdir(parents=True)
+        log = protocol.events_path(context.folder, 0)
         self.journal = Journal(context.store, context.keys, context.attempt, log, context.status_file)
         size = context.machine.world_size
         self.journal.write("start", attempt=context.attempt, host=context.record.host, world_size=size)
@@ -135,7 +129,7 @@ class Attempt:
         with for_people(context.keys):
             history = record_history(context.store, context.keys)
         job = make_job(context, self._newest, history)
-        exchange.write_json(context.folder / exchange.JOB, job)
+        protocol.write_json(context.folder / protocol.JOB, job)
         watch = self.watch = Watch(context, job, self.journal, self.leader, self.notices, toll)
         uploading, is_leaving = lambda: watch.uploading, lambda: self.notices.given
         dog = self.watchdog = Watchdog(
@@ -237,7 +231,7 @@ class Attempt:
     def _leave_mark(self, key: str, code: int, reason: str, step: int) -> None:
         context = self.context
         facts = {"reason": reason, "exit_code": code, "step": step, "versions": self._refused_versions}
-        admission.leave_mark(context.store, key, context.keys.run_id, context.attempt, **facts)
+        claim.leave_mark(context.store, key, context.keys.run_id, context.attempt, **facts)
 
     def _close(self, code: int, reason: EndReason, message: str) -> None:
         if self.watch:

@@ -5,7 +5,7 @@
 An earlier attempt counts by its bill; without one from its claim to its last event, and as long before its claim as
 this machine was up before its own. A machine that never claimed one counts by its bill. What only the engine sees, a
 machine that waits to be found lost, is in the bill once somebody has looked at the cost. The price is the one that the
-report will take (contracts/money.py).
+report will take (core/money.py).
 """
 
 import os
@@ -15,16 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from spotune.contracts.errors import BadRecord
-from spotune.contracts.keys import Keys, attempt_number
-from spotune.contracts.money import HOUR_S, WARN_AT, claimed_place, price_of, usd
-from spotune.contracts.records import AttemptRecord, Bill, Record, RunRecord, check_paid
-from spotune.contracts.store import Store
+from spotune.core.errors import BadRecord
+from spotune.core.keys import Keys, attempt_number
+from spotune.core.money import HOUR_S, WARN_AT, claimed_place, price_of, usd
+from spotune.core.records import AttemptRecord, Bill, Record, RunRecord, check_paid
+from spotune.core.store import Store
 from spotune.guard.context import Context
-from spotune.guard.faults import last_event
-from spotune.guard.journal import Journal
-from spotune.guard.say import say
-from spotune.guard.toll import Toll
+from spotune.guard.journal import Journal, say
+from spotune.guard.restore import last_event
+from spotune.guard.save_schedule import Toll
 
 KERNEL = Path("/proc")
 Kind = TypeVar("Kind", bound=Record)

@@ -1,32 +1,169 @@
-"""After the certificate: the adapter merged into its base, the result pushed to the hub, where the config asks for it.
+"""Extras after the certificate: merge, push, wandb. Each is a process that the guard starts and watches."""
 
-Each extra is done by a process of its own on the worker's side of seam 2, and has a mark in the bucket once it is
-done, create-only. Without the mark it is owed: the next attempt does it from its start, and nothing else. Whatever
-becomes of extras, the run stays SUCCEEDED.
-"""
-
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
-from spotune.contracts.environment import BUCKET, RUN_ID
-from spotune.contracts.errors import Fenced, Misplaced, SpotuneError, StoreError
-from spotune.contracts.exchange import OUTPUT, write_json
-from spotune.contracts.extras import CONFIG_KEYS, EXTRAS, MERGE, MERGED, PUSH, ExtraJob, Pushed, asked_for
-from spotune.contracts.failpoints import failpoint
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import Certificate, Record, RunRecord
-from spotune.contracts.revisions import record_in_force
-from spotune.contracts.store import Store
-from spotune.guard.admission import check_fence, check_model
+from spotune.core import exits, protocol
+from spotune.core.environment import BUCKET, GUARD_PID, RUN_ID, parse_stall_after
+from spotune.core.errors import BadRecord, Fenced, InfraError, Misplaced, SpotuneError, StoreError
+from spotune.core.failpoints import failpoint
+from spotune.core.io import Damaged, load_as
+from spotune.core.keys import Keys, attempt_of
+from spotune.core.protocol import (
+    CONFIG_KEYS,
+    EXTRAS,
+    FACTS,
+    MERGE,
+    MERGED,
+    OUTPUT,
+    PUSH,
+    Answer,
+    ExtraJob,
+    Pushed,
+    answer_path,
+    asked_for,
+    number,
+    parse_objects,
+    wandb_mode,
+    write_json,
+)
+from spotune.core.records import Certificate, Progress, Record, RunRecord
+from spotune.core.revisions import record_in_force
+from spotune.core.store import Store
+from spotune.guard import ranks
+from spotune.guard.claim import check_fence, check_model
 from spotune.guard.context import Context
-from spotune.guard.extra_process import run_extra
-from spotune.guard.extra_watch import ExtraWatch
 from spotune.guard.finish import certificate_of, fetch_result, send, weights_of
-from spotune.guard.grace import is_person
-from spotune.guard.journal import Journal
-from spotune.guard.notices import Notices
-from spotune.guard.say import say
+from spotune.guard.journal import Journal, say
+from spotune.guard.leaving import Notices, is_person
+from spotune.guard.ranks import worker_command
+from spotune.guard.stacks import collect_stacks, upload_stacks
+from spotune.guard.stalls import Budgets, Sample, SeenTime, Stalls, boot_time, sample_every_s
+
+# The process that does one extra: started, watched and ended by the guard, like a rank.
+
+POLL_S = 0.1
+TIMEOUT_S = 3600.0
+
+
+def run_extra(
+    name: str,
+    folder: Path,
+    config: Mapping[str, Any],
+    environ: Mapping[str, str],
+    wait: Callable[[float], None],
+    fault: Callable[[int], str] = lambda pid: "",
+    timeout_s: float = TIMEOUT_S,
+    clock: Callable[[], float] = time.monotonic,
+) -> Answer:
+    """Runs ``python -m spotune.sft.extras NAME FOLDER`` to its end; whatever ``wait`` raises ends it at once.
+
+    ``fault``: what is wrong with the process of that id; empty where nothing is.
+    """
+    answer_path(folder, name).unlink(missing_ok=True)
+    process = subprocess.Popen(
+        worker_command(environ, "spotune.sft.extras", name, str(folder)),
+        env={**extra_environ(config, environ), GUARD_PID: str(os.getpid())},
+        stdin=subprocess.DEVNULL,
+        process_group=0,
+    )
+    deadline = clock() + timeout_s
+    try:
+        while process.poll() is None:
+            if clock() > deadline:
+                return Answer(False, f"not done after {timeout_s:.0f} s")
+            if what := fault(process.pid):
+                return Answer(False, what)
+            wait(POLL_S)
+    finally:
+        _kill(process)
+    if answer := _read_answer(folder, name):
+        return answer
+    code = process.returncode
+    died = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return Answer(False, f"its process {died} without a word")
+
+
+def _read_answer(folder: Path, name: str) -> Answer | None:
+    """The process's answer, None where it left none; a damaged one means that it is not done."""
+    path = answer_path(folder, name)
+    try:
+        answer = load_as(path, Answer)
+    except (Damaged, InfraError) as error:
+        return Answer(False, f"its process left a damaged {path.name}: {error}")
+    if missing := [fact for fact in FACTS[name] if answer and answer.done and fact not in answer.facts]:
+        return Answer(False, f"its process left a damaged {path.name}: facts: {missing[0]}: missing")
+    return answer
+
+
+def extra_environ(config: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
+    """The run's environment, as its ranks had it; in a log, progress bars are lines without end."""
+    quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
+    if not sys.stderr.isatty():
+        quiet |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return quiet | dict(environ) | {key: str(value) for key, value in (config.get("env") or {}).items()}
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    """SIGKILL to the process and its children; returns when it is gone."""
+    with suppress(ProcessLookupError, PermissionError):  # macOS says the latter of a zombie
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+# Notices the process of an extra that hangs: it neither computes nor moves bytes. What the watchdog is for ranks.
+
+
+class ExtraWatch:
+    """Watches one process, which leads a process group."""
+
+    def __init__(
+        self,
+        context: Context,
+        clock: Callable[[], float] = time.monotonic,
+        boot: Callable[[], float] = boot_time,
+    ) -> None:
+        self._context = context
+        self._floor_s = parse_stall_after(context.run.stall_after)
+        self._stalls = Stalls(Budgets(self._floor_s, context.patience_s))
+        self._stalls.take({"event": "phase", "phase": "extra"})
+        self._time = SeenTime(clock, boot)
+        self._sampled_s: float | None = None
+
+    def fault(self, pid: int) -> str:
+        """What is wrong with the process, once its stacks are recorded; empty where nothing is."""
+        self._stalls.forgive(self._time.tick())
+        now, sample = self._time.seen_s, None
+        if self._sampled_s is None or now - self._sampled_s >= sample_every_s(self._floor_s):
+            self._sampled_s, sample = now, Sample(ranks.work_of({pid}), ranks.own_work())
+        stall = self._stalls.look(now, sample)
+        if stall is None:
+            return ""
+        context = self._context
+        collect_stacks(context.folder, {0: pid})
+        upload_stacks(context.store, context.keys, context.attempt, context.folder)
+        place = f"{context.store.url}/{context.keys.stacks(context.attempt, 0)}"
+        return (
+            f"its process hangs: nothing done for {stall.silent_s:.0f} s (limit {stall.limit_s:.0f} s); stacks: {place}"
+        )
+
+
+# After the certificate: the adapter merged into its base, the result pushed to the hub, where the config asks for it.
+#
+# Each extra is done by a process of its own on the worker's side of seam 2, and has a mark in the bucket once it is
+# done, create-only. Without the mark it is owed: the next attempt does it from its start, and nothing else. Whatever
+# becomes of extras, the run stays SUCCEEDED.
 
 PAUSE_S = 15.0  # between two tries at a bucket that is away
 LEAVE_S = 5.0  # an extra may go on until so shortly before the machine goes
@@ -185,3 +322,98 @@ class Extras:
             say(f"{source}: the result is certified, extras go on while there is time")
         if is_person(source) or left_s < LEAVE_S:
             raise TakenAway
+
+
+# An attempt on a run that is certified already and still owes extras: it does these, and nothing else.
+
+
+def finish_owed(context: Context, notices: Notices, owed: tuple[str, ...]) -> int:
+    """Does what is owed; returns 0, however that went, or 75 when the machine goes before it is through."""
+    keys, folder = context.keys, context.folder
+    named = ", ".join(CONFIG_KEYS[name] for name in owed)
+    say(f"{keys.run_id} owes {named}: attempt {context.attempt} does that alone")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        shown = _shown(context)
+        certificate = Certificate.from_bytes(context.store.read(keys.completed) or b"", keys.completed)
+    except SpotuneError as error:
+        say(f"{named}: still owed: {error}")
+        return exits.SUCCEEDED
+    log = protocol.events_path(folder, 0)
+    journal = Journal(context.store, keys, context.attempt, log, context.status_file, shown)
+    journal.write("start", attempt=context.attempt, host=context.record.host, world_size=context.machine.world_size)
+    journal.write("phase", phase="teardown")
+    extras = Extras(context, certificate, notices, journal)
+    in_time = extras.run(owed)
+    code = exits.SUCCEEDED if in_time else exits.PREEMPTED
+    reason, message = "completed" if in_time else "preempted", "; ".join(extras.failures)
+    journal.write("end", reason=reason, exit_code=code, step=certificate.step, message=message)
+    try:
+        journal.close()
+    except SpotuneError as error:
+        say(f"the last events are not recorded: {error}")
+    shutil.rmtree(folder, ignore_errors=True)
+    return code
+
+
+def _shown(context: Context) -> Progress:
+    """What could be seen of the run last: its steps do not go back to 0."""
+    key = context.keys.progress
+    seen = Progress(run_id=context.keys.run_id, attempt=context.attempt)
+    with suppress(BadRecord):  # a broken heartbeat costs nothing else
+        data = context.store.read(key)
+        seen = Progress.from_bytes(data, key) if data else seen
+    return replace(seen, attempt=context.attempt, at=time.time())
+
+
+# wandb from the guard's side: one run id across attempts; offline, one clean run rebuilt from our events.
+
+REBUILD_S = 300
+
+
+def tracker_environ(run: RunRecord, environ: Mapping[str, str]) -> dict[str, str]:
+    """What makes wandb continue one run over all attempts; what the user has set stays."""
+    if wandb_mode(run.config, environ) != "live":
+        return {}
+    wanted = {"WANDB_RUN_ID": run.run_id, "WANDB_RESUME": "allow", "WANDB_NAME": run.run_id}
+    return {name: environ.get(name, value) for name, value in wanted.items()}
+
+
+def rebuild_offline(store: Store, keys: Keys, run: RunRecord, environ: Mapping[str, str]) -> None:
+    """Writes the run as one offline wandb run to ``runs/<id>/wandb/``; a failure is said, the result stands."""
+    if wandb_mode(run.config, environ) != "rebuild":
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        spec = {"run_id": run.run_id, "config": run.config, "logs": surviving_logs(store, keys)}
+        (folder / "run.json").write_text(json.dumps(spec, default=str))
+        command = worker_command(environ, "spotune.sft.wandb_rebuild", str(folder))
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=REBUILD_S, env=dict(environ))
+            if done.returncode:
+                reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+                say(f"wandb's offline run is not written: {reason}")
+                return
+            files = [path for path in (folder / "wandb").rglob("*") if path.is_file() and not path.is_symlink()]
+            for path in files:
+                store.upload(path, f"{keys.root}/{path.relative_to(folder).as_posix()}")
+        except (subprocess.TimeoutExpired, StoreError, OSError) as error:
+            say(f"wandb's offline run is not written: {error}")
+            return
+    say(f"wandb, offline: {store.url}/{keys.root}/wandb (wandb sync <a copy of offline-run-*>)")
+
+
+def surviving_logs(store: Store, keys: Keys) -> list[dict[str, object]]:
+    """Trainer's log lines of all attempts in order of steps; of a step done twice the last attempt's counts."""
+    logs: dict[tuple[int, bool], tuple[int, dict[str, object]]] = {}
+    for key in store.keys(keys.attempts):
+        attempt = attempt_of(key)
+        if attempt is None or "/events-0-" not in key:
+            continue
+        for event in parse_objects(store.read(key) or b""):
+            if event.get("event") == "log" and (step := number(event.get("step"))) is not None:
+                slot = (int(step), any(name.startswith("eval_") for name in event))
+                if slot not in logs or logs[slot][0] <= attempt:
+                    logs[slot] = (attempt, {name: value for name, value in event.items() if name != "event"})
+    return [fields for _, (_, fields) in sorted(logs.items())]

@@ -8,23 +8,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts import exchange, exits
-from spotune.contracts.errors import SpotuneError, StoreError
-from spotune.contracts.exchange import Staged
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import Commit
-from spotune.contracts.store import Store
-from spotune.guard import procfs
-from spotune.guard.committer import drop_older, upload_checkpoint
-from spotune.guard.gang import Line, gang_token, join
-from spotune.guard.handover import Handover, seal
-from spotune.guard.machine import Machine
-from spotune.guard.notices import Notices
-from spotune.guard.ranks import Ranks
+from spotune.core import exits, protocol
+from spotune.core.errors import SpotuneError, StoreError
+from spotune.core.keys import Keys
+from spotune.core.protocol import Staged
+from spotune.core.records import Commit
+from spotune.core.store import Store
+from spotune.guard.checkpoints import Handover, Uploader, drop_older, seal, upload_checkpoint
+from spotune.guard.context import Machine
+from spotune.guard.journal import say
+from spotune.guard.leaving import Notices
+from spotune.guard.multinode import Line, gang_token, join
+from spotune.guard.ranks import Ranks, work_of
 from spotune.guard.restore import BadCheckpoint, download_checkpoint
-from spotune.guard.say import say
 from spotune.guard.stacks import collect_stacks, upload_stacks
-from spotune.guard.uploader import Uploader
 
 POLL_S = 0.1
 END_S = 900.0  # the leader uploads and certifies the result after the ranks have ended
@@ -42,10 +39,10 @@ class Follower:
         line, job, welcome = join(self.keys.run_id, self.machine, token)
         shutil.rmtree(self.scratch, ignore_errors=True)
         folder = self.scratch / f"{job.attempt:04d}"
-        (folder / exchange.STAGED).mkdir(parents=True)
+        (folder / protocol.STAGED).mkdir(parents=True)
         say(f"node {self.machine.node_rank} follows attempt {job.attempt}")
-        exchange.write_json(folder / exchange.JOB, job)
-        exchange.write_json(folder / exchange.CONTROL, {"stop": False, "save": 0})
+        protocol.write_json(folder / protocol.JOB, job)
+        protocol.write_json(folder / protocol.CONTROL, {"stop": False, "save": 0})
         machine = Machine.read(environ, job.config.get("num_processes"))
         ranks = Ranks(folder, machine, welcome.master_port, {**environ, **welcome.environ})
         try:
@@ -68,12 +65,12 @@ class Follower:
             if message and "fetch" in message:
                 restored = self._fetch(message, folder)
             if message and "resume" in message:
-                exchange.write_json(folder / exchange.RESTORED, restored)
+                protocol.write_json(folder / protocol.RESTORED, restored)
             if message and "upload" in message:
                 wanted = message["upload"]
             if message and "stacks" in message:
                 self._start_stacks(line, ranks, folder, attempt)
-            if time.monotonic() - sampled_at >= sample_s and (work := procfs.work_of(set(ranks.pids.values()))):
+            if time.monotonic() - sampled_at >= sample_s and (work := work_of(set(ranks.pids.values()))):
                 sampled_at = time.monotonic()
                 line.send(work=vars(work))
             if message and "end" in message:
@@ -108,7 +105,7 @@ class Follower:
         whole = seal(folder, staged, "")
         upload_checkpoint(self.store, self.keys, whole, attempt)
         line.send(part=whole.step, files=whole.files)
-        drop_older(folder / exchange.TRAINER, whole)
+        drop_older(folder / protocol.TRAINER, whole)
 
     def _fetch(self, message: dict[str, Any], folder: Path) -> dict[str, Any]:
         """Returns what this node's ranks are to restore: the leader's commits, from the bucket.
@@ -130,7 +127,7 @@ class Follower:
                     commit = Commit.from_bytes(self.store.read(key) or b"", key)
                     if name == "checkpoint":
                         found |= {"versions": commit.versions, "global_batch": commit.global_batch}
-                    found[name] = str(download_checkpoint(self.store, self.keys, commit, folder / exchange.TRAINER))
+                    found[name] = str(download_checkpoint(self.store, self.keys, commit, folder / protocol.TRAINER))
         except (BadCheckpoint, SpotuneError, OSError) as error:
             found["error"] = str(error)
         return found

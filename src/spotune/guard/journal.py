@@ -1,24 +1,38 @@
-"""The journal: one ordered stream of events of this attempt, and what can be seen while it runs.
-
-Reads the worker's local event log, adds the guard's own events, uploads parts that are never rewritten,
-and keeps ``progress.json`` and the local status file current.
-"""
+"""The events of an attempt, the line that people see, and how busy the GPUs are."""
 
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
-from spotune.contracts.errors import SpotuneError
-from spotune.contracts.events import as_json, as_number, is_whole
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import Progress
-from spotune.contracts.store import Store
-from spotune.guard.say import say
+from spotune.core.errors import SpotuneError
+from spotune.core.keys import Keys
+from spotune.core.protocol import as_json, as_number, is_whole
+from spotune.core.records import Progress
+from spotune.core.store import Store
+
+# One line for people, which never gets in the way: after a SIGTERM stdout may be gone.
+
+
+def say(text: str, bare: bool = False) -> None:
+    """Prints to stderr; ``bare`` for an error, whose line begins with where it is."""
+    try:
+        print(text if bare else f"[spotune] {text}", file=sys.stderr, flush=True)
+    except (OSError, ValueError):  # broken pipe, closed file
+        return
+
+
+# The journal: one ordered stream of events of this attempt, and what can be seen while it runs.
+#
+# Reads the worker's local event log, adds the guard's own events, uploads parts that are never rewritten,
+# and keeps ``progress.json`` and the local status file current.
 
 POLL_S = 0.2
 # A part is uploaded when it holds a twentieth of the attempt's age, between these: a machine that vanishes loses
@@ -179,3 +193,70 @@ class Journal:
             self._beat_at = time.monotonic()
             shown = replace(self._shown, at=time.time())
         self._store.write(self._keys.progress, shown.to_bytes())
+
+
+# How busy this machine's GPUs are while the ranks run, and how full: an event every 15 s, for the cost report.
+
+EVERY_S = 15.0
+TIMEOUT_S = 15.0
+END_S = 20.0
+_QUERY = "--query-gpu=utilization.gpu,memory.used,memory.total"
+_MIB_PER_GIB = 1024.0
+
+
+class GpuMeter:
+    """Asks nvidia-smi for as long as its block lasts; does nothing on a machine without a GPU.
+
+    ``utilization.gpu`` is the share of the last sample period, at most a second, in which a kernel ran: nvidia-smi(1).
+    Of several machines the first one is measured, as it is the one whose events are read.
+    """
+
+    def __init__(self, gpus: int, environ: Mapping[str, str], journal: Journal, every_s: float = EVERY_S) -> None:
+        self._gpus, self._journal, self._every_s = gpus, journal, every_s
+        visible = environ.get("CUDA_VISIBLE_DEVICES", "")
+        self._command = ["nvidia-smi", _QUERY, "--format=csv,noheader,nounits", *(["-i", visible] if visible else [])]
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="gpus", daemon=True)
+
+    def __enter__(self) -> Self:
+        if self._gpus:
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stop.set()
+        if self._gpus:
+            self._thread.join(END_S)  # nvidia-smi may hang with the driver
+
+    def _work(self) -> None:
+        while not self._stop.wait(self._every_s):
+            try:
+                done = subprocess.run(self._command, capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
+            except subprocess.TimeoutExpired:  # a busy machine: the next sample may come in time
+                continue
+            except (OSError, subprocess.SubprocessError) as error:
+                say(f"GPUs are not measured: {error}")
+                return
+            if sample := read_sample(done.stdout):
+                self._journal.write("gpu", **sample)
+
+
+def read_sample(listing: str) -> dict[str, float] | None:
+    """The GPUs of one answer as one: mean busy share, GiB used by the fullest, GiB of that one.
+
+    None where nvidia-smi does not know, as for a slice of a GPU (``[N/A]``).
+    """
+    rows = []
+    for line in listing.splitlines():
+        try:
+            rows.append([float(cell) for cell in line.split(",")])
+        except ValueError:
+            return None
+    if not rows or any(len(row) != 3 for row in rows):
+        return None
+    fullest = max(rows, key=lambda row: row[1])
+    return {
+        "busy": round(sum(row[0] for row in rows) / len(rows) / 100, 4),
+        "memory_gib": round(fullest[1] / _MIB_PER_GIB, 3),
+        "memory_total_gib": round(fullest[2] / _MIB_PER_GIB, 3),
+    }

@@ -1,20 +1,124 @@
-"""The ranks: training's processes, started and ended by the guard, one per GPU."""
+"""The ranks of this machine: their command, their processes, and what /proc says of them."""
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from spotune.contracts import environment, exchange
-from spotune.contracts.errors import InfraError
-from spotune.contracts.exchange import Outcome
-from spotune.contracts.localstate import Damaged, load_as
-from spotune.guard.machine import Machine
-from spotune.guard.say import say
-from spotune.guard.worker_command import worker_command
+from spotune.core import environment, protocol
+from spotune.core.environment import WORKER
+from spotune.core.errors import InfraError
+from spotune.core.io import Damaged, load_as
+from spotune.core.protocol import Outcome
+from spotune.guard.context import Machine
+from spotune.guard.journal import say
+from spotune.guard.stalls import Work
+
+# Reads what processes do from Linux's /proc. Reads no file that waits for the memory of a hung process.
+
+PROC = Path("/proc")
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+_STOPPED = "Tt"
+_MOVED = ("rchar", "wchar", "read_bytes", "write_bytes")
+
+
+@dataclass(frozen=True)
+class ProcessStat:
+    """A line of ``/proc/<pid>/stat``; ``cpu_s``: also of its children that have ended."""
+
+    pid: int
+    name: str
+    state: str
+    group: int
+    cpu_s: float
+
+
+def read_stat(folder: Path) -> ProcessStat | None:
+    """The facts of a process or thread, None where it is gone."""
+    text = read_text(folder / "stat")
+    head, separator, rest = text.rpartition(")")  # the name may hold anything
+    fields = rest.split()
+    if not separator or len(fields) < 15:
+        return None
+    pid, _, name = head.partition(" (")
+    return ProcessStat(int(pid), name, fields[0], int(fields[2]), sum(map(int, fields[11:15])) / _TICKS_PER_S)
+
+
+def processes_in(groups: Collection[int], proc: Path = PROC) -> list[ProcessStat]:
+    """The live processes of some process groups."""
+    found = [stat for folder in _numbered(proc) if (stat := read_stat(folder)) and stat.group in groups]
+    return sorted(found, key=lambda stat: stat.pid)
+
+
+def work_of(groups: Collection[int], proc: Path = PROC) -> Work | None:
+    """What process groups have done so far, None where the system does not say.
+
+    ``stopped`` speaks of the groups' leaders: those are the ranks.
+    """
+    if not (proc / "self" / "stat").exists():
+        return None
+    found = processes_in(groups, proc)
+    return Work(
+        cpu_s=sum(stat.cpu_s for stat in found),
+        moved_bytes=sum(moved_bytes(stat.pid, proc) for stat in found),
+        stopped=any(stat.state in _STOPPED for stat in found if stat.pid == stat.group),
+    )
+
+
+def own_work(proc: Path = PROC) -> Work:
+    """What this process has done so far."""
+    times = os.times()
+    return Work(times.user + times.system, moved_bytes(os.getpid(), proc))
+
+
+def moved_bytes(pid: int, proc: Path = PROC) -> int:
+    """Bytes that a process has read and written, by system calls and as pages; 0 where nobody may know."""
+    pairs = (line.partition(": ") for line in read_text(proc / str(pid) / "io").splitlines())
+    return sum(int(value) for name, _, value in pairs if name in _MOVED and value.isdigit())
+
+
+def threads_of(pid: int, proc: Path = PROC) -> list[Path]:
+    """The folders of a process's threads, the main one first."""
+    return sorted(_numbered(proc / str(pid) / "task"), key=lambda folder: int(folder.name))
+
+
+def read_text(path: Path) -> str:
+    """A file's text; empty where it is gone or must not be read."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _numbered(folder: Path) -> Iterator[Path]:
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return
+    yield from (folder / name for name in names if name.isdigit())
+
+
+# The commands of the processes that the guard starts on the worker's side: ranks, extras, wandb's rebuild.
+
+
+def worker_command(environ: Mapping[str, str], module: str, *arguments: str) -> list[str]:
+    """Returns the command that runs ``module`` with the guard's own Python.
+
+    ``SPOTUNE_WORKER`` names a program in its place, which gets the module's name as its first argument: tests use a
+    worker that needs no torch.
+    """
+    program = shlex.split(environ.get(WORKER, "")) or ["-m"]
+    # -P: the user's folder may hold a `datasets/`; it must not shadow the library.
+    return [sys.executable, "-P", *program, module, *arguments]
+
+
+# The ranks: training's processes, started and ended by the guard, one per GPU.
 
 PEER_GRACE_S = 20.0  # once one rank has failed, the others may hang in a collective: this long to end by themselves
 DIE_S = 30.0  # a process that waits for a disk or a device outlives SIGKILL: so long it is waited for
@@ -82,7 +186,7 @@ class Ranks:
 
     def _outcome_of(self, index: int, process: "subprocess.Popen[bytes]") -> Outcome:
         rank = self._first_rank + index
-        path = exchange.outcome_path(self._folder, rank)
+        path = protocol.outcome_path(self._folder, rank)
         try:
             if outcome := load_as(path, Outcome):
                 return outcome

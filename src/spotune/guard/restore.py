@@ -1,5 +1,6 @@
-"""Restore: the newest commit whose files verify, else the one before, saying so."""
+"""Finds and restores the newest whole commit; tells whether a fault is worth another machine."""
 
+import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -7,13 +8,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
-from spotune.contracts.change import few
-from spotune.contracts.errors import BadRecord, Misplaced
-from spotune.contracts.failpoints import failpoint
-from spotune.contracts.keys import Keys, commit_of
-from spotune.contracts.records import Commit
-from spotune.contracts.store import Store
+from spotune.core import exits
+from spotune.core.errors import BadRecord, Misplaced
+from spotune.core.failpoints import failpoint
+from spotune.core.keys import Keys, commit_of
+from spotune.core.protocol import number, parse_objects
+from spotune.core.records import Commit
+from spotune.core.revisions import few
+from spotune.core.store import Store
+
+# Restore: the newest commit whose files verify, else the one before, saying so.
 
 THREADS = 4
 TRIES = 2
@@ -185,3 +191,31 @@ def _restore_best(store: Store, keys: Keys, newest: Commit, folder: Path) -> tup
         except BadCheckpoint as error:
             reason = str(error)
     raise BadCheckpoint(f"its best checkpoint, step {newest.best_step}: {reason}")
+
+
+# Is a fault worth another machine once more? Two in a row without a commit between them are not.
+
+FAULTS = ("failed", "stalled")  # the reasons of attempts that another machine may do better
+_PART = re.compile(r"/events-0-([0-9]{1,15})\.jsonl\Z")
+
+
+def is_second_fault(store: Store, keys: Keys, attempt: int) -> bool:
+    """Whether this attempt and the one before it both failed or stalled, unpreempted, and committed nothing new."""
+    if any(number >= attempt - 1 for (number, _), _ in list_commits(store, keys)):
+        return False
+    end = last_event(store, keys, attempt - 1)
+    return end.get("event") == "end" and end.get("reason") in FAULTS and end.get("exit_code") == exits.PREEMPTED
+
+
+def last_event(store: Store, keys: Keys, attempt: int) -> dict[str, Any]:
+    """The last event that an attempt's rank 0 uploaded, empty when there is none. A time, ``t``, is a number."""
+    prefix = keys.attempt(attempt).removesuffix("attempt.json") if attempt > 0 else ""
+    keys_there = store.keys(prefix.rstrip("/")) if prefix else []
+    parts = {int(name[1]): key for key in keys_there if (name := _PART.search(key))}
+    if not parts:
+        return {}
+    try:
+        found = parse_objects(store.read(parts[max(parts)]) or b"")
+    except BadRecord:
+        return {}
+    return found[-1] if found and number(found[-1].get("t", 0.0)) is not None else {}

@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from spotune.contracts.errors import SpotuneError
-from spotune.contracts.exchange import STACKS_SIGNAL, python_stacks_path, stacks_path
-from spotune.contracts.keys import Keys
-from spotune.contracts.store import Store
-from spotune.guard import procfs
-from spotune.guard.say import say
+from spotune.core.errors import SpotuneError
+from spotune.core.keys import Keys
+from spotune.core.protocol import STACKS_SIGNAL, python_stacks_path, stacks_path
+from spotune.core.store import Store
+from spotune.guard import ranks
+from spotune.guard.journal import say
 
 MOST_BYTES = 1 << 20  # of one rank
 TIMEOUT_S = 30.0  # for the ranks of one machine
@@ -68,24 +68,24 @@ def append_own_stacks(folder: Path, rank: int) -> Path:
         file.write(f"\nthe guard, process {os.getpid()}\n\nits Python stacks:\n".encode())
         file.flush()
         faulthandler.dump_traceback(file, all_threads=True)
-        threads = [_thread(folder) for folder in procfs.threads_of(os.getpid())[:_MOST_THREADS]]
+        threads = [_thread(folder) for folder in ranks.threads_of(os.getpid())[:_MOST_THREADS]]
         file.write("\n".join(["\nthreads, as the kernel sees them:", *threads, ""]).encode(errors="replace"))
     return path
 
 
 def describe_rank(folder: Path, rank: int, pid: int) -> str:
     """The text of one rank's file."""
-    stat = procfs.read_stat(procfs.PROC / str(pid))
+    stat = ranks.read_stat(ranks.PROC / str(pid))
     if stat is None:
-        known = procfs.PROC.joinpath("self", "stat").exists()
+        known = ranks.PROC.joinpath("self", "stat").exists()
         return f"rank {rank}, process {pid}: {'is gone' if known else 'this system has no /proc to look into'}\n"
-    others = [one for one in procfs.processes_in({pid}) if one.pid != pid]
+    others = [one for one in ranks.processes_in({pid}) if one.pid != pid]
     parts = [
         f"rank {rank}, process {pid} ({stat.name}), state {_state(stat.state)}",
         _py_spy(pid),
         _python_stacks(folder, rank, pid, stat.state),
-        "\n".join(["threads, as the kernel sees them:", *map(_thread, procfs.threads_of(pid)[:_MOST_THREADS])]),
-        "\n".join(["its other processes:", *(_thread(procfs.PROC / str(one.pid)) for one in others[:_MOST_THREADS])]),
+        "\n".join(["threads, as the kernel sees them:", *map(_thread, ranks.threads_of(pid)[:_MOST_THREADS])]),
+        "\n".join(["its other processes:", *(_thread(ranks.PROC / str(one.pid)) for one in others[:_MOST_THREADS])]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -123,13 +123,13 @@ def _python_stacks(folder: Path, rank: int, pid: int, state: str) -> str:
     if not _handles(pid, STACKS_SIGNAL):
         return "its own Python stacks: it does not write them yet (it is still starting)"
     path = python_stacks_path(folder, rank)
-    before = len(procfs.read_text(path))
+    before = len(ranks.read_text(path))
     try:
         os.kill(pid, STACKS_SIGNAL)
     except OSError as error:
         return f"its own Python stacks: {error}"
-    _wait_until_settled(lambda: len(procfs.read_text(path)))
-    text = procfs.read_text(path)[before:]
+    _wait_until_settled(lambda: len(ranks.read_text(path)))
+    text = ranks.read_text(path)[before:]
     return f"its own Python stacks:\n{text}" if text else f"its own Python stacks: none within {_OWN_S:.0f} s"
 
 
@@ -146,20 +146,20 @@ def _wait_until_settled(size: Callable[[], int], sleep: Callable[[float], None] 
 
 def _handles(pid: int, number: signal.Signals) -> bool:
     """Whether a process has a handler for a signal; without one it would die of it."""
-    lines = procfs.read_text(procfs.PROC / str(pid) / "status").splitlines()
+    lines = ranks.read_text(ranks.PROC / str(pid) / "status").splitlines()
     caught = next((line.partition(":")[2] for line in lines if line.startswith("SigCgt:")), "0")
     return bool(int(caught.strip(), 16) >> (number - 1) & 1)
 
 
 def _thread(folder: Path) -> str:
     """One line: who it is, its state, what it waits for; then its stack in the kernel, where we may see it."""
-    stat = procfs.read_stat(folder)
+    stat = ranks.read_stat(folder)
     if stat is None:
         return f"  {folder.name}: is gone"
-    waits = procfs.read_text(folder / "wchan").strip()
-    call = procfs.read_text(folder / "syscall").strip().partition(" ")[0]
+    waits = ranks.read_text(folder / "wchan").strip()
+    call = ranks.read_text(folder / "syscall").strip().partition(" ")[0]
     parts = [f"  {folder.name} {stat.name}: state {stat.state}, {stat.cpu_s:.1f} s of CPU"]
     parts += [f"waits in {waits}"] if waits not in ("", "0") else []
     parts += [f"system call {call}"] if call else []
-    kernel = procfs.read_text(folder / "stack").splitlines()
+    kernel = ranks.read_text(folder / "stack").splitlines()
     return "\n".join([", ".join(parts), *(f"      {line}" for line in kernel)])

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from spotune.contracts.store import Call
+from spotune.core.store import Call
 
 TIMES = 6.0  # a step may take so many times the median
 RECENT = 50  # steps that the median is taken of

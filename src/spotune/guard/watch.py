@@ -4,26 +4,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from spotune.contracts.errors import InputError, SpotuneError, StoreError
-from spotune.contracts.exchange import Job, Outcome
-from spotune.contracts.failpoints import failpoint
-from spotune.guard import admission
+from spotune.core.errors import InputError, SpotuneError, StoreError
+from spotune.core.failpoints import failpoint
+from spotune.core.protocol import Job, Outcome
+from spotune.guard import claim
 from spotune.guard.budget import Wall, read_budget
-from spotune.guard.cadence import SPOT, STEADY, Inputs
-from spotune.guard.committer import Committer, Lineage
+from spotune.guard.checkpoints import KEEP, Committer, Handover, Lineage, Retention, seal, sealed
 from spotune.guard.context import Context
-from spotune.guard.gang import Leader
-from spotune.guard.handover import Handover, seal, sealed
-from spotune.guard.journal import Journal
-from spotune.guard.last_save import Outlook, fits
-from spotune.guard.notices import Notices
-from spotune.guard.pacer import Pacer, Wishes
+from spotune.guard.journal import Journal, say
+from spotune.guard.leaving import Notices, Outlook, fits
+from spotune.guard.multinode import Leader
 from spotune.guard.ranks import PEER_GRACE_S, Ranks, worst
-from spotune.guard.restoring import Ready, Restoring
-from spotune.guard.retention import KEEP, Retention
-from spotune.guard.say import say
+from spotune.guard.restore_thread import Ready, Restoring
+from spotune.guard.save_schedule import SPOT, STEADY, Inputs, Pacer, Toll, Wishes
 from spotune.guard.stalls import Stall
-from spotune.guard.toll import Toll
 
 POLL_S = 0.1
 FENCE_S = 15.0
@@ -200,7 +194,7 @@ class Watch:
             return
         self._fence_at = self._clock()
         try:
-            admission.check_fence(self.context.store, self.context.keys, self.context.attempt)
+            claim.check_fence(self.context.store, self.context.keys, self.context.attempt)
         except (StoreError, InputError) as error:
             say(f"cannot look for later attempts now: {error}")
 

@@ -11,16 +11,15 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from spotune.contracts import exits
-from spotune.contracts.durations import parse_stall_after
-from spotune.guard import procfs
+from spotune.core import exits
+from spotune.core.environment import parse_stall_after
+from spotune.guard import ranks
 from spotune.guard.context import Context
-from spotune.guard.gang import Leader
-from spotune.guard.journal import Journal
-from spotune.guard.say import say
+from spotune.guard.journal import Journal, say
+from spotune.guard.multinode import Leader
+from spotune.guard.save_schedule import Toll
 from spotune.guard.stacks import append_own_stacks, collect_stacks
 from spotune.guard.stalls import Budgets, Sample, SeenTime, Stall, Stalls, Work, boot_time, sample_every_s
-from spotune.guard.toll import Toll
 
 TICK_S = 0.5
 EXIT_S = 5.0  # an attempt that has ended: how long the process may take to do so
@@ -169,14 +168,14 @@ class Watchdog:
         calls = self._context.store.calls
         return Sample(
             ranks=self._work_of_ranks() if has_ranks else None,
-            guard=procfs.own_work(),
+            guard=ranks.own_work(),
             uploading=self._uploading(),
             sent_bytes=calls.moved_bytes,
             calls=calls.under_way(),
         )
 
     def _work_of_ranks(self) -> Work | None:
-        ours = procfs.work_of(set(self._pids.values()))
+        ours = ranks.work_of(set(self._pids.values()))
         if ours is None:
             return None
         works = [ours, *self._leader.works]

@@ -5,10 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from spotune.keeper.keeper import keep
-from spotune.keeper.log import close_log, log, open_log
-from spotune.keeper.look import look
-from spotune.keeper.settings import Settings
+from spotune.keeper.watcher import Settings, close_log, keep, log, look, open_log
 
 
 def main() -> int:

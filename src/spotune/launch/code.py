@@ -1,21 +1,86 @@
-"""Which code a run was submitted from: the commit, and the difference to it."""
+"""Which code a run was submitted from: the commit, the difference to it, and what of it stays here."""
 
+import codecs
 import hashlib
 import json
 import os
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from shutil import copyfile
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from spotune.contracts.errors import InputError
-from spotune.contracts.store import Store
-from spotune.launch.patches import Section, sections
-from spotune.launch.secretfiles import MAX_SCAN_BYTES, secret_content, secret_name
+from spotune.core.errors import InputError
+from spotune.core.store import Store
+from spotune.launch.secret_files import MAX_SCAN_BYTES, secret_content, secret_name
+
+# Splits a patch of git's into the parts of its files.
+
+_START = re.compile(rb"(?m)^diff --git ")
+_BODY = re.compile(rb"(?m)^(?:@@ |GIT binary patch$)")
+
+
+@dataclass(frozen=True)
+class Section:
+    """What a patch says of one file. ``paths``: as it was called and is called, from the repository's top."""
+
+    data: bytes
+    paths: tuple[str, ...]
+
+    @property
+    def path(self) -> str:
+        return self.paths[-1]
+
+    @property
+    def head(self) -> bytes:
+        found = _BODY.search(self.data)
+        return self.data[: found.start()] if found else self.data
+
+    @property
+    def is_binary(self) -> bool:
+        return b"\nGIT binary patch\n" in self.data
+
+    @property
+    def is_new(self) -> bool:
+        return b"\nnew file mode " in self.head
+
+    @property
+    def text(self) -> bytes:
+        """The lines of the hunks without the mark of what was added, removed or left."""
+        body = self.data[len(self.head) :]
+        return re.sub(rb"(?m)^[ +-]", b"", body)
+
+
+def sections(diff: bytes) -> Iterator[Section]:
+    """Yields the patch's parts; together they are the patch. A file's own lines never start one: each has a mark."""
+    starts = [found.start() for found in _START.finditer(diff)]
+    for start, end in pairwise([*starts, len(diff)]):
+        data = diff[start:end]
+        found = _BODY.search(data)
+        yield Section(data, _paths(data[: found.start()] if found else data))
+
+
+def _paths(head: bytes) -> tuple[str, ...]:
+    """The file's names in the head of its part: both, where it was renamed."""
+    first, *lines = head.split(b"\n")
+    if renamed := [line.split(b" ", 2)[2] for line in lines if line.startswith((b"rename ", b"copy "))]:
+        return tuple(map(_unquoted, renamed))
+    pair = first.removeprefix(b"diff --git ")
+    if pair.startswith(b'"') and (quoted := re.match(rb'"(?:[^"\\]|\\.)*"', pair)):
+        return (_unquoted(quoted[0])[2:],)
+    return (os.fsdecode(pair[2 : (len(pair) - 1) // 2]),)  # a/NAME b/NAME
+
+
+def _unquoted(name: bytes) -> str:
+    """A name as git writes it: in quotes, with C's escapes, where it has unusual characters."""
+    return os.fsdecode(codecs.escape_decode(name[1:-1])[0] if name.startswith(b'"') else name)
+
+
+# Which code a run was submitted from: the commit, and the difference to it.
 
 MAX_PATCH_BYTES = 10 << 20
 MAX_FILE_BYTES = 1 << 20
@@ -302,3 +367,86 @@ def _trusted(environ: Mapping[str, str]) -> list[str]:
         for number in numbers
         if environ.get(f"GIT_CONFIG_KEY_{number}", "").lower() == "safe.directory"
     ]
+
+
+# Refuses a run that uses a file which its code snapshot leaves out.
+#
+# What a run uses: its config and task, the files that the config names, its data, its model's files, and the files
+# whose names are in the task's commands or in the scripts that these name. What Python imports beyond that nobody can
+# tell without running it.
+
+_REMEDY = "give the secret by --secret NAME and take it out of the file, or commit the file"
+
+
+def check_used(
+    code: Code,
+    config: Mapping[str, Any],
+    config_path: str,
+    files: Sequence[Mapping[str, Any]],
+    task: Mapping[str, Any],
+    task_path: Path,
+    folder: Path,
+) -> None:
+    """Raises InputError for the first left-out file that the run uses.
+
+    Args:
+        files: the data, as ``fingerprint.data_files`` has it.
+        folder: the folder that the run works in; left-out files are relative to it.
+    """
+    if not code.left_out:
+        return
+    named = [("the config", config_path), ("the task", str(task_path))]
+    named += [(f"the config's {key}", text) for key, text in _texts(config)]
+    named += [("its data", str(file["url"]).removeprefix("file://")) for file in files]
+    paths = [(who, _real(folder, path)) for who, path in named if "://" not in path and "\n" not in path]
+    commands = "\n".join(str(task.get(key) or "") for key in ("setup", "run"))
+    commands += "\n" + "\n".join(map(str, (task.get("file_mounts") or {}).values()))
+    scripts = [folder / word for word in dict.fromkeys(re.findall(r"[\w./-]+", commands))]
+    texts = [("the task's commands", commands), *((_shown(path, folder), _text_of(path)) for path in scripts)]
+    for left in code.left_out:
+        if who := _user(left, paths, texts, folder):
+            what = f"is left out of the code snapshot ({left.why}), and {who} uses it"
+            raise InputError(left.path, what, remedy=_REMEDY)
+
+
+def _user(left: LeftOut, paths: list[tuple[str, str]], texts: list[tuple[str, str]], folder: Path) -> str:
+    """Returns what uses the file; empty for nothing."""
+    here = _real(folder, left.path)
+    for who, path in paths:
+        if here == path or (here.startswith(f"{path}{os.sep}") and path != _real(folder, "")):
+            return who
+    name = re.compile(rf"(?<![\w-]){re.escape(Path(left.path).name)}(?![\w-])")
+    module = re.compile(rf"(?m)^\s*(?:from|import)\s+(?:[\w.]+\.)?{re.escape(Path(left.path).stem)}\b")
+    is_module = left.path.endswith(".py")
+    for who, text in texts:
+        if name.search(text) or (is_module and module.search(text)):
+            return who
+    return ""
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """The texts of a config that may name a file, each with its top key."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _texts(inner, key or str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner, key)
+
+
+def _real(folder: Path, path: str) -> str:
+    return os.path.realpath(folder / os.path.expanduser(path))
+
+
+def _shown(path: Path, folder: Path) -> str:
+    return os.path.relpath(path, folder)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        is_small = path.is_file() and path.stat().st_size <= MAX_FILE_BYTES
+        return path.read_text(errors="replace") if is_small else ""
+    except (OSError, ValueError):
+        return ""

@@ -8,17 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.basemodel import adapter_base
-from spotune.contracts.change import compare, shown_leaves
-from spotune.contracts.config import parse_overrides
-from spotune.contracts.configkeys import is_on
-from spotune.contracts.configvalues import bool_of, mapping_of
-from spotune.contracts.envrule import FLAG, why_refused
-from spotune.contracts.errors import InfraError
-from spotune.contracts.localfiles import SETTINGS
-from spotune.contracts.records import RunRecord
-from spotune.contracts.userfiles import read_user_json
-from spotune.launch.secretfiles import secret_content
+from spotune.core.config import SETTINGS, parse_overrides
+from spotune.core.config_keys import is_on
+from spotune.core.config_values import FLAG, bool_of, mapping_of, why_refused
+from spotune.core.data_files import read_user_json
+from spotune.core.errors import InfraError
+from spotune.core.fingerprint import adapter_base
+from spotune.core.records import RunRecord
+from spotune.core.revisions import compare, shown_leaves
+from spotune.launch.secret_files import secret_content
 
 HIDDEN = "(hidden)"
 MONTH = "what the month's budget leaves to it"

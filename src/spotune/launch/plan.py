@@ -1,34 +1,157 @@
-"""What would run, where and at what price: made from a wish without doing anything, so that it can be shown."""
+"""What would run, where and at what price: made without doing anything, so that it can be shown."""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from random import Random
+from random import Random, SystemRandom
 from typing import Any
 
 from spotune import __version__
-from spotune.contracts import environment
-from spotune.contracts.basemodel import model_files, model_sha256
-from spotune.contracts.config import load_config
-from spotune.contracts.durations import parse_save_every, parse_stall_after
-from spotune.contracts.envrule import allowed_in
-from spotune.contracts.errors import InputError
-from spotune.contracts.fingerprint import data_files, data_sha256
-from spotune.contracts.keys import check_run_id, new_run_id
-from spotune.contracts.localfiles import check_local_files
-from spotune.contracts.money import parse_usd
-from spotune.contracts.records import PriceRow, RunRecord, fingerprint
-from spotune.launch.checks import check_model
-from spotune.launch.code import Code, sent_code
-from spotune.launch.codeuse import check_used
-from spotune.launch.infra import LOCAL, Submission, infra_of, spell
-from spotune.launch.local.gpus import find_gpus
-from spotune.launch.origins import Origin, origins_of
-from spotune.launch.preemptions import read_preemptions
-from spotune.launch.prices import Offers, local_prices
-from spotune.launch.task import Demand, Resources, demand_of, env_pairs, fill_in, load_task
-from spotune.launch.trainer import trainer_of
-from spotune.launch.workspace import Workspace
+from spotune.core import environment
+from spotune.core.config import check_local_files, load_config
+from spotune.core.config_keys import recorded
+from spotune.core.config_rules import HUB_ID
+from spotune.core.config_values import allowed_in
+from spotune.core.environment import parse_save_every, parse_stall_after
+from spotune.core.errors import InputError, shown
+from spotune.core.fingerprint import MODEL_KEYS, data_files, data_sha256, model_files, model_sha256
+from spotune.core.keys import Keys, check_run_id, new_run_id
+from spotune.core.money import parse_usd
+from spotune.core.records import PriceRow, RunRecord, fingerprint
+from spotune.core.revisions import record_history
+from spotune.launch.code import Code, check_used, differs, sent_code
+from spotune.launch.engine import LOCAL, Submission, infra_of, spell
+from spotune.launch.local.layout import Gpu, find_gpus
+from spotune.launch.origins import Origin, from_run, goes_to, origins_of, revision_of, unseen_by
+from spotune.launch.settings import Settings, Workspace
+from spotune.launch.status import find_run
+from spotune.launch.task import (
+    Demand,
+    Resources,
+    demand_of,
+    env_pairs,
+    fill_in,
+    load_task,
+    read_preemptions,
+    trainer_of,
+)
+
+# Whether a folder is one that machines can work in: what is synced to them is what they set up from.
+
+PYTHON = "SPOTUNE_PYTHON"  # an environment that is there already, so that nothing is set up
+KEEPER = "src/spotune/keeper"  # runs with the machine's own Python, before any setup
+SCRIPT = "tasks/setup.sh"  # of the shipped tasks' setup: make setup-train, and what machines lack for it
+_SETUP = (SCRIPT, "Makefile", "pyproject.toml", "requirements-trainer.lock", "src/spotune")
+
+
+def check_project(folder: Path, task: Mapping[str, Any], *more: str) -> None:
+    """Raises InputError where ``folder`` lacks what a machine that gets it needs: ``more``, and for a task that sets
+    its environment up with ``SCRIPT`` what that takes.
+
+    Tasks are found beside the package too, so that nothing else would fail before the machine is paid for.
+    """
+    is_set_up = bool((task.get("envs") or {}).get(PYTHON)) or SCRIPT not in (task.get("setup") or "")
+    missing = [name for name in (*(() if is_set_up else _SETUP), *more) if not (folder / name).exists()]
+    if missing:
+        what = f"is what the machine would get, and has no {', '.join(missing)}"
+        raise InputError(folder, what, remedy="cd to a checkout of spotune")
+
+
+def inside(path: Path, folder: Path) -> Path | None:
+    """``path`` relative to ``folder``, links followed; None where it is elsewhere."""
+    path, folder = path.resolve(), folder.resolve()
+    return path.relative_to(folder) if path.is_relative_to(folder) else None
+
+
+# What can be told about a config's model and folders before anything runs; the machine checks the rest.
+
+_MODEL_FILES = ("config.json", "adapter_config.json")
+
+
+def check_model(config: Mapping[str, Any], where: object) -> str:
+    """``local`` or ``hub``: where the model comes from. Raises InputError for a folder that is not one."""
+    name = str(config["model_name_or_path"])
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:  # ~name of nobody
+        raise InputError(where, f"{name}: {error}", key="model_name_or_path") from error
+    if os.path.isdir(path):
+        if not any(os.path.isfile(path / file) for file in _MODEL_FILES):
+            raise InputError(where, f"{name} holds no model", key="model_name_or_path", remedy="it needs a config.json")
+        return "local"
+    if os.path.lexists(path):
+        what = "is a file" if os.path.isfile(path) else "is no folder"
+        raise InputError(where, f"{name} {what}", key="model_name_or_path", remedy="a hub id or a folder")
+    if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
+        raise InputError(where, f"no such folder {name}", key="model_name_or_path", remedy="a hub id or a local folder")
+    if not HUB_ID.fullmatch(name):
+        raise InputError(
+            where, f"{shown(name)} is no name on the hub", key="model_name_or_path", remedy="a hub id or a folder"
+        )
+    return "hub"
+
+
+# What machines cost, as rows that are frozen in ``run.json``; here those of this machine.
+
+CPU = "cpu"
+
+
+@dataclass(frozen=True)
+class Offers:
+    """The task at its place, and the prices of all places that it may land on.
+
+    Attributes:
+        rows: the cheapest first; also those of places that it may not be launched on, to compare with.
+        chosen: what SkyPilot tries first, as far as prices tell.
+        notes: what is to be said beside the prices.
+        kinds: whether it may get spot machines (True), others (False), or either; empty: the kind of ``chosen``.
+    """
+
+    task: dict[str, Any]
+    rows: list[PriceRow]
+    chosen: PriceRow
+    notes: tuple[str, ...] = ()
+    kinds: frozenset[bool] = frozenset()
+
+    @property
+    def may_be_spot(self) -> bool:
+        return True in (self.kinds or {self.chosen.use_spot})
+
+    @property
+    def may_be_either(self) -> bool:
+        return len(self.kinds) > 1
+
+
+def local_prices(settings: Settings, gpus: Sequence[Gpu], demand: Demand, at: float) -> list[PriceRow]:
+    """Spot and on-demand price of what a job gets on this machine, from the local price table.
+
+    A task that asks for GPUs runs on the CPU of a machine that has none, and is priced as that.
+    """
+    count = max(1, demand.gpus) if gpus else 1
+    kind = gpus[0].name if gpus else CPU
+    price = settings.local.prices.get(kind)
+    source = "local price table" if price else f"no price for {kind} in the local price table"
+    rows = []
+    for use_spot in (True, False):
+        each = (price.spot if use_spot else price.on_demand) if price else 0.0
+        rows.append(
+            PriceRow(
+                infra="local",
+                region="local",
+                instance_type="local",
+                accelerators=f"{kind}:{count}" if gpus else "",
+                use_spot=use_spot,
+                price_usd_per_hour=round(each * count, 6),
+                source=source,
+                at=at,
+            )
+        )
+    return rows
+
+
+# What would run, where and at what price: made from a wish without doing anything, so that it can be shown.
 
 PRIORITIES = (-1000, 1000)
 BUDGET_FLAG = "--budget"
@@ -108,7 +231,7 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
     if backend == LOCAL:
         trainer_of(task, workspace.environ, workspace.cwd)
     else:
-        from spotune.launch.skypilot.sent import check_sent
+        from spotune.launch.skypilot.task import check_sent
 
         check_sent(config, files, wish.config_path, workspace.cwd, task, infra)
     offered = _offers(task, wish, infra, demand, workspace, now)
@@ -256,3 +379,58 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "takes": [vars(origin) for origin in plan.takes],
         "notes": list(plan.notes),
     }
+
+
+# ``train --from RUN``: the run that was tried, as a production job, with nothing changed underneath.
+
+
+def promote(source: str, wish: Wish, workspace: Workspace) -> Plan:
+    """The plan of a new run from ``source``'s config file and overrides, under the profile that ``wish`` says.
+
+    Raises InputError when the config, the data, the model or the code is not what ``source`` ran with: what was tried
+    is what goes to production. Overrides of the new command line come on top.
+    """
+    history = _history(source, workspace)
+    record = history[-1]
+    default = _default_profile(record)
+    then = load_config(record.config_path, record.profile, record.overrides, default, record.allowed_env)
+    if fingerprint(then) not in (record.config_sha256, fingerprint(recorded(record.config))):
+        raise InputError(source, f"{record.config_path} has changed since", remedy="submit the config itself")
+    overrides = (*record.overrides, *wish.overrides)
+    wish = replace(wish, config_path=record.config_path, overrides=overrides)
+    save_every, stall_after = wish.save_every or record.save_every, wish.stall_after or record.stall_after
+    wish = replace(wish, save_every=save_every, stall_after=stall_after)
+    plan = make_plan(wish, workspace, time.time, SystemRandom())
+    if [_content(file) for file in plan.record.data_files] != [_content(file) for file in record.data_files]:
+        raise InputError(source, "its data has changed since", remedy="submit the config itself")
+    is_same_model = all(plan.record.config.get(key) == record.config.get(key) for key in MODEL_KEYS)
+    if is_same_model and record.model_sha256 and plan.record.model_sha256 != record.model_sha256:
+        raise InputError(source, "its model has changed since", remedy="submit the config itself")
+    if not record.code.get("commit") or not plan.record.code:
+        raise InputError(source, "its code is not known: it was not submitted from a git commit")
+    if words := differs(record.code, plan.record.code):
+        is_there = record.code["commit"] == plan.record.code.get("commit")
+        patch = f"{plan.bucket}/{Keys(source).code}/diff.patch has what they were"
+        remedy = patch if is_there else f"git checkout {record.code['commit'][:12]}"
+        raise InputError(source, f"its code has changed since: {words}", remedy=remedy)
+    taken = [from_run(record, "its config, overrides, data and model")]
+    user = workspace.env.user
+    taken += [*revision_of(user, history), *goes_to(user, history, plan.record)]
+    unseen = tuple(unseen_by(user, history))
+    return replace(plan, takes=(*taken, *plan.takes), unseen=unseen)
+
+
+def _history(run_id: str, workspace: Workspace) -> list[RunRecord]:
+    status = find_run(workspace, run_id)
+    history = record_history(workspace.store(status.bucket), Keys(run_id))
+    if not history:
+        raise InputError(run_id, "has no run.json in its bucket")
+    return history
+
+
+def _default_profile(record: RunRecord) -> str:
+    return "dev" if record.kind == "dev" else "prod"
+
+
+def _content(file: dict[str, object]) -> tuple[object, ...]:
+    return tuple(file.get(name) for name in ("source", "size", "sha256", "checksum"))

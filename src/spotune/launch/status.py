@@ -1,9 +1,4 @@
-"""What state a run is in: the engine's word, corrected by what the bucket holds. The certificate rules.
-
-``completed.json`` there: SUCCEEDED whatever the engine says. The engine says SUCCEEDED and there is none:
-FAILED. ``paused.json`` and the engine has ended: PAUSED. ``cancelled.json`` and the engine says FAILED, but the run
-itself does not: CANCELLED. Else the engine's state.
-"""
+"""What state a run is in: the engine's word, corrected by what the bucket holds. The certificate rules."""
 
 import difflib
 import time
@@ -12,15 +7,46 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from spotune.contracts.errors import BadRecord, InfraError, InputError, StoreError
-from spotune.contracts.events import as_number
-from spotune.contracts.keys import RUN_ID, RUNS, Keys, attempt_number
-from spotune.contracts.marks import read_mark
-from spotune.contracts.records import Certificate, Progress
-from spotune.contracts.revisions import record_as_submitted
-from spotune.contracts.store import Store
-from spotune.launch.infra import ACTIVE, ANY, LOCAL, SKYPILOT, Infra, JobStatus, State, infra_of, is_infra
-from spotune.launch.workspace import Workspace
+from spotune.core.errors import BadRecord, InfraError, InputError, StoreError
+from spotune.core.keys import RUN_ID, RUNS, Keys, attempt_number
+from spotune.core.protocol import as_number
+from spotune.core.records import Certificate, Progress, read_mark
+from spotune.core.revisions import record_as_submitted
+from spotune.core.store import Store
+from spotune.launch.engine import ACTIVE, ANY, LOCAL, SKYPILOT, Infra, JobStatus, State, infra_of, is_infra
+from spotune.launch.settings import Workspace
+
+# An engine that does not answer for a while: what it runs goes on without it.
+
+PATIENCE_S = 300.0
+
+
+class Outage:
+    """Counts from the first error since the engine last answered."""
+
+    def __init__(self, patience_s: float = PATIENCE_S, clock: Callable[[], float] = time.monotonic) -> None:
+        self._patience_s, self._clock = patience_s, clock
+        self._since: float | None = None
+
+    def bear(self, error: InfraError) -> bool:
+        """Whether this is the first error of the outage; raises it once patience is over."""
+        if self._since is None:
+            self._since = self._clock()
+            return True
+        if self._clock() - self._since > self._patience_s:
+            raise error
+        return False
+
+    def end(self) -> None:
+        """It has answered."""
+        self._since = None
+
+
+# What state a run is in: the engine's word, corrected by what the bucket holds. The certificate rules.
+#
+# ``completed.json`` there: SUCCEEDED whatever the engine says. The engine says SUCCEEDED and there is none:
+# FAILED. ``paused.json`` and the engine has ended: PAUSED. ``cancelled.json`` and the engine says FAILED, but the run
+# itself does not: CANCELLED. Else the engine's state.
 
 UNCERTIFIED = "ended without a certificate"
 SILENT, ELSEWHERE = "no sign of life, and not in this machine's queue", "runs outside this machine's queue"

@@ -1,17 +1,167 @@
-"""A task is a plain SkyPilot YAML, as data: found, read, checked as far as we rely on it, and filled in."""
+"""A task: SkyPilot's YAML as data, found, read, checked and filled in, with the Python that trains."""
 
+import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+import shutil
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts import environment, exits
-from spotune.contracts.config import read_yaml
-from spotune.contracts.errors import InputError, shown
-from spotune.contracts.yamlonly import refuse_dates
-from spotune.launch.alternatives import LISTS, each_of, may_be_spot, override
+import spotune
+from spotune.core import environment, exits
+from spotune.core.config import read_yaml, refuse_dates
+from spotune.core.data_files import read_user_file
+from spotune.core.errors import InputError, shown
+
+# Finds the Python that trains. The launcher's own environment has neither torch nor TRL: see docs/technology.md.
+
+DEFAULT = Path(".venv-train/bin/python")
+REMEDY = f"make setup-train, or {environment.PYTHON}=PYTHON"
+
+
+def find_trainer(environ: Mapping[str, str], folder: Path) -> str:
+    """Returns the path of the trainer's Python.
+
+    In this order: ``SPOTUNE_PYTHON``; ``.venv-train`` of the project; ``.venv-train`` of spotune's own checkout; this
+    Python, if TRL is installed beside the launcher.
+
+    Args:
+        environ: the environment of the shell that submits.
+        folder: the project's folder, from which a relative ``SPOTUNE_PYTHON`` counts.
+
+    Raises:
+        InputError: there is none, or ``SPOTUNE_PYTHON`` is not a program.
+    """
+    if given := environment.setting(environ, environment.PYTHON):
+        return _program(given, environ, folder)
+    checkout = Path(spotune.__file__).parents[2]
+    for place in (folder / DEFAULT, checkout / DEFAULT):
+        if _is_program(place):
+            return str(place.absolute())  # not resolved: the link is what makes it this environment's Python
+    if find_spec("trl"):
+        return sys.executable
+    raise InputError(environment.PYTHON, f"no Python that trains: {folder / DEFAULT} is missing", remedy=REMEDY)
+
+
+def trainer_of(task: Mapping[str, Any], environ: Mapping[str, str], folder: Path) -> str:
+    """Returns the trainer's Python for a task on this machine; empty where the task neither needs one nor finds one.
+
+    A task needs it if its ``setup`` or ``run`` names ``SPOTUNE_PYTHON``. Any other task starts its own interpreter. The
+    task's ``envs`` come before the shell's environment.
+
+    Raises:
+        InputError: the task needs one, and there is none.
+    """
+    given = (task.get("envs") or {}).get(environment.PYTHON)
+    try:
+        return find_trainer({**environ, environment.PYTHON: str(given)} if given else environ, folder)
+    except InputError:
+        if environment.PYTHON in f"{task.get('setup')} {task.get('run')}":
+            raise
+        return ""
+
+
+def _program(given: str, environ: Mapping[str, str], folder: Path) -> str:
+    """Raises InputError for a ``SPOTUNE_PYTHON`` that cannot be started."""
+    if "/" in given:
+        found = str(folder / given) if _is_program(folder / given) else None
+    else:
+        found = shutil.which(given, path=environ.get("PATH"))
+    if not found:
+        what = f"{shown(given)} is not an executable file"
+        raise InputError(environment.PYTHON, what, remedy="the path of a Python that has spotune[trainer], or unset it")
+    return found
+
+
+def _is_program(path: Path) -> bool:
+    return path.is_file() and os.access(path, os.X_OK)
+
+
+# Planned preemptions: ``--preemptions FILE``, one JSON object a line; and which of them is due.
+
+_KEYS = ("after_s", "at_step", "notice_s")
+_MOST_AMOUNT = 1e9
+_EXAMPLE = '{"after_s": 20, "notice_s": 0} or {"at_step": 40, "notice_s": 30}'
+
+
+def read_preemptions(path: Path) -> tuple[dict[str, float], ...]:
+    """The file's lines in order; raises InputError naming the line that is wrong."""
+    lines = read_user_file(path).splitlines()
+    return tuple(_parse(line, path, f"line {number}") for number, line in enumerate(lines, 1) if line.strip())
+
+
+def _parse(line: str, path: Path, row: str) -> dict[str, float]:
+    try:
+        planned = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(path, f"not JSON: {error}", key=row, remedy=_EXAMPLE) from error
+    if not isinstance(planned, dict) or ("after_s" in planned) == ("at_step" in planned):
+        raise InputError(path, "needs either after_s or at_step", key=row, remedy=_EXAMPLE)
+    for key, value in planned.items():
+        if key not in _KEYS:
+            raise InputError(path, f"unknown key {shown(key)}", key=row, remedy=_EXAMPLE)
+        if not _is_amount(value):
+            raise InputError(path, f"{key} {shown(value)} is not a number from 0", key=row, remedy=_EXAMPLE)
+    return {key: float(value) for key, value in planned.items()}
+
+
+def _is_amount(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= _MOST_AMOUNT
+
+
+def due(planned: Sequence[Mapping[str, float]], fired: Sequence[int], elapsed_s: float, step: int | None) -> int | None:
+    """The index of the first one whose time has come and that has not fired, else None."""
+    for index, preemption in enumerate(planned):
+        if index in fired:
+            continue
+        if elapsed_s >= preemption.get("after_s", float("inf")):
+            return index
+        if step is not None and step >= preemption.get("at_step", float("inf")):
+            return index
+    return None
+
+
+# What a task may run on instead: SkyPilot's ``any_of`` and ``ordered``, whose entries' words win over those above.
+
+LISTS = ("any_of", "ordered")
+
+
+def each_of(resources: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every alternative as a whole, as listed; the resources themselves where there is none."""
+    common = {name: value for name, value in resources.items() if name not in LISTS}
+    listed = [one for name in LISTS for one in resources.get(name) or [] if isinstance(one, Mapping)]
+    return [{**common, **one} for one in listed] or [common]
+
+
+def may_be_spot(resources: Mapping[str, Any]) -> bool:
+    return any(one.get("use_spot") for one in each_of(resources))
+
+
+def override(resources: Mapping[str, Any], changes: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:
+    """``resources`` with ``changes`` and not the keys of ``without``, whichever alternative is taken.
+
+    Alternatives that differ in nothing any more are one.
+    """
+    wanted = {**{name: value for name, value in resources.items() if name not in without}, **changes}
+    for name in LISTS:
+        if isinstance(wanted.get(name), list):
+            left = [_stripped(one, [*changes, *without]) for one in wanted.pop(name)]
+            distinct = [one for index, one in enumerate(left) if one not in left[:index]]
+            if distinct not in ([], [{}]):
+                wanted[name] = distinct
+    return wanted
+
+
+def _stripped(one: Any, names: Sequence[str]) -> Any:
+    """What is no mapping stays, for SkyPilot to refuse."""
+    return {name: value for name, value in one.items() if name not in names} if isinstance(one, Mapping) else one
+
+
+# A task is a plain SkyPilot YAML, as data: found, read, checked as far as we rely on it, and filled in.
 
 TRAIN = "tasks/train.yaml"
 _MOST = 10**9  # of any count

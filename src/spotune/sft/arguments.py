@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.configkeys import is_on, settled
-from spotune.contracts.errors import InputError
-from spotune.contracts.exchange import TRAINER, Job
-from spotune.contracts.machinefaults import is_machine_fault
-from spotune.contracts.trackers import wandb_mode
-from spotune.sft.push import doubts
+from spotune.core.config_keys import is_on, settled
+from spotune.core.errors import InputError
+from spotune.core.machine_faults import is_machine_fault
+from spotune.core.protocol import TRAINER, Job, wandb_mode
+from spotune.sft.merge import doubts
 
 OURS = ("data", "data_limit", "profiles", "num_processes", "keep_every", "merge_adapter")
 # transformers' names of trackers whose module has another name

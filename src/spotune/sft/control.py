@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from spotune.contracts.exchange import CONTROL, read_json
+from spotune.core.protocol import CONTROL, read_json
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from spotune.contracts.datafiles import changed_while_read, file_state, not_as_submitted, notices
-from spotune.contracts.errors import InputError
-from spotune.contracts.exchange import Job
-from spotune.contracts.fingerprint import data_files
-from spotune.contracts.machinefaults import is_machine_fault
-from spotune.contracts.records import fingerprint
+from spotune.core.data_files import changed_while_read, file_state, not_as_submitted, notices
+from spotune.core.errors import InputError
+from spotune.core.fingerprint import data_files
+from spotune.core.machine_faults import is_machine_fault
+from spotune.core.protocol import Job
+from spotune.core.records import fingerprint
 from spotune.sft.arguments import Arguments
-from spotune.sft.mixture import counts, divide, interleave
-from spotune.sft.origins import Origins, distinct, joined
+from spotune.sft.mixture import Origins, counts, distinct, divide, interleave, joined
 from spotune.sft.sources import Source, dataset_of, one_layout, read_all, twins
 
 

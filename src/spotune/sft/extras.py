@@ -1,9 +1,9 @@
-"""One extra: ``python -m spotune.sft.extras NAME FOLDER``, started by the guard (see contracts/extras.py).
+"""One extra: ``python -m spotune.sft.extras NAME FOLDER``, started by the guard (see core/protocol.py).
 
 Deaf to signals like a rank, and dead when the guard is. It always leaves an answer.
 """
 
-from spotune.sft.lifeline import die_with_parent, ignore_signals
+from spotune.sft.worker import die_with_parent, ignore_signals
 
 if __name__ == "__main__":
     ignore_signals()  # before anything else is imported
@@ -12,11 +12,10 @@ import os
 import sys
 from pathlib import Path
 
-from spotune.contracts.errors import SpotuneError
-from spotune.contracts.exchange import OUTPUT, read_json, write_json
-from spotune.contracts.extras import EXTRAS, MERGE, MERGED, Answer, ExtraJob, answer_path
-from spotune.contracts.output import protect_output
-from spotune.sft.faults import one_line, print_traceback
+from spotune.core.errors import SpotuneError
+from spotune.core.output import protect_output
+from spotune.core.protocol import EXTRAS, MERGE, MERGED, OUTPUT, Answer, ExtraJob, answer_path, read_json, write_json
+from spotune.sft.preflight import one_line, print_traceback
 
 
 def main(argv: list[str]) -> None:
@@ -48,7 +47,7 @@ def _do(name: str, job: ExtraJob, folder: Path) -> dict[str, str]:
         from spotune.sft.merge import merge
 
         return merge(job.config, folder / OUTPUT, folder / MERGED)
-    from spotune.sft.push import hub, push
+    from spotune.sft.merge import hub, push
 
     return push(job, folder / OUTPUT, hub())
 

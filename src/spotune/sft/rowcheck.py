@@ -9,9 +9,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from spotune.contracts.datafiles import find_files, is_remote, kind_of
-from spotune.contracts.errors import InputError, SpotuneError
-from spotune.contracts.output import protect_output
+from spotune.core.data_files import find_files, is_remote, kind_of
+from spotune.core.errors import InputError, SpotuneError
+from spotune.core.output import protect_output
 from spotune.sft.readers import open_bytes
 from spotune.sft.sources import Part, Read, Source, one_layout, read_part
 

@@ -14,14 +14,11 @@ from typing import Any
 
 import torch
 
-from spotune.contracts.events import EventLog
-from spotune.contracts.exchange import Staged, staged_path, write_json
-from spotune.contracts.failpoints import failpoint
-from spotune.sft.faults import NotFinite
+from spotune.core.failpoints import failpoint
+from spotune.core.protocol import EventLog, Staged, staged_path, write_json
 from spotune.sft.finite import Finite
-from spotune.sft.snapshot.arena import Arena, size_of
-from spotune.sft.snapshot.capture import Capture, capturing
-from spotune.sft.snapshot.writer import Writer
+from spotune.sft.preflight import NotFinite
+from spotune.sft.snapshot import Arena, Capture, Writer, capturing, size_of
 
 REMEDY = "lower learning_rate, raise warmup_steps, or use bf16 in place of fp16"
 

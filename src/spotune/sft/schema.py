@@ -1,4 +1,4 @@
-"""``python -m spotune.sft.schema`` writes contracts/schema.json from the pinned TRL's dataclasses.
+"""``python -m spotune.sft.schema`` writes core/schema.json from the pinned TRL's dataclasses.
 
 JSON Schema draft-07: editors complete and check configs with it, the launcher refuses typos with it
 without importing TRL. A test keeps the file true to the TRL that is installed.
@@ -13,8 +13,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import spotune.contracts
-from spotune.contracts.configwhole import FORMATS
+import spotune.core
+from spotune.core.config_rules import FORMATS
 
 Schema = dict[str, Any]
 _KINDS = {bool: "boolean", int: "integer", float: "number", str: "string", dict: "object", list: "array"}
@@ -233,7 +233,7 @@ def _key(type: str | list[str], description: str, **rules: Any) -> Schema:
 
 
 def path() -> Path:
-    return Path(spotune.contracts.__file__).with_name("schema.json")
+    return Path(spotune.core.__file__).with_name("schema.json")
 
 
 def main() -> None:

@@ -17,12 +17,10 @@ import torch
 from transformers.trainer_utils import SaveStrategy, set_seed
 from trl import SFTTrainer
 
-from spotune.sft.boundary import Boundary, EvaluationInterrupted
-from spotune.sft.epochs import Epochs
-from spotune.sft.extra import Extra
-from spotune.sft.faults import Stopped
-from spotune.sft.preparation import Preparation
-from spotune.sft.tokenizing import Renderer
+from spotune.sft.boundary import Boundary, EvaluationInterrupted, Extra
+from spotune.sft.position import Epochs
+from spotune.sft.preflight import Stopped
+from spotune.sft.tokenizing import Preparation, Renderer
 
 
 class SpotTrainer(SFTTrainer):

@@ -4,8 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-from spotune.contracts.events import NOT_FINITE
-from spotune.contracts.output import protect_output
+from spotune.core.output import protect_output
+from spotune.core.protocol import NOT_FINITE
 
 
 def rebuild(folder: Path) -> None:

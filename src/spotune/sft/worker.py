@@ -1,17 +1,11 @@
-"""One rank: ``python -m spotune.sft.worker FOLDER``, started by the guard (seam 2, see contracts/exchange.py).
+"""One rank: ``python -m spotune.sft.worker FOLDER``, started by the guard."""
 
-Reads top to bottom: deaf to signals, check, load, wait for the restore, train, save the result. It always
-leaves an outcome.
-"""
-
-from spotune.sft.lifeline import die_with_parent, ignore_signals
-
-if __name__ == "__main__":
-    ignore_signals()  # before anything else is imported
-
+import ctypes
 import faulthandler
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Mapping
@@ -20,15 +14,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.change import FLAG
-from spotune.contracts.errors import InputError, OtherVersions, SpotuneError
-from spotune.contracts.events import EventLog
-from spotune.contracts.exchange import (
+from spotune.core.environment import GUARD_PID
+from spotune.core.errors import InputError, OtherVersions, SpotuneError
+from spotune.core.failpoints import failpoint
+from spotune.core.fingerprint import changed_versions, installed_versions
+from spotune.core.output import protect_output
+from spotune.core.protocol import (
     CONTROL,
     JOB,
     OUTPUT,
     RESTORED,
     STACKS_SIGNAL,
+    EventLog,
     Job,
     Outcome,
     answer_candidate,
@@ -38,10 +35,71 @@ from spotune.contracts.exchange import (
     read_json,
     write_json,
 )
-from spotune.contracts.failpoints import failpoint
-from spotune.contracts.output import protect_output
-from spotune.contracts.versions import changed_versions, installed_versions
-from spotune.sft.faults import NotFinite, Stopped, outcome_of, print_traceback
+from spotune.core.revisions import FLAG
+from spotune.sft.preflight import NotFinite, Stopped, outcome_of, print_traceback
+
+# A rank's bond to its guard: deaf to the signals of a preemption, and dead when the guard is.
+#
+# Standard library only: this runs before the heavy imports, so that there is no moment when a
+# SIGTERM to the whole process tree could end a rank before the guard has decided.
+
+PR_SET_PDEATHSIG = 1
+IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGURG)
+
+
+def ignore_signals() -> None:
+    """Only the guard decides what a signal means; for this process and all that it starts.
+
+    Ignoring is not enough: torch has DataLoader workers install a handler that ends them on SIGTERM. What is
+    blocked is never delivered, and children inherit that, whatever they install.
+    """
+    for number in IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
+
+
+def die_with_parent(environ: Mapping[str, str], period_s: float = 1.0) -> None:
+    """Ends this process when its guard ends, however and whenever that happens; and each that it forks when it ends.
+
+    A DataLoader's worker looks after its parent by itself, but takes whoever that is when it begins for it: of one
+    that is forked while the parent is killed that is process 1, and it would stay for ever.
+    """
+    parent = int(environ.get(GUARD_PID) or os.getppid())
+    _die_with(parent)
+
+    def watch() -> None:  # for systems without prctl
+        while os.getppid() == parent:
+            time.sleep(period_s)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="lifeline", daemon=True).start()
+    forking: list[tuple[int, bool]] = []
+
+    def note() -> None:
+        forking[:] = [(os.getpid(), threading.current_thread() is threading.main_thread())]
+
+    def bind() -> None:
+        # Linux means the thread that forked: of one that ends before its process does that is no reason to die.
+        process, is_main = forking[0]
+        _die_with(process, is_main)
+
+    os.register_at_fork(before=note, after_in_child=bind)
+
+
+def _die_with(parent: int, by_signal: bool = True) -> None:
+    if by_signal and sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it was gone before it could be asked for
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+# One rank: ``python -m spotune.sft.worker FOLDER``, started by the guard (seam 2, see core/protocol.py).
+#
+# Reads top to bottom: deaf to signals, check, load, wait for the restore, train, save the result. It always
+# leaves an outcome.
+
+if __name__ == "__main__":
+    ignore_signals()  # before anything else is imported
 
 
 @dataclass
@@ -112,7 +170,7 @@ def _run(this: Rank) -> Outcome:
         raise InputError(this.job.config_path, what, key="data", remedy="more rows, or a greater max_length")
     if this.events:
         this.events.phase("teardown")
-    from spotune.sft.result import save_result
+    from spotune.sft.model import save_result
 
     save_result(trainer, this.folder / OUTPUT, this.job)
     failpoint("result-written")
@@ -162,8 +220,8 @@ def _load(this: Rank) -> Any:
 
 def _wait_for_restore(this: Rank) -> str | None:
     """The restored checkpoint's folder, None for a fresh start; raises Stopped when the guard says so."""
-    from spotune.sft.resume import prepare
-    from spotune.sft.usable import fault_of
+    from spotune.sft.checkpoint_files import fault_of
+    from spotune.sft.model import prepare
 
     if this.events and not (this.folder / RESTORED).exists():
         this.events.phase("restore")

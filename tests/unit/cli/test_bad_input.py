@@ -8,8 +8,8 @@ from typing import Any
 import fsspec
 import pytest
 
-from spotune.contracts import config
-from spotune.contracts.environment import RunEnvironment
+from spotune.core import config
+from spotune.core.environment import RunEnvironment
 from tests.unit.project import Project
 
 
@@ -326,7 +326,7 @@ def test_a_store_that_is_away(project: Project, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("source", ["away://b/x.jsonl", "away://b/*.jsonl"])
 def test_a_store_that_cannot_be_reached(project: Project, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spotune.contracts.datafiles.PROTOCOLS", ("away",))
+    monkeypatch.setattr("spotune.core.data_files.PROTOCOLS", ("away",))
 
     class NoCredentialsError(Exception):
         """As of botocore: neither OSError nor ValueError."""

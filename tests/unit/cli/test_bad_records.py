@@ -9,9 +9,9 @@ import pytest
 from click.testing import Result
 
 from spotune.cli import main
-from spotune.contracts.errors import StoreError
-from spotune.contracts.keys import Keys
-from spotune.contracts.store import Store
+from spotune.core.errors import StoreError
+from spotune.core.keys import Keys
+from spotune.core.store import Store
 from tests.commands import cli_runner
 from tests.unit.cost.cases import RUN_ID, three_attempts
 from tests.unit.cost.test_read import write

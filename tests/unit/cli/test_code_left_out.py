@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from spotune.contracts.keys import Keys
+from spotune.core.keys import Keys
 from tests.unit.project import CONFIG, Project
 
 TOKEN = "hf" + "_QwErTyUiOpAsDfGhJkLzXcVbNmQwErTyUi"  # in two parts: this file holds no secret

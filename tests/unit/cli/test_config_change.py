@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import Certificate, Commit, Mark, RunRecord
-from spotune.contracts.revisions import record_history, record_in_force
+from spotune.core.keys import Keys
+from spotune.core.records import Certificate, Commit, Mark, RunRecord
+from spotune.core.revisions import record_history, record_in_force
 from tests.unit.project import Project
 
 KEYS = Keys("run-a")
@@ -214,7 +214,7 @@ def test_a_run_that_only_the_bucket_knows_may_go_on_changed(ended: Project) -> N
 
 
 def test_a_missing_secret_changes_nothing(ended: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    from spotune.contracts.errors import InputError
+    from spotune.core.errors import InputError
 
     def refuse(infra: object, run_id: str) -> None:
         raise InputError(run_id, "secret TOKEN is not set here")

@@ -17,10 +17,10 @@ def test_help_is_light(verb: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     loaded = set(done.stderr.split())
-    assert not loaded & {"sky", "rich", "spotune.launch.skypilot.engine"}
+    assert not loaded & {"sky", "rich", "spotune.launch.skypilot.client"}
     assert {name for name in loaded if name.startswith("spotune.cli.dev.")} <= {
         f"spotune.cli.dev.{verb}",
-        "spotune.cli.dev.choose",
+        "spotune.cli.dev",
     }
 
 

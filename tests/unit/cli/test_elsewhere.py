@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 import pytest
 
-from spotune.contracts.errors import InfraError, Unsettled
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import Mark, PriceRow, RunRecord
-from spotune.launch import infra
-from spotune.launch.infra import JobStatus, PaidInterval, Submission
-from spotune.launch.prices import Offers
+from spotune.core.errors import InfraError, Unsettled
+from spotune.core.keys import Keys
+from spotune.core.records import Mark, PriceRow, RunRecord
+from spotune.launch import engine
+from spotune.launch.engine import JobStatus, PaidInterval, Submission
+from spotune.launch.plan import Offers
 from spotune.launch.skypilot.offers import Wanted
 from tests.unit.cost.cases import claim, event
 from tests.unit.fake_infra import FakeInfra
@@ -59,11 +59,11 @@ def offers(wanted: Wanted, at: float) -> Offers:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
-    monkeypatch.setitem(infra.BACKENDS, "skypilot", f"{__name__}:FakeSky")
-    monkeypatch.setattr("spotune.launch.infra.import_module", _import_module)
+    monkeypatch.setitem(engine.BACKENDS, "skypilot", f"{__name__}:FakeSky")
+    monkeypatch.setattr("spotune.launch.engine.import_module", _import_module)
     monkeypatch.setattr("spotune.launch.skypilot.offers.make_offers", offers)
-    monkeypatch.setattr("spotune.launch.skypilot.engine.excluded_files", lambda folder: [])
-    monkeypatch.setattr("spotune.launch.workspace.Workspace.check_bucket_reaches", lambda self, infra: None)
+    monkeypatch.setattr("spotune.launch.skypilot.client.excluded_files", lambda folder: [])
+    monkeypatch.setattr("spotune.launch.settings.Workspace.check_bucket_reaches", lambda self, infra: None)
     FakeSky.reset()
     FakeSky.silent.clear()
     FakeSky.foreign.clear()
@@ -324,7 +324,7 @@ def test_check_asks_what_the_settings_name(project: Project, monkeypatch: pytest
             raise InfraError("SkyPilot: the server does not answer (sky api start)")
         return {"infra": infra, "consolidation": "on", "problems": []}
 
-    monkeypatch.setattr("spotune.launch.skypilot.survey.survey_infra", survey)
+    monkeypatch.setattr("spotune.launch.skypilot.slurm.survey_infra", survey)
     assert "problems" not in project.json("check")
     project.write("config/spotune.yaml", "infra: aws\n")
     found = project.json("check")

@@ -10,9 +10,9 @@ import pytest
 from click.testing import Result
 
 from spotune.cli import main
-from spotune.contracts.store import Store
-from spotune.launch.infra import Submission
-from spotune.launch.local.infra import LocalInfra
+from spotune.core.store import Store
+from spotune.launch.engine import Submission
+from spotune.launch.local.engine import LocalInfra
 from spotune.launch.local.layout import Layout
 from spotune.launch.local.queue import Queue
 from spotune.launch.local.rows import Attempt

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from spotune.cli import options
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import RunRecord
+from spotune.core.keys import Keys
+from spotune.core.records import RunRecord
 from spotune.launch import origins
 from tests.unit.project import CONFIG, Project
 

@@ -13,15 +13,15 @@ from spotune.cli import VERBS
 from spotune.cli.follow import exit_code_of, settled
 from spotune.cli.live import live_view
 from spotune.cli.render import duration
-from spotune.contracts.environment import RunEnvironment
-from spotune.contracts.errors import InputError
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import Certificate, Mark, RunRecord
-from spotune.contracts.store import Store
+from spotune.core.environment import RunEnvironment
+from spotune.core.errors import InputError
+from spotune.core.keys import Keys
+from spotune.core.records import Certificate, Mark, RunRecord
+from spotune.core.store import Store
+from spotune.guard.claim import read_or_create_run
 from spotune.guard.main import parse_arguments
-from spotune.guard.record import read_or_create_run
-from spotune.launch.infra import JobStatus
-from spotune.launch.local.gpus import Gpu
+from spotune.launch.engine import JobStatus
+from spotune.launch.local.layout import Gpu
 from spotune.launch.skypilot import dev
 from spotune.launch.status import as_row
 from tests.unit.project import Project
@@ -473,8 +473,8 @@ def test_no_verb_imports_an_engine_or_a_trainer(project: Project) -> None:
     assert ran.returncode == 0, ran.stderr
 
 
-def test_only_click_and_the_contracts_are_imported_at_the_top_of_a_verb() -> None:
-    allowed = ("click", "spotune.cli", "spotune.contracts")
+def test_only_click_and_the_core_are_imported_at_the_top_of_a_verb() -> None:
+    allowed = ("click", "spotune.cli", "spotune.core")
     standard = sys.stdlib_module_names
     for path in (Path(__file__).parents[3] / "src/spotune/cli").glob("*.py"):
         for node in ast.parse(path.read_text()).body:

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from spotune.contracts.records import AttemptRecord, Certificate, Commit, PriceRow, RunRecord
-from spotune.cost.evidence import Evidence
-from spotune.launch.infra import PaidInterval
+from spotune.core.records import AttemptRecord, Certificate, Commit, PriceRow, RunRecord
+from spotune.cost.machines import Evidence
+from spotune.launch.engine import PaidInterval
 
 RUN_ID = "orders-k3x9"
 T = 1_700_000_000.0  # submitted

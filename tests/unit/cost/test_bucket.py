@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spotune.contracts.errors import InputError, StoreError
-from spotune.contracts.keys import Keys
-from spotune.contracts.store import Store
-from spotune.cost.refresh import report_of
-from spotune.launch.infra import JobStatus, PaidInterval
+from spotune.core.errors import InputError, StoreError
+from spotune.core.keys import Keys
+from spotune.core.store import Store
+from spotune.cost.collect import report_of
+from spotune.launch.engine import JobStatus, PaidInterval
 from tests.unit.cost.cases import RUN_ID, T, claim, commit, event, phase, row, run, step
 
 KEYS = Keys(RUN_ID)

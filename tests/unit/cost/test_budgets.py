@@ -7,18 +7,17 @@ from typing import Any
 
 import pytest
 
-from spotune.contracts.clusters import ClusterRecord
-from spotune.contracts.errors import InputError
-from spotune.contracts.keys import Keys
-from spotune.contracts.money import parse_usd
-from spotune.contracts.records import Progress
-from spotune.contracts.store import Store
+from spotune.core.clusters import ClusterRecord
+from spotune.core.errors import InputError
+from spotune.core.keys import Keys
+from spotune.core.money import parse_usd
+from spotune.core.records import Progress
+from spotune.core.store import Store
+from spotune.cost.account import bills_due, build_accounts, write_bills
 from spotune.cost.budgets import Left, Month, check_wall, read_month, within_month
-from spotune.cost.ledger import bills_due, build_accounts, write_bills
-from spotune.launch.infra import Submission
+from spotune.launch.engine import Submission
 from spotune.launch.plan import Plan
-from spotune.launch.settings import MonthlyBudget
-from spotune.launch.workspace import Workspace
+from spotune.launch.settings import MonthlyBudget, Workspace
 from tests.unit.cost.cases import RUN_ID, T, claim, price, run, three_attempts
 
 # three_attempts: 70 s at $0.36 an hour, the run submitted in 2023-11

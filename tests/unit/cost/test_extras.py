@@ -5,12 +5,10 @@ from typing import Any
 
 import pytest
 
-from spotune.contracts.records import Bill, Certificate, Commit
-from spotune.cost.bills import with_bills
-from spotune.cost.estimates import estimates
-from spotune.cost.evidence import Evidence
-from spotune.cost.ledger import bills_due, build_accounts
-from spotune.cost.report import build_report
+from spotune.core.records import Bill, Certificate, Commit
+from spotune.cost.account import bills_due, build_accounts
+from spotune.cost.machines import Evidence, with_bills
+from spotune.cost.report import build_report, estimates
 from tests.unit.cost.cases import FIRST, RUN_ID, T, claim, event, phase, price, row, run, step, three_attempts
 
 USD_PER_S = 0.36 / 3600

@@ -10,13 +10,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spotune.contracts.columns import columns, plain
+from spotune.core.io import columns, plain
 from spotune.cost.focus import COLUMNS, focus_rows
-from spotune.cost.groups import BY, By, gpus_of, group
-from spotune.cost.periods import Period, cut, end_of, name_of, start_of
 from spotune.cost.report import build_report
-from spotune.cost.rows import as_csv, indexed_attempts, run_row
-from spotune.cost.table import groups_text, runs_text
+from spotune.cost.rows import (
+    BY,
+    By,
+    Period,
+    as_csv,
+    cut,
+    end_of,
+    gpus_of,
+    group,
+    indexed_attempts,
+    name_of,
+    run_row,
+    start_of,
+)
+from spotune.cost.tables import groups_text, runs_text
 from tests.unit.cost.cases import T, three_attempts
 
 # https://focus.finops.org/focus-specification/v1-2/: mandatory columns, and those that must have a value.

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 from s3fs import S3FileSystem
 
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import Mark
-from spotune.contracts.store import Store
-from spotune.cost import refresh
+from spotune.core.keys import Keys
+from spotune.core.records import Mark
+from spotune.core.store import Store
+from spotune.cost import collect
+from spotune.cost.account import bills_due, build_accounts, leave_bills, write_bills
 from spotune.cost.collect import all_runs
-from spotune.cost.evidence import Evidence
 from spotune.cost.index import Index, index_file
-from spotune.cost.ledger import bills_due, build_accounts, leave_bills, write_bills
+from spotune.cost.machines import Evidence
 from spotune.cost.read import read_evidence
-from spotune.launch.infra import JobStatus, PaidInterval
-from spotune.launch.workspace import Workspace
+from spotune.launch.engine import JobStatus, PaidInterval
+from spotune.launch.settings import Workspace
 from tests.conftest import reach
 from tests.unit.cost.cases import T, claim, event, phase, row, step, three_attempts
 
@@ -40,8 +40,8 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(run_id)
         return read_evidence(store, run_id, *rest)
 
-    read_evidence = refresh.read_evidence
-    monkeypatch.setattr(refresh, "read_evidence", read)
+    read_evidence = collect.read_evidence
+    monkeypatch.setattr(collect, "read_evidence", read)
     return seen
 
 
@@ -199,7 +199,7 @@ def test_a_run_that_cannot_be_read_is_said_and_left_out(workspace: Workspace) ->
 
 
 def test_many_runs_are_read_by_processes_with_progress(workspace: Workspace) -> None:
-    names = [f"run-{number:03d}" for number in range(refresh.MANY + 1)]
+    names = [f"run-{number:03d}" for number in range(collect.MANY + 1)]
     for name in names:
         write(workspace.store(), name, failed())
     seen: list[tuple[int, int]] = []

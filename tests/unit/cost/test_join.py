@@ -2,9 +2,9 @@
 
 import pytest
 
-from spotune.contracts.records import AttemptRecord
-from spotune.cost.join import join
-from spotune.launch.infra import PaidInterval
+from spotune.core.records import AttemptRecord
+from spotune.cost.machines import join
+from spotune.launch.engine import PaidInterval
 from tests.unit.cost.cases import T, claim, row
 
 Rows = list[tuple[float, float | None]]

@@ -8,12 +8,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from spotune.contracts.errors import InputError
-from spotune.cost.evidence import Evidence
+from spotune.core.errors import InputError
+from spotune.cost.machines import Evidence
 from spotune.cost.page import check_target, page_of, write_page
 from spotune.cost.report import build_report
 from spotune.cost.rows import as_csv, attempt_rows, run_row
-from spotune.cost.table import WIDTH, run_text, runs_text
+from spotune.cost.tables import WIDTH, run_text, runs_text
 from spotune.cost.words import duration, percent, usd
 from tests.unit.cost.cases import T, row, run, three_attempts
 

@@ -8,15 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spotune.contracts.events import parse_lines
-from spotune.cost.eventlog import clean
-from spotune.cost.evidence import Evidence
-from spotune.cost.ledger import bills_due, build_accounts
+from spotune.core.protocol import parse_lines
+from spotune.cost.account import bills_due, build_accounts
+from spotune.cost.machines import Evidence
 from spotune.cost.page import page_of
-from spotune.cost.phases import Span, clock_offset_s, divide, total
+from spotune.cost.phases import Span, clean, clock_offset_s, divide, total
 from spotune.cost.report import build_report
-from spotune.cost.table import run_text
-from spotune.launch.infra import PaidInterval
+from spotune.cost.tables import run_text
+from spotune.launch.engine import PaidInterval
 from tests.unit.cost.cases import T, claim, event, phase, row, run, step, three_attempts
 
 SPAN = Span(T, T + 20)

@@ -5,12 +5,12 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from spotune.contracts.errors import InputError
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import Bill
-from spotune.contracts.store import Store
-from spotune.cost.evidence import Evidence
-from spotune.cost.ledger import bills_due, build_accounts, leave_bills, write_bills
+from spotune.core.errors import InputError
+from spotune.core.keys import Keys
+from spotune.core.records import Bill
+from spotune.core.store import Store
+from spotune.cost.account import bills_due, build_accounts, leave_bills, write_bills
+from spotune.cost.machines import Evidence
 from spotune.cost.read import read_evidence
 from spotune.cost.report import build_report
 from tests.unit.cost.cases import RUN_ID, T, three_attempts

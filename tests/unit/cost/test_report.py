@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import PriceRow
-from spotune.cost.evidence import Evidence
-from spotune.cost.ledger import bills_due, build_accounts
+from spotune.core.keys import Keys
+from spotune.core.records import PriceRow
+from spotune.cost.account import bills_due, build_accounts
+from spotune.cost.machines import Evidence
 from spotune.cost.page import page_of
 from spotune.cost.report import build_report
 from spotune.cost.rows import run_row
-from spotune.cost.table import run_text
-from spotune.launch.infra import State
+from spotune.cost.tables import run_text
+from spotune.launch.engine import State
 from tests.unit.cost.cases import RUN_ID, T, claim, commit, event, phase, price, row, run, step, three_attempts
 
 CONTRACT = """run_id state user team config started_at ended_at attempts phases paid_s cost_usd on_demand_usd saved_usd

@@ -7,8 +7,8 @@ import pytest
 from click.testing import Result
 
 from spotune.cli import main
-from spotune.contracts.store import Store
-from spotune.cost.ledger import bills_due, build_accounts, write_bills
+from spotune.core.store import Store
+from spotune.cost.account import bills_due, build_accounts, write_bills
 from tests.commands import cli_runner
 from tests.unit.cost.cases import RUN_ID, T, three_attempts
 from tests.unit.cost.test_read import write

@@ -15,9 +15,9 @@ import sys
 import time
 from pathlib import Path
 
-from spotune.contracts.events import EventLog
-from spotune.contracts.exits import PREEMPTED
-from spotune.contracts.failpoints import failpoint
+from spotune.core.exits import PREEMPTED
+from spotune.core.failpoints import failpoint
+from spotune.core.protocol import EventLog
 
 STEP_S = 0.02
 

@@ -12,10 +12,10 @@ from drill.contender import Hold
 from drill.plainrun import PlainRun
 from drill.servers import Bucket
 from drill.spotrun import SpotRun, run_id_of
-from spotune.contracts.environment import BUCKET, FAILPOINT_DIR, FAILPOINTS, HOME, RUN_ID
-from spotune.contracts.keys import Keys, check_run_id
-from spotune.contracts.records import AttemptRecord, Certificate
-from spotune.contracts.store import Store
+from spotune.core.environment import BUCKET, FAILPOINT_DIR, FAILPOINTS, HOME, RUN_ID
+from spotune.core.keys import Keys, check_run_id
+from spotune.core.records import AttemptRecord, Certificate
+from spotune.core.store import Store
 
 ROOT = Path(__file__).parents[3]
 KEYS = Keys("played")

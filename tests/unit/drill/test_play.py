@@ -18,7 +18,7 @@ from drill.schedule import STAGES, After, Boundary, Instant, Kill, Run
 from drill.scorecard import passed, score
 from drill.show import Board
 from drill.timeline import replayed
-from spotune.contracts.environment import HOME
+from spotune.core.environment import HOME
 from spotune.launch.local.layout import MARKER
 from spotune.launch.local.processes import is_live
 from tests.unit.drill.stand import PACE, STEPS, Stand

@@ -14,8 +14,8 @@ from drill.day import Day
 from drill.draw import BOUNDARY_RUNS, draw_boundaries, draw_random, for_plain, once_more
 from drill.schedule import BOUNDARIES, EXTRAS, FAULTS, STAGES, After, Boundary, Instant, Kill, Run
 from drill.trace import intervals, read_trace, trace_run
-from spotune.contracts import failpoints
-from spotune.contracts.errors import InputError
+from spotune.core import failpoints
+from spotune.core.errors import InputError
 
 ROOT = Path(__file__).parents[3]
 

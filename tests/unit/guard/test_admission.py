@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from spotune.contracts.store import Store
-from spotune.guard.admission import claim_attempt
-from spotune.guard.machine import Machine
+from spotune.core.store import Store
+from spotune.guard.claim import claim_attempt
+from spotune.guard.context import Machine
 from tests.unit.guard.attempts import KEYS
 
 RIVAL = b"another machine's claim"

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import Bill
-from spotune.contracts.store import Store
+from spotune.core.keys import Keys
+from spotune.core.records import Bill
+from spotune.core.store import Store
 from spotune.guard import budget
 from spotune.guard.budget import read_budget
-from spotune.guard.context import Context
-from spotune.guard.machine import Machine
+from spotune.guard.context import Context, Machine
 from tests.unit.cost.cases import RUN_ID, T, claim, event, price, run
 
 KEYS = Keys(RUN_ID)

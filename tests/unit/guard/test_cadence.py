@@ -8,24 +8,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spotune.contracts.exchange import CONTROL, read_json
-from spotune.contracts.keys import Keys
-from spotune.contracts.store import Store
-from spotune.guard.cadence import (
+from spotune.core.keys import Keys
+from spotune.core.protocol import CONTROL, read_json
+from spotune.core.store import Store
+from spotune.guard.journal import Journal
+from spotune.guard.save_schedule import (
     CEILING_S,
     FLOOR_S,
     SPOT,
     STEADY,
     X0_S,
     Inputs,
+    Pacer,
+    Toll,
+    Wishes,
     alpha,
     expected_waste,
     explain,
     interval_s,
 )
-from spotune.guard.journal import Journal
-from spotune.guard.pacer import Pacer, Wishes
-from spotune.guard.toll import Toll
 
 HOUR = 3600.0
 

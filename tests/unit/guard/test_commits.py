@@ -7,20 +7,26 @@ from typing import Any
 
 import pytest
 
-from spotune.contracts.errors import Fenced, StoreError
-from spotune.contracts.exchange import TRAINER, Staged, staged_path, write_json
-from spotune.contracts.records import Commit
-from spotune.contracts.store import Store
-from spotune.guard.admission import check_fence, claim_attempt, latest_attempt
-from spotune.guard.adopt import find_stranded
-from spotune.guard.committer import Committer, Lineage, commit_checkpoint
-from spotune.guard.context import Context
-from spotune.guard.handover import Handover, seal, seal_path, sealed
+from spotune.core.errors import Fenced, StoreError
+from spotune.core.protocol import TRAINER, Staged, staged_path, write_json
+from spotune.core.records import Commit
+from spotune.core.store import Store
+from spotune.guard.checkpoints import (
+    Committer,
+    Handover,
+    Lineage,
+    Retention,
+    commit_checkpoint,
+    seal,
+    seal_path,
+    sealed,
+)
+from spotune.guard.claim import check_fence, claim_attempt, latest_attempt
+from spotune.guard.context import Context, Machine
 from spotune.guard.journal import Journal
-from spotune.guard.machine import Machine
 from spotune.guard.restore import list_commits, newest_commit, restore
-from spotune.guard.retention import Retention
-from spotune.guard.toll import Toll
+from spotune.guard.restore_thread import find_stranded
+from spotune.guard.save_schedule import Toll
 from tests.unit.guard.attempts import FILES, KEYS, RUN, make_checkpoint, make_context
 from tests.waiting import LIMIT_S, until
 

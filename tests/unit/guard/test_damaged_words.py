@@ -10,20 +10,28 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spotune.contracts.exchange import STAGED, TRAINER, Outcome, events_path, outcome_path, staged_path, write_json
-from spotune.contracts.extras import MERGE, PUSH, answer_path
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import Mark
-from spotune.contracts.store import Store
-from spotune.guard import extra_process
-from spotune.guard.admission import leave_mark
-from spotune.guard.cadence import SPOT, Inputs
-from spotune.guard.handover import Handover
+from spotune.core.keys import Keys
+from spotune.core.protocol import (
+    MERGE,
+    PUSH,
+    STAGED,
+    TRAINER,
+    Outcome,
+    answer_path,
+    events_path,
+    outcome_path,
+    staged_path,
+    write_json,
+)
+from spotune.core.records import Mark
+from spotune.core.store import Store
+from spotune.guard import extras
+from spotune.guard.checkpoints import Handover
+from spotune.guard.claim import leave_mark
 from spotune.guard.journal import Journal
-from spotune.guard.pacer import Pacer, Wishes
 from spotune.guard.ranks import Ranks
+from spotune.guard.save_schedule import SPOT, Inputs, Pacer, Toll, Wishes
 from spotune.guard.stalls import Budgets, Stalls
-from spotune.guard.toll import Toll
 from tests.hostile import HOW, changed, spoil, values
 from tests.unit.guard.attempts import KEYS, make_context, stage
 
@@ -115,11 +123,11 @@ def test_a_damaged_answer_means_that_an_extra_is_not_done(
         put(path, damaged)
         return ["true"]
 
-    monkeypatch.setattr(extra_process, "worker_command", command)
-    monkeypatch.setattr(extra_process, "_kill", subprocess.Popen.wait)
-    answer = extra_process.run_extra(name, folder, {}, {}, lambda seconds: None)
+    monkeypatch.setattr(extras, "worker_command", command)
+    monkeypatch.setattr(extras, "_kill", subprocess.Popen.wait)
+    answer = extras.run_extra(name, folder, {}, {}, lambda seconds: None)
     if answer.done:
-        assert all(isinstance(answer.facts[fact], str) for fact in extra_process.FACTS[name])
+        assert all(isinstance(answer.facts[fact], str) for fact in extras.FACTS[name])
 
 
 @SETTINGS

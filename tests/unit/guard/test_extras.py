@@ -11,15 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from spotune.contracts.environment import WORKER
-from spotune.contracts.exchange import OUTPUT, write_json
-from spotune.contracts.extras import EXTRAS, MERGE, PUSH, Answer, ExtraJob, answer_path, asked_for
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import RunRecord
-from spotune.contracts.store import Store
-from spotune.guard.extra_process import TIMEOUT_S, run_extra
-from spotune.guard.extra_watch import ExtraWatch
-from spotune.guard.extras import debt_of
+from spotune.core.environment import WORKER
+from spotune.core.keys import Keys
+from spotune.core.protocol import EXTRAS, MERGE, OUTPUT, PUSH, Answer, ExtraJob, answer_path, asked_for, write_json
+from spotune.core.records import RunRecord
+from spotune.core.store import Store
+from spotune.guard.extras import TIMEOUT_S, ExtraWatch, debt_of, run_extra
 from spotune.launch.local.processes import send
 from tests.clocks import Clock
 from tests.script import FAKE_WORKER

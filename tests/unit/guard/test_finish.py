@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from spotune.contracts.errors import InputError, StoreError
-from spotune.contracts.exchange import OUTPUT
-from spotune.contracts.store import Store
+from spotune.core.errors import InputError, StoreError
+from spotune.core.protocol import OUTPUT
+from spotune.core.store import Store
 from spotune.guard.finish import COPIED, certify, copy_output
 from tests.fake_worker import write_weights
 from tests.unit.guard.attempts import KEYS

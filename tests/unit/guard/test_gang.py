@@ -7,11 +7,11 @@ from uuid import uuid4
 
 import pytest
 
-from spotune.contracts.errors import StoreError
-from spotune.contracts.exchange import Outcome
-from spotune.guard.gang import Leader, Line, join
-from spotune.guard.machine import Machine
-from spotune.guard.notices import Notices
+from spotune.core.errors import StoreError
+from spotune.core.protocol import Outcome
+from spotune.guard.context import Machine
+from spotune.guard.leaving import Notices
+from spotune.guard.multinode import Leader, Line, join
 from spotune.guard.stalls import Work
 from tests.waiting import LIMIT_S, until
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from spotune.guard.gpus import GpuMeter, read_sample
+from spotune.guard.journal import GpuMeter, read_sample
 from tests.waiting import until
 
 

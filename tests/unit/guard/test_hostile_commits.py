@@ -7,19 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from spotune.contracts.errors import Misplaced, StoreError
-from spotune.contracts.exchange import write_json
-from spotune.contracts.records import Commit
-from spotune.contracts.store import Store
-from spotune.guard.admission import claim_attempt, earlier_spells, latest_attempt
-from spotune.guard.adopt import find_stranded
+from spotune.core.errors import Misplaced, StoreError
+from spotune.core.protocol import write_json
+from spotune.core.records import Commit
+from spotune.core.store import Store
 from spotune.guard.budget import _earlier_usd
-from spotune.guard.faults import last_event
-from spotune.guard.handover import seal, seal_path
-from spotune.guard.machine import Machine
-from spotune.guard.restore import newest_commit, restore
-from spotune.guard.retention import Retention
-from spotune.guard.trackers import surviving_logs
+from spotune.guard.checkpoints import Retention, seal, seal_path
+from spotune.guard.claim import claim_attempt, earlier_spells, latest_attempt
+from spotune.guard.context import Machine
+from spotune.guard.extras import surviving_logs
+from spotune.guard.restore import last_event, newest_commit, restore
+from spotune.guard.restore_thread import find_stranded
 from tests.hostile import hostile_commits
 from tests.unit.guard import test_commits
 from tests.unit.guard.attempts import FILES, KEYS, RUN, make_checkpoint, make_context

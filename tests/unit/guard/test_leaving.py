@@ -5,9 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from spotune.guard.last_save import Outlook, fits
-from spotune.guard.leaving import STAY_S, departure, stay_until_killed
-from spotune.guard.notices import SIGNALS
+from spotune.guard.leaving import SIGNALS, STAY_S, Outlook, departure, fits, stay_until_killed
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import Mark
-from spotune.contracts.store import Store
+from spotune.core.keys import Keys
+from spotune.core.records import Mark
+from spotune.core.store import Store
 from spotune.guard import main as guard
 from tests.filesystems import file_system, remounted
 

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 
-from spotune.contracts.environment import RunEnvironment
-from spotune.contracts.errors import InputError
-from spotune.guard.grace import prior_s
-from spotune.guard.notices import SIGNALS, Notice, Notices
+from spotune.core.environment import RunEnvironment
+from spotune.core.errors import InputError
+from spotune.guard.leaving import SIGNALS, Notice, Notices, prior_s
 from tests.clocks import Clock
 from tests.waiting import LIMIT_S
 
@@ -175,7 +174,7 @@ def test_a_signal_may_come_between_any_two_lines_of_a_wait() -> None:
 
         def trace(frame: FrameType, event: str, _: Any, line: int = line) -> Any:
             nonlocal seen, reached
-            if frame.f_code.co_filename.endswith(("notices.py", "threading.py", "queue.py")) and event == "line":
+            if frame.f_code.co_filename.endswith(("leaving.py", "threading.py", "queue.py")) and event == "line":
                 seen += 1
                 if seen == line:
                     reached = True

@@ -10,21 +10,20 @@ from typing import Any
 
 import pytest
 
-from spotune.contracts.errors import Fenced, Misplaced, SpotuneError, StoreError
-from spotune.contracts.events import EventLog
-from spotune.contracts.exchange import OUTPUT, Staged
-from spotune.contracts.records import Certificate
-from spotune.contracts.store import Store
-from spotune.guard.admission import claim_attempt
+from spotune.core.errors import Fenced, Misplaced, SpotuneError, StoreError
+from spotune.core.protocol import OUTPUT, EventLog, Staged
+from spotune.core.records import Certificate
+from spotune.core.store import Store
 from spotune.guard.attempt import CERTIFY_PAUSE_S, Attempt
+from spotune.guard.checkpoints import PAUSES_S, Uploader
+from spotune.guard.claim import claim_attempt
+from spotune.guard.context import Machine
 from spotune.guard.extras import LEAVE_S, PAUSE_S, Extras, TakenAway
-from spotune.guard.gang import Leader
 from spotune.guard.journal import Journal
-from spotune.guard.machine import Machine
 from spotune.guard.main import first_look
-from spotune.guard.restoring import PAUSES_S as RESTORE_PAUSES_S
-from spotune.guard.restoring import Restoring
-from spotune.guard.uploader import PAUSES_S, Uploader
+from spotune.guard.multinode import Leader
+from spotune.guard.restore_thread import PAUSES_S as RESTORE_PAUSES_S
+from spotune.guard.restore_thread import Restoring
 from tests.clocks import Clock, QuickNotices
 from tests.fake_worker import write_weights
 from tests.unit.guard.attempts import KEYS, make_context
@@ -242,9 +241,9 @@ def test_a_checkpoint_is_fetched_in_several_tries(
     monkeypatch: pytest.MonkeyPatch,
     failures: int,
 ) -> None:
-    monkeypatch.setattr("spotune.guard.admission.check_data", lambda run: None)
-    monkeypatch.setattr("spotune.guard.restoring.record_history", lambda store, keys: [])
-    monkeypatch.setattr("spotune.guard.restoring.newest_commit", lambda store, keys: None)
+    monkeypatch.setattr("spotune.guard.claim.check_data", lambda run: None)
+    monkeypatch.setattr("spotune.guard.restore_thread.record_history", lambda store, keys: [])
+    monkeypatch.setattr("spotune.guard.restore_thread.newest_commit", lambda store, keys: None)
     away(failures, "keys")
     context = make_context(local_store, tmp_path)
     (context.folder / OUTPUT).mkdir(parents=True)

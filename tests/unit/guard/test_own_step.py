@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from spotune.guard.own_step import srun_command, wants_step
+from spotune.guard.main import srun_command, wants_step
 
 MANAGED = {"SKYPILOT_CLUSTER_INFO": '{"cloud": "Slurm"}', "SKYPILOT_MANAGED_JOB_ID": "4"}
 

@@ -10,23 +10,22 @@ from pathlib import Path
 
 import pytest
 
-from spotune.contracts.environment import RunEnvironment
-from spotune.contracts.errors import InputError, SpotuneError, StoreError
-from spotune.contracts.events import EventLog
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import AttemptRecord, Commit, Progress, RunRecord
-from spotune.contracts.store import Store
-from spotune.guard.admission import Request, choose_run_id, claim_attempt
+from spotune.core.environment import RunEnvironment
+from spotune.core.errors import InputError, SpotuneError, StoreError
+from spotune.core.keys import Keys
+from spotune.core.protocol import EventLog
+from spotune.core.records import AttemptRecord, Commit, Progress, RunRecord
+from spotune.core.store import Store
 from spotune.guard.attempt import make_job
 from spotune.guard.budget import _usd_per_s
-from spotune.guard.context import Context
-from spotune.guard.faults import is_second_fault, last_event
+from spotune.guard.claim import Request, choose_run_id, claim_attempt
+from spotune.guard.context import Context, Machine
+from spotune.guard.extras import surviving_logs, tracker_environ
+from spotune.guard.finish import weights_sha256
 from spotune.guard.journal import Journal
-from spotune.guard.machine import Machine
+from spotune.guard.leaving import SIGNALS, Notices
 from spotune.guard.main import main, parse_arguments
-from spotune.guard.notices import SIGNALS, Notices
-from spotune.guard.trackers import surviving_logs, tracker_environ
-from spotune.guard.weights import weights_sha256
+from spotune.guard.restore import is_second_fault, last_event
 
 KEYS = Keys("a-run")
 RUN = RunRecord(run_id="a-run", created_at=0, user="u", config_path="c", config={}, config_sha256="", data_sha256="")

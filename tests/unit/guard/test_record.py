@@ -8,16 +8,15 @@ from typing import Any
 import pytest
 import yaml
 
-from spotune.contracts.environment import RunEnvironment
-from spotune.contracts.errors import InputError
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import Commit, RunRecord
-from spotune.contracts.revisions import record_history
-from spotune.contracts.store import Store
-from spotune.guard.admission import Request, check_data, check_model, claim_attempt
-from spotune.guard.machine import Machine
+from spotune.core.environment import RunEnvironment
+from spotune.core.errors import InputError
+from spotune.core.keys import Keys
+from spotune.core.records import Commit, RunRecord
+from spotune.core.revisions import record_history
+from spotune.core.store import Store
+from spotune.guard.claim import Request, check_data, check_model, claim_attempt, read_or_create_run
+from spotune.guard.context import Machine
 from spotune.guard.main import parse_arguments
-from spotune.guard.record import read_or_create_run
 
 KEYS = Keys("a-run")
 CONFIG = {"model_name_or_path": "model", "data": [{"source": "data.jsonl"}], "max_steps": 5, "learning_rate": 1e-3}

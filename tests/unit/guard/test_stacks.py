@@ -9,19 +9,19 @@ from pathlib import Path
 import psutil
 import pytest
 
-from spotune.contracts.exchange import python_stacks_path
-from spotune.contracts.store import Store
-from spotune.guard import procfs, stacks
+from spotune.core.protocol import python_stacks_path
+from spotune.core.store import Store
+from spotune.guard import ranks, stacks
 from spotune.guard.stacks import collect_stacks, upload_stacks
 from tests.unit.guard.attempts import KEYS
 from tests.waiting import until
 
-pytestmark = pytest.mark.skipif(not procfs.PROC.joinpath("self", "stat").exists(), reason="reads /proc")
+pytestmark = pytest.mark.skipif(not ranks.PROC.joinpath("self", "stat").exists(), reason="reads /proc")
 
 SLEEPS = "import time\nprint('up', flush=True)\ntime.sleep(3600)"
 WRITES = f"""
 import faulthandler, sys
-from spotune.contracts.exchange import STACKS_SIGNAL
+from spotune.core.protocol import STACKS_SIGNAL
 faulthandler.register(STACKS_SIGNAL, open(sys.argv[1], "w"), all_threads=True)
 def waits_for_a_peer():
     {SLEEPS.replace(chr(10), chr(10) + "    ")}
@@ -153,20 +153,20 @@ def test_they_go_to_the_attempts_folder_once(local_store: Store, tmp_path: Path)
 
 def test_work_is_that_of_the_group_and_only_a_stopped_rank_counts_as_stopped(start: Start) -> None:
     process = start(f"import time\nwhile time.process_time() < 0.1: pass\n{SLEEPS}")
-    before = procfs.work_of({process.pid})
+    before = ranks.work_of({process.pid})
     assert before
     assert not before.stopped
     assert before.cpu_s >= 0.05
     assert before.moved_bytes > 0
     stop(process)
-    after = procfs.work_of({process.pid})
+    after = ranks.work_of({process.pid})
     assert after
     assert after.stopped
-    assert procfs.work_of(set()) == procfs.Work()
+    assert ranks.work_of(set()) == ranks.Work()
 
 
 def test_a_system_without_proc_does_not_know(tmp_path: Path) -> None:
-    assert procfs.work_of({1}, tmp_path) is None
-    assert procfs.moved_bytes(1, tmp_path) == 0
-    assert procfs.processes_in({1}, tmp_path / "none") == []
-    assert procfs.read_stat(tmp_path) is None
+    assert ranks.work_of({1}, tmp_path) is None
+    assert ranks.moved_bytes(1, tmp_path) == 0
+    assert ranks.processes_in({1}, tmp_path / "none") == []
+    assert ranks.read_stat(tmp_path) is None

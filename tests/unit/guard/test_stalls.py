@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from spotune.contracts.store import Call
+from spotune.core.store import Call
 from spotune.guard.stalls import (
     BYTES_PER_S,
     LONGEST_TICK_S,

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spotune.contracts.errors import StoreError
-from spotune.guard import gang, handshake
-from spotune.guard.gang import FromFollower, FromLeader, Leader, Line, gang_port, join, read_message
-from spotune.guard.notices import Notices
+from spotune.core.errors import StoreError
+from spotune.guard import multinode
+from spotune.guard.leaving import Notices
+from spotune.guard.multinode import FromFollower, FromLeader, Leader, Line, gang_port, join, read_message
 from tests.hostile import changed, values
 from tests.unit.guard.test_gang import FACTS, WELCOME, leave, machine
 from tests.waiting import LIMIT_S, until
@@ -114,14 +114,14 @@ def test_strangers_that_say_nothing_hold_up_nobody(gathering: Gathering) -> None
     silent[0].sendall(b'{"hello": 1')
     began = time.monotonic()
     assert gathering.end() == []  # the true follower is not kept waiting
-    assert time.monotonic() - began < handshake.HELLO_S / 2
+    assert time.monotonic() - began < multinode.HELLO_S / 2
     for connection in silent:
         assert is_turned_away(connection)
         connection.close()
 
 
 def test_a_stranger_that_drips_is_turned_away_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handshake, "HELLO_S", 0.5)
+    monkeypatch.setattr(multinode, "HELLO_S", 0.5)
     made = Gathering()
     with closing(made.connect()) as stranger:
         with suppress(OSError):
@@ -143,8 +143,8 @@ def test_a_stranger_without_end_fills_no_memory(gathering: Gathering) -> None:
 
 
 def test_more_strangers_than_may_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handshake, "MOST_WAITING", 2)
-    monkeypatch.setattr(handshake, "HELLO_S", 1.0)
+    monkeypatch.setattr(multinode, "MOST_WAITING", 2)
+    monkeypatch.setattr(multinode, "HELLO_S", 1.0)
     made = Gathering()
     strangers = [made.connect() for _ in range(4)]
     assert is_turned_away(strangers[2])
@@ -213,7 +213,7 @@ def test_messages_that_nobody_reads_fill_no_memory() -> None:
     theirs.settimeout(0.5)
     with closing(theirs), pytest.raises(TimeoutError):
         theirs.sendall(b'{"stacks": [1]}\n' * 1_000_000)
-    assert line.inbox.qsize() <= gang.MOST_UNREAD
+    assert line.inbox.qsize() <= multinode.MOST_UNREAD
     line.close()
     with suppress(queue.Empty):
         while line.inbox.get(timeout=LIMIT_S) is not None:
@@ -235,7 +235,7 @@ def answers(listener: socket.socket, *answers: bytes) -> Callable[[], None]:
 def test_a_follower_takes_nobody_else_for_the_leader(monkeypatch: pytest.MonkeyPatch) -> None:
     """It asks again, until the leader is there."""
     run_id = f"pair-{uuid4().hex[:8]}"
-    monkeypatch.setattr(gang.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(multinode.time, "sleep", lambda seconds: None)
     with socket.create_server(("127.0.0.1", gang_port(run_id))) as listener, ThreadPoolExecutor(1) as pool:
         wrong = [json.dumps({"welcome": welcome}).encode() + b"\n"
                  for welcome in ({}, 7, {**WELCOME, "job": {}}, {**WELCOME, "master_port": "x"},
@@ -250,6 +250,6 @@ def test_a_follower_takes_nobody_else_for_the_leader(monkeypatch: pytest.MonkeyP
 
 def test_a_follower_does_not_wait_without_end_for_a_welcome(monkeypatch: pytest.MonkeyPatch) -> None:
     run_id = f"pair-{uuid4().hex[:8]}"
-    monkeypatch.setattr(gang, "GATHER_S", 0.5)
+    monkeypatch.setattr(multinode, "GATHER_S", 0.5)
     with socket.create_server(("127.0.0.1", gang_port(run_id))), pytest.raises(StoreError, match="did not answer"):
         join(run_id, machine(1), "token")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from spotune.contracts.keys import Keys
-from spotune.contracts.store import Store
+from spotune.core.keys import Keys
+from spotune.core.store import Store
 from spotune.guard.budget import Budget, Wall
 from spotune.guard.journal import Journal
-from spotune.guard.toll import Toll
+from spotune.guard.save_schedule import Toll
 
 T = 1000.0
 BUDGET = Budget(limit_usd=10.0, earlier_usd=4.0, usd_per_s=0.01, paid_since=T)  # 600 s more

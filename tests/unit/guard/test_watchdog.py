@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from spotune.contracts.store import Store
-from spotune.guard import procfs, watchdog
-from spotune.guard.gang import Leader
+from spotune.core.store import Store
+from spotune.guard import ranks, watchdog
 from spotune.guard.journal import Journal
+from spotune.guard.multinode import Leader
+from spotune.guard.save_schedule import Toll
 from spotune.guard.stalls import LONGEST_TICK_S, Work
-from spotune.guard.toll import Toll
 from spotune.guard.watchdog import END_S, EXIT_S, Watchdog
 from tests.clocks import Clock
 from tests.unit.guard.attempts import KEYS, RUN, make_context
@@ -197,7 +197,7 @@ def test_a_machine_that_is_about_to_go_has_no_stalls(make: Callable[..., Scene])
 
 def test_other_machines_that_load_excuse_this_one(make: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch) -> None:
     scene = make()
-    monkeypatch.setattr(procfs, "work_of", lambda groups: Work())
+    monkeypatch.setattr(ranks, "work_of", lambda groups: Work())
     monkeypatch.setattr(Leader, "works", property(lambda self: [Work(cpu_s=scene.clock.now)]))
     scene.pass_s(600)
     assert scene.dog.stall is None

@@ -15,15 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spotune.keeper import jupyter
-from spotune.keeper import look as looking
-from spotune.keeper.gpu import gpu_look
-from spotune.keeper.jobs import job_look
-from spotune.keeper.jupyter import jupyter_look
-from spotune.keeper.keeper import keep
-from spotune.keeper.look import look
-from spotune.keeper.settings import Settings
-from spotune.keeper.signs import Sign
+from spotune.keeper import signs
+from spotune.keeper import watcher as looking
+from spotune.keeper.signs import Sign, gpu_look, job_look, jupyter_look
+from spotune.keeper.watcher import Settings, keep, look
 from tests.clocks import Clock
 from tests.hostile import HOW, changed, spoil, values
 from tests.waiting import LIMIT_S
@@ -138,7 +133,7 @@ def test_a_time_that_no_clock_can_show(tmp_path: Path, server: str, at: str) -> 
 
 def test_an_answer_without_an_end(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     furnish(tmp_path, server)
-    monkeypatch.setattr(jupyter, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(signs, "TIMEOUT_S", 0.5)
     Answers.body, Answers.drips = b"[", True
     with limited(5.0):
         assert jupyter_look(tmp_path / "jupyter", 1000.0) == []

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 import spotune
-from spotune.keeper.keeper import NEWEST, keep
-from spotune.keeper.settings import Settings
 from spotune.keeper.signs import Sign
+from spotune.keeper.watcher import NEWEST, Settings, keep
 from tests.clocks import Clock
 from tests.waiting import LIMIT_S
 

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from spotune.keeper.processes import Process, processes
-from spotune.keeper.sessions import session_look
+from spotune.keeper.signs import Process, processes, session_look
 from tests.waiting import ended, until
 
 SSHD = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:/usr/bin")

@@ -13,12 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from spotune.keeper.cpu import cpu_look
-from spotune.keeper.gpu import gpu_look
-from spotune.keeper.jobs import job_look
-from spotune.keeper.jupyter import jupyter_look, shut_down
-from spotune.keeper.processes import Process, processes
-from spotune.keeper.sessions import editor_look, session_look
+from spotune.keeper.signs import (
+    Process,
+    cpu_look,
+    editor_look,
+    gpu_look,
+    job_look,
+    jupyter_look,
+    processes,
+    session_look,
+    shut_down,
+)
 from tests.waiting import ended, until
 
 BURN = "while True: pass"

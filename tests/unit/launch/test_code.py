@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from spotune.contracts.errors import InputError
+from spotune.core.errors import InputError
 from spotune.launch import code
 from spotune.launch.code import Code, differs, read_code, sent_code
 

@@ -14,15 +14,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from spotune.cli import main
-from spotune.contracts.errors import SpotuneError
-from spotune.contracts.keys import Keys
-from spotune.contracts.localstate import write_state
-from spotune.contracts.records import Mark
-from spotune.contracts.store import Store
-from spotune.launch.infra import Submission
+from spotune.core.errors import SpotuneError
+from spotune.core.io import write_state
+from spotune.core.keys import Keys
+from spotune.core.records import Mark
+from spotune.core.store import Store
+from spotune.launch.engine import Submission
 from spotune.launch.local import database, supervisor
 from spotune.launch.local.database import VERSION, NewerState
-from spotune.launch.local.infra import LocalInfra
+from spotune.launch.local.engine import LocalInfra
 from spotune.launch.local.layout import Layout
 from spotune.launch.local.machine import keep_environment, machine_environment
 from spotune.launch.local.queue import Queue
@@ -328,7 +328,7 @@ def test_one_job_that_raises_does_not_stop_the_others(home: Home, monkeypatch: p
     def settle(self: Any, job: Job, attempt: Attempt) -> None:
         raise KeyError("no such thing")
 
-    monkeypatch.setattr("spotune.launch.local.settle.Settler.settle", settle)
+    monkeypatch.setattr("spotune.launch.local.watch.Settler.settle", settle)
     home.queue.note("slots", 2)
     home.now += 60.0
     for _ in range(4):

@@ -11,10 +11,10 @@ import pytest
 from click.testing import Result
 
 from spotune.cli import main
-from spotune.contracts.errors import SpotuneError
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import Mark
-from spotune.launch.local.infra import LocalInfra
+from spotune.core.errors import SpotuneError
+from spotune.core.keys import Keys
+from spotune.core.records import Mark
+from spotune.launch.local.engine import LocalInfra
 from spotune.launch.local.supervisor import serve
 from tests.commands import cli_runner
 from tests.filesystems import file_system, fill, remounted
@@ -38,7 +38,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
     monkeypatch.setenv("SPOTUNE_USER", "ada")
     monkeypatch.setenv("SPOTUNE_PYTHON", sys.executable)
     monkeypatch.setattr(LocalInfra, "_wake", lambda self: None)  # the test is the supervisor
-    monkeypatch.setattr("spotune.launch.local.infra.TAKE_UP_S", 1.0)
+    monkeypatch.setattr("spotune.launch.local.engine.TAKE_UP_S", 1.0)
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text("{}")
     (tmp_path / "data.jsonl").write_text('{"text": "a"}\n')

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from spotune.cli.follow import settled
-from spotune.launch.local.infra import _Tail
-from spotune.launch.loglines import MOST_CHARS, LogLines
-from spotune.launch.skypilot.logs import lines_of
+from spotune.core.io import MOST_CHARS, LogLines
+from spotune.launch.local.engine import _Tail
+from spotune.launch.skypilot.log_lines import lines_of
 
 
 def test_the_log_never_tears_a_character_or_a_line(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from spotune.contracts.errors import InfraError
-from spotune.launch.outage import Outage
+from spotune.core.errors import InfraError
+from spotune.launch.status import Outage
 
 
 def test_an_outage_is_told_of_once_and_borne_for_a_while() -> None:

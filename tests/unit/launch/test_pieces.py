@@ -10,24 +10,23 @@ from pathlib import Path
 import pytest
 import yaml
 
-from spotune.contracts.errors import InfraError, InputError, Taken
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import Commit, Mark, Progress
-from spotune.contracts.store import Store
-from spotune.launch import locks
+from spotune.core import io
+from spotune.core.errors import InfraError, InputError, Taken
+from spotune.core.keys import Keys
+from spotune.core.records import Commit, Mark, Progress
+from spotune.core.store import Store
 from spotune.launch import task as tasks
-from spotune.launch.infra import Submission
-from spotune.launch.local import gpus
+from spotune.launch.engine import Submission
+from spotune.launch.local import layout as local_layout
 from spotune.launch.local.layout import Layout
-from spotune.launch.local.look import look
 from spotune.launch.local.machine import keep_environment, kept_environment
+from spotune.launch.local.probe import look
 from spotune.launch.local.processes import Identity, boot_id, members
 from spotune.launch.local.queue import Queue
-from spotune.launch.preemptions import due
-from spotune.launch.prices import local_prices
+from spotune.launch.plan import local_prices
 from spotune.launch.settings import load_settings
 from spotune.launch.skypilot.registry import Entry, Registry
-from spotune.launch.task import Demand, Resources, demand_of, fill_in, load_task
+from spotune.launch.task import Demand, Resources, demand_of, due, fill_in, load_task
 from tests.filesystems import file_system, remounted
 
 ROOT = Path(__file__).parents[3]
@@ -122,7 +121,7 @@ def test_gpu_names_as_skypilot_spells_them() -> None:
     }  # fmt: skip
     for full, short in names.items():
         listing = f"0, GPU-1, {full}, {81920 if '80GB' in full else 40960}\n"
-        assert gpus._visible(listing, None) == [gpus.Gpu("0", short)]
+        assert local_layout._visible(listing, None) == [local_layout.Gpu("0", short)]
 
 
 @pytest.mark.parametrize(
@@ -139,15 +138,15 @@ def test_gpu_names_as_skypilot_spells_them() -> None:
 )
 def test_visible_gpus(visible: str | None, devices: list[str]) -> None:
     listing = "0, GPU-a1, NVIDIA L4, 23034\n1, GPU-b2, NVIDIA L4, 23034\n"
-    assert [gpu.device for gpu in gpus._visible(listing, visible)] == devices
+    assert [gpu.device for gpu in local_layout._visible(listing, visible)] == devices
 
 
 def test_prices(tmp_path: Path) -> None:
     settings = load_settings(tmp_path, tmp_path)
-    spot, on_demand = local_prices(settings, [gpus.Gpu("0", "L4")] * 2, Demand(gpu="L4", gpus=2), at=5.0)
+    spot, on_demand = local_prices(settings, [local_layout.Gpu("0", "L4")] * 2, Demand(gpu="L4", gpus=2), at=5.0)
     assert (spot.accelerators, spot.use_spot, on_demand.use_spot, spot.at) == ("L4:2", True, False, 5.0)
     assert spot.price_usd_per_hour == 2 * settings.local.prices["L4"].spot
-    unknown = local_prices(settings, [gpus.Gpu("0", "XPU")], Demand(), at=0.0)[0]
+    unknown = local_prices(settings, [local_layout.Gpu("0", "XPU")], Demand(), at=0.0)[0]
     assert unknown.price_usd_per_hour == 0
     assert "no price for XPU" in unknown.source
 
@@ -229,7 +228,7 @@ def test_a_task_of_ones_own_that_cannot_be_read_is_not_passed_over(
 def test_a_lock_that_another_process_keeps_is_not_waited_for_without_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(locks, "MOST_S", 0.1)
+    monkeypatch.setattr(io, "MOST_S", 0.1)
     entry = Entry("run-a", "aws", "s3://b", "ada", 0, 1.0, "/", {})
     for lock, verb in (
         (tmp_path / "queue.lock", Queue(tmp_path / "queue.db").create),

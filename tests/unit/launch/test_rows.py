@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import Mark
-from spotune.contracts.store import Store
-from spotune.launch.infra import Submission
-from spotune.launch.local.infra import LocalInfra
+from spotune.core.keys import Keys
+from spotune.core.records import Mark
+from spotune.core.store import Store
+from spotune.launch.engine import Submission
+from spotune.launch.local.engine import LocalInfra
 from spotune.launch.local.layout import Layout
-from spotune.launch.local.look import look
+from spotune.launch.local.probe import look
 from spotune.launch.local.queue import Queue
 from spotune.launch.local.supervisor import Supervisor
 

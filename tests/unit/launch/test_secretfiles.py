@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from spotune.launch.secretfiles import secret_content, secret_name
+from spotune.launch.secret_files import secret_content, secret_name
 
 ROOT = Path(__file__).parents[3]
 SECRET_NAMES = """

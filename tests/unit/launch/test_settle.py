@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from spotune.launch.infra import Submission
+from spotune.launch.engine import Submission
 from spotune.launch.local.layout import Layout
 from spotune.launch.local.queue import Queue
 from spotune.launch.local.rows import Attempt, Job
-from spotune.launch.local.settle import CANCEL_TIMEOUT_S, LOOK_TIMEOUT_S, Settler
 from spotune.launch.local.verdict import Verdict
+from spotune.launch.local.watch import CANCEL_TIMEOUT_S, LOOK_TIMEOUT_S, Settler
 
 T = 1000.0
 ATTEMPT = Attempt(run_id="run-a", attempt=1, marker="m", boot="b", started_at=1.0)

@@ -8,9 +8,9 @@ from typing import Any
 import click.testing
 import pytest
 
-from spotune.contracts.errors import InfraError
-from spotune.contracts.keys import Keys
-from spotune.launch.infra import Submission
+from spotune.core.errors import InfraError
+from spotune.core.keys import Keys
+from spotune.launch.engine import Submission
 from tests.filesystems import file_system, fill
 from tests.unit.fake_infra import FakeInfra
 from tests.unit.project import Project

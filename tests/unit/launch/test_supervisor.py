@@ -9,19 +9,18 @@ from typing import Any
 
 import pytest
 
-from spotune.contracts.errors import StoreError
-from spotune.contracts.exchange import write_json
-from spotune.contracts.keys import Keys
-from spotune.contracts.records import Commit, Mark
-from spotune.contracts.store import Store
-from spotune.launch.infra import Submission
+from spotune.core.errors import StoreError
+from spotune.core.keys import Keys
+from spotune.core.protocol import write_json
+from spotune.core.records import Commit, Mark
+from spotune.core.store import Store
+from spotune.launch.engine import Submission
 from spotune.launch.local import processes, supervisor
 from spotune.launch.local.layout import MARKER, Layout
 from spotune.launch.local.queue import Queue
 from spotune.launch.local.rows import Attempt, Job
-from spotune.launch.local.settle import RETRY_S
 from spotune.launch.local.supervisor import CANCEL_GRACE_S, IDLE_S, POLL_S, Supervisor, serve
-from spotune.launch.local.watch import SPAWN_S
+from spotune.launch.local.watch import RETRY_S, SPAWN_S
 from tests.waiting import until
 
 T = 1000.0

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from spotune.contracts.errors import InputError
-from spotune.launch import trainer
-from spotune.launch.local.infra import LocalInfra
+from spotune.core.errors import InputError
+from spotune.launch import task as launch_task
+from spotune.launch.local.engine import LocalInfra
 from spotune.launch.local.layout import Layout
 from spotune.launch.local.machine import keep_environment, kept_environment
-from spotune.launch.trainer import find_trainer, trainer_of
+from spotune.launch.task import find_trainer, trainer_of
 from tests.unit.project import Project
 
 USES_IT = {"run": 'exec "${SPOTUNE_PYTHON:-.venv-train/bin/python}" -m spotune.sft "$SPOTUNE_CONFIG"'}
@@ -21,8 +21,8 @@ HAS_ITS_OWN = {"run": "exec /opt/python -m spotune.sft x.yaml"}
 @pytest.fixture(autouse=True)
 def nothing_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Neither spotune's own checkout nor this Python trains, whatever environment the test runs in."""
-    monkeypatch.setattr(trainer.spotune, "__file__", str(tmp_path / "site-packages" / "spotune" / "x" / "y.py"))
-    monkeypatch.setattr(trainer, "find_spec", lambda name: None)
+    monkeypatch.setattr(launch_task.spotune, "__file__", str(tmp_path / "site-packages" / "spotune" / "x" / "y.py"))
+    monkeypatch.setattr(launch_task, "find_spec", lambda name: None)
 
 
 def program(path: Path) -> str:
@@ -34,9 +34,9 @@ def program(path: Path) -> str:
 
 def test_the_places_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     project, checkout = tmp_path / "project", tmp_path / "checkout"
-    monkeypatch.setattr(trainer, "find_spec", lambda name: name == "trl" or None)
+    monkeypatch.setattr(launch_task, "find_spec", lambda name: name == "trl" or None)
     assert find_trainer({}, project) == sys.executable
-    monkeypatch.setattr(trainer.spotune, "__file__", str(checkout / "src" / "spotune" / "__init__.py"))
+    monkeypatch.setattr(launch_task.spotune, "__file__", str(checkout / "src" / "spotune" / "__init__.py"))
     of_checkout = program(checkout / ".venv-train/bin/python")
     assert find_trainer({}, project) == of_checkout
     of_project = program(project / ".venv-train/bin/python")
@@ -107,7 +107,7 @@ def test_a_submission_is_refused_before_anything_is_written(
 
 
 def test_the_queue_takes_no_job_that_nothing_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from spotune.launch.infra import Submission
+    from spotune.launch.engine import Submission
 
     monkeypatch.setattr(LocalInfra, "_wake", lambda self: None)
     infra = LocalInfra(tmp_path / "home", dict(os.environ))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from spotune.launch.local.look import Look
+from spotune.launch.local.probe import Look
 from spotune.launch.local.verdict import Ending, Patience, backoff_s, decide
 
 CERTIFIED = Look(completed=True)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from spotune.contracts.errors import InfraError, InputError, Unsettled
-from spotune.contracts.keys import Keys
-from spotune.launch import infra
-from spotune.launch.infra import Submission
-from spotune.launch.local import daemon
-from spotune.launch.local.infra import TAKE_UP_S, LocalInfra
+from spotune.core.errors import InfraError, InputError, Unsettled
+from spotune.core.keys import Keys
+from spotune.launch import engine
+from spotune.launch.engine import Submission
+from spotune.launch.local import engine as local_engine
+from spotune.launch.local.engine import TAKE_UP_S, LocalInfra
 from spotune.launch.local.layout import Layout
 from spotune.launch.local.queue import Queue
 from spotune.launch.local.rows import Attempt
@@ -49,9 +49,9 @@ def test_without_a_supervisor_nothing_stays(local: LocalInfra) -> None:
 def test_the_verb_says_so_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    backend = infra.BACKENDS["local"]
+    backend = engine.BACKENDS["local"]
     project = Project(tmp_path / "project", monkeypatch)
-    monkeypatch.setitem(infra.BACKENDS, "local", backend)
+    monkeypatch.setitem(engine.BACKENDS, "local", backend)
     (project.home / "local/supervisor.log").mkdir(parents=True)
     result = project.run("train", "run.yaml", "--name", "run-a", "-d")
     assert (result.exit_code, result.stdout, capfd.readouterr().err) == (3, "", "")
@@ -74,7 +74,7 @@ def test_a_run_whose_folder_is_gone_does_not_go_on(
 ) -> None:
     folder = tmp_path / "work"
     Queue(local.layout.database).add(replace(SUBMISSION, workdir=str(folder), secrets={}), "file:///b")
-    monkeypatch.setattr(daemon, "start", lambda *_: None)
+    monkeypatch.setattr(local_engine, "start", lambda *_: None)
     with pytest.raises(InputError, match=r"^run-a: its folder .*/work is gone \(spotune train --from run-a\)$"):
         local.check_resumable("run-a")
     folder.mkdir()
@@ -87,7 +87,7 @@ def test_a_run_whose_folder_is_gone_does_not_go_on(
 
 
 def test_ctrl_c_takes_it_back(local: LocalInfra, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(daemon, "start", interrupted())
+    monkeypatch.setattr(local_engine, "start", interrupted())
     with pytest.raises(KeyboardInterrupt):
         local.submit(SUBMISSION)
     assert (local.jobs(), local.layout.environment("run-a").exists()) == ([], False)
@@ -95,7 +95,7 @@ def test_ctrl_c_takes_it_back(local: LocalInfra, monkeypatch: pytest.MonkeyPatch
 
 def test_one_that_has_begun_stays_known(local: LocalInfra, monkeypatch: pytest.MonkeyPatch) -> None:
     queue = Queue(local.layout.database)
-    monkeypatch.setattr(daemon, "start", interrupted(lambda: queue.start(MACHINE)))
+    monkeypatch.setattr(local_engine, "start", interrupted(lambda: queue.start(MACHINE)))
     says = r"^interrupted; run-a has begun and goes on \(end it: spotune cancel run-a\)$"
     with pytest.raises(Unsettled, match=says):
         local.submit(SUBMISSION)
@@ -145,7 +145,7 @@ class SilentSupervisor:
 
     def __init__(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        monkeypatch.setattr(daemon, "is_running", lambda _: True)
+        monkeypatch.setattr(local_engine, "is_running", lambda _: True)
         self.infra = LocalInfra(home, {}, clock=lambda: self.now, sleep=self.sleep)
         self.queue = Queue(self.infra.layout.database)
 

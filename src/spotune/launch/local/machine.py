@@ -11,10 +11,10 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from spotune.contracts import environment
-from spotune.contracts.errors import InfraError, InputError
-from spotune.contracts.localstate import Damaged, load_object, make_room, write_state
-from spotune.contracts.machinefaults import is_machine_fault
+from spotune.core import environment
+from spotune.core.errors import InfraError, InputError
+from spotune.core.io import Damaged, load_object, make_room, write_state
+from spotune.core.machine_faults import is_machine_fault
 from spotune.launch.local.layout import MARKER, Layout
 from spotune.launch.local.rows import Attempt, Job
 

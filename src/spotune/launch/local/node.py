@@ -14,8 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts.localstate import Damaged, load_object, write_state
-from spotune.contracts.output import protect_output
+from spotune.core.io import Damaged, load_object, write_state
+from spotune.core.output import protect_output
 from spotune.launch.local.layout import AttemptFiles, Exit, Running
 
 HEARTBEAT_S = 1.0

@@ -9,11 +9,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from spotune.contracts.errors import InfraError, Taken
-from spotune.contracts.localstate import Log, log_line
-from spotune.launch.infra import ACTIVE, Submission
-from spotune.launch.local.database import connect, describe, is_passing, only_one_prepares, prepare
-from spotune.launch.local.jobfiles import job_file, keep_all, keep_job, restore_jobs
+from spotune.core.errors import InfraError, Taken
+from spotune.core.io import Log, log_line
+from spotune.launch.engine import ACTIVE, Submission
+from spotune.launch.local.database import (
+    connect,
+    describe,
+    is_passing,
+    job_file,
+    keep_all,
+    keep_job,
+    only_one_prepares,
+    prepare,
+    restore_jobs,
+)
 from spotune.launch.local.rows import Attempt, Job, Request
 from spotune.launch.local.verdict import Verdict
 

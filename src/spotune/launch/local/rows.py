@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
-from spotune.contracts.environment import check_bucket
-from spotune.contracts.errors import SpotuneError
-from spotune.contracts.keys import RUN_ID
-from spotune.contracts.shapes import YEAR_2000, Time, fits
-from spotune.launch.infra import ACTIVE, State
+from spotune.core.environment import check_bucket
+from spotune.core.errors import SpotuneError
+from spotune.core.fields import YEAR_2000, Time, fits
+from spotune.core.keys import RUN_ID
+from spotune.launch.engine import ACTIVE, State
 from spotune.launch.task import Demand, demand_of
 
 if TYPE_CHECKING:

@@ -12,23 +12,21 @@ from pathlib import Path
 from types import FrameType
 from uuid import uuid4
 
-from spotune.contracts.errors import InfraError, SpotuneError
-from spotune.contracts.exits import BAD_INPUT, FAILED, INFRA_FAILED
-from spotune.contracts.localstate import Damaged, make_room, set_aside
-from spotune.contracts.machinefaults import is_machine_fault
-from spotune.contracts.output import protect_output
-from spotune.launch.local import daemon, processes
+from spotune.core.errors import InfraError, SpotuneError
+from spotune.core.exits import BAD_INPUT, FAILED, INFRA_FAILED
+from spotune.core.io import Damaged, make_room, set_aside
+from spotune.core.machine_faults import is_machine_fault
+from spotune.core.output import protect_output
+from spotune.launch.local import engine, processes
 from spotune.launch.local.database import NewerState
-from spotune.launch.local.gpus import Gpu
-from spotune.launch.local.layout import Layout
-from spotune.launch.local.look import cancelled_because
+from spotune.launch.local.layout import Gpu, Layout
 from spotune.launch.local.machine import start_machine
+from spotune.launch.local.probe import cancelled_because
 from spotune.launch.local.queue import Queue
 from spotune.launch.local.rows import Attempt, Job, Request
-from spotune.launch.local.settle import Settler
 from spotune.launch.local.verdict import Verdict
-from spotune.launch.local.watch import Watcher
-from spotune.launch.preemptions import due
+from spotune.launch.local.watch import Settler, Watcher
+from spotune.launch.task import due
 
 POLL_S = 0.2
 MOST_SLOTS = 1024
@@ -298,7 +296,7 @@ def main(arguments: list[str]) -> int:
     try:
         os.chdir(layout.root)
         while True:
-            with daemon.only_one(layout) as alone:
+            with engine.only_one(layout) as alone:
                 if not alone:
                     return 0
                 serve(layout, idle_s)

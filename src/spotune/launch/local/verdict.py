@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from functools import partial
 
-from spotune.contracts import exits
-from spotune.launch.infra import State
-from spotune.launch.local.look import Look
+from spotune.core import exits
+from spotune.launch.engine import State
+from spotune.launch.local.probe import Look
 
 KILLED = 137  # 128 + SIGKILL: nothing that a program does to itself; out of memory, or a machine's fault
 FREE_RETRIES = 3  # attempts that say 75 by themselves, without progress, before they are slowed down

@@ -1,14 +1,23 @@
-"""Dev clusters: what SkyPilot has, brings up, runs something on, and takes away again."""
+"""Dev clusters: brought up, listed, booked, and taken away again."""
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from spotune.contracts.errors import InfraError, InputError
-from spotune.launch.skypilot import engine, joblog
+from spotune.core.clusters import ClusterRecord, read_clusters
+from spotune.core.errors import InfraError, InputError, SpotuneError
+from spotune.core.money import HOUR_S
+from spotune.core.records import PriceRow
+from spotune.launch.settings import Workspace
+from spotune.launch.skypilot import client, clusters, logs, ssh
+from spotune.launch.skypilot.jobs import Usage, usages
+
+# Dev clusters: what SkyPilot has, brings up, runs something on, and takes away again.
 
 # Where a cluster can only be taken down: CloudImplementationFeatures.STOP in sky/clouds/*.py (0.14.1).
 _NO_STOP = (
@@ -60,8 +69,8 @@ def list_clusters(names: list[str] | None = None) -> list[Cluster]:
 
     Those with autostop are looked after where they run, since they may be gone by themselves.
     """
-    sky = engine.sdk()
-    records = engine.call(sky.status, cluster_names=names, refresh=sky.StatusRefreshMode.AUTO)
+    sky = client.sdk()
+    records = client.call(sky.status, cluster_names=names, refresh=sky.StatusRefreshMode.AUTO)
     return [_cluster(record) for record in records if not record.is_managed]
 
 
@@ -78,7 +87,7 @@ def own_cluster(name: str) -> Cluster | None:
     """
     if mine := list_clusters([name]):
         return mine[0]
-    for record in engine.call(engine.sdk().status, cluster_names=[name], all_users=True):
+    for record in client.call(client.sdk().status, cluster_names=[name], all_users=True):
         what = f"is the cluster of another SkyPilot user, {record.user_name} ({record.user_hash})"
         raise InputError(name, what, remedy="another name: spotune dev up --name NAME")
     return None
@@ -99,17 +108,17 @@ def check_up(cluster: Cluster | None, name: str) -> Cluster:
 
 def launch(task: Mapping[str, Any], name: str, idle_minutes: int, down: bool) -> None:
     """Brings a cluster up, or starts a stopped one; what SkyPilot says of it goes to stderr."""
-    sky = engine.sdk()
-    with engine.translated(), redirect_stdout(sys.stderr):
-        request = sky.launch(engine.task(task), cluster_name=name, idle_minutes_to_autostop=idle_minutes, down=down)
-        job_id, _ = engine.watch(request, sys.stderr)
+    sky = client.sdk()
+    with client.translated(), redirect_stdout(sys.stderr):
+        request = sky.launch(client.task(task), cluster_name=name, idle_minutes_to_autostop=idle_minutes, down=down)
+        job_id, _ = client.watch(request, sys.stderr)
     if job_id:
         see_setup(name, job_id)
 
 
 def see_setup(name: str, job_id: int) -> None:
     """Shows a setup until it is done; raises InfraError when it fails."""
-    if joblog.follow(name, job_id, out=sys.stderr):
+    if logs.follow(name, job_id, out=sys.stderr):
         raise InfraError(
             f"{name}: its setup failed (spotune dev up again once it is mended, or spotune dev down {name})"
         )
@@ -120,20 +129,20 @@ def execute(task: Mapping[str, Any], name: str) -> int:
 
     Ctrl-C meanwhile calls the request off, which may have come as far as the queue already.
     """
-    sky = engine.sdk()
-    with engine.translated(), redirect_stdout(sys.stderr):
-        request = sky.exec(engine.task(task), cluster_name=name)
+    sky = client.sdk()
+    with client.translated(), redirect_stdout(sys.stderr):
+        request = sky.exec(client.task(task), cluster_name=name)
         try:
-            job_id, _ = engine.ask(request)
+            job_id, _ = client.ask(request)
         except KeyboardInterrupt:
             with suppress(InfraError, InputError):
-                engine.call(sky.api_cancel, [request], silent=True)
+                client.call(sky.api_cancel, [request], silent=True)
             raise
     return int(job_id)
 
 
 def cancel(name: str, job_id: int) -> None:
-    engine.call(engine.sdk().cancel, name, job_ids=[job_id])
+    client.call(client.sdk().cancel, name, job_ids=[job_id])
 
 
 def withdraw(name: str, job: str) -> None:
@@ -158,7 +167,7 @@ class ClusterJob:
 
 def list_jobs(name: str) -> list[ClusterJob]:
     """This user's jobs of a cluster since it was launched, oldest first."""
-    records = engine.call(engine.sdk().queue, name)
+    records = client.call(client.sdk().queue, name)
     jobs = [ClusterJob(int(record.job_id), str(record.job_name), record.status.value) for record in records]
     return sorted(jobs, key=lambda job: job.id)
 
@@ -170,13 +179,13 @@ def running_jobs(name: str) -> list[str]:
 
 def set_autostop(name: str, minutes: int, down: bool) -> bool:
     """Returns whether the cluster will be taken down: as asked, or since this machine, a spot one say, cannot stop."""
-    sky = engine.sdk()
+    sky = client.sdk()
     try:
-        engine.call(sky.autostop, name, minutes, down=down)
+        client.call(sky.autostop, name, minutes, down=down)
     except InfraError as error:
         if down or type(error.__cause__).__name__ != "NotSupportedError":
             raise
-        engine.call(sky.autostop, name, minutes, down=True)
+        client.call(sky.autostop, name, minutes, down=True)
         return True
     return down
 
@@ -184,16 +193,16 @@ def set_autostop(name: str, minutes: int, down: bool) -> bool:
 def stop(name: str) -> None:
     """Raises InputError where clusters can only be taken down."""
     check_can_stop(find_cluster(name).infra, f"spotune dev down {name}", name)
-    with engine.translated(name):
-        engine.ask(engine.sdk().stop(name))
+    with client.translated(name):
+        client.ask(client.sdk().stop(name))
 
 
 def take_down(name: str) -> None:
     """Raises InputError for a cluster that is not there."""
     if not list_clusters([name]):
         raise InputError(name, "no such cluster", remedy="spotune dev ls")
-    with engine.translated(name):
-        engine.ask(engine.sdk().down(name))
+    with client.translated(name):
+        client.ask(client.sdk().down(name))
 
 
 def can_stop(infra: str) -> bool:
@@ -228,3 +237,143 @@ def _priced(cluster: Cluster, row: Mapping[str, Any]) -> Cluster:
         return cluster
     price = cost * 3600 / duration if cluster.status == "UP" else 0.0
     return replace(cluster, price_usd_per_hour=price, spent_usd=cost)
+
+
+# What dev clusters were paid for, from SkyPilot's report into the bucket: ``core/clusters.py``.
+#
+# No verb fails because of it: what could not be booked is one line, and the next verb books it.
+
+SOURCE = "SkyPilot's cost report"
+
+Row = Mapping[str, Any]  # of cost_report
+Warn = Callable[[str], None]
+
+
+def book(workspace: Workspace, rows: Sequence[Row], warn: Warn, clock: Callable[[], float] = time.time) -> None:
+    """Writes the records of the clusters in ``rows``; one whose first record this is gets its price now, for good."""
+    if not rows:
+        return
+    try:
+        store = workspace.store()
+        known = read_clusters(store, [str(row["name"]) for row in rows])
+        for record in booked(rows, known, workspace.env.user, workspace.settings.team, clock()):
+            store.write(record.key, record.to_bytes())
+    except SpotuneError as error:
+        warn(f"what the cluster costs is not booked: {error}")
+
+
+def book_names(workspace: Workspace, names: Sequence[str], warn: Warn) -> None:
+    """Asks SkyPilot what was paid for clusters of these names, and books it."""
+    try:
+        rows = client.cost_rows(names)
+    except SpotuneError as error:
+        warn(f"what {', '.join(names)} cost is not booked: {error}")
+        return
+    book(workspace, rows, warn)
+
+
+def book_open(workspace: Workspace, warn: Warn) -> None:
+    """Books those that were still paid for when they were last booked; without any SkyPilot is not asked."""
+    if names := sorted({record.name for record in read_clusters(workspace.store()) if record.is_up}):
+        book_names(workspace, names, warn)
+
+
+def booked(
+    rows: Sequence[Row], known: Sequence[ClusterRecord], owner: str, team: str, now: float
+) -> Iterator[ClusterRecord]:
+    """The records as they are now. Of a name only the newest cluster is taken in anew: it is the one at hand."""
+    by_hash = {record.cluster_hash: record for record in known}
+    newest: set[str] = set()
+    for row in sorted(rows, key=_launched_at, reverse=True):
+        name, used = str(row["name"]), usages(row)
+        is_newest = name not in newest
+        newest.add(name)
+        spans: list[list[float | None]] = [[usage.started_at, usage.ended_at] for usage in used]
+        if record := by_hash.get(str(row["cluster_hash"])):
+            if spans and (record.is_up or spans != record.spans):
+                yield replace(record, spans=spans, updated_at=now)
+        elif is_newest and used and row.get("duration"):
+            yield ClusterRecord(
+                name=name,
+                cluster_hash=str(row["cluster_hash"]),
+                launched_at=used[0].started_at,
+                owner=owner,
+                team=team,
+                infra="/".join(part for part in (used[0].cloud, used[0].region, used[0].zone) if part),
+                accelerators=used[0].accelerators,
+                nodes=used[0].nodes,
+                price=_price(row, used[0], now),
+                spans=spans,
+                updated_at=now,
+            )
+
+
+def _price(row: Row, used: Usage, now: float) -> dict[str, Any]:
+    """The row of one node at SkyPilot's price of now; empty where it knows none."""
+    usd_per_hour = (row.get("total_cost") or 0.0) / float(row["duration"]) * HOUR_S / used.nodes
+    if not usd_per_hour > 0:
+        return {}
+    return vars(
+        PriceRow(
+            infra=used.cloud,
+            region=used.region or "*",
+            zone=used.zone or "*",
+            instance_type=used.instance_type,
+            accelerators=used.accelerators,
+            use_spot=used.use_spot,
+            price_usd_per_hour=round(usd_per_hour, 6),
+            source=SOURCE,
+            at=now,
+        )
+    )
+
+
+def _launched_at(row: Row) -> float:
+    return max((usage.started_at for usage in usages(row)), default=0.0)
+
+
+# Dev clusters with what their keepers say.
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A cluster and its keeper.
+
+    Attributes:
+        idle_minutes: how long it may be without work, None for ever.
+        last_active_at: when somebody worked last, None when nobody knows.
+        stops_at: when it stops if nobody works any more, None while somebody does.
+        why: what holds it, or since when nothing does.
+    """
+
+    cluster: Cluster
+    idle_minutes: float | None
+    last_active_at: float | None
+    stops_at: float | None
+    why: str
+
+    def as_row(self) -> dict[str, Any]:
+        """A row of ``dev ls --format json``."""
+        rest = {name: value for name, value in vars(self).items() if name != "cluster"}
+        return {**asdict(self.cluster), **rest}
+
+
+def list_dev(workspace: Workspace, warn: Warn) -> list[Listed]:
+    """This user's clusters, each asked for its keeper's word; what they were paid for is booked on the way."""
+    found = clusters.list_clusters()
+    rows = client.cost_rows([cluster.name for cluster in found]) if found else []
+    book(workspace, rows, warn)
+    found = clusters.with_prices(found, rows)
+    if up := [cluster.name for cluster in found if cluster.status == "UP"]:
+        ssh.write_config(*up)
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(_listed, found))
+
+
+def _listed(cluster: Cluster) -> Listed:
+    state = ssh.keeper_state(cluster.name) if cluster.status == "UP" else None
+    if state is None:
+        known = cluster.autostop_minutes is not None
+        why = "no keeper: SkyPilot counts jobs and ssh terminals" if cluster.status == "UP" and known else ""
+        return Listed(cluster, cluster.autostop_minutes, None, None, why)
+    return Listed(cluster, state.idle_minutes, state.last_active_at, state.stops_at, state.why)

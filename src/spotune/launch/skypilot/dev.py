@@ -1,30 +1,151 @@
-"""What ``spotune dev`` does with a cluster: up with its keeper, a run on it, a notebook."""
+"""What ``spotune dev`` does with a cluster: up, reused, a run on it, and what is refused."""
 
+import math
+import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import SystemRandom
 from typing import Any
 
-from spotune.contracts import environment
-from spotune.contracts.config import load_config
-from spotune.contracts.durations import parse_save_every
-from spotune.contracts.errors import InputError
-from spotune.contracts.keys import Keys, check_run_id, new_run_id
-from spotune.contracts.revisions import record_in_force
+from spotune.core import environment
+from spotune.core.config import load_config
+from spotune.core.environment import parse_save_every
+from spotune.core.errors import InputError
+from spotune.core.keys import Keys, check_run_id, new_run_id
+from spotune.core.revisions import record_in_force
 from spotune.launch import code
-from spotune.launch.infra import ANY, LOCAL, spell
-from spotune.launch.project import KEEPER as KEEPER_CODE
-from spotune.launch.project import check_project, inside
+from spotune.launch.engine import ANY, LOCAL, spell
+from spotune.launch.plan import KEEPER as KEEPER_CODE
+from spotune.launch.plan import check_model, check_project, inside
+from spotune.launch.settings import Workspace
 from spotune.launch.skypilot import clusters
-from spotune.launch.skypilot.clusters import Cluster
-from spotune.launch.skypilot.devchecks import check_machine, check_model_goes_along, check_name
-from spotune.launch.skypilot.reuse import differences, finish_setup
-from spotune.launch.skypilot.share import check_share, shared
+from spotune.launch.skypilot.clusters import Cluster, ClusterJob
 from spotune.launch.skypilot.task import placed, with_secrets
-from spotune.launch.task import Resources, fill_in, load_task
-from spotune.launch.workspace import Workspace
+from spotune.launch.task import Resources, check_amounts, fill_in, load_task, parse_gpus
+
+# What part of a cluster's GPUs a job takes.
+
+_FLAG = "--share"
+
+
+def check_share(share: float | None, infra: str) -> None:
+    """Raises InputError for a share that is none, or where GPUs come whole; ``infra`` empty: not known yet."""
+    if share is None:
+        return
+    if not 0 < share <= 1 or math.isnan(share):
+        raise InputError(_FLAG, f"{share:g} is no share of a GPU", remedy="--share 0.5")
+    if share < 1 and infra.split("/", 1)[0] == "slurm":
+        what = "Slurm hands out whole GPUs: SkyPilot runs its jobs there as steps, without Ray that would share one"
+        raise InputError(_FLAG, what, remedy="leave it out, or another --infra")
+
+
+def shared(gpus: str, share: float | None) -> str:
+    """``L4:1`` and 0.5 -> ``L4:0.5``. Raises InputError where that is not to be had: Ray gives out a part of one GPU,
+    or whole ones."""
+    if share is None:
+        return gpus
+    if not gpus:
+        raise InputError(_FLAG, "there is no GPU to share", remedy="leave it out, or a cluster with --gpus L4:1")
+    name, count = parse_gpus(gpus, "--gpus")
+    part = count * share
+    if part > 1 and part != int(part):
+        what = f"{share:g} of {gpus} is {part:g} GPUs: a part of one GPU is to be had, or whole ones"
+        raise InputError(_FLAG, what, remedy=f"--gpus {name}:1 --share {share:g}, or --gpus {name}:{math.ceil(part)}")
+    return f"{name}:{part:g}"
+
+
+# A dev cluster that is up already: what it lacks of what is asked for, and whether it was ever set up.
+
+_OTHER = "another --name, or dev down first"
+
+
+def is_at(cluster: Cluster, infra: str) -> bool:
+    """Whether a cluster is at a place, as SkyPilot spells it; empty is anywhere."""
+    return not infra or f"{cluster.infra.lower()}/".startswith(f"{infra.lower()}/")
+
+
+def differences(wish: "DevWish", found: Cluster) -> list[str]:
+    """What the cluster that is there does not have of what is asked for."""
+    has = []
+    if not is_at(found, wish.infra):
+        has.append(f"is on {found.infra}, not on {wish.infra}")
+    if wish.gpus and not _is_of(wish.gpus, found):
+        has.append(f"has {found.gpus or 'no GPU'}, not {wish.gpus}")
+    for unit, there, asked in (("CPUs", found.cpus, wish.cpus), ("GB of memory", found.memory, wish.memory)):
+        if asked and there and not _is_enough(there, asked):
+            has.append(f"has {there} {unit}, not {asked}")
+    if given := [flag for flag, values in (("--env", wish.envs), ("--secret", wish.secrets)) if values]:
+        has.append(f"was set up before, without this {' and '.join(given)}")
+    return [f"{found.name} {what} ({_OTHER})" for what in has]
+
+
+def finish_setup(name: str, jobs: Sequence[ClusterJob], job: Callable[[], Mapping[str, Any]], *names: str) -> bool:
+    """Sees to it that the setup of a cluster that is up is done: it may have failed, or been left half way.
+
+    Args:
+        jobs: of its queue.
+        job: makes the one that sets it up, the code synced.
+        names: what jobs are called that set it up.
+
+    Returns:
+        Whether it was set up now.
+    """
+    setups = [one for one in jobs if one.name in names]
+    if setups and setups[-1].is_active:
+        clusters.see_setup(name, setups[-1].id)
+        return False
+    if setups[-1].status == "SUCCEEDED" if setups else jobs:  # jobs, but no setup: `sky` brought it up
+        return False
+    clusters.see_setup(name, clusters.execute(job(), name))
+    return True
+
+
+def _is_of(gpus: str, found: Cluster) -> bool:
+    name, count = parse_gpus(gpus, "--gpus")
+    return {name.lower(): count} == {there.lower(): number for there, number in found.accelerators.items()}
+
+
+def _is_enough(there: str, asked: str) -> bool:
+    """``4`` is exact, ``4+`` at least that; what is no number is SkyPilot's to judge."""
+    try:
+        has, wanted = float(there.rstrip("+")), float(asked.rstrip("+"))
+    except ValueError:
+        return there == asked
+    return has >= wanted if asked.endswith("+") else has == wanted
+
+
+# What is refused of a dev cluster or of a run on one before SkyPilot is asked.
+
+_NAME = re.compile(r"[a-zA-Z]([-_.a-zA-Z0-9]*[a-zA-Z0-9])?")  # SkyPilot's own (CLUSTER_NAME_VALID_REGEX)
+
+
+def check_name(name: str) -> None:
+    """Raises InputError for what SkyPilot would not call a cluster."""
+    if not _NAME.fullmatch(name):
+        remedy = "letters, digits, '-', '_' and '.', a letter first, a letter or digit last"
+        raise InputError("--name", f"{name!r} is no name of a cluster", remedy=remedy)
+
+
+def check_machine(gpus: str | None, cpus: str | None = None, memory: str | None = None) -> None:
+    """Raises InputError for GPUs, CPUs or a memory that are none; None is not asked for."""
+    if gpus:
+        parse_gpus(gpus, "--gpus")
+    check_amounts(cpus, memory)
+
+
+def check_model_goes_along(config: Mapping[str, Any], where: str, folder: Path) -> None:
+    """Raises InputError for a model that the cluster will not find; an absolute path may be there alone."""
+    name = str(config["model_name_or_path"])
+    if name.startswith(("/", "~")) or check_model(config, where) == "hub":
+        return
+    if inside(folder / name, folder) is None:
+        what = f"{name} is not below {folder}, which is what a cluster gets"
+        raise InputError(where, what, key="model_name_or_path", remedy="copy it here")
+
+
+# What ``spotune dev`` does with a cluster: up with its keeper, a run on it, a notebook.
 
 DEV, KEEPER, NOTEBOOK = "tasks/dev.yaml", "tasks/keeper.yaml", "tasks/notebook.yaml"
 DEV_JOB = "dev"  # what a bare `sky launch` calls the job of tasks/dev.yaml

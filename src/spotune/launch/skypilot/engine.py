@@ -1,254 +1,367 @@
-"""The one door to SkyPilot: its client is imported here and nowhere else, and its errors end here (``refusals.py``).
+"""SkyInfra, the engine behind SkyPilot's managed jobs; and how it takes a machine away."""
 
-``import sky`` costs seconds of CPU, so no verb comes here before it knows that SkyPilot has something to say.
-"""
-
-import json
+import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
-from datetime import datetime
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from spotune.contracts.errors import InfraError
-from spotune.launch.skypilot.refusals import masked
-from spotune.launch.skypilot.refusals import translated as translated
-from spotune.launch.skypilot.server import Server
+from spotune.core.environment import BUCKET
+from spotune.core.errors import InfraError, InputError, SpotuneError, Unsettled
+from spotune.launch.engine import ACTIVE, Agree, JobStatus, PaidInterval, Submission, check_folder, check_secrets
+from spotune.launch.settings import SlurmSettings
+from spotune.launch.skypilot import client, logs, registry, slurm
+from spotune.launch.skypilot.jobs import (
+    FIELDS,
+    Event,
+    ManagedJob,
+    Usage,
+    by_run,
+    intervals,
+    managed_job,
+    run_status,
+    usages,
+)
+from spotune.launch.skypilot.logs import POLL_S
+from spotune.launch.skypilot.registry import Entry, Registry
+from spotune.launch.skypilot.slurm import preemptible_partitions
+from spotune.launch.skypilot.task import check_submission, task_config
 
+# Taking a managed job's machine away, as its infrastructure does. Tried on Slurm; the rest is by the book.
 
-@dataclass(frozen=True)
-class Machine:
-    """What SkyPilot's provisioner needs of a cluster: its name there, ``provider`` and its settings ``config``."""
-
-    name: str
-    provider: str
-    config: Mapping[str, Any]
-    nodes: int = 1
-    workspace: str = "default"
-
-
-def sdk() -> Any:
-    """The module ``sky``; raises InfraError where it is not installed."""
-    try:
-        with redirect_stdout(sys.stderr):  # its loggers keep the stream that they find; ours is for results
-            import sky
-    except ImportError as error:
-        raise InfraError(f"SkyPilot cannot be imported: {error} (make setup)") from error
-    return sky
-
-
-def ask(request_id: Any) -> Any:
-    """The result of a request; every call of SkyPilot's client returns one. Raises InfraError or InputError."""
-    with translated():
-        return sdk().get(request_id)
-
-
-def watch(request_id: Any, output: Any = None) -> Any:
-    """As ``ask``, while what the server says of the request goes to ``output`` (a text stream; default stdout)."""
-    with translated():
-        return sdk().stream_and_get(request_id, output_stream=output)
+_TIMEOUT_S = 60.0
+# What has a cloud give the notice that it gives of an interruption of its own, with its own tools.
+_NOTICES = {
+    "aws": "AWS FIS (aws:ec2:send-spot-instance-interruptions)",
+    "gcp": "gcloud compute instances simulate-maintenance-event",
+    "azure": "az vm simulate-eviction",
+}
+_CONSOLE = "run it on the API server's machine, or terminate it in the cloud's console"
 
 
-# What SkyPilot is asked, each in SkyPilot's own values.
+def take_machine(job: ManagedJob, notice_s: float, environ: Mapping[str, str], agree: Agree) -> None:
+    """Raises InputError where there is no machine, or where it is not for spotune to take."""
+    cloud, name = job.infra.split("/", 1)[0], job.cluster_on_cloud
+    if not name:
+        raise InputError(job.run_id, f"is {job.status}: it has no machine to take away")
+    if cloud == "slurm":
+        if not slurm.take(job.region, name, notice_s, environ):
+            raise InputError(job.run_id, f"slurm/{job.region} runs no job {name}: it has no machine to take away")
+    elif cloud == "kubernetes":
+        _delete_pods(job, notice_s, environ)
+    else:
+        if notice_s:
+            by_hand = f", or {_NOTICES[cloud]} for {name}" if cloud in _NOTICES else ""
+            raise InputError(
+                "--notice", f"{cloud} gives none when it is told to terminate", remedy=f"--no-notice{by_hand}"
+            )
+        terminate(job, agree)
 
 
-def call(ask_for: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """The result of one of the client's functions."""
-    with translated():
-        return sdk().get(ask_for(*arguments, **options))
+def terminate(job: ManagedJob, agree: Agree) -> None:
+    """Terminates all instances of the job's cluster without SkyPilot's knowledge, as a cloud does.
 
-
-def task(config: Mapping[str, Any], where: str = "task") -> Any:
-    """A ``sky.Task``; raises InputError naming ``where`` when SkyPilot cannot use it."""
-    with translated(where):
-        return sdk().Task.from_yaml_config(json.loads(json.dumps(config)))  # a copy: SkyPilot changes what it is given
-
-
-def launch(job: Any, name: str) -> Any:
-    """Submits a task as a managed job; returns the request, whose result is (ids, handle)."""
-    with translated():
-        return sdk().jobs.launch(job, name=name)
-
-
-def end_launches(name: str) -> bool:
-    """Ends the requests under way that submit managed jobs of this name; returns whether there was one.
-
-    To stop waiting for a request does not stop it. One that is told to end may have got its job into the queue before.
+    By SkyPilot's own provisioner, which every infrastructure has, and which needs the cluster's record: the API server
+    has it, so that server must be on this machine.
     """
-    with translated():
-        client = sdk()
-        under_way = [
-            one.request_id for one in client.api_status() if one.name == _LAUNCH and _body(one)["name"] == name
-        ]
-        if under_way:
-            client.get(client.api_cancel(under_way, silent=True))
-    return bool(under_way)
+    machine = client.machine(job.cluster)
+    if machine is None or machine.name != job.cluster_on_cloud:
+        what = f"its cluster {job.cluster} on {job.infra} is not in this machine's records of SkyPilot's"
+        raise InputError(job.run_id, what, remedy=_CONSOLE)
+    nodes = "instance" if machine.nodes == 1 else f"{machine.nodes} instances"
+    agree(f"Terminate the {nodes} of cluster {machine.name} on {job.infra}?")
+    client.terminate(machine)
 
 
-def _body(request: Any) -> dict[str, Any]:
-    """What a request was given; of somebody else's nothing is told."""
-    return {"name": None, **(json.loads(request.request_body) or {})}
+def _delete_pods(job: ManagedJob, notice_s: float, environ: Mapping[str, str]) -> None:
+    """The pods get a deletion timestamp and are killed when the grace is over; kubectl does not wait for it."""
+    command = ["kubectl", "delete", "pod", "-l", f"skypilot-cluster={job.cluster_on_cloud}", "--wait=false"]
+    command += [f"--grace-period={int(notice_s)}", *(["--force"] if notice_s < 1 else [])]
+    command += ["--context", job.region] if job.region else []
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, env=environ)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise InfraError(f"kubectl: {error}") from error
+    if done.returncode:
+        raise InfraError(f"kubectl: {' '.join(done.stderr.split())}")
+    if "deleted" not in done.stdout:
+        raise InputError(job.run_id, "has no pod to take away")
 
 
-def check_feasible(job: Any) -> None:
-    """Raises InfraError when no enabled cloud has what the task asks for."""
-    with translated():
-        client = sdk()
-        with client.Dag() as dag:
-            dag.add(job)
-        client.get(client.optimize(dag))
+# What the verbs call: SkyInfra turns them into SkyPilot's managed jobs, and those back into runs.
+
+CANCEL_S = 300.0
 
 
-def managed_jobs(fields: Sequence[str], everyone: bool, name: str = "", ids: Sequence[int] = ()) -> list[Any]:
-    """ManagedJobRecords: all, those whose name holds ``name``, or those with these ids."""
-    options = {"name_match": name or None, "job_ids": list(ids) or None}
-    found = call(
-        sdk().jobs.queue_v2, refresh=False, all_users=everyone or bool(name or ids), fields=list(fields), **options
-    )
-    return list(found[0])
+class SkyInfra:
+    """Managed jobs of SkyPilot, and which of them are runs of one SPOTUNE_HOME.
 
+    Args:
+        home: SPOTUNE_HOME.
+        environ: where secrets are taken from.
+        settings: of Slurm clusters.
+        asks: whether SkyPilot is asked of what was not submitted from this home; else it is left alone, since asking
+            costs seconds.
+    """
 
-def events(job_id: int) -> list[tuple[float, str, str]]:
-    """(epoch seconds, status, reason) of a managed job's changes, oldest first."""
-    rows = _post("/jobs/events", "GetJobEventsBody", job_id=job_id, limit=None)
-    return sorted((_epoch(row["timestamp"]), _status(row["new_status"]), row.get("reason") or "") for row in rows)
+    name = "skypilot"
+    refresh_s = 15.0  # each takes a second or more; SkyPilot's own controller looks as often
 
+    def __init__(
+        self,
+        home: Path,
+        environ: Mapping[str, str],
+        settings: SlurmSettings | None = None,
+        asks: bool = False,
+        clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._registry = Registry(home)
+        self._environ, self._slurm, self._asks = environ, settings or SlurmSettings(), asks
+        self._clock, self._sleep = clock, sleep
+        self._listed: list[ManagedJob] = []  # at the last listing of all
+        self._paid: dict[str, list[Usage]] = {}  # by cluster, since then
+        self._spot: dict[str, list[str]] = {}
 
-def cost_rows(names: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of ``cost_report`` for clusters of these names, however old."""
-    return list(_post("/cost_report", "CostReportBody", days=_EVER_DAYS, cluster_names=list(names)))
-
-
-def _post(path: str, body: str, **fields: Any) -> Any:
-    """The result of a request that the client has no function for, or none with these fields."""
-    with translated():
-        client = sdk()
-        from sky.server import common
-        from sky.server.requests import payloads
-
-        content = json.loads(getattr(payloads, body)(**fields).model_dump_json())
-        return client.get(common.get_request_id(common.make_authenticated_request("POST", path, json=content)))
-
-
-def excluded_files(folder: str) -> list[str]:
-    """What of a folder is not sent, files and folders relative to it: as git ignores, or as .skyignore says."""
-    with translated():
-        sdk()
-        from sky.data import storage_utils
-
-        return list(storage_utils.get_excluded_files(folder))
-
-
-def enabled_clouds() -> list[str]:
-    """As ``sky check`` left them, in our spelling."""
-    with translated():
-        sdk()
-        from sky.client import sdk as client
-
-    return [str(name).lower() for name in call(client.enabled_clouds)]
-
-
-def check_answers() -> None:
-    """Raises InfraError where no API server answers; every other question starts one on this machine."""
-    with translated():
-        sdk()
-        from sky.server import common
-
-        status = common.get_api_server_status().status.value
-    if status != "healthy":
-        raise InfraError(f"no API server of SkyPilot's answers: {status} (sky api login for a team's server)")
-
-
-def server() -> Server:
-    """The API server, and what can be told of it from here: of a local one, that is on this machine, most."""
-    with translated():
-        client = sdk()
-        from sky.server import common
-        from sky.utils import common_utils, controller_utils
-
-        common.check_server_healthy()  # as every other request does; api_info alone says less of one that is away
-        health = client.api_info()
-        url = common.get_server_url()
-        found = Server(url=masked(url), version=str(health.version), is_local=common.is_api_server_local(url))
-        if not found.is_local:
-            return found
-        from spotune.launch.skypilot import controllers  # here: psutil, for `check` alone
-
-        running = controllers.find_controllers(Path.home())
-        return replace(
-            found,
-            consolidation=controller_utils.is_jobs_consolidation_mode(),
-            controllers=running.count,
-            controllers_mb=running.memory_mb,
-            free_mb=controllers.free_memory_mb(),
-            cpus=common_utils.get_cpu_count(),
+    def submit(self, submission: Submission) -> None:
+        """Launches the managed job and returns; nothing of it is left behind when it is refused."""
+        check_submission(submission)
+        self._registry.check_free(submission.run_id)
+        entry = Entry(
+            run_id=submission.run_id,
+            infra=submission.infra,
+            bucket=str((submission.task.get("envs") or {}).get(BUCKET) or ""),
+            user=submission.user,
+            priority=submission.priority,
+            submitted_at=self._clock(),
+            workdir=submission.workdir,
+            task=submission.task,
+            secrets=sorted(submission.secrets),
+            preemptible=self._preemptible(submission.infra),
         )
+        self._launch(entry, submission, None)
 
+    def _launch(self, entry: Entry, submission: Submission, before: Entry | None) -> None:
+        """Written down first: a job that nobody here knows of would be one that nobody ends.
 
-def machine(cluster: str) -> Machine | None:
-    """The record of a cluster, None where this machine's SkyPilot has none: the API server is elsewhere, say."""
-    with translated():
-        sdk()
-        from sky import global_user_state
-        from sky.server import common
+        ``before``: the entry as it is to be again when the job is refused, or taken back; None for none.
+        """
+        job = client.task(task_config(submission, self._slurm.nice))
+        entry = replace(entry, submitting=True, ended=None, history=None)
+        if before:
+            self._registry.write(entry)
+        else:
+            self._registry.create(entry)
+        request = None
+        try:
+            request = client.launch(job, submission.run_id)
+            ids, _ = client.ask(request)
+            self._registry.write(replace(entry, submitting=False, jobs=[*entry.jobs, *(ids or [])]))
+        except BaseException as error:
+            self._take_back(entry, error, request is not None)
+            if before:
+                self._registry.write(before)
+            else:
+                self._registry.remove(entry.run_id)
+            raise
 
-        record = global_user_state.get_cluster_from_name(cluster) if common.is_api_server_local() else None
-        if record is None:
-            return None
-        handle = record["handle"]
-        config = global_user_state.get_cluster_yaml_dict(handle.cluster_yaml)
-        return Machine(
-            name=handle.cluster_name_on_cloud,
-            provider=repr(handle.launched_resources.cloud),
-            config=config["provider"],
-            nodes=handle.launched_nodes,
-            workspace=record["workspace"],
-        )
+    def _take_back(self, entry: Entry, why: BaseException, is_asked: bool) -> None:
+        """A submission that was stopped half way, by Ctrl-C say: nothing of it runs when this returns.
 
-
-def terminate(machine: Machine) -> None:
-    """Terminates all instances of a cluster; SkyPilot finds out when it next looks."""
-    with translated():
-        sdk()
-        from sky import provision, skypilot_config
-
-        with skypilot_config.local_active_workspace_ctx(machine.workspace):
-            provision.terminate_instances(machine.provider, machine.name, dict(machine.config))
-
-
-def cloud(name: str) -> Any:
-    """SkyPilot's object for a cloud."""
-    with translated():
-        sdk()
-        from sky.utils import registry
-
-        return registry.CLOUD_REGISTRY.from_str(name)
-
-
-def log_pieces(job_id: int, follow: bool, controller: bool = False) -> Iterator[str | None]:
-    """Text of a managed job's log, or of its controller's, as it comes."""
-    with translated():
-        pieces = sdk().jobs.tail_logs(job_id=job_id, follow=follow, controller=controller, preload_content=False)
-    while True:
-        with translated():
-            try:
-                piece = next(pieces)
-            except StopIteration:
+        ``is_asked``: the server has the request. Else a server that does not answer has never heard of it.
+        """
+        if isinstance(why, KeyboardInterrupt):  # it takes a while, and a second Ctrl-C would leave the job there
+            print(f"{entry.run_id}: being taken back from SkyPilot", file=sys.stderr)
+        try:
+            self._end(entry)
+        except BaseException as error:
+            if not is_asked and isinstance(error, SpotuneError):
                 return
-        yield piece
+            what = f"{str(why) or 'interrupted'}; whether SkyPilot took {entry.run_id} is not known"
+            raise Unsettled(f"{what} (spotune cancel {entry.run_id} ends it once the server answers)") from error
 
+    def _end(self, entry: Entry) -> None:
+        """Ends what is being submitted, then what the queue has; returns once nothing of the run is left there."""
+        if client.end_launches(entry.run_id):
+            self._sleep(POLL_S)  # a request is told to end, and may get its job into the queue before it does
+        self._cancel_active(entry.run_id)
 
-_EVER_DAYS = 3650
-_LAUNCH = "sky.jobs.launch"  # as the API server names the request
+    def _preemptible(self, infra: str) -> list[str]:
+        """Slurm partitions that count as spot, asked for once."""
+        if infra not in self._spot:
+            self._spot[infra] = preemptible_partitions(infra, self._slurm, self._environ)
+        return self._spot[infra]
 
+    def check_resumable(self, run_id: str) -> None:
+        entry = self._entry(run_id)
+        check_secrets(run_id, entry.secrets, self._environ)
+        if isinstance(entry.task.get("workdir"), str):
+            check_folder(run_id, entry.workdir)
 
-def _epoch(value: Any) -> float:
-    if isinstance(value, (int, float)):
-        return float(value)
-    return (value if isinstance(value, datetime) else datetime.fromisoformat(str(value))).timestamp()
+    def workdir(self, run_id: str) -> str:
+        entry = self._entry(run_id)
+        return entry.workdir if isinstance(entry.task.get("workdir"), str) else ""
 
+    def resume(self, run_id: str) -> None:
+        """A further managed job of the same name."""
+        self.check_resumable(run_id)
+        entry = self._entry(run_id)
+        submission = Submission(
+            run_id=run_id,
+            task=entry.task,
+            workdir=entry.workdir,
+            user=entry.user,
+            infra=entry.infra,
+            priority=entry.priority,
+            secrets={name: self._environ[name] for name in entry.secrets},
+        )
+        self._launch(entry, submission, entry)
 
-def _status(value: Any) -> str:
-    return str(getattr(value, "value", value))
+    def cancel(self, run_id: str) -> None:
+        entry = self._registry.entry(run_id)
+        if not entry or not entry.submitting:
+            self._cancel_active(run_id)
+            return
+        self._end(entry)
+        if not registry.has_further(self._jobs_of(run_id, entry), entry):
+            now = replace(entry.status(), state="CANCELLED", reason="cancelled", ended_at=self._clock())
+            self._registry.settle(now)
+
+    def _cancel_active(self, run_id: str) -> None:
+        active = self._active(run_id)
+        if not active:
+            return
+        client.call(client.sdk().jobs.cancel, job_ids=[job.id for job in active])
+        deadline = self._clock() + CANCEL_S
+        while self._active(run_id):
+            if self._clock() > deadline:
+                raise Unsettled(
+                    f"{run_id}: being cancelled, for {CANCEL_S:g} s now (sky jobs logs --controller says why)"
+                )
+            self._sleep(POLL_S)
+
+    def preempt(self, run_id: str, notice_s: float, agree: Agree = lambda question: None) -> None:
+        active = self._active(run_id)
+        if not active:
+            raise InputError(run_id, "has no machine to take away")
+        take_machine(active[-1], notice_s, self._environ, agree)
+
+    def jobs(self, run_ids: list[str] | None = None, everyone: bool = False) -> list[JobStatus]:
+        """SkyPilot is asked only where something may have changed since it was last asked."""
+        known = {entry.run_id: entry for entry in self._registry.entries()}
+        if run_ids is not None:
+            found = [status for run_id in run_ids if (status := self._status(run_id, known.get(run_id)))]
+            if everyone and not self._asks:
+                found += self._foreign(set(run_ids) - known.keys())
+        elif self._asks or (everyone and known) or any(entry.ended is None for entry in known.values()):
+            found = self._statuses(known, everyone)
+        else:
+            found = [entry.status() for entry in known.values()]
+        return sorted(found, key=lambda status: (-status.priority, status.submitted_at))
+
+    def _status(self, run_id: str, entry: Entry | None) -> JobStatus | None:
+        if entry and entry.ended:
+            return entry.status()
+        if not entry and not self._asks:
+            return None
+        jobs = self._jobs_of(run_id, entry)
+        if jobs:
+            return self._settled(jobs, entry)
+        return entry.status() if entry else None
+
+    def _foreign(self, run_ids: Set[str]) -> list[JobStatus]:
+        """Runs that were not submitted from here, of a server that is there: none is started for them."""
+        if not run_ids:
+            return []
+        client.check_answers()
+        return [one for one in self._statuses({}, True) if one.run_id in run_ids]
+
+    def _statuses(self, known: Mapping[str, Entry], everyone: bool) -> list[JobStatus]:
+        self._listed = [job for record in client.managed_jobs(FIELDS, everyone) if (job := managed_job(record)).marks]
+        self._paid = {}
+        found = by_run(self._listed)
+        listed = []
+        for jobs in found:
+            entry = known.get(jobs[0].run_id)
+            is_ours = entry is not None and registry.is_of(jobs[0], entry)
+            listed.append(self._settled(jobs, entry if is_ours else None))
+            if is_ours:
+                known = {run_id: one for run_id, one in known.items() if run_id != jobs[0].run_id}
+        return [*listed, *(entry.status() for entry in known.values())]
+
+    def _settled(self, jobs: Sequence[ManagedJob], entry: Entry | None) -> JobStatus:
+        if entry and entry.submitting:
+            if not registry.has_further(jobs, entry):
+                return entry.status()
+            entry = replace(entry, submitting=False, jobs=sorted({*entry.jobs, *(job.id for job in jobs)}))
+            self._registry.write(entry)
+        submitted = replace(entry, ended=None).status() if entry else None
+        status = run_status(jobs, submitted)
+        if entry and status.state not in ACTIVE:
+            self._registry.settle(status)
+        return status
+
+    def logs(self, run_id: str, follow: bool) -> Iterator[str]:
+        jobs = self._jobs_of(run_id, self._registry.entry(run_id))
+        if not jobs:
+            raise InputError(run_id, "SkyPilot has no such job")
+        for job in jobs:
+            look = self._look if follow and job is jobs[-1] else None
+            yield from logs.lines(job, look, self._sleep)
+
+    def _look(self, job: ManagedJob) -> ManagedJob | None:
+        return next(iter(self._jobs_of(job.run_id, None, [job.id])), None)
+
+    def history(self, run_id: str) -> list[PaidInterval]:
+        entry = self._registry.entry(run_id)
+        if entry and (kept := entry.intervals()) is not None:
+            return kept
+        jobs = self._recent(run_id, entry)
+        if not jobs:
+            return []
+        events = {
+            job.id: [Event(*event) for event in client.events(job.id)] for job in jobs if registry.needs_events(job)
+        }
+        spot = entry.preemptible if entry else self._preemptible(jobs[-1].infra)
+        found = intervals(run_id, jobs, self._usages(jobs), events, spot)
+        if jobs[-1].is_ended:
+            self._registry.keep_history(run_id, found)
+        return found
+
+    def _recent(self, run_id: str, entry: Entry | None) -> list[ManagedJob]:
+        """As listed a moment ago, for verbs over all runs: they would ask once for each."""
+        if listed := [job for job in self._listed if job.run_id == run_id and registry.is_of(job, entry)]:
+            return sorted(registry.of_one_bucket(listed), key=lambda job: job.id)
+        return self._jobs_of(run_id, entry) if entry or self._asks else []
+
+    def _usages(self, jobs: Sequence[ManagedJob]) -> list[Usage]:
+        """What was paid for these jobs; with them, in one question, for all that are listed."""
+        names = {job.cluster for job in jobs}
+        if not self._listed or not names <= self._paid.keys():
+            names |= {job.cluster for job in self._listed}
+            self._paid = {name: [] for name in names}
+            for row in client.cost_rows(sorted(names)):
+                self._paid.setdefault(str(row["name"]), []).extend(usages(row))
+        return [usage for job in jobs for usage in self._paid[job.cluster]]
+
+    def _entry(self, run_id: str) -> Entry:
+        entry = self._registry.entry(run_id)
+        if entry is None:
+            remedy = f"go where it was, or spotune train --from {run_id}"
+            raise InputError(run_id, "was not submitted from here", remedy=remedy)
+        return entry
+
+    def _active(self, run_id: str) -> list[ManagedJob]:
+        entry = self._registry.entry(run_id)
+        jobs = self._jobs_of(run_id, entry)
+        if not jobs and not entry:
+            raise InputError(run_id, "no such run of SkyPilot's")
+        return [job for job in jobs if not job.is_ended]
+
+    def _jobs_of(self, run_id: str, entry: Entry | None, ids: Sequence[int] = ()) -> list[ManagedJob]:
+        """The managed jobs of a run, in order of submission: by name, since a resume elsewhere is one of them too."""
+        records = client.managed_jobs(FIELDS, True, "" if ids else run_id, ids)
+        found = [managed_job(record) for record in records]
+        found = [job for job in found if job.run_id == run_id and (ids or registry.is_of(job, entry))]
+        return sorted(found if ids or entry else registry.of_one_bucket(found), key=lambda job: job.id)

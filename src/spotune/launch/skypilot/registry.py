@@ -1,20 +1,21 @@
-"""What this SPOTUNE_HOME handed to SkyPilot, one file a run below ``$SPOTUNE_HOME/skypilot/runs``.
-
-It is what ``resume`` launches again, and what lets every verb tell without ``import sky``, which costs seconds, whether
-SkyPilot has anything to say: of a run that has ended, how it did is kept here. Secrets are names only.
-"""
+"""Which runs this SPOTUNE_HOME handed to SkyPilot, and which managed jobs are which run."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from spotune.contracts import environment
-from spotune.contracts.errors import InputError, Taken
-from spotune.contracts.localstate import make_room, read_as, set_aside, write_state
-from spotune.contracts.shapes import Count, Time, build
-from spotune.launch.infra import ACTIVE, JobStatus, PaidInterval
-from spotune.launch.locks import take_lock
+from spotune.core import environment
+from spotune.core.errors import InputError, Taken
+from spotune.core.fields import Count, Time, build
+from spotune.core.io import make_room, read_as, set_aside, take_lock, write_state
+from spotune.launch.engine import ACTIVE, JobStatus, PaidInterval
+from spotune.launch.skypilot.jobs import ManagedJob
+
+# What this SPOTUNE_HOME handed to SkyPilot, one file a run below ``$SPOTUNE_HOME/skypilot/runs``.
+#
+# It is what ``resume`` launches again, and what lets every verb tell without ``import sky``, which costs seconds,
+# whether SkyPilot has anything to say: of a run that has ended, how it did is kept here. Secrets are names only.
 
 
 @dataclass(frozen=True)
@@ -152,3 +153,30 @@ class Registry:
 
     def _path(self, run_id: str) -> Path:
         return self.folder / f"{run_id}.json"
+
+
+# Which managed jobs are which run: pure.
+
+
+def is_of(job: ManagedJob, entry: Entry | None) -> bool:
+    """Whether a managed job of a run's name is that run; without an entry: whether it is a run of spotune's at all."""
+    if entry is None:
+        return job.marks is not None
+    return job.id in entry.jobs or (job.marks or {}).get("bucket") == entry.bucket
+
+
+def has_further(jobs: Sequence[ManagedJob], entry: Entry) -> bool:
+    """Whether the queue has a job that this entry does not know of: the one that was being submitted."""
+    return not {job.id for job in jobs} <= set(entry.jobs)
+
+
+def of_one_bucket(jobs: Sequence[ManagedJob]) -> list[ManagedJob]:
+    """Those of the newest one's bucket: a name may stand for several runs, in several buckets."""
+    newest = max(jobs, key=lambda job: job.id, default=None)
+    bucket = (newest.marks or {}).get("bucket") if newest else None
+    return [job for job in jobs if (job.marks or {}).get("bucket") == bucket]
+
+
+def needs_events(job: ManagedJob) -> bool:
+    """Whether its status alone does not say how each of its machines went."""
+    return job.recoveries > 0 or not job.is_ended

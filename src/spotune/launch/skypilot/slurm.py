@@ -1,7 +1,4 @@
-"""What SkyPilot does not do on a Slurm cluster and Slurm does: partitions and signals, over the login node.
-
-As SkyPilot does: ssh with the hosts of ``~/.slurm/config``.
-"""
+"""Slurm clusters over their login node, and how SkyPilot itself stands."""
 
 import re
 import shlex
@@ -9,10 +6,17 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from spotune.contracts.errors import InfraError
-from spotune.launch.infra import cloud_of
+from spotune.core.errors import InfraError
+from spotune.launch.engine import ANY, cloud_of
 from spotune.launch.settings import SlurmSettings
+from spotune.launch.skypilot import client, slurm
+from spotune.launch.skypilot.client import server_problems
+
+# What SkyPilot does not do on a Slurm cluster and Slurm does: partitions and signals, over the login node.
+#
+# As SkyPilot does: ssh with the hosts of ``~/.slurm/config``.
 
 CONFIG = ".slurm/config"
 _TIMEOUT_S = 60.0
@@ -142,3 +146,44 @@ def taking(name: str, notice_s: float) -> str:
 
 def _home(environ: Mapping[str, str]) -> Path:
     return Path(environ.get("HOME") or "~").expanduser()
+
+
+# ``spotune check --infra NAME``: how SkyPilot stands, and what of it would make a report inexact or a launch slow.
+
+
+def survey_infra(infra: str, settings: SlurmSettings, environ: Mapping[str, str]) -> dict[str, Any]:
+    """Facts, and ``problems`` with what to do about each. Raises InfraError when the API server does not answer."""
+    cloud = cloud_of(infra)
+    server = client.server()
+    clouds = client.enabled_clouds()
+    found: dict[str, Any] = {
+        "infra": infra,
+        "api_server": f"{server.url} ({'local' if server.is_local else 'remote'}, SkyPilot {server.version})",
+        "enabled": clouds,
+        "consolidation": {True: "on", False: "off", None: "not known"}[server.consolidation],
+        "controllers": server.controllers if server.controllers is not None else "not known",
+    }
+    problems = server_problems(server)
+    if cloud != ANY and cloud not in clouds:
+        problems.append(f"{cloud} is not enabled: sky check {cloud} says what is missing")
+    if cloud == "slurm":
+        lines, wrong = _slurm(infra, settings, environ)
+        found["partitions"], problems = lines, [*problems, *wrong]
+    return {**found, "problems": problems}
+
+
+def _slurm(infra: str, settings: SlurmSettings, environ: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    cluster = infra.split("/")[1] if "/" in infra else ""
+    clusters = slurm.clusters(environ)
+    lines, problems = [], []
+    for name in [cluster] if cluster else clusters:
+        known = slurm.known_partitions(name, settings, environ)
+        lines += [f"{name}/{one.name}{' (preemptible)' if one.preemptible else ''}" for one in known]
+        if name not in clusters:
+            problems.append(f"{name} is not in ~/{slurm.CONFIG} here: spotune preempt cannot reach it")
+            continue
+        try:
+            slurm.on_login(name, "squeue --version", environ)
+        except InfraError as error:
+            problems.append(str(error))
+    return lines, problems

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from spotune.contracts.errors import InfraError, InputError
-from spotune.contracts.shapes import Amount, Kind, Time, build
-from spotune.launch.skypilot import engine
+from spotune.core.errors import InfraError, InputError
+from spotune.core.fields import Amount, Kind, Time, build
+from spotune.launch.skypilot import client
 
 GENERATED = ".sky/generated/ssh"
 STATE = ".spotune/keeper.json"
@@ -47,10 +47,10 @@ def write_config(*names: str, everyones: bool = False) -> None:
     Every time, also where there is one: an API server that shares this HOME writes its own at each launch, which on
     Slurm leads to the login node (sky/backends/cloud_vm_ray_backend.py, after provisioning).
     """
-    sky = engine.sdk()
+    sky = client.sdk()
     command = import_module(f"{sky.__name__}.client.cli.command")
-    with engine.translated():
-        records = engine.ask(sky.status(cluster_names=list(names), all_users=everyones, _include_credentials=True))
+    with client.translated():
+        records = client.ask(sky.status(cluster_names=list(names), all_users=everyones, _include_credentials=True))
         proxy = command._get_ws_proxy_command()
         for record in records:
             if record.credentials and getattr(record.handle, "cached_external_ips", None):

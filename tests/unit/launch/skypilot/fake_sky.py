@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from spotune.launch.skypilot import engine
+from spotune.launch.skypilot import client
 
 
 class NotSupportedError(Exception):
@@ -108,5 +108,5 @@ class FakeSky:
 @pytest.fixture
 def sky(monkeypatch: pytest.MonkeyPatch) -> FakeSky:
     fake = FakeSky()
-    monkeypatch.setattr(engine, "sdk", lambda: fake)
+    monkeypatch.setattr(client, "sdk", lambda: fake)
     return fake

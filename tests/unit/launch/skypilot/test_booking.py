@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from spotune.contracts.clusters import read_clusters
-from spotune.contracts.errors import InfraError
-from spotune.launch.skypilot import engine
-from spotune.launch.skypilot.booking import book, book_names, book_open
-from spotune.launch.workspace import Workspace
+from spotune.core.clusters import read_clusters
+from spotune.core.errors import InfraError
+from spotune.launch.settings import Workspace
+from spotune.launch.skypilot import client
+from spotune.launch.skypilot.clusters import book, book_names, book_open
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_what_cannot_be_booked_is_one_line(workspace: Workspace, monkeypatch: py
     def silent(names: list[str]) -> None:
         raise InfraError("SkyPilot: no answer")
 
-    monkeypatch.setattr(engine, "cost_rows", silent)
+    monkeypatch.setattr(client, "cost_rows", silent)
     book_names(workspace, ["dev-ana"], warnings.append)
     assert warnings == ["what dev-ana cost is not booked: SkyPilot: no answer"]
     book_open(workspace, fail)  # nobody is asked where nothing is open

@@ -12,11 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from spotune.cli import main
-from spotune.contracts.clusters import ClusterRecord
-from spotune.contracts.keys import Keys
-from spotune.contracts.store import Store
-from spotune.launch.infra import JobStatus, PaidInterval
-from spotune.launch.skypilot import engine, joblog, notebook, ssh
+from spotune.core.clusters import ClusterRecord
+from spotune.core.keys import Keys
+from spotune.core.store import Store
+from spotune.launch.engine import JobStatus, PaidInterval
+from spotune.launch.skypilot import client as skypilot_client
+from spotune.launch.skypilot import dev_jobs, logs, ssh
 from spotune.launch.skypilot.registry import Entry, Registry
 from tests.commands import cli_runner
 from tests.hostile import HOW, changed, spoil, values
@@ -56,10 +57,10 @@ def put(path: Path, damage: Any) -> None:
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("SPOTUNE_USER", "ada")
-    monkeypatch.setattr(joblog, "WAITS_S", (0, 0))
-    monkeypatch.setattr(engine, "check_answers", lambda: None)
-    monkeypatch.setattr(engine, "events", lambda job_id: [])
-    monkeypatch.setattr(engine, "cost_rows", lambda names: [row((1000, None))] if "dev-ada" in names else [])
+    monkeypatch.setattr(logs, "WAITS_S", (0, 0))
+    monkeypatch.setattr(skypilot_client, "check_answers", lambda: None)
+    monkeypatch.setattr(skypilot_client, "events", lambda job_id: [])
+    monkeypatch.setattr(skypilot_client, "cost_rows", lambda names: [row((1000, None))] if "dev-ada" in names else [])
     return tmp_path / "home"
 
 
@@ -86,7 +87,7 @@ def test_a_damaged_entry_is_one_line_and_other_runs_are_listed(
 ) -> None:
     shutil.rmtree(home, ignore_errors=True)
     client, store = FakeClient(), Store(f"file://{home}/bucket")
-    monkeypatch.setattr(engine, "sdk", lambda: client)
+    monkeypatch.setattr(skypilot_client, "sdk", lambda: client)
     registry = Registry(home)
     for one in entries(store.url):
         registry.write(one)
@@ -170,9 +171,9 @@ def test_whatever_a_keeper_says_the_cluster_is_listed(
 )  # fmt: skip
 def test_what_says_that_it_is_a_notebook(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ssh, "read", lambda *_: said)
-    assert notebook.find("dev-ada") is None
+    assert dev_jobs.find("dev-ada") is None
     monkeypatch.setattr(ssh, "read", lambda *_: '{"port": 8888, "token": "t0k-e_n", "pid": 7}')
-    assert notebook.find("dev-ada") == notebook.Server(8888, "t0k-e_n")
+    assert dev_jobs.find("dev-ada") == dev_jobs.Server(8888, "t0k-e_n")
 
 
 def test_what_a_cluster_prints_need_not_be_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from spotune.contracts.errors import InputError
-from spotune.contracts.keys import Keys
+from spotune.core.errors import InputError
+from spotune.core.keys import Keys
+from spotune.launch.settings import Workspace
 from spotune.launch.skypilot import dev, ssh
 from spotune.launch.skypilot.clusters import Cluster, can_stop, check_can_stop, default_name
-from spotune.launch.skypilot.share import shared
-from spotune.launch.workspace import Workspace
+from spotune.launch.skypilot.dev import shared
 from tests.unit.cost.cases import run
 
 ROOT = Path(__file__).parents[4]

@@ -5,12 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from spotune.contracts.errors import InfraError, InputError
+from spotune.core.errors import InfraError, InputError
+from spotune.launch.settings import Workspace
 from spotune.launch.skypilot import clusters, dev
 from spotune.launch.skypilot.clusters import Cluster
-from spotune.launch.skypilot.dev import DevWish, up
-from spotune.launch.skypilot.reuse import differences
-from spotune.launch.workspace import Workspace
+from spotune.launch.skypilot.dev import DevWish, differences, up
 from tests.unit.launch.skypilot.fake_sky import FakeSky, sky
 
 __all__ = ["sky"]

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from spotune.contracts.errors import InfraError
-from spotune.launch.skypilot.joblog import WAITS_S, follow
+from spotune.core.errors import InfraError
+from spotune.launch.skypilot.logs import WAITS_S, follow
 from tests.unit.launch.skypilot.fake_sky import ClusterNotUpError, FakeSky, sky
 
 __all__ = ["sky"]

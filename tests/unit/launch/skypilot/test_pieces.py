@@ -10,22 +10,28 @@ from typing import Any
 import psutil
 import pytest
 
-from spotune.contracts.errors import InfraError, InputError
-from spotune.contracts.money import Place, price_of
-from spotune.launch.infra import CLOUDS, JobStatus, PaidInterval, Submission, cloud_of, infra_of, is_infra, spell
+from spotune.core.errors import InfraError, InputError
+from spotune.core.money import Place, price_of
+from spotune.launch.engine import CLOUDS, JobStatus, PaidInterval, Submission, cloud_of, infra_of, is_infra, spell
 from spotune.launch.plan import PRIORITIES
-from spotune.launch.settings import SlurmSettings, load_settings
+from spotune.launch.settings import SlurmSettings, Workspace, load_settings
 from spotune.launch.skypilot import offers, slurm
-from spotune.launch.skypilot.catalog import slurm_machine
+from spotune.launch.skypilot.client import Server, server_problems
 from spotune.launch.skypilot.controllers import PIDS, find_controllers
-from spotune.launch.skypilot.infra import SkyInfra
-from spotune.launch.skypilot.offers import narrowed
-from spotune.launch.skypilot.prices import Choice, Quote, choose, first_tried, price_rows, within
+from spotune.launch.skypilot.engine import SkyInfra
+from spotune.launch.skypilot.offers import (
+    Choice,
+    Quote,
+    choose,
+    first_tried,
+    narrowed,
+    price_rows,
+    slurm_machine,
+    within,
+)
 from spotune.launch.skypilot.registry import Entry, Registry
-from spotune.launch.skypilot.server import Server, server_problems
 from spotune.launch.skypilot.slurm import Partition
 from spotune.launch.skypilot.task import placed, recovered, task_config
-from spotune.launch.workspace import Workspace
 from tests.real_sky import RealSky
 from tests.waiting import ended, until
 
@@ -177,8 +183,8 @@ def test_pods_without_spot_nodes_are_taken_as_they_are(monkeypatch: pytest.Monke
         if job.config["resources"].get("use_spot"):
             raise InfraError("SkyPilot: no spot nodes")
 
-    monkeypatch.setattr(offers.engine, "task", lambda config: SimpleNamespace(config=config))
-    monkeypatch.setattr(offers.engine, "check_feasible", check)
+    monkeypatch.setattr(offers.client, "task", lambda config: SimpleNamespace(config=config))
+    monkeypatch.setattr(offers.client, "check_feasible", check)
     task = {"resources": {"accelerators": "L4:1", "use_spot": True}}
     found, _, notes = offers._feasible(offers.Wanted(task, "kubernetes/lab"), ["kubernetes"])
     assert found["resources"] == {"accelerators": "L4:1", "infra": "kubernetes/lab"}
@@ -380,9 +386,9 @@ CATALOG = {
 ASK = """
 import json
 from dataclasses import astuple
-from spotune.launch.skypilot import engine
-from spotune.launch.skypilot.catalog import cloud_quotes
-task = engine.task({"run": "x", "resources": {"accelerators": {"L4": 1, "A10G": 1}, "use_spot": True}})
+from spotune.launch.skypilot import client
+from spotune.launch.skypilot.offers import cloud_quotes
+task = client.task({"run": "x", "resources": {"accelerators": {"L4": 1, "A10G": 1}, "use_spot": True}})
 print(json.dumps([astuple(quote) for name in ("aws", "gcp") for quote in cloud_quotes(name, task)]))
 """
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from spotune.contracts.errors import InputError
-from spotune.launch.skypilot import engine
-from spotune.launch.skypilot.engine import Machine
+from spotune.core.errors import InputError
+from spotune.launch.skypilot import client
+from spotune.launch.skypilot.client import Machine
+from spotune.launch.skypilot.engine import take_machine
 from spotune.launch.skypilot.jobs import ManagedJob
-from spotune.launch.skypilot.preempt import take_machine
 from tests.real_sky import RealSky
 
 JOB = ManagedJob(
@@ -21,8 +21,8 @@ MACHINE = Machine("run-a-7-x", "AWS", {"region": "us-east-1"}, nodes=2)
 @pytest.fixture
 def terminated(monkeypatch: pytest.MonkeyPatch) -> list[Machine]:
     found: list[Machine] = []
-    monkeypatch.setattr(engine, "machine", {"run-a-7": MACHINE}.get)
-    monkeypatch.setattr(engine, "terminate", found.append)
+    monkeypatch.setattr(client, "machine", {"run-a-7": MACHINE}.get)
+    monkeypatch.setattr(client, "terminate", found.append)
     return found
 
 
@@ -68,7 +68,7 @@ from moto import mock_aws
 from sky import clouds, global_user_state
 from sky.server import common
 
-from spotune.launch.skypilot import engine
+from spotune.launch.skypilot import client
 
 handle = SimpleNamespace(
     cluster_name_on_cloud="run-a-7-x", cluster_yaml="run-a-7.yml", launched_nodes=2,
@@ -88,14 +88,14 @@ with mock_aws():
             ImageId="ami-12c6146b", MinCount=count, MaxCount=count, InstanceType="g6.xlarge",
             TagSpecifications=[{"ResourceType": "instance", "Tags": tags}],
         )
-    machine = engine.machine("run-a-7")
-    print(engine.machine("run-a-8"), machine.nodes)
-    engine.terminate(machine)
+    machine = client.machine("run-a-7")
+    print(client.machine("run-a-8"), machine.nodes)
+    client.terminate(machine)
     for instance in instances:
         instance.reload()
         print(instance.state["Name"])
 common.is_api_server_local = lambda: False
-print(engine.machine("run-a-7"))
+print(client.machine("run-a-7"))
 """
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from spotune.contracts.errors import InfraError, InputError
-from spotune.launch.skypilot.refusals import MOST, MOST_FIX, masked, translated
+from spotune.core.errors import InfraError, InputError
+from spotune.launch.skypilot.client import MOST, MOST_FIX, masked, translated
 
 
 class ResourcesUnavailableError(Exception):

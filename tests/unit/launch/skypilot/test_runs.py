@@ -8,12 +8,20 @@ from typing import Any
 
 import pytest
 
-from spotune.contracts.errors import InfraError
-from spotune.launch.skypilot import engine
-from spotune.launch.skypilot.history import Event, Usage, intervals, usages
-from spotune.launch.skypilot.infra import SkyInfra
-from spotune.launch.skypilot.jobs import ManagedJob, exit_code_in, managed_job, run_status
-from spotune.launch.skypilot.logs import attempts_in, exit_code, lines_of, said
+from spotune.core.errors import InfraError
+from spotune.launch.skypilot import client
+from spotune.launch.skypilot.engine import SkyInfra
+from spotune.launch.skypilot.jobs import (
+    Event,
+    ManagedJob,
+    Usage,
+    exit_code_in,
+    intervals,
+    managed_job,
+    run_status,
+    usages,
+)
+from spotune.launch.skypilot.log_lines import attempts_in, exit_code, lines_of, said
 
 MARKS = {"user": "ada", "infra": "slurm/lab/spot", "bucket": "file:///b", "priority": 0}
 
@@ -215,7 +223,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[list[str | None]]
     def pieces(job_id: int, follow: bool, controller: bool = False) -> list[str | None]:
         return given["live"].pop(0) if follow else given["kept"][0]
 
-    monkeypatch.setattr(engine, "log_pieces", pieces)
+    monkeypatch.setattr(client, "log_pieces", pieces)
     return given
 
 
@@ -275,11 +283,11 @@ def test_all_runs_are_asked_for_at_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
     rows = [{**row, "resources": SimpleNamespace(**row["resources"])} for one in RECORDED for row in one["cost_rows"]]
 
     def answer(name: str, value: object) -> None:
-        monkeypatch.setattr(engine, name, lambda *_: asked.append(name) or value)
+        monkeypatch.setattr(client, name, lambda *_: asked.append(name) or value)
 
     answer("managed_jobs", records)
     answer("cost_rows", rows)
-    monkeypatch.setattr(engine, "events", lambda job_id: asked.append(f"events {job_id}") or [])
+    monkeypatch.setattr(client, "events", lambda job_id: asked.append(f"events {job_id}") or [])
     infra = SkyInfra(tmp_path, {"HOME": str(tmp_path)}, asks=True)
     listed = infra.jobs(everyone=True)
     assert len({job.bucket for job in listed}) == 3

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from spotune.contracts.errors import InputError
-from spotune.contracts.fingerprint import data_files
-from spotune.launch.skypilot import engine
-from spotune.launch.skypilot.sent import check_sent
+from spotune.core.errors import InputError
+from spotune.core.fingerprint import data_files
+from spotune.launch.skypilot import client
+from spotune.launch.skypilot.task import check_sent
 from tests.real_sky import RealSky
 
 EXCLUDED = ["secret/"]
@@ -25,7 +25,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (project / "linked").symlink_to(tmp_path / "elsewhere")
     (project / ".gitignore").write_text("secret/\n")
     subprocess.run(["git", "init", "-q"], cwd=project, check=True)
-    monkeypatch.setattr(engine, "excluded_files", lambda _: EXCLUDED)
+    monkeypatch.setattr(client, "excluded_files", lambda _: EXCLUDED)
     monkeypatch.chdir(project)
     return project
 
@@ -45,7 +45,7 @@ def test_what_is_sent_passes(folder: Path) -> None:
 
 @pytest.mark.xdist_group("sky")
 def test_skypilot_itself_says_what_is_not_sent(folder: Path, sky_says: RealSky) -> None:
-    ask = "import json; from spotune.launch.skypilot import engine; print(json.dumps(engine.excluded_files('.')))"
+    ask = "import json; from spotune.launch.skypilot import client; print(json.dumps(client.excluded_files('.')))"
     assert sky_says.json(folder.parent, ask, cwd=folder) == EXCLUDED
     (folder / ".skyignore").write_text("model\n")
     assert sky_says.json(folder.parent, ask, cwd=folder) == ["model"]

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from spotune.contracts.errors import InfraError, Taken, Unsettled
-from spotune.launch.infra import Submission
-from spotune.launch.skypilot import engine
-from spotune.launch.skypilot.infra import SkyInfra
+from spotune.core.errors import InfraError, Taken, Unsettled
+from spotune.launch.engine import Submission
+from spotune.launch.skypilot import client as skypilot_client
+from spotune.launch.skypilot.engine import SkyInfra
 from spotune.launch.skypilot.registry import Registry
 from tests.unit.launch.skypilot.fake_client import FakeClient
 
@@ -17,7 +17,7 @@ SUBMISSION = Submission("run-a", {"run": "x", "envs": {"SPOTUNE_BUCKET": "file:/
 @pytest.fixture
 def client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
     client = FakeClient()
-    monkeypatch.setattr(engine, "sdk", lambda: client)
+    monkeypatch.setattr(skypilot_client, "sdk", lambda: client)
     return client
 
 
@@ -169,7 +169,7 @@ def test_of_two_at_once_one_is_launched(
 ) -> None:
     def overtaken(*_: object) -> list[str]:  # asked after the first look whether the name is free
         monkeypatch.undo()
-        monkeypatch.setattr(engine, "sdk", lambda: client)
+        monkeypatch.setattr(skypilot_client, "sdk", lambda: client)
         SkyInfra(tmp_path, {}).submit(SUBMISSION)
         return []
 

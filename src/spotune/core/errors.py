@@ -1,0 +1,152 @@
+"""The whole tree of errors.
+
+SpotuneError            exit 1   something failed; one line says what
+├── InputError          exit 2   what the user gave is wrong: FILE: KEY or ROW: what (remedy)
+│   ├── Faults          exit 2   several things are: one such line for each
+│   ├── Taken           exit 2   the engine has a run of that name already
+│   └── OtherVersions   exit 2   libraries differ from those that a checkpoint was made with
+├── InfraError          exit 3   the infrastructure failed: launcher side only
+│   └── Unsettled       exit 3   and may have taken the run all the same
+├── StoreError          exit 75  the bucket cannot be reached or answers wrongly: another machine may
+│   └── BadRecord       exit 75  it holds a record that cannot be read: KEY: what
+│       └── Misplaced   exit 2   the key leads out of the bucket, or to what is not a file
+└── Fenced              exit 75  a later attempt has taken the run over: this one must stop
+
+75 is an attempt's word to its engine. A verb of the launcher has none to give it to: there a bucket that fails is
+infrastructure, 3, and a bad record bad input, 2 (``launcher_code``).
+"""
+
+import reprlib
+from collections.abc import Iterable
+from typing import Any
+
+from spotune.core import exits
+
+_MOST = 1000  # characters of each part of a message: what a user wrote may have any length
+_VALUES = reprlib.Repr()
+_VALUES.maxlevel = 3
+_VALUES.maxstring = _VALUES.maxother = _VALUES.maxlong = 80
+
+
+class SpotuneError(Exception):
+    """Base of all. ``str(error)`` is one line, fit for stderr; ``exit_code`` is the process's."""
+
+    exit_code = exits.FAILED
+
+    @property
+    def lines(self) -> list[str]:
+        """The message in lines of their own: one, but for several faults."""
+        return [" ".join(str(self).split())]
+
+
+class InputError(SpotuneError):
+    """Bad input, as ``WHERE: KEY: WHAT (REMEDY)``.
+
+    Args:
+        where: the file, flag or record that holds the fault, e.g. ``config/x.yaml``.
+        what: what is wrong, in a few words.
+        key: the key or row inside ``where``, if there is one.
+        remedy: what to do about it.
+    """
+
+    exit_code = exits.BAD_INPUT
+
+    def __init__(self, where: object, what: str, *, key: str = "", remedy: str = "") -> None:
+        parts = [shortened(str(where)), shortened(key, 200), shortened(" ".join(what.split()))]
+        super().__init__(": ".join(part for part in parts if part) + (f" ({shortened(remedy)})" if remedy else ""))
+
+
+class Faults(InputError):
+    """Several faults of one input, each an InputError of its own. ``str(error)`` has a line for each."""
+
+    def __init__(self, faults: Iterable[InputError]) -> None:
+        self.faults = list(faults)
+        SpotuneError.__init__(self, "\n".join(self.lines))
+
+    @property
+    def lines(self) -> list[str]:
+        """Each fault once, in the order in which they were found."""
+        return list(dict.fromkeys(line for fault in self.faults for line in fault.lines))
+
+
+class Taken(InputError):
+    """An engine refuses a submission since it has a run of that name: whatever there is of it is not this one's."""
+
+
+class OtherVersions(InputError):
+    """Libraries that decide the order of rows differ from those that a checkpoint was made with.
+
+    Attributes:
+        changed: ``datasets 5.0.1 -> 5.2.0`` for each of them.
+    """
+
+    def __init__(self, where: object, changed: list[str], remedy: str) -> None:
+        self.changed = changed
+        what = f"libraries changed since the checkpoint was made: {', '.join(changed)}"
+        super().__init__(where, what, key="versions", remedy=remedy)
+
+
+class InfraError(SpotuneError):
+    """The infrastructure (SkyPilot, the local queue) refused or failed."""
+
+    exit_code = exits.INFRA_FAILED
+
+
+class Unsettled(InfraError):
+    """What was asked for may still happen: a submission that could not be taken back, a cancel that is under way."""
+
+
+class StoreError(SpotuneError):
+    """The bucket could not be reached, or what it holds is not what was written."""
+
+    exit_code = exits.PREEMPTED
+
+
+class BadRecord(StoreError):
+    """A record in the bucket is not what its class says, as ``KEY: WHAT``."""
+
+
+class Misplaced(BadRecord):
+    """A key that leads out of the bucket, or to what is not a file, as ``KEY: WHAT``. No other machine can mend it."""
+
+    exit_code = exits.BAD_INPUT
+
+
+class Fenced(SpotuneError):
+    """A newer attempt owns the run; whatever this one still does must not be committed."""
+
+    exit_code = exits.PREEMPTED
+
+
+def refuse(where: object, faults: Iterable[tuple[str, str, str]]) -> None:
+    """Raises InputError for ``(key, what, remedy)`` triples: one line for each. Returns when there is none."""
+    raise_all(InputError(where, what, key=key, remedy=remedy) for key, what, remedy in faults)
+
+
+def raise_all(errors: Iterable[InputError]) -> None:
+    """Raises the only error as it is, several as Faults; returns when there is none."""
+    if not (found := list(errors)):
+        return
+    whole = Faults(found)
+    raise whole if len(whole.lines) > 1 else found[0]
+
+
+def shown(value: Any) -> str:
+    """A value as Python writes it, in 80 characters, for a message."""
+    try:
+        return shortened(_VALUES.repr(value), 80)
+    except ValueError:  # more digits than Python turns to text
+        return "a number of thousands of digits"
+
+
+def shortened(text: str, most: int = _MOST) -> str:
+    """A text without its middle, where it is longer than ``most`` characters."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[: half - 1]}…{text[-half:]}"
+
+
+def launcher_code(error: SpotuneError) -> int:
+    """The exit code of a verb of the launcher."""
+    if isinstance(error, StoreError):
+        return exits.BAD_INPUT if isinstance(error, BadRecord) else exits.INFRA_FAILED
+    return error.exit_code

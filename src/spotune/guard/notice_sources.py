@@ -1,0 +1,420 @@
+"""Preemption notices that have to be asked for: a source per cloud, one watcher for all of them."""
+
+import json
+import ssl
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from spotune.core import environment
+from spotune.guard.journal import say
+from spotune.guard.leaving import Notices
+
+# What the watcher asks, and what it gets.
+
+
+class NoAnswer(Exception):
+    """The service did not answer, or not as it should; ``str`` says how."""
+
+
+@dataclass(frozen=True)
+class Warned:
+    """The machine goes, in ``grace_s`` seconds; None: the service does not say when."""
+
+    grace_s: float | None
+
+
+class Source(Protocol):
+    """One service that knows whether this machine will be taken."""
+
+    name: str  # for the log: whose notice it was
+    every_s: float
+
+    def look(self, now: float) -> Warned | None:
+        """Asks once; ``now`` in epoch seconds. Raises NoAnswer when the service cannot be understood."""
+
+
+def read_object(body: str) -> dict[str, Any]:
+    """The JSON object in an answer; raises NoAnswer when it is none."""
+    try:
+        found = json.loads(body.removeprefix("\ufeff"))
+    except (ValueError, RecursionError) as error:
+        raise NoAnswer(f"not JSON: {body[:80]!r}") from error
+    if not isinstance(found, dict):
+        raise NoAnswer(f"no JSON object: {body[:80]!r}")
+    return found
+
+
+def seconds_until(text: Any, now: float) -> float | None:
+    """Seconds from ``now`` to a time as clouds write it (ISO 8601, or as in an HTTP header); None when it is none."""
+    if not isinstance(text, str):
+        return None
+    for read in (datetime.fromisoformat, parsedate_to_datetime):
+        try:
+            time = read(text)
+            break
+        except ValueError:
+            continue
+    else:
+        return None
+    return max((time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp() - now, 0.0)
+
+
+# One request to a service of this machine's own network: no proxy, no redirects, and never a long wait.
+
+TIMEOUT_S = 2.0
+MOST_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    body: str
+
+
+def ask(
+    url: str,
+    headers: Mapping[str, str],
+    method: str = "GET",
+    timeout_s: float = TIMEOUT_S,
+    tls: ssl.SSLContext | None = None,
+) -> Answer:
+    """The service's answer, whatever its status; raises NoAnswer when there is none.
+
+    ``http.client`` knows no proxies: a notice must not depend on HTTP_PROXY, nor a token go through it.
+    """
+    parts = urlsplit(url)
+    try:
+        connection = _connect(parts.scheme, parts.hostname or "", parts.port, timeout_s, tls)
+    except ValueError as error:  # a port that is none
+        raise NoAnswer(f"{url} is no address: {error}") from error
+    try:
+        connection.request(method, f"{parts.path}?{parts.query}" if parts.query else parts.path, headers=dict(headers))
+        response = connection.getresponse()
+        return Answer(response.status, response.read(MOST_BYTES).decode())
+    except (OSError, HTTPException, ValueError) as error:
+        raise NoAnswer(f"{parts.netloc} does not answer: {str(error) or type(error).__name__}") from error
+    finally:
+        connection.close()
+
+
+def _connect(scheme: str, host: str, port: int | None, timeout_s: float, tls: ssl.SSLContext | None) -> HTTPConnection:
+    if scheme == "https":
+        return HTTPSConnection(host, port, timeout=timeout_s, context=tls)
+    return HTTPConnection(host, port, timeout=timeout_s)
+
+
+# AWS: ``spot/instance-action`` of the instance metadata service, version 2.
+#
+# 404 as long as nothing is planned; then ``{"action": "terminate", "time": "2026-11-24T20:40:00Z"}``, two minutes
+# ahead (for ``hibernate`` not ahead at all). A rebalance recommendation is not asked for: it says that an interruption
+# has become likelier, not that there will be one, and a machine is not given up for that.
+
+ENDPOINT = "http://169.254.169.254"
+TOKEN_TTL_S = 21_600  # the longest that there is
+ACTIONS = {"terminate": 120.0, "stop": 120.0, "hibernate": 0.0}
+
+
+class SpotAction:
+    """Asks with a session token, and for a new one when it is refused or about to run out."""
+
+    name = "aws spot/instance-action"
+    every_s = 5.0  # what AWS recommends
+
+    def __init__(self, endpoint: str = ENDPOINT, clock: Callable[[], float] = time.monotonic) -> None:
+        self._endpoint, self._clock = endpoint.rstrip("/"), clock
+        self._token, self._token_until = "", 0.0
+
+    def look(self, now: float) -> Warned | None:
+        answer = self._ask()
+        if answer.status == 401:
+            self._token = ""
+            answer = self._ask()
+        if answer.status == 404:
+            return None
+        if answer.status != 200:
+            raise NoAnswer(f"status {answer.status}")
+        return read_action(answer.body, now)
+
+    def _ask(self) -> Answer:
+        if not self._token or self._clock() >= self._token_until:
+            self._renew_token()
+        url = f"{self._endpoint}/latest/meta-data/spot/instance-action"
+        return ask(url, {"X-aws-ec2-metadata-token": self._token})
+
+    def _renew_token(self) -> None:
+        ttl = {"X-aws-ec2-metadata-token-ttl-seconds": str(TOKEN_TTL_S)}
+        answer = ask(f"{self._endpoint}/latest/api/token", ttl, method="PUT")
+        if answer.status != 200 or not answer.body.isprintable():
+            raise NoAnswer(f"no session token: status {answer.status}")
+        self._token, self._token_until = answer.body.strip(), self._clock() + TOKEN_TTL_S * 0.9
+
+
+def read_action(body: str, now: float) -> Warned:
+    """The planned action; raises NoAnswer for what is none, so that it is asked again."""
+    action = read_object(body)
+    kind = action.get("action")
+    if not isinstance(kind, str) or kind not in ACTIONS:
+        raise NoAnswer(f"no action that is known: {body[:80]!r}")
+    said_s = seconds_until(action.get("time"), now)
+    return Warned(ACTIONS[kind] if said_s is None else said_s)
+
+
+# Azure: Preempt events of Scheduled Events.
+#
+# Events are for all machines of an availability or scale set, so this machine's name is looked for in them. Where the
+# service does not tell the name, any Preempt event counts: to leave once too often costs less than the other mistake.
+#
+# Events are not acknowledged. That would let Azure take *all* machines of the event at once, and be worth at most the
+# few seconds for which this one has nothing to do any more. The other types (Freeze, Reboot, Redeploy, Terminate)
+# come minutes to days ahead; the regular checkpoints are for them.
+
+HEADERS = {"Metadata": "true"}
+
+
+class ScheduledEvents:
+    name = "azure scheduled event Preempt"
+    every_s = 1.0  # what Azure recommends
+
+    def __init__(self, endpoint: str = ENDPOINT) -> None:
+        self._endpoint = endpoint.rstrip("/")
+        self._machine = ""
+
+    def look(self, now: float) -> Warned | None:
+        # The first answer takes Azure up to two minutes. Asking again and again begins them as well as one long wait.
+        answer = ask(f"{self._endpoint}/metadata/scheduledevents?api-version=2020-07-01", HEADERS)
+        if answer.status != 200:
+            raise NoAnswer(f"status {answer.status}")
+        preempts = read_preempts(answer.body)
+        if not preempts:
+            return None
+        self._machine = self._machine or self._ask_name()
+        mine = [event for event in preempts if is_for(event, self._machine)]
+        times = [seconds_until(event.get("NotBefore"), now) for event in mine]
+        # An event that has started has no time any more, like one whose time cannot be read.
+        return Warned(min((time for time in times if time is not None), default=None)) if mine else None
+
+    def _ask_name(self) -> str:
+        url = f"{self._endpoint}/metadata/instance/compute/name?api-version=2021-02-01&format=text"
+        try:
+            answer = ask(url, HEADERS)
+        except NoAnswer:
+            return ""
+        return answer.body.strip() if answer.status == 200 else ""
+
+
+def read_preempts(body: str) -> list[dict[str, Any]]:
+    """The Preempt events of a document; raises NoAnswer when it is none."""
+    events = read_object(body).get("Events")
+    if not isinstance(events, list):
+        raise NoAnswer(f"no list of events: {body[:80]!r}")
+    return [event for event in events if isinstance(event, dict) and event.get("EventType") == "Preempt"]
+
+
+def is_for(event: dict[str, Any], machine: str) -> bool:
+    """Whether an event takes this machine; it does when either side does not say which."""
+    resources = event.get("Resources")
+    if not machine or not isinstance(resources, list) or not resources:
+        return True
+    return machine.lower() in [str(name).lower() for name in resources]
+
+
+# GCP: ``instance/preempted`` of the metadata server, TRUE from the moment when the machine is being taken.
+#
+# It does not say how long is left: 30 s, during which the system shuts down. Asked every second instead of by
+# ``wait_for_change``: a second of thirty, and no request that hangs on a connection which has died silently.
+
+HOST = "metadata.google.internal"
+
+
+class Preempted:
+    name = "gcp instance/preempted"
+    every_s = 1.0
+
+    def __init__(self, host: str = HOST) -> None:
+        self._url = f"http://{host}/computeMetadata/v1/instance/preempted"
+
+    def look(self, now: float) -> Warned | None:
+        answer = ask(self._url, {"Metadata-Flavor": "Google"})
+        if answer.status != 200:
+            raise NoAnswer(f"status {answer.status}")
+        match answer.body.strip():
+            case "TRUE":
+                return Warned(None)
+            case "FALSE":
+                return None
+            case other:
+                raise NoAnswer(f"neither TRUE nor FALSE: {other[:80]!r}")
+
+
+# Kubernetes: the deletion of this pod, as its API server says it.
+#
+# A pod that is evicted, drained or preempted gets a ``deletionTimestamp``: the time at which it will be killed. The
+# SIGTERM goes to the pod's first process only, which in SkyPilot's pods is a shell that keeps it to itself, so that
+# without this the guard would hear of nothing.
+
+ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+# The pod's head alone is a few hundred bytes.
+ACCEPT = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1, application/json"
+
+
+@dataclass(frozen=True)
+class Pod:
+    """Where this pod's record is: ``server`` is the API server's URL."""
+
+    server: str
+    namespace: str
+    name: str
+    account: Path
+
+
+def this_pod(environ: Mapping[str, str], account: Path = ACCOUNT) -> Pod | None:
+    """The pod that we are in, None when there is none or it may not ask."""
+    host, port = environ.get("KUBERNETES_SERVICE_HOST", ""), environ.get("KUBERNETES_SERVICE_PORT", "443")
+    name = environ.get("SKYPILOT_POD_NAME") or environ.get("HOSTNAME", "")
+    try:
+        namespace = (account / "namespace").read_text().strip()
+    except OSError:
+        return None
+    if not (host and name and (account / "token").exists()):
+        return None
+    return Pod(f"https://{f'[{host}]' if ':' in host else host}:{port}", namespace, name, account)
+
+
+class PodDeletion:
+    name = "kubernetes pod deletion"
+    every_s = 5.0  # the server is shared by all pods of the cluster
+
+    def __init__(self, pod: Pod) -> None:
+        self._pod = pod
+        self._url = f"{pod.server}/api/v1/namespaces/{pod.namespace}/pods/{pod.name}"
+
+    def look(self, now: float) -> Warned | None:
+        try:  # each time: the kubelet renews both files
+            token = (self._pod.account / "token").read_text().strip()
+            tls = ssl.create_default_context(cafile=str(self._pod.account / "ca.crt"))
+        except OSError as error:  # SSLError is one
+            raise NoAnswer(f"the service account cannot be used: {error}") from error
+        answer = ask(self._url, {"Authorization": f"Bearer {token}", "Accept": ACCEPT}, tls=tls)
+        if answer.status != 200:
+            raise NoAnswer(f"status {answer.status}")
+        return read_deletion(answer.body, now)
+
+
+def read_deletion(body: str, now: float) -> Warned | None:
+    """The pod's planned end; raises NoAnswer when this is no pod."""
+    head = read_object(body).get("metadata")
+    if not isinstance(head, dict):
+        raise NoAnswer(f"no pod: {body[:80]!r}")
+    deletion = head.get("deletionTimestamp")
+    return Warned(seconds_until(deletion, now)) if deletion else None
+
+
+# Which services can warn this machine: decided from names and files alone, nothing is probed.
+#
+# SkyPilot says whose machine it is. Where it does not (by hand; a Slurm node or a pod may be a cloud's machine too) the
+# firmware does, as the kernel shows it in ``/sys/class/dmi/id``.
+
+DMI = Path("/sys/class/dmi/id")
+CLOUDS = ("aws", "gcp", "azure")
+ANYWHERE = ("", "slurm", "kubernetes")  # what runs on any cloud's machines
+AZURE_TAG = "7783-7084-3265-9085-8269-3286-77"  # tells Azure from other Hyper-V hosts
+
+
+def sources_for(infra: str, environ: Mapping[str, str], dmi: Path = DMI) -> list[Source]:
+    """The services to watch; each module is imported only where its service is."""
+    found: list[Source] = []
+    if infra == "kubernetes" and (pod := this_pod(environ)):
+        found.append(PodDeletion(pod))
+    cloud = infra if infra in CLOUDS else cloud_of(dmi) if infra in ANYWHERE else ""
+    if cloud == "aws" and environ.get(environment.AWS_METADATA_DISABLED, "").lower() != "true":
+        found.append(SpotAction(environ.get(environment.AWS_METADATA) or ENDPOINT))
+    elif cloud == "gcp":
+        found.append(Preempted(environ.get(environment.GCP_METADATA) or HOST))
+    elif cloud == "azure":
+        found.append(ScheduledEvents(environ.get(environment.AZURE_METADATA) or ENDPOINT))
+    return found
+
+
+def cloud_of(dmi: Path = DMI) -> str:
+    """Whose machine the firmware says this is: aws, gcp, azure, or empty."""
+    vendor, product = _read(dmi / "sys_vendor"), _read(dmi / "product_name")
+    # Older instance types are Xen machines, which only their BIOS tells from others.
+    if vendor == "Amazon EC2" or _read(dmi / "bios_version").endswith("amazon"):
+        return "aws"
+    if product == "Google Compute Engine":
+        return "gcp"
+    if vendor == "Microsoft Corporation" and _read(dmi / "chassis_asset_tag") == AZURE_TAG:
+        return "azure"
+    return ""
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except (OSError, ValueError):  # not there, not for us, not text
+        return ""
+
+
+# The one thread that asks for notices. A service that fails is named once, and asked on ever more slowly.
+
+# No longer: a service that comes back may have a notice of 30 s by then.
+SLOWEST_S = 15.0
+
+
+class Watcher:
+    """Asks all sources, as a context manager; without sources there is no thread."""
+
+    def __init__(self, sources: Sequence[Source], notices: Notices, clock: Callable[[], float] = time.time) -> None:
+        self._notices, self._clock = notices, clock
+        self._due = dict.fromkeys(sources, 0.0)  # monotonic
+        self._failures = dict.fromkeys(sources, 0)
+        self._named: set[Source] = set()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="notices", daemon=True)
+
+    def __enter__(self) -> "Watcher":
+        if self._due:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Does not wait for a request that is under way."""
+        self._stop.set()
+
+    def _work(self) -> None:
+        while self._due:
+            source = min(self._due, key=self._due.__getitem__)
+            if self._stop.wait(max(self._due[source] - time.monotonic(), 0.0)):
+                return
+            pause_s = self.ask(source)
+            if pause_s is None:
+                del self._due[source]
+            else:
+                self._due[source] = time.monotonic() + pause_s
+
+    def ask(self, source: Source) -> float | None:
+        """Asks once; returns seconds until it is to be asked again, None when it has given its notice."""
+        try:
+            warned = source.look(self._clock())
+        except NoAnswer as fault:
+            if source not in self._named:
+                self._named.add(source)
+                say(f"{source.name}: {fault}; asked again until it answers")
+            self._failures[source] += 1
+            return min(source.every_s * (1 << min(self._failures[source], 8)), SLOWEST_S)
+        self._failures[source] = 0
+        if warned is None:
+            return source.every_s
+        self._notices.give(source.name, warned.grace_s)
+        return None

@@ -1,0 +1,271 @@
+"""When to save: what saves cost, the interval that follows, and the request to the ranks."""
+
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from spotune.core.protocol import CONTROL, write_json
+from spotune.guard.journal import Journal, say
+
+# What saving costs training: it stands still for a snapshot, and its steps are slower until the commit.
+#
+# Slower than what: than the median of the steps beside which nothing was saved. All of it is read from the events.
+
+RECENT = 50  # steps and saves that count
+FEWEST = 3  # undisturbed steps, below which nothing can be said
+
+
+class Toll:
+    """Listens to the events of an attempt; ``record`` says what was measured so far, empty before the first commit."""
+
+    def __init__(self, known: dict[str, float] | None = None) -> None:
+        self._known = dict(known or {})
+        self._calm: deque[float] = deque(maxlen=RECENT)
+        self._stalls: deque[float] = deque(maxlen=RECENT)
+        self._slowdowns: deque[float] = deque(maxlen=RECENT)
+        self._writes: deque[float] = deque(maxlen=RECENT)
+        self._sends: deque[float] = deque(maxlen=RECENT)
+        self._last_step_at: float | None = None
+        self._saved_at: dict[int, float] = {}
+        self._written_at: dict[int, float] = {}
+        self._disturbed: list[float] = []
+        self._bytes = 0.0
+
+    def take(self, event: dict[str, Any]) -> None:
+        """One event, in order of time."""
+        match event["event"]:
+            case "step":
+                self._step(event["t"])
+            case "phase" if event["phase"] != "train":
+                self._last_step_at = None  # what follows is not a step's time
+            case "phase":
+                self._last_step_at = event["t"]
+            case "save":
+                self._saved_at[event["step"]] = event["t"]
+                self._stalls.append(event["stall_s"])
+            case "written" if event["step"] in self._saved_at:
+                self._written_at[event["step"]] = event["t"]
+                self._writes.append(event["t"] - self._saved_at[event["step"]])
+            case "commit" if event["step"] in self._written_at:
+                self._commit(event)
+
+    def _step(self, at: float) -> None:
+        if self._last_step_at is not None:
+            (self._disturbed if self._saved_at else self._calm).append(at - self._last_step_at)
+        self._last_step_at = at
+
+    def _commit(self, event: dict[str, Any]) -> None:
+        self._sends.append(event["t"] - self._written_at.pop(event["step"]))
+        self._bytes = event["bytes"]
+        self._saved_at = {step: at for step, at in self._saved_at.items() if step > event["step"]}
+        if len(self._calm) >= FEWEST:
+            calm = statistics.median(self._calm)
+            self._slowdowns.append(max(0.0, sum(seconds - calm for seconds in self._disturbed)))
+        self._disturbed = []
+
+    @property
+    def step_s(self) -> float | None:
+        """The median of a step beside which nothing was saved, None before there were some."""
+        return statistics.median(self._calm) if len(self._calm) >= FEWEST else None
+
+    @property
+    def record(self) -> dict[str, float]:
+        """Medians, and the ``bytes`` of the last save.
+
+        ``stall_s``, ``slowdown_s``: what a save costs training; ``write_s``: from the snapshot to the local disk;
+        ``send_s``: from there to the commit; ``step_s``: a step beside which nothing is saved.
+        """
+        found = dict(self._known)
+        measured = {
+            "stall_s": self._stalls,
+            "slowdown_s": self._slowdowns,
+            "write_s": self._writes,
+            "send_s": self._sends,
+        }
+        found |= {name: round(statistics.median(values), 4) for name, values in measured.items() if values}
+        if self.step_s is not None:
+            found["step_s"] = round(self.step_s, 4)
+        if self._bytes:
+            found["bytes"] = self._bytes
+        return found
+
+
+# When to save: a formula, its inputs, and the line that says both.
+#
+#     interval = sqrt(2 * cost * (X0 + age) / alpha), within [max(upload, 30 s), 30 min]
+#
+# This is Young's interval (J. W. Young, "A first order approximation to the optimum checkpoint interval", CACM 1974)
+# with the hazard of a heavy tail, alpha / (X0 + age), in the place of 1 / MTBF: spot machines live long or die young,
+# so the longer one has been up the longer it will stay. ``alpha`` is learned from the machines of this run that were
+# taken away, from a prior on. X0 and the prior are fitted to public spot traces (docs/checkpoints.md).
+#
+# What a save costs is what training loses by it: it stands still for the snapshot, and its steps are slower while the
+# checkpoint is written and uploaded. How long a restore takes does not move the optimum; it is in the waste that is
+# expected, which is what the line in the log is for.
+
+X0_S = 0.7 * 3600
+FLOOR_S = 30.0
+CEILING_S = 1800.0
+FIRST_COST_S = 1.0  # until a save has been measured: assume little, so that the first one comes soon
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What is known before this run's own machines tell: ``spells`` imagined ones with this sum of log(1 + t/X0)."""
+
+    spells: float
+    log_sum: float
+
+
+# Public traces: alpha = 6 / 5 pooled over GPU zones of AWS and GCP. Not measured for Slurm, Kubernetes and others.
+SPOT = Prior(6.0, 5.0)
+STEADY = Prior(0.06, 5.0)  # on demand: a hundredth of that hazard
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that the interval depends on; seconds.
+
+    Attributes:
+        stall_s, slowdown_s: what a save costs training, standing still and in slower steps; None: not measured yet.
+        upload_s: from the snapshot to the commit.
+        restore_s: how long the last restore took.
+        age_s: since this machine began to work for the run.
+        spells_s: how long the run's earlier machines lasted that were taken away.
+    """
+
+    restore_s: float
+    age_s: float
+    spells_s: tuple[float, ...] = ()
+    prior: Prior = SPOT
+    stall_s: float | None = None
+    slowdown_s: float | None = None
+    upload_s: float = 0.0
+
+    @property
+    def cost_s(self) -> float:
+        return FIRST_COST_S if self.stall_s is None else max(0.001, self.stall_s + (self.slowdown_s or 0.0))
+
+
+def alpha(prior: Prior, spells_s: Sequence[float]) -> float:
+    """The tail's exponent, after these spells: Gamma prior, Lomax likelihood with scale X0."""
+    return (prior.spells + len(spells_s)) / (prior.log_sum + sum(math.log1p(spell / X0_S) for spell in spells_s))
+
+
+def interval_s(inputs: Inputs) -> float:
+    """Seconds between two saves."""
+    hazard = alpha(inputs.prior, inputs.spells_s) / (X0_S + inputs.age_s)
+    best = math.sqrt(2 * inputs.cost_s / hazard)
+    return min(max(best, inputs.upload_s, FLOOR_S), CEILING_S)
+
+
+def expected_waste(inputs: Inputs) -> float:
+    """The share of paid time that saving and preemptions are expected to take, at this interval and age."""
+    interval = interval_s(inputs)
+    hazard = alpha(inputs.prior, inputs.spells_s) / (X0_S + inputs.age_s)
+    lost_s = interval / 2 + inputs.upload_s + inputs.restore_s
+    return min(1.0, inputs.cost_s / interval + hazard * lost_s)
+
+
+def explain(inputs: Inputs) -> str:
+    """One line for the log: the choice and its inputs."""
+    if inputs.stall_s is None:
+        cost = f"what a save costs is not measured yet, {FIRST_COST_S:g} s assumed"
+    else:
+        parts = f"stall {inputs.stall_s:.2g}, slower steps {inputs.slowdown_s or 0:.2g}"
+        cost = f"a save costs {inputs.cost_s:.2g} s ({parts}) and is safe after {inputs.upload_s:.2g} s"
+    lasted = ", ".join(_short(spell) for spell in inputs.spells_s[-3:])
+    earlier = f"{len(inputs.spells_s)} taken away before it (lasted {lasted})" if lasted else "none taken away yet"
+    return (
+        f"saving every {_short(interval_s(inputs))}: {cost}; this machine is {_short(inputs.age_s)} old, {earlier},"
+        f" alpha {alpha(inputs.prior, inputs.spells_s):.2f}; a restore takes {inputs.restore_s:.2g} s;"
+        f" {100 * expected_waste(inputs):.1f} % of the time expected to be lost"
+    )
+
+
+def _short(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+# Asks the ranks to save, in time: the clock's side of cadence.py. And the one hand that writes control.json.
+
+NOTEWORTHY = 1.5  # an interval that has changed by this factor is said again
+
+
+class Wishes:
+    """What the guard asks of its ranks."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / CONTROL
+        self._stop, self._saves = False, 0
+        self._write()
+
+    def ask_to_save(self) -> None:
+        self._saves += 1
+        self._write()
+
+    def ask_to_stop(self) -> None:
+        """At the next step boundary, with a checkpoint of that step."""
+        self._stop = True
+        self._write()
+
+    def _write(self) -> None:
+        write_json(self._path, {"stop": self._stop, "save": self._saves})
+
+
+class Pacer:
+    """Asks for a save whenever the interval has passed since the last one.
+
+    Args:
+        inputs: as known when training begins; what is measured comes in by ``toll``.
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        toll: Toll,
+        wishes: Wishes,
+        journal: Journal,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._inputs, self._toll, self._wishes, self._journal, self._clock = inputs, toll, wishes, journal, clock
+        self._born_at = clock() - inputs.age_s
+        self._saved_at = clock()
+        self._asked = False
+        self._said_s = 0.0
+
+    def take(self, event: dict[str, Any]) -> None:
+        """One event of the attempt: a save was made, or did not come about."""
+        if event["event"] in ("save", "unsaved"):
+            self._saved_at, self._asked = event["t"], False
+
+    def look(self) -> None:
+        """Asks for a save if one is due. To be called often while training runs."""
+        inputs = self.inputs()
+        interval = interval_s(inputs)
+        if not self._said_s or not 1 / NOTEWORTHY < interval / self._said_s < NOTEWORTHY:
+            self._said_s = interval
+            say(explain(inputs))
+            self._journal.write("interval", interval_s=round(interval, 1), floor_s=FLOOR_S, ceiling_s=CEILING_S,
+                                **asdict(inputs))  # fmt: skip
+        if not self._asked and self._clock() - self._saved_at >= interval:
+            self._asked = True
+            self._wishes.ask_to_save()
+
+    def inputs(self) -> Inputs:
+        """What the interval depends on now."""
+        measured = self._toll.record
+        return replace(
+            self._inputs,
+            stall_s=measured.get("stall_s"),
+            slowdown_s=measured.get("slowdown_s"),
+            upload_s=measured.get("write_s", 0.0) + measured.get("send_s", 0.0),
+            age_s=self._clock() - self._born_at,
+        )

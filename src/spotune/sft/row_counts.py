@@ -1,0 +1,349 @@
+"""Counts what tokenizing takes away from each source, and looks for tokens that the model has no embedding for."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from spotune.core.errors import InputError
+from spotune.sft.mixture import Origins
+
+# Counts what tokenizing takes away from each source, batch by batch in numpy.
+#
+# Of each row of tokens and labels, before TRL truncates and packs:
+#
+#     empty      no token is left, or only special ones (the chat template renders nothing of the row)
+#     dropped    no token of it is trained on: the answer does not fit max_length, or the row has none
+#     truncated  it is longer than max_length, and what is left of it is trained on
+#
+# The rest is used whole. The same pass finds the highest token and the longest row, for the model to be checked
+# against (vocabulary.py).
+
+BATCH_ROWS = 1000  # what `datasets` writes at once, so that a batch is in memory anyway
+PROBES = (0.5, 0.25, 0.75, 0.1, 0.9, 0.4, 0.6)  # where in a row to look for a token that is not special
+IGNORED = -100  # a label that the loss leaves out
+
+Numbers = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What TRL does with a row of tokens.
+
+    Attributes:
+        max_length: what is kept of a row; None where all of it is.
+        keeps_end: the end is kept, not the start.
+        joins_rows: rows are laid end to end, so that the first token of a row has one before it.
+        drops: rows are left out whose kept part has no label; else they stay, and nothing is learned from them.
+        longest: tokens of the longest sequence that the model can see; None where rows have no limit.
+    """
+
+    max_length: int | None
+    keeps_end: bool = False
+    joins_rows: bool = False
+    drops: bool = False
+    longest: int | None = None
+
+
+def rule_of(args: Any, packing: bool) -> Rule:
+    """The rule that TRL follows with these settings: packing has its own way with rows that are too long."""
+    length = args.max_length
+    if not packing:
+        return Rule(length, args.truncation_mode == "keep_end", drops=length is not None, longest=length)
+    if args.packing_strategy == "bfd":  # cuts a row at max_length, whatever truncation_mode says
+        return Rule(length, longest=length)
+    return Rule(None, joins_rows=args.packing_strategy == "wrapped", longest=length)  # splits rows, and loses nothing
+
+
+@dataclass(frozen=True)
+class SourceCount:
+    """Rows of one source; ``unfit`` of the dropped ones had an answer, which max_length cut off."""
+
+    source: str
+    rows: int
+    dropped: int
+    truncated: int
+    empty: int
+    unfit: int
+
+
+@dataclass
+class Extreme:
+    """The greatest number so far, and the row that it is in."""
+
+    value: int = -1
+    index: int = -1
+
+    def see(self, values: Numbers, indices: Numbers) -> None:
+        if len(values) and int(values.max()) > self.value:
+            at = int(values.argmax())
+            self.value, self.index = int(values[at]), int(indices[at])
+
+
+class RowCount:
+    """The counts of one data set.
+
+    Attributes:
+        highest: the highest token or label that the model sees.
+        lowest: the lowest one, negated; above 0 only in a data set that the user tokenized, and wrongly.
+        longest: the longest sequence that the model sees.
+        used: rows that are trained on, or evaluated.
+    """
+
+    def __init__(self, origins: Origins, rule: Rule, special: Iterable[int]) -> None:
+        self.origins, self.rule = origins, rule
+        self._special = np.fromiter(sorted(set(special)), np.int64)
+        self._counts = {
+            name: np.zeros(len(origins.names), np.int64) for name in ("empty", "lost", "truncated", "unfit")
+        }
+        self.highest, self.lowest, self.longest = Extreme(), Extreme(0), Extreme()
+        self.used = 0
+        self._seen = self._tokens = 0
+
+    def add(self, table: pa.Table) -> None:
+        """Counts the next rows."""
+        tokens = Lists.of(table["input_ids"])
+        labels = Lists.of(table["labels"]) if "labels" in table.column_names else tokens
+        lengths = tokens.ends - tokens.starts
+        first, last = self._kept(tokens)
+        trained = labels.values != IGNORED
+        lead = 0 if self.rule.joins_rows else 1  # nothing predicts a sequence's first token
+        had = _any_within(trained, np.minimum(labels.starts + lead, labels.ends), labels.ends)
+        first_label, last_label = self._kept(labels)
+        has = _any_within(trained, np.minimum(first_label + lead, last_label), last_label)
+        is_empty = self._only_special(tokens)
+        is_lost = ~has & ~is_empty
+        is_used = has & ~is_empty
+        is_cut = is_used & (last - first < lengths)
+        source = self.origins.source[self._seen : self._seen + len(lengths)]
+        for name, flags in (("empty", is_empty), ("lost", is_lost), ("truncated", is_cut), ("unfit", is_lost & had)):
+            self._counts[name] += np.bincount(source[flags], minlength=len(self.origins.names))
+        self.used += int(is_used.sum())
+        if self.rule.drops:
+            is_left = _any_within(trained, first_label, last_label)
+            last, last_label = np.where(is_left, last, first), np.where(is_left, last_label, first_label)
+        self._see_values(tokens, first, last)
+        self._see_values(
+            Lists(np.where(trained, labels.values, 0), labels.starts, labels.ends), first_label, last_label
+        )
+        limit = self.rule.longest
+        seen = last - first if limit is None else np.minimum(last - first, limit)
+        self.longest.see(seen, np.arange(self._seen, self._seen + len(seen)))
+        self._tokens += int(lengths.sum())
+        if self.rule.joins_rows and limit is not None:
+            self.longest.value = min(self._tokens, limit)
+        self._seen += len(lengths)
+
+    def by_source(self) -> list[SourceCount]:
+        """The counts of each source that has rows here, in the config's order."""
+        rows = np.bincount(self.origins.source, minlength=len(self.origins.names))
+        return [
+            SourceCount(
+                source=name,
+                rows=int(rows[index]),
+                dropped=int(self._counts["lost"][index]),
+                truncated=int(self._counts["truncated"][index]),
+                empty=int(self._counts["empty"][index]),
+                unfit=int(self._counts["unfit"][index]),
+            )
+            for index, name in enumerate(self.origins.names)
+            if rows[index]
+        ]
+
+    def _kept(self, lists: "Lists") -> tuple[Numbers, Numbers]:
+        """The part of each row that is kept: (first, one after the last), as places in ``values``."""
+        if self.rule.max_length is None:
+            return lists.starts, lists.ends
+        if self.rule.keeps_end:
+            return np.maximum(lists.starts, lists.ends - self.rule.max_length), lists.ends
+        return lists.starts, np.minimum(lists.ends, lists.starts + self.rule.max_length)
+
+    def _only_special(self, tokens: "Lists") -> Flags:
+        """Finds the rows without any other token. Looks at a few tokens of each row first, which settles most."""
+        lengths = tokens.ends - tokens.starts
+        suspects = np.arange(len(lengths))
+        for share in PROBES:
+            at = np.minimum(tokens.starts + (lengths * share).astype(np.int64), max(0, len(tokens.values) - 1))[
+                suspects
+            ]
+            is_special = np.isin(tokens.values[at], self._special) if len(tokens.values) else True
+            suspects = suspects[is_special | (lengths[suspects] == 0)]
+        ends = np.cumsum(lengths[suspects])
+        starts = ends - lengths[suspects]
+        places = np.repeat(tokens.starts[suspects] - starts, lengths[suspects]) + np.arange(
+            int(lengths[suspects].sum())
+        )
+        found = np.zeros(len(lengths), np.bool_)
+        found[suspects] = ~_any_within(~np.isin(tokens.values[places], self._special), starts, ends)
+        return found
+
+    def _see_values(self, lists: "Lists", first: Numbers, last: Numbers) -> None:
+        """Takes note of the highest and the lowest value. Looks closer only where the batch may have a new one."""
+        if not len(lists.values):
+            return
+        for extreme, sign in ((self.highest, 1), (self.lowest, -1)):
+            most = lists.values.max() if sign > 0 else -lists.values.min()
+            if int(most) > extreme.value:
+                places = np.flatnonzero(_within(first, last, len(lists.values)))
+                extreme.see(sign * lists.values[places], self._seen + np.searchsorted(lists.ends, places, side="right"))
+
+
+@dataclass(frozen=True)
+class Lists:
+    """A column of lists: row i is ``values[starts[i]:ends[i]]``."""
+
+    values: Numbers
+    starts: Numbers
+    ends: Numbers
+
+    @classmethod
+    def of(cls, column: pa.ChunkedArray) -> "Lists":
+        array = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+        array = array.cast(pa.large_list(pa.int64()))
+        offsets = array.offsets.to_numpy().astype(np.int64)
+        begin, end = int(offsets[0]), int(offsets[-1])
+        values = array.values.slice(begin, end - begin).to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
+        return cls(values, offsets[:-1] - begin, offsets[1:] - begin)
+
+
+def count_rows(dataset: Any, origins: Origins, rule: Rule, special: Iterable[int]) -> RowCount:
+    """Counts a tokenized data set, whose rows are those of ``origins``; without labels all tokens are trained on."""
+    count = RowCount(origins, rule, special)
+    for table in _tables(dataset):
+        count.add(table)
+    return count
+
+
+def _tables(dataset: Any) -> Iterator[pa.Table]:
+    names = [name for name in ("input_ids", "labels") if name in dataset.column_names]
+    yield from dataset.select_columns(names).with_format("arrow").iter(BATCH_ROWS)
+
+
+def _any_within(flags: Flags, starts: Numbers, ends: Numbers) -> Flags:
+    """For each range of places whether a flag is set in it."""
+    sums = np.concatenate([[0], np.cumsum(flags, dtype=np.int64)])
+    found: Flags = sums[ends] > sums[starts]
+    return found
+
+
+def _within(first: Numbers, last: Numbers, size: int) -> Flags:
+    """The places that are in one of the ranges, which do not overlap."""
+    steps = np.zeros(size + 1, np.int64)
+    np.add.at(steps, first, 1)
+    np.add.at(steps, last, -1)
+    inside: Flags = np.cumsum(steps[:-1]) > 0
+    return inside
+
+
+# Whether a model has an embedding for every token and every position of the data.
+#
+# Where it has none a CPU raises an IndexError, and a GPU fails with a device-side assert that names neither row nor
+# token and looks like a fault of the machine.
+
+_REMEDY = "tokenizer and model do not belong together: take the tokenizer that the model was saved with"
+_OTHER_PARTS = (
+    "vision",
+    "visual",
+    "image",
+    "audio",
+    "speech",
+)  # a multimodal model's encoders have their own positions
+_POSITION_NAMES = ("wpe", "position_embeddings", "positions_embed", "embed_positions", "position_embedding")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a model has embeddings for: token ids below ``tokens``, positions below ``positions``; None: no limit."""
+
+    tokens: int | None
+    positions: int | None
+
+    @classmethod
+    def of(cls, model: Any) -> "Limits":
+        return cls(embedding_rows(model), position_rows(model))
+
+
+def check_rows(limits: Limits, tokenizer: Any, count: RowCount, config_path: str) -> None:
+    """Raises InputError naming source and row of what the model has no embedding for."""
+    if limits.tokens is not None and count.highest.value >= limits.tokens:
+        source, row = count.origins.where(count.highest.index)
+        raise InputError(
+            source, _beyond(limits.tokens, tokenizer, count.highest.value), key=f"row {row}", remedy=_REMEDY
+        )
+    if count.lowest.value > 0:
+        source, row = count.origins.where(count.lowest.index)
+        what = f"{-count.lowest.value} is not a token, nor -100, which labels may be"
+        raise InputError(source, what, key=f"row {row}", remedy="tokens are whole numbers from 0 on")
+    if limits.positions is not None and count.longest.value > limits.positions:
+        source, row = count.origins.where(count.longest.index)
+        what = (
+            f"row {row} of {source} has {count.longest.value} tokens, and the model only {limits.positions} positions"
+        )
+        raise InputError(config_path, what, key="max_length", remedy=f"max_length: {limits.positions}")
+
+
+def check_batch(limits: Limits, tokenizer: Any, batch: Any, source: str, config_path: str) -> None:
+    """Does the same for one batch of a stream, whose rows are not known before."""
+    tokens = batch.get("input_ids")
+    if tokens is None or not tokens.numel():
+        return
+    highest, longest = int(tokens.max()), tokens.shape[-1]
+    if limits.tokens is not None and highest >= limits.tokens:
+        raise InputError(source, _beyond(limits.tokens, tokenizer, highest), remedy=_REMEDY)
+    if limits.positions is not None and longest > limits.positions and "position_ids" not in batch:
+        what = f"a row of {source} has {longest} tokens, and the model only {limits.positions} positions"
+        raise InputError(config_path, what, key="max_length", remedy=f"max_length: {limits.positions}")
+
+
+def check_padding(limits: Limits, trainer: Any, config_path: str) -> None:
+    """Raises InputError where batches are padded with a token that the model has no embedding for."""
+    args, pad = trainer.args, getattr(trainer.data_collator, "pad_token_id", None)
+    at_once = max(args.per_device_train_batch_size, _evaluated_at_once(trainer))
+    if pad is None or limits.tokens is None or pad < limits.tokens or trainer.padding_free or at_once == 1:
+        return
+    what = f"batches are padded, and {_beyond(limits.tokens, trainer._tokenizer, pad)}"
+    raise InputError(config_path, what, key="pad_token", remedy="a pad_token that the model has an embedding for")
+
+
+def embedding_rows(model: Any) -> int | None:
+    """Tokens that the model has an embedding for; None where that cannot be told."""
+    try:
+        embeddings = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    rows = getattr(embeddings, "num_embeddings", None)  # also right where the weight is sharded
+    if isinstance(rows, int) and rows > 0:
+        return rows
+    weight = getattr(embeddings, "weight", None)
+    return int(weight.shape[0]) if weight is not None and weight.dim() == 2 and len(weight) else None
+
+
+def position_rows(model: Any) -> int | None:
+    """Positions that the model has an absolute embedding for; None where positions have no table, as with RoPE."""
+    import torch
+
+    found = []
+    for name, module in model.named_modules():
+        if _names_positions(name) and isinstance(module, torch.nn.Embedding):
+            found.append(module.num_embeddings - int(getattr(module, "offset", 0)))
+    for name, buffer in model.named_buffers():
+        if _names_positions(name) and buffer.dim() == 2:
+            found.append(int(buffer.shape[0]))
+    return min(found, default=None)
+
+
+def _names_positions(name: str) -> bool:
+    return name.rpartition(".")[2] in _POSITION_NAMES and not any(part in name for part in _OTHER_PARTS)
+
+
+def _evaluated_at_once(trainer: Any) -> int:
+    return int(trainer.args.per_device_eval_batch_size) if trainer.eval_dataset is not None else 1
+
+
+def _beyond(rows: int, tokenizer: Any, token: int) -> str:
+    text = tokenizer.convert_ids_to_tokens(int(token)) if token < len(tokenizer) else None
+    return f"token {token}{f' ({text!r})' if text else ''} is beyond the model's {rows} embeddings"

@@ -1,0 +1,437 @@
+"""Checkpoints without a wait: copied in memory at a step boundary, written to disk by a thread behind training."""
+
+import copy
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import mmap
+import os
+import struct
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+import peft.peft_model
+import safetensors.torch
+import torch
+import torch.distributed.checkpoint as dcp
+import transformers.modeling_utils
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+# The memory of a snapshot: one block of the host's, whose pages are there before the first save needs them.
+#
+# Memory that is touched for the first time costs several times what the copy itself costs, so the block is kept.
+
+ALIGNMENT = 64  # bytes; what torch and numpy align to
+SPARE = 1 << 20  # bytes beyond what was asked for: small things are saved too
+TOLERATED = 1.1  # beyond this a block that is too small is made anew, which takes time
+
+
+class Arena:
+    """A bump allocator; ``reset`` gives everything back at once. Copies that do not fit get memory of their own."""
+
+    def __init__(self) -> None:
+        self._memory: torch.Tensor | None = None
+        self._used = 0
+        self._needed = 0
+        self._warming: threading.Thread | None = None
+
+    def warm(self, size: int) -> None:
+        """Makes the block in the background, ``size`` bytes; ready when ``reset`` is called next."""
+        self._warming = threading.Thread(target=self._make, args=(size + SPARE,), name="arena", daemon=True)
+        self._warming.start()
+
+    def reset(self) -> None:
+        """Nothing of the last snapshot is needed any more. A block that was much too small grows."""
+        if self._warming is not None:
+            self._warming.join()
+            self._warming = None
+        if self._memory is None or self._needed > self._memory.numel() * TOLERATED:
+            self._memory = None
+            self._make(self._needed)
+        self._used = self._needed = 0
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy on the host with a storage of its own; complete after ``settle``."""
+        size = tensor.numel() * tensor.element_size()
+        begin, self._used = self._used, self._used + -(-size // ALIGNMENT) * ALIGNMENT
+        self._needed += -(-size // ALIGNMENT) * ALIGNMENT
+        if size == 0 or self._memory is None or self._used > self._memory.numel():
+            self._used = begin
+            place = torch.empty(tensor.shape, dtype=tensor.dtype)
+        else:
+            block = self._memory.numpy()
+            place = torch.frombuffer(block, dtype=tensor.dtype, count=tensor.numel(), offset=begin).view(tensor.shape)
+        place.copy_(tensor.detach(), non_blocking=True)  # a plain tensor, whatever the subclass of the other
+        return place
+
+    @staticmethod
+    def settle() -> None:
+        """Waits until all copies from a GPU have arrived."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def _make(self, size: int) -> None:
+        if size == 0:
+            return
+        if torch.cuda.is_available():
+            self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            return
+        block = mmap.mmap(-1, size)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            block.madvise(mmap.MADV_HUGEPAGE)
+        self._memory = torch.frombuffer(block, dtype=torch.uint8).zero_()
+
+
+def size_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes that copies of these tensors take in an arena."""
+    return sum(-(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT for tensor in tensors)
+
+
+# The safetensors format, written from memory without another copy.
+#
+# The library's own writer is neither interruptible by a hash nor able to write past the page cache. The format:
+# https://github.com/huggingface/safetensors#format (8 bytes of length, a JSON header, the tensors' bytes).
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+
+
+class Writable(Protocol):
+    def write(self, data: bytes | memoryview, /) -> int: ...
+
+
+def can_write(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether all dtypes are ones that this writer knows; the library knows more."""
+    return all(tensor.dtype in _NAMES for tensor in tensors.values())
+
+
+def write_safetensors(file: Writable, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None) -> None:
+    """Writes contiguous host tensors, in the library's order: by size of an element, then by name."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    offset = 0
+    for name in names:
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    for name in names:
+        if tensors[name].numel():
+            file.write(memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy()))
+
+
+# A file that is hashed while it is written, and that does not go through the page cache where that can be.
+#
+# Gigabytes in the page cache cost a copy, push out what training reads, and come back as a burst of writing in the
+# middle of some later step. A file system that does not do direct I/O gets an ordinary file.
+
+BLOCK = 4 << 20  # bytes; a multiple of any device's sector
+
+
+class HashedFile:
+    """A new file for ``write``; ``facts`` has its size in bytes and its sha256 once it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._descriptor, self._is_direct = _open(path)
+        self._block = mmap.mmap(-1, BLOCK)
+        self._filled = 0
+        self._size = 0
+        self._digest = hashlib.sha256()
+
+    def __enter__(self) -> "HashedFile":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            if error is None:
+                self._finish()
+        finally:
+            os.close(self._descriptor)
+            self._block.close()
+
+    def write(self, data: Any) -> int:
+        """Appends anything that has a buffer; returns its size in bytes."""
+        with memoryview(data) as given, given.cast("B") as view:
+            self._digest.update(view)
+            begin = 0
+            while begin < len(view):
+                count = min(len(view) - begin, BLOCK - self._filled)
+                self._block[self._filled : self._filled + count] = view[begin : begin + count]
+                self._filled += count
+                begin += count
+                if self._filled == BLOCK:
+                    self._flush_block(BLOCK)
+            self._size += len(view)
+            return len(view)
+
+    def flush(self) -> None:
+        """Part of the interface of files; what is buffered is written when the file is closed."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """``{size, sha256}``, as commits name it."""
+        return {"size": self._size, "sha256": self._digest.hexdigest()}
+
+    def _flush_block(self, size: int) -> None:
+        with memoryview(self._block) as block:
+            written = 0
+            while written < size:
+                try:
+                    written += os.write(self._descriptor, block[written:size])
+                except OSError as error:
+                    if not self._is_direct or error.errno != errno.EINVAL:
+                        raise
+                    self._is_direct = False  # some file systems take the flag and refuse the writes
+                    flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+                    fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        self._filled = 0
+
+    def _finish(self) -> None:
+        if self._filled:
+            # Direct writes come in whole sectors: the rest of the block goes along and is cut off again.
+            self._flush_block(-(-self._filled // mmap.PAGESIZE) * mmap.PAGESIZE)
+        os.ftruncate(self._descriptor, self._size)
+        os.fsync(self._descriptor)
+
+
+def _open(path: Path) -> tuple[int, bool]:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    direct = getattr(os, "O_DIRECT", 0)
+    try:
+        return os.open(path, flags | direct, 0o666), bool(direct)
+    except OSError:
+        return os.open(path, flags, 0o666), False
+
+
+# What Trainer would write, copied instead: its own ``_save_checkpoint`` runs, with stand-ins for a few functions.
+#
+# So names, layout, sharding and what belongs into a checkpoint stay the libraries' business. What is not caught here
+# (small JSON files) is written at once, as ever; what is caught is a list of ``Piece``s for the writer.
+#
+# Caught: ``torch.save``, safetensors' ``save_file``, ``torch.distributed.checkpoint.save`` (FSDP), the tokenizer.
+
+# A job for the writer: writes something into the checkpoint's folder; returns the facts of files that it hashed. Those
+# of one snapshot may run beside each other, in any order.
+Piece = Callable[[], dict[Path, dict[str, Any]]]
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, AsyncCollectiveTensor)  # the last is one that was gathered from all ranks
+_SCALARS = (int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device)
+_torch_save, _save_file, _dcp_save = torch.save, safetensors.torch.save_file, dcp.save  # the real ones
+
+
+class _Opaque(Exception):
+    """An object that may change behind our back and that we do not know how to copy."""
+
+
+class Capture:
+    """Collects the pieces of one snapshot.
+
+    Args:
+        arena: where tensors are copied to.
+        group: a CPU process group for sharded checkpoints, None where there are none.
+    """
+
+    def __init__(self, arena: Arena, group: Any = None) -> None:
+        self.pieces: list[Piece] = []
+        self._sharded: list[Callable[[], Any]] = []
+        self._arena, self._group = arena, group
+
+    def torch_save(self, obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
+        """Stands in for ``torch.save``."""
+        if not isinstance(f, (str, Path)) or args or kwargs:
+            _torch_save(obj, f, *args, **kwargs)
+            return
+        path = Path(f)
+        try:
+            state = self._copy(obj, {})
+        except _Opaque:
+            held = io.BytesIO()
+            _torch_save(obj, held)
+            self.pieces.append(lambda: _write(path, lambda file: file.write(held.getbuffer())))
+            return
+        self.pieces.append(lambda: _write(path, lambda file: _torch_save(state, file)))
+
+    def save_file(
+        self, tensors: Mapping[str, torch.Tensor], filename: Any, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Stands in for safetensors' ``save_file``."""
+        copies = {name: self._arena.copy(tensor) for name, tensor in tensors.items()}
+        path, facts = Path(filename), dict(metadata or {})
+        if can_write(copies):
+            self.pieces.append(lambda: _write(path, lambda file: write_safetensors(file, copies, facts)))
+        else:
+            self.pieces.append(lambda: _save_file(copies, path, facts) or {})
+
+    def dcp_save(self, state_dict: Any, *, storage_writer: Any, planner: Any = None, **_: Any) -> None:
+        """Stands in for ``torch.distributed.checkpoint.save``; all ranks' writers come by here in the same order."""
+        held = dcp.staging.BlockingAsyncStager().stage(state_dict)
+        if not self._sharded:  # one piece for all of them: ranks meet in each, so that their order counts
+            self.pieces.append(self._write_sharded)
+        self._sharded.append(
+            lambda: _dcp_save(held, storage_writer=storage_writer, planner=planner, process_group=self._group)
+        )
+
+    def _write_sharded(self) -> dict[Path, dict[str, Any]]:
+        while self._sharded:
+            self._sharded.pop(0)()  # with it goes what it holds in memory
+        return {}
+
+    def later(self, method: Callable[..., Any]) -> Callable[..., None]:
+        """Stands in for a method that writes files of what does not change in training."""
+
+        def record(*args: Any, **kwargs: Any) -> None:
+            def write() -> dict[Path, dict[str, Any]]:
+                method(*args, **kwargs)
+                return {}
+
+            self.pieces.append(write)
+
+        return record
+
+    def _copy(self, value: Any, copies: dict[int, torch.Tensor]) -> Any:
+        """A copy that training cannot change any more; aliases within one object stay aliases."""
+        if isinstance(value, torch.Tensor):
+            if type(value) not in _PLAIN or value.layout != torch.strided:
+                raise _Opaque
+            if id(value) not in copies:
+                copies[id(value)] = self._arena.copy(value)
+            return copies[id(value)]
+        if type(value) in (dict, OrderedDict):
+            return type(value)((key, self._copy(entry, copies)) for key, entry in value.items())
+        if type(value) in (list, tuple):
+            return type(value)(self._copy(entry, copies) for entry in value)
+        if type(value) is np.ndarray:
+            return value.copy()
+        if isinstance(value, _SCALARS):
+            return copy.copy(value)
+        raise _Opaque
+
+
+@contextmanager
+def capturing(capture: Capture, tokenizer: Any) -> Iterator[None]:
+    """While this lasts, what is saved goes to ``capture``."""
+    places = [
+        (torch, "save", capture.torch_save),
+        (safetensors.torch, "save_file", capture.save_file),
+        (transformers.modeling_utils, "safe_save_file", capture.save_file),
+        (peft.peft_model, "safe_save_file", capture.save_file),
+        (dcp, "save", capture.dcp_save),
+    ]
+    if tokenizer is not None:
+        places.append((tokenizer, "save_pretrained", capture.later(tokenizer.save_pretrained)))
+    with ExitStack() as stack:
+        for owner, name, stand_in in places:
+            stack.enter_context(_replaced(owner, name, stand_in))
+        yield
+        Arena.settle()
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, stand_in: Any) -> Iterator[None]:
+    is_own, before = name in vars(owner), getattr(owner, name)
+    setattr(owner, name, stand_in)
+    try:
+        yield
+    finally:
+        if is_own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)  # the class has it
+
+
+def _write(path: Path, fill: Callable[[HashedFile], Any]) -> dict[Path, dict[str, Any]]:
+    with HashedFile(path) as file:
+        fill(file)
+    return {path: file.facts}
+
+
+# The threads that write snapshots to disk: one snapshot at a time, a few files of it, behind training.
+
+# Gets the facts of the files that were hashed, and how long writing took in seconds.
+Then = Callable[[dict[Path, dict[str, Any]], float], None]
+NICENESS = 5  # training's own threads go first where there is a core too few; on leaving there are none
+# Hashing takes a core for as long as the disk is fast. Training's threads wait for the slowest among them at every
+# operator: time that is taken from all cores at once costs it less than the same time taken from one.
+FILES_AT_A_TIME = 2
+
+
+class Writer:
+    """Writes one snapshot; whoever brings the next one waits for it, or looks at ``busy`` first."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
+        self._files = ThreadPoolExecutor(FILES_AT_A_TIME, thread_name_prefix="snapshot-file", initializer=_step_back)
+        self._job: Future[None] | None = None
+
+    @property
+    def busy(self) -> bool:
+        return self._job is not None and not self._job.done()
+
+    def submit(self, pieces: list[Piece], then: Then) -> None:
+        """Writes the pieces, each a file or more, and lets go of them; then calls ``then``."""
+
+        def write() -> None:
+            began = time.monotonic()
+            facts: dict[Path, dict[str, Any]] = {}
+            under_way = [self._files.submit(piece) for piece in pieces]
+            wait(under_way)  # for all, also when one fails: nobody writes into a checkpoint that is given up
+            for piece in under_way:
+                facts |= piece.result()
+            pieces.clear()  # with them goes what they hold in memory
+            then(facts, time.monotonic() - began)
+
+        self._job = self._pool.submit(write)
+
+    def settle(self) -> OSError | None:
+        """Waits for the snapshot under way and says, once, what kept it from the disk; other errors are raised."""
+        job, self._job = self._job, None
+        error = job.exception() if job else None
+        if error is None:
+            return None
+        if disk_fault := _disk_fault(error):
+            return disk_fault
+        raise error
+
+
+def _disk_fault(error: BaseException | None) -> OSError | None:
+    """The disk's own word among an error and its causes."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _step_back() -> None:
+    try:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+    except OSError:  # not a thing that every system allows for a thread
+        return
