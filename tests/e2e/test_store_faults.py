@@ -237,7 +237,7 @@ def test_who_waits_at_a_terminal_is_told_so_once(
     result = cli_runner().invoke(main, ["queue", "-a"])
     assert result.exit_code == 0
     told = [line for line in result.stderr.splitlines() if "no answer" in line]
-    assert told == [f"{url}: no answer for 0.05 s; asked again for up to 20 s"]
+    assert told == [f"{url}: no answer for 0.05 s; asked again for up to 15 s"]
     after = result.stderr.partition(told[0])[2].splitlines()
     assert after[1] == "So far, as the queues say:"
     assert after[3].split()[:2] == ["run-a", "PENDING"]  # below the header

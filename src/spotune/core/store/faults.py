@@ -58,7 +58,7 @@ class Patience:
 
 
 # Somebody waits at a terminal: a verb answers within 30 s where the store is away, transfers aside.
-FOR_VERBS = Patience(request_s=8.0, deadline_s=20.0, outage_s=30.0)
+FOR_VERBS = Patience(request_s=6.0, deadline_s=15.0, outage_s=30.0)
 
 
 # The calls of a store that are under way, for who watches that they come on.
