@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from spotune.cli.follow import ProgressBar
-from spotune.cli.options import open_workspace
+from spotune.cli.options import open_workspace, say
 
 if TYPE_CHECKING:
     from spotune.cost.index import Index
@@ -67,9 +67,9 @@ def _one(run: str, output: str, page: str | None) -> None:
     target = None if page is None else check_target(page)
     report = report_run(open_workspace(), run)
     if report["reason"].startswith(LAST_SEEN):
-        _warn(f"{run} is {report['state']} {report['reason']}")
+        say(f"{run} is {report['state']} {report['reason']}")
     for line in report["unread"]:
-        _warn(f"left out: {line}")
+        say(f"left out: {line}")
     if target:
         write_page(target, page_of(report))
     if output == "focus":
@@ -88,7 +88,7 @@ def _clusters(since: str, since_s: float, output: str) -> None:
     store = workspace.store()
     rows = _indexed(
         workspace,
-        lambda index: cluster_rows(splits_of(store, index, now - since_s, _warn), index.runs(0.0)),
+        lambda index: cluster_rows(splits_of(store, index, now - since_s, say), index.runs(0.0)),
         asks_clusters=True,
     )
     nothing = f"No dev clusters within {since}."
@@ -110,7 +110,7 @@ def _many(since: str, since_s: float, by: str | None, output: str) -> None:
         from spotune.cost.focus import focus_rows, idle_rows
 
         store = workspace.store()
-        paid = _indexed(workspace, lambda index: charges_since(store, index, from_at, _warn), asks_clusters=True)
+        paid = _indexed(workspace, lambda index: charges_since(store, index, from_at, say), asks_clusters=True)
         totals = dict(paid.runs)
         of_runs = (row for key, attempt in paid.attempts for row in focus_rows(totals[key], [attempt], key[0]))
         _show_focus([*of_runs, *idle_rows(paid.idle, store.url)])
@@ -119,7 +119,7 @@ def _many(since: str, since_s: float, by: str | None, output: str) -> None:
         from spotune.cost.rows import By, columns, group
 
         store = workspace.store()
-        paid = _indexed(workspace, lambda index: paid_since(store, index, from_at, _warn), asks_clusters=True)
+        paid = _indexed(workspace, lambda index: paid_since(store, index, from_at, say), asks_clusters=True)
         kind: By = by  # type: ignore[assignment]
         rows = group(kind, paid.runs, paid.attempts, paid.idle)
         show(output, rows, rows, columns(kind), lambda: groups_text(by, rows) if rows else nothing)
@@ -134,11 +134,7 @@ def _indexed(workspace: "Workspace", take: "Callable[[Index], Any]", asks_cluste
     from spotune.cost.collect import all_runs
 
     with ProgressBar("reading runs") as progress:
-        return all_runs(workspace, take, warn=_warn, progress=progress, asks_clusters=asks_clusters)
-
-
-def _warn(message: str) -> None:
-    click.echo(message, err=True)
+        return all_runs(workspace, take, warn=say, progress=progress, asks_clusters=asks_clusters)
 
 
 def _show_focus(rows: Iterable[dict[str, Any]]) -> None:

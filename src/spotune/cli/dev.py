@@ -18,6 +18,7 @@ from spotune.cli.options import (
     format_option,
     open_workspace,
     print_json,
+    say,
     secret_option,
 )
 from spotune.cli.render import duration
@@ -43,10 +44,6 @@ def chosen(cluster: str, workspace: "Workspace") -> str:
     from spotune.launch.skypilot.clusters import default_name
 
     return cluster or default_name(workspace.env.user)
-
-
-def say(text: str) -> None:
-    click.echo(text, err=True)
 
 
 # The table of ``dev ls``.

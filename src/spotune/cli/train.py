@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spotune.cli.options import config_options, format_option, open_workspace, secret_option, stall_option
+from spotune.cli.options import config_options, format_option, open_workspace, say, secret_option, stall_option
 from spotune.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -52,8 +52,7 @@ def month_of(workspace: "Workspace", run_id: str, user: str, team: str) -> "Mont
     from spotune.cost.budgets import read_month
 
     with ProgressBar("reading what the month has cost") as progress:
-        warn = lambda message: click.echo(message, err=True)  # noqa: E731
-        return read_month(workspace, run_id, user, team, time.time(), warn, progress)
+        return read_month(workspace, run_id, user, team, time.time(), say, progress)
 
 
 def check_month(workspace: "Workspace") -> None:
