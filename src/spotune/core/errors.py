@@ -20,7 +20,15 @@ import reprlib
 from collections.abc import Iterable
 from typing import Any
 
-from spotune.core import exits
+# Exit codes of the script and of ``spotune train``: part of the contract with users' scripts.
+
+SUCCEEDED = 0  # finished and certified
+FAILED = 1  # failed for good
+BAD_INPUT = 2  # what the user gave is wrong
+INFRA_FAILED = 3  # launcher only: the infrastructure failed
+PREEMPTED = 75  # preempted, or a fault worth another machine (EX_TEMPFAIL)
+PAUSED = 76  # the budget's wall
+
 
 _MOST = 1000  # characters of each part of a message: what a user wrote may have any length
 _VALUES = reprlib.Repr()
@@ -31,7 +39,7 @@ _VALUES.maxstring = _VALUES.maxother = _VALUES.maxlong = 80
 class SpotuneError(Exception):
     """Base of all. ``str(error)`` is one line, fit for stderr; ``exit_code`` is the process's."""
 
-    exit_code = exits.FAILED
+    exit_code = FAILED
 
     @property
     def lines(self) -> list[str]:
@@ -49,7 +57,7 @@ class InputError(SpotuneError):
         remedy: what to do about it.
     """
 
-    exit_code = exits.BAD_INPUT
+    exit_code = BAD_INPUT
 
     def __init__(self, where: object, what: str, *, key: str = "", remedy: str = "") -> None:
         parts = [shortened(str(where)), shortened(key, 200), shortened(" ".join(what.split()))]
@@ -89,7 +97,7 @@ class OtherVersions(InputError):
 class InfraError(SpotuneError):
     """The infrastructure (SkyPilot, the local queue) refused or failed."""
 
-    exit_code = exits.INFRA_FAILED
+    exit_code = INFRA_FAILED
 
 
 class Unsettled(InfraError):
@@ -99,7 +107,7 @@ class Unsettled(InfraError):
 class StoreError(SpotuneError):
     """The bucket could not be reached, or what it holds is not what was written."""
 
-    exit_code = exits.PREEMPTED
+    exit_code = PREEMPTED
 
 
 class BadRecord(StoreError):
@@ -109,13 +117,13 @@ class BadRecord(StoreError):
 class Misplaced(BadRecord):
     """A key that leads out of the bucket, or to what is not a file, as ``KEY: WHAT``. No other machine can mend it."""
 
-    exit_code = exits.BAD_INPUT
+    exit_code = BAD_INPUT
 
 
 class Fenced(SpotuneError):
     """A newer attempt owns the run; whatever this one still does must not be committed."""
 
-    exit_code = exits.PREEMPTED
+    exit_code = PREEMPTED
 
 
 def refuse(where: object, faults: Iterable[tuple[str, str, str]]) -> None:
@@ -148,5 +156,5 @@ def shortened(text: str, most: int = _MOST) -> str:
 def launcher_code(error: SpotuneError) -> int:
     """The exit code of a verb of the launcher."""
     if isinstance(error, StoreError):
-        return exits.BAD_INPUT if isinstance(error, BadRecord) else exits.INFRA_FAILED
+        return BAD_INPUT if isinstance(error, BadRecord) else INFRA_FAILED
     return error.exit_code
