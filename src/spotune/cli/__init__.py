@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from spotune.core import errors
-from spotune.core.errors import SpotuneError, launcher_code
-from spotune.core.io import columns, cut, plain, protect_output
+from spotune.core.errors import SpotuneError, launcher_code, protect_output
 
 if TYPE_CHECKING:
     from spotune.core.records import PriceRow
@@ -118,6 +117,8 @@ MAX_OFFERS = 10
 
 def plan_text(plan: "Plan", now: float) -> str:
     """A plan as SkyPilot shows one: what would run, what it takes from elsewhere, and the priced offers."""
+    from spotune.core.io import columns
+
     record = plan.record
     shown = shown_offers(plan)
     offers = [
@@ -154,6 +155,8 @@ def plan_text(plan: "Plan", now: float) -> str:
 
 
 def fact_lines(facts: "Iterable[tuple[str, str]]") -> str:
+    from spotune.core.io import plain
+
     return "\n".join(f"{name:<12}{plain(value)}" for name, value in facts)
 
 
@@ -192,6 +195,8 @@ def place_of(offer: "PriceRow") -> str:
 
 def queue_text(runs: "Sequence[JobStatus]", now: float, reason_width: int | None = None) -> str:
     """The queue for people; reasons are cut to a width where lines would wrap."""
+    from spotune.core.io import columns, cut, plain
+
     header = ["RUN", "STATE", "PRIO", "SUBMITTED", "RUNS FOR", "ATTEMPT", "STEP", "INFRA", "USER", "REASON"]
     rows = [
         [

@@ -18,8 +18,8 @@ from typing import Any
 from spotune.core import config_keys, errors, protocol
 from spotune.core.config import parse_flags
 from spotune.core.environment import NUM_PROCESSES, OWN_STEP, RunEnvironment
-from spotune.core.errors import BadRecord, InputError, SpotuneError, StoreError
-from spotune.core.io import failpoint, protect_output
+from spotune.core.errors import BadRecord, InputError, SpotuneError, StoreError, protect_output
+from spotune.core.io import failpoint
 from spotune.core.keys import Keys, clock_fault
 from spotune.core.protocol import Staged
 from spotune.core.records import Commit

@@ -26,8 +26,7 @@ from typing import Any
 
 from spotune.core.config_keys import is_on, schema
 from spotune.core.config_rules import HUB_NAME
-from spotune.core.errors import SpotuneError
-from spotune.core.io import protect_output
+from spotune.core.errors import SpotuneError, protect_output
 from spotune.core.protocol import (
     EXTRAS,
     MERGE,

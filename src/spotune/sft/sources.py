@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from spotune.core.errors import InputError, SpotuneError, shown
+from spotune.core.errors import InputError, SpotuneError, protect_output, shown
 from spotune.core.fingerprint import (
     changed_while_read,
     checksum_of,
@@ -27,7 +27,6 @@ from spotune.core.fingerprint import (
     open_store,
     unreachable,
 )
-from spotune.core.io import protect_output
 from spotune.core.protocol import read_json, write_json
 from spotune.core.store.faults import is_machine_fault
 from spotune.sft.readers import HubReader, Reader, open_bytes, open_file, spoilt

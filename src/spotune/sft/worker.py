@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from spotune.core.environment import GUARD_PID
-from spotune.core.errors import InputError, OtherVersions, SpotuneError
+from spotune.core.errors import InputError, OtherVersions, SpotuneError, protect_output
 from spotune.core.fingerprint import changed_versions, installed_versions
-from spotune.core.io import failpoint, protect_output
+from spotune.core.io import failpoint
 from spotune.core.protocol import (
     CONTROL,
     JOB,

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 import spotune
-from spotune.core.io import Unfailing, protected
+from spotune.core.errors import Unfailing, protected
 
 # Prints on both streams by every road that libraries take, forks a child that does too, and leaves its own exit code.
 PROGRAM = """
 import logging, os, sys
 from pathlib import Path
-from spotune.core.io import protect_output
+from spotune.core.errors import protect_output
 
 protect_output()
 opened = open(sys.argv[1], "w")

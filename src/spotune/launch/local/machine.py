@@ -18,8 +18,8 @@ from typing import Any
 import psutil
 
 from spotune.core import environment
-from spotune.core.errors import InfraError, InputError
-from spotune.core.io import Damaged, load_object, make_room, protect_output, write_state
+from spotune.core.errors import InfraError, InputError, protect_output
+from spotune.core.io import Damaged, load_object, make_room, write_state
 from spotune.core.store.faults import is_machine_fault
 from spotune.launch.local.database import Attempt, Job
 from spotune.launch.local.layout import MARKER, AttemptFiles, Exit, Layout, Running

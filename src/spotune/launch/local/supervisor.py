@@ -12,8 +12,8 @@ from pathlib import Path
 from types import FrameType
 from uuid import uuid4
 
-from spotune.core.errors import BAD_INPUT, FAILED, INFRA_FAILED, InfraError, SpotuneError
-from spotune.core.io import Damaged, make_room, protect_output, set_aside
+from spotune.core.errors import BAD_INPUT, FAILED, INFRA_FAILED, InfraError, SpotuneError, protect_output
+from spotune.core.io import Damaged, make_room, set_aside
 from spotune.core.store.faults import is_machine_fault
 from spotune.launch.local import engine, machine
 from spotune.launch.local.database import Attempt, Job, NewerState, Request, Verdict

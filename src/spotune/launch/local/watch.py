@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from spotune.core import errors
-from spotune.core.errors import BadRecord, SpotuneError
-from spotune.core.io import log_line, make_room, protect_output, read_as, write_state
+from spotune.core.errors import BadRecord, SpotuneError, protect_output
+from spotune.core.io import log_line, make_room, read_as, write_state
 from spotune.core.keys import Keys, commit_of
 from spotune.core.records import Progress, read_mark
 from spotune.core.store import Store
