@@ -15,7 +15,7 @@ from pathlib import Path
 
 from spotune.core.errors import FAILED, PAUSED, PREEMPTED
 from spotune.core.keys import Keys
-from spotune.core.records import AttemptRecord, Bill, Certificate, Commit, Mark, PriceRow, Record, RunRecord
+from spotune.core.records import AttemptRecord, Bill, Certificate, Commit, PriceRow, Record, RunRecord, TerminalMarker
 
 ATTEMPTS, PARTS, STEPS = 3, 4, 40  # steps an attempt
 PLACES = [
@@ -55,7 +55,7 @@ def _make_run(folder: Path, run_id: str, at: float, rng: random.Random) -> None:
         _write(folder, keys.completed, certificate)
         return
     code = FAILED if end == "failed" else PAUSED
-    mark = Mark(run_id=run_id, attempt=ATTEMPTS, at=at, reason=end, exit_code=code, step=ATTEMPTS * STEPS)
+    mark = TerminalMarker(run_id=run_id, attempt=ATTEMPTS, at=at, reason=end, exit_code=code, step=ATTEMPTS * STEPS)
     _write(folder, keys.failed if end == "failed" else keys.paused, mark)
 
 

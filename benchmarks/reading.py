@@ -56,13 +56,13 @@ def read_once(source: str, cache: str) -> dict[str, float]:
     """Reads one source in this process: ``{seconds, cpu_s, mb, rows}``."""
     import datasets
 
-    from spotune.core.protocol import Job
+    from spotune.core.protocol import WorkerJob
     from spotune.sft.data import load_data
 
     datasets.disable_progress_bars()
     datasets.config.HF_DATASETS_CACHE = cache
     training = SimpleNamespace(eval_strategy="no", seed=1, data_seed=None, dataset_text_field="text")
-    job = Job("reading", 1, {"data": [{"source": source}]}, "reading.yaml", cache)
+    job = WorkerJob("reading", 1, {"data": [{"source": source}]}, "reading.yaml", cache)
     before, peak, done = _anonymous_mb(), [0.0], threading.Event()
 
     def watch() -> None:

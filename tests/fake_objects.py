@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from spotune.core.store import Patience, Store
+from spotune.core.store import RetryPolicy, Store
 from spotune.core.store.objects import Head, Objects, Page, Piece
 from tests.clocks import Loops
 
@@ -159,7 +159,7 @@ def first(fault: Callable[[str], Awaitable[None]], name: str, times: int = 1) ->
     return meet
 
 
-def store_of(api: FakeApi, patience: Patience, loops: Loops) -> Store:
+def store_of(api: FakeApi, patience: RetryPolicy, loops: Loops) -> Store:
     """A store of these objects."""
     store = Store("s3://fake/x", patience)
     store._bucket = Objects(api, "fake/x", patience, None, loops)

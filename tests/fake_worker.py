@@ -43,14 +43,14 @@ from spotune.core.protocol import (
     OUTPUT,
     RESTORED,
     TRAINER,
-    Answer,
     Control,
+    ControlState,
     EventLog,
     ExtraJob,
-    Job,
+    ExtraResult,
     Outcome,
     Staged,
-    Wish,
+    WorkerJob,
     answer_candidate,
     answer_path,
     events_path,
@@ -141,9 +141,9 @@ class Peers:
         else:
             self._links = [_connect(place).makefile("rw")]
 
-    def common(self, wish: Wish) -> Wish:
+    def common(self, options: ControlState) -> ControlState:
         """The union of all ranks' wishes. Raises ConnectionError where a rank is gone."""
-        mine = [wish.stop, wish.save]
+        mine = [options.stop, options.save]
         if self._rank == 0:
             wishes = [mine, *(self._receive(link) for link in self._links)]
             mine = [any(column) for column in zip(*wishes, strict=True)]
@@ -152,7 +152,7 @@ class Peers:
         else:
             self._send(self._links[0], mine)
             mine = self._receive(self._links[0])
-        return Wish(stop=mine[0], save=mine[1])
+        return ControlState(stop=mine[0], save=mine[1])
 
     def _send(self, link: Any, value: list[bool]) -> None:
         link.write(json.dumps(value) + "\n")
@@ -180,7 +180,7 @@ class FakeRank:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.rank, self.world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        self.job = Job(**read_json(folder / JOB))
+        self.job = WorkerJob(**read_json(folder / JOB))
         self.config = self.job.config
         self.events = EventLog(events_path(folder, self.rank)) if self.rank == 0 else None
         self.told = Told(os.environ.get("FAKE_WORKER_DIR", ""))
@@ -279,11 +279,11 @@ class FakeRank:
     def _decide(self) -> None:
         """At the step's end: saves where it is due or asked for, and stops where that is asked for."""
         seen = self.control.look()
-        wish = self.peers.common(Wish(seen.stop, seen.save or self._is_due()))
-        if wish.stop or wish.save or self.step == self.max_steps:
+        options = self.peers.common(ControlState(seen.stop, seen.save or self._is_due()))
+        if options.stop or options.save or self.step == self.max_steps:
             self._save()
             self.control.answered()
-        if wish.stop and self.step < self.max_steps:
+        if options.stop and self.step < self.max_steps:
             raise Ended(Outcome("stopped", self.step))
 
     def _is_due(self) -> bool:
@@ -387,9 +387,9 @@ def run_extra(name: str, folder: Path) -> int:
     job, told = ExtraJob(**read_json(folder / EXTRAS)), Told(os.environ.get("FAKE_WORKER_DIR", ""))
     told.note("asked")
     if error := told.extra(name):
-        answer = Answer(False, error)
+        answer = ExtraResult(False, error)
     else:
-        answer = Answer(True, facts=_merge(folder) if name == MERGE else _push(told, job, folder / OUTPUT))
+        answer = ExtraResult(True, facts=_merge(folder) if name == MERGE else _push(told, job, folder / OUTPUT))
     write_json(answer_path(folder, name), answer)
     return 0 if answer.done else 1
 

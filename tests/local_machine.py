@@ -15,7 +15,7 @@ import pytest
 from spotune.launch import engine
 from spotune.launch.local import engine as local_engine
 from spotune.launch.local.engine import LocalInfra
-from spotune.launch.local.layout import Layout
+from spotune.launch.local.layout import LocalFolders
 from spotune.launch.local.queue import Queue
 from spotune.launch.local.supervisor import Supervisor
 from tests.processes import end_processes_of
@@ -34,7 +34,7 @@ class LocalMachine:
     opened: ClassVar["LocalMachine"]
 
     def __init__(self, home: Path) -> None:
-        self.home, self.layout = home, Layout(home)
+        self.home, self.layout = home, LocalFolders(home)
         self.made_at, self.moved_s, self.moves_s = time.time(), 0.0, 0.0
         self.layout.make()
         self.queue = Queue(self.layout.database)

@@ -14,7 +14,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from spotune.core.protocol import CANDIDATE, JOB, OUTPUT, RESTORED, VERDICT, Job, outcome_path, read_json, write_json
+from spotune.core.protocol import (
+    CANDIDATE,
+    JOB,
+    OUTPUT,
+    RESTORED,
+    VERDICT,
+    WorkerJob,
+    outcome_path,
+    read_json,
+    write_json,
+)
 from tests.waiting import POLL_S, until
 
 HELD = "held"  # a file in the exchange folder while the rank stands still
@@ -112,7 +122,7 @@ def make_folder(folder: Path, config: dict[str, Any], **job: Any) -> Path:
     if not {"save_steps", "save_seconds"} & job.keys():
         job["save_as_config"] = "save_steps" in config or "save_strategy" in config
     settings = {"run_id": "test", "attempt": 1, "config_path": "config.yaml", "cache": str(folder.parent / "cache")}
-    write_json(folder / JOB, Job(config=config, **(settings | job)))
+    write_json(folder / JOB, WorkerJob(config=config, **(settings | job)))
     restore(folder)
     return folder
 

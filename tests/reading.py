@@ -4,7 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from spotune.core.protocol import Job
+from spotune.core.protocol import WorkerJob
 from spotune.sft.data import Data, load_data
 
 
@@ -13,7 +13,7 @@ def read(*entries: dict[str, Any], cache: Path, data_files: list[dict[str, Any]]
     training = SimpleNamespace(
         eval_strategy=config.pop("eval_strategy", "no"), seed=1, data_seed=None, dataset_text_field="text"
     )
-    job = Job("r", 1, {"data": list(entries), **config}, "c.yaml", str(cache), data_files=data_files or [])
+    job = WorkerJob("r", 1, {"data": list(entries), **config}, "c.yaml", str(cache), data_files=data_files or [])
     return load_data(SimpleNamespace(training=training), job)  # type: ignore[arg-type]
 
 

@@ -12,7 +12,7 @@ import yaml
 from drill.contender import Account, Hold, Launch
 from spotune.core.config import load_config
 from spotune.core.errors import InputError, StoreError
-from spotune.core.protocol import Job
+from spotune.core.protocol import WorkerJob
 from spotune.guard.finish import weights_sha256
 from spotune.sft.arguments import OURS
 
@@ -34,7 +34,7 @@ def _written_out(config: dict[str, Any], path: str, folder: Path) -> Path:
     from spotune.sft.data import load_data
 
     folder.mkdir(parents=True, exist_ok=True)
-    job = Job(run_id="plain", attempt=1, config=config, config_path=path, cache=str(folder / "cache"))
+    job = WorkerJob(run_id="plain", attempt=1, config=config, config_path=path, cache=str(folder / "cache"))
     data = load_data(arguments.parse(job, folder, 0), job)
     for split, rows in (("train", data.train), ("test", data.evaluation)):
         if rows is not None:

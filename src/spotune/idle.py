@@ -248,7 +248,7 @@ TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
-class Server:
+class JupyterServer:
     """As its file in Jupyter's runtime folder says."""
 
     url: str
@@ -256,12 +256,12 @@ class Server:
     pid: int
 
 
-def servers(runtime: Path) -> Iterator[Server]:
+def servers(runtime: Path) -> Iterator[JupyterServer]:
     """Servers that run; Jupyter leaves the files of killed ones behind."""
     for path in _files(runtime):
         try:
             said = json.loads(read_file(path))
-            server = Server(str(said["url"]), str(said.get("token", "")), int(said["pid"]))
+            server = JupyterServer(str(said["url"]), str(said.get("token", "")), int(said["pid"]))
             os.kill(server.pid, 0)
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue
@@ -296,7 +296,7 @@ def shut_down(runtime: Path) -> int:
     return sum(ask(server, "api/shutdown", method="POST") is not None for server in servers(runtime))
 
 
-def ask(server: Server, path: str, method: str = "GET") -> Any | None:
+def ask(server: JupyterServer, path: str, method: str = "GET") -> Any | None:
     """The server's answer, an empty list for an empty one, None for none."""
     try:
         request = Request(server.url + path, method=method, headers={"Authorization": f"token {server.token}"})
@@ -410,7 +410,7 @@ GPU = "SPOTUNE_WATCHER_GPU"
 
 
 @dataclass(frozen=True)
-class Settings:
+class WatcherSettings:
     """How the idle watcher judges.
 
     Attributes:
@@ -444,7 +444,7 @@ class Settings:
         return self.folder / "watcher.json"
 
     @classmethod
-    def read(cls, environ: Mapping[str, str], home: Path) -> Settings:
+    def read(cls, environ: Mapping[str, str], home: Path) -> WatcherSettings:
         """Raises ValueError, one line, for a setting that cannot be."""
         own = environ.get("SKYPILOT_INTERNAL_JOB_ID", "")
         jupyter = environ.get("JUPYTER_RUNTIME_DIR") or home / ".local" / "share" / "jupyter" / "runtime"
@@ -508,7 +508,7 @@ MOST_SAID = 100
 Look = Callable[[float], list[Sign]]
 
 
-def look(settings: Settings) -> Look:
+def look(settings: WatcherSettings) -> Look:
     """Returns a function from now to all signs of work."""
     cpu = cpu_look(settings.cpu_share)
     said: set[str] = set()
@@ -546,7 +546,7 @@ SCHEMA_VERSION = 1
 NEWEST = "watcher.newest"  # the idle watcher that holds this machine: the one that came last
 
 
-def keep(settings: Settings, look: Look, clock: Callable[[], float], sleep: Callable[[float], None]) -> int:
+def keep(settings: WatcherSettings, look: Look, clock: Callable[[], float], sleep: Callable[[float], None]) -> int:
     """Returns the exit code once nothing has worked for the idle time, or a newer idle watcher has come."""
     newest = settings.folder / NEWEST
     me = _claim(newest, f"{os.uname().nodename}-{os.getpid()}-{clock():.6f}")
@@ -594,7 +594,7 @@ def _tell(busy: list[str], said: str) -> str:
     return now
 
 
-def _end(settings: Settings) -> None:
+def _end(settings: WatcherSettings) -> None:
     """Takes a Slurm allocation down, where SkyPilot may not: of two clusters on one node only one has a skylet, which
     wants a port of its own. The signal goes to the batch script too, as SkyPilot's does (sky/provision/slurm/
     instance.py: _cancel_slurm_job), whose trap cleans up. It ends the watcher as well, so that the time limit is what
@@ -640,7 +640,7 @@ def _write(path: Path, state: dict[str, Any]) -> None:
 
 def main() -> int:
     try:
-        settings = Settings.read(dict(os.environ), Path.home())
+        settings = WatcherSettings.read(dict(os.environ), Path.home())
     except ValueError as error:
         log(str(error), to_stderr=True)
         return 2  # nothing that another start would mend

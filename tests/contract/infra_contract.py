@@ -14,7 +14,7 @@ import pytest
 
 from spotune.core.errors import InputError
 from spotune.core.keys import Keys
-from spotune.core.records import Mark
+from spotune.core.records import TerminalMarker
 from spotune.core.store import Store
 from spotune.launch.engine import ACTIVE, Infra, JobStatus, Submission
 from spotune.launch.status import certify
@@ -156,7 +156,7 @@ class InfraContract:
         assert (job.state, job.exit_code, job.attempt) == ("FAILED", 3, 3)
 
     def test_a_run_that_failed_for_good_is_not_repeated(self, bench: Bench) -> None:
-        mark = Mark(run_id="run-a", attempt=1, at=time.time(), reason="the data is bad", exit_code=2)
+        mark = TerminalMarker(run_id="run-a", attempt=1, at=time.time(), reason="the data is bad", exit_code=2)
         bench.store.create(Keys("run-a").failed, mark.to_bytes())
         restarts = 5 if bench.reads_bucket else 1  # else each is a machine more, that the guard leaves at once
         bench.submit("run-a", "exit 2", resources={"job_recovery": {"max_restarts_on_errors": restarts}})
@@ -165,7 +165,7 @@ class InfraContract:
         assert job.attempt == 1 or not bench.reads_bucket
 
     def test_a_run_at_its_budget_is_paused(self, bench: Bench) -> None:
-        mark = Mark(run_id="run-a", attempt=1, at=time.time(), reason="budget of $5 used up", exit_code=76)
+        mark = TerminalMarker(run_id="run-a", attempt=1, at=time.time(), reason="budget of $5 used up", exit_code=76)
         bench.store.create(Keys("run-a").paused, mark.to_bytes())
         bench.submit("run-a", "exit 76")
         job = bench.end("run-a")

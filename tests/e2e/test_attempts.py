@@ -7,7 +7,7 @@ from uuid import uuid4
 
 import pytest
 
-from spotune.core.records import Mark
+from spotune.core.records import TerminalMarker
 from spotune.launch.local.machine import is_live
 from tests.script import FakeScript, fake_config, undisturbed_weights
 from tests.waiting import ended, until
@@ -140,7 +140,7 @@ def test_two_faults_in_a_row_are_the_last(local_script: Callable[..., FakeScript
         (worker,) = script.workers(process)
         worker.kill()
         assert ended(process) == expected, script.log()
-    mark = Mark.from_bytes(script.store.read(script.keys.failed) or b"")
+    mark = TerminalMarker.from_bytes(script.store.read(script.keys.failed) or b"")
     assert mark.exit_code == 1
     assert "two attempts in a row failed and committed nothing: rank 0 was killed by SIGKILL" in mark.reason
     assert script.run() == 1  # until `resume`
@@ -235,7 +235,7 @@ def test_a_result_that_is_not_finite_is_never_certified(local_script: Callable[.
     assert "model.safetensors: tensor chain holds NaN or infinity: not a result to certify" in script.log()
     assert script.json(script.keys.completed) is None
     assert script.store.keys(script.keys.output) == []
-    assert "NaN" in Mark.from_bytes(script.store.read(script.keys.failed) or b"").reason
+    assert "NaN" in TerminalMarker.from_bytes(script.store.read(script.keys.failed) or b"").reason
     assert script.json(script.keys.progress)["loss"] == "nan"
     assert script.seen()["loss"] == "nan"
     assert {line["loss"] for line in script.events(1, "log") if line["step"] >= 20} == {"nan"}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from spotune.launch.local.layout import Layout
+from spotune.launch.local.layout import LocalFolders
 from spotune.launch.local.queue import Queue
 from tests.contract.infra_contract import CERTIFY, WAIT
 from tests.processes import end_processes_of, named
@@ -52,7 +52,7 @@ class Shell:
 
     def queue_state(self, run_id: str) -> str:
         """The same, without the start of a process."""
-        job = Queue(Layout(self.home).database).job(run_id)
+        job = Queue(LocalFolders(self.home).database).job(run_id)
         return job.state if job else ""
 
 

@@ -16,7 +16,7 @@ from spotune.core.records import Progress, RunRecord
 from spotune.core.store import Store
 from spotune.guard.claim import claim_attempt
 from spotune.guard.finish import certify
-from spotune.guard.journal import Machine
+from spotune.guard.journal import Node
 from spotune.launch.local.machine import is_live
 from tests.fake_worker import write_weights
 from tests.script import FakeScript, fake_config
@@ -49,7 +49,7 @@ def certified(store: Store, folder: Path, **config: Any) -> None:
     )
     store.write(KEYS.run, run.to_bytes())
     store.write(KEYS.progress, Progress(run_id="a-run", attempt=1, step=7, max_steps=7).to_bytes())
-    claim_attempt(store, KEYS, Machine.read({}))
+    claim_attempt(store, KEYS, Node.read({}))
     certify(store, KEYS, 1, 7, output.parent)
 
 
@@ -202,7 +202,7 @@ def test_the_process_of_an_extra_ends_with_its_guard(script: FakeScript, number:
 
 def test_a_later_attempt_does_it_alone(script: FakeScript) -> None:
     zombie = start_push_that_hangs(script)
-    claim_attempt(script.store, KEYS, Machine.read({}))
+    claim_attempt(script.store, KEYS, Node.read({}))
     let_pushes_go(script)
     assert ended(zombie) == 0, script.log()
     assert "attempt 2 of a-run is fenced off: attempt 3 has taken over" in script.log()

@@ -27,7 +27,7 @@ from spotune.core.store import Store
 from spotune.launch.engine import Submission
 from spotune.launch.local import engine
 from spotune.launch.local.engine import LocalInfra
-from spotune.launch.local.layout import MARKER, Layout
+from spotune.launch.local.layout import MARKER, LocalFolders
 from spotune.launch.local.machine import is_live
 from tests.contract.infra_contract import CERTIFY, DEAF, HEEDS, HOLD, SECOND_TIME, UP, WAIT, Bench, InfraContract
 from tests.local_machine import LocalMachine
@@ -99,7 +99,7 @@ def test_a_killed_supervisor_leaves_jobs_running_and_the_next_adopts_them(served
     served.says("run-a", "up")
     (first,) = supervisors(home)
     first.kill()
-    served.until(lambda: not engine.is_running(Layout(home)))
+    served.until(lambda: not engine.is_running(LocalFolders(home)))
     assert named(home, "bash")
     served.infra = LocalInfra(home, os.environ)
     served.infra.jobs()  # any verb that needs it starts the next one
@@ -382,4 +382,4 @@ def test_a_supervisor_leaves_when_there_is_nothing_to_do(served: Bench, home: Pa
     served.until(lambda: processes_of(home) == [])
     code = "import sys; from spotune.launch.local import supervisor as s; s.IDLE_S = 0.0; s.main(sys.argv[1:])"
     assert subprocess.run([sys.executable, "-c", code, str(home)], timeout=LIMIT_S, check=False).returncode == 0
-    assert not engine.is_running(Layout(home))
+    assert not engine.is_running(LocalFolders(home))

@@ -13,7 +13,7 @@ import pytest
 
 from spotune.cli import main
 from spotune.core.errors import InputError, StoreError
-from spotune.core.store import FOR_VERBS, Patience, Store, clouds, objects
+from spotune.core.store import FOR_VERBS, RetryPolicy, Store, clouds, objects
 from spotune.core.store.objects import Objects
 from tests.clocks import ClockLoop, Loops
 from tests.commands import cli_runner
@@ -23,12 +23,14 @@ from tests.store_verbs import VERBS, sha256, use_every_verb
 from tests.unit.project import Project
 from tests.waiting import LIMIT_S, until
 
-STEADY = Patience(
+STEADY = RetryPolicy(
     request_s=300.0, deadline_s=300.0, first_wait_s=0.02, longest_wait_s=0.1
 )  # nothing is cut for being slow
-BRIEF = Patience(300.0, deadline_s=0.3, floor_bytes_per_s=1 << 30, first_wait_s=0.02)  # of real time, with two tries
-FROZEN = Patience(request_s=15.0, deadline_s=600.0, first_wait_s=0.01, longest_wait_s=0.01)  # by a clock of the test's
-PATIENT = Patience(request_s=15.0, floor_bytes_per_s=1.0, first_wait_s=0.01, longest_wait_s=0.01)  # but for silence
+BRIEF = RetryPolicy(300.0, deadline_s=0.3, floor_bytes_per_s=1 << 30, first_wait_s=0.02)  # of real time, with two tries
+FROZEN = RetryPolicy(
+    request_s=15.0, deadline_s=600.0, first_wait_s=0.01, longest_wait_s=0.01
+)  # by a clock of the test's
+PATIENT = RetryPolicy(request_s=15.0, floor_bytes_per_s=1.0, first_wait_s=0.01, longest_wait_s=0.01)  # but for silence
 PART_BYTES = 256 << 10  # GCS takes no smaller ones
 BIG = 3 * PART_BYTES - 7  # two ranges, and three parts
 
@@ -69,7 +71,7 @@ def big(tmp_path: Path) -> Path:
     return path
 
 
-def frozen(url: str, patience: Patience = FROZEN) -> tuple[Store, Loops]:
+def frozen(url: str, patience: RetryPolicy = FROZEN) -> tuple[Store, Loops]:
     """A store whose clock stands still until the test moves it."""
     store, loops = Store(url, patience), Loops(ClockLoop)
     bucket = store._bucket

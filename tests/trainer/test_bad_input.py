@@ -17,7 +17,7 @@ from spotune.core.environment import RunEnvironment
 from spotune.core.keys import Keys
 from spotune.core.protocol import Outcome
 from spotune.core.store import Store
-from spotune.guard.claim import Request, read_or_create_run
+from spotune.guard.claim import RunRequest, read_or_create_run
 from spotune.guard.leaving import Notices
 from spotune.guard.main import main as script
 from tests.commands import cli_runner
@@ -287,7 +287,7 @@ def test_changed_since_the_run_began(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SPOTUNE_RUN_ID", "a-run")
     env = RunEnvironment.read(os.environ)
-    read_or_create_run(Store(env.bucket), Keys("a-run"), env, Request("run.yaml", "", ()))
+    read_or_create_run(Store(env.bucket), Keys("a-run"), env, RunRequest("run.yaml", "", ()))
     if edited:
         (own / edited).write_bytes((own / edited).read_bytes() + b"\n")
     if door == "train":

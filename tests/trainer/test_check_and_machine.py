@@ -22,7 +22,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, T
 from spotune.core.config import load_config
 from spotune.core.config_keys import schema
 from spotune.core.errors import InputError
-from spotune.core.protocol import Job
+from spotune.core.protocol import WorkerJob
 from spotune.sft.arguments import _REFUSALS, effective
 
 CLASSES = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
@@ -132,7 +132,7 @@ def parser() -> Parser:
 
 def by_machine(parser: Parser, config: dict[str, Any], folder: Path) -> dict[str, Any] | Exception:
     """What ``parse`` gives to TRL, read by TRL."""
-    job = Job(run_id="a-run", attempt=1, config=config, config_path="c.yaml", cache=str(folder))
+    job = WorkerJob(run_id="a-run", attempt=1, config=config, config_path="c.yaml", cache=str(folder))
     path = folder / "effective.yaml"
     path.write_text(yaml.safe_dump(effective(job, folder)))
     return parser.read(path)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from spotune.core.errors import InputError
-from spotune.core.protocol import Job
+from spotune.core.protocol import WorkerJob
 from spotune.sft.data import Data, load_data
 from tests import tiny
 
@@ -28,7 +28,7 @@ def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loader:
         training = SimpleNamespace(
             eval_strategy=config.pop("eval_strategy", "no"), seed=1, data_seed=None, dataset_text_field="text"
         )
-        job = Job("r", 1, {"data": list(entries), **config}, "c.yaml", str(tmp_path / "cache"))
+        job = WorkerJob("r", 1, {"data": list(entries), **config}, "c.yaml", str(tmp_path / "cache"))
         return load_data(SimpleNamespace(training=training), job)  # type: ignore[arg-type]
 
     return load

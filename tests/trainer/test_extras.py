@@ -10,7 +10,7 @@ import psutil
 import pytest
 import yaml
 
-from spotune.core.protocol import EXTRAS, OUTPUT, PUSH, Answer, ExtraJob, write_json
+from spotune.core.protocol import EXTRAS, OUTPUT, PUSH, ExtraJob, ExtraResult, write_json
 from spotune.guard.extras import TIMEOUT_S, run_extra
 from spotune.launch.local.machine import send
 from tests.clocks import Clock
@@ -136,7 +136,7 @@ def test_a_push_that_hangs_is_ended_after_an_hour(
         clock.advance(60)
 
     answer = run_extra(PUSH, folder, {}, os.environ, wait, clock=clock)
-    assert answer == Answer(False, f"not done after {TIMEOUT_S:.0f} s")
+    assert answer == ExtraResult(False, f"not done after {TIMEOUT_S:.0f} s")
     assert not children()
 
 
@@ -148,7 +148,7 @@ def test_a_push_that_vanishes_is_an_answer(folder: Path, hub: Hub, children: Cal
         send(children(), signal.SIGKILL)
 
     answer = run_extra(PUSH, folder, {}, os.environ, kill_when_asked)
-    assert answer == Answer(False, "its process was killed by SIGKILL without a word")
+    assert answer == ExtraResult(False, "its process was killed by SIGKILL without a word")
 
 
 @pytest.mark.parametrize(

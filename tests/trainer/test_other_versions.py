@@ -14,8 +14,8 @@ import yaml
 from spotune.core.errors import OtherVersions
 from spotune.core.fingerprint import ORDER_LIBRARIES, installed_versions
 from spotune.core.keys import Keys
-from spotune.core.protocol import Job
-from spotune.core.records import Commit, Mark
+from spotune.core.protocol import WorkerJob
+from spotune.core.records import Commit, TerminalMarker
 from spotune.core.revisions import record_history
 from spotune.sft.preflight import outcome_of
 from spotune.sft.worker import check_versions
@@ -23,7 +23,7 @@ from tests.script import Script
 from tests.tiny import make_model, rows, write_jsonl
 
 KEYS = Keys("run-a")
-JOB = Job(run_id="run-a", attempt=2, config={}, config_path="run.yaml", cache="")
+JOB = WorkerJob(run_id="run-a", attempt=2, config={}, config_path="run.yaml", cache="")
 THEN, NOW = {"datasets": "5.0.1", "trl": "1.16.0"}, {"datasets": "5.2.0", "trl": "1.16.0", "numpy": "2.4.6"}
 LINE = (
     "run.yaml: versions: libraries changed since the checkpoint was made: datasets 5.0.1 -> {}"
@@ -113,7 +113,7 @@ def test_refused_until_it_is_allowed_and_then_for_good(run: Run) -> None:
     now = installed_versions()["datasets"]
     assert run.run() == 2
     assert run.log().splitlines()[-1] == LINE.format(now)
-    mark = Mark.from_bytes(run.store.read(KEYS.failed) or b"", KEYS.failed)
+    mark = TerminalMarker.from_bytes(run.store.read(KEYS.failed) or b"", KEYS.failed)
     assert mark.versions == [f"datasets 5.0.1 -> {now}"]
 
     run.resume()  # allows nothing

@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler
 
 from spotune.core.errors import InputError
 from spotune.core.protocol import RESTORED, TRAINER, read_json, staged_path, write_json
-from spotune.sft.data import Layout, Position, Start, length, place
+from spotune.sft.data import BatchLayout, Position, Start, length, place
 from spotune.sft.trainer import SpotTrainer
 from tests import tiny
 from tests.ranks import Nursery, events, log_text, make_folder, restore, wait_for, weights
@@ -169,7 +169,7 @@ def test_the_rest_of_an_epoch_is_there_once(
     seen = []
     for rank in range(ranks):
         held = loader(rows, batch, ranks, rank, drop_last)
-        layout = Layout(held)
+        layout = BatchLayout(held)
         assert layout.batch_rows == batch * ranks
         start = layout.start(0, row, accumulation)
         if start.epoch:

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from spotune.core.errors import InputError, StoreError
-from spotune.core.protocol import CONTROL, STACKS_SIGNAL, Control, Job, Wish, python_stacks_path, write_json
+from spotune.core.protocol import (
+    CONTROL,
+    STACKS_SIGNAL,
+    Control,
+    ControlState,
+    WorkerJob,
+    python_stacks_path,
+    write_json,
+)
 from spotune.sft.arguments import effective, usable_trackers
 from spotune.sft.boundary import Extra
 from spotune.sft.preflight import Stopped, outcome_of
@@ -66,17 +74,17 @@ def test_what_a_fault_means(error: BaseException, how: str) -> None:
 
 def test_a_save_is_asked_for_once_per_count(tmp_path: Path) -> None:
     control = Control(tmp_path)
-    assert control.look() == Wish()
+    assert control.look() == ControlState()
     write_json(tmp_path / CONTROL, {"stop": False, "save": 1})
-    assert control.look() == Wish(save=True)
+    assert control.look() == ControlState(save=True)
     control.answered()
-    assert control.look() == Wish()
+    assert control.look() == ControlState()
     write_json(tmp_path / CONTROL, {"stop": True, "save": 3})
-    assert control.look() == Wish(stop=True, save=True)
+    assert control.look() == ControlState(stop=True, save=True)
 
 
-def job(config: dict[str, Any], **settings: Any) -> Job:
-    return Job("r", 1, config, "c.yaml", "cache", **settings)
+def job(config: dict[str, Any], **settings: Any) -> WorkerJob:
+    return WorkerJob("r", 1, config, "c.yaml", "cache", **settings)
 
 
 def test_what_is_the_guards_is_taken_out(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from spotune.core.errors import InfraError, InputError, Taken
+from spotune.core.errors import AlreadyExists, InfraError, InputError
 from spotune.launch.engine import Agree, JobStatus, PaidInterval, Submission
 
 
@@ -32,7 +32,9 @@ class FakeInfra:
         if self.refuses:
             raise InfraError(self.refuses[0])
         if submission.run_id in self.states:
-            raise Taken("--name", f"{submission.run_id} is in this machine's queue already", remedy="another --name")
+            raise AlreadyExists(
+                "--name", f"{submission.run_id} is in this machine's queue already", remedy="another --name"
+            )
         self.submissions[submission.run_id] = submission
         self.states[submission.run_id] = JobStatus(
             run_id=submission.run_id,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from spotune.core.keys import Keys
-from spotune.core.records import Mark, RunRecord
+from spotune.core.records import RunRecord, TerminalMarker
 from spotune.core.revisions import record_in_force
 from spotune.guard import multinode
 from spotune.guard.claim import standing_verdict
@@ -181,7 +181,7 @@ def test_a_writer_to_the_bucket_cancels_a_run(project: Project, monkeypatch: pyt
     """By a file, or by the verb under any name."""
     project.submit("run-a")
     project.submit("run-b")
-    forged = Mark(run_id="run-a", attempt=0, at=1.7e9, reason="cancelled by ada", exit_code=1)
+    forged = TerminalMarker(run_id="run-a", attempt=0, at=1.7e9, reason="cancelled by ada", exit_code=1)
     project.store.create(Keys("run-a").cancelled, forged.to_bytes())
     assert standing_verdict(project.store, Keys("run-a")) == 1  # its next machine trains nothing
     monkeypatch.setenv("SPOTUNE_USER", "eve")

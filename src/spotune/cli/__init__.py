@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """Writes a line to stderr."""
     click.echo(line, err=True)
 
 
-def open_workspace(waiting: Callable[[str], None] = say) -> "Workspace":
+def open_workspace(waiting: Callable[[str], None] = log) -> "Workspace":
     """This directory, this environment. The one place where the command line reads them.
 
     ``waiting`` is told, in a line, of a bucket that does not answer for some seconds.

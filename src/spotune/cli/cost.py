@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spotune.cli import open_workspace, say
+from spotune.cli import log, open_workspace
 from spotune.cli.runs import ProgressBar
 
 if TYPE_CHECKING:
@@ -66,9 +66,9 @@ def _one(run: str, output: str, page: str | None) -> None:
     target = None if page is None else check_target(page)
     report = report_run(open_workspace(), run)
     if report["reason"].startswith(LAST_SEEN):
-        say(f"{run} is {report['state']} {report['reason']}")
+        log(f"{run} is {report['state']} {report['reason']}")
     for line in report["unread"]:
-        say(f"left out: {line}")
+        log(f"left out: {line}")
     if target:
         write_page(target, page_of(report))
     if output == "focus":
@@ -87,7 +87,7 @@ def _clusters(since: str, since_s: float, output: str) -> None:
     store = workspace.store()
     rows = _indexed(
         workspace,
-        lambda index: cluster_rows(splits_of(store, index, now - since_s, say), index.runs(0.0)),
+        lambda index: cluster_rows(splits_of(store, index, now - since_s, log), index.runs(0.0)),
         asks_clusters=True,
     )
     nothing = f"No dev clusters within {since}."
@@ -109,7 +109,7 @@ def _many(since: str, since_s: float, by: str | None, output: str) -> None:
         from spotune.cost.export import focus_rows, idle_rows
 
         store = workspace.store()
-        paid = _indexed(workspace, lambda index: charges_since(store, index, from_at, say), asks_clusters=True)
+        paid = _indexed(workspace, lambda index: charges_since(store, index, from_at, log), asks_clusters=True)
         totals = dict(paid.runs)
         of_runs = (row for key, attempt in paid.attempts for row in focus_rows(totals[key], [attempt], key[0]))
         _show_focus([*of_runs, *idle_rows(paid.idle, store.url)])
@@ -118,7 +118,7 @@ def _many(since: str, since_s: float, by: str | None, output: str) -> None:
         from spotune.cost.export import By, columns, group
 
         store = workspace.store()
-        paid = _indexed(workspace, lambda index: paid_since(store, index, from_at, say), asks_clusters=True)
+        paid = _indexed(workspace, lambda index: paid_since(store, index, from_at, log), asks_clusters=True)
         kind: By = by  # type: ignore[assignment]
         rows = group(kind, paid.runs, paid.attempts, paid.idle)
         show(output, rows, rows, columns(kind), lambda: groups_text(by, rows) if rows else nothing)
@@ -133,7 +133,7 @@ def _indexed(workspace: "Workspace", take: "Callable[[Index], Any]", asks_cluste
     from spotune.cost.collect import all_runs
 
     with ProgressBar("reading runs") as progress:
-        return all_runs(workspace, take, warn=say, progress=progress, asks_clusters=asks_clusters)
+        return all_runs(workspace, take, warn=log, progress=progress, asks_clusters=asks_clusters)
 
 
 def _show_focus(rows: Iterable[dict[str, Any]]) -> None:

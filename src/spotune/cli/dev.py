@@ -17,9 +17,9 @@ from spotune.cli import (
     config_options,
     duration,
     format_option,
+    log,
     open_workspace,
     print_json,
-    say,
     secret_option,
 )
 from spotune.core.io import columns
@@ -27,7 +27,7 @@ from spotune.core.io import columns
 if TYPE_CHECKING:
     from spotune.launch.settings import Workspace
     from spotune.launch.skypilot.clusters import Listed
-    from spotune.launch.skypilot.dev import RunPlace, RunWish
+    from spotune.launch.skypilot.dev import DevRunOptions, RunPlace
 
 # What the verbs of ``dev`` have in common: which cluster, and a word to people.
 
@@ -111,25 +111,25 @@ def up(name: str, infra: str, envs: tuple[str, ...], secrets: tuple[str, ...], *
     from spotune.cli.train import check_month
     from spotune.launch.plan import secrets_of
     from spotune.launch.skypilot.clusters import book_names
-    from spotune.launch.skypilot.dev import DevWish, place
+    from spotune.launch.skypilot.dev import DevOptions, place
     from spotune.launch.skypilot.dev import up as bring_up
     from spotune.launch.task import env_pairs
 
     workspace = open_workspace()
     default = "any" if workspace.settings.infra == "local" else workspace.settings.infra
     values = {"envs": env_pairs(envs), "secrets": secrets_of(secrets, workspace.environ)}
-    wish = DevWish(name=chosen(name, workspace), infra=place(infra or default), **values, **given)  # type: ignore[arg-type]
+    options = DevOptions(name=chosen(name, workspace), infra=place(infra or default), **values, **given)  # type: ignore[arg-type]
     check_month(workspace)
-    done = bring_up(wish, workspace)
+    done = bring_up(options, workspace)
     cluster = done.cluster
-    book_names(workspace, [cluster.name], say)
+    book_names(workspace, [cluster.name], log)
     for note in done.notes:
-        say(note)
+        log(note)
     what = f"{cluster.gpus or 'no GPU'} on {cluster.infra}"
     then = "goes" if done.down else "stops"
     held = f"{then} after {done.idle_minutes} min without work" if done.idle_minutes else "holds as before"
-    say(f"{cluster.name} is up{'' if done.is_new else ' already'}: {what}; {held}")
-    say(f"next: spotune dev run CONFIG -c {cluster.name} · dev code · dev notebook · dev ssh · dev down")
+    log(f"{cluster.name} is up{'' if done.is_new else ' already'}: {what}; {held}")
+    log(f"next: spotune dev run CONFIG -c {cluster.name} · dev code · dev notebook · dev ssh · dev down")
     click.echo(cluster.name)
 
 
@@ -173,41 +173,41 @@ def run(
     with _ended_by_hangup():
         if where := RunPlace.read(cluster, infra, workspace):
             from spotune.launch.plan import secrets_of
-            from spotune.launch.skypilot.dev import RunWish
+            from spotune.launch.skypilot.dev import DevRunOptions
             from spotune.launch.task import env_pairs
 
             values = secrets_of(secrets, workspace.environ)
-            wish = RunWish(profile, overrides, gpus, share, save_every, env_pairs(envs), values, allow_env)
-            sys.exit(_on_cluster(config, name, where, wish, workspace))
+            options = DevRunOptions(profile, overrides, gpus, share, save_every, env_pairs(envs), values, allow_env)
+            sys.exit(_on_cluster(config, name, where, options, workspace))
         if share is not None:
             raise InputError("--share", "runs here share a GPU without it", remedy="leave it out")
         given = {"allow_env": allow_env, "name": name, "envs": envs, "secrets": secrets, "save_every": save_every}
         sys.exit(_here(config, workspace, gpus, profile, overrides, **given))
 
 
-def _on_cluster(config: str, name: str, where: "RunPlace", wish: "RunWish", workspace: "Workspace") -> int:
+def _on_cluster(config: str, name: str, where: "RunPlace", options: "DevRunOptions", workspace: "Workspace") -> int:
     from spotune.cli.train import check_month
     from spotune.launch.skypilot import clusters, dev, jobs
     from spotune.launch.skypilot.dev import run_cluster
 
-    run_id = dev.check_run(config, name, wish, workspace)
+    run_id = dev.check_run(config, name, options, workspace)
     check_month(workspace)
-    cluster, is_new = run_cluster(where, wish, workspace, say)
+    cluster, is_new = run_cluster(where, options, workspace, log)
     if is_new:
-        clusters.book_names(workspace, [cluster.name], say)
-    task, kept = dev.run_task(config, run_id, cluster, wish, workspace), dev.keep_code(run_id, workspace)
+        clusters.book_names(workspace, [cluster.name], log)
+    task, kept = dev.run_task(config, run_id, cluster, options, workspace), dev.keep_code(run_id, workspace)
     try:
         job_id = clusters.execute(task, cluster.name)
     except BaseException:
         clusters.withdraw(cluster.name, run_id)
         workspace.store().delete(kept)
         raise
-    say(f"{run_id}: job {job_id} on {cluster.name}")
+    log(f"{run_id}: job {job_id} on {cluster.name}")
     try:
         return jobs.follow(cluster.name, job_id)
     except (KeyboardInterrupt, BrokenPipeError):  # not for trouble on the way to it: the run goes on
         clusters.cancel(cluster.name, job_id)
-        say(f"{run_id}: stopped")
+        log(f"{run_id}: stopped")
         raise
 
 
@@ -215,12 +215,12 @@ def _here(
     config: str, workspace: "Workspace", gpus: str | None, profile: str, overrides: tuple[str, ...], **given: object
 ) -> int:
     from spotune.cli.runs import follow
-    from spotune.cli.train import plan_wish, submit_plan
-    from spotune.core.errors import Unsettled
-    from spotune.launch.plan import Wish
+    from spotune.cli.train import plan_new, submit_plan
+    from spotune.core.errors import SubmissionUnknown
+    from spotune.launch.plan import TrainOptions
     from spotune.launch.task import Resources
 
-    wish = Wish(
+    options = TrainOptions(
         config_path=config,
         profile=profile,
         default_profile="dev",
@@ -230,10 +230,10 @@ def _here(
         kind="dev",
         **given,  # type: ignore[arg-type]
     )
-    plan = plan_wish(wish, workspace)
+    plan = plan_new(options, workspace)
     try:
         submit_plan(plan, workspace)
-    except Unsettled as error:  # it was interrupted, and has begun
+    except SubmissionUnknown as error:  # it was interrupted, and has begun
         _stop(plan.run_id, workspace)
         raise (error.__cause__ or error) from None
     try:
@@ -287,7 +287,7 @@ def code(cluster: str, only_print: bool) -> None:
     click.echo(" ".join(command))
     if only_print or shutil.which("code") is None:
         return
-    say("opening VS Code")
+    log("opening VS Code")
     sys.exit(clusters.attach(command))
 
 
@@ -330,16 +330,16 @@ def notebook(cluster: str, port: int, envs: tuple[str, ...], secrets: tuple[str,
     clusters.write_config(name, everyones=bool(cluster))
     server = skypilot_dev.find(name)
     if server is None:
-        say(f"{name}: starting Jupyter, which is installed there the first time")
+        log(f"{name}: starting Jupyter, which is installed there the first time")
         server = skypilot_dev.start(name, pairs, given, workspace)
     elif envs or secrets:
-        say(f"{name}: Jupyter runs there already, without this --env or --secret (File > Shut Down ends it)")
+        log(f"{name}: Jupyter runs there already, without this --env or --secret (File > Shut Down ends it)")
     click.echo(f"http://localhost:{port}/lab?token={server.token}")
-    say("opening the tunnel, Ctrl-C closes it")
+    log("opening the tunnel, Ctrl-C closes it")
     try:
         code = clusters.attach(skypilot_dev.tunnel(name, port, server))
     except KeyboardInterrupt:
-        say("\ntunnel closed, Jupyter goes on while its kernels work")
+        log("\ntunnel closed, Jupyter goes on while its kernels work")
         return
     raise SystemExit(code)
 
@@ -355,7 +355,7 @@ def ls(output: str) -> None:
 
     from spotune.launch.skypilot.clusters import list_dev
 
-    listed = list_dev(open_workspace(), say)
+    listed = list_dev(open_workspace(), log)
     if output == "json":
         print_json([each.as_row() for each in listed])
         return
@@ -374,8 +374,8 @@ def stop(cluster: str) -> None:
     workspace = open_workspace()
     name = chosen(cluster, workspace)
     clusters.stop(name)
-    clusters.book_names(workspace, [name], say)
-    say(f"{name}: stopped; its disk is kept, and paid for")
+    clusters.book_names(workspace, [name], log)
+    log(f"{name}: stopped; its disk is kept, and paid for")
 
 
 # ``spotune dev down``.
@@ -392,8 +392,8 @@ def down(cluster: str, yes: bool) -> None:
     name = chosen(cluster, workspace)
     agree(f"Take {name} down, with everything that is on it. Proceed?", yes)
     clusters.take_down(name)
-    clusters.book_names(workspace, [name], say)
-    say(f"{name}: down")
+    clusters.book_names(workspace, [name], log)
+    log(f"{name}: down")
 
 
 # ``spotune dev``: work interactively, here or on a cluster. One verb, one file, as everywhere.

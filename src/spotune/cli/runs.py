@@ -42,7 +42,7 @@ def live_view(run_id: str) -> "Iterator[tuple[Callable[[str], None], Callable[[J
     ) as bar:
         task = bar.add_task(run_id, total=None, state="", steps="", more="")
 
-        def say(line: str) -> None:
+        def log(line: str) -> None:
             console.print(line, soft_wrap=True)
 
         def show(status: "JobStatus") -> None:
@@ -57,7 +57,7 @@ def live_view(run_id: str) -> "Iterator[tuple[Callable[[str], None], Callable[[J
                 more=f"{loss}attempt {max(1, status.attempt)}",
             )
 
-        yield say, show
+        yield log, show
 
 
 # Following a run: its log as it is written, its state as it changes, and the exit code that it comes to.
@@ -108,7 +108,7 @@ def follow(workspace: "Workspace", run_id: str) -> int:
     logs = engine.logs(run_id, follow=True)
     threading.Thread(target=_pump, args=(logs, lines), daemon=True).start()
     shown_at, outage = 0.0, Outage()
-    with _view(run_id) as (say, show):
+    with _view(run_id) as (log, show):
         while True:
             try:
                 line = lines.get(timeout=REFRESH_S)
@@ -121,7 +121,7 @@ def follow(workspace: "Workspace", run_id: str) -> int:
                     raise _goes_on(run_id, line)
                 if isinstance(line, BaseException):
                     raise line
-                say(settled(line))
+                log(settled(line))
             if time.monotonic() - shown_at >= max(REFRESH_S, engine.refresh_s):
                 if now := _asked(lambda: seen(workspace, engine, run_id), run_id, outage):
                     show(now)
@@ -232,18 +232,18 @@ def queue(everything: bool, output: str) -> None:
     """
     import time
 
-    from spotune.cli import print_json, queue_text, say
+    from spotune.cli import log, print_json, queue_text
     from spotune.launch.engine import JobStatus
     from spotune.launch.status import as_row, list_runs
 
     known: list[JobStatus] = []
 
     def show_known(line: str) -> None:
-        say(line)
+        log(line)
         if known:
-            say(f"So far, as the queues say:\n{queue_text(known, time.time())}")
+            log(f"So far, as the queues say:\n{queue_text(known, time.time())}")
 
-    runs = list_runs(open_workspace(show_known), everything, warn=say, known=known.extend)
+    runs = list_runs(open_workspace(show_known), everything, warn=log, known=known.extend)
     if output == "json":
         print_json([as_row(run) for run in runs])
     else:

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spotune.cli import config_options, format_option, open_workspace, say, secret_option, stall_option
+from spotune.cli import config_options, format_option, log, open_workspace, secret_option, stall_option
 from spotune.core.errors import InputError
 
 if TYPE_CHECKING:
     from spotune.cost.collect import Month
-    from spotune.launch.plan import Plan, Wish
+    from spotune.launch.plan import Plan, TrainOptions
     from spotune.launch.settings import Workspace
     from spotune.launch.submit import Resumption, Submitted
 
@@ -21,27 +21,27 @@ AGREE = "look with --dryrun, then add -y"
 _RESOURCES = ("gpus", "num_nodes", "use_spot", "priority", "cpus", "memory")
 
 
-def plan_of(options: Mapping[str, Any], source: str, workspace: "Workspace") -> "Plan":
+def plan_of(given: Mapping[str, Any], source: str, workspace: "Workspace") -> "Plan":
     """The plan of ``train``'s options; with ``source`` that of a run to promote."""
-    from spotune.launch.plan import Wish, promote
+    from spotune.launch.plan import TrainOptions, promote
     from spotune.launch.task import Resources
 
-    resources = Resources(**{name: options[name] for name in _RESOURCES})
-    config = options["config"] or ""
+    resources = Resources(**{name: given[name] for name in _RESOURCES})
+    config = given["config"] or ""
     if bool(config) == bool(source):
         raise InputError("train", "needs a config or --from RUN, and not both", remedy="spotune train CONFIG")
-    rest = {name: value for name, value in options.items() if name not in (*_RESOURCES, "config")}
-    wish = Wish(config_path=config, resources=resources, **rest)
-    return _within_month(promote(source, wish, workspace), workspace) if source else plan_wish(wish, workspace)
+    rest = {name: value for name, value in given.items() if name not in (*_RESOURCES, "config")}
+    options = TrainOptions(config_path=config, resources=resources, **rest)
+    return _within_month(promote(source, options, workspace), workspace) if source else plan_new(options, workspace)
 
 
-def plan_wish(wish: "Wish", workspace: "Workspace") -> "Plan":
+def plan_new(options: "TrainOptions", workspace: "Workspace") -> "Plan":
     import time
     from random import SystemRandom
 
     from spotune.launch.plan import make_plan
 
-    return _within_month(make_plan(wish, workspace, time.time, SystemRandom()), workspace)
+    return _within_month(make_plan(options, workspace, time.time, SystemRandom()), workspace)
 
 
 def month_of(workspace: "Workspace", run_id: str, user: str, team: str) -> "Month":
@@ -52,7 +52,7 @@ def month_of(workspace: "Workspace", run_id: str, user: str, team: str) -> "Mont
     from spotune.cost.collect import read_month
 
     with ProgressBar("reading what the month has cost") as progress:
-        return read_month(workspace, run_id, user, team, time.time(), say, progress)
+        return read_month(workspace, run_id, user, team, time.time(), log, progress)
 
 
 def check_month(workspace: "Workspace") -> None:
@@ -314,7 +314,7 @@ def check_budget(workspace: "Workspace", run: str, budget_usd: float | None) -> 
     from spotune.core.keys import Keys
     from spotune.core.revisions import record_in_force
     from spotune.cost.collect import check_wall, report_run
-    from spotune.launch.settings import Budgets
+    from spotune.launch.settings import BudgetSettings
     from spotune.launch.status import find_run
 
     record = record_in_force(workspace.store(find_run(workspace, run).bucket), Keys(run))
@@ -323,7 +323,7 @@ def check_budget(workspace: "Workspace", run: str, budget_usd: float | None) -> 
         raise InputError("--budget", f"cannot be kept: no price was frozen for {run}", remedy="leave it out")
     if record is None or not is_priced:
         return None, ""
-    if budget_usd is None and record.budget_usd is None and workspace.settings.budgets == Budgets():
+    if budget_usd is None and record.budget_usd is None and workspace.settings.budgets == BudgetSettings():
         return None, ""
     report = report_run(workspace, run)
     check_wall(report, budget_usd)

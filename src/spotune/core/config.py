@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spotune.core.config_keys import Fault, key_faults, one_of, recorded, schema
+from spotune.core.config_keys import ConfigFault, key_faults, one_of, recorded, schema
 from spotune.core.config_rules import missing_faults, whole_faults
 from spotune.core.errors import InputError, raise_all, refuse, shown
 from spotune.core.fingerprint import read_user_file
@@ -246,7 +246,7 @@ def _faults_of(
         yield InputError(place, fault.what, key=fault.key, remedy=fault.remedy)
 
 
-def _as_errors(faults: Iterable[Fault], where: object) -> Iterator[InputError]:
+def _as_errors(faults: Iterable[ConfigFault], where: object) -> Iterator[InputError]:
     yield from (InputError(where, fault.what, key=fault.key, remedy=fault.remedy) for fault in faults)
 
 
@@ -384,7 +384,7 @@ def check_local_files(config: Mapping[str, Any], where: object) -> None:
     refuse(where, file_faults(config))
 
 
-def file_faults(config: Mapping[str, Any]) -> Iterator[Fault]:
+def file_faults(config: Mapping[str, Any]) -> Iterator[ConfigFault]:
     """What is named and is not here; a pattern, a URL or a name on the hub may be anywhere."""
     for index, entry in enumerate(config.get("datasets") or []):
         for file in _files_of(entry):
@@ -392,14 +392,14 @@ def file_faults(config: Mapping[str, Any]) -> Iterator[Fault]:
             if "://" in file or any(mark in file for mark in "*?[") or (folder / file).exists():
                 continue
             if entry["path"] in _BUILDERS or folder.name:
-                yield Fault(f"datasets[{index}].data_files", f"no such file: {file}")
+                yield ConfigFault(f"datasets[{index}].data_files", f"no such file: {file}")
     template = config.get("chat_template_path")
     if isinstance(template, str) and template.endswith((".jinja", ".j2")) and not Path(template).is_file():
-        yield Fault("chat_template_path", f"no such file: {template}")
+        yield ConfigFault("chat_template_path", f"no such file: {template}")
     for key in SETTINGS:
         value = config.get(key)
         if isinstance(value, str) and not value.lstrip().startswith("{") and not Path(value).is_file():
-            yield Fault(key, f"no such file: {value}")
+            yield ConfigFault(key, f"no such file: {value}")
 
 
 def _files_of(entry: Any) -> list[str]:

@@ -28,7 +28,7 @@ _WORDS = {
 }
 
 
-class Fault(NamedTuple):
+class ConfigFault(NamedTuple):
     """What is wrong with a key, and what to write instead."""
 
     key: str
@@ -36,22 +36,22 @@ class Fault(NamedTuple):
     remedy: str = ""
 
 
-def value_faults(key: str, value: Any, rule: Mapping[str, Any]) -> Iterator[Fault]:
+def value_faults(key: str, value: Any, rule: Mapping[str, Any]) -> Iterator[ConfigFault]:
     """Compares a value with its rule in the schema: kind, choices, limits, and what lies inside it."""
     kinds = kinds_of(rule)
     read = read_value(value, rule)
     if read is None:
         if value is None and kinds and "null" not in kinds:
-            yield Fault(key, f"null is not {_spell(kinds)}", _instead_of_null(key, rule))
+            yield ConfigFault(key, f"null is not {_spell(kinds)}", _instead_of_null(key, rule))
         return
     if kinds and not any(_is_kind(read, kind) for kind in kinds):
-        yield Fault(key, f"{shown(value)} is not {_spell(kinds)}", _remedy(key, value, rule, kinds))
+        yield ConfigFault(key, f"{shown(value)} is not {_spell(kinds)}", _remedy(key, value, rule, kinds))
         return
     choices = rule.get("enum") or (rule.get("items", {}).get("enum") if isinstance(read, str) else None)
     if choices and read not in choices:
         near = difflib.get_close_matches(str(read), map(str, choices), n=1)
         named = one_of(str(choice) for choice in choices if choice)
-        yield Fault(key, f"{shown(value)} is not known", f"did you mean {near[0]}?" if near else named)
+        yield ConfigFault(key, f"{shown(value)} is not known", f"did you mean {near[0]}?" if near else named)
         return
     yield from _limit_faults(key, value, read, rule)
     if isinstance(read, list) and "items" in rule and rule["items"].get("type") != "object":
@@ -60,7 +60,7 @@ def value_faults(key: str, value: Any, rule: Mapping[str, Any]) -> Iterator[Faul
     if "properties" in rule:
         for name in mapping_of(read):
             if name not in rule["properties"]:
-                yield Fault(f"{key}.{name}", "unknown key", one_of(rule["properties"]))
+                yield ConfigFault(f"{key}.{name}", "unknown key", one_of(rule["properties"]))
 
 
 def read_value(value: Any, rule: Mapping[str, Any]) -> Any:
@@ -134,16 +134,20 @@ def one_of(names: Iterable[str]) -> str:
     return f"one of {listed}" if listed else ""
 
 
-def _limit_faults(key: str, value: Any, read: Any, rule: Mapping[str, Any]) -> Iterator[Fault]:
+def _limit_faults(key: str, value: Any, read: Any, rule: Mapping[str, Any]) -> Iterator[ConfigFault]:
     number = number_of(read)
     if number is None:
         return
     low, above = rule.get("minimum"), rule.get("exclusiveMinimum")
     high, below = rule.get("maximum"), rule.get("exclusiveMaximum")
     if (low is not None and number < low) or (above is not None and number <= above):
-        yield Fault(key, f"{shown(value)} is too small", f"at least {low}" if low is not None else f"above {above}")
+        yield ConfigFault(
+            key, f"{shown(value)} is too small", f"at least {low}" if low is not None else f"above {above}"
+        )
     if (high is not None and number > high) or (below is not None and number >= below):
-        yield Fault(key, f"{shown(value)} is too large", f"at most {high}" if high is not None else f"below {below}")
+        yield ConfigFault(
+            key, f"{shown(value)} is too large", f"at most {high}" if high is not None else f"below {below}"
+        )
 
 
 def _is_kind(value: Any, kind: str) -> bool:
@@ -268,21 +272,21 @@ def why_refused(name: str) -> str:
     return next((why for why, patterns in REFUSED.items() if matches(upper, patterns)), "")
 
 
-def env_faults(env: Any, allowed: Collection[str] = ()) -> Iterator[Fault]:
+def env_faults(env: Any, allowed: Collection[str] = ()) -> Iterator[ConfigFault]:
     """Yields what is wrong with a config's ``env``. ``allowed``: refused names that the user allowed."""
     if not isinstance(env, Mapping):
-        yield Fault("env", f"{shown(env)} is not a mapping", "env: {NCCL_DEBUG: INFO}")
+        yield ConfigFault("env", f"{shown(env)} is not a mapping", "env: {NCCL_DEBUG: INFO}")
         return
     for name, value in env.items():
         key = f"env.{name}"
         if not isinstance(name, str) or not name.isidentifier():
-            yield Fault(key, "is no name of the environment", "env: {NCCL_DEBUG: INFO}")
+            yield ConfigFault(key, "is no name of the environment", "env: {NCCL_DEBUG: INFO}")
         elif is_own(name):
-            yield Fault(key, "is for spotune to set", "leave it out")
+            yield ConfigFault(key, "is for spotune to set", "leave it out")
         elif name not in allowed and (why := why_refused(name)):
-            yield Fault(key, why, f"leave it out, or allow it: {FLAG} {name}")
+            yield ConfigFault(key, why, f"leave it out, or allow it: {FLAG} {name}")
         elif not isinstance(value, (str, int, float)) or (isinstance(value, str) and "\0" in value):
-            yield Fault(key, f"{shown(value)} is not text", f'{name}: "1"')
+            yield ConfigFault(key, f"{shown(value)} is not text", f'{name}: "1"')
 
 
 def check_env(config: Mapping[str, Any], where: object, allowed: Collection[str]) -> None:
@@ -543,12 +547,12 @@ def check_keys(config: Mapping[str, Any], where: object) -> None:
     refuse(where, key_faults(config))
 
 
-def key_faults(config: Mapping[str, Any]) -> Iterator[Fault]:
+def key_faults(config: Mapping[str, Any]) -> Iterator[ConfigFault]:
     """Unknown keys, with what to write instead, and values of the wrong kind."""
     known = schema()["properties"]
     for key, value in config.items():
         if key not in known:
-            yield Fault(key, "unknown key", _instead(key, value, config))
+            yield ConfigFault(key, "unknown key", _instead(key, value, config))
             continue
         faults = list(value_faults(key, value, known[key]))
         yield from faults
@@ -609,15 +613,15 @@ def _as_yaml(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
-def _dataset_faults(entries: list[Any], rule: Mapping[str, Any]) -> Iterator[Fault]:
+def _dataset_faults(entries: list[Any], rule: Mapping[str, Any]) -> Iterator[ConfigFault]:
     for index, entry in enumerate(entries):
         row = f"datasets[{index}]"
         if not isinstance(entry, dict) or not entry.get("path"):
-            yield Fault(row, "needs a path", "{path: json, data_files: rows.jsonl}")
+            yield ConfigFault(row, "needs a path", "{path: json, data_files: rows.jsonl}")
             continue
         for key, value in entry.items():
             if key not in rule["properties"]:
-                yield Fault(f"{row}.{key}", "unknown key", one_of(rule["properties"]))
+                yield ConfigFault(f"{row}.{key}", "unknown key", one_of(rule["properties"]))
             else:
                 yield from value_faults(f"{row}.{key}", value, rule["properties"][key])
 

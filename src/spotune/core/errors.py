@@ -83,7 +83,7 @@ class Faults(InputError):
         return list(dict.fromkeys(line for fault in self.faults for line in fault.lines))
 
 
-class Taken(InputError):
+class AlreadyExists(InputError):
     """An engine refuses a submission since it has a run of that name: whatever there is of it is not this one's."""
 
 
@@ -106,7 +106,7 @@ class InfraError(SpotuneError):
     exit_code = INFRA_FAILED
 
 
-class Unsettled(InfraError):
+class SubmissionUnknown(InfraError):
     """What was asked for may still happen: a submission that could not be taken back, a cancel that is under way."""
 
 

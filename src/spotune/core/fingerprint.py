@@ -18,7 +18,7 @@ from typing import Any
 from spotune.core.errors import InfraError, InputError, SpotuneError, StoreError
 from spotune.core.io import read_object, write_state
 from spotune.core.records import fingerprint
-from spotune.core.store.faults import Fault, is_machine_fault, judge, words_of
+from spotune.core.store.faults import FaultKind, is_machine_fault, judge, words_of
 
 # Files that a user names: data files on disk and in stores, and small text files.
 
@@ -257,7 +257,7 @@ def unreachable(url: str, where: object, key: str, error: Exception) -> SpotuneE
     """Returns a StoreError for what may pass, since another machine may reach the store, else an InputError."""
     remedy = "is the name right, are there credentials for it, and a way to it from here?"
     fault = InputError(where, f"cannot reach {url}: {words_of(error)}", key=key, remedy=remedy)
-    may_pass = judge(error) in (Fault.PASSING, Fault.UNREADY) or is_machine_fault(error)
+    may_pass = judge(error) in (FaultKind.PASSING, FaultKind.UNREADY) or is_machine_fault(error)
     return StoreError(str(fault)) if may_pass else fault
 
 

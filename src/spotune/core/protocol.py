@@ -199,7 +199,7 @@ How = Literal["completed", "stopped", "bad_input", "retry", "failed"]
 
 
 @dataclass(frozen=True)
-class Job:
+class WorkerJob:
     """What the worker is to do.
 
     Attributes:
@@ -348,7 +348,7 @@ class ExtraJob:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ExtraResult:
     """``message``: one line for people; ``facts``: for the mark."""
 
     done: bool
@@ -400,7 +400,7 @@ def wandb_mode(config: Mapping[str, Any], environ: Mapping[str, str]) -> Wandb:
 
 
 @dataclass(frozen=True)
-class Wish:
+class ControlState:
     """What is asked for at a step's end; ``busy``: a checkpoint is still being written."""
 
     stop: bool = False
@@ -418,19 +418,19 @@ class Control:
         self._asked = 0  # the guard's counter: a save is owed for every increase
         self._answered = 0
 
-    def look(self) -> Wish:
+    def look(self) -> ControlState:
         """What is asked for now; ``save`` stays true until ``answered`` is called."""
         try:
             stat = self._path.stat()
         except FileNotFoundError:
-            return Wish()
+            return ControlState()
         stamp = (stat.st_mtime_ns, stat.st_ino)
         if stamp != self._seen:
             self._seen = stamp
             asked = read_json(self._path) or {}
             self._stop = bool(asked.get("stop"))
             self._asked = int(asked.get("save") or 0)
-        return Wish(stop=self._stop, save=self._asked > self._answered)
+        return ControlState(stop=self._stop, save=self._asked > self._answered)
 
     def answered(self) -> None:
         """A checkpoint was made after all that has been asked for so far."""

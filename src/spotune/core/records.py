@@ -260,7 +260,7 @@ class Progress(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mark(Record):
+class TerminalMarker(Record):
     """``failed.json``, ``paused.json``, ``cancelled.json``: why a run stands still until ``resume``.
 
     Attributes:
@@ -375,13 +375,13 @@ def fingerprint(value: Any) -> str:
 # the same until ``spotune resume`` removes it.
 
 
-def read_mark(store: Store, key: str) -> Mark | None:
+def read_mark(store: Store, key: str) -> TerminalMarker | None:
     """The mark, None where there is none. One that cannot be read says so as its reason, and counts as a failure."""
     try:
         data = store.read(key)
-        return None if data is None else Mark.from_bytes(data, key)
+        return None if data is None else TerminalMarker.from_bytes(data, key)
     except BadRecord as error:
-        return Mark(run_id="", attempt=0, at=0.0, reason=str(error), exit_code=errors.FAILED)
+        return TerminalMarker(run_id="", attempt=0, at=0.0, reason=str(error), exit_code=errors.FAILED)
 
 
 # ``clusters/<name>-<launch>.json``: what a dev cluster was paid for, and its price as it was when it came up.

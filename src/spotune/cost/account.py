@@ -14,8 +14,8 @@ from spotune.core.protocol import EndReason, Event, number
 from spotune.core.records import AttemptRecord, Bill, ClusterRecord, PriceRow, check_paid
 from spotune.core.store import Store
 from spotune.cost.machines import (
-    Evidence,
-    Machine,
+    PaidMachine,
+    RunData,
     Segment,
     Span,
     Step,
@@ -49,7 +49,7 @@ class Account:
         end_reason: None while it runs.
     """
 
-    machine: Machine
+    machine: PaidMachine
     span: Span
     place: Place
     price: PriceRow | None
@@ -77,43 +77,43 @@ class Account:
         return is_final or self.end_reason in ("cancelled", "paused", "completed")
 
 
-def account_of(machine: Machine, evidence: Evidence, done_before: int, now: float, is_on: bool = False) -> Account:
+def account_of(machine: PaidMachine, run_data: RunData, done_before: int, now: float, is_on: bool = False) -> Account:
     """Everything about one machine, from its row, its claim and what it wrote.
 
     ``is_on``: it is known to run; only of one without a row that has to be told.
     """
     number = machine.attempt or 0
-    marks = clean(evidence.events.get(number, ()))
+    marks = clean(run_data.events.get(number, ()))
     row, record = machine.interval, machine.record
     span = _span_of_row(row, now) if row else _span_of_events(record, marks, now, is_on)
-    place, nodes = _place(row, record, evidence)
-    place = place if row else narrowed(place, evidence.prices)
-    price = price_of(place, evidence.prices) or _billed_price(machine, evidence)
-    if record and price is None and (price := evidence.parts.get(record.attempt)):
+    place, nodes = _place(row, record, run_data)
+    place = place if row else narrowed(place, run_data.prices)
+    price = price_of(place, run_data.prices) or _billed_price(machine, run_data)
+    if record and price is None and (price := run_data.parts.get(record.attempt)):
         place = replace(
             place, accelerators=price.accelerators, instance_type=price.instance_type, use_spot=price.use_spot
         )
     segments, steps = divide(span, record.claimed_at if record else None, marks, done_before)
-    certificate = evidence.certificate
+    certificate = run_data.certificate
     is_certified = bool(certificate and certificate.attempt == number)
     reason: EndReason | None = "completed" if is_certified else _end_reason(row, marks, span)
     if certificate and reason == "failed" and row and row.exit_code == errors.SUCCEEDED:
         reason = "completed"  # it came up after the certificate, and found nothing left to do
-    committed = _committed(number, evidence)
+    committed = _committed(number, run_data)
     return Account(machine, span, place, price, nodes, marks, segments, steps, committed, reason)
 
 
-def _billed_price(machine: Machine, evidence: Evidence) -> PriceRow | None:
+def _billed_price(machine: PaidMachine, run_data: RunData) -> PriceRow | None:
     """What its bill says, where the run's own record has no price for the place."""
-    its = (bill for bill in evidence.bills if machine.is_billed and interval_of(bill) == machine.interval)
+    its = (bill for bill in run_data.bills if machine.is_billed and interval_of(bill) == machine.interval)
     return next((bill.price_row for bill in its), None)
 
 
-def _committed(attempt: int, evidence: Evidence) -> list[int]:
+def _committed(attempt: int, run_data: RunData) -> list[int]:
     """Old commits are deleted, and a lost machine's last events too; what another attempt started from remains."""
-    steps = {commit.step for commit in evidence.commits if commit.attempt == attempt}
-    steps |= {step_of(event) for event in evidence.events.get(attempt, ()) if event.get("event") == "commit"}
-    for events in evidence.events.values():
+    steps = {commit.step for commit in run_data.commits if commit.attempt == attempt}
+    steps |= {step_of(event) for event in run_data.events.get(attempt, ()) if event.get("event") == "commit"}
+    for events in run_data.events.values():
         keys = (str(event.get("commit")) for event in events if event.get("event") == "restored")
         steps |= {found[1] for key in keys if (found := commit_of(key)) and found[0] == attempt}
     return sorted(steps - {0})
@@ -133,12 +133,12 @@ def _span_of_events(record: AttemptRecord | None, marks: Sequence[Event], now: f
     return Span(record.claimed_at, max([record.claimed_at, *spoken[-1:]]))
 
 
-def _place(row: PaidInterval | None, record: AttemptRecord | None, evidence: Evidence) -> tuple[Place, int]:
+def _place(row: PaidInterval | None, record: AttemptRecord | None, run_data: RunData) -> tuple[Place, int]:
     if row:
         where = Place(row.infra, row.region, row.zone, row.instance_type, row.accelerators, row.use_spot)
         return where, max(1, row.nodes)
     assert record
-    return claimed_place(record, evidence.run, evidence.prices), max(1, record.num_nodes)
+    return claimed_place(record, run_data.run, run_data.prices), max(1, record.num_nodes)
 
 
 def _end_reason(row: PaidInterval | None, marks: Sequence[Event], span: Span) -> EndReason | None:
@@ -203,31 +203,31 @@ def gpu_figures(accounts: Sequence[Account]) -> dict[str, Any]:
 _ON: tuple[State, ...] = ("STARTING", "RUNNING")  # a PENDING or RECOVERING run has no machine
 
 
-def build_accounts(evidence: Evidence, now: float, state: State | None = None) -> list[Account]:
+def build_accounts(run_data: RunData, now: float, state: State | None = None) -> list[Account]:
     """What became of each machine, in order of time.
 
     ``state``: the run's. The newest attempt of one that runs is on, also where the engine's row of it is not to be had.
     """
-    billed, rows = with_bills(evidence.intervals, evidence.bills)
-    newest = max((record.attempt for record in evidence.attempts), default=0) if state in _ON else 0
+    billed, rows = with_bills(run_data.intervals, run_data.bills)
+    newest = max((record.attempt for record in run_data.attempts), default=0) if state in _ON else 0
     accounts: list[Account] = []
     done_before = 0
-    for machine in join(rows, evidence.attempts, now, billed):
-        account = account_of(machine, evidence, done_before, now, is_on=machine.attempt == newest)
+    for machine in join(rows, run_data.attempts, now, billed):
+        account = account_of(machine, run_data, done_before, now, is_on=machine.attempt == newest)
         accounts.append(account)
         done_before = max([done_before, *account.committed, *(step.step for step in account.steps)])
     return accounts
 
 
-def bills_due(evidence: Evidence, accounts: Iterable[Account], is_over: bool = False) -> list[Bill]:
+def bills_due(run_data: RunData, accounts: Iterable[Account], is_over: bool = False) -> list[Bill]:
     """The bills that can be written by now: closed intervals of machines that have none yet.
 
     A machine that never claimed an attempt has the number that was left free for it, if any, once a later machine has
     claimed: until then it may still be. Without a number it is billed by its times, the last one once the run
     ``is_over``.
     """
-    billed = {bill.attempt for bill in evidence.bills} - {0}
-    latest = max((record.attempt for record in evidence.attempts), default=0)
+    billed = {bill.attempt for bill in run_data.bills} - {0}
+    latest = max((record.attempt for record in run_data.attempts), default=0)
     bills = []
     for account in accounts:
         row, number = account.machine.interval, account.machine.attempt
@@ -260,16 +260,16 @@ def bills_due(evidence: Evidence, accounts: Iterable[Account], is_over: bool = F
     return bills
 
 
-def leave_bills(store: Store, evidence: Evidence, accounts: Sequence[Account], is_over: bool) -> None:
+def leave_bills(store: Store, run_data: RunData, accounts: Sequence[Account], is_over: bool) -> None:
     """Writes the bills that are due; whoever may only read the bucket gets the report all the same.
 
     Of a certified run whose every attempt is billed an index looks at nothing any more: that a machine is billed which
     claimed none, or came after the certificate, is said beside, and first, since a bill is written once.
     """
-    due = [bill for bill in bills_due(evidence, accounts, is_over) if _is_readable(bill)]
+    due = [bill for bill in bills_due(run_data, accounts, is_over) if _is_readable(bill)]
     with suppress(InputError, StoreError):
-        if (certificate := evidence.certificate) and _is_late(due, evidence.attempts, certificate.attempt):
-            store.create(Keys(evidence.run.run_id).late, b"")
+        if (certificate := run_data.certificate) and _is_late(due, run_data.attempts, certificate.attempt):
+            store.create(Keys(run_data.run.run_id).late, b"")
         write_bills(store, due)
 
 

@@ -17,7 +17,7 @@ from spotune.core.store import FOR_VERBS, Store
 from spotune.cost.account import build_accounts, leave_bills
 from spotune.cost.dev_clusters import paid_since
 from spotune.cost.export import indexed_attempts, name_of, run_row, start_of
-from spotune.cost.index import Entry, Index, Key, each, index_file, read_evidence, use_index
+from spotune.cost.index import Index, IndexEntry, Key, each, index_file, read_run_data, use_index
 from spotune.cost.report import build_report, estimates
 from spotune.launch.engine import ACTIVE, JobStatus, PaidInterval, is_infra
 from spotune.launch.plan import BUDGET_FLAG, Plan
@@ -46,7 +46,7 @@ class Failure:
     why: str
 
 
-Found = Entry | Failure | None  # None: there is no such run
+Found = IndexEntry | Failure | None  # None: there is no such run
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def refresh(
     stale = _stale(workspace, index, wanted, known, warn)
     done = 0
     for size, found in _read(workspace, stale, known, now):
-        index.put([one for one in found if isinstance(one, Entry)])
+        index.put([one for one in found if isinstance(one, IndexEntry)])
         for message in (line for one in found for line in _lines(one, indexed)):
             warn(message)
         done += size
@@ -82,7 +82,7 @@ def _lines(found: Found, indexed: set[Key]) -> list[str]:
     match found:
         case Failure(key, why):
             return [f"{key[1]} is {'shown as it was' if key in indexed else 'left out'}: {why}"]
-        case Entry():
+        case IndexEntry():
             return [f"{found.run_id} is shown without one of its records: {line}" for line in found.unread]
     return []
 
@@ -199,7 +199,7 @@ def _read_known(workspace: Workspace, key: Key, job: JobStatus, now: float) -> F
 
 def entry_of(
     store: Store, status: JobStatus, history: Sequence[PaidInterval], stamp: str, is_whole: bool, now: float
-) -> Entry:
+) -> IndexEntry:
     """A run's entry.
 
     ``is_whole``: whether all engines answered, so that what no row was found for has none here.
@@ -213,7 +213,7 @@ def entry_of(
     is_booked = all(attempt["cost_usd"] is not None for attempt in report["attempts"] if attempt["cluster"])
     settled = is_off and (is_whole or is_reconciled) and is_booked and not unread
     totals, attempts = run_row(report), indexed_attempts(report)
-    return Entry(store.url, status.run_id, "" if is_final else stamp, settled, totals, attempts, unread)
+    return IndexEntry(store.url, status.run_id, "" if is_final else stamp, settled, totals, attempts, unread)
 
 
 def report_of(
@@ -221,17 +221,17 @@ def report_of(
 ) -> dict[str, Any]:
     """A run's report, with its ``bucket``; bills that are due are left there on the way."""
     with _one_shape(status.run_id):
-        evidence = read_evidence(store, status.run_id, history, *([_stand_in(status)] if history else []))
-        if history and evidence.run.config_sha256 == GONE and status.state in ACTIVE:
+        run_data = read_run_data(store, status.run_id, history, *([_stand_in(status)] if history else []))
+        if history and run_data.run.config_sha256 == GONE and status.state in ACTIVE:
             gone = (
                 f"{Keys(status.run_id).run}: missing, its folder was removed; what was paid for it is the engine's word"
             )
-            evidence = replace(evidence, unread=[*evidence.unread, gone])
+            run_data = replace(run_data, unread=[*run_data.unread, gone])
         is_heard = not status.reason.startswith(LAST_SEEN)  # else nobody knows whether its machine is still on
-        accounts = build_accounts(evidence, now, status.state if is_heard else None)
-        leave_bills(store, evidence, accounts, is_over=status.state not in ACTIVE)
-        report = build_report(evidence, status.state, now, accounts, is_drawn, is_heard)
-        return {**report, "bucket": store.url, "estimates": estimates(evidence, store.url), "reason": status.reason}
+        accounts = build_accounts(run_data, now, status.state if is_heard else None)
+        leave_bills(store, run_data, accounts, is_over=status.state not in ACTIVE)
+        report = build_report(run_data, status.state, now, accounts, is_drawn, is_heard)
+        return {**report, "bucket": store.url, "estimates": estimates(run_data, store.url), "reason": status.reason}
 
 
 def _stand_in(status: JobStatus) -> RunRecord:
@@ -309,7 +309,7 @@ _LEAST_USD = 1e-9  # less is what sums of cents leave over
 
 
 @dataclass(frozen=True)
-class Left:
+class Remaining:
     """What a month's budget still has, US dollars.
 
     Attributes:
@@ -343,7 +343,7 @@ class Left:
 class Month:
     """The budgets that a run comes out of, and where the run itself stands: its totals in the index, if it is there."""
 
-    left: tuple[Left, ...]
+    left: tuple[Remaining, ...]
     totals: Mapping[str, Any] | None = None
 
     @property
@@ -355,7 +355,7 @@ class Month:
         return (self.totals and self.totals["cost_usd"]) or 0.0
 
     @property
-    def tightest(self) -> Left | None:
+    def tightest(self) -> Remaining | None:
         return min(self.left, key=lambda left: left.usd, default=None)
 
     def wall_usd(self, wanted_usd: float | None) -> float | None:
@@ -448,10 +448,12 @@ def _left(
     month: str,
     spent: Sequence[tuple[Mapping[str, Any], float]],
     promised: Sequence[tuple[Mapping[str, Any], float]],
-) -> Left:
+) -> Remaining:
     kind, _, name = budget.owner.partition(" ")
     promises = [amount for run, amount in promised if run[kind] == name]
-    return Left(budget, month, sum(amount for run, amount in spent if run[kind] == name), sum(promises), len(promises))
+    return Remaining(
+        budget, month, sum(amount for run, amount in spent if run[kind] == name), sum(promises), len(promises)
+    )
 
 
 def _typed(amount_usd: float, places: int) -> str:

@@ -21,10 +21,10 @@ from spotune.core.records import (
     Bill,
     Certificate,
     Commit,
-    Mark,
     PriceRow,
     Record,
     RunRecord,
+    TerminalMarker,
     check_paid,
     read_clusters,
 )
@@ -33,7 +33,7 @@ from spotune.core.store import Store
 from spotune.cost.account import home_of, price_of_part
 from spotune.cost.export import INDEXED as COLUMNS
 from spotune.cost.export import RUN as TOTALS
-from spotune.cost.machines import Evidence
+from spotune.cost.machines import RunData
 from spotune.launch.engine import PaidInterval
 
 # Requests to a bucket, many at a time where each takes its time.
@@ -90,9 +90,9 @@ _FILE = re.compile(r"/attempts/([0-9]{4,})/(attempt|bill|events-0-([0-9]{1,15}))
 Kind = TypeVar("Kind", bound=Record)
 
 
-def read_evidence(
+def read_run_data(
     store: Store, run_id: str, intervals: Sequence[PaidInterval] = (), without: RunRecord | None = None
-) -> Evidence:
+) -> RunData:
     """All that is known of a run. Raises InputError when the bucket has no such run, StoreError when it fails.
 
     A record of an attempt that cannot be read is left out, as if it had never been written, and said in ``unread``.
@@ -110,7 +110,7 @@ def read_evidence(
     wanted = [*names, *commits, *lost, keys.completed, keys.cancelled]
     records = _Records(dict(zip(wanted, each(store.url, partial(_read, store), wanted), strict=True)))
     attempts = records.read(AttemptRecord, (key for key in names if key.endswith("/attempt.json")))
-    return Evidence(
+    return RunData(
         run=run,
         intervals=intervals,
         attempts=attempts,
@@ -119,7 +119,7 @@ def read_evidence(
         certificate=next(iter(records.read(Certificate, [keys.completed])), None),
         bills=records.read(Bill, [*(key for key in names if key.endswith("/bill.json")), *lost]),
         parts={} if run.prices else _parts(store, attempts, records.unread.append),
-        cancelled_at=next((mark.at for mark in records.read(Mark, [keys.cancelled])), None),
+        cancelled_at=next((mark.at for mark in records.read(TerminalMarker, [keys.cancelled])), None),
         unread=records.unread,
     )
 
@@ -212,7 +212,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Entry:
+class IndexEntry:
     """A run's totals and its attempts, as rows of the report.
 
     Attributes:
@@ -260,7 +260,7 @@ class Index:
         found = self._connection.execute("SELECT bucket, run_id, stamp FROM runs WHERE settled")
         return {(bucket, run_id): stamp for bucket, run_id, stamp in found}
 
-    def put(self, entries: Iterable[Entry]) -> None:
+    def put(self, entries: Iterable[IndexEntry]) -> None:
         run_places, places = (", ".join("?" * count) for count in (3 + len(TOTALS), 2 + len(COLUMNS)))
         with self._connection as connection:
             for entry in entries:

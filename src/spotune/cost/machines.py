@@ -18,7 +18,7 @@ from spotune.launch.engine import PaidInterval
 
 
 @dataclass(frozen=True)
-class Evidence:
+class RunData:
     """What the bucket and the engine hold on one run.
 
     Attributes:
@@ -113,7 +113,7 @@ MAX_SKEW_S = 900.0
 
 
 @dataclass(frozen=True)
-class Machine:
+class PaidMachine:
     """A machine that was paid for, an attempt that ran, or, as it should be, both in one.
 
     ``interval`` None: the engine's row is not to be had. ``record`` None: it died before its guard claimed, or its
@@ -129,7 +129,7 @@ class Machine:
 
 def join(
     rows: Iterable[PaidInterval], attempts: Iterable[AttemptRecord], now: float, billed: Iterable[Billed] = ()
-) -> list[Machine]:
+) -> list[PaidMachine]:
     """Every machine, in order of time; an attempt without a row, whose time is by another clock, in order of attempts.
 
     What is ``billed`` is its attempt's, whatever the clocks say. The other rows are paired with the attempts that are
@@ -139,11 +139,11 @@ def join(
     """
     claims = {record.attempt: record for record in attempts}
     of_bills: dict[int, PaidInterval] = {}
-    machines: list[Machine] = []
+    machines: list[PaidMachine] = []
     for its_number, row in billed:
         is_its = bool(its_number) and of_bills.setdefault(its_number, row) is row
         claim = claims.pop(its_number, None) if is_its else None
-        machines.append(Machine(row, claim, its_number if is_its else None, is_billed=True))
+        machines.append(PaidMachine(row, claim, its_number if is_its else None, is_billed=True))
     left = sorted(rows, key=_times)
     open_claims = [claims[its_number] for its_number in sorted(claims)]
     between = [_between(claim.attempt, of_bills) for claim in open_claims]
@@ -158,11 +158,11 @@ def join(
     return _numbered(machines)
 
 
-def _made_by(row: PaidInterval | None, claim: AttemptRecord | None) -> Machine:
-    return Machine(row, claim, claim.attempt if claim else None)
+def _made_by(row: PaidInterval | None, claim: AttemptRecord | None) -> PaidMachine:
+    return PaidMachine(row, claim, claim.attempt if claim else None)
 
 
-def _place_of(claim: AttemptRecord, machines: Sequence[Machine]) -> int:
+def _place_of(claim: AttemptRecord, machines: Sequence[PaidMachine]) -> int:
     """Between the attempts before and after it; among machines there that claimed none, by time."""
     numbers = [machine.attempt or 0 for machine in machines]
     at = max((index + 1 for index, number in enumerate(numbers) if 0 < number < claim.attempt), default=0)
@@ -172,9 +172,9 @@ def _place_of(claim: AttemptRecord, machines: Sequence[Machine]) -> int:
     return at
 
 
-def _numbered(machines: list[Machine]) -> list[Machine]:
+def _numbered(machines: list[PaidMachine]) -> list[PaidMachine]:
     taken = {machine.attempt for machine in machines}
-    numbered: list[Machine] = []
+    numbered: list[PaidMachine] = []
     last = 0
     for index, machine in enumerate(machines):
         later = next((one.attempt for one in machines[index:] if one.attempt), None)
@@ -226,7 +226,7 @@ def _assign(distances: list[list[float | None]]) -> list[tuple[int, int]]:
     return found
 
 
-def _order(machine: Machine) -> tuple[float, float]:
+def _order(machine: PaidMachine) -> tuple[float, float]:
     if machine.interval:
         return _times(machine.interval)
     assert machine.record

@@ -11,7 +11,7 @@ from spotune.core.protocol import NOT_FINITE, as_json, as_number, number
 from spotune.core.records import SCHEMA_VERSION, PriceRow
 from spotune.cost.account import Account, build_accounts, gpu_figures
 from spotune.cost.index import data_rows
-from spotune.cost.machines import PAID_PHASES, Evidence, Phase, Segment, step_of, total
+from spotune.cost.machines import PAID_PHASES, Phase, RunData, Segment, step_of, total
 from spotune.launch.engine import ACTIVE, State
 
 # Long series made short enough to draw, without changing what they say.
@@ -126,18 +126,18 @@ class Rates:
 RATES = {"s3": Rates(0.023, 0.02, 0.09), "gs": Rates(0.020, 0.02, 0.12)}
 
 
-def estimates(evidence: Evidence, bucket: str) -> dict[str, Any]:
+def estimates(run_data: RunData, bucket: str) -> dict[str, Any]:
     """Bytes kept, sent and fetched, and what they cost at most; the dollars are None for a bucket without a price."""
     sent: dict[tuple[int, int], float] = {}
-    for attempt, events in evidence.events.items():
+    for attempt, events in run_data.events.items():
         for event in events:
             if event.get("event") == "commit" and (size := number(event.get("bytes"))) is not None:
                 sent[attempt, step_of(event)] = size
-    kept = {(commit.attempt, commit.step): _size(commit.files) for commit in evidence.commits}
+    kept = {(commit.attempt, commit.step): _size(commit.files) for commit in run_data.commits}
     sent |= kept
-    result = float(_size(evidence.certificate.files)) if evidence.certificate else 0.0
+    result = float(_size(run_data.certificate.files)) if run_data.certificate else 0.0
     fetched = 0.0
-    for events in evidence.events.values():
+    for events in run_data.events.values():
         restored = (str(event.get("commit")) for event in events if event.get("event") == "restored")
         fetched += sum(sent.get(found, 0.0) for key in restored if (found := commit_of(key)))
     stored, moved = sum(kept.values()) + result, sum(sent.values()) + result + fetched
@@ -185,7 +185,7 @@ _GREATEST_LOSS = 1e30  # what can be drawn
 
 
 def build_report(
-    evidence: Evidence,
+    run_data: RunData,
     state: State,
     now: float,
     accounts: Sequence[Account] | None = None,
@@ -199,16 +199,16 @@ def build_report(
         is_drawn: with each attempt's losses and timeline.
         is_heard: whether the state is the engine's word; else nothing is known of the time since the last sign of life.
     """
-    accounts = build_accounts(evidence, now, state) if accounts is None else accounts
-    run = evidence.run
+    accounts = build_accounts(run_data, now, state) if accounts is None else accounts
+    run = run_data.run
     is_over = state not in ACTIVE
-    phases = _phases(evidence, accounts, state if is_heard else None, now)
+    phases = _phases(run_data, accounts, state if is_heard else None, now)
     paid_s = sum(account.paid_s for account in accounts)
     costs = [account.cost_usd for account in accounts if account.cost_usd is not None]
     cost_usd = sum(costs) if costs or not accounts else None
-    done = _steps_done(evidence, accounts)
-    on_demand = _on_demand(evidence.prices, accounts, done)
-    tokens, is_priced = _tokens(evidence), all(account.price for account in accounts)
+    done = _steps_done(run_data, accounts)
+    on_demand = _on_demand(run_data.prices, accounts, done)
+    tokens, is_priced = _tokens(run_data), all(account.price for account in accounts)
     report = {
         "schema_version": SCHEMA_VERSION,
         "run_id": run.run_id,
@@ -235,15 +235,15 @@ def build_report(
         "useful_steps": done,
         "replayed_steps": sum(step.again for account in accounts for step in account.steps),
         "tokens": tokens,
-        "data_rows": data_rows(evidence.events),
-        "weights_sha256": evidence.certificate.weights_sha256 if evidence.certificate else None,
+        "data_rows": data_rows(run_data.events),
+        "weights_sha256": run_data.certificate.weights_sha256 if run_data.certificate else None,
         **gpu_figures(accounts),
         "usd_per_million_tokens": cost_usd / tokens * 1e6 if is_priced and cost_usd is not None and tokens else None,
         "preemptions": preemptions(accounts),
         "unreconciled_s": sum(account.paid_s for account in accounts if account.machine.interval is None),
         "unpriced_s": sum(account.paid_s for account in accounts if account.price is None),
         "reported_at": now,
-        "unread": list(evidence.unread),
+        "unread": list(run_data.unread),
     }
     return {name: rounded(value) for name, value in report.items()}
 
@@ -304,14 +304,14 @@ def _can_be_drawn(loss: float | None) -> bool:
     return loss is not None and abs(loss) < _GREATEST_LOSS
 
 
-def _phases(evidence: Evidence, accounts: Sequence[Account], state: State | None, now: float) -> dict[str, float]:
+def _phases(run_data: RunData, accounts: Sequence[Account], state: State | None, now: float) -> dict[str, float]:
     sums = total([segment for account in accounts for segment in account.segments])
-    return {"queue_s": _queue_s(evidence, accounts, state, now)} | {f"{phase}_s": sums[phase] for phase in PAID_PHASES}
+    return {"queue_s": _queue_s(run_data, accounts, state, now)} | {f"{phase}_s": sums[phase] for phase in PAID_PHASES}
 
 
-def _queue_s(evidence: Evidence, accounts: Sequence[Account], state: State | None, now: float) -> float:
+def _queue_s(run_data: RunData, accounts: Sequence[Account], state: State | None, now: float) -> float:
     """Waiting for a machine, unpaid. A run that stands still until somebody resumes it does not wait for one."""
-    waited, free_at, is_waiting = 0.0, evidence.run.created_at, True
+    waited, free_at, is_waiting = 0.0, run_data.run.created_at, True
     for account in accounts:
         if is_waiting:
             waited += max(0.0, account.span.started_at - free_at)
@@ -319,8 +319,8 @@ def _queue_s(evidence: Evidence, accounts: Sequence[Account], state: State | Non
         is_waiting = not account.stands_still
     if is_waiting and state in ACTIVE and not (accounts and accounts[-1].span.is_open):
         waited += max(0.0, now - free_at)
-    elif is_waiting and state == "CANCELLED" and evidence.cancelled_at is not None:  # before the next machine came
-        waited += max(0.0, evidence.cancelled_at - free_at)
+    elif is_waiting and state == "CANCELLED" and run_data.cancelled_at is not None:  # before the next machine came
+        waited += max(0.0, run_data.cancelled_at - free_at)
     return waited
 
 
@@ -367,21 +367,21 @@ def _nothing(rows: Sequence[PriceRow]) -> dict[str, Any]:
             "instance_type": cheapest.instance_type, "infra": cheapest.infra}  # fmt: skip
 
 
-def _steps_done(evidence: Evidence, accounts: Sequence[Account]) -> int:
+def _steps_done(run_data: RunData, accounts: Sequence[Account]) -> int:
     """Distinct steps completed. Steps begin at 1: a commit of step n speaks for all n, also where events are lost."""
     committed = max((step for account in accounts for step in account.committed), default=0)
-    if evidence.certificate:
-        committed = max(committed, evidence.certificate.step)
+    if run_data.certificate:
+        committed = max(committed, run_data.certificate.step)
     seen = {step.step for account in accounts for step in account.steps}
     return committed + sum(step > committed for step in seen)
 
 
-def _tokens(evidence: Evidence) -> int:
+def _tokens(run_data: RunData) -> int:
     """Tokens trained up to the certified step, else up to the newest commit, else as the events say."""
-    commits = sorted(evidence.commits, key=lambda commit: (commit.attempt, commit.step))
-    if certificate := evidence.certificate:
+    commits = sorted(run_data.commits, key=lambda commit: (commit.attempt, commit.step))
+    if certificate := run_data.certificate:
         commits = [commit for commit in commits if commit.step == certificate.step] or commits
     if commits:
         return commits[-1].tokens
-    counts = [number(event.get("tokens")) for events in evidence.events.values() for event in events]
+    counts = [number(event.get("tokens")) for events in run_data.events.values() for event in events]
     return int(max((count for count in counts if count is not None and count < _MOST_TOKENS), default=0))

@@ -12,22 +12,22 @@ from spotune.core import errors, protocol
 from spotune.core.environment import parse_save_every
 from spotune.core.errors import Fenced, InputError, Misplaced, SpotuneError, StoreError
 from spotune.core.io import failpoint
-from spotune.core.protocol import EndReason, Job, Outcome, asked_for
+from spotune.core.protocol import EndReason, Outcome, WorkerJob, asked_for
 from spotune.core.records import Certificate, Commit, RunRecord
 from spotune.core.revisions import record_history
 from spotune.guard import claim
-from spotune.guard.budget import Wall, read_budget
-from spotune.guard.checkpoints import KEEP, Committer, Handover, Lineage, Retention, seal, sealed
+from spotune.guard.budget import BudgetLimit, read_budget
+from spotune.guard.checkpoints import KEEP, Committer, Lineage, Retention, StagingFolder, seal, sealed
 from spotune.guard.claim import for_people
 from spotune.guard.extras import Extras, rebuild_offline, tracker_environ
 from spotune.guard.finish import certify, copy_output
-from spotune.guard.journal import Context, GpuMeter, Journal, say
+from spotune.guard.journal import Context, GpuMeter, Journal, log
 from spotune.guard.leaving import Notices, Outlook, fits
 from spotune.guard.multinode import Leader, gang_token
 from spotune.guard.ranks import PEER_GRACE_S, Ranks, free_port, upload_stacks, worst
 from spotune.guard.restore import FAULTS, is_second_fault, newest_commit
 from spotune.guard.restore_thread import Ready, Restoring
-from spotune.guard.save_schedule import SPOT, STEADY, Inputs, Pacer, Toll, Wishes
+from spotune.guard.save_schedule import SPOT, STEADY, Inputs, SaveCost, SaveScheduler, Wishes
 from spotune.guard.stalls import Stall, sample_every_s
 from spotune.guard.watchdog import Watchdog
 
@@ -52,21 +52,21 @@ class Watch:
     def __init__(
         self,
         context: Context,
-        job: Job,
+        job: WorkerJob,
         journal: Journal,
         leader: Leader,
         notices: Notices,
-        toll: Toll,
+        save_cost: SaveCost,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._clock = clock
         self.context, self.job, self.journal, self.leader = context, job, journal, leader
-        self.notices, self.toll = notices, toll
+        self.notices, self.save_cost = notices, save_cost
         self.wishes = Wishes(context.folder)
-        self.handover = Handover(context.folder, context.machine.ranks)
+        self.handover = StagingFolder(context.folder, context.machine.ranks)
         self.committer: Committer | None = None
-        self.pacer: Pacer | None = None
-        self.wall = Wall(read_budget(context), journal, toll)
+        self.save_scheduler: SaveScheduler | None = None
+        self.wall = BudgetLimit(read_budget(context), journal, save_cost)
         self._is_stopping = False
         self._fence_at = clock()
         self._greet_at: float | None = clock() + GREET_S
@@ -90,8 +90,8 @@ class Watch:
             if self.leader.notice:
                 self.notices.give(*self.leader.notice)
                 self.leader.notice = None
-            if self.pacer and not self._is_stopping and self.journal.first_step is not None:
-                self.pacer.look()
+            if self.save_scheduler and not self._is_stopping and self.journal.first_step is not None:
+                self.save_scheduler.look()
             if not self._is_stopping and self.wall.look():
                 self._is_stopping = True
                 if self.journal.first_step is None:  # nothing that is not in the bucket already
@@ -172,7 +172,9 @@ class Watch:
             keep_every=int(config.get("keep_every") or 0),
             bad=ready.found.bad,
         )
-        self.committer = Committer(context, lineage, retention, self.journal, self.leader.parts, self.toll, self._clock)
+        self.committer = Committer(
+            context, lineage, retention, self.journal, self.leader.parts, self.save_cost, self._clock
+        )
         self.committer.committed_step = commit.step if commit else 0
         if not (job.save_steps or job.save_seconds or job.save_as_config):
             inputs = Inputs(
@@ -181,8 +183,8 @@ class Watch:
                 spells_s=tuple(context.record.spells_s),
                 prior=SPOT if context.run.use_spot else STEADY,
             )
-            self.pacer = Pacer(inputs, self.toll, self.wishes, self.journal)
-            self.journal.listen(self.pacer.take)
+            self.save_scheduler = SaveScheduler(inputs, self.save_cost, self.wishes, self.journal)
+            self.journal.listen(self.save_scheduler.take)
 
     def _greet(self) -> None:
         """Says where the records are, once it has become clear that there is something to run."""
@@ -190,7 +192,7 @@ class Watch:
             self._greet_at = None
             context = self.context
             place = f"{context.store.url}/{context.keys.root}"
-            say(f"{context.keys.run_id}: attempt {context.attempt} on {context.record.host}, records in {place}")
+            log(f"{context.keys.run_id}: attempt {context.attempt} on {context.record.host}, records in {place}")
 
     def _collect(self) -> None:
         """Hands what the ranks have staged to the committer; raises Fenced when that had to give up for good."""
@@ -208,7 +210,7 @@ class Watch:
         try:
             claim.check_fence(self.context.store, self.context.keys, self.context.attempt)
         except (StoreError, InputError) as error:
-            say(f"cannot look for later attempts now: {error}")
+            log(f"cannot look for later attempts now: {error}")
 
     def _is_bucket_away(self) -> bool:
         return self.committer is not None and self.committer.away_s > self.context.patience_s
@@ -219,10 +221,10 @@ class Watch:
         source, left_s = self.notices.source, self.notices.left_s
         self.journal.write("notice", source=source, grace_s=round(left_s, 1))
         if self.journal.progress.phase == "teardown":
-            say(f"{source}: all steps are made, the result is on its way")
+            log(f"{source}: all steps are made, the result is on its way")
             return True
         decision = fits(self._outlook(left_s))
-        say(f"{source}: {decision.reason}")
+        log(f"{source}: {decision.reason}")
         if decision.action == "save":
             self.wishes.ask_to_stop()
             return True
@@ -231,7 +233,7 @@ class Watch:
 
     def _outlook(self, left_s: float) -> Outlook:
         """What is known about one more save."""
-        measured, committer = self.toll.record, self.committer
+        measured, committer = self.save_cost.record, self.committer
         safe = max([0, *(staged.step for staged in self.handover.taken)])
         done = 0 if self.journal.first_step is None else self.journal.progress.step
         under_way = committer.under_way if committer else None
@@ -269,8 +271,8 @@ class Attempt:
         self.context, self.notices, self._clock = context, notices, clock
         shutil.rmtree(context.folder, ignore_errors=True)
         (context.folder / protocol.STAGED).mkdir(parents=True)
-        log = protocol.events_path(context.folder, 0)
-        self.journal = Journal(context.store, context.keys, context.attempt, log, context.status_file)
+        events_log = protocol.events_path(context.folder, 0)
+        self.journal = Journal(context.store, context.keys, context.attempt, events_log, context.status_file)
         size = context.machine.world_size
         self.journal.write("start", attempt=context.attempt, host=context.record.host, world_size=size)
         token = gang_token(context.keys.run_id, context.environ.get("SKYPILOT_TASK_ID", ""))
@@ -297,7 +299,7 @@ class Attempt:
         if code in (errors.FAILED, errors.BAD_INPUT):
             self._mark_failed(code, message)
         if message:
-            say(message, bare=True)
+            log(message, bare=True)
         self._ending = code, reason, message
         self._close(code, reason, message)
         return code
@@ -308,7 +310,7 @@ class Attempt:
         What the main thread has decided stands. No call to the bucket is waited for longer than ``HANGING_S``.
         """
         code, reason = self._stalled_end()
-        say(message, bare=True)
+        log(message, bare=True)
         self.journal.write("end", reason=reason, exit_code=code, step=self.journal.progress.step, message=message)
         within(HANGING_S, lambda: self._record_stalled(code, message), None)
         self.leader.close(code)
@@ -342,16 +344,16 @@ class Attempt:
     def _train(self) -> Ending:
         context = self.context
         self._newest = newest_commit(context.store, context.keys)
-        toll = Toll(self._newest.saving if self._newest else None)
-        self.journal.listen(toll.take)
+        save_cost = SaveCost(self._newest.saving if self._newest else None)
+        self.journal.listen(save_cost.take)
         with for_people(context.keys):
             history = record_history(context.store, context.keys)
         job = make_job(context, self._newest, history)
         protocol.write_json(context.folder / protocol.JOB, job)
-        watch = self.watch = Watch(context, job, self.journal, self.leader, self.notices, toll)
+        watch = self.watch = Watch(context, job, self.journal, self.leader, self.notices, save_cost)
         uploading, is_leaving = lambda: watch.uploading, lambda: self.notices.given
         dog = self.watchdog = Watchdog(
-            context, self.journal, self.leader, toll, uploading, is_leaving, self.end_stalled
+            context, self.journal, self.leader, save_cost, uploading, is_leaving, self.end_stalled
         )
         trackers, port = tracker_environ(context.run, context.environ), free_port()
         sample_s = sample_every_s(dog.floor_s) if dog.floor_s else 0.0
@@ -398,7 +400,7 @@ class Attempt:
         self.journal.write("phase", phase="teardown")
         certificate = self._certify(outcome.step)
         self._is_certified = True
-        say(f"{context.keys.run_id} is certified at step {certificate.step}: weights {certificate.weights_sha256[:16]}")
+        log(f"{context.keys.run_id} is certified at step {certificate.step}: weights {certificate.weights_sha256[:16]}")
         if output_dir := context.run.config.get("output_dir"):
             self._copy_output(Path(output_dir))
         rebuild_offline(context.store, context.keys, context.run, context.environ)
@@ -419,7 +421,7 @@ class Attempt:
                 if is_over or isinstance(error, Misplaced):  # time does not mend that: people have to
                     kind = Misplaced if isinstance(error, Misplaced) else StoreError
                     raise kind(f"{error}; all {step} steps are made, the result is not in the bucket") from error
-                say(f"the result is not certified yet: {error}")
+                log(f"the result is not certified yet: {error}")
                 self.notices.wait(min(CERTIFY_PAUSE_S, self.notices.left_s))
 
     def _copy_output(self, target: Path) -> None:
@@ -427,7 +429,7 @@ class Attempt:
             copy_output(self.context.folder, target, self.context.keys.run_id)
         except OSError as error:
             place = f"{self.context.store.url}/{self.context.keys.output}"
-            say(f"output_dir {target}: the result is in {place}, not copied: {error}")
+            log(f"output_dir {target}: the result is in {place}, not copied: {error}")
 
     def _pause(self, watch: Watch) -> Ending:
         """The mark comes first: where it cannot be left, the next attempt has to find the wall again."""
@@ -444,7 +446,7 @@ class Attempt:
         try:
             self._leave_mark(self.context.keys.failed, code, message, step)
         except SpotuneError as error:
-            say(str(error))
+            log(str(error))
 
     def _leave_mark(self, key: str, code: int, reason: str, step: int) -> None:
         context = self.context
@@ -460,7 +462,7 @@ class Attempt:
         try:
             self.journal.close()
         except SpotuneError as error:
-            say(f"the last events are not recorded: {error}")
+            log(f"the last events are not recorded: {error}")
         self.leader.close(code)
         if self.watchdog:
             self.watchdog.close(code)
@@ -477,7 +479,7 @@ def within(seconds: float, work: Callable[[], Result], otherwise: Result) -> Res
         try:
             results.append(work())
         except (SpotuneError, OSError) as error:
-            say(str(error))
+            log(str(error))
 
     thread = threading.Thread(target=run, name="end", daemon=True)
     thread.start()
@@ -485,7 +487,7 @@ def within(seconds: float, work: Callable[[], Result], otherwise: Result) -> Res
     return results[0] if results else otherwise
 
 
-def make_job(context: Context, newest: Commit | None, history: Sequence[RunRecord]) -> Job:
+def make_job(context: Context, newest: Commit | None, history: Sequence[RunRecord]) -> WorkerJob:
     """What the ranks are told; the newest commit says how the run was made so far."""
     config = context.run.config
     made_with = [record.config for record in history if newest and record.config_sha256 == newest.config_sha256]
@@ -493,7 +495,7 @@ def make_job(context: Context, newest: Commit | None, history: Sequence[RunRecor
     is_kept = not made_with or all(config.get(key) == made_with[-1].get(key) for key in BATCH)
     save_every = parse_save_every(context.run.save_every)
     is_fixed = bool(save_every.steps or save_every.seconds)
-    return Job(
+    return WorkerJob(
         run_id=context.keys.run_id,
         attempt=context.attempt,
         config=config,

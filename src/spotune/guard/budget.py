@@ -20,9 +20,9 @@ from spotune.core.keys import Keys, attempt_number
 from spotune.core.money import HOUR_S, WARN_AT, claimed_place, price_of, usd
 from spotune.core.records import AttemptRecord, Bill, Record, RunRecord, check_paid
 from spotune.core.store import Store
-from spotune.guard.journal import Context, Journal, say
+from spotune.guard.journal import Context, Journal, log
 from spotune.guard.restore import last_event
-from spotune.guard.save_schedule import Toll
+from spotune.guard.save_schedule import SaveCost
 
 KERNEL = Path("/proc")
 Kind = TypeVar("Kind", bound=Record)
@@ -61,13 +61,13 @@ class Budget:
         return self.spent_usd(now + stop_s) >= self.limit_usd
 
 
-class Wall:
+class BudgetLimit:
     """Looks at the budget while training runs; ``reached`` once it has said that training has to stop."""
 
     def __init__(
-        self, budget: Budget | None, journal: Journal, toll: Toll, clock: Callable[[], float] = time.time
+        self, budget: Budget | None, journal: Journal, save_cost: SaveCost, clock: Callable[[], float] = time.time
     ) -> None:
-        self._budget, self._journal, self._toll, self._clock = budget, journal, toll, clock
+        self._budget, self._journal, self._save_cost, self._clock = budget, journal, save_cost, clock
         self._is_low_said = False
         self.reached = False
 
@@ -80,8 +80,8 @@ class Wall:
             self._is_low_said = True
             spent_usd = budget.spent_usd(now)
             self._journal.write("budget", spent_usd=round(spent_usd, 6), budget_usd=budget.limit_usd)
-            say(f"{spent_usd / budget.limit_usd:.0%} of {budget} used up")
-        measured = self._toll.record
+            log(f"{spent_usd / budget.limit_usd:.0%} of {budget} used up")
+        measured = self._save_cost.record
         stop_s = sum(measured.get(name, 0.0) for name in ("step_s", "stall_s", "write_s", "send_s"))
         self.reached = budget.is_used_up(now, stop_s)
         return self.reached
@@ -160,7 +160,7 @@ def _read(store: Store, kind: type[Kind], key: str) -> Kind | None:
         check_paid(record, key)
         return record
     except BadRecord as error:
-        say(f"left out of the budget: {error}")
+        log(f"left out of the budget: {error}")
         return None
 
 

@@ -17,9 +17,9 @@ from spotune.core.protocol import STAGED, TRAINER, Staged
 from spotune.core.records import Commit, RunRecord
 from spotune.core.store import Store
 from spotune.guard.claim import check_fence
-from spotune.guard.journal import Context, Journal, say
+from spotune.guard.journal import Context, Journal, log
 from spotune.guard.restore import list_commits
-from spotune.guard.save_schedule import Toll
+from spotune.guard.save_schedule import SaveCost
 
 # Checkpoints that pass from the ranks of this machine to the guard: complete, sealed, and findable after a crash.
 #
@@ -29,7 +29,7 @@ from spotune.guard.save_schedule import Toll
 SEALED = "sealed"
 
 
-class Handover:
+class StagingFolder:
     """What the ``ranks`` processes of one machine stage in an exchange folder; ``taken``: all of it so far."""
 
     def __init__(self, folder: Path, ranks: int) -> None:
@@ -59,7 +59,7 @@ class Handover:
         try:
             parts = [self._read_part(step, paths[rank]) for rank in sorted(paths)]
         except (Damaged, InfraError) as error:
-            say(f"the checkpoint of step {step} is not committed: {error}")
+            log(f"the checkpoint of step {step} is not committed: {error}")
             return None
         files: dict[str, dict[str, Any]] = {}
         for part in parts:
@@ -227,7 +227,7 @@ class Uploader:
             except (SpotuneError, OSError) as error:
                 self.error = error if isinstance(error, SpotuneError) else StoreError(str(error))
                 self._failing_since = self._failing_since or began_at
-                say(f"step {staged.step} is not committed yet: {self.error}")
+                log(f"step {staged.step} is not committed yet: {self.error}")
             pause_s = self._pauses_s[min(failures, len(self._pauses_s) - 1)]
             failures += 1
             with self._changed:
@@ -395,11 +395,11 @@ class Committer(Uploader):
         retention: Retention,
         journal: Journal,
         parts: Callable[[int], dict[str, Any]],
-        toll: Toll,
+        save_cost: SaveCost,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._context, self._lineage, self._retention, self._journal = context, lineage, retention, journal
-        self._parts, self._toll = parts, toll
+        self._parts, self._save_cost = parts, save_cost
         self.committed_step = 0
         super().__init__(self._commit, clock)
 
@@ -408,7 +408,9 @@ class Committer(Uploader):
         context = self._context
         staged = seal(context.folder, staged, context.run.config_sha256, context.run.revision)
         failpoint("staged")
-        commit = commit_checkpoint(context.store, context.keys, self._lineage, staged, self._parts, self._toll.record)
+        commit = commit_checkpoint(
+            context.store, context.keys, self._lineage, staged, self._parts, self._save_cost.record
+        )
         self._lineage = replace(self._lineage, ordinal=commit.ordinal)
         self.committed_step = staged.step
         size = sum(int(file["size"]) for file in commit.files.values())
@@ -423,7 +425,7 @@ class Committer(Uploader):
         try:
             self._retention.tidy(staged.best_step)
         except StoreError as error:  # tidying can wait; the checkpoint is safe
-            say(f"old checkpoints are not removed yet: {error}")
+            log(f"old checkpoints are not removed yet: {error}")
 
 
 def drop_older(trainer: Path, staged: Staged) -> None:

@@ -19,7 +19,7 @@ from spotune.core.environment import SAVE_EVERY, STALL_AFTER, RunEnvironment, pa
 from spotune.core.errors import BadRecord, Fenced, InputError, Misplaced, StoreError, refuse
 from spotune.core.fingerprint import data_files, data_sha256, model_files, model_sha256
 from spotune.core.keys import MOST_ATTEMPTS, Keys, attempt_number, check_run_id, new_run_id, plain
-from spotune.core.records import AttemptRecord, Mark, RunRecord, fingerprint, read_mark
+from spotune.core.records import AttemptRecord, RunRecord, TerminalMarker, fingerprint, read_mark
 from spotune.core.revisions import (
     FLAG,
     changed_files,
@@ -32,14 +32,14 @@ from spotune.core.revisions import (
     write_revision,
 )
 from spotune.core.store import Store
-from spotune.guard.journal import Machine, say
+from spotune.guard.journal import Node, log
 from spotune.guard.restore import last_event
 
 # May this attempt run at all, and as what: its marks, its data and model, and the claim of an attempt number.
 
 
 @dataclass(frozen=True)
-class Request:
+class RunRequest:
     """What the command line asked for; once ``run.json`` exists it counts only where a change is allowed."""
 
     config_path: str
@@ -49,7 +49,7 @@ class Request:
     allow_env: tuple[str, ...] = ()
 
 
-def choose_run_id(env: RunEnvironment, machine: Machine, request: Request) -> str:
+def choose_run_id(env: RunEnvironment, machine: Node, request: RunRequest) -> str:
     """The run's id: given, or of the managed job (stable over recoveries), or new for a run by hand."""
     if env.run_id:
         return check_run_id(env.run_id, "SPOTUNE_RUN_ID")
@@ -63,11 +63,11 @@ def choose_run_id(env: RunEnvironment, machine: Machine, request: Request) -> st
 def standing_verdict(store: Store, keys: Keys) -> int | None:
     """The exit code of a run that has ended already, None for one that may go on."""
     if store.exists(keys.completed):
-        say(f"{keys.run_id} is finished and certified already")
+        log(f"{keys.run_id} is finished and certified already")
         return errors.SUCCEEDED
     for key in (keys.failed, keys.cancelled, keys.paused):
         if mark := read_mark(store, key):
-            say(
+            log(
                 f"{keys.run_id} stands still since attempt {mark.attempt}: {mark.reason} (spotune resume {keys.run_id})"
             )
             return mark.exit_code
@@ -106,9 +106,7 @@ def _remedy(run: RunRecord) -> str:
     return f"put it back, or spotune resume {run.run_id} {FLAG}"
 
 
-def claim_attempt(
-    store: Store, keys: Keys, machine: Machine, at_least: int = 1, gpu_share: float = 0.0
-) -> AttemptRecord:
+def claim_attempt(store: Store, keys: Keys, machine: Node, at_least: int = 1, gpu_share: float = 0.0) -> AttemptRecord:
     """Claims the next attempt number, create-only: of two machines only one gets it, the other the next.
 
     Args:
@@ -145,7 +143,7 @@ def claim_attempt(
             ):
                 return record
         except Misplaced as error:  # a link or a file in the place of the attempt's folder
-            say(f"attempt {attempt} cannot be claimed, the next one is: {error}")
+            log(f"attempt {attempt} cannot be claimed, the next one is: {error}")
 
 
 def earlier_spells(store: Store, keys: Keys, attempt: int) -> list[float]:
@@ -157,7 +155,7 @@ def earlier_spells(store: Store, keys: Keys, attempt: int) -> list[float]:
         data = store.read(keys.attempt(attempt)) if attempt else None
         record = AttemptRecord.from_bytes(data, keys.attempt(attempt)) if data is not None else None
     except BadRecord as error:
-        say(f"how long earlier machines lasted is not known: {error}")
+        log(f"how long earlier machines lasted is not known: {error}")
         return []
     if record is None:
         return []
@@ -182,7 +180,7 @@ def check_fence(store: Store, keys: Keys, attempt: int) -> None:
 def leave_mark(store: Store, key: str, run_id: str, attempt: int, **facts: Any) -> None:
     """Writes ``failed.json`` or its like, once; ``facts``: reason, exit_code, step."""
     facts["reason"] = plain(facts["reason"])  # it may name a file whose name is not UTF-8
-    store.create(key, Mark(run_id=run_id, attempt=attempt, at=time.time(), **facts).to_bytes())
+    store.create(key, TerminalMarker(run_id=run_id, attempt=attempt, at=time.time(), **facts).to_bytes())
 
 
 # The record that an attempt goes by: as submitted or revised; made here for a run that was started by hand.
@@ -190,7 +188,7 @@ def leave_mark(store: Store, key: str, run_id: str, attempt: int, **facts: Any) 
 # Once there is one, CONFIG is not followed. ``--allow-config-change`` follows it all the same, by a revision.
 
 
-def read_or_create_run(store: Store, keys: Keys, env: RunEnvironment, request: Request) -> RunRecord:
+def read_or_create_run(store: Store, keys: Keys, env: RunEnvironment, request: RunRequest) -> RunRecord:
     """The record in force; a run that was started by hand or by a bare ``sky`` gets its ``run.json`` here.
 
     Raises InputError when a config that counts is wrong.
@@ -230,7 +228,7 @@ def _check_config(run: RunRecord) -> None:
     refuse(where, ((f"config.{fault.key}", fault.what, FLAG) for fault in faults))
 
 
-def _new_run(store: Store, keys: Keys, env: RunEnvironment, request: Request) -> RunRecord:
+def _new_run(store: Store, keys: Keys, env: RunEnvironment, request: RunRequest) -> RunRecord:
     path = request.config_path or env.config
     if not path:
         raise InputError("command line", "no config", remedy="python -m spotune.sft CONFIG")
@@ -272,7 +270,7 @@ def _code(store: Store, keys: Keys) -> dict[str, object]:
     return facts if isinstance(facts, dict) else {}
 
 
-def _as_asked(store: Store, run: RunRecord, env: RunEnvironment, request: Request) -> RunRecord:
+def _as_asked(store: Store, run: RunRecord, env: RunEnvironment, request: RunRequest) -> RunRecord:
     """What the command line asks for now; without a CONFIG on it, the config in force with its overrides on top."""
     if request.config_path or env.config:
         return _new_run(store, Keys(run.run_id), env, request)
@@ -306,11 +304,11 @@ def _follow(store: Store, keys: Keys, run: RunRecord, wanted: RunRecord, env: Ru
     check_length(store, keys, revision)
     revision = replace(revision, allowed=change.bound)
     write_revision(store, keys, revision)
-    say(f"{keys.run_id}, revision {revision.revision}: {change.as_followed()}")
+    log(f"{keys.run_id}, revision {revision.revision}: {change.as_followed()}")
     return revision
 
 
-def _say_what_is_not_followed(run: RunRecord, env: RunEnvironment, request: Request) -> None:
+def _say_what_is_not_followed(run: RunRecord, env: RunEnvironment, request: RunRequest) -> None:
     """One line where CONFIG now says something else than the record in force; none where it cannot be read."""
     path = request.config_path or env.config or run.config_path
     profile, default, overrides = request.profile, env.profile, request.overrides or run.overrides
@@ -324,4 +322,4 @@ def _say_what_is_not_followed(run: RunRecord, env: RunEnvironment, request: Requ
     if changes:
         way = f"spotune cancel {run.run_id}, then spotune train {path} --name {run.run_id}" if run.infra else FLAG
         listed = "; ".join(map(str, changes))
-        say(f"{path} is not followed, the run goes on as it was submitted: {listed} (to follow it: {way})")
+        log(f"{path} is not followed, the run goes on as it was submitted: {listed} (to follow it: {way})")

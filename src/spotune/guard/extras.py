@@ -27,8 +27,8 @@ from spotune.core.protocol import (
     MERGED,
     OUTPUT,
     PUSH,
-    Answer,
     ExtraJob,
+    ExtraResult,
     Pushed,
     answer_path,
     asked_for,
@@ -43,10 +43,10 @@ from spotune.core.store import Store
 from spotune.guard import ranks
 from spotune.guard.claim import check_fence, check_model
 from spotune.guard.finish import certificate_of, fetch_result, send, weights_of
-from spotune.guard.journal import Context, Journal, say
+from spotune.guard.journal import Context, Journal, log
 from spotune.guard.leaving import Notices, is_person
 from spotune.guard.ranks import collect_stacks, upload_stacks, worker_command
-from spotune.guard.stalls import Budgets, Sample, SeenTime, Stalls, boot_time, sample_every_s
+from spotune.guard.stalls import Sample, SeenTime, StallLimits, Stalls, boot_time, sample_every_s
 
 # The process that does one extra: started, watched and ended by the guard, like a rank.
 
@@ -63,7 +63,7 @@ def run_extra(
     fault: Callable[[int], str] = lambda pid: "",
     timeout_s: float = TIMEOUT_S,
     clock: Callable[[], float] = time.monotonic,
-) -> Answer:
+) -> ExtraResult:
     """Runs ``python -m spotune.sft.extras NAME FOLDER`` to its end; whatever ``wait`` raises ends it at once.
 
     ``fault``: what is wrong with the process of that id; empty where nothing is.
@@ -79,9 +79,9 @@ def run_extra(
     try:
         while process.poll() is None:
             if clock() > deadline:
-                return Answer(False, f"not done after {timeout_s:.0f} s")
+                return ExtraResult(False, f"not done after {timeout_s:.0f} s")
             if what := fault(process.pid):
-                return Answer(False, what)
+                return ExtraResult(False, what)
             wait(POLL_S)
     finally:
         _kill(process)
@@ -89,18 +89,18 @@ def run_extra(
         return answer
     code = process.returncode
     died = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return Answer(False, f"its process {died} without a word")
+    return ExtraResult(False, f"its process {died} without a word")
 
 
-def _read_answer(folder: Path, name: str) -> Answer | None:
+def _read_answer(folder: Path, name: str) -> ExtraResult | None:
     """The process's answer, None where it left none; a damaged one means that it is not done."""
     path = answer_path(folder, name)
     try:
-        answer = load_as(path, Answer)
+        answer = load_as(path, ExtraResult)
     except (Damaged, InfraError) as error:
-        return Answer(False, f"its process left a damaged {path.name}: {error}")
+        return ExtraResult(False, f"its process left a damaged {path.name}: {error}")
     if missing := [fact for fact in FACTS[name] if answer and answer.done and fact not in answer.facts]:
-        return Answer(False, f"its process left a damaged {path.name}: facts: {missing[0]}: missing")
+        return ExtraResult(False, f"its process left a damaged {path.name}: facts: {missing[0]}: missing")
     return answer
 
 
@@ -133,7 +133,7 @@ class ExtraWatch:
     ) -> None:
         self._context = context
         self._floor_s = parse_stall_after(context.run.stall_after)
-        self._stalls = Stalls(Budgets(self._floor_s, context.patience_s))
+        self._stalls = Stalls(StallLimits(self._floor_s, context.patience_s))
         self._stalls.take({"event": "phase", "phase": "extra"})
         self._time = SeenTime(clock, boot)
         self._sampled_s: float | None = None
@@ -172,19 +172,19 @@ class TakenAway(Exception):
     """The machine goes: what has no mark yet is left to the next attempt."""
 
 
-class Debt(NamedTuple):
+class PendingExtras(NamedTuple):
     """What a certified run owes, by name."""
 
     run: RunRecord
     names: tuple[str, ...]
 
 
-def debt_of(store: Store, keys: Keys) -> Debt | None:
+def debt_of(store: Store, keys: Keys) -> PendingExtras | None:
     """The extras that the config of a certified run asks for and that have no mark, None when there is none."""
     run = record_in_force(store, keys)
     marks = {MERGE: keys.merge_completed, PUSH: keys.pushed}
     names = tuple(name for name in asked_for(run.config) if not store.exists(marks[name])) if run else ()
-    return Debt(run, names) if run and names else None
+    return PendingExtras(run, names) if run and names else None
 
 
 class Extras:
@@ -210,11 +210,11 @@ class Extras:
                 self._fetch()
                 self._merge() if name == MERGE else self._push()
             except TakenAway:
-                say(f"{CONFIG_KEYS[name]} is owed: the machine goes; the next attempt does it")
+                log(f"{CONFIG_KEYS[name]} is owed: the machine goes; the next attempt does it")
                 return False
             except Fenced as fenced:
                 self.failures.append(str(fenced))
-                say(f"{CONFIG_KEYS[name]}: {fenced}")
+                log(f"{CONFIG_KEYS[name]}: {fenced}")
                 return True
             except (SpotuneError, OSError) as error:
                 self._owe(CONFIG_KEYS[name], error)
@@ -223,7 +223,7 @@ class Extras:
     def _owe(self, key: str, error: Exception) -> None:
         again = f"{BUCKET}={self.context.store.url} {RUN_ID}={self.context.keys.run_id} python -m spotune.sft"
         self.failures.append(f"{key} is owed: {error}")
-        say(f"{self.failures[-1]}; the run is finished all the same, and this does what is owed: {again}")
+        log(f"{self.failures[-1]}; the run is finished all the same, and this does what is owed: {again}")
 
     def _fetch(self) -> None:
         """Brings the certified result to this machine where it is not the one that made it."""
@@ -253,7 +253,7 @@ class Extras:
             return certificate_of(keys, context.attempt, self.certificate.step, weights, files)
 
         self._mark(keys.merge_completed, self._patiently(upload))
-        say(f"merged model: {context.store.url}/{keys.merged}: {facts['check']}")
+        log(f"merged model: {context.store.url}/{keys.merged}: {facts['check']}")
 
     def _push(self) -> None:
         facts = self._process(PUSH)
@@ -267,7 +267,7 @@ class Extras:
             at=time.time(),
         )
         self._mark(self.context.keys.pushed, record)
-        say(f"pushed to the hub: {record.url}")
+        log(f"pushed to the hub: {record.url}")
 
     def _process(self, name: str) -> dict[str, str]:
         """What the process that does the extra says of it. Raises SpotuneError, with its reason, when it failed."""
@@ -301,7 +301,7 @@ class Extras:
             except StoreError as error:
                 if self._clock() > deadline or isinstance(error, Misplaced):
                     raise
-                say(f"tried again in {PAUSE_S:.0f} s: {error}")
+                log(f"tried again in {PAUSE_S:.0f} s: {error}")
                 self._wait(PAUSE_S)
 
     def _wait(self, seconds: float) -> None:
@@ -316,7 +316,7 @@ class Extras:
         if not self._is_notice_said:
             self._is_notice_said = True
             self.journal.write("notice", source=source, grace_s=round(left_s, 1))
-            say(f"{source}: the result is certified, extras go on while there is time")
+            log(f"{source}: the result is certified, extras go on while there is time")
         if is_person(source) or left_s < LEAVE_S:
             raise TakenAway
 
@@ -328,17 +328,17 @@ def finish_owed(context: Context, notices: Notices, owed: tuple[str, ...]) -> in
     """Does what is owed; returns 0, however that went, or 75 when the machine goes before it is through."""
     keys, folder = context.keys, context.folder
     named = ", ".join(CONFIG_KEYS[name] for name in owed)
-    say(f"{keys.run_id} owes {named}: attempt {context.attempt} does that alone")
+    log(f"{keys.run_id} owes {named}: attempt {context.attempt} does that alone")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
         shown = _shown(context)
         certificate = Certificate.from_bytes(context.store.read(keys.completed) or b"", keys.completed)
     except SpotuneError as error:
-        say(f"{named}: still owed: {error}")
+        log(f"{named}: still owed: {error}")
         return errors.SUCCEEDED
-    log = protocol.events_path(folder, 0)
-    journal = Journal(context.store, keys, context.attempt, log, context.status_file, shown)
+    events_log = protocol.events_path(folder, 0)
+    journal = Journal(context.store, keys, context.attempt, events_log, context.status_file, shown)
     journal.write("start", attempt=context.attempt, host=context.record.host, world_size=context.machine.world_size)
     journal.write("phase", phase="teardown")
     extras = Extras(context, certificate, notices, journal)
@@ -349,7 +349,7 @@ def finish_owed(context: Context, notices: Notices, owed: tuple[str, ...]) -> in
     try:
         journal.close()
     except SpotuneError as error:
-        say(f"the last events are not recorded: {error}")
+        log(f"the last events are not recorded: {error}")
     shutil.rmtree(folder, ignore_errors=True)
     return code
 
@@ -390,15 +390,15 @@ def rebuild_offline(store: Store, keys: Keys, run: RunRecord, environ: Mapping[s
             done = subprocess.run(command, capture_output=True, text=True, timeout=REBUILD_S, env=dict(environ))
             if done.returncode:
                 reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-                say(f"wandb's offline run is not written: {reason}")
+                log(f"wandb's offline run is not written: {reason}")
                 return
             files = [path for path in (folder / "wandb").rglob("*") if path.is_file() and not path.is_symlink()]
             for path in files:
                 store.upload(path, f"{keys.root}/{path.relative_to(folder).as_posix()}")
         except (subprocess.TimeoutExpired, StoreError, OSError) as error:
-            say(f"wandb's offline run is not written: {error}")
+            log(f"wandb's offline run is not written: {error}")
             return
-    say(f"wandb, offline: {store.url}/{keys.root}/wandb (wandb sync <a copy of offline-run-*>)")
+    log(f"wandb, offline: {store.url}/{keys.root}/wandb (wandb sync <a copy of offline-run-*>)")
 
 
 def surviving_logs(store: Store, keys: Keys) -> list[dict[str, object]]:

@@ -28,7 +28,7 @@ from spotune.core.store import Store
 
 
 @dataclass(frozen=True)
-class Machine:
+class Node:
     """One node of an attempt.
 
     Attributes:
@@ -56,7 +56,7 @@ class Machine:
         return self.num_nodes * self.ranks
 
     @classmethod
-    def read(cls, environ: Mapping[str, str], num_processes: int | None = None) -> "Machine":
+    def read(cls, environ: Mapping[str, str], num_processes: int | None = None) -> "Node":
         """Reads the environment. ``num_processes``: ranks on all machines, as ``accelerate launch`` means it."""
         cluster = _json_object(environ.get("SKYPILOT_CLUSTER_INFO", ""))
         num_nodes = int(environ.get("SKYPILOT_NUM_NODES") or 1)
@@ -134,7 +134,7 @@ class Context:
     keys: Keys
     run: RunRecord
     record: AttemptRecord
-    machine: Machine
+    machine: Node
     environ: Mapping[str, str]
     scratch: Path
     cache: Path
@@ -157,7 +157,7 @@ class Context:
 # One line for people, which never gets in the way: after a SIGTERM stdout may be gone.
 
 
-def say(text: str, bare: bool = False) -> None:
+def log(text: str, bare: bool = False) -> None:
     """Prints to stderr; ``bare`` for an error, whose line begins with where it is."""
     try:
         print(text if bare else f"[spotune] {text}", file=sys.stderr, flush=True)
@@ -250,14 +250,14 @@ class Journal:
                     self._beat()
             except SpotuneError as error:
                 self._flushed_at = self._beat_at = now
-                say(f"progress is not reported for now: {error}")
+                log(f"progress is not reported for now: {error}")
 
     def _read_worker(self) -> int:
         """Takes the worker's complete new lines; an unfinished last line waits for its end."""
         try:
-            with open(self._worker_log, "rb") as log:
-                log.seek(self._offset)
-                data = log.read()
+            with open(self._worker_log, "rb") as events_log:
+                events_log.seek(self._offset)
+                data = events_log.read()
         except FileNotFoundError:
             return 0
         whole = data[: data.rfind(b"\n") + 1]
@@ -304,7 +304,7 @@ class Journal:
             part.write_text(json.dumps(asdict(self._shown)))
             part.replace(path)
         except OSError as error:  # the bucket has it too
-            say(f"status file {path}: {error}")
+            log(f"status file {path}: {error}")
             self._status_file = ""
 
     def _flush(self) -> None:
@@ -371,7 +371,7 @@ class GpuMeter:
             except subprocess.TimeoutExpired:  # a busy machine: the next sample may come in time
                 continue
             except (OSError, subprocess.SubprocessError) as error:
-                say(f"GPUs are not measured: {error}")
+                log(f"GPUs are not measured: {error}")
                 return
             if sample := read_sample(done.stdout):
                 self._journal.write("gpu", **sample)

@@ -24,16 +24,16 @@ from spotune.core.keys import Keys, clock_fault
 from spotune.core.protocol import Staged
 from spotune.core.records import Commit
 from spotune.core.revisions import FLAG
-from spotune.core.store import Patience, Store
+from spotune.core.store import RetryPolicy, Store
 from spotune.guard import claim
 from spotune.guard.attempt import Attempt
-from spotune.guard.checkpoints import Handover, Uploader, drop_older, seal, upload_checkpoint
+from spotune.guard.checkpoints import StagingFolder, Uploader, drop_older, seal, upload_checkpoint
 from spotune.guard.claim import read_or_create_run
 from spotune.guard.extras import debt_of, finish_owed
-from spotune.guard.journal import Context, Machine, say
+from spotune.guard.journal import Context, Node, log
 from spotune.guard.leaving import Notices, departure, stay_until_killed
 from spotune.guard.multinode import Line, gang_token, join
-from spotune.guard.notice_sources import Watcher, sources_for
+from spotune.guard.notice_sources import NoticeWatcher, sources_for
 from spotune.guard.ranks import Ranks, collect_stacks, upload_stacks, work_of
 from spotune.guard.restore import BadCheckpoint, download_checkpoint
 
@@ -44,7 +44,7 @@ END_S = 900.0  # the leader uploads and certifies the result after the ranks hav
 class Follower:
     """One node's part of an attempt; ``run`` returns the exit code that the leader says."""
 
-    def __init__(self, store: Store, keys: Keys, machine: Machine, scratch: Path, notices: Notices) -> None:
+    def __init__(self, store: Store, keys: Keys, machine: Node, scratch: Path, notices: Notices) -> None:
         self.store, self.keys, self.machine, self.notices = store, keys, machine, notices
         self.scratch = scratch
 
@@ -54,10 +54,10 @@ class Follower:
         shutil.rmtree(self.scratch, ignore_errors=True)
         folder = self.scratch / f"{job.attempt:04d}"
         (folder / protocol.STAGED).mkdir(parents=True)
-        say(f"node {self.machine.node_rank} follows attempt {job.attempt}")
+        log(f"node {self.machine.node_rank} follows attempt {job.attempt}")
         protocol.write_json(folder / protocol.JOB, job)
         protocol.write_json(folder / protocol.CONTROL, {"stop": False, "save": 0})
-        machine = Machine.read(environ, job.config.get("num_processes"))
+        machine = Node.read(environ, job.config.get("num_processes"))
         ranks = Ranks(folder, machine, welcome.master_port, {**environ, **welcome.environ})
         try:
             return self._watch(line, ranks, folder, job.attempt, welcome.sample_s or math.inf)
@@ -67,14 +67,14 @@ class Follower:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _watch(self, line: Line, ranks: Ranks, folder: Path, attempt: int, sample_s: float) -> int:
-        handover, told, ended_at = Handover(folder, self.machine.ranks), False, 0.0
+        handover, told, ended_at = StagingFolder(folder, self.machine.ranks), False, 0.0
         uploader = Uploader(lambda staged: self._send_part(line, folder, attempt, staged))
         wanted, sampled_at = 0, time.monotonic()
         restored: dict[str, Any] = {}
         while True:
             message = line.next(POLL_S)
             if message is None and line.gone and line.inbox.empty():
-                say("the leader is gone")
+                log("the leader is gone")
                 return errors.PREEMPTED
             if message and "fetch" in message:
                 restored = self._fetch(message, folder)
@@ -168,11 +168,11 @@ def enter_own_step(argv: list[str], environ: Mapping[str, str]) -> None:
     step = srun_command(environ, socket.gethostname())
     made, said = _probe(step)
     if not made:
-        say(f"no step of its own in Slurm job {environ['SLURM_JOB_ID']}, notices may not arrive: {said}")
+        log(f"no step of its own in Slurm job {environ['SLURM_JOB_ID']}, notices may not arrive: {said}")
         return
     if NO_BINDING in said:
         step.remove(UNBOUND)
-    say(f"in a step of its own in Slurm job {environ['SLURM_JOB_ID']}, so that notices arrive")
+    log(f"in a step of its own in Slurm job {environ['SLURM_JOB_ID']}, so that notices arrive")
     command = [*step, sys.executable, "-m", "spotune.sft", *argv]
     os.execvpe("srun", command, {**environ, OWN_STEP: environ["SLURM_JOB_ID"]})
 
@@ -256,19 +256,19 @@ def bar_restarts(error: InputError, environ: Mapping[str, str]) -> None:
     with suppress(SpotuneError):
         env, machine = RunEnvironment.read(environ), managed_job(environ)
         if machine:
-            keys = Keys(claim.choose_run_id(env, machine, claim.Request("", "", ())))
+            keys = Keys(claim.choose_run_id(env, machine, claim.RunRequest("", "", ())))
             facts = {"reason": "; ".join(error.lines), "exit_code": error.exit_code}
             claim.leave_mark(Store(env.bucket), keys.failed, keys.run_id, 0, **facts)
 
 
-def managed_job(environ: Mapping[str, str]) -> Machine | None:
+def managed_job(environ: Mapping[str, str]) -> Node | None:
     """This machine where it is one of a managed job's, which SkyPilot starts again: without end after a 75, and a few
     times after an error."""
-    machine = Machine.read({name: value for name, value in environ.items() if name != NUM_PROCESSES})
+    machine = Node.read({name: value for name, value in environ.items() if name != NUM_PROCESSES})
     return machine if machine.job_id else None
 
 
-def parse_arguments(argv: list[str]) -> claim.Request:
+def parse_arguments(argv: list[str]) -> claim.RunRequest:
     """CONFIG, --profile, --set and our flags; every other flag is TRL's own and becomes an override."""
     parser = argparse.ArgumentParser(prog="python -m spotune.sft", usage=USAGE, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", default="", metavar="CONFIG", help="as `trl sft` takes it")
@@ -286,27 +286,27 @@ def parse_arguments(argv: list[str]) -> claim.Request:
         raise InputError("command line", str(error), remedy=USAGE) from error
     overrides = (*parse_flags(flags), *known.sets)
     path, allow_env = (named or [known.config])[0], tuple(known.allow_env)
-    return claim.Request(path, known.profile, overrides, known.allow_config_change, allow_env)
+    return claim.RunRequest(path, known.profile, overrides, known.allow_config_change, allow_env)
 
 
-def run_attempt(request: claim.Request, notices: Notices, environ: Mapping[str, str]) -> int:
+def run_attempt(request: claim.RunRequest, notices: Notices, environ: Mapping[str, str]) -> int:
     """One attempt, from the first look at the bucket to the exit code."""
     env = RunEnvironment.read(environ)
     env = replace(env, allow_env=(*env.allow_env, *request.allow_env))
-    machine = Machine.read(environ)
+    machine = Node.read(environ)
     notices.infra, notices.told_grace_s = machine.infra, env.grace_s
-    with Watcher(sources_for(machine.infra, environ), notices):
+    with NoticeWatcher(sources_for(machine.infra, environ), notices):
         return attend(request, env, machine, notices, environ)
 
 
 def attend(
-    request: claim.Request, env: RunEnvironment, machine: Machine, notices: Notices, environ: Mapping[str, str]
+    request: claim.RunRequest, env: RunEnvironment, machine: Node, notices: Notices, environ: Mapping[str, str]
 ) -> int:
     """The attempt itself, or this machine's part of it, while notices are watched for."""
     code = work(request, env, machine, notices, environ)
     if code == errors.PREEMPTED and (notice := notices.notice):
         leaving = departure(machine.infra, notice.source, bool(machine.job_id), notices.left_s)
-        say(f"{'staying until killed' if leaving.stay else 'leaving'}: {leaving.why}")
+        log(f"{'staying until killed' if leaving.stay else 'leaving'}: {leaving.why}")
         if leaving.stay:
             stay_until_killed(notice.deadline)
     return code
@@ -333,11 +333,11 @@ def first_look(
 
 
 def work(
-    request: claim.Request, env: RunEnvironment, machine: Machine, notices: Notices, environ: Mapping[str, str]
+    request: claim.RunRequest, env: RunEnvironment, machine: Node, notices: Notices, environ: Mapping[str, str]
 ) -> int:
     """The exit code of what there was to do."""
     # One request gives up well before the run does: that is said, and a newer checkpoint takes its turn.
-    store = Store(env.bucket, Patience(deadline_s=min(Patience.deadline_s, env.patience_s / 4)))
+    store = Store(env.bucket, RetryPolicy(deadline_s=min(RetryPolicy.deadline_s, env.patience_s / 4)))
     keys = Keys(claim.choose_run_id(env, machine, request))
     # An outage of minutes would cost a managed job a machine; who starts one by hand waits at a terminal.
     verdict = first_look(store, keys, min(FIRST_LOOK_S, env.patience_s / 4) if machine.job_id else 0.0)
@@ -352,7 +352,7 @@ def work(
     if debt:
         config_keys.check_env(debt.run.config, keys.record(debt.run.revision), env.allow_env)
     run = debt.run if debt else read_or_create_run(store, keys, env, request)
-    machine = Machine.read(environ, run.config.get("num_processes"))
+    machine = Node.read(environ, run.config.get("num_processes"))
     record = claim.claim_attempt(store, keys, machine, env.attempt, env.gpu_share)
     failpoint("claimed")
     context = Context(

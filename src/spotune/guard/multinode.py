@@ -15,8 +15,8 @@ from typing import Any
 
 from spotune.core.errors import StoreError
 from spotune.core.keys import RECORD_MOST_BYTES, Amount, Count, Files, Ranks, Step, build, checked
-from spotune.core.protocol import Job, Outcome
-from spotune.guard.journal import Machine, say
+from spotune.core.protocol import Outcome, WorkerJob
+from spotune.guard.journal import Node, log
 from spotune.guard.leaving import Notices
 from spotune.guard.stalls import Work
 
@@ -221,7 +221,7 @@ class Line:
         except OSError:
             pass  # a broken connection means the same as one that is closed
         except (ValueError, RecursionError) as error:
-            say(f"a connection to another machine of this job is ended: {str(error)[:200]}")
+            log(f"a connection to another machine of this job is ended: {str(error)[:200]}")
         self.gone = True
         self.inbox.put(None)
 
@@ -266,7 +266,7 @@ def read_message(line: bytes, kind: Any) -> dict[str, Any]:
 class Leader:
     """Node 0's side. Thread-safe: the committer waits for parts while the attempt looks at the rest."""
 
-    def __init__(self, run_id: str, machine: Machine, token: str) -> None:
+    def __init__(self, run_id: str, machine: Node, token: str) -> None:
         self._followers = machine.num_nodes - 1
         self._token = token
         self._lines: dict[int, Line] = {}
@@ -373,7 +373,7 @@ class Leader:
             self._listener.close()
 
 
-def join(run_id: str, machine: Machine, token: str) -> tuple[Line, Job, Welcome]:
+def join(run_id: str, machine: Node, token: str) -> tuple[Line, WorkerJob, Welcome]:
     """A follower's connection, its job and the leader's welcome; raises StoreError when there is no leader in time.
 
     What answers with anything else is not the leader, and is asked again.
@@ -391,7 +391,7 @@ def join(run_id: str, machine: Machine, token: str) -> tuple[Line, Job, Welcome]
         message = line.next(GATHER_S) or {}  # the leader waits for all others first
         with suppress(ValueError):
             welcome = build(Welcome, message.get("welcome"))
-            return line, build(Job, welcome.job), welcome
+            return line, build(WorkerJob, welcome.job), welcome
         line.close()
         time.sleep(0.5)
     raise StoreError(f"the leader on {machine.node_ips[0]} did not answer within {GATHER_S:.0f} s")

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from spotune.core import environment
-from spotune.guard.journal import say
+from spotune.guard.journal import log
 from spotune.guard.leaving import Notices
 
 # What the watcher asks, and what it gets.
@@ -32,7 +32,7 @@ class Warned:
     grace_s: float | None
 
 
-class Source(Protocol):
+class NoticeSource(Protocol):
     """One service that knows whether this machine will be taken."""
 
     name: str  # for the log: whose notice it was
@@ -75,7 +75,7 @@ MOST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Answer:
+class HttpAnswer:
     status: int
     body: str
 
@@ -86,7 +86,7 @@ def ask(
     method: str = "GET",
     timeout_s: float = TIMEOUT_S,
     tls: ssl.SSLContext | None = None,
-) -> Answer:
+) -> HttpAnswer:
     """The service's answer, whatever its status; raises NoAnswer when there is none.
 
     ``http.client`` knows no proxies: a notice must not depend on HTTP_PROXY, nor a token go through it.
@@ -99,7 +99,7 @@ def ask(
     try:
         connection.request(method, f"{parts.path}?{parts.query}" if parts.query else parts.path, headers=dict(headers))
         response = connection.getresponse()
-        return Answer(response.status, response.read(MOST_BYTES).decode())
+        return HttpAnswer(response.status, response.read(MOST_BYTES).decode())
     except (OSError, HTTPException, ValueError) as error:
         raise NoAnswer(f"{parts.netloc} does not answer: {str(error) or type(error).__name__}") from error
     finally:
@@ -144,7 +144,7 @@ class SpotAction:
             raise NoAnswer(f"status {answer.status}")
         return read_action(answer.body, now)
 
-    def _ask(self) -> Answer:
+    def _ask(self) -> HttpAnswer:
         if not self._token or self._clock() >= self._token_until:
             self._renew_token()
         url = f"{self._endpoint}/latest/meta-data/spot/instance-action"
@@ -329,9 +329,9 @@ ANYWHERE = ("", "slurm", "kubernetes")  # what runs on any cloud's machines
 AZURE_TAG = "7783-7084-3265-9085-8269-3286-77"  # tells Azure from other Hyper-V hosts
 
 
-def sources_for(infra: str, environ: Mapping[str, str], dmi: Path = DMI) -> list[Source]:
+def sources_for(infra: str, environ: Mapping[str, str], dmi: Path = DMI) -> list[NoticeSource]:
     """The services to watch; each module is imported only where its service is."""
-    found: list[Source] = []
+    found: list[NoticeSource] = []
     if infra == "kubernetes" and (pod := this_pod(environ)):
         found.append(PodDeletion(pod))
     cloud = infra if infra in CLOUDS else cloud_of(dmi) if infra in ANYWHERE else ""
@@ -370,18 +370,20 @@ def _read(path: Path) -> str:
 SLOWEST_S = 15.0
 
 
-class Watcher:
+class NoticeWatcher:
     """Asks all sources, as a context manager; without sources there is no thread."""
 
-    def __init__(self, sources: Sequence[Source], notices: Notices, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, sources: Sequence[NoticeSource], notices: Notices, clock: Callable[[], float] = time.time
+    ) -> None:
         self._notices, self._clock = notices, clock
         self._due = dict.fromkeys(sources, 0.0)  # monotonic
         self._failures = dict.fromkeys(sources, 0)
-        self._named: set[Source] = set()
+        self._named: set[NoticeSource] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="notices", daemon=True)
 
-    def __enter__(self) -> "Watcher":
+    def __enter__(self) -> "NoticeWatcher":
         if self._due:
             self._thread.start()
         return self
@@ -403,14 +405,14 @@ class Watcher:
             else:
                 self._due[source] = time.monotonic() + pause_s
 
-    def ask(self, source: Source) -> float | None:
+    def ask(self, source: NoticeSource) -> float | None:
         """Asks once; returns seconds until it is to be asked again, None when it has given its notice."""
         try:
             warned = source.look(self._clock())
         except NoAnswer as fault:
             if source not in self._named:
                 self._named.add(source)
-                say(f"{source.name}: {fault}; asked again until it answers")
+                log(f"{source.name}: {fault}; asked again until it answers")
             self._failures[source] += 1
             return min(source.every_s * (1 << min(self._failures[source], 8)), SLOWEST_S)
         self._failures[source] = 0

@@ -22,7 +22,7 @@ from spotune.core.keys import Keys
 from spotune.core.protocol import STACKS_SIGNAL, Outcome, python_stacks_path, stacks_path
 from spotune.core.store import Store
 from spotune.guard import ranks
-from spotune.guard.journal import Machine, say
+from spotune.guard.journal import Node, log
 from spotune.guard.stalls import Work
 
 # Reads what processes do from Linux's /proc. Reads no file that waits for the memory of a hung process.
@@ -135,7 +135,7 @@ class Ranks:
     def __init__(
         self,
         folder: Path,
-        machine: Machine,
+        machine: Node,
         master_port: int,
         environ: Mapping[str, str],
         clock: Callable[[], float] = time.monotonic,
@@ -183,7 +183,7 @@ class Ranks:
             try:
                 process.wait(max(deadline - self._clock(), 0.0))
             except subprocess.TimeoutExpired:
-                say(f"rank {rank} (process {process.pid}) does not die: it waits for a disk or a device, and is left")
+                log(f"rank {rank} (process {process.pid}) does not die: it waits for a disk or a device, and is left")
 
     def outcome(self) -> Outcome:
         """How training ended: the worst of what the ranks say, and of those that could not say anything."""
@@ -208,7 +208,7 @@ def worst(outcomes: list[Outcome]) -> Outcome:
     return min(outcomes, key=lambda outcome: order.index(outcome.how))
 
 
-def rank_environ(machine: Machine, local_rank: int, master_port: int) -> dict[str, str]:
+def rank_environ(machine: Node, local_rank: int, master_port: int) -> dict[str, str]:
     """What a rank must find in its environment; as ``torchrun`` and ``accelerate`` name it."""
     rank = machine.node_rank * machine.ranks + local_rank
     found = {
@@ -267,7 +267,7 @@ def collect_stacks(folder: Path, pids: Mapping[int, int], timeout_s: float = TIM
                 part.write_bytes(describe_rank(folder, rank, pid).encode(errors="replace")[:MOST_BYTES])
                 part.replace(path)
             except OSError as error:
-                say(f"the stacks of rank {rank} are not recorded: {error}")
+                log(f"the stacks of rank {rank} are not recorded: {error}")
 
     thread = threading.Thread(target=collect, name="stacks", daemon=True)
     thread.start()
@@ -281,7 +281,7 @@ def upload_stacks(store: Store, keys: Keys, attempt: int, folder: Path) -> None:
         try:
             store.create(keys.stacks(attempt, int(path.stem.rpartition("-")[2])), path.read_bytes())
         except (SpotuneError, OSError) as error:
-            say(f"{path.name} is not in the bucket: {error}")
+            log(f"{path.name} is not in the bucket: {error}")
 
 
 def append_own_stacks(folder: Path, rank: int) -> Path:

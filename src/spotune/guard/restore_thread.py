@@ -20,7 +20,7 @@ from spotune.core.revisions import allows_other_versions, check_commit, record_h
 from spotune.guard import claim
 from spotune.guard.checkpoints import Lineage, commit_checkpoint, sealed
 from spotune.guard.claim import for_people
-from spotune.guard.journal import Context, Journal, say
+from spotune.guard.journal import Context, Journal, log
 from spotune.guard.multinode import Leader
 from spotune.guard.restore import Restored, missing_files, newest_commit, restore
 
@@ -127,9 +127,9 @@ class Restoring:
             lineage = Lineage(context.run, context.attempt, key, newest.ordinal if newest else 0)
             try:
                 commit_checkpoint(context.store, context.keys, lineage, stranded)
-                say(f"step {stranded.step} was still on this machine's disk, and is committed now")
+                log(f"step {stranded.step} was still on this machine's disk, and is committed now")
             except StoreError as error:
-                say(f"step {stranded.step} is on this machine's disk, and cannot be committed yet: {error}")
+                log(f"step {stranded.step} is on this machine's disk, and cannot be committed yet: {error}")
                 clear(context, but=stranded)
                 return
         clear(context)
@@ -150,16 +150,16 @@ class Restoring:
             except (InputError, Misplaced):  # time does not mend it
                 raise
             except (SpotuneError, OSError) as fault:
-                say(f"the checkpoint is not fetched yet: {fault}")
+                log(f"the checkpoint is not fetched yet: {fault}")
                 self._sleep(pause_s)
         return fetch()
 
     def _publish(self, ready: Ready) -> None:
         found, commit = ready.found, ready.commit
         for line in found.rejected:
-            say(f"checkpoint rejected: {line}")
+            log(f"checkpoint rejected: {line}")
         if commit:
-            say(f"resumed from the checkpoint of step {commit.step}, attempt {commit.attempt}")
+            log(f"resumed from the checkpoint of step {commit.step}, attempt {commit.attempt}")
         self._leader.broadcast(resume=True)
         self._journal.write(
             "restored",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spotune.core.protocol import CONTROL, write_json
-from spotune.guard.journal import Journal, say
+from spotune.guard.journal import Journal, log
 
 # What saving costs training: it stands still for a snapshot, and its steps are slower until the commit.
 #
@@ -20,7 +20,7 @@ RECENT = 50  # steps and saves that count
 FEWEST = 3  # undisturbed steps, below which nothing can be said
 
 
-class Toll:
+class SaveCost:
     """Listens to the events of an attempt; ``record`` says what was measured so far, empty before the first commit."""
 
     def __init__(self, known: dict[str, float] | None = None) -> None:
@@ -220,22 +220,28 @@ class Wishes:
         write_json(self._path, {"stop": self._stop, "save": self._saves})
 
 
-class Pacer:
+class SaveScheduler:
     """Asks for a save whenever the interval has passed since the last one.
 
     Args:
-        inputs: as known when training begins; what is measured comes in by ``toll``.
+        inputs: as known when training begins; what is measured comes in by ``save_cost``.
     """
 
     def __init__(
         self,
         inputs: Inputs,
-        toll: Toll,
+        save_cost: SaveCost,
         wishes: Wishes,
         journal: Journal,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._inputs, self._toll, self._wishes, self._journal, self._clock = inputs, toll, wishes, journal, clock
+        self._inputs, self._save_cost, self._wishes, self._journal, self._clock = (
+            inputs,
+            save_cost,
+            wishes,
+            journal,
+            clock,
+        )
         self._born_at = clock() - inputs.age_s
         self._saved_at = clock()
         self._asked = False
@@ -252,7 +258,7 @@ class Pacer:
         interval = interval_s(inputs)
         if not self._said_s or not 1 / NOTEWORTHY < interval / self._said_s < NOTEWORTHY:
             self._said_s = interval
-            say(explain(inputs))
+            log(explain(inputs))
             self._journal.write("interval", interval_s=round(interval, 1), floor_s=FLOOR_S, ceiling_s=CEILING_S,
                                 **asdict(inputs))  # fmt: skip
         if not self._asked and self._clock() - self._saved_at >= interval:
@@ -261,7 +267,7 @@ class Pacer:
 
     def inputs(self) -> Inputs:
         """What the interval depends on now."""
-        measured = self._toll.record
+        measured = self._save_cost.record
         return replace(
             self._inputs,
             stall_s=measured.get("stall_s"),

@@ -123,7 +123,7 @@ class Stall:
 
 
 @dataclass(frozen=True)
-class Budgets:
+class StallLimits:
     """What limits begin with.
 
     Attributes:
@@ -149,7 +149,7 @@ class _SilentCall:
 class Stalls:
     """Listens to the events of an attempt and looks at samples. Thread-safe."""
 
-    def __init__(self, budgets: Budgets, wall: Callable[[], float] = time.time) -> None:
+    def __init__(self, budgets: StallLimits, wall: Callable[[], float] = time.time) -> None:
         self._budgets, self._floor_s, self._wall = budgets, budgets.floor_s, wall
         self._lock = threading.Lock()
         self._phase, self._is_restored, self._has_stepped = "load", False, False

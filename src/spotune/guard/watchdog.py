@@ -14,11 +14,11 @@ from pathlib import Path
 from spotune.core import errors
 from spotune.core.environment import parse_stall_after
 from spotune.guard import ranks
-from spotune.guard.journal import Context, Journal, say
+from spotune.guard.journal import Context, Journal, log
 from spotune.guard.multinode import Leader
 from spotune.guard.ranks import append_own_stacks, collect_stacks
-from spotune.guard.save_schedule import Toll
-from spotune.guard.stalls import Budgets, Sample, SeenTime, Stall, Stalls, Work, boot_time, sample_every_s
+from spotune.guard.save_schedule import SaveCost
+from spotune.guard.stalls import Sample, SeenTime, Stall, StallLimits, Stalls, Work, boot_time, sample_every_s
 
 TICK_S = 0.5
 EXIT_S = 5.0  # an attempt that has ended: how long the process may take to do so
@@ -45,7 +45,7 @@ class Watchdog:
         context: Context,
         journal: Journal,
         leader: Leader,
-        toll: Toll,
+        save_cost: SaveCost,
         uploading: Callable[[], int | None],
         is_leaving: Callable[[], bool],
         end_attempt: Callable[[str], int],
@@ -58,7 +58,7 @@ class Watchdog:
         self._uploading, self._is_leaving, self._leave, self._sleep = uploading, is_leaving, leave, sleep
         self._end_attempt = end_attempt
         self.floor_s = parse_stall_after(context.run.stall_after)
-        self._stalls = Stalls(Budgets(self.floor_s, context.patience_s, lambda: toll.record))
+        self._stalls = Stalls(StallLimits(self.floor_s, context.patience_s, lambda: save_cost.record))
         journal.listen(self._stalls.take)
         self._time = SeenTime(clock, boot)
         self._sampled_s: float | None = None
@@ -104,7 +104,7 @@ class Watchdog:
         stall = self._stalls.look(self._time.seen_s, self._sample())
         if stall is None or self._is_leaving():
             return
-        say(f"{stall.what} for {stall.silent_s:.0f} s: the stacks of all ranks are recorded, then the attempt ends")
+        log(f"{stall.what} for {stall.silent_s:.0f} s: the stacks of all ranks are recorded, then the attempt ends")
         self._leader.ask_for_stacks()
         paths = collect_stacks(self._context.folder, self._pids)
         if stall.phase == "upload":
@@ -112,7 +112,7 @@ class Watchdog:
         self._leader.wait_for_stacks()
         self._journal.poll()
         if self._stalls.look(self._time.seen_s) is None:
-            say("a sign of life has come meanwhile: the attempt goes on")
+            log("a sign of life has come meanwhile: the attempt goes on")
             for path in paths:
                 path.unlink(missing_ok=True)
             self._time.tick()  # that was no time in which the guard did not run
@@ -131,7 +131,7 @@ class Watchdog:
             if self._closed.is_set():
                 return False
             self._record(stall)
-        say(f"{stall.what} for {stall.silent_s:.0f} s: the attempt ends")
+        log(f"{stall.what} for {stall.silent_s:.0f} s: the attempt ends")
         self._record_own_stacks()
         self._leave(self._end_attempt(self.message))
         return True
@@ -139,7 +139,7 @@ class Watchdog:
     def _tick(self) -> None:
         missed_s = self._time.tick()
         if missed_s:
-            say(f"the guard did not run for {missed_s:.0f} s; the watchdog does not count that time")
+            log(f"the guard did not run for {missed_s:.0f} s; the watchdog does not count that time")
             self._stalls.forgive(missed_s)
 
     def _record(self, stall: Stall) -> None:
@@ -153,9 +153,9 @@ class Watchdog:
         try:
             path = append_own_stacks(self._context.folder, rank)
         except OSError as error:
-            say(f"the guard's stacks are not recorded: {error}")
+            log(f"the guard's stacks are not recorded: {error}")
             return []
-        say(f"the guard's stacks are in {path}")
+        log(f"the guard's stacks are in {path}")
         return [path]
 
     def _sample(self, has_ranks: bool = True) -> Sample | None:
@@ -213,5 +213,5 @@ class Watchdog:
             self._sleep(EXIT_S)  # Python waits for threads, also for one that uploads for ever; it ends this one if not
         if self._is_leaving():
             return
-        say("this process cannot end by itself, since a disk or a bucket does not answer: it is ended")
+        log("this process cannot end by itself, since a disk or a bucket does not answer: it is ended")
         self._leave(self._code if is_closed else self._end_attempt(self.message))

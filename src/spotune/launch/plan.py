@@ -162,7 +162,7 @@ BUDGET_FLAG = "--budget"
 
 
 @dataclass(frozen=True)
-class Wish:
+class TrainOptions:
     """What the command line asks for."""
 
     config_path: str
@@ -210,48 +210,50 @@ class Plan:
         return self.record.run_id
 
 
-def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng: Random) -> Plan:
+def make_plan(options: TrainOptions, workspace: Workspace, clock: Callable[[], float], rng: Random) -> Plan:
     """Reads and checks everything that a run depends on. Raises InputError, the first thing that is wrong."""
-    infra = spell(wish.infra or workspace.settings.infra)
+    infra = spell(options.infra or workspace.settings.infra)
     backend = infra_of(infra)
     workspace.check_bucket_reaches(infra)
-    run_id = check_run_id(wish.name) if wish.name else new_run_id(Path(wish.config_path).stem, rng)
-    parse_save_every(wish.save_every)
-    parse_stall_after(wish.stall_after)
-    budget_usd = None if wish.budget is None else parse_usd(wish.budget, BUDGET_FLAG)
-    if wish.preemptions and backend != LOCAL:
+    run_id = check_run_id(options.name) if options.name else new_run_id(Path(options.config_path).stem, rng)
+    parse_save_every(options.save_every)
+    parse_stall_after(options.stall_after)
+    budget_usd = None if options.budget is None else parse_usd(options.budget, BUDGET_FLAG)
+    if options.preemptions and backend != LOCAL:
         raise InputError("--preemptions", f"{infra} takes machines away by itself", remedy="--infra local")
-    config = load_config(wish.config_path, wish.profile, wish.overrides, wish.default_profile, wish.allow_env)
-    check_local_files(config, wish.config_path)
-    allowed_env = allowed_in(config, wish.allow_env)
-    check_model(config, wish.config_path)
-    files = data_files(config, wish.config_path)
-    model = model_files(config, wish.config_path, workspace.env.cache)
+    config = load_config(
+        options.config_path, options.profile, options.overrides, options.default_profile, options.allow_env
+    )
+    check_local_files(config, options.config_path)
+    allowed_env = allowed_in(config, options.allow_env)
+    check_model(config, options.config_path)
+    files = data_files(config, options.config_path)
+    model = model_files(config, options.config_path, workspace.env.cache)
     task_path, task = load_task(workspace.cwd)
-    task = fill_in(task, _environment(wish, workspace, run_id, allowed_env), wish.resources, run_id)
-    demand = _check_demand(demand_of(task, task_path), wish, infra, task_path)
-    secrets = secrets_of(wish.secrets, workspace.environ)
+    task = fill_in(task, _environment(options, workspace, run_id, allowed_env), options.resources, run_id)
+    demand = _check_demand(demand_of(task, task_path), options, infra, task_path)
+    secrets = secrets_of(options.secrets, workspace.environ)
     now = clock()
     if backend == LOCAL:
         trainer_of(task, workspace.environ, workspace.cwd)
     else:
         from spotune.launch.skypilot.task import check_sent
 
-        check_sent(config, files, wish.config_path, workspace.cwd, task, infra)
-    offered = _offers(task, wish, infra, demand, workspace, now)
+        check_sent(config, files, options.config_path, workspace.cwd, task, infra)
+    offered = _offers(task, options, infra, demand, workspace, now)
     if budget_usd is not None:
         check_priced(offered.chosen)
     code = sent_code(task, workspace.cwd)
-    check_used(code, config, wish.config_path, files, task, task_path, workspace.cwd)
+    check_used(code, config, options.config_path, files, task, task_path, workspace.cwd)
     record = RunRecord(
         run_id=run_id,
         created_at=now,
         user=workspace.env.user,
         team=workspace.settings.team,
-        kind=wish.kind,
-        config_path=wish.config_path,
-        profile=wish.profile,
-        overrides=list(wish.overrides),
+        kind=options.kind,
+        config_path=options.config_path,
+        profile=options.profile,
+        overrides=list(options.overrides),
         config=config,
         config_sha256=fingerprint(config),
         data_sha256=data_sha256(config, files),
@@ -262,8 +264,8 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
         use_spot=offered.may_be_spot,
         may_be_on_demand=offered.may_be_either,
         priority=demand.priority,
-        save_every=wish.save_every,
-        stall_after=wish.stall_after,
+        save_every=options.save_every,
+        stall_after=options.stall_after,
         budget_usd=budget_usd,
         prices=[vars(offer) for offer in offered.rows],
         code=code.facts(),
@@ -272,7 +274,7 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
     )
     return Plan(
         record=record,
-        submission=_submission(record, wish, workspace, offered.task, secrets),
+        submission=_submission(record, options, workspace, offered.task, secrets),
         bucket=workspace.env.bucket,
         infra=infra,
         task_path=task_path,
@@ -280,7 +282,7 @@ def make_plan(wish: Wish, workspace: Workspace, clock: Callable[[], float], rng:
         chosen=offered.chosen,
         notes=(*offered.notes, *code.notes()),
         code=code,
-        allow_config_change=wish.allow_config_change,
+        allow_config_change=options.allow_config_change,
         takes=tuple(origins_of(record, workspace.cwd)),
     )
 
@@ -292,7 +294,7 @@ def check_priced(chosen: PriceRow) -> None:
 
 
 def _submission(
-    record: RunRecord, wish: Wish, workspace: Workspace, task: dict[str, Any], secrets: dict[str, str]
+    record: RunRecord, options: TrainOptions, workspace: Workspace, task: dict[str, Any], secrets: dict[str, str]
 ) -> Submission:
     return Submission(
         run_id=record.run_id,
@@ -302,30 +304,32 @@ def _submission(
         infra=record.infra,
         priority=record.priority,
         secrets=secrets,
-        preemptions=read_preemptions(Path(wish.preemptions)) if wish.preemptions else (),
-        interactive=wish.kind == "dev",
+        preemptions=read_preemptions(Path(options.preemptions)) if options.preemptions else (),
+        interactive=options.kind == "dev",
     )
 
 
-def _offers(task: dict[str, Any], wish: Wish, infra: str, demand: Demand, workspace: Workspace, now: float) -> Offers:
+def _offers(
+    task: dict[str, Any], options: TrainOptions, infra: str, demand: Demand, workspace: Workspace, now: float
+) -> Offers:
     """Where it could run, and at what price."""
     if infra != LOCAL:
         from spotune.launch.skypilot.offers import Wanted, make_offers
 
-        place = Wanted(task, infra, wish.resources.use_spot, workspace.environ, workspace.settings.slurm)
+        place = Wanted(task, infra, options.resources.use_spot, workspace.environ, workspace.settings.slurm)
         return make_offers(place, now)
     gpus = find_gpus(workspace.environ)
-    if wish.resources.gpus and not gpus:
-        raise InputError("--gpus", f"{wish.resources.gpus} on a machine without a GPU", remedy="leave it out")
+    if options.resources.gpus and not gpus:
+        raise InputError("--gpus", f"{options.resources.gpus} on a machine without a GPU", remedy="leave it out")
     rows = sorted(local_prices(workspace.settings, gpus, demand, now), key=lambda row: row.price_usd_per_hour)
     return Offers(task, rows, next(row for row in rows if row.use_spot == demand.use_spot))
 
 
-def _check_demand(demand: Demand, wish: Wish, infra: str, task_path: Path) -> Demand:
-    where = "--priority" if wish.resources.priority is not None else f"{task_path}: resources.priority"
+def _check_demand(demand: Demand, options: TrainOptions, infra: str, task_path: Path) -> Demand:
+    where = "--priority" if options.resources.priority is not None else f"{task_path}: resources.priority"
     if not PRIORITIES[0] <= demand.priority <= PRIORITIES[1]:
         raise InputError(where, f"{demand.priority} is out of range", remedy=f"{PRIORITIES[0]} to {PRIORITIES[1]}")
-    where = "--num-nodes" if wish.resources.num_nodes is not None else f"{task_path}: num_nodes"
+    where = "--num-nodes" if options.resources.num_nodes is not None else f"{task_path}: num_nodes"
     if demand.num_nodes < 1:
         raise InputError(where, f"{demand.num_nodes} is not a number of machines", remedy="1 or more")
     if demand.num_nodes > 1 and infra == LOCAL:
@@ -333,16 +337,16 @@ def _check_demand(demand: Demand, wish: Wish, infra: str, task_path: Path) -> De
     return demand
 
 
-def _environment(wish: Wish, workspace: Workspace, run_id: str, allowed_env: list[str]) -> dict[str, str]:
+def _environment(options: TrainOptions, workspace: Workspace, run_id: str, allowed_env: list[str]) -> dict[str, str]:
     """What the task's ``envs`` get: seam 1, and what ``--env`` adds."""
     ours = {
         environment.BUCKET: workspace.env.bucket,
         environment.RUN_ID: run_id,
-        environment.CONFIG: wish.config_path,
-        environment.PROFILE: wish.profile or wish.default_profile,
+        environment.CONFIG: options.config_path,
+        environment.PROFILE: options.profile or options.default_profile,
         **({environment.ALLOW_ENV: " ".join(allowed_env)} if allowed_env else {}),
     }
-    return {**env_pairs(wish.envs), **ours}
+    return {**env_pairs(options.envs), **ours}
 
 
 def secrets_of(names: Iterable[str], environ: Mapping[str, str]) -> dict[str, str]:
@@ -388,8 +392,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
 # ``train --from RUN``: the run that was tried, as a production job, with nothing changed underneath.
 
 
-def promote(source: str, wish: Wish, workspace: Workspace) -> Plan:
-    """The plan of a new run from ``source``'s config file and overrides, under the profile that ``wish`` says.
+def promote(source: str, options: TrainOptions, workspace: Workspace) -> Plan:
+    """The plan of a new run from ``source``'s config file and overrides, under the profile that ``options`` says.
 
     Raises InputError when the config, the data, the model or the code is not what ``source`` ran with: what was tried
     is what goes to production. Overrides of the new command line come on top.
@@ -400,11 +404,11 @@ def promote(source: str, wish: Wish, workspace: Workspace) -> Plan:
     then = load_config(record.config_path, record.profile, record.overrides, default, record.allowed_env)
     if fingerprint(then) not in (record.config_sha256, fingerprint(recorded(record.config))):
         raise InputError(source, f"{record.config_path} has changed since", remedy="submit the config itself")
-    overrides = (*record.overrides, *wish.overrides)
-    wish = replace(wish, config_path=record.config_path, overrides=overrides)
-    save_every, stall_after = wish.save_every or record.save_every, wish.stall_after or record.stall_after
-    wish = replace(wish, save_every=save_every, stall_after=stall_after)
-    plan = make_plan(wish, workspace, time.time, SystemRandom())
+    overrides = (*record.overrides, *options.overrides)
+    options = replace(options, config_path=record.config_path, overrides=overrides)
+    save_every, stall_after = options.save_every or record.save_every, options.stall_after or record.stall_after
+    options = replace(options, save_every=save_every, stall_after=stall_after)
+    plan = make_plan(options, workspace, time.time, SystemRandom())
     if [_content(file) for file in plan.record.data_files] != [_content(file) for file in record.data_files]:
         raise InputError(source, "its data has changed since", remedy="submit the config itself")
     is_same_model = all(plan.record.config.get(key) == record.config.get(key) for key in MODEL_KEYS)

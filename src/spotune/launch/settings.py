@@ -72,7 +72,7 @@ class MonthlyBudget:
 
 
 @dataclass(frozen=True)
-class Budgets:
+class BudgetSettings:
     """Monthly budgets by name; ``*`` is that of each one who is not named."""
 
     users: dict[str, MonthlyBudget] = field(default_factory=dict)
@@ -97,7 +97,7 @@ class Settings:
     team: str = ""
     local: LocalSettings = LocalSettings()
     slurm: SlurmSettings = SlurmSettings()
-    budgets: Budgets = Budgets()
+    budgets: BudgetSettings = BudgetSettings()
     files: tuple[str, ...] = ()
 
 
@@ -115,7 +115,7 @@ def load_settings(cwd: Path, home: Path) -> Settings:
     given = settings.pop("slurm", {})
     lists: dict[str, Any] = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     slurm = SlurmSettings(**{**given, **lists})
-    budgets = Budgets(**settings.pop("budgets", {}))
+    budgets = BudgetSettings(**settings.pop("budgets", {}))
     machine = LocalSettings(**local, prices=prices)
     return Settings(**settings, budgets=budgets, local=machine, slurm=slurm, files=tuple(files))
 

@@ -9,10 +9,18 @@ from typing import Literal
 
 from spotune.core.config import overlay
 from spotune.core.config_keys import FLAG as FLAG_ENV
-from spotune.core.errors import FAILED, InfraError, InputError, SpotuneError, StoreError, Taken, Unsettled
+from spotune.core.errors import (
+    FAILED,
+    AlreadyExists,
+    InfraError,
+    InputError,
+    SpotuneError,
+    StoreError,
+    SubmissionUnknown,
+)
 from spotune.core.fingerprint import data_files, data_sha256, model_files, model_sha256
 from spotune.core.keys import Keys
-from spotune.core.records import Mark, RunRecord, fingerprint, read_mark
+from spotune.core.records import RunRecord, TerminalMarker, fingerprint, read_mark
 from spotune.core.revisions import (
     FLAG,
     Change,
@@ -136,7 +144,9 @@ def cancel(workspace: Workspace, run_id: str, clock: Callable[[], float] = time.
     keys, store = Keys(run_id), workspace.store(status.bucket)
     # Before any signal: a machine that the engine cannot reach any more must find it.
     by = f"cancelled by {workspace.env.user}"
-    mark = Mark(run_id=run_id, attempt=status.attempt, at=clock(), reason=by, exit_code=FAILED, step=status.step or 0)
+    mark = TerminalMarker(
+        run_id=run_id, attempt=status.attempt, at=clock(), reason=by, exit_code=FAILED, step=status.step or 0
+    )
     try:
         is_ours = store.create(keys.cancelled, mark.to_bytes())
     except (InputError, StoreError):  # not reachable from here: what runs on this machine is stopped all the same
@@ -144,7 +154,7 @@ def cancel(workspace: Workspace, run_id: str, clock: Callable[[], float] = time.
         return find_run(workspace, run_id)
     try:
         workspace.infra(status.infra).cancel(run_id)
-    except Unsettled:
+    except SubmissionUnknown:
         raise
     except SpotuneError:  # it goes on, and no later attempt of it may end of this
         if is_ours:
@@ -385,7 +395,7 @@ def _enqueue(plan: Plan, workspace: Workspace, written: list[str], since: float,
         if is_new or not store.keys(keys.code):
             keep_code(plan.code, store, keys.code, code)
         infra.submit(plan.submission)
-    except Unsettled:
+    except SubmissionUnknown:
         raise
     except BaseException as error:
         has_job = _has_job(plan, infra, since)
@@ -393,7 +403,7 @@ def _enqueue(plan: Plan, workspace: Workspace, written: list[str], since: float,
             store.delete([*written, *code])
         elif not is_new:
             store.delete(written)  # its own revision, which would be in force
-        if has_job and isinstance(error, Taken):
+        if has_job and isinstance(error, AlreadyExists):
             return False
         raise
     return True

@@ -21,7 +21,7 @@ import spotune.core
 from spotune.core.config_keys import is_on, settled
 from spotune.core.config_rules import FORMATS
 from spotune.core.errors import InputError
-from spotune.core.protocol import TRAINER, Job, wandb_mode
+from spotune.core.protocol import TRAINER, WorkerJob, wandb_mode
 from spotune.core.store.faults import is_machine_fault
 from spotune.sft.extras import doubts
 
@@ -53,7 +53,7 @@ class SaveRule:
     as_config: bool = False
 
 
-def parse(job: Job, folder: Path, rank: int) -> Arguments:
+def parse(job: WorkerJob, folder: Path, rank: int) -> Arguments:
     """The config as TRL's dataclasses, with what is the guard's taken out of it. Raises InputError."""
     import yaml
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
@@ -97,7 +97,7 @@ def _settle_cpu(training: Any) -> None:
         training.__dict__["_setup_devices"] = torch.device("cpu")  # where the cached property ``device`` is kept
 
 
-def _keep_global_batch(training: Any, job: Job) -> None:
+def _keep_global_batch(training: Any, job: WorkerJob) -> None:
     """On another number of ranks than the run had so far, a step still takes the same rows. Raises InputError."""
     at_once = training.per_device_train_batch_size * training.world_size
     rows = job.global_batch
@@ -116,7 +116,7 @@ def _keep_global_batch(training: Any, job: Job) -> None:
     )
 
 
-def effective(job: Job, folder: Path) -> dict[str, Any]:
+def effective(job: WorkerJob, folder: Path) -> dict[str, Any]:
     """The config as TRL gets it."""
     config = {key: value for key, value in settled(job.config).items() if key not in OURS}
     config |= {"output_dir": str(folder / TRAINER), "save_total_limit": None, "resume_from_checkpoint": None}
@@ -143,7 +143,7 @@ def notices(config: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def save_rule(job: Job) -> SaveRule:
+def save_rule(job: WorkerJob) -> SaveRule:
     """The job's rule; where it has none the guard asks in time."""
     return SaveRule(job.save_steps, job.save_seconds, job.save_as_config)
 

@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from transformers.trainer_pt_utils import get_model_param_count
 
 from spotune.core.io import failpoint
-from spotune.core.protocol import Control, EventLog, Phase, Staged, Wish, read_json, staged_path, write_json
+from spotune.core.protocol import Control, ControlState, EventLog, Phase, Staged, read_json, staged_path, write_json
 from spotune.sft.arguments import SaveRule
 from spotune.sft.preflight import NotFinite, Stopped
 from spotune.sft.snapshot import Arena, Capture, Writer, capturing, size_of
@@ -446,24 +446,24 @@ class Boundary(TrainerCallback):
         seen = self.control_file.look()
         if not self.saver.busy:
             self.saver.settle()
-        wish = self._common(Wish(seen.stop, seen.save or self._is_saving_due, busy=self.saver.busy))
+        asked = self._common(ControlState(seen.stop, seen.save or self._is_saving_due, busy=self.saver.busy))
         is_new = self.saver.saved_step != state.global_step
         # One snapshot at a time: a save that is due while the last one is still being written waits for its turn.
-        control.should_save = ((wish.save and not wish.busy) or wish.stop or is_last) and is_new
-        self._is_saving_due = wish.save and wish.busy
-        if wish.stop:
+        control.should_save = ((asked.save and not asked.busy) or asked.stop or is_last) and is_new
+        self._is_saving_due = asked.save and asked.busy
+        if asked.stop:
             self.leaving = True
             if control.should_evaluate:  # it may outlast the grace: run after the restore instead
                 self.evaluation_owed = True
                 control.should_evaluate = False
 
-    def _common(self, wish: Wish) -> Wish:
+    def _common(self, asked: ControlState) -> ControlState:
         """What any rank wants, all do; one all-reduce."""
         if self.trainer.args.world_size <= 1:
-            return wish
-        flags = torch.tensor([wish.stop, wish.save, wish.busy], dtype=torch.int32, device=self.trainer.args.device)
+            return asked
+        flags = torch.tensor([asked.stop, asked.save, asked.busy], dtype=torch.int32, device=self.trainer.args.device)
         torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-        return Wish(*map(bool, flags.tolist()))
+        return ControlState(*map(bool, flags.tolist()))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._last_save = self._clock()

@@ -15,12 +15,12 @@ from torch.utils.data import BatchSampler
 
 from spotune.core.errors import InputError
 from spotune.core.fingerprint import changed_while_read, data_files, file_state, not_as_submitted, notices
-from spotune.core.protocol import Job
+from spotune.core.protocol import WorkerJob
 from spotune.core.records import fingerprint
 from spotune.core.store.faults import is_machine_fault
 from spotune.sft.arguments import Arguments
 from spotune.sft.row_counts import Origins, counts, distinct, divide, interleave, joined
-from spotune.sft.sources import Source, dataset_of, one_layout, read_all, twins
+from spotune.sft.sources import DataSource, dataset_of, one_layout, read_all, twins
 
 # The place in the data, in rows of an epoch, so that a run goes on there when its batches have another size.
 #
@@ -78,7 +78,7 @@ class Start:
     steps: int
 
 
-class Layout:
+class BatchLayout:
     """How a prepared loader makes batches of rows.
 
     Raises TypeError for batches that are made in a way that is not known here.
@@ -227,7 +227,7 @@ class Epochs:
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
-        self._layout: Layout | None = None
+        self._layout: BatchLayout | None = None
         self._start: Start | None = None  # how the resumed epoch goes on, where Trainer's own count is another place
         self._stream_steps: int | None = None
         self.epoch = self._step_before = self._steps = self._offset = 0
@@ -245,7 +245,7 @@ class Epochs:
         self._start = self._stream_steps = None
         trainer = self._trainer
         try:
-            self._layout = None if trainer.is_streaming else Layout(loader)
+            self._layout = None if trainer.is_streaming else BatchLayout(loader)
         except TypeError:
             self._layout = None
         before = self._before()
@@ -354,7 +354,7 @@ class Data:
     evaluation_origins: Origins | None
 
 
-def load_data(args: Arguments, job: Job) -> Data:
+def load_data(args: Arguments, job: WorkerJob) -> Data:
     """Reads, checks and mixes the data that the config names. Raises InputError."""
     wants_evaluation = args.training.eval_strategy != "no"
     data = _load_own(args, job) if job.config.get("data") else _load_as_trl(args, job, wants_evaluation)
@@ -368,14 +368,14 @@ def load_data(args: Arguments, job: Job) -> Data:
     return data
 
 
-def _load_own(args: Arguments, job: Job) -> Data:
+def _load_own(args: Arguments, job: WorkerJob) -> Data:
     from datasets import concatenate_datasets
 
     entries = job.config["data"]
     seed = args.training.data_seed if args.training.data_seed is not None else args.training.seed
     text_field, cache = args.training.dataset_text_field, Path(job.cache)
     sources = [
-        Source(entry, job.config_path, f"data[{at}]", text_field, _recorded(job, str(entry["source"])))
+        DataSource(entry, job.config_path, f"data[{at}]", text_field, _recorded(job, str(entry["source"])))
         for at, entry in enumerate(entries)
     ]
     reads = [read_all(source, cache) for source in sources]
@@ -403,7 +403,7 @@ def _load_own(args: Arguments, job: Job) -> Data:
     return Data(_first(train, limit), _first(evaluation, limit), origins.first(limit), of_evaluation.first(limit))
 
 
-def _recorded(job: Job, source: str) -> list[dict[str, Any]]:
+def _recorded(job: WorkerJob, source: str) -> list[dict[str, Any]]:
     """The facts of a source's files in the run's record; an entry that is there twice has the same ones."""
     return list({file["url"]: file for file in job.data_files if file.get("source") == source}.values())
 
@@ -418,7 +418,7 @@ def _say(lines: list[str]) -> None:
 Part = tuple[Any, Origins]  # a data set, and where its rows come from
 
 
-def _held_out(source: Source, dataset: Any, origins: Origins, seed: int) -> tuple[Part, Part | None]:
+def _held_out(source: DataSource, dataset: Any, origins: Origins, seed: int) -> tuple[Part, Part | None]:
     count = source.held_out(len(dataset))
     if not count:
         return (dataset, origins), None
@@ -430,7 +430,7 @@ def _first(dataset: Any, limit: int | None) -> Any:
     return dataset if limit is None or len(dataset) <= limit else dataset.select(np.arange(limit))
 
 
-def _load_as_trl(args: Arguments, job: Job, wants_evaluation: bool) -> Data:
+def _load_as_trl(args: Arguments, job: WorkerJob, wants_evaluation: bool) -> Data:
     """What TRL's own script does with ``datasets`` and ``dataset_name``, and nothing else."""
     import datasets
     from datasets import load_dataset
@@ -499,7 +499,7 @@ def _origins(name: str, dataset: Any) -> Origins:
     return Origins.of_one(name, len(dataset) if hasattr(dataset, "__len__") else None)
 
 
-def _local_files(job: Job) -> list[dict[str, Any]]:
+def _local_files(job: WorkerJob) -> list[dict[str, Any]]:
     """The local files that TRL's own keys name, with their hashes. Raises InputError if the record has others."""
     found = [file for file in data_files(job.config, job.config_path) if "sha256" in file]
     recorded = [file for file in job.data_files if "sha256" in file]

@@ -33,8 +33,8 @@ from spotune.core.protocol import (
     MERGED,
     NOT_FINITE,
     OUTPUT,
-    Answer,
     ExtraJob,
+    ExtraResult,
     answer_path,
     read_json,
     write_json,
@@ -343,16 +343,16 @@ def main(argv: list[str]) -> None:
     os._exit(0 if answer.done else 1)
 
 
-def run(name: str, folder: Path) -> Answer:
+def run(name: str, folder: Path) -> ExtraResult:
     """Does the extra and says how it ended."""
     try:
         job = ExtraJob(**read_json(folder / EXTRAS))
-        return Answer(True, facts=_do(name, job, folder))
+        return ExtraResult(True, facts=_do(name, job, folder))
     except SpotuneError as error:
-        return Answer(False, str(error))
+        return ExtraResult(False, str(error))
     except BaseException as error:  # the process's edge: whatever it is, the guard must hear of it
         print_traceback(error)
-        return Answer(False, one_line(error))
+        return ExtraResult(False, one_line(error))
 
 
 def _do(name: str, job: ExtraJob, folder: Path) -> dict[str, str]:

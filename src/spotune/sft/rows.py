@@ -62,7 +62,7 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowLayout:
     """The Arrow types of the columns: what a part of the rows needs, or all of them together.
 
     Attributes:
@@ -75,10 +75,10 @@ class Layout:
     has_json: bool = False
     optional: frozenset[str] = frozenset()
 
-    def __or__(self, other: "Layout") -> "Layout":
+    def __or__(self, other: "RowLayout") -> "RowLayout":
         """The layout that holds both; the kinds must be the same where both know them."""
         kinds = {**self.kinds, **other.kinds}
-        return Layout(kinds, self.has_json or other.has_json, self.optional | other.optional)
+        return RowLayout(kinds, self.has_json or other.has_json, self.optional | other.optional)
 
     def schema(self) -> pa.Schema:
         messages = AS_JSON if self.has_json else PLAIN
@@ -98,11 +98,11 @@ class Chunk:
     """
 
     arrays: Mapping[str, pa.Array]
-    layout: Layout
+    layout: RowLayout
     rows: int
     first_row: int
 
-    def batch(self, layout: Layout) -> pa.RecordBatch:
+    def batch(self, layout: RowLayout) -> pa.RecordBatch:
         """The rows in a wider layout."""
         schema = layout.schema()
         return pa.record_batch([self._column(one.name, one.type) for one in schema], schema=schema)
@@ -159,7 +159,7 @@ def plain_chunk(table: pa.Table, columns: Columns, first_row: int) -> Chunk | No
         return None
     if len(set(kinds.values())) > 1 or not _kinds_fit(columns.format, kinds):
         return None
-    return Chunk(arrays, Layout(kinds), table.num_rows, first_row)
+    return Chunk(arrays, RowLayout(kinds), table.num_rows, first_row)
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -228,7 +228,7 @@ def chunk_of(rows: Iterable[tuple[int, Any]], columns: Columns) -> Chunk:
         for message in talk
     )
     optional = frozenset(name for name in OPTIONAL if any(value is not None for value in values[name]))
-    layout = Layout(kinds, has_json, optional)
+    layout = RowLayout(kinds, has_json, optional)
     try:
         arrays = {ours: _array(ours, values[ours], layout) for ours in (*columns.names, *optional)}
     except UnicodeEncodeError:
@@ -333,7 +333,7 @@ def _optional(name: str, value: Any) -> Any:
     return value
 
 
-def _array(name: str, values: list[Any], layout: Layout) -> pa.Array:
+def _array(name: str, values: list[Any], layout: RowLayout) -> pa.Array:
     if name in OPTIONAL:
         empty = "{}" if name == "chat_template_kwargs" else None
         return _json_array([empty if value is None else _dumps(value) for value in values], pa.json_())

@@ -31,7 +31,7 @@ from spotune.core.protocol import read_json, write_json
 from spotune.core.store.faults import is_machine_fault
 from spotune.sft.readers import HubReader, Reader, open_bytes, open_file, spoilt
 from spotune.sft.row_counts import held_out_count
-from spotune.sft.rows import REMEDIES, Columns, Layout, RowError, columns_of, format_of
+from spotune.sft.rows import REMEDIES, Columns, RowError, RowLayout, columns_of, format_of
 
 # Data files of a store, copied once to this machine's cache: a new copy when the store's checksum changes.
 #
@@ -96,7 +96,7 @@ ROWS = "rows"  # the folder for it, below the cache
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """An entry of ``data:``.
 
     Attributes:
@@ -143,7 +143,7 @@ class Part:
         dataset: of the hub, else None.
     """
 
-    source: Source
+    source: DataSource
     url: str
     path: str
     digest: str
@@ -167,7 +167,7 @@ class Read:
 
     part: Part
     columns: Columns
-    layout: Layout
+    layout: RowLayout
     rows: int
     first_row: int
     size: int = 0
@@ -177,12 +177,12 @@ class Read:
 class _Wider(Exception):
     """A block needs a wider layout than the blocks before it were written in."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: RowLayout) -> None:
         super().__init__(layout)
         self.layout = layout
 
 
-def read_all(source: Source, cache: Path) -> list[Read]:
+def read_all(source: DataSource, cache: Path) -> list[Read]:
     """Reads the files of a source that have rows, and keeps the rows below ``cache``.
 
     Raises:
@@ -202,7 +202,7 @@ def read_all(source: Source, cache: Path) -> list[Read]:
     return reads
 
 
-def dataset_of(reads: list[Read], layout: Layout, cache: Path) -> Any:
+def dataset_of(reads: list[Read], layout: RowLayout, cache: Path) -> Any:
     """Returns the data set of a source in a layout that holds all its rows."""
     from datasets import concatenate_datasets
 
@@ -212,9 +212,9 @@ def dataset_of(reads: list[Read], layout: Layout, cache: Path) -> Any:
     return whole.select(range(min(limit, len(whole)))) if limit else whole
 
 
-def one_layout(reads: list[Read]) -> Layout:
+def one_layout(reads: list[Read]) -> RowLayout:
     """Returns the layout that holds all rows. Raises InputError naming both files of a conflict."""
-    layout, first = Layout(), reads[0]
+    layout, first = RowLayout(), reads[0]
     for read in reads:
         if read.columns.format != first.columns.format:
             raise _formats_differ(first, read)
@@ -246,7 +246,7 @@ def twins(parts: list[Part]) -> list[str]:
     return lines
 
 
-def parts_of(source: Source, cache: Path) -> Iterator[Part]:
+def parts_of(source: DataSource, cache: Path) -> Iterator[Part]:
     """Finds the source's files, brings them to this machine and takes their hashes."""
     if source.url.startswith("hf://") and not source.url.startswith("hf://datasets/"):
         dataset = _load_hub(source)
@@ -283,7 +283,7 @@ def read_part(part: Part, cache: Path | None, most_bytes: int | None = None) -> 
         columns = _columns(part, reader)
         format = columns.format
         read = _recall(part, columns, cache) if cache else None
-        read = read or _convert(part, reader, columns, Layout(), cache, most_bytes)
+        read = read or _convert(part, reader, columns, RowLayout(), cache, most_bytes)
     except RowError as error:
         key = f"row {error.row}" if error.row else "header"
         raise InputError(part.url, error.what, key=key, remedy=error.remedy or REMEDIES.get(format, "")) from error
@@ -297,7 +297,7 @@ def read_part(part: Part, cache: Path | None, most_bytes: int | None = None) -> 
 
 
 def _convert(
-    part: Part, reader: Reader, columns: Columns, layout: Layout, cache: Path | None, most_bytes: int | None = None
+    part: Part, reader: Reader, columns: Columns, layout: RowLayout, cache: Path | None, most_bytes: int | None = None
 ) -> Read:
     """Looks at each row of a part; with a cache, writes them in ``layout`` or the wider one that they need."""
     while True:
@@ -308,7 +308,7 @@ def _convert(
 
 
 def _write(
-    part: Part, reader: Reader, columns: Columns, layout: Layout, cache: Path | None, most_bytes: int | None
+    part: Part, reader: Reader, columns: Columns, layout: RowLayout, cache: Path | None, most_bytes: int | None
 ) -> Read:
     (rows, size, first_row), kinds = (0, 0, 1), dict(layout.kinds)
     writer = _Writer(cache / ROWS) if cache else None
@@ -369,7 +369,7 @@ class _Writer:
             self._path.unlink(missing_ok=True)
 
 
-def _dataset(read: Read, layout: Layout, cache: Path) -> Any:
+def _dataset(read: Read, layout: RowLayout, cache: Path) -> Any:
     import datasets
     import datasets.features.features as codec
     from datasets.table import MemoryMappedTable
@@ -390,7 +390,7 @@ def _key(part: Part) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _rows_path(read: Read, layout: Layout, folder: Path) -> Path:
+def _rows_path(read: Read, layout: RowLayout, folder: Path) -> Path:
     return folder / f"{_key(read.part)}-{hashlib.sha256(layout.key().encode()).hexdigest()[:12]}.arrow"
 
 
@@ -408,7 +408,7 @@ def _recall(part: Part, columns: Columns, cache: Path) -> Read | None:
         return None
     if not facts:
         return None
-    layout = Layout(facts["kinds"], facts["has_json"], frozenset(facts["optional"]))
+    layout = RowLayout(facts["kinds"], facts["has_json"], frozenset(facts["optional"]))
     read = Read(part, columns, layout, facts["rows"], facts["first_row"])
     return read if _rows_path(read, layout, cache / ROWS).exists() else None
 
@@ -432,7 +432,7 @@ def _columns(part: Part, reader: Reader) -> Columns:
     return columns
 
 
-def _load_hub(source: Source) -> Any:
+def _load_hub(source: DataSource) -> Any:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
@@ -462,7 +462,7 @@ def check_rows(config: Mapping[str, Any], config_path: str, most_bytes: int) -> 
     partly: list[str] = []
     text_field = str(config.get("dataset_text_field") or "text")
     for index, entry in enumerate(config.get("data") or []):
-        source = Source(entry, config_path, f"data[{index}]", text_field)
+        source = DataSource(entry, config_path, f"data[{index}]", text_field)
         if is_remote(source.url):
             continue
         found: list[Read] = []

@@ -16,7 +16,7 @@ from trl import SFTTrainer
 
 from spotune.core.config_keys import is_on
 from spotune.core.errors import InputError, SpotuneError
-from spotune.core.protocol import Job
+from spotune.core.protocol import WorkerJob
 from spotune.core.store.faults import is_machine_fault
 from spotune.sft.arguments import Arguments
 from spotune.sft.boundary import Boundary, EvaluationInterrupted, Extra
@@ -87,7 +87,7 @@ def _patch_best(checkpoint: Path, best_checkpoint: str | None) -> None:
 _OTHER_WEIGHTS = ("size mismatch", "ignore_mismatched_sizes")  # weights that are not those of the model's config
 
 
-def build_trainer(args: Arguments, job: Job, boundary: Boundary) -> Any:
+def build_trainer(args: Arguments, job: WorkerJob, boundary: Boundary) -> Any:
     """The trainer, with the model loaded and the data tokenized. Raises InputError for what TRL refuses."""
     from trl import get_peft_config, get_quantization_config
 
@@ -150,7 +150,7 @@ def _as_input_error(error: Exception, where: str) -> Exception:
 # The result of a run: the model, its tokenizer and the training's history, in one folder.
 
 
-def save_result(trainer: Any, output: Path, job: Job) -> None:
+def save_result(trainer: Any, output: Path, job: WorkerJob) -> None:
     """Writes the final model; all ranks take part, since a sharded model has to be gathered.
 
     Raises NotFinite, and writes nothing, where the model cannot be used.

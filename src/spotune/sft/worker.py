@@ -25,8 +25,8 @@ from spotune.core.protocol import (
     RESTORED,
     STACKS_SIGNAL,
     EventLog,
-    Job,
     Outcome,
+    WorkerJob,
     answer_candidate,
     events_path,
     outcome_path,
@@ -107,7 +107,7 @@ class Rank:
 
     folder: Path
     rank: int
-    job: Job
+    job: WorkerJob
     events: EventLog | None
     step: int = 0
     trainer: Any = field(default=None, repr=False)
@@ -139,7 +139,7 @@ def run(folder: Path, rank: int) -> Outcome:
     step = 0
     try:
         events = EventLog(events_path(folder, rank)) if rank == 0 else None
-        this = Rank(folder, rank, Job(**read_json(folder / JOB)), events)
+        this = Rank(folder, rank, WorkerJob(**read_json(folder / JOB)), events)
         try:
             return _run(this)
         finally:
@@ -176,7 +176,7 @@ def _run(this: Rank) -> Outcome:
     return Outcome("completed", trainer.state.global_step)
 
 
-def _set_environment(job: Job, environ: Any) -> None:
+def _set_environment(job: WorkerJob, environ: Any) -> None:
     """What libraries read from the environment when they are imported; what the user set stays."""
     for key, value in (job.config.get("env") or {}).items():
         environ[key] = str(value)
@@ -235,7 +235,7 @@ def _wait_for_restore(this: Rank) -> str | None:
     return prepare(this.trainer, restored)
 
 
-def check_versions(job: Job, restored: Mapping[str, Any], installed: Mapping[str, str]) -> None:
+def check_versions(job: WorkerJob, restored: Mapping[str, Any], installed: Mapping[str, str]) -> None:
     """Raises OtherVersions for a checkpoint that was made under versions of libraries that may order rows otherwise.
 
     Where that is allowed, one line says so.

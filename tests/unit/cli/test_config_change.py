@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spotune.core.keys import Keys
-from spotune.core.records import Certificate, Commit, Mark, RunRecord
+from spotune.core.records import Certificate, Commit, RunRecord, TerminalMarker
 from spotune.core.revisions import record_history, record_in_force
 from tests.unit.project import Project
 
@@ -204,7 +204,7 @@ def test_a_run_that_only_the_bucket_knows_may_go_on_changed(ended: Project) -> N
     result = ended.run("resume", "run-a", "--set", "max_steps=40")
     expected = "run-a: may go on, changed: max_steps: 9 -> 40. Start it again as before, with SPOTUNE_RUN_ID=run-a\n"
     assert result.stdout == expected
-    mark = Mark(run_id="run-a", attempt=1, at=5.0, reason="bad luck", exit_code=1)
+    mark = TerminalMarker(run_id="run-a", attempt=1, at=5.0, reason="bad luck", exit_code=1)
     ended.store.create(KEYS.failed, mark.to_bytes())
     result = ended.run("train", "run.yaml", "--name", "run-a", "-y", "--set", "max_steps=50")  # nothing to follow
     assert result.exit_code == 0
@@ -323,7 +323,7 @@ def refused_for_versions(ended: Project) -> Project:
     """run-a has failed: its newest checkpoint was made under another version of datasets."""
     ended.store.delete([KEYS.cancelled])
     facts = {"reason": "run.yaml: versions: …", "exit_code": 2, "versions": ["datasets 5.0.1 -> 5.2.0"]}
-    ended.store.create(KEYS.failed, Mark(run_id="run-a", attempt=1, at=0.0, **facts).to_bytes())
+    ended.store.create(KEYS.failed, TerminalMarker(run_id="run-a", attempt=1, at=0.0, **facts).to_bytes())
     return ended
 
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import pytest
 
-from spotune.core.errors import InfraError, Unsettled
+from spotune.core.errors import InfraError, SubmissionUnknown
 from spotune.core.keys import Keys
-from spotune.core.records import Mark, PriceRow, RunRecord
+from spotune.core.records import PriceRow, RunRecord, TerminalMarker
 from spotune.launch import engine
 from spotune.launch.engine import JobStatus, PaidInterval, Submission
 from spotune.launch.plan import Offers
@@ -157,7 +157,7 @@ def test_a_server_that_does_not_answer_hides_no_local_run(project: Project) -> N
 def test_a_runs_own_word_for_its_failure(project: Project) -> None:
     project.submit("run-a", "--infra", "aws")
     FakeSky().turn("run-a", state="FAILED", reason="exited with code 2", exit_code=2, attempt=1, ended_at=9e9)
-    mark = Mark(run_id="run-a", attempt=1, at=5.0, reason="row 7 is no JSON", exit_code=2)
+    mark = TerminalMarker(run_id="run-a", attempt=1, at=5.0, reason="row 7 is no JSON", exit_code=2)
     project.store.create(Keys("run-a").failed, mark.to_bytes())
     (row,) = project.json("queue")
     assert (row["state"], row["reason"]) == ("FAILED", "row 7 is no JSON")
@@ -236,7 +236,7 @@ def test_a_paused_run_that_is_started_again_to_no_end_goes_on(project: Project) 
     FakeSky().turn("run-a", state="RECOVERING", attempt=1)
     refused = project.run("resume", "run-a")
     assert "is RECOVERING" in refused.stderr
-    mark = Mark(run_id="run-a", attempt=1, at=5.0, reason="its budget is used up", exit_code=76)
+    mark = TerminalMarker(run_id="run-a", attempt=1, at=5.0, reason="its budget is used up", exit_code=76)
     project.store.create(Keys("run-a").paused, mark.to_bytes())
     resumed = project.run("resume", "run-a")
     assert (resumed.exit_code, resumed.stderr) == (0, "")
@@ -247,7 +247,7 @@ def test_a_paused_run_that_is_started_again_to_no_end_goes_on(project: Project) 
 
 def test_a_submission_of_unknown_end_stays_a_run(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     def submit(self: FakeSky, submission: Submission) -> None:
-        raise Unsettled("no route; whether SkyPilot took run-a is not known (spotune cancel run-a …)")
+        raise SubmissionUnknown("no route; whether SkyPilot took run-a is not known (spotune cancel run-a …)")
 
     monkeypatch.setattr(FakeSky, "submit", submit)
     result = project.run("train", "run.yaml", "--name", "run-a", "--infra", "aws", "-y", "-d")

@@ -12,9 +12,9 @@ from click.testing import Result
 from spotune.cli import main
 from spotune.core.store import Store
 from spotune.launch.engine import Submission
-from spotune.launch.local.database import Attempt
+from spotune.launch.local.database import AttemptRow
 from spotune.launch.local.engine import LocalInfra
-from spotune.launch.local.layout import Layout
+from spotune.launch.local.layout import LocalFolders
 from spotune.launch.local.queue import Queue
 from tests.commands import cli_runner
 from tests.unit.cost.cases import RUN_ID, T, three_attempts
@@ -68,12 +68,12 @@ def test_what_stands_in_the_place_of_a_file_or_a_folder(runs: Path, part: str, h
 
 
 def test_a_folder_that_is_removed_while_the_run_trains(tmp_path: Path, runs: Path) -> None:
-    layout = Layout(tmp_path / "home")
+    layout = LocalFolders(tmp_path / "home")
     layout.make()
     queue = Queue(layout.database)
     queue.create()
     queue.add(Submission("bad", {"run": "x"}, "/", "ada"), f"file://{tmp_path}/home/bucket", at=T)
-    attempt = Attempt(run_id="bad", attempt=1, marker="m", boot="b", started_at=T + 10, slots=[0])
+    attempt = AttemptRow(run_id="bad", attempt=1, marker="m", boot="b", started_at=T + 10, slots=[0])
     queue.start(attempt)
     queue.run_began(attempt, T + 20, 5.0)
     queue.update_attempt(attempt, ended_at=T + 110)

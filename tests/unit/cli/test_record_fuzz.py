@@ -21,11 +21,11 @@ from spotune.core.records import (
     Certificate,
     ClusterRecord,
     Commit,
-    Mark,
     PriceRow,
     Progress,
     Record,
     RunRecord,
+    TerminalMarker,
 )
 from spotune.core.revisions import record_history
 from spotune.core.store import Store
@@ -35,7 +35,7 @@ from spotune.guard.checkpoints import Retention
 from spotune.guard.claim import _check_config, claim_attempt, earlier_spells, standing_verdict
 from spotune.guard.extras import surviving_logs
 from spotune.guard.finish import fetch_result
-from spotune.guard.journal import Machine
+from spotune.guard.journal import Node
 from spotune.guard.restore import is_second_fault, last_event, newest_commit, restore
 from spotune.launch.local.watch import look
 from tests.commands import cli_runner
@@ -60,9 +60,9 @@ RECORDS: dict[str, Record] = {
     KEYS.commit(1, 5): Commit(run_id="run-a", step=5, attempt=1, files=FILES, saving={"stall_s": 1.0}),
     KEYS.completed: Certificate(run_id="run-a", attempt=1, step=8, weights_sha256="w", files=FILES),
     KEYS.progress: Progress(run_id="run-a", attempt=1, step=5, loss=1.0, at=T),
-    KEYS.failed: Mark(run_id="run-a", attempt=1, at=T, reason="why", exit_code=1, versions=["a 1 -> 2"]),
-    KEYS.paused: Mark(run_id="run-a", attempt=1, at=T, reason="why", exit_code=76),
-    KEYS.cancelled: Mark(run_id="run-a", attempt=1, at=T, reason="why", exit_code=1),
+    KEYS.failed: TerminalMarker(run_id="run-a", attempt=1, at=T, reason="why", exit_code=1, versions=["a 1 -> 2"]),
+    KEYS.paused: TerminalMarker(run_id="run-a", attempt=1, at=T, reason="why", exit_code=76),
+    KEYS.cancelled: TerminalMarker(run_id="run-a", attempt=1, at=T, reason="why", exit_code=1),
     f"clusters/dev-{int(T)}.json": ClusterRecord(
         name="dev", cluster_hash="h", launched_at=T, owner="ada", price=PRICE, spans=[[T, T + 5]], updated_at=T + 9
     ),
@@ -133,7 +133,7 @@ def parts_of_the_guard(store: Store, folder: Path) -> dict[str, Callable[[], obj
     return {
         "verdict": lambda: standing_verdict(store, KEYS),
         "look": lambda: look(store.url, "run-a"),
-        "claim": lambda: claim_attempt(store, KEYS, Machine.read({})),
+        "claim": lambda: claim_attempt(store, KEYS, Node.read({})),
         "spells": lambda: earlier_spells(store, KEYS, 1),
         "last event": lambda: last_event(store, KEYS, 1),
         "second fault": lambda: is_second_fault(store, KEYS, 2),

@@ -14,7 +14,7 @@ from spotune.cli.runs import exit_code_of, live_view, settled
 from spotune.core.environment import RunEnvironment
 from spotune.core.errors import InputError
 from spotune.core.keys import Keys
-from spotune.core.records import Certificate, Mark, RunRecord
+from spotune.core.records import Certificate, RunRecord, TerminalMarker
 from spotune.core.store import Store
 from spotune.guard.claim import read_or_create_run
 from spotune.guard.main import parse_arguments
@@ -217,7 +217,7 @@ def test_a_resume_says_and_keeps_what_code_it_goes_on_with(project: Project) -> 
 def test_a_bare_launch_that_never_began_is_listed_and_may_go_on(project: Project) -> None:
     """Its config was bad, so that there is no record; the mark keeps SkyPilot from trying it again and again."""
     keys = Keys("run-a")
-    mark = Mark(run_id="run-a", attempt=0, at=7.0, reason="run.yaml: no such file", exit_code=2)
+    mark = TerminalMarker(run_id="run-a", attempt=0, at=7.0, reason="run.yaml: no such file", exit_code=2)
     project.store.create(keys.failed, mark.to_bytes())
     (row,) = project.json("queue", "-a")
     assert (row["run_id"], row["state"], row["reason"]) == ("run-a", "FAILED", "run.yaml: no such file")
@@ -263,7 +263,7 @@ def test_queue(project: Project) -> None:
 def test_a_run_that_only_the_bucket_knows(project: Project) -> None:
     project.submit("run-a")
     project.infra.states.clear()
-    mark = Mark(run_id="run-a", attempt=1, at=5.0, reason="bad data", exit_code=2)
+    mark = TerminalMarker(run_id="run-a", attempt=1, at=5.0, reason="bad data", exit_code=2)
     project.store.create(Keys("run-a").failed, mark.to_bytes())
     (row,) = project.json("queue", "-a")
     assert (row["state"], row["reason"], row["ended_at"]) == ("FAILED", "bad data", 5.0)
@@ -336,7 +336,7 @@ def test_a_cancel_that_was_stopped_before_the_engine_knew(project: Project, monk
     project.infra.turn("run-a", state="FAILED", attempt=4, reason="stands still since attempt 0", exit_code=1)
     (row,) = project.json("queue", "-a")
     assert (row["state"], row["reason"]) == ("CANCELLED", "cancelled by ada")
-    mark = Mark(run_id="run-a", attempt=1, at=5.0, reason="bad luck", exit_code=1)
+    mark = TerminalMarker(run_id="run-a", attempt=1, at=5.0, reason="bad luck", exit_code=1)
     project.store.create("runs/run-a/failed.json", mark.to_bytes())
     (row,) = project.json("queue", "-a")
     assert (row["state"], row["reason"]) == ("FAILED", "bad luck")

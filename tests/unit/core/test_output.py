@@ -82,7 +82,7 @@ def test_every_locale_has_room_for_everything(tmp_path: Path, environ: str) -> N
 
 @pytest.mark.parametrize("can_block", [True, False])
 def test_a_pipe_that_nobody_empties_holds_nobody_up(monkeypatch: pytest.MonkeyPatch, can_block: bool) -> None:
-    monkeypatch.setattr("spotune.core.io.PATIENCE_S", 0.01)
+    monkeypatch.setattr("spotune.core.errors.PATIENCE_S", 0.01)
     reader, writer = os.pipe()
     os.set_blocking(writer, can_block)
     with Unfailing(writer, "w") as file:

@@ -16,7 +16,7 @@ from s3fs import S3FileSystem
 
 from spotune.core.errors import InputError, StoreError
 from spotune.core.fingerprint import file_facts
-from spotune.core.store import Patience, Store
+from spotune.core.store import RetryPolicy, Store
 from spotune.core.store.local import Disk
 from spotune.core.store.objects import RANGE_BYTES
 from tests.clocks import Clock
@@ -150,7 +150,7 @@ def test_a_file_server_that_restarts_is_waited_for(local_store: Store, monkeypat
         real(source, target, **folders)
 
     monkeypatch.setattr(os, "link", link)
-    clock, patience = Clock(), Patience(deadline_s=60.0, first_wait_s=1.0, longest_wait_s=8.0)
+    clock, patience = Clock(), RetryPolicy(deadline_s=60.0, first_wait_s=1.0, longest_wait_s=8.0)
     local_store._bucket = Disk(local_store.url.removeprefix("file://"), patience, clock, clock.sleep)
     assert local_store.create("runs/a/x", b"1")
     assert 0.5 + 1.0 <= clock.now <= 1.0 + 2.0  # two waits, and the second is longer

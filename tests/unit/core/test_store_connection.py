@@ -19,12 +19,12 @@ from gcsfs.retry import HttpError, NonRetryableError, validate_response
 from s3fs.errors import translate_boto_error
 
 from spotune.core.store import objects
-from spotune.core.store.faults import Denied, Fault, GaveUp, Patience, judge, words_of
+from spotune.core.store.faults import Denied, FaultKind, GaveUp, RetryPolicy, judge, words_of
 from spotune.core.store.objects import Connection
 from tests.clocks import Loops
 from tests.waiting import LIMIT_S
 
-PATIENCE = Patience()
+PATIENCE = RetryPolicy()
 LARGE = 12 << 20
 
 
@@ -47,56 +47,56 @@ def gcs(status: int, words: str = "why") -> Exception:
 @pytest.mark.parametrize(
     ("error", "fault"),
     [
-        (s3("NoSuchKey", 404), Fault.MISSING),
-        (s3("NoSuchUpload", 404), Fault.MISSING),
-        (s3("PreconditionFailed", 412), Fault.TAKEN),
-        (s3("ConditionalRequestConflict", 409), Fault.PASSING),
-        (s3("ExpiredToken", 400), Fault.STALE),
-        (s3("InvalidAccessKeyId", 403), Fault.STALE),
-        (s3("400", 400), Fault.STALE),
-        (s3("AccessDenied", 403), Fault.DENIED),
-        (s3("403", 403), Fault.DENIED),
-        (s3("SlowDown", 503), Fault.PASSING),
-        (s3("RequestTimeout", 400), Fault.PASSING),
-        (s3("SomethingNew", 502), Fault.PASSING),
-        (s3("NotImplemented", 501), Fault.LASTING),
-        (s3("InvalidBucketName", 400), Fault.LASTING),
-        (gcs(404), Fault.MISSING),
-        (gcs(410), Fault.MISSING),
-        (gcs(412), Fault.TAKEN),
-        (gcs(401, "Invalid Credentials"), Fault.STALE),
-        (gcs(401, "Request had invalid authentication credentials."), Fault.STALE),
-        (gcs(403), Fault.DENIED),
-        (gcs(429), Fault.PASSING),
-        (gcs(502), Fault.PASSING),
-        (gcs(503), Fault.PASSING),
-        (gcs(400, "invalid name"), Fault.LASTING),
-        (HttpError({"message": "no code at all"}), Fault.PASSING),
-        (botocore.exceptions.NoCredentialsError(), Fault.STALE),
-        (botocore.exceptions.CredentialRetrievalError(provider="role", error_msg="why"), Fault.UNREADY),
-        (google.auth.exceptions.TransportError("why"), Fault.UNREADY),
-        (NonRetryableError("why"), Fault.UNREADY),
-        (botocore.exceptions.EndpointConnectionError(endpoint_url="http://x"), Fault.PASSING),
-        (botocore.exceptions.FlexibleChecksumError(error_msg="flipped on the way"), Fault.PASSING),
-        (botocore.exceptions.ParamValidationError(report="why"), Fault.LASTING),
-        (aiohttp.ClientPayloadError("half"), Fault.PASSING),
-        (ConnectionResetError(), Fault.PASSING),
-        (TimeoutError(), Fault.PASSING),
-        (json.JSONDecodeError("half", "{", 1), Fault.PASSING),
-        (ImportError("no s3fs"), Fault.LASTING),
-        (RuntimeError("cannot schedule new futures after interpreter shutdown"), Fault.LASTING),
+        (s3("NoSuchKey", 404), FaultKind.MISSING),
+        (s3("NoSuchUpload", 404), FaultKind.MISSING),
+        (s3("PreconditionFailed", 412), FaultKind.TAKEN),
+        (s3("ConditionalRequestConflict", 409), FaultKind.PASSING),
+        (s3("ExpiredToken", 400), FaultKind.STALE),
+        (s3("InvalidAccessKeyId", 403), FaultKind.STALE),
+        (s3("400", 400), FaultKind.STALE),
+        (s3("AccessDenied", 403), FaultKind.DENIED),
+        (s3("403", 403), FaultKind.DENIED),
+        (s3("SlowDown", 503), FaultKind.PASSING),
+        (s3("RequestTimeout", 400), FaultKind.PASSING),
+        (s3("SomethingNew", 502), FaultKind.PASSING),
+        (s3("NotImplemented", 501), FaultKind.LASTING),
+        (s3("InvalidBucketName", 400), FaultKind.LASTING),
+        (gcs(404), FaultKind.MISSING),
+        (gcs(410), FaultKind.MISSING),
+        (gcs(412), FaultKind.TAKEN),
+        (gcs(401, "Invalid Credentials"), FaultKind.STALE),
+        (gcs(401, "Request had invalid authentication credentials."), FaultKind.STALE),
+        (gcs(403), FaultKind.DENIED),
+        (gcs(429), FaultKind.PASSING),
+        (gcs(502), FaultKind.PASSING),
+        (gcs(503), FaultKind.PASSING),
+        (gcs(400, "invalid name"), FaultKind.LASTING),
+        (HttpError({"message": "no code at all"}), FaultKind.PASSING),
+        (botocore.exceptions.NoCredentialsError(), FaultKind.STALE),
+        (botocore.exceptions.CredentialRetrievalError(provider="role", error_msg="why"), FaultKind.UNREADY),
+        (google.auth.exceptions.TransportError("why"), FaultKind.UNREADY),
+        (NonRetryableError("why"), FaultKind.UNREADY),
+        (botocore.exceptions.EndpointConnectionError(endpoint_url="http://x"), FaultKind.PASSING),
+        (botocore.exceptions.FlexibleChecksumError(error_msg="flipped on the way"), FaultKind.PASSING),
+        (botocore.exceptions.ParamValidationError(report="why"), FaultKind.LASTING),
+        (aiohttp.ClientPayloadError("half"), FaultKind.PASSING),
+        (ConnectionResetError(), FaultKind.PASSING),
+        (TimeoutError(), FaultKind.PASSING),
+        (json.JSONDecodeError("half", "{", 1), FaultKind.PASSING),
+        (ImportError("no s3fs"), FaultKind.LASTING),
+        (RuntimeError("cannot schedule new futures after interpreter shutdown"), FaultKind.LASTING),
         (RuntimeError("a bug"), None),
         (ValueError("a bug"), None),
         (KeyError("a bug"), None),
     ],
     ids=lambda value: words_of(value)[:40] if isinstance(value, Exception) else "",
 )
-def test_each_fault_is_known(error: Exception, fault: Fault | None) -> None:
+def test_each_fault_is_known(error: Exception, fault: FaultKind | None) -> None:
     assert judge(error) is fault
 
 
 def test_waits_grow_and_have_an_end() -> None:
-    patience, rng = Patience(first_wait_s=1.0, longest_wait_s=8.0), Random(0)
+    patience, rng = RetryPolicy(first_wait_s=1.0, longest_wait_s=8.0), Random(0)
     for tries, longest in enumerate([1.0, 2.0, 4.0, 8.0, 8.0], 1):
         waits = [patience.wait_s(tries, rng) for _ in range(50)]
         assert longest / 2 <= min(waits) < max(waits) <= longest
@@ -104,11 +104,11 @@ def test_waits_grow_and_have_an_end() -> None:
 
 
 def test_the_first_tries_of_a_long_request_are_shorter() -> None:
-    patience = Patience(request_s=10.0, deadline_s=60.0, floor_bytes_per_s=100.0)
+    patience = RetryPolicy(request_s=10.0, deadline_s=60.0, floor_bytes_per_s=100.0)
     assert [patience.try_s(4000, tries) for tries in (1, 2, 3, 4)] == [20.0, 30.0, 50.0, 50.0]
     assert patience.limit_s(4000) == 140.0
     with pytest.raises(ValueError, match="deadline_s must be positive"):
-        Patience(deadline_s=0.0)
+        RetryPolicy(deadline_s=0.0)
 
 
 class Clients:
@@ -149,7 +149,7 @@ def test_refused_credentials_mean_a_new_client() -> None:
 
 def test_a_client_is_closed_when_its_last_request_is_over() -> None:
     clients = Clients()
-    line = Connection(clients, Patience(request_s=300.0))
+    line = Connection(clients, RetryPolicy(request_s=300.0))
     go_on = asyncio.Event()
 
     async def slow(client: int) -> int:
@@ -201,12 +201,12 @@ def test_the_last_try_does_not_hide_the_reason() -> None:
     """The deadline cuts the last try short; what is told is what went wrong before."""
     steps = [failing(s3("SlowDown", 503)), hang]
     loops = Loops()
-    line = Connection(Clients(), Patience(request_s=45.0, deadline_s=30.0), new_loop=loops)
+    line = Connection(Clients(), RetryPolicy(request_s=45.0, deadline_s=30.0), new_loop=loops)
     with pytest.raises(GaveUp, match=r"why \(2 tries in 3[01] s"):
         line.ask("read", lambda client: steps.pop(0)(client))
 
 
-def times_of(loops: Loops, patience: Patience, fault: Callable[[], Any], size: int = 0) -> list[float]:
+def times_of(loops: Loops, patience: RetryPolicy, fault: Callable[[], Any], size: int = 0) -> list[float]:
     """When each try began of a request that always fails; the end comes last."""
     began: list[float] = []
 
@@ -229,7 +229,7 @@ async def reset() -> None:
 
 
 def test_a_request_without_an_answer_is_cut_and_tried_again() -> None:
-    times = times_of(Loops(), Patience(request_s=15.0, deadline_s=60.0, first_wait_s=1.0, longest_wait_s=4.0), never)
+    times = times_of(Loops(), RetryPolicy(request_s=15.0, deadline_s=60.0, first_wait_s=1.0, longest_wait_s=4.0), never)
     gaps = [after - before for before, after in pairwise(times)]
     assert 3 <= len(gaps) <= 4
     for longest_wait, gap in zip([1.0, 2.0, 4.0], gaps[:-1], strict=False):
@@ -238,7 +238,7 @@ def test_a_request_without_an_answer_is_cut_and_tried_again() -> None:
 
 
 def test_waits_between_tries_grow_until_the_deadline() -> None:
-    times = times_of(Loops(), Patience(deadline_s=60.0, first_wait_s=1.0, longest_wait_s=8.0), reset)
+    times = times_of(Loops(), RetryPolicy(deadline_s=60.0, first_wait_s=1.0, longest_wait_s=8.0), reset)
     gaps = [after - before for before, after in pairwise(times[:-1])]
     for longest, gap in zip([1.0, 2.0, 4.0, 8.0, 8.0, 8.0], gaps, strict=False):
         assert longest / 2 <= gap <= longest
@@ -248,7 +248,7 @@ def test_waits_between_tries_grow_until_the_deadline() -> None:
 def test_a_store_that_is_away_is_waited_for_once() -> None:
     """A verb with many requests fails at the first one's deadline, and asks anew when the outage may be over."""
     loops, tries = Loops(), []
-    line = Connection(Clients(), Patience(deadline_s=20.0, outage_s=30.0), new_loop=loops)
+    line = Connection(Clients(), RetryPolicy(deadline_s=20.0, outage_s=30.0), new_loop=loops)
 
     async def refused(client: int) -> None:
         tries.append(loops.now)
@@ -333,7 +333,7 @@ def test_a_loop_that_hangs_is_replaced() -> None:
     line = Connection(Clients(), PATIENCE)
     stuck = line.submit("read", block)
     assert blocked.wait(LIMIT_S)
-    line.patience = Patience(request_s=0.05, deadline_s=0.1)  # of real time: it is a thread that hangs
+    line.patience = RetryPolicy(request_s=0.05, deadline_s=0.1)  # of real time: it is a thread that hangs
     with pytest.raises(GaveUp, match="the client has hung for 0 s"):
         line.ask("read", failing())
     line.patience = PATIENCE

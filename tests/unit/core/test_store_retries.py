@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from spotune.core.errors import StoreError
-from spotune.core.store import Patience, objects
+from spotune.core.store import RetryPolicy, objects
 from tests import fake_objects
 from tests.clocks import Loops
 from tests.fake_objects import PART_BYTES, FakeApi, at_random, fail, file_of, first, hang, store_of
 from tests.store_verbs import VERBS, use_every_verb
 
 Meets = Callable[[str], Awaitable[None]]
-DEFAULT = Patience()
+DEFAULT = RetryPolicy()
 X = "fake/x/runs/a/x"
 
 

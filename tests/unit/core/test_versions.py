@@ -7,7 +7,7 @@ import pytest
 from spotune.core.errors import OtherVersions
 from spotune.core.fingerprint import ORDER_LIBRARIES, changed_versions, installed_versions
 from spotune.core.keys import Keys
-from spotune.core.records import Commit, Mark, RunRecord
+from spotune.core.records import Commit, RunRecord, TerminalMarker
 from spotune.core.revisions import Change, allows_other_versions, refused_versions
 from spotune.core.store import Store
 
@@ -69,7 +69,7 @@ def test_what_a_run_failed_because_of(local_store: Store) -> None:
     local_store.write(KEYS.failed, old)
     assert refused_versions(local_store, KEYS) == ()
     changed = ["datasets 5.0.1 -> 5.2.0"]
-    mark = Mark(run_id="run-a", attempt=1, at=1e9, reason="x", exit_code=2, versions=changed)
+    mark = TerminalMarker(run_id="run-a", attempt=1, at=1e9, reason="x", exit_code=2, versions=changed)
     local_store.write(KEYS.failed, mark.to_bytes())
     assert refused_versions(local_store, KEYS) == ("datasets 5.0.1 -> 5.2.0",)
 

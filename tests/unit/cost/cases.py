@@ -3,7 +3,7 @@
 from typing import Any
 
 from spotune.core.records import AttemptRecord, Certificate, Commit, PriceRow, RunRecord
-from spotune.cost.machines import Evidence
+from spotune.cost.machines import RunData
 from spotune.launch.engine import PaidInterval
 
 RUN_ID = "orders-k3x9"
@@ -64,7 +64,7 @@ def commit(attempt: int, number: int) -> Commit:
     return Commit(run_id=RUN_ID, attempt=attempt, step=number, tokens=number * 100, files={})
 
 
-def three_attempts() -> Evidence:
+def three_attempts() -> RunData:
     """Preempted with notice after 2 steps, without notice after step 4, then certified at step 6.
 
     attempt 1: paid 10-30: provision 2, setup 3, load 5, train 4 + 4 (data 1 each), save 1, leaving 1
@@ -92,7 +92,7 @@ def three_attempts() -> Evidence:
             event(94, "end", reason="completed", exit_code=0),
         ],
     }  # fmt: skip
-    return Evidence(
+    return RunData(
         run=run(),
         intervals=[
             row(10, 30, setup_s=3.0, end_reason="preempted", exit_code=75),

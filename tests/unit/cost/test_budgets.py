@@ -13,7 +13,7 @@ from spotune.core.money import parse_usd
 from spotune.core.records import ClusterRecord, Progress
 from spotune.core.store import Store
 from spotune.cost.account import bills_due, build_accounts, write_bills
-from spotune.cost.collect import Left, Month, check_wall, read_month, within_month
+from spotune.cost.collect import Month, Remaining, check_wall, read_month, within_month
 from spotune.launch.engine import Submission
 from spotune.launch.plan import Plan
 from spotune.launch.settings import MonthlyBudget, Workspace
@@ -32,11 +32,11 @@ def workspace(folder: Path, budgets: str) -> Workspace:
 
 def write(store: Store, run_id: str, shift_s: float = 0.0, **facts: Any) -> None:
     """A finished run of that name, all of it so much later."""
-    evidence = three_attempts()
+    run_data = three_attempts()
     store.create(Keys(run_id).run, run(run_id=run_id, **facts).to_bytes())
-    for record in evidence.attempts:
+    for record in run_data.attempts:
         store.create(Keys(run_id).attempt(record.attempt), replace(record, run_id=run_id).to_bytes())
-    bills = bills_due(evidence, build_accounts(evidence, T + 1000))
+    bills = bills_due(run_data, build_accounts(run_data, T + 1000))
     write_bills(
         store,
         [
@@ -111,9 +111,9 @@ def test_an_idle_cluster_is_on_its_owners_month(tmp_path: Path) -> None:
     assert bob.spent_usd == 0.0
 
 
-def left(limit: float, spent: float, owner: str = "user ana") -> Left:
+def left(limit: float, spent: float, owner: str = "user ana") -> Remaining:
     budget = MonthlyBudget(owner, limit, f"budgets.{owner}", "config/spotune.yaml")
-    return Left(budget, "2026-11", spent, 0.0, 0)
+    return Remaining(budget, "2026-11", spent, 0.0, 0)
 
 
 def plan(budget_usd: float | None = None, usd_per_hour: float = 0.36) -> Plan:

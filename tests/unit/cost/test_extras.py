@@ -7,7 +7,7 @@ import pytest
 
 from spotune.core.records import Bill, Certificate, Commit
 from spotune.cost.account import bills_due, build_accounts
-from spotune.cost.machines import Evidence, with_bills
+from spotune.cost.machines import RunData, with_bills
 from spotune.cost.report import build_report, estimates
 from tests.unit.cost.cases import FIRST, RUN_ID, T, claim, event, phase, price, row, run, step, three_attempts
 
@@ -30,8 +30,8 @@ def test_an_end_that_somebody_wanted_is_no_loss() -> None:
     end = event(28, "end", reason="cancelled", exit_code=1)
     events = {1: [phase(15, "load"), end], 2: [phase(45, "load")]}
     intervals = [row(10, 30, end_reason="cancelled"), row(40, 60, end_reason="exited", exit_code=0)]
-    evidence = Evidence(run(), intervals, [claim(1, 15), claim(2, 45)], events)
-    assert build_report(evidence, "FAILED", T + 100)["preemptions"] == []
+    run_data = RunData(run(), intervals, [claim(1, 15), claim(2, 45)], events)
+    assert build_report(run_data, "FAILED", T + 100)["preemptions"] == []
 
 
 def gpu(at: float, busy: float, used: float = 10.0) -> dict[str, Any]:
@@ -41,8 +41,8 @@ def gpu(at: float, busy: float, used: float = 10.0) -> dict[str, Any]:
 def test_busy_gpu_hours_are_of_the_attempts_that_were_measured() -> None:
     events = {1: [phase(0, "train"), gpu(10, 0.5), gpu(20, 1.0, 20.0)], 2: [phase(3700, "train"), gpu(3800, 0.25)]}
     intervals = [row(0, 3600, accelerators="L4:2"), row(3600, 5400, accelerators="L4:2"), row(5400, 6000)]
-    evidence = Evidence(run(), intervals, [claim(1, 0), claim(2, 3600)], events)
-    report = build_report(evidence, "FAILED", T + 9000)
+    run_data = RunData(run(), intervals, [claim(1, 0), claim(2, 3600)], events)
+    report = build_report(run_data, "FAILED", T + 9000)
     assert report["gpu_hours"] == 3.0
     assert report["gpu_busy_hours"] == pytest.approx(2 * 0.75 + 1 * 0.25)
     assert report["gpu_utilization"] == pytest.approx(1.75 / 3)
@@ -51,7 +51,7 @@ def test_busy_gpu_hours_are_of_the_attempts_that_were_measured() -> None:
 
 def test_samples_that_are_none_say_nothing() -> None:
     events = {1: [phase(0, "train"), {**gpu(10, 7.0), "memory_gib": None}, event(11, "gpu", busy="x")]}
-    report = build_report(Evidence(run(), [row(0, 60)], [claim(1, 0)], events), "FAILED", T + 90)
+    report = build_report(RunData(run(), [row(0, 60)], [claim(1, 0)], events), "FAILED", T + 90)
     assert report["gpu_utilization"] is report["gpu_memory_gib"] is None
 
 
@@ -66,13 +66,13 @@ def test_the_bucket_by_hand() -> None:
     certificate = Certificate(
         run_id=RUN_ID, attempt=2, step=6, weights_sha256="w", files={"w": {"size": 1_000_000_000}}
     )
-    evidence = Evidence(run(), events=events, commits=[commit(1, 4, 3 * 10**9)], certificate=certificate)
-    found = estimates(evidence, "s3://bucket/runs")
+    run_data = RunData(run(), events=events, commits=[commit(1, 4, 3 * 10**9)], certificate=certificate)
+    found = estimates(run_data, "s3://bucket/runs")
     assert found["is_estimate"]
     assert (found["stored_bytes"], found["sent_bytes"], found["fetched_bytes"]) == (4 * 10**9, 7 * 10**9, 3 * 10**9)
     assert found["storage_usd_per_month"] == pytest.approx(4 * 0.023)
     assert (found["other_region_usd"], found["other_cloud_usd"]) == pytest.approx((10 * 0.02, 10 * 0.09))
-    here = estimates(evidence, "file:///bucket")
+    here = estimates(run_data, "file:///bucket")
     assert here["stored_bytes"] == 4 * 10**9
     assert here["storage_usd_per_month"] is None
 
@@ -83,22 +83,22 @@ def test_a_bill_of_price_and_interval_alone_says_enough() -> None:
         run_id=RUN_ID, attempt=1, started_at=T, ended_at=T + 3600, price=vars(paid), nodes=2, end_reason="cancelled"
     )
     for prices in ([vars(paid)], []):
-        report = build_report(Evidence(run(prices=prices), bills=[bill]), "CANCELLED", T + 9999)
+        report = build_report(RunData(run(prices=prices), bills=[bill]), "CANCELLED", T + 9999)
         (attempt,) = report["attempts"]
         assert (attempt["infra"], attempt["region"], attempt["instance_type"]) == ("aws", "us-east-1", "g6.xlarge")
         assert (attempt["use_spot"], attempt["end_reason"], attempt["cost_usd"]) == (True, "cancelled", 0.72)
 
 
 def test_a_row_that_is_dated_anew_or_comes_twice_is_counted_once() -> None:
-    evidence = three_attempts()
-    bills = bills_due(evidence, build_accounts(evidence, T + 1000))
-    moved = [replace(one, started_at=one.started_at + 4.0) for one in evidence.intervals]
-    billed, left = with_bills([*moved, *evidence.intervals], bills)
+    run_data = three_attempts()
+    bills = bills_due(run_data, build_accounts(run_data, T + 1000))
+    moved = [replace(one, started_at=one.started_at + 4.0) for one in run_data.intervals]
+    billed, left = with_bills([*moved, *run_data.intervals], bills)
     assert ([(number, one.started_at) for number, one in billed], left) == ([(1, T + 10), (2, T + 40), (3, T + 65)], [])
-    doubled = [*evidence.intervals, *evidence.intervals, row(66, 68)]
-    assert with_bills(doubled, []) == ([], [*evidence.intervals, row(66, 68)])
+    doubled = [*run_data.intervals, *run_data.intervals, row(66, 68)]
+    assert with_bills(doubled, []) == ([], [*run_data.intervals, row(66, 68)])
     overlapping = row(5, 30, infra="aws", end_reason="lost")  # until the same second, somewhere else
-    assert with_bills([*evidence.intervals, overlapping], bills)[1] == [overlapping]
+    assert with_bills([*run_data.intervals, overlapping], bills)[1] == [overlapping]
     twice = [replace(bills[0], attempt=0), *bills]  # in lost/ too, by a machine that did not see the claim
     assert with_bills([], twice) == (billed, [])
-    assert build_report(replace(evidence, intervals=moved, bills=bills), "SUCCEEDED", T + 1000)["paid_s"] == 70
+    assert build_report(replace(run_data, intervals=moved, bills=bills), "SUCCEEDED", T + 1000)["paid_s"] == 70

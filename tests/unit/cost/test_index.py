@@ -12,13 +12,13 @@ import pytest
 from s3fs import S3FileSystem
 
 from spotune.core.keys import Keys
-from spotune.core.records import Mark
+from spotune.core.records import TerminalMarker
 from spotune.core.store import Store
 from spotune.cost import collect
 from spotune.cost.account import bills_due, build_accounts, leave_bills, write_bills
 from spotune.cost.collect import all_runs
-from spotune.cost.index import Index, index_file, read_evidence
-from spotune.cost.machines import Evidence
+from spotune.cost.index import Index, index_file, read_run_data
+from spotune.cost.machines import RunData
 from spotune.launch.engine import JobStatus, PaidInterval
 from spotune.launch.settings import Workspace
 from tests.conftest import reach
@@ -35,27 +35,27 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The runs that were read."""
     seen: list[str] = []
 
-    def read(store: Store, run_id: str, *rest: Any) -> Evidence:
+    def read(store: Store, run_id: str, *rest: Any) -> RunData:
         seen.append(run_id)
-        return read_evidence(store, run_id, *rest)
+        return read_run_data(store, run_id, *rest)
 
-    read_evidence = collect.read_evidence
+    read_run_data = collect.read_run_data
     monkeypatch.setattr(collect, "read_evidence", read)
     return seen
 
 
-def write(store: Store, run_id: str, evidence: Evidence, bills: bool = True) -> None:
+def write(store: Store, run_id: str, run_data: RunData, bills: bool = True) -> None:
     """A run of that name in the bucket."""
     keys = Keys(run_id)
-    store.create(keys.run, replace(evidence.run, run_id=run_id).to_bytes())
-    for record in evidence.attempts:
+    store.create(keys.run, replace(run_data.run, run_id=run_id).to_bytes())
+    for record in run_data.attempts:
         store.create(keys.attempt(record.attempt), replace(record, run_id=run_id).to_bytes())
-    for attempt, events in evidence.events.items():
+    for attempt, events in run_data.events.items():
         store.create(keys.events(attempt, 0, 0), "\n".join(map(json.dumps, events)).encode())
-    if evidence.certificate:
-        store.create(keys.completed, evidence.certificate.to_bytes())
+    if run_data.certificate:
+        store.create(keys.completed, run_data.certificate.to_bytes())
     if bills:
-        write_bills(store, [replace(bill, run_id=run_id) for bill in bills_due(evidence, build_accounts(evidence, T))])
+        write_bills(store, [replace(bill, run_id=run_id) for bill in bills_due(run_data, build_accounts(run_data, T))])
 
 
 def listed(workspace: Workspace, **options: Any) -> dict[str, dict[str, Any]]:
@@ -86,13 +86,13 @@ def test_what_is_certified_and_billed_is_read_once(workspace: Workspace, reads: 
     assert reads == ["done"]
 
 
-def failed() -> Evidence:
+def failed() -> RunData:
     """One attempt that failed for good."""
     end = event(30, "end", reason="failed", exit_code=1)
     events = {1: [event(15, "start"), phase(15, "load"), phase(20, "train"), step(25, 1), end]}
-    evidence = three_attempts()
+    run_data = three_attempts()
     return replace(
-        evidence, intervals=[row(10, 30, exit_code=1)], attempts=[claim(1, 15)], events=events, commits=[],
+        run_data, intervals=[row(10, 30, exit_code=1)], attempts=[claim(1, 15)], events=events, commits=[],
         certificate=None,
     )  # fmt: skip
 
@@ -100,7 +100,7 @@ def failed() -> Evidence:
 def test_a_run_that_stands_still_is_read_again_once_it_goes_on(workspace: Workspace, reads: list[str]) -> None:
     store, keys = workspace.store(), Keys("stands")
     write(store, "stands", failed())
-    mark = Mark(run_id="stands", attempt=1, at=T + 30, reason="a bug", exit_code=1)
+    mark = TerminalMarker(run_id="stands", attempt=1, at=T + 30, reason="a bug", exit_code=1)
     store.create(keys.failed, mark.to_bytes())
     assert listed(workspace)["stands"]["state"] == "FAILED"
     assert listed(workspace)["stands"]["attempts"] == 1
@@ -115,8 +115,8 @@ def test_a_bill_from_another_machine_is_taken_in(workspace: Workspace, reads: li
     write(workspace.store(), "run-a", three_attempts(), bills=False)
     unsure = listed(workspace)["run-a"]
     assert unsure["unreconciled_s"] > 0
-    evidence = three_attempts()
-    bills = [replace(bill, run_id="run-a") for bill in bills_due(evidence, build_accounts(evidence, T + 1000))]
+    run_data = three_attempts()
+    bills = [replace(bill, run_id="run-a") for bill in bills_due(run_data, build_accounts(run_data, T + 1000))]
     write_bills(workspace.store(), bills)
     sure = listed(workspace)["run-a"]
     assert sure["unreconciled_s"] == 0
@@ -335,8 +335,8 @@ def test_a_bill_of_an_attempt_after_the_certificate_is_taken_in(workspace: Works
     write(store, "done", three_attempts())
     assert listed(workspace)["done"]["paid_s"] == 70
     store.create(keys.attempt(4), replace(claim(4, 105), run_id="done").to_bytes())
-    evidence = replace(read_evidence(store, "done"), intervals=[replace(row(100, 130), run_id="done")])
-    leave_bills(store, evidence, build_accounts(evidence, T + 1000), is_over=True)
+    run_data = replace(read_run_data(store, "done"), intervals=[replace(row(100, 130), run_id="done")])
+    leave_bills(store, run_data, build_accounts(run_data, T + 1000), is_over=True)
     assert listed(workspace)["done"]["paid_s"] == 100
 
 
@@ -349,8 +349,8 @@ def test_a_bill_of_a_machine_without_a_claim_is_taken_in_however_late_it_comes(
     assert listed(workspace)["done"]["paid_s"] == 70
     assert listed(workspace)["done"]["paid_s"] == 70
     assert reads == ["done"]
-    evidence = replace(read_evidence(store, "done"), intervals=[replace(row(31, 36, end_reason="lost"), run_id="done")])
-    leave_bills(store, evidence, build_accounts(evidence, T + 1000), is_over=True)
+    run_data = replace(read_run_data(store, "done"), intervals=[replace(row(31, 36, end_reason="lost"), run_id="done")])
+    leave_bills(store, run_data, build_accounts(run_data, T + 1000), is_over=True)
     assert store.keys(Keys("done").lost)
     assert listed(workspace)["done"]["paid_s"] == 75
     assert listed(workspace)["done"]["paid_s"] == 75

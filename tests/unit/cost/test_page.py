@@ -11,7 +11,7 @@ import pytest
 from spotune.core.errors import InputError
 from spotune.core.money import duration, percent, usd
 from spotune.cost.export import as_csv, attempt_rows, run_row
-from spotune.cost.machines import Evidence
+from spotune.cost.machines import RunData
 from spotune.cost.page import check_target, page_of, write_page
 from spotune.cost.report import build_report
 from spotune.cost.tables import WIDTH, run_text, runs_text
@@ -67,8 +67,8 @@ def test_the_headline(report: dict[str, Any]) -> None:
 
 def test_what_a_user_typed_is_escaped() -> None:
     evil = run(user=EVIL, team=EVIL, config_path=EVIL, prices=[{**one, "source": EVIL} for one in run().prices])
-    evidence = replace(three_attempts(), run=evil, intervals=[row(10, 30, zone=EVIL, instance_type=EVIL)])
-    page = page_of(build_report(evidence, "FAILED", T + 1000))
+    run_data = replace(three_attempts(), run=evil, intervals=[row(10, 30, zone=EVIL, instance_type=EVIL)])
+    page = page_of(build_report(run_data, "FAILED", T + 1000))
     assert "<script" not in page
     assert "<img" not in page
     assert parse(page) is not None
@@ -89,11 +89,11 @@ def test_a_phase_of_no_time_has_no_row(report: dict[str, Any]) -> None:
 
 
 def test_a_refusal_before_the_claim_is_no_vanished_machine() -> None:
-    refused = Evidence(run=run(), intervals=[row(10, 30, end_reason="failed", exit_code=2)])
+    refused = RunData(run=run(), intervals=[row(10, 30, end_reason="failed", exit_code=2)])
     text = run_text(build_report(refused, "FAILED", T + 1000))
     assert "are unknown: a start that is refused leaves no events; the log says why." in text
     assert "vanishes" not in text
-    gone = Evidence(run=run(), intervals=[row(10, 30, end_reason="preempted")])
+    gone = RunData(run=run(), intervals=[row(10, 30, end_reason="preempted")])
     assert "a machine that vanishes takes its last events" in run_text(build_report(gone, "FAILED", T + 1000))
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from spotune.core.protocol import parse_lines
 from spotune.cost.account import bills_due, build_accounts
-from spotune.cost.machines import Evidence, Span, clean, clock_offset_s, divide, total
+from spotune.cost.machines import RunData, Span, clean, clock_offset_s, divide, total
 from spotune.cost.page import page_of
 from spotune.cost.report import build_report
 from spotune.cost.tables import run_text
@@ -139,7 +139,7 @@ EVENTS = st.lists(
 
 
 @st.composite
-def evidences(draw: st.DrawFn) -> tuple[Evidence, list[PaidInterval]]:
+def evidences(draw: st.DrawFn) -> tuple[RunData, list[PaidInterval]]:
     """Any sequence of machines, claims and events, with records missing, doubled or dated anew, and clocks that differ.
 
     With it the machines that there really were, each once.
@@ -156,7 +156,7 @@ def evidences(draw: st.DrawFn) -> tuple[Evidence, list[PaidInterval]]:
         intervals.append(row(at + 0.1, None))
     attempts = [claim(n, draw(st.floats(-300, at + 600))) for n in range(1, draw(st.integers(0, 5)) + 1)]
     events = draw(st.dictionaries(st.integers(1, 5), EVENTS, max_size=5))
-    whole = Evidence(run(), intervals, attempts, events)
+    whole = RunData(run(), intervals, attempts, events)
     bills = [bill for bill in bills_due(whole, build_accounts(whole, T + 5000)) if draw(st.booleans())]
     billed = {bill.started_at for bill in bills}
     seen = []
@@ -175,19 +175,19 @@ def evidences(draw: st.DrawFn) -> tuple[Evidence, list[PaidInterval]]:
 @settings(max_examples=150, deadline=None, database=None)
 @given(evidences(), st.floats(0, 5000), st.sampled_from(["RUNNING", "RECOVERING", "FAILED", "CANCELLED"]))
 def test_phases_are_never_negative_and_sum_to_what_was_paid(
-    given: tuple[Evidence, list[PaidInterval]], now: float, state: Any
+    given: tuple[RunData, list[PaidInterval]], now: float, state: Any
 ) -> None:
-    evidence, machines = given
-    report = build_report(evidence, state, T + now)
+    run_data, machines = given
+    report = build_report(run_data, state, T + now)
     phases = dict(report["phases"])
     assert phases.pop("queue_s") >= 0
     assert min(phases.values()) >= 0
     assert sum(phases.values()) == pytest.approx(report["paid_s"], abs=1e-3)
-    assert len(report["attempts"]) >= max(len(machines), len(evidence.attempts))
+    assert len(report["attempts"]) >= max(len(machines), len(run_data.attempts))
     numbers = [attempt["attempt"] for attempt in report["attempts"] if attempt["attempt"] is not None]
     assert len(set(numbers)) == len(numbers)
     by_row = {attempt["attempt"] for attempt in report["attempts"] if attempt["reconciled"]}
-    assert by_row >= {bill.attempt for bill in evidence.bills} - {0}
+    assert by_row >= {bill.attempt for bill in run_data.bills} - {0}
     for attempt in report["attempts"]:
         assert sum(attempt["phases"].values()) == pytest.approx(attempt["paid_s"], abs=1e-3)
         assert min(attempt["phases"].values()) >= 0

@@ -10,7 +10,7 @@ from spotune.core.keys import Keys
 from spotune.core.records import PriceRow
 from spotune.cost.account import bills_due, build_accounts
 from spotune.cost.export import run_row
-from spotune.cost.machines import Evidence
+from spotune.cost.machines import RunData
 from spotune.cost.page import page_of
 from spotune.cost.report import build_report
 from spotune.cost.tables import run_text
@@ -79,13 +79,13 @@ def test_attempts() -> None:
 
 
 def test_what_a_stall_cost_has_a_line() -> None:
-    evidence = three_attempts()
+    run_data = three_attempts()
     hung = [
-        *evidence.events[2],
+        *run_data.events[2],
         event(58, "stall", phase="train", since=T + 56),
         event(59, "end", reason="stalled", exit_code=75),
     ]
-    report = build_report(replace(evidence, events={**evidence.events, 2: hung}), "SUCCEEDED", T + 1000)
+    report = build_report(replace(run_data, events={**run_data.events, 2: hung}), "SUCCEEDED", T + 1000)
     assert [attempt["end_reason"] for attempt in report["attempts"]] == ["preempted", "stalled", "completed"]
     assert (report["phases"]["stalled_s"], report["phases"]["unknown_s"]) == (3, 0)
     line = "1 stalled attempt cost $0.00030: 3.0 s without a sign of life"
@@ -94,11 +94,11 @@ def test_what_a_stall_cost_has_a_line() -> None:
 
 
 def test_a_loss_that_is_not_finite_is_shown_as_such() -> None:
-    evidence = three_attempts()
+    run_data = three_attempts()
     losses = {3: "nan", 4: 2.0, 5: "-inf", 6: None, 7: "1.0"}
     logs = [event(38 + step / 10, "log", step=step, loss=loss) for step, loss in losses.items()]
-    events = {**evidence.events, 2: [*evidence.events[2], *logs]}
-    report = build_report(replace(evidence, events=events), "FAILED", T + 1000)
+    events = {**run_data.events, 2: [*run_data.events[2], *logs]}
+    report = build_report(replace(run_data, events=events), "FAILED", T + 1000)
     json.dumps(report, allow_nan=False)
     assert [attempt["losses_not_finite"] for attempt in report["attempts"]] == [[], [[3, "nan"], [5, "-inf"]], []]
     said = "Attempt 2: the loss is not finite (nan) at step 3 to 5."
@@ -108,15 +108,15 @@ def test_a_loss_that_is_not_finite_is_shown_as_such() -> None:
 
 
 def test_nodes_multiply_dollars_not_seconds() -> None:
-    report = build_report(Evidence(run(), [row(0, 3600, nodes=3)]), "FAILED", T + 9999)
+    report = build_report(RunData(run(), [row(0, 3600, nodes=3)]), "FAILED", T + 9999)
     assert (report["paid_s"], report["cost_usd"]) == (3600, pytest.approx(3 * 0.36))
 
 
 def test_a_machine_that_never_claimed_is_listed_and_paid() -> None:
-    evidence = replace(
+    run_data = replace(
         three_attempts(), intervals=[*three_attempts().intervals, row(31, 36, setup_s=1.0, end_reason="lost")]
     )
-    report = build_report(evidence, "SUCCEEDED", T + 1000)
+    report = build_report(run_data, "SUCCEEDED", T + 1000)
     assert [attempt["attempt"] for attempt in report["attempts"]] == [1, None, 2, 3]
     attempt = report["attempts"][1]
     assert attempt["end_reason"] == "lost"
@@ -126,8 +126,8 @@ def test_a_machine_that_never_claimed_is_listed_and_paid() -> None:
 
 
 def test_an_attempt_without_a_row_goes_by_its_own_clock() -> None:
-    evidence = replace(three_attempts(), intervals=three_attempts().intervals[1:])
-    report = build_report(evidence, "SUCCEEDED", T + 1000)
+    run_data = replace(three_attempts(), intervals=three_attempts().intervals[1:])
+    report = build_report(run_data, "SUCCEEDED", T + 1000)
     assert report["unreconciled_s"] == pytest.approx(14.5)
     assert report["paid_s"] == pytest.approx(50 + 14.5)
     first = report["attempts"][0]
@@ -139,7 +139,7 @@ def test_attempts_without_rows_are_told_in_their_order_though_clocks_differ() ->
         1: [phase(300, "train"), *(step(300 + 5 * number, number) for number in range(1, 5))],
         2: [phase(160, "train"), *(step(160 + 5 * number, number) for number in range(1, 7))],
     }
-    report = build_report(Evidence(run(), [], [claim(1, 299), claim(2, 159)], events), "FAILED", T + 999)
+    report = build_report(RunData(run(), [], [claim(1, 299), claim(2, 159)], events), "FAILED", T + 999)
     assert [one["attempt"] for one in report["attempts"]] == [1, 2]
     assert (report["phases"]["useful_s"], report["phases"]["replayed_s"]) == (30, 20)
     assert [one["attempt"] for one in report["preemptions"]] == [1]
@@ -147,10 +147,10 @@ def test_attempts_without_rows_are_told_in_their_order_though_clocks_differ() ->
 
 
 def test_a_running_machine_is_paid_up_to_now() -> None:
-    evidence = Evidence(
+    run_data = RunData(
         run(), [row(10, None)], [claim(1, 12)], {1: [phase(13, "load"), phase(14, "train"), step(20, 1)]}
     )
-    report = build_report(evidence, "RUNNING", T + 25)
+    report = build_report(run_data, "RUNNING", T + 25)
     assert report["paid_s"] == pytest.approx(15)
     assert report["ended_at"] is None
     assert report["attempts"][0]["end_reason"] is None
@@ -177,8 +177,8 @@ def test_the_newest_attempt_of_a_run_that_runs_is_on_without_a_row_too(
     end = [event(112, "end", reason=ended)] if ended else []
     said = [phase(100, "load"), phase(104, "train"), step(110, 3), *end]
     claims = [claim(1, 10), claim(2, 100), *([] if is_last else [claim(3, 110)])]
-    evidence = Evidence(run(), attempts=claims, events={1: [event(100, "end", reason="preempted")], 2: said})
-    report = build_report(evidence, state, T + 125)
+    run_data = RunData(run(), attempts=claims, events={1: [event(100, "end", reason="preempted")], 2: said})
+    report = build_report(run_data, state, T + 125)
     attempt = report["attempts"][1]
     ended_at, reason, paid_s, waited = expected
     assert (attempt["ended_at"], attempt["end_reason"], attempt["paid_s"]) == (
@@ -197,10 +197,10 @@ def test_a_machine_without_a_row_is_what_all_prices_of_its_place_say() -> None:
 
     def attempt(place: str, *prices: PriceRow, **asked: bool) -> tuple[Any, ...]:
         where = {"infra": "aws", "region": place}
-        evidence = Evidence(
+        run_data = RunData(
             run(prices=[vars(one) for one in prices], **asked), attempts=[claim(1, 1, **where)], events={1: busy}
         )
-        report = build_report(evidence, "FAILED", T + 9999)
+        report = build_report(run_data, "FAILED", T + 9999)
         (row,) = report["attempts"]
         names = ("accelerators", "instance_type", "use_spot", "price_usd_per_hour")
         return *(row[name] for name in names), report["gpu_hours"], report["gpu_utilization"]
@@ -215,7 +215,7 @@ def test_a_machine_without_a_row_is_what_all_prices_of_its_place_say() -> None:
 
 
 def test_nothing_paid_yet() -> None:
-    report = build_report(Evidence(run()), "PENDING", T + 7)
+    report = build_report(RunData(run()), "PENDING", T + 7)
     assert report["attempts"] == []
     assert report["phases"]["queue_s"] == pytest.approx(7)
     assert (report["paid_s"], report["cost_usd"], report["goodput"], report["started_at"]) == (0, 0, None, None)
@@ -240,20 +240,20 @@ def test_a_later_price_changes_nothing_and_the_landing_place_decides() -> None:
     place = {"infra": "aws", "region": "us-west-2", "zone": "us-west-2b", "instance_type": "g6.xlarge"}
     events = {1: [phase(5, "train"), step(3000, 1)]}
     rows = [row(0, 3600, **place, accelerators="L4:1")]
-    evidence = Evidence(run(prices=[vars(one) for one in prices]), rows, [claim(1, 5)], events)
-    report = build_report(evidence, "FAILED", T + 9999)
+    run_data = RunData(run(prices=[vars(one) for one in prices]), rows, [claim(1, 5)], events)
+    report = build_report(run_data, "FAILED", T + 9999)
     assert report["cost_usd"] == pytest.approx(2.0)
     assert report["on_demand"]["price_usd_per_hour"] == 2.5  # the cheapest with an L4
 
 
 def test_lost_events_do_not_shrink_the_work_that_is_known_to_be_done() -> None:
     """Attempt 2 left no event, but attempt 3 went on from its checkpoint."""
-    evidence = three_attempts()
+    run_data = three_attempts()
     third = [
         phase(66, "load"), event(67, "restored", step=4, commit="runs/r/commits/0002-00000004.json"),
         phase(70, "train"), step(73, 5), step(76, 6), phase(76, "teardown"), event(94, "end", reason="completed"),
     ]  # fmt: skip
-    report = build_report(replace(evidence, events={1: evidence.events[1], 3: third}), "SUCCEEDED", T + 1000)
+    report = build_report(replace(run_data, events={1: run_data.events[1], 3: third}), "SUCCEEDED", T + 1000)
     assert report["useful_steps"] == 6
     assert report["replayed_steps"] == 0
     second = report["attempts"][1]
@@ -265,10 +265,10 @@ def test_lost_events_do_not_shrink_the_work_that_is_known_to_be_done() -> None:
 
 def test_time_while_a_run_stands_still_is_not_waiting() -> None:
     ended = [phase(1, "load"), event(9, "end", reason="failed", exit_code=1)]
-    evidence = Evidence(run(), [row(0, 10), row(1000, 1010)], [claim(1, 1), claim(2, 1001)], {1: ended})
-    assert build_report(evidence, "SUCCEEDED", T + 2000)["phases"]["queue_s"] == 0
+    run_data = RunData(run(), [row(0, 10), row(1000, 1010)], [claim(1, 1), claim(2, 1001)], {1: ended})
+    assert build_report(run_data, "SUCCEEDED", T + 2000)["phases"]["queue_s"] == 0
     ended[-1] = event(9, "end", reason="failed", exit_code=75)
-    assert build_report(evidence, "SUCCEEDED", T + 2000)["phases"]["queue_s"] == pytest.approx(990)
+    assert build_report(run_data, "SUCCEEDED", T + 2000)["phases"]["queue_s"] == pytest.approx(990)
 
 
 @pytest.mark.parametrize(
@@ -286,28 +286,28 @@ def test_time_while_a_run_stands_still_is_not_waiting() -> None:
 )
 def test_why_an_attempt_ended(row_reason: str, exit_code: int | None, said: str | None, expected: str) -> None:
     events = [event(5, "end", reason=said, exit_code=exit_code)] if said else []
-    evidence = Evidence(run(), [row(0, 10, end_reason=row_reason, exit_code=exit_code)], [claim(1, 1)], {1: events})
-    assert build_report(evidence, "FAILED", T + 99)["attempts"][0]["end_reason"] == expected
+    run_data = RunData(run(), [row(0, 10, end_reason=row_reason, exit_code=exit_code)], [claim(1, 1)], {1: events})
+    assert build_report(run_data, "FAILED", T + 99)["attempts"][0]["end_reason"] == expected
 
 
 def test_tokens_are_those_of_the_certified_step() -> None:
-    evidence = replace(three_attempts(), commits=[commit(3, 6), commit(3, 5)])
-    assert build_report(evidence, "SUCCEEDED", T + 1000)["tokens"] == 600
-    assert build_report(replace(evidence, commits=[], certificate=None), "FAILED", T + 1000)["tokens"] == 600
-    assert build_report(evidence, "SUCCEEDED", T + 1000)["run_id"] == RUN_ID
+    run_data = replace(three_attempts(), commits=[commit(3, 6), commit(3, 5)])
+    assert build_report(run_data, "SUCCEEDED", T + 1000)["tokens"] == 600
+    assert build_report(replace(run_data, commits=[], certificate=None), "FAILED", T + 1000)["tokens"] == 600
+    assert build_report(run_data, "SUCCEEDED", T + 1000)["run_id"] == RUN_ID
 
 
 def test_a_machine_that_never_claimed_is_billed_by_its_times() -> None:
     """On SkyPilot claims have no gaps: no number is left for a machine between two of them, nor for the last one."""
-    evidence = three_attempts()
-    rows = [*evidence.intervals, row(31, 39, end_reason="lost"), row(100, 103, end_reason="cancelled")]
-    evidence = replace(evidence, intervals=rows)
-    accounts = build_accounts(evidence, T + 1000)
-    assert {bill.attempt for bill in bills_due(evidence, accounts)} == {0, 1, 2, 3}
-    bills = bills_due(evidence, accounts, is_over=True)
+    run_data = three_attempts()
+    rows = [*run_data.intervals, row(31, 39, end_reason="lost"), row(100, 103, end_reason="cancelled")]
+    run_data = replace(run_data, intervals=rows)
+    accounts = build_accounts(run_data, T + 1000)
+    assert {bill.attempt for bill in bills_due(run_data, accounts)} == {0, 1, 2, 3}
+    bills = bills_due(run_data, accounts, is_over=True)
     lost = {Keys(RUN_ID).lost_bill(bill.started_at, bill.ended_at): bill.paid_s for bill in bills if not bill.attempt}
     assert sorted(lost.values()) == [3.0, 8.0]
-    elsewhere = replace(evidence, intervals=[], bills=bills)
+    elsewhere = replace(run_data, intervals=[], bills=bills)
     assert build_report(elsewhere, "SUCCEEDED", T + 1000)["paid_s"] == 70 + 11
     assert bills_due(elsewhere, build_accounts(elsewhere, T + 1000), is_over=True) == []
 
@@ -330,15 +330,15 @@ def test_what_is_priced_in_part_has_saved_nobody_knows_what() -> None:
 
 
 def test_what_no_step_tells_of_would_have_cost_nobody_knows_what() -> None:
-    starting = Evidence(run(), [row(0, None)], [claim(1, 20)], {1: [phase(20, "load")]})
+    starting = RunData(run(), [row(0, None)], [claim(1, 20)], {1: [phase(20, "load")]})
     assert build_report(starting, "RUNNING", T + 60)["on_demand_usd"] is None
 
 
 def test_a_machine_that_came_after_the_certificate_has_completed_and_changes_nothing_undisturbed() -> None:
-    evidence = three_attempts()
+    run_data = three_attempts()
     late = row(100, 110, end_reason="exited", exit_code=0)
-    before = build_report(evidence, "SUCCEEDED", T + 1000)
-    after = build_report(replace(evidence, intervals=[*evidence.intervals, late]), "SUCCEEDED", T + 1000)
+    before = build_report(run_data, "SUCCEEDED", T + 1000)
+    after = build_report(replace(run_data, intervals=[*run_data.intervals, late]), "SUCCEEDED", T + 1000)
     assert [attempt["end_reason"] for attempt in after["attempts"]][2:] == ["completed", "completed"]
     assert after["paid_s"] == before["paid_s"] + 10
     assert after["on_demand"] == before["on_demand"]
@@ -347,8 +347,8 @@ def test_a_machine_that_came_after_the_certificate_has_completed_and_changes_not
 def test_the_price_of_a_partition_is_its_own() -> None:
     rows = [price(False, usd, infra=f"slurm/{name}/gpu", region="*") for name, usd in (("a", 1.0), ("b", 5.0))]
     where = {"infra": "slurm/a/gpu", "region": "", "zone": "", "instance_type": "local", "use_spot": False}
-    evidence = Evidence(run(prices=[vars(one) for one in rows]), [row(0, 3600, **where)])
-    assert build_report(evidence, "FAILED", T + 9999)["cost_usd"] == 1.0
+    run_data = RunData(run(prices=[vars(one) for one in rows]), [row(0, 3600, **where)])
+    assert build_report(run_data, "FAILED", T + 9999)["cost_usd"] == 1.0
 
 
 def test_no_price_is_not_a_price_of_nothing() -> None:
@@ -363,20 +363,20 @@ def test_several_kinds_of_gpu_are_each_priced_as_what_they_are() -> None:
               for spot, usd in ((True, full / 2), (False, full))]  # fmt: skip
     kinds = ("A100:1", "L4:1", "A100:1")
     rows = [replace(one, accelerators=kind) for one, kind in zip(three_attempts().intervals, kinds, strict=True)]
-    evidence = replace(three_attempts(), run=run(prices=[vars(one) for one in prices]), intervals=rows)
-    report = build_report(evidence, "SUCCEEDED", T + 1000)
+    run_data = replace(three_attempts(), run=run(prices=[vars(one) for one in prices]), intervals=rows)
+    report = build_report(run_data, "SUCCEEDED", T + 1000)
     on_l4 = 6 + 2  # two steps and an evaluation
     assert report["on_demand"]["seconds"] == pytest.approx(43)
     assert report["on_demand_usd"] == pytest.approx(((43 - on_l4) * 7.2 + on_l4 * 0.72) / 3600)
 
 
 def test_a_run_that_was_cancelled_while_it_waited() -> None:
-    waited = Evidence(run=run(), cancelled_at=T + 120)
+    waited = RunData(run=run(), cancelled_at=T + 120)
     report = build_report(waited, "CANCELLED", T + 9000)
     assert report["phases"]["queue_s"] == pytest.approx(120)
     assert (report["cost_usd"], report["on_demand_usd"], report["saved_usd"]) == (0, 0, 0)
     assert report["on_demand"]["price_usd_per_hour"] == 0.72
-    preempted = Evidence(run=run(), intervals=[row(10, 30, end_reason="preempted")], cancelled_at=T + 100)
+    preempted = RunData(run=run(), intervals=[row(10, 30, end_reason="preempted")], cancelled_at=T + 100)
     assert build_report(preempted, "CANCELLED", T + 9000)["phases"]["queue_s"] == pytest.approx(10 + 70)
-    running = Evidence(run=run(), intervals=[row(10, 30, end_reason="cancelled")], cancelled_at=T + 30)
+    running = RunData(run=run(), intervals=[row(10, 30, end_reason="cancelled")], cancelled_at=T + 30)
     assert build_report(running, "CANCELLED", T + 9000)["phases"]["queue_s"] == pytest.approx(10)

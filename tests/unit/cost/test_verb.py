@@ -24,8 +24,8 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 def bill(store: Store) -> None:
     """As whoever knows the engine's rows does it."""
-    evidence = three_attempts()
-    write_bills(store, bills_due(evidence, build_accounts(evidence, T)))
+    run_data = three_attempts()
+    write_bills(store, bills_due(run_data, build_accounts(run_data, T)))
 
 
 def cost(*arguments: str) -> Result:

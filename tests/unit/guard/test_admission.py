@@ -4,7 +4,7 @@ from pathlib import Path
 
 from spotune.core.store import Store
 from spotune.guard.claim import claim_attempt
-from spotune.guard.journal import Machine
+from spotune.guard.journal import Node
 from tests.unit.guard.attempts import KEYS
 
 RIVAL = b"another machine's claim"
@@ -22,7 +22,7 @@ class LastWriterWins(Store):
 
 def test_a_claim_is_read_back(tmp_path: Path) -> None:
     store = LastWriterWins(f"file://{tmp_path}/bucket")
-    record = claim_attempt(store, KEYS, Machine.read({}))
+    record = claim_attempt(store, KEYS, Node.read({}))
     assert record.attempt == 2
     assert store.read(KEYS.attempt(1)) == RIVAL
     assert store.read(KEYS.attempt(2)) == record.to_bytes()
@@ -34,5 +34,5 @@ def test_a_number_whose_folder_cannot_be_is_passed_over(tmp_path: Path) -> None:
     (attempts / "0001").symlink_to(tmp_path)
     (attempts / "0002").touch()
     store = Store(f"file://{tmp_path}/bucket")
-    assert claim_attempt(store, KEYS, Machine.read({})).attempt == 3
-    assert claim_attempt(store, KEYS, Machine.read({})).attempt == 4
+    assert claim_attempt(store, KEYS, Node.read({})).attempt == 3
+    assert claim_attempt(store, KEYS, Node.read({})).attempt == 4

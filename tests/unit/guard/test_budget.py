@@ -11,7 +11,7 @@ from spotune.core.records import Bill
 from spotune.core.store import Store
 from spotune.guard import budget
 from spotune.guard.budget import read_budget
-from spotune.guard.journal import Context, Machine
+from spotune.guard.journal import Context, Node
 from tests.unit.cost.cases import RUN_ID, T, claim, event, price, run
 
 KEYS = Keys(RUN_ID)
@@ -52,7 +52,7 @@ def test_every_machine_before_this_one_counts_once(tmp_path: Path, monkeypatch: 
         store.create(KEYS.lost_bill(lost.started_at, lost.ended_at), lost.to_bytes())
     monkeypatch.setattr(budget, "paid_since", lambda *_: T + 7250)
     context = Context(
-        store=store, keys=KEYS, run=run(budget_usd=1.0, prices=[vars(ROW)]), record=record, machine=Machine.read({}),
+        store=store, keys=KEYS, run=run(budget_usd=1.0, prices=[vars(ROW)]), record=record, machine=Node.read({}),
         environ={}, scratch=tmp_path, cache=tmp_path, status_file="", patience_s=1.0,
     )  # fmt: skip
     found = read_budget(context)

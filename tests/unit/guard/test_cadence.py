@@ -19,8 +19,8 @@ from spotune.guard.save_schedule import (
     STEADY,
     X0_S,
     Inputs,
-    Pacer,
-    Toll,
+    SaveCost,
+    SaveScheduler,
     Wishes,
     alpha,
     expected_waste,
@@ -69,18 +69,18 @@ def test_whatever_goes_in(stall_s: float, upload_s: float, age_s: float, restore
     assert "\n" not in explain(inputs)
 
 
-def feed(toll: Toll, *events: tuple[float, str, dict[str, Any]]) -> None:
+def feed(save_cost: SaveCost, *events: tuple[float, str, dict[str, Any]]) -> None:
     for at, event, fields in events:
-        toll.take({"t": at, "event": event, **fields})
+        save_cost.take({"t": at, "event": event, **fields})
 
 
 def test_what_a_save_costs_is_counted_whole() -> None:
-    toll = Toll({"stall_s": 9.0, "bytes": 5.0})
-    assert toll.record == {"stall_s": 9.0, "bytes": 5.0}  # of the machine before, until this one has its own
-    feed(toll, (0.0, "phase", {"phase": "train"}), *((float(n), "step", {"step": n}) for n in range(1, 6)))
-    assert toll.step_s == 1.0
+    save_cost = SaveCost({"stall_s": 9.0, "bytes": 5.0})
+    assert save_cost.record == {"stall_s": 9.0, "bytes": 5.0}  # of the machine before, until this one has its own
+    feed(save_cost, (0.0, "phase", {"phase": "train"}), *((float(n), "step", {"step": n}) for n in range(1, 6)))
+    assert save_cost.step_s == 1.0
     feed(
-        toll,
+        save_cost,
         (5.1, "phase", {"phase": "save"}),
         (5.3, "save", {"step": 5, "stall_s": 0.2}),
         (5.3, "phase", {"phase": "train"}),
@@ -91,33 +91,35 @@ def test_what_a_save_costs_is_counted_whole() -> None:
         (9.1, "step", {"step": 8}),
     )
     expected = {"stall_s": 0.2, "slowdown_s": 0.8, "write_s": 1.0, "send_s": 2.0, "step_s": 1.0, "bytes": 100}
-    assert toll.record == pytest.approx(expected)
+    assert save_cost.record == pytest.approx(expected)
 
 
 def test_an_evaluation_is_no_slow_step() -> None:
-    toll = Toll()
-    feed(toll, (0.0, "phase", {"phase": "train"}), *((float(n), "step", {"step": n}) for n in range(1, 6)))
-    feed(toll, (5.0, "phase", {"phase": "eval"}), (60.0, "phase", {"phase": "train"}), (61.0, "step", {"step": 6}))
-    assert toll.step_s == 1.0
+    save_cost = SaveCost()
+    feed(save_cost, (0.0, "phase", {"phase": "train"}), *((float(n), "step", {"step": n}) for n in range(1, 6)))
+    feed(save_cost, (5.0, "phase", {"phase": "eval"}), (60.0, "phase", {"phase": "train"}), (61.0, "step", {"step": 6}))
+    assert save_cost.step_s == 1.0
 
 
 def test_a_save_is_asked_for_once_and_in_time(
     local_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [1000.0]
-    journal, toll = Journal(local_store, Keys("a-run"), 1, tmp_path / "events"), Toll()
-    pacer = Pacer(Inputs(restore_s=1.0, age_s=100.0), toll, Wishes(tmp_path), journal, clock=lambda: now[0])
+    journal, save_cost = Journal(local_store, Keys("a-run"), 1, tmp_path / "events"), SaveCost()
+    save_scheduler = SaveScheduler(
+        Inputs(restore_s=1.0, age_s=100.0), save_cost, Wishes(tmp_path), journal, clock=lambda: now[0]
+    )
     asked = []
     for _ in range(400):
-        pacer.look()
+        save_scheduler.look()
         asked.append(read_json(tmp_path / CONTROL)["save"])
         now[0] += 1.0
     first = asked.index(1)
     assert first == pytest.approx(interval_s(Inputs(restore_s=1.0, age_s=150.0)), abs=3)
     assert asked[-1] == 1  # it was not answered
-    pacer.take({"t": now[0], "event": "save"})
+    save_scheduler.take({"t": now[0], "event": "save"})
     now[0] += 300.0
-    pacer.look()
+    save_scheduler.look()
     assert read_json(tmp_path / CONTROL) == {"stop": False, "save": 2}
     journal.close()
     assert capsys.readouterr().err.count("saving every") == 1

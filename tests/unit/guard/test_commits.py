@@ -13,19 +13,19 @@ from spotune.core.records import Commit
 from spotune.core.store import Store
 from spotune.guard.checkpoints import (
     Committer,
-    Handover,
     Lineage,
     Retention,
+    StagingFolder,
     commit_checkpoint,
     seal,
     seal_path,
     sealed,
 )
 from spotune.guard.claim import check_fence, claim_attempt, latest_attempt
-from spotune.guard.journal import Context, Journal, Machine
+from spotune.guard.journal import Context, Journal, Node
 from spotune.guard.restore import list_commits, newest_commit, restore
 from spotune.guard.restore_thread import find_stranded
-from spotune.guard.save_schedule import Toll
+from spotune.guard.save_schedule import SaveCost
 from tests.unit.guard.attempts import FILES, KEYS, RUN, make_checkpoint, make_context
 from tests.waiting import LIMIT_S, until
 
@@ -46,7 +46,7 @@ def make_committer(store: Store, folder: Path, attempt: int = 1, keep: int = 2) 
     journal = Journal(store, KEYS, attempt, folder / "events")
     _open.append(journal)
     retention = Retention(store, KEYS, attempt, keep)
-    return Committer(context, Lineage(RUN, attempt, "", 0), retention, journal, lambda step: {}, Toll())
+    return Committer(context, Lineage(RUN, attempt, "", 0), retention, journal, lambda step: {}, SaveCost())
 
 
 def staged(folder: Path, step: int, best_step: int | None = None, leave_out: str = "") -> Staged:
@@ -132,7 +132,7 @@ def test_of_those_waiting_the_newest_wins(local_store: Store, tmp_path: Path, mo
 
 
 def test_a_later_attempt_fences_off(local_store: Store, tmp_path: Path) -> None:
-    machine = Machine.read({})
+    machine = Node.read({})
     first, second = (claim_attempt(local_store, KEYS, machine) for _ in range(2))
     assert (first.attempt, second.attempt, latest_attempt(local_store, KEYS)) == (1, 2, 2)
     with pytest.raises(Fenced, match="attempt 2 has taken over"):
@@ -296,7 +296,7 @@ def test_the_best_one_is_not_dropped_for_a_newer_one(local_store: Store, tmp_pat
 
 
 def test_all_ranks_make_a_checkpoint_complete(tmp_path: Path) -> None:
-    handover = Handover(tmp_path, ranks=2)
+    handover = StagingFolder(tmp_path, ranks=2)
     facts = {"size": 1, "sha256": "0" * 64}
     part = Staged(5, str(tmp_path / TRAINER / "checkpoint-5"), epoch=1.0, tokens=9, world_size=2, threads=1)
     write_json(staged_path(tmp_path, 5, 1), replace(part, files={"rng_state_1.pth": facts}))

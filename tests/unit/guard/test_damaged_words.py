@@ -23,15 +23,15 @@ from spotune.core.protocol import (
     staged_path,
     write_json,
 )
-from spotune.core.records import Mark
+from spotune.core.records import TerminalMarker
 from spotune.core.store import Store
 from spotune.guard import extras
-from spotune.guard.checkpoints import Handover
+from spotune.guard.checkpoints import StagingFolder
 from spotune.guard.claim import leave_mark
 from spotune.guard.journal import Journal
 from spotune.guard.ranks import Ranks
-from spotune.guard.save_schedule import SPOT, Inputs, Pacer, Toll, Wishes
-from spotune.guard.stalls import Budgets, Stalls
+from spotune.guard.save_schedule import SPOT, Inputs, SaveCost, SaveScheduler, Wishes
+from spotune.guard.stalls import StallLimits, Stalls
 from tests.hostile import HOW, changed, spoil, values
 from tests.unit.guard.attempts import KEYS, make_context, stage
 
@@ -70,7 +70,7 @@ def damage(whole: dict[str, Any]) -> st.SearchStrategy[Any]:
 @given(data=st.data())
 def test_a_damaged_word_of_a_rank_costs_its_checkpoint_only(tmp_path_factory: Any, data: st.DataObject) -> None:
     folder = tmp_path_factory.mktemp("exchange")
-    handover = Handover(folder, ranks=1)
+    handover = StagingFolder(folder, ranks=1)
     first, second = stage(folder, 5), stage(folder, 6)
     path = staged_path(folder, 5)
     put(path, data.draw(damage(json.loads(path.read_bytes()))))
@@ -82,7 +82,7 @@ def test_a_damaged_word_of_a_rank_costs_its_checkpoint_only(tmp_path_factory: An
 
 def test_a_word_about_another_folder_or_step_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The folder of a checkpoint is uploaded and removed: it is the attempt's own."""
-    handover, staged = Handover(tmp_path, ranks=1), stage(tmp_path, 5)
+    handover, staged = StagingFolder(tmp_path, ranks=1), stage(tmp_path, 5)
     for step, changes in ((6, {"checkpoint": "/etc"}), (7, {"checkpoint": staged.checkpoint}), (8, {"step": 8})):
         write_json(staged_path(tmp_path, step), {**vars(staged), "step": step, **changes})
     (tmp_path / STAGED / "00000009-x.json").write_text("{}")
@@ -139,11 +139,15 @@ def test_a_damaged_line_of_the_log_is_left_out(
     log, store = events_path(folder, 0), Store(f"file://{folder}/bucket")
     line = data.draw(st.one_of(changed(whole).map(json.dumps), values.map(json.dumps), st.just("[" * 10_000)))
     log.write_text("".join(f"{json.dumps(event)}\n" for event in EVENTS) + f"{line}\n{json.dumps(EVENTS[2])}\n")
-    toll, context = Toll(), make_context(store, folder)
+    save_cost, context = SaveCost(), make_context(store, folder)
     journal = Journal(store, KEYS, 1, folder / "none")
     journal._worker_log = log
     inputs = Inputs(restore_s=1.0, age_s=1.0, spells_s=(), prior=SPOT)
-    for listener in (toll.take, Stalls(Budgets(60.0, 60.0)).take, Pacer(inputs, toll, Wishes(folder), journal).take):
+    for listener in (
+        save_cost.take,
+        Stalls(StallLimits(60.0, 60.0)).take,
+        SaveScheduler(inputs, save_cost, Wishes(folder), journal).take,
+    ):
         journal.listen(listener)
     journal.poll()
     assert journal.progress.step == 1
@@ -156,4 +160,4 @@ def test_a_reason_with_half_a_surrogate_pair_is_read_again(local_store: Store) -
     assert Outcome("failed", message="no such file caf\udce9").message == r"no such file caf\udce9"
     keys = Keys("run-a")
     leave_mark(local_store, keys.failed, "run-a", 1, reason="caf\udce9", exit_code=2)
-    assert Mark.from_bytes(local_store.read(keys.failed) or b"", keys.failed).reason == r"caf\udce9"
+    assert TerminalMarker.from_bytes(local_store.read(keys.failed) or b"", keys.failed).reason == r"caf\udce9"

@@ -13,7 +13,7 @@ import pytest
 
 from spotune.core.environment import WORKER
 from spotune.core.keys import Keys
-from spotune.core.protocol import EXTRAS, MERGE, OUTPUT, PUSH, Answer, ExtraJob, answer_path, asked_for, write_json
+from spotune.core.protocol import EXTRAS, MERGE, OUTPUT, PUSH, ExtraJob, ExtraResult, answer_path, asked_for, write_json
 from spotune.core.records import RunRecord
 from spotune.core.store import Store
 from spotune.guard.extras import TIMEOUT_S, ExtraWatch, debt_of, run_extra
@@ -50,9 +50,9 @@ def environ(tmp_path: Path) -> dict[str, str]:
 
 
 def test_an_answer_of_an_earlier_try_does_not_count(tmp_path: Path, environ: dict[str, str]) -> None:
-    write_json(answer_path(tmp_path, PUSH), Answer(True))
+    write_json(answer_path(tmp_path, PUSH), ExtraResult(True))
     (tmp_path / "push").write_text("refused")
-    assert run_extra(PUSH, tmp_path, {}, environ, time.sleep) == Answer(False, "refused")
+    assert run_extra(PUSH, tmp_path, {}, environ, time.sleep) == ExtraResult(False, "refused")
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_a_process_that_hangs_is_ended_after_an_hour(
         clock.advance(60)
 
     answer = run_extra(PUSH, tmp_path, {}, environ, wait, clock=clock)
-    assert answer == Answer(False, f"not done after {TIMEOUT_S:.0f} s")
+    assert answer == ExtraResult(False, f"not done after {TIMEOUT_S:.0f} s")
     assert clock() == 1000 + TIMEOUT_S + 60
     assert not children()
 
@@ -88,7 +88,7 @@ def test_a_process_that_vanishes_is_an_answer(
         send(children(), signal.SIGKILL)
 
     answer = run_extra(PUSH, tmp_path, {}, environ, kill_when_asked)
-    assert answer == Answer(False, "its process was killed by SIGKILL without a word")
+    assert answer == ExtraResult(False, "its process was killed by SIGKILL without a word")
 
 
 def test_whatever_ends_the_wait_ends_the_process(

@@ -9,7 +9,7 @@ import pytest
 
 from spotune.core.errors import StoreError
 from spotune.core.protocol import Outcome
-from spotune.guard.journal import Machine
+from spotune.guard.journal import Node
 from spotune.guard.leaving import Notices
 from spotune.guard.multinode import Leader, Line, join
 from spotune.guard.stalls import Work
@@ -20,8 +20,8 @@ JOB = {"run_id": "pair", "attempt": 1, "config": {"max_steps": 8}, "config_path"
 WELCOME = {"job": JOB, "master_port": 1, "environ": {"WANDB_MODE": "offline"}, "sample_s": 0.5}
 
 
-def machine(node: int) -> Machine:
-    return Machine.read({
+def machine(node: int) -> Node:
+    return Node.read({
         "SKYPILOT_NUM_NODES": "2",
         "SKYPILOT_NODE_RANK": str(node),
         "SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.1",

@@ -15,7 +15,7 @@ from spotune.guard.budget import _earlier_usd
 from spotune.guard.checkpoints import Retention, seal, seal_path
 from spotune.guard.claim import claim_attempt, earlier_spells, latest_attempt
 from spotune.guard.extras import surviving_logs
-from spotune.guard.journal import Machine
+from spotune.guard.journal import Node
 from spotune.guard.restore import last_event, newest_commit, restore
 from spotune.guard.restore_thread import find_stranded
 from tests.hostile import hostile_commits
@@ -123,7 +123,7 @@ def test_a_link_in_the_place_of_a_runs_folder_ends_the_attempt(local_store: Stor
     (tmp_path / "bucket" / KEYS.root / place).symlink_to(theirs, target_is_directory=True)
 
     def attempt() -> None:
-        claim_attempt(local_store, KEYS, Machine.read({}))
+        claim_attempt(local_store, KEYS, Node.read({}))
         restore(local_store, KEYS, tmp_path / "other")
 
     with pytest.raises(Misplaced, match=f"{place}: a link, not a folder") as error:
@@ -142,14 +142,14 @@ def test_folders_with_odd_names_claim_nothing(local_store: Store) -> None:
         local_store.write(f"{KEYS.revisions}/{name}.json", b"{}")
         local_store.write(f"{KEYS.attempts}/0001/events-0-{name}.jsonl", b"{}")
     assert latest_attempt(local_store, KEYS) == 1
-    assert claim_attempt(local_store, KEYS, Machine.read({})).attempt == 2
+    assert claim_attempt(local_store, KEYS, Node.read({})).attempt == 2
     assert newest_commit(local_store, KEYS) is None
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b'{"attempt": "1"}', b"[" * 100_000])
 def test_a_claim_that_cannot_be_read_stops_nothing(local_store: Store, data: bytes) -> None:
     local_store.write(KEYS.attempt(1), data)
-    assert claim_attempt(local_store, KEYS, Machine.read({})).attempt == 2
+    assert claim_attempt(local_store, KEYS, Node.read({})).attempt == 2
     assert earlier_spells(local_store, KEYS, 1) == []
 
 
@@ -158,7 +158,7 @@ LINES = [b"7", b"[]", b'{"event": "end", "t": "x"}', b'{"t": NaN, "event": []}',
 
 @pytest.mark.parametrize("line", LINES)
 def test_events_that_are_none_stop_nothing(local_store: Store, line: bytes) -> None:
-    claim = claim_attempt(local_store, KEYS, Machine.read({}))
+    claim = claim_attempt(local_store, KEYS, Node.read({}))
     local_store.write(KEYS.events(1, 0, 0), b'{"event": "log", "step": 3, "loss": 1.0}\n' + line + b'\n{"event": "log"')
     assert isinstance(last_event(local_store, KEYS, 1), dict)
     assert earlier_spells(local_store, KEYS, 1) is not None

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from spotune.core.keys import Keys
-from spotune.core.records import Mark
+from spotune.core.records import TerminalMarker
 from spotune.core.store import Store
 from spotune.guard import main as guard
 from tests.filesystems import file_system, remounted
 
 KEYS = Keys("a-run")
-MARK = Mark(run_id="a-run", attempt=3, at=0, reason="cancelled by u", exit_code=1, step=7)
+MARK = TerminalMarker(run_id="a-run", attempt=3, at=0, reason="cancelled by u", exit_code=1, step=7)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_bad_input_bars_the_net_of_restarts(
     assert store.keys("runs") == []  # by hand it is put right and started again
     monkeypatch.setenv("SKYPILOT_MANAGED_JOB_ID", "7")
     assert guard.main(argv) == 2
-    mark = Mark.from_bytes(store.read(KEYS.failed) or b"")
+    mark = TerminalMarker.from_bytes(store.read(KEYS.failed) or b"")
     assert (mark.attempt, mark.exit_code) == (0, 2)
     assert mark.reason.startswith(reason)
     monkeypatch.setenv("SPOTUNE_NUM_PROCESSES", "")

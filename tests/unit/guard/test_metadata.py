@@ -22,14 +22,14 @@ from spotune.guard.notice_sources import (
     AZURE_TAG,
     SLOWEST_S,
     NoAnswer,
+    NoticeSource,
+    NoticeWatcher,
     Pod,
     PodDeletion,
     Preempted,
     ScheduledEvents,
-    Source,
     SpotAction,
     Warned,
-    Watcher,
     ask,
     cloud_of,
     is_for,
@@ -386,11 +386,11 @@ def test_a_request_does_not_wait_for_a_server_that_hangs() -> None:
 
 
 @contextmanager
-def watched(*sources: Source) -> Iterator[Notices]:
+def watched(*sources: NoticeSource) -> Iterator[Notices]:
     for source in sources:
         source.every_s = 0.02
     notices = Notices(clock=lambda: AT)
-    with Watcher(sources, notices, clock=lambda: AT):
+    with NoticeWatcher(sources, notices, clock=lambda: AT):
         yield notices
     until(lambda: not watchers())
 
@@ -453,7 +453,7 @@ def test_a_service_that_hangs_holds_nothing_up() -> None:
 
     with serve(lambda *_: (200, "TRUE")) as service:
         notices = Notices(clock=lambda: AT)
-        with Watcher([Hanging(f"127.0.0.1:{service.port}")], notices, clock=lambda: AT):
+        with NoticeWatcher([Hanging(f"127.0.0.1:{service.port}")], notices, clock=lambda: AT):
             until(lambda: service.asked)
         assert watchers()  # the guard goes on, the request does too
         assert not notices.given
@@ -486,7 +486,7 @@ def test_a_source_that_fails_is_asked_ever_more_slowly() -> None:
             return self.answer
 
     source = Broken()
-    watcher = Watcher([source], Notices())
+    watcher = NoticeWatcher([source], Notices())
     assert [watcher.ask(source) for _ in range(6)] == [2, 4, 8, SLOWEST_S, SLOWEST_S, SLOWEST_S]
     assert all(watcher.ask(source) == SLOWEST_S for _ in range(2000))
     source.answer = None

@@ -18,7 +18,7 @@ from spotune.guard.attempt import CERTIFY_PAUSE_S, Attempt
 from spotune.guard.checkpoints import PAUSES_S, Uploader
 from spotune.guard.claim import claim_attempt
 from spotune.guard.extras import LEAVE_S, PAUSE_S, Extras, TakenAway
-from spotune.guard.journal import Journal, Machine
+from spotune.guard.journal import Journal, Node
 from spotune.guard.main import first_look
 from spotune.guard.multinode import Leader
 from spotune.guard.restore_thread import PAUSES_S as RESTORE_PAUSES_S
@@ -163,7 +163,7 @@ def test_the_journal_sends_what_it_could_not_with_the_next_part(
 @pytest.fixture
 def attempt(local_store: Store, tmp_path: Path, clock: Clock) -> Iterator[Attempt]:
     """Attempt 1, with all its steps made."""
-    claim_attempt(local_store, KEYS, Machine.read({}))
+    claim_attempt(local_store, KEYS, Node.read({}))
     context = make_context(local_store, tmp_path, patience_s=40.0)
     made = Attempt(context, QuickNotices(clock), clock)
     (context.folder / OUTPUT).mkdir()

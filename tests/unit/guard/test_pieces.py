@@ -18,10 +18,10 @@ from spotune.core.records import AttemptRecord, Commit, Progress, RunRecord
 from spotune.core.store import Store
 from spotune.guard.attempt import make_job
 from spotune.guard.budget import _usd_per_s
-from spotune.guard.claim import Request, choose_run_id, claim_attempt
+from spotune.guard.claim import RunRequest, choose_run_id, claim_attempt
 from spotune.guard.extras import surviving_logs, tracker_environ
 from spotune.guard.finish import weights_sha256
-from spotune.guard.journal import Context, Journal, Machine
+from spotune.guard.journal import Context, Journal, Node
 from spotune.guard.leaving import SIGNALS, Notices
 from spotune.guard.main import main, parse_arguments
 from spotune.guard.restore import is_second_fault, last_event
@@ -42,24 +42,24 @@ def test_a_machine_is_what_skypilot_says() -> None:
         "SKYPILOT_NODE_RANK": "1",
         "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
     }
-    machine = Machine.read(environ, num_processes=8)
+    machine = Node.read(environ, num_processes=8)
     assert (machine.node_rank, machine.ranks, machine.world_size) == (1, 4, 8)
     assert machine.node_ips == ("10.0.0.1", "10.0.0.2")
     assert (machine.infra, machine.region, machine.zone, machine.cluster_name) == ("slurm", "lab", "spot", "my-tune-75")
-    assert Machine.read({}).world_size == 1
+    assert Node.read({}).world_size == 1
     with pytest.raises(InputError, match="3 ranks do not spread over 2 machines"):
-        Machine.read(environ, num_processes=3)
+        Node.read(environ, num_processes=3)
 
 
 def test_a_bare_managed_job_keeps_its_run_id_over_recoveries() -> None:
-    request = Request("config/runs/demo.yaml", "", ())
+    request = RunRequest("config/runs/demo.yaml", "", ())
     env = RunEnvironment.read({})
-    assert choose_run_id(env, Machine.read(MANAGED), request) == "my-tune-j75"
+    assert choose_run_id(env, Node.read(MANAGED), request) == "my-tune-j75"
     long = {**MANAGED, "SKYPILOT_TASK_ID": f"sky-managed-2026-11-23-12-42-22-410539_{'long' * 9}_75-0"}
-    assert len(choose_run_id(env, Machine.read(long), request)) <= 25
-    assert choose_run_id(env, Machine.read({}), request).startswith("demo-")
+    assert len(choose_run_id(env, Node.read(long), request)) <= 25
+    assert choose_run_id(env, Node.read({}), request).startswith("demo-")
     with pytest.raises(InputError, match="SPOTUNE_RUN_ID"):
-        choose_run_id(RunEnvironment.read({"SPOTUNE_RUN_ID": "Not Valid"}), Machine.read({}), request)
+        choose_run_id(RunEnvironment.read({"SPOTUNE_RUN_ID": "Not Valid"}), Node.read({}), request)
 
 
 def test_the_first_notice_counts_and_more_are_harmless() -> None:
@@ -187,7 +187,7 @@ def test_when_to_save(
 ) -> None:
     run = replace(RUN, config=config, save_every=save_every)
     record = AttemptRecord(run_id="a-run", attempt=1, claimed_at=0, claim_id="x")
-    context = Context(local_store, KEYS, run, record, Machine.read({}), {}, tmp_path, tmp_path, "", 60.0)
+    context = Context(local_store, KEYS, run, record, Node.read({}), {}, tmp_path, tmp_path, "", 60.0)
     job = make_job(context, None, [])
     assert (job.save_steps, job.save_seconds, job.save_as_config) == rule
     assert (job.threads, job.global_batch) == (None, None)
@@ -203,12 +203,12 @@ def test_how_long_earlier_machines_lasted(local_store: Store) -> None:
         {"event": "step", "step": 3, "t": 130.5},
     ]
     for number, end in enumerate(ends, 1):
-        attempt = claim_attempt(local_store, KEYS, Machine.read({}))
+        attempt = claim_attempt(local_store, KEYS, Node.read({}))
         assert attempt.attempt == number
         record = replace(attempt, claimed_at=100.0)
         local_store.write(KEYS.attempt(number), record.to_bytes())
         local_store.write(KEYS.events(number, 0, 0), json.dumps(end).encode())
-    assert claim_attempt(local_store, KEYS, Machine.read({})).spells_s == [60.0, 30.5]
+    assert claim_attempt(local_store, KEYS, Node.read({})).spells_s == [60.0, 30.5]
 
 
 def test_flags_are_trls_own() -> None:

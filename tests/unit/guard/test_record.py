@@ -14,8 +14,8 @@ from spotune.core.keys import Keys
 from spotune.core.records import Commit, RunRecord
 from spotune.core.revisions import record_history
 from spotune.core.store import Store
-from spotune.guard.claim import Request, check_data, check_model, claim_attempt, read_or_create_run
-from spotune.guard.journal import Machine
+from spotune.guard.claim import RunRequest, check_data, check_model, claim_attempt, read_or_create_run
+from spotune.guard.journal import Node
 from spotune.guard.main import parse_arguments
 
 KEYS = Keys("a-run")
@@ -75,7 +75,7 @@ def test_a_run_on_a_dev_cluster_says_whose_it_is(hand: Hand) -> None:
     for text, share in (("0.5", 0.5), ("", 0.0), ("half", 0.0), ("-1", 0.0), ("nan", 0.0)):
         env = RunEnvironment.read({"SPOTUNE_GPU_SHARE": text})
         assert env.gpu_share == share
-    claimed = claim_attempt(hand.store, KEYS, Machine.read({}), gpu_share=0.5)
+    claimed = claim_attempt(hand.store, KEYS, Node.read({}), gpu_share=0.5)
     assert claimed.gpu_share == 0.5
 
 
@@ -192,6 +192,6 @@ def test_a_damaged_record_is_for_people_to_mend(hand: Hand, key: str) -> None:
 
 
 def test_request() -> None:
-    assert parse_arguments(["a.yaml", "--allow-config-change", "--packing"]) == Request(
+    assert parse_arguments(["a.yaml", "--allow-config-change", "--packing"]) == RunRequest(
         "a.yaml", "", ("packing=true",), True
     )

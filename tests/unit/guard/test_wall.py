@@ -8,9 +8,9 @@ import pytest
 
 from spotune.core.keys import Keys
 from spotune.core.store import Store
-from spotune.guard.budget import Budget, Wall
+from spotune.guard.budget import Budget, BudgetLimit
 from spotune.guard.journal import Journal
-from spotune.guard.save_schedule import Toll
+from spotune.guard.save_schedule import SaveCost
 
 T = 1000.0
 BUDGET = Budget(limit_usd=10.0, earlier_usd=4.0, usd_per_s=0.01, paid_since=T)  # 600 s more
@@ -22,16 +22,16 @@ class Training:
     def __init__(self, folder: Path) -> None:
         self.now, self.store, self.keys = T, Store(f"file://{folder}/bucket"), Keys("run-a")
         self.journal = Journal(self.store, self.keys, 1, folder / "events-0.jsonl")
-        self.toll = Toll()
+        self.save_cost = SaveCost()
 
-    def wall(self, budget: Budget | None = BUDGET) -> Wall:
-        return Wall(budget, self.journal, self.toll, clock=lambda: self.now)
+    def wall(self, budget: Budget | None = BUDGET) -> BudgetLimit:
+        return BudgetLimit(budget, self.journal, self.save_cost, clock=lambda: self.now)
 
     def save(self, stall_s: float, write_s: float, send_s: float) -> None:
         """A save, as the toll sees it."""
-        self.toll.take({"event": "save", "step": 1, "t": T, "stall_s": stall_s})
-        self.toll.take({"event": "written", "step": 1, "t": T + write_s})
-        self.toll.take({"event": "commit", "step": 1, "t": T + write_s + send_s, "bytes": 1})
+        self.save_cost.take({"event": "save", "step": 1, "t": T, "stall_s": stall_s})
+        self.save_cost.take({"event": "written", "step": 1, "t": T + write_s})
+        self.save_cost.take({"event": "commit", "step": 1, "t": T + write_s + send_s, "bytes": 1})
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def training(tmp_path: Path) -> Iterator[Training]:
     training.journal.close()
 
 
-def looks(training: Training, wall: Wall, *seconds: float) -> list[bool]:
+def looks(training: Training, wall: BudgetLimit, *seconds: float) -> list[bool]:
     found = []
     for after_s in seconds:
         training.now = T + after_s
@@ -61,7 +61,7 @@ def test_the_wall_is_reached_when_all_is_spent_and_not_before(training: Training
 def test_what_stopping_takes_is_paid_for_too(training: Training) -> None:
     training.save(stall_s=10.0, write_s=20.0, send_s=30.0)
     for step in range(1, 5):  # and a step of 5 s is under way
-        training.toll.take({"event": "step", "step": step, "t": T + 100 + 5 * step})
+        training.save_cost.take({"event": "step", "step": step, "t": T + 100 + 5 * step})
     assert looks(training, training.wall(), 534.9, 535.1) == [False, True]
 
 

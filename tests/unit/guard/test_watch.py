@@ -11,17 +11,17 @@ import pytest
 
 from spotune.core.environment import NUM_PROCESSES, WORKER
 from spotune.core.errors import Fenced, StoreError
-from spotune.core.protocol import CONTROL, Job, Outcome, read_json
+from spotune.core.protocol import CONTROL, Outcome, WorkerJob, read_json
 from spotune.core.store import Store
 from spotune.guard.attempt import FENCE_S, GREET_S, Watch
 from spotune.guard.checkpoints import sealed
 from spotune.guard.claim import claim_attempt
-from spotune.guard.journal import Journal, Machine
+from spotune.guard.journal import Journal, Node
 from spotune.guard.multinode import Leader
 from spotune.guard.ranks import PEER_GRACE_S, Ranks
 from spotune.guard.restore import Restored
 from spotune.guard.restore_thread import Ready
-from spotune.guard.save_schedule import Toll
+from spotune.guard.save_schedule import SaveCost
 from spotune.guard.stalls import Stall
 from tests.clocks import Clock, QuickNotices
 from tests.unit.guard.attempts import KEYS, make_context, stage
@@ -65,9 +65,9 @@ class Scene:
         self.folder = context.folder
         (self.folder / "staged").mkdir(parents=True)
         self.journal = Journal(store, KEYS, 1, folder / "events")
-        job = Job("a-run", 1, {}, "c", "cache", save_steps=1)
+        job = WorkerJob("a-run", 1, {}, "c", "cache", save_steps=1)
         leader = Leader("a-run", context.machine, "")
-        self.watch = Watch(context, job, self.journal, leader, self.notices, Toll(), self.clock)
+        self.watch = Watch(context, job, self.journal, leader, self.notices, SaveCost(), self.clock)
 
     def play(self, *acts: Callable[[], Any], how: str = "completed") -> Outcome:
         ranks = ScriptedRanks(list(acts), Outcome(how))  # type: ignore[arg-type]
@@ -102,7 +102,7 @@ def scene(local_store: Store, tmp_path: Path) -> Iterator[Scene]:
 
 def test_a_later_attempt_is_looked_for_every_15_seconds(scene: Scene, local_store: Store) -> None:
     seen: list[str] = []
-    claim_attempt(local_store, KEYS, Machine.read({}))
+    claim_attempt(local_store, KEYS, Node.read({}))
     with pytest.raises(Fenced, match="attempt 2 has taken over"):
         scene.play(
             lambda: scene.clock.advance(FENCE_S - 1),
@@ -223,7 +223,7 @@ HANGING = "import os, sys, time; os.environ['RANK'] == '0' and sys.exit(1); time
 def test_ranks_that_hang_after_one_has_failed_are_killed_after_a_grace(tmp_path: Path) -> None:
     (tmp_path / "worker.py").write_text(HANGING)
     clock = Clock(1000.0)
-    machine = Machine.read({NUM_PROCESSES: "2"})
+    machine = Node.read({NUM_PROCESSES: "2"})
     environ = {**os.environ, WORKER: shlex.join([str(tmp_path / "worker.py")])}
     ranks = Ranks(tmp_path, machine, 0, environ, clock)
     try:
@@ -247,7 +247,7 @@ def test_a_rank_that_cannot_die_is_left(
     """As one in state D, which no signal reaches: here the signal is lost on its way."""
     (tmp_path / "worker.py").write_text("import time; time.sleep(3600)")
     environ = {**os.environ, WORKER: shlex.join([str(tmp_path / "worker.py")])}
-    ranks = Ranks(tmp_path, Machine.read({}), 0, environ)
+    ranks = Ranks(tmp_path, Node.read({}), 0, environ)
     pid = ranks.pids[0]
     with monkeypatch.context() as patch:
         patch.setattr("spotune.guard.ranks.os.killpg", lambda pid, number: None)

@@ -11,7 +11,7 @@ from spotune.core.store import Store
 from spotune.guard import ranks, watchdog
 from spotune.guard.journal import Journal
 from spotune.guard.multinode import Leader
-from spotune.guard.save_schedule import Toll
+from spotune.guard.save_schedule import SaveCost
 from spotune.guard.stalls import LONGEST_TICK_S, Work
 from spotune.guard.watchdog import END_S, EXIT_S, Watchdog
 from tests.clocks import Clock
@@ -39,7 +39,7 @@ class Scene:
             context,
             self.journal,
             self.leader,
-            Toll(),
+            SaveCost(),
             uploading=lambda: None,
             is_leaving=lambda: self.is_leaving,
             end_attempt=self.end_attempt,

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from spotune import idle
 from spotune import idle as looking
-from spotune.idle import Settings, Sign, gpu_look, job_look, jupyter_look, keep, look
+from spotune.idle import Sign, WatcherSettings, gpu_look, job_look, jupyter_look, keep, look
 from tests.clocks import Clock
 from tests.hostile import HOW, changed, spoil, values
 from tests.waiting import LIMIT_S
@@ -66,9 +66,9 @@ def server() -> Iterator[str]:
         made.shutdown()
 
 
-def settings_of(home: Path) -> Settings:
+def settings_of(home: Path) -> WatcherSettings:
     told = {"SPOTUNE_IDLE_MINUTES": "10", "SPOTUNE_WATCHER_LOOK_S": "60", "JUPYTER_RUNTIME_DIR": str(home / "jupyter")}
-    return Settings.read(told, home)
+    return WatcherSettings.read(told, home)
 
 
 @contextmanager

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 
 import spotune
-from spotune.idle import NEWEST, Settings, Sign, keep
+from spotune.idle import NEWEST, Sign, WatcherSettings, keep
 from tests.clocks import Clock
 from tests.waiting import LIMIT_S
 
 SOURCE = Path(spotune.__file__).parent
 
 
-def settings(home: Path, **more: str) -> Settings:
+def settings(home: Path, **more: str) -> WatcherSettings:
     told = {"SPOTUNE_IDLE_MINUTES": "10", "SPOTUNE_AUTOSTOP_MINUTES": "2", "SPOTUNE_WATCHER_LOOK_S": "30", **more}
-    return Settings.read(told, home)
+    return WatcherSettings.read(told, home)
 
 
 def state(home: Path) -> dict[str, object]:

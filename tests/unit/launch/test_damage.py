@@ -17,13 +17,13 @@ from spotune.cli import main
 from spotune.core.errors import SpotuneError
 from spotune.core.io import write_state
 from spotune.core.keys import Keys
-from spotune.core.records import Mark
+from spotune.core.records import TerminalMarker
 from spotune.core.store import Store
 from spotune.launch.engine import Submission
 from spotune.launch.local import database, supervisor
-from spotune.launch.local.database import VERSION, Attempt, Job, NewerState
+from spotune.launch.local.database import VERSION, AttemptRow, JobRow, NewerState
 from spotune.launch.local.engine import LocalInfra
-from spotune.launch.local.layout import Layout
+from spotune.launch.local.layout import LocalFolders
 from spotune.launch.local.machine import keep_environment, machine_environment
 from spotune.launch.local.queue import Queue
 from spotune.launch.local.supervisor import DISK_S, FAULT_S, MOST_FAULTY_S, Supervisor, serve
@@ -48,7 +48,7 @@ class Home:
 
     def __init__(self, folder: Path) -> None:
         self.now, self.lines = T, list[str]()
-        self.layout, self.store = Layout(folder / "home"), Store(f"file://{folder}/home/bucket")
+        self.layout, self.store = LocalFolders(folder / "home"), Store(f"file://{folder}/home/bucket")
         self.layout.make()
         self.queue = Queue(self.layout.database)
         self.queue.create(self.lines.append)
@@ -56,7 +56,7 @@ class Home:
         self.machines: list[subprocess.Popen[bytes]] = []
         for run_id in RUNS:
             self.submit(run_id)
-        mark = Mark(run_id="run-a", attempt=0, at=T, reason="cancelled by ada", exit_code=1)
+        mark = TerminalMarker(run_id="run-a", attempt=0, at=T, reason="cancelled by ada", exit_code=1)
         self.store.create(Keys("run-a").cancelled, mark.to_bytes())
         self.supervisor = self.new_supervisor()
         for _ in range(2):
@@ -75,7 +75,7 @@ class Home:
             self.now,
         )
 
-    def start(self, layout: Layout, job: Job, attempt: Attempt, devices: Any) -> "subprocess.Popen[bytes]":
+    def start(self, layout: LocalFolders, job: JobRow, attempt: AttemptRow, devices: Any) -> "subprocess.Popen[bytes]":
         """A machine that does nothing, once everything that a real one needs is read and written."""
         self.started.append(job.run_id)
         environ = machine_environment(layout, job, attempt, devices)
@@ -272,7 +272,7 @@ def test_a_newer_queue_is_refused_and_left_alone(home: Home, capfd: pytest.Captu
 
 
 def test_an_older_queue_is_migrated_in_one_line(tmp_path: Path) -> None:
-    layout, lines = Layout(tmp_path), list[str]()
+    layout, lines = LocalFolders(tmp_path), list[str]()
     layout.make()
     with closing(sqlite3.connect(layout.database)) as connection:
         connection.executescript(OLD_TABLES)
@@ -324,7 +324,7 @@ def test_a_full_disk_costs_a_job_no_verdict(home: Home, monkeypatch: pytest.Monk
 def test_one_job_that_raises_does_not_stop_the_others(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     home.end()
 
-    def settle(self: Any, job: Job, attempt: Attempt) -> None:
+    def settle(self: Any, job: JobRow, attempt: AttemptRow) -> None:
         raise KeyError("no such thing")
 
     monkeypatch.setattr("spotune.launch.local.watch.Settler.settle", settle)

@@ -13,7 +13,7 @@ from click.testing import Result
 from spotune.cli import main
 from spotune.core.errors import SpotuneError
 from spotune.core.keys import Keys
-from spotune.core.records import Mark
+from spotune.core.records import TerminalMarker
 from spotune.launch.local.engine import LocalInfra
 from spotune.launch.local.supervisor import serve
 from tests.commands import cli_runner
@@ -58,7 +58,7 @@ def submit_and_end(home: Home, run_id: str) -> None:
     assert spotune("train", "run.yaml", "--name", run_id, "-y", "-d").exit_code == 0
     with closing(sqlite3.connect(home.layout.database)) as connection, connection:
         connection.execute("UPDATE jobs SET state = 'CANCELLED', ended_at = 1 WHERE run_id = ?", (run_id,))
-    mark = Mark(run_id=run_id, attempt=0, at=1.7e9, reason="cancelled by ada", exit_code=1)
+    mark = TerminalMarker(run_id=run_id, attempt=0, at=1.7e9, reason="cancelled by ada", exit_code=1)
     home.store.create(Keys(run_id).cancelled, mark.to_bytes())
 
 

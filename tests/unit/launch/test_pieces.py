@@ -11,20 +11,20 @@ import pytest
 import yaml
 
 from spotune.core import io
-from spotune.core.errors import InfraError, InputError, Taken
+from spotune.core.errors import AlreadyExists, InfraError, InputError
 from spotune.core.keys import Keys
-from spotune.core.records import Commit, Mark, Progress
+from spotune.core.records import Commit, Progress, TerminalMarker
 from spotune.core.store import Store
 from spotune.launch import task as tasks
 from spotune.launch.engine import Submission
 from spotune.launch.local import layout as local_layout
-from spotune.launch.local.layout import Layout
+from spotune.launch.local.layout import LocalFolders
 from spotune.launch.local.machine import Identity, boot_id, keep_environment, kept_environment, members
 from spotune.launch.local.queue import Queue
 from spotune.launch.local.watch import look
 from spotune.launch.plan import local_prices
 from spotune.launch.settings import load_settings
-from spotune.launch.skypilot.engine import Entry, Registry
+from spotune.launch.skypilot.engine import Registry, RunEntry
 from spotune.launch.task import Demand, Resources, demand_of, due, fill_in, load_task
 from tests.filesystems import file_system, remounted
 
@@ -166,7 +166,7 @@ def test_look(tmp_path: Path) -> None:
         store.create(
             keys.commit(attempt, step), Commit(run_id="run-a", step=step, attempt=attempt, files={}).to_bytes()
         )
-    store.create(keys.failed, Mark(run_id="run-a", attempt=1, at=0.0, reason="why", exit_code=2).to_bytes())
+    store.create(keys.failed, TerminalMarker(run_id="run-a", attempt=1, at=0.0, reason="why", exit_code=2).to_bytes())
     seen = look(store.url, "run-a")
     assert (seen.commit, seen.failed, seen.failed_code, seen.completed) == (keys.commit(2, 10), "why", 2, False)
     for progress, expected in (
@@ -181,7 +181,7 @@ def test_look(tmp_path: Path) -> None:
 
 
 def test_the_kept_environment_is_private_and_without_another_runs_names(tmp_path: Path) -> None:
-    layout = Layout(tmp_path)
+    layout = LocalFolders(tmp_path)
     path = layout.environment("run-a")
     environ = {"PATH": "/bin", "SPOTUNE_RUN_ID": "other", "SLURM_JOB_ID": "1", "SPOTUNE_NUM_PROCESSES": "2"}
     keep_environment(path, environ, {"TOKEN": "x"})
@@ -228,7 +228,7 @@ def test_a_lock_that_another_process_keeps_is_not_waited_for_without_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(io, "MOST_S", 0.1)
-    entry = Entry("run-a", "aws", "s3://b", "ada", 0, 1.0, "/", {})
+    entry = RunEntry("run-a", "aws", "s3://b", "ada", 0, 1.0, "/", {})
     for lock, verb in (
         (tmp_path / "queue.lock", Queue(tmp_path / "queue.db").create),
         (tmp_path / "skypilot/runs/.lock", lambda: Registry(tmp_path).create(entry)),
@@ -246,7 +246,7 @@ def test_a_pipe_in_the_place_of_a_lock_is_set_aside(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     os.mkfifo(folder / ".lock")
     registry = Registry(tmp_path)
-    registry.create(Entry("run-a", "aws", "s3://b", "ada", 0, 1.0, "/", {}))
+    registry.create(RunEntry("run-a", "aws", "s3://b", "ada", 0, 1.0, "/", {}))
     assert registry.entry("run-a")
 
 
@@ -255,7 +255,7 @@ def test_a_refused_job_leaves_the_one_of_its_name_alone(tmp_path: Path) -> None:
     queue.create()
     first = Submission(run_id="run-a", task={"run": "x"}, workdir="/", user="ana", secrets={"KEY": "v"})
     queue.add(first, "file:///b", lambda: told.append("first"))
-    with pytest.raises(Taken, match="--name: run-a is in this machine's queue already \\(another --name\\)"):
+    with pytest.raises(AlreadyExists, match="--name: run-a is in this machine's queue already \\(another --name\\)"):
         queue.add(first, "file:///other", lambda: told.append("second"))
     date = replace(first, run_id="run-b", task={"run": datetime.date(2026, 1, 1)})
     with pytest.raises(TypeError):
@@ -273,7 +273,7 @@ def test_a_queue_that_is_none_is_named_with_what_to_do(tmp_path: Path) -> None:
 def test_a_home_on_a_disk_that_fails_is_not_bad_input(tmp_path: Path) -> None:
     with file_system(tmp_path / "home") as home:
         assert remounted(home, "ro")
-        layout = Layout(home / "local")
+        layout = LocalFolders(home / "local")
         with pytest.raises(InfraError, match="SPOTUNE_HOME: cannot make .*: Read-only file system"):
             layout.make()
         with pytest.raises(InfraError, match="SPOTUNE_HOME: cannot write .*: Read-only file system"):

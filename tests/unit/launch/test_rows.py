@@ -6,23 +6,23 @@ from pathlib import Path
 import pytest
 
 from spotune.core.keys import Keys
-from spotune.core.records import Mark
+from spotune.core.records import TerminalMarker
 from spotune.core.store import Store
 from spotune.launch.engine import Submission
 from spotune.launch.local.engine import LocalInfra
-from spotune.launch.local.layout import Layout
+from spotune.launch.local.layout import LocalFolders
 from spotune.launch.local.queue import Queue
 from spotune.launch.local.supervisor import Supervisor
 from spotune.launch.local.watch import look
 
 
 def test_a_job_that_is_marked_as_cancelled_gets_no_machine(tmp_path: Path) -> None:
-    layout, store = Layout(tmp_path), Store(f"file://{tmp_path}/bucket")
+    layout, store = LocalFolders(tmp_path), Store(f"file://{tmp_path}/bucket")
     layout.make()
     queue = Queue(layout.database)
     queue.create()
     queue.add(Submission("run-a", {"run": "true"}, str(tmp_path), "ada"), store.url)
-    mark = Mark(run_id="run-a", attempt=0, at=1.0, reason="cancelled by ada", exit_code=1)
+    mark = TerminalMarker(run_id="run-a", attempt=0, at=1.0, reason="cancelled by ada", exit_code=1)
     store.create(Keys("run-a").cancelled, mark.to_bytes())
     Supervisor(layout).tick()
     job = queue.job("run-a")
@@ -33,7 +33,7 @@ def test_a_job_that_is_marked_as_cancelled_gets_no_machine(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("submission", ["{bad", "[]", "{}", '{"task": {}, "colour": 1}'])
 def test_a_bad_row(tmp_path: Path, submission: str) -> None:
-    layout = Layout(tmp_path)
+    layout = LocalFolders(tmp_path)
     layout.make()
     queue = Queue(layout.database)
     queue.create()
@@ -58,7 +58,7 @@ def test_a_bad_row(tmp_path: Path, submission: str) -> None:
 def test_a_time_that_is_none_counts_as_not_said(tmp_path: Path, column: str, value: object) -> None:
     """No interval follows from it, and so no bill in a bucket that others share."""
     infra = LocalInfra(tmp_path, {})
-    layout, queue = Layout(tmp_path), Queue(Layout(tmp_path).database)
+    layout, queue = LocalFolders(tmp_path), Queue(LocalFolders(tmp_path).database)
     layout.make()
     queue.create()
     queue.add(Submission("run-a", {"run": "true"}, str(tmp_path), "ada"), "file:///bucket")

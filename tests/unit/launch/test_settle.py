@@ -7,20 +7,20 @@ from pathlib import Path
 import pytest
 
 from spotune.launch.engine import Submission
-from spotune.launch.local.database import Attempt, Job, Verdict
-from spotune.launch.local.layout import Layout
+from spotune.launch.local.database import AttemptRow, JobRow, Verdict
+from spotune.launch.local.layout import LocalFolders
 from spotune.launch.local.queue import Queue
 from spotune.launch.local.watch import CANCEL_TIMEOUT_S, LOOK_TIMEOUT_S, Settler
 
 T = 1000.0
-ATTEMPT = Attempt(run_id="run-a", attempt=1, marker="m", boot="b", started_at=1.0)
+ATTEMPT = AttemptRow(run_id="run-a", attempt=1, marker="m", boot="b", started_at=1.0)
 
 
 class Silent:
     """A job whose machine has ended, and whose bucket takes connections and says nothing."""
 
     def __init__(self, folder: Path, port: int) -> None:
-        layout = Layout(folder)
+        layout = LocalFolders(folder)
         layout.make()
         self.now, self.queue = T, Queue(layout.database)
         self.queue.create()
@@ -31,7 +31,7 @@ class Silent:
         self.settler = Settler(layout, self.queue, lambda: self.now)
 
     @property
-    def job(self) -> Job:
+    def job(self) -> JobRow:
         job = self.queue.job("run-a")
         assert job
         return job

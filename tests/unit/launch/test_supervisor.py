@@ -12,13 +12,13 @@ import pytest
 from spotune.core.errors import StoreError
 from spotune.core.keys import Keys
 from spotune.core.protocol import write_json
-from spotune.core.records import Commit, Mark
+from spotune.core.records import Commit, TerminalMarker
 from spotune.core.store import Store
 from spotune.launch.engine import Submission
 from spotune.launch.local import machine as local_machine
 from spotune.launch.local import supervisor
-from spotune.launch.local.database import Attempt, Job
-from spotune.launch.local.layout import MARKER, Layout
+from spotune.launch.local.database import AttemptRow, JobRow
+from spotune.launch.local.layout import MARKER, LocalFolders
 from spotune.launch.local.queue import Queue
 from spotune.launch.local.supervisor import CANCEL_GRACE_S, IDLE_S, POLL_S, Supervisor, serve
 from spotune.launch.local.watch import RETRY_S, SPAWN_S
@@ -34,7 +34,7 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         self.now = T
-        self.layout, self.store = Layout(folder / "home"), Store(f"file://{folder}/bucket")
+        self.layout, self.store = LocalFolders(folder / "home"), Store(f"file://{folder}/bucket")
         self.layout.make()
         self.queue = Queue(self.layout.database)
         self.queue.create()
@@ -45,7 +45,9 @@ class World:
     def new_supervisor(self) -> None:
         self.supervisor = Supervisor(self.layout, lambda: self.now, self._start, lambda line: None)
 
-    def _start(self, layout: Layout, job: Job, attempt: Attempt, devices: Sequence[str]) -> "subprocess.Popen[bytes]":
+    def _start(
+        self, layout: LocalFolders, job: JobRow, attempt: AttemptRow, devices: Sequence[str]
+    ) -> "subprocess.Popen[bytes]":
         files = layout.attempt(job.run_id, attempt.attempt)
         files.folder.mkdir(parents=True)
         command = ["bash", "-c", DEAF, str(files.folder / "signals")]
@@ -91,7 +93,7 @@ class World:
         file = self.layout.attempt(run_id, attempt).folder / "signals"
         return file.read_text().split() if file.exists() else []
 
-    def job(self, run_id: str) -> Job:
+    def job(self, run_id: str) -> JobRow:
         job = self.queue.job(run_id)
         assert job
         return job
@@ -242,7 +244,7 @@ def test_a_machine_that_is_seen_longer_than_its_heartbeat_was_paid_until_then(wo
 def test_a_machine_that_was_never_started_is_lost_after_a_while(world: World) -> None:
     """The supervisor died between its note and the start."""
     world.submit("run-a")
-    world.queue.start(Attempt("run-a", 1, "a marker", local_machine.boot_id(), started_at=world.now))
+    world.queue.start(AttemptRow("run-a", 1, "a marker", local_machine.boot_id(), started_at=world.now))
     world.tick(SPAWN_S - 0.25)
     assert world.queue.attempts("run-a")[0].ended_at is None
     world.tick(0.25)
@@ -277,7 +279,7 @@ def test_a_mark_that_cannot_be_read_ends_the_run_and_frees_its_slot(world: World
     world.tick()
     world.tick()
     assert world.job("run-a").state == "FAILED"
-    assert world.job("run-a").reason.startswith("runs/run-a/failed.json: not a Mark: ")
+    assert world.job("run-a").reason.startswith("runs/run-a/failed.json: not a TerminalMarker: ")
 
 
 def test_a_bucket_that_does_not_answer_is_asked_again_after_a_while(
@@ -295,7 +297,7 @@ def test_a_bucket_that_does_not_answer_is_asked_again_after_a_while(
         world.tick()
         world.tick()
     assert world.job("run-a").reason.startswith("waiting for its bucket: ")
-    world.store.create(key, Mark(run_id="run-a", attempt=1, at=T, reason="bad data", exit_code=2).to_bytes())
+    world.store.create(key, TerminalMarker(run_id="run-a", attempt=1, at=T, reason="bad data", exit_code=2).to_bytes())
     world.tick(RETRY_S - 0.25)
     assert world.job("run-a").state == "RUNNING"
     world.tick(0.25)
@@ -303,7 +305,7 @@ def test_a_bucket_that_does_not_answer_is_asked_again_after_a_while(
 
 
 def test_a_supervisor_leaves_once_it_was_idle_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    layout, now, rounds = Layout(tmp_path), [T], []
+    layout, now, rounds = LocalFolders(tmp_path), [T], []
     layout.make()
     Queue(layout.database).create()
 

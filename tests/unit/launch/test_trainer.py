@@ -9,7 +9,7 @@ import pytest
 from spotune.core.errors import InputError
 from spotune.launch import task as launch_task
 from spotune.launch.local.engine import LocalInfra
-from spotune.launch.local.layout import Layout
+from spotune.launch.local.layout import LocalFolders
 from spotune.launch.local.machine import keep_environment, kept_environment
 from spotune.launch.task import find_trainer, trainer_of
 from tests.unit.project import Project
@@ -84,7 +84,7 @@ def test_a_task_may_have_its_own_interpreter(tmp_path: Path) -> None:
 
 def test_a_job_keeps_it(tmp_path: Path) -> None:
     """The supervisor may be another installation's: it has no say in what trains."""
-    layout = Layout(tmp_path)
+    layout = LocalFolders(tmp_path)
     keep_environment(layout.environment("run-a"), {"SPOTUNE_PYTHON": "other"}, {}, "/opt/python")
     assert kept_environment(layout, "run-a") == {"SPOTUNE_PYTHON": "/opt/python"}
 

@@ -2,71 +2,95 @@
 
 import pytest
 
-from spotune.launch.local.watch import Ending, Look, Patience, backoff_s, decide
+from spotune.launch.local.watch import BucketProbe, Ending, RestartLimits, backoff_s, decide
 
-CERTIFIED = Look(completed=True)
-FAILED = Look(failed="bad data", failed_code=2)
-PAUSED = Look(paused="budget used up")
-NOTHING = Look()
-MARKED = Look(cancelled="cancelled by ada")  # and the queue was not told
+CERTIFIED = BucketProbe(completed=True)
+FAILED = BucketProbe(failed="bad data", failed_code=2)
+PAUSED = BucketProbe(paused="budget used up")
+NOTHING = BucketProbe()
+MARKED = BucketProbe(cancelled="cancelled by ada")  # and the queue was not told
 
 RULES = {
-    "certified": (Ending(0), CERTIFIED, Patience(), "SUCCEEDED", ""),
-    "certified, then preempted": (Ending(None, preempted=True), CERTIFIED, Patience(), "SUCCEEDED", ""),
-    "certified, then cancelled": (Ending(None, cancelled=True), CERTIFIED, Patience(), "SUCCEEDED", ""),
-    "certified, then an error": (Ending(1), CERTIFIED, Patience(), "SUCCEEDED", ""),
-    "0 without a certificate": (Ending(0), NOTHING, Patience(max_restarts=3), "FAILED", "ended without a certificate"),
-    "0 after a notice": (Ending(0, preempted=True), NOTHING, Patience(), "FAILED", "ended without a certificate"),
-    "cancelled": (Ending(75, cancelled=True), NOTHING, Patience(), "CANCELLED", "cancelled"),
-    "cancelled and failed": (Ending(1, cancelled=True), FAILED, Patience(), "CANCELLED", "cancelled"),
-    "marked as cancelled": (Ending(1), MARKED, Patience(max_restarts=3), "CANCELLED", "cancelled by ada"),
-    "marked as cancelled, machine gone": (Ending(None), MARKED, Patience(), "CANCELLED", "cancelled by ada"),
-    "marked as cancelled, preempted": (Ending(75, preempted=True), MARKED, Patience(), "CANCELLED", "cancelled by ada"),
-    "paused": (Ending(76), PAUSED, Patience(), "PAUSED", "budget used up"),
-    "paused, machine gone": (Ending(None), PAUSED, Patience(), "PAUSED", "budget used up"),
-    "76 without paused.json": (Ending(76), NOTHING, Patience(), "FAILED", "exited with code 76"),
-    "failed for good": (Ending(2), FAILED, Patience(max_restarts=3), "FAILED", "bad data"),
-    "failed for good, machine gone": (Ending(None, preempted=True), FAILED, Patience(), "FAILED", "bad data"),
-    "stalled": (Ending(75), Look(stalled=True), Patience(), "RECOVERING", "stalled (exit code 75)"),
-    "killed after a stall": (Ending(None), Look(stalled=True), Patience(), "RECOVERING", "the machine was lost"),
+    "certified": (Ending(0), CERTIFIED, RestartLimits(), "SUCCEEDED", ""),
+    "certified, then preempted": (Ending(None, preempted=True), CERTIFIED, RestartLimits(), "SUCCEEDED", ""),
+    "certified, then cancelled": (Ending(None, cancelled=True), CERTIFIED, RestartLimits(), "SUCCEEDED", ""),
+    "certified, then an error": (Ending(1), CERTIFIED, RestartLimits(), "SUCCEEDED", ""),
+    "0 without a certificate": (
+        Ending(0),
+        NOTHING,
+        RestartLimits(max_restarts=3),
+        "FAILED",
+        "ended without a certificate",
+    ),
+    "0 after a notice": (Ending(0, preempted=True), NOTHING, RestartLimits(), "FAILED", "ended without a certificate"),
+    "cancelled": (Ending(75, cancelled=True), NOTHING, RestartLimits(), "CANCELLED", "cancelled"),
+    "cancelled and failed": (Ending(1, cancelled=True), FAILED, RestartLimits(), "CANCELLED", "cancelled"),
+    "marked as cancelled": (Ending(1), MARKED, RestartLimits(max_restarts=3), "CANCELLED", "cancelled by ada"),
+    "marked as cancelled, machine gone": (Ending(None), MARKED, RestartLimits(), "CANCELLED", "cancelled by ada"),
+    "marked as cancelled, preempted": (
+        Ending(75, preempted=True),
+        MARKED,
+        RestartLimits(),
+        "CANCELLED",
+        "cancelled by ada",
+    ),
+    "paused": (Ending(76), PAUSED, RestartLimits(), "PAUSED", "budget used up"),
+    "paused, machine gone": (Ending(None), PAUSED, RestartLimits(), "PAUSED", "budget used up"),
+    "76 without paused.json": (Ending(76), NOTHING, RestartLimits(), "FAILED", "exited with code 76"),
+    "failed for good": (Ending(2), FAILED, RestartLimits(max_restarts=3), "FAILED", "bad data"),
+    "failed for good, machine gone": (Ending(None, preempted=True), FAILED, RestartLimits(), "FAILED", "bad data"),
+    "stalled": (Ending(75), BucketProbe(stalled=True), RestartLimits(), "RECOVERING", "stalled (exit code 75)"),
+    "killed after a stall": (
+        Ending(None),
+        BucketProbe(stalled=True),
+        RestartLimits(),
+        "RECOVERING",
+        "the machine was lost",
+    ),
     "interactive, stalled": (
         Ending(75),
-        Look(stalled=True),
-        Patience(interactive=True),
+        BucketProbe(stalled=True),
+        RestartLimits(interactive=True),
         "FAILED",
         "stalled (exit code 75)",
     ),
-    "75": (Ending(75), NOTHING, Patience(), "RECOVERING", "exited with code 75"),
-    "named code": (Ending(41), NOTHING, Patience(recover_codes=(41,)), "RECOVERING", "exited with code 41"),
-    "preempted, exits 75": (Ending(75, preempted=True), NOTHING, Patience(), "RECOVERING", "preempted"),
-    "preempted, shell dies": (Ending(143, preempted=True), NOTHING, Patience(), "RECOVERING", "preempted"),
-    "preempted without notice": (Ending(None, preempted=True), NOTHING, Patience(), "RECOVERING", "preempted"),
-    "machine gone": (Ending(None), NOTHING, Patience(), "RECOVERING", "the machine was lost"),
-    "killed": (Ending(137), NOTHING, Patience(), "RECOVERING", "killed (exit code 137)"),
-    "error": (Ending(1), NOTHING, Patience(), "FAILED", "exited with code 1"),
+    "75": (Ending(75), NOTHING, RestartLimits(), "RECOVERING", "exited with code 75"),
+    "named code": (Ending(41), NOTHING, RestartLimits(recover_codes=(41,)), "RECOVERING", "exited with code 41"),
+    "preempted, exits 75": (Ending(75, preempted=True), NOTHING, RestartLimits(), "RECOVERING", "preempted"),
+    "preempted, shell dies": (Ending(143, preempted=True), NOTHING, RestartLimits(), "RECOVERING", "preempted"),
+    "preempted without notice": (Ending(None, preempted=True), NOTHING, RestartLimits(), "RECOVERING", "preempted"),
+    "machine gone": (Ending(None), NOTHING, RestartLimits(), "RECOVERING", "the machine was lost"),
+    "killed": (Ending(137), NOTHING, RestartLimits(), "RECOVERING", "killed (exit code 137)"),
+    "error": (Ending(1), NOTHING, RestartLimits(), "FAILED", "exited with code 1"),
     "error with restarts left": (
         Ending(1),
         NOTHING,
-        Patience(max_restarts=2, restarts=1),
+        RestartLimits(max_restarts=2, restarts=1),
         "RECOVERING",
         "restart 2 of 2",
     ),
-    "error with none left": (Ending(1), NOTHING, Patience(max_restarts=2, restarts=2), "FAILED", "exited with code 1"),
-    "setup": (Ending(5, phase="setup"), NOTHING, Patience(), "FAILED", "setup exited with code 5"),
-    "interactive, 75": (Ending(75), NOTHING, Patience(interactive=True), "FAILED", "exited with code 75"),
+    "error with none left": (
+        Ending(1),
+        NOTHING,
+        RestartLimits(max_restarts=2, restarts=2),
+        "FAILED",
+        "exited with code 1",
+    ),
+    "setup": (Ending(5, phase="setup"), NOTHING, RestartLimits(), "FAILED", "setup exited with code 5"),
+    "interactive, 75": (Ending(75), NOTHING, RestartLimits(interactive=True), "FAILED", "exited with code 75"),
     "interactive, preempted": (
         Ending(None, preempted=True),
         NOTHING,
-        Patience(interactive=True),
+        RestartLimits(interactive=True),
         "FAILED",
         "not recovered",
     ),
-    "interactive, done": (Ending(0), CERTIFIED, Patience(interactive=True), "SUCCEEDED", ""),
+    "interactive, done": (Ending(0), CERTIFIED, RestartLimits(interactive=True), "SUCCEEDED", ""),
 }
 
 
 @pytest.mark.parametrize(("ending", "seen", "patience", "state", "reason"), RULES.values(), ids=RULES)
-def test_rules(ending: Ending, seen: Look, patience: Patience, state: str, reason: str) -> None:
+def test_rules(ending: Ending, seen: BucketProbe, patience: RestartLimits, state: str, reason: str) -> None:
     verdict = decide(ending, seen, patience)
     assert verdict.state == state
     assert reason in verdict.reason
@@ -78,17 +102,17 @@ def test_back_off() -> None:
 
 
 def test_faults_without_progress_are_slowed_down_and_progress_forgives() -> None:
-    patience, delays = Patience(), []
+    patience, delays = RestartLimits(), []
     for _ in range(4):
         verdict = decide(Ending(137), NOTHING, patience)
         delays.append(verdict.delay_s)
-        patience = Patience(faults=verdict.faults)
+        patience = RestartLimits(faults=verdict.faults)
     assert delays == [0, 1, 2, 4]
-    assert decide(Ending(137), Look(commit="runs/a/commits/1"), patience).delay_s == 0
+    assert decide(Ending(137), BucketProbe(commit="runs/a/commits/1"), patience).delay_s == 0
 
 
 def test_75_is_at_once_but_not_for_ever() -> None:
-    assert [decide(Ending(75), NOTHING, Patience(faults=faults)).delay_s for faults in (0, 1, 2, 3, 4, 5)] == [
+    assert [decide(Ending(75), NOTHING, RestartLimits(faults=faults)).delay_s for faults in (0, 1, 2, 3, 4, 5)] == [
         0,
         0,
         0,
@@ -99,5 +123,5 @@ def test_75_is_at_once_but_not_for_ever() -> None:
 
 
 def test_a_preemption_is_nobodys_fault() -> None:
-    verdict = decide(Ending(None, preempted=True), NOTHING, Patience(faults=5, restarts=1))
+    verdict = decide(Ending(None, preempted=True), NOTHING, RestartLimits(faults=5, restarts=1))
     assert (verdict.delay_s, verdict.faults, verdict.restarts) == (0, 0, 1)

@@ -8,20 +8,20 @@ from typing import Any
 
 import pytest
 
-from spotune.core.errors import InfraError, InputError, Unsettled
+from spotune.core.errors import InfraError, InputError, SubmissionUnknown
 from spotune.core.keys import Keys
 from spotune.launch import engine
 from spotune.launch.engine import Submission
 from spotune.launch.local import engine as local_engine
-from spotune.launch.local.database import Attempt
+from spotune.launch.local.database import AttemptRow
 from spotune.launch.local.engine import TAKE_UP_S, LocalInfra
-from spotune.launch.local.layout import Layout
+from spotune.launch.local.layout import LocalFolders
 from spotune.launch.local.queue import Queue
 from spotune.launch.local.supervisor import Supervisor
 from tests.unit.project import Project
 
 SUBMISSION = Submission("run-a", {"run": "x"}, "/", "ada", secrets={"KEY": "v"})
-MACHINE = Attempt(run_id="run-a", attempt=1, marker="m", boot="b", started_at=1.0)
+MACHINE = AttemptRow(run_id="run-a", attempt=1, marker="m", boot="b", started_at=1.0)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_without_a_supervisor_nothing_stays(local: LocalInfra) -> None:
     local.layout.supervisor_log.mkdir()
     with pytest.raises(InfraError, match="the supervisor cannot be started: .*supervisor.log") as refused:
         local.submit(SUBMISSION)
-    assert not isinstance(refused.value, Unsettled)
+    assert not isinstance(refused.value, SubmissionUnknown)
     assert "\n" not in str(refused.value)
     assert (local.jobs(), local.layout.environment("run-a").exists()) == ([], False)
 
@@ -97,7 +97,7 @@ def test_one_that_has_begun_stays_known(local: LocalInfra, monkeypatch: pytest.M
     queue = Queue(local.layout.database)
     monkeypatch.setattr(local_engine, "start", interrupted(lambda: queue.start(MACHINE)))
     says = r"^interrupted; run-a has begun and goes on \(end it: spotune cancel run-a\)$"
-    with pytest.raises(Unsettled, match=says):
+    with pytest.raises(SubmissionUnknown, match=says):
         local.submit(SUBMISSION)
     assert [job.state for job in queue.jobs()] == ["STARTING"]
     assert local.layout.environment("run-a").exists()
@@ -113,7 +113,7 @@ def test_only_what_this_one_has_added_is_withdrawn(local: LocalInfra) -> None:
 
 
 def test_a_withdrawn_job_gets_no_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = Layout(tmp_path)
+    layout = LocalFolders(tmp_path)
     layout.make()
     queue = Queue(layout.database)
     queue.create()
@@ -131,7 +131,7 @@ def test_ctrl_c_ends_a_dev_run_that_has_begun(tmp_path: Path, monkeypatch: pytes
 
     def begun(one: Any, submission: Submission) -> None:
         submit(one, submission)
-        raise Unsettled("interrupted") from KeyboardInterrupt()
+        raise SubmissionUnknown("interrupted") from KeyboardInterrupt()
 
     monkeypatch.setattr(type(project.infra), "submit", begun)
     result = project.run("dev", "run", "run.yaml", "--name", "run-a")
@@ -163,7 +163,7 @@ def test_what_nobody_takes_up_is_taken_back(tmp_path: Path, monkeypatch: pytest.
         InfraError, match="^run-a: the supervisor does not answer, so that nothing was done, see "
     ) as told:
         ask("run-a")
-    assert not isinstance(told.value, Unsettled)
+    assert not isinstance(told.value, SubmissionUnknown)
     assert silent.queue.requests() == []
     assert silent.now == pytest.approx(TAKE_UP_S, abs=1.0)
 
@@ -183,7 +183,7 @@ def test_a_cancel_that_nobody_takes_up_leaves_no_mark(tmp_path: Path, monkeypatc
     monkeypatch.setattr(type(project.infra), "cancel", refuse(InfraError("run-a: no answer")))
     assert project.run("cancel", "run-a", "-y").exit_code == 3
     assert not project.store.exists(mark)
-    monkeypatch.setattr(type(project.infra), "cancel", refuse(Unsettled("run-a: being cancelled")))
+    monkeypatch.setattr(type(project.infra), "cancel", refuse(SubmissionUnknown("run-a: being cancelled")))
     assert project.run("cancel", "run-a", "-y").exit_code == 3
     assert project.store.exists(mark)
     monkeypatch.setattr(type(project.infra), "cancel", refuse(InfraError("run-a: no answer")))

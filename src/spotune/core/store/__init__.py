@@ -8,13 +8,13 @@ from typing import Any, Protocol
 from spotune.core.environment import BUCKET, check_bucket
 from spotune.core.errors import BadRecord, InputError, Misplaced, StoreError, shown
 from spotune.core.keys import RECORD_MOST_BYTES, is_key
-from spotune.core.store.faults import FOR_VERBS, Call, Calls, Denied, GaveUp, LocalFault, Patience, words_of
+from spotune.core.store.faults import FOR_VERBS, Call, Calls, Denied, GaveUp, LocalFault, RetryPolicy, words_of
 from spotune.core.store.local import Disk
 
 # Store: the verbs, and what their faults are called.
 
 NEED_A_BUCKET = ("create", "write", "upload", "list")  # where nothing is found, it is the bucket that is missing
-DEFAULT = Patience()
+DEFAULT = RetryPolicy()
 
 
 class Bucket(Protocol):
@@ -53,7 +53,7 @@ class Store:
     way: a call that waits in the kernel for a disk that is gone never returns.
     """
 
-    def __init__(self, url: str, patience: Patience = DEFAULT, waiting: Callable[[str], None] | None = None) -> None:
+    def __init__(self, url: str, patience: RetryPolicy = DEFAULT, waiting: Callable[[str], None] | None = None) -> None:
         self.url = check_bucket(url)
         self.is_local = self.url.startswith("file://")
         self._bucket = _open(self.url, patience, waiting and (lambda what: waiting(f"{self.url}: {what}")))
@@ -166,7 +166,7 @@ class Store:
             raise StoreError(f"{self.url}/{key}: cannot {verb}: {words_of(error)}") from error
 
 
-def _open(url: str, patience: Patience, waiting: Callable[[str], None] | None) -> Bucket:
+def _open(url: str, patience: RetryPolicy, waiting: Callable[[str], None] | None) -> Bucket:
     scheme, _, root = url.partition("://")
     if scheme == "file":
         return Disk(root, patience)
@@ -191,4 +191,4 @@ def _open(url: str, patience: Patience, waiting: Callable[[str], None] | None) -
 # connection.py an event loop on a thread of its own; requests are tried again there
 # faults.py     which of the clients' exceptions pass, and which do not
 
-__all__ = ["FOR_VERBS", "Call", "Patience", "Store"]
+__all__ = ["FOR_VERBS", "Call", "RetryPolicy", "Store"]

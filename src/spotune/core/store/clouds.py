@@ -12,7 +12,7 @@ from importlib import import_module
 from inspect import unwrap
 from typing import Any
 
-from spotune.core.store.faults import Patience, answer_of
+from spotune.core.store.faults import RetryPolicy, answer_of
 from spotune.core.store.objects import Head, Page, Piece
 
 # The single requests to S3, and to what speaks it, by s3fs.
@@ -38,7 +38,7 @@ class S3:
 
     parts_in_flight = 3
 
-    def __init__(self, patience: Patience) -> None:
+    def __init__(self, patience: RetryPolicy) -> None:
         with suppress(ImportError):  # of which each verb says so
             import_module("s3fs")  # here: the first request's time is the store's
         self._patience = patience
@@ -176,7 +176,7 @@ class Gcs:
 
     parts_in_flight = 1  # a resumable upload is one stream
 
-    def __init__(self, patience: Patience) -> None:
+    def __init__(self, patience: RetryPolicy) -> None:
         # For what else gcsfs can be, it asks for the bucket's type over gRPC: where that cannot be reached each call
         # stalls for a minute. Named below is the plain kind, whoever imported gcsfs before; the variable saves time.
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")

@@ -18,7 +18,7 @@ from spotune.core.errors import SpotuneError, StoreError
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """The limits of every verb. The defaults suit somebody who waits at a terminal.
 
     A verb is one request or many (the parts of a large file). Each is tried again, with growing waits, until it has
@@ -61,7 +61,7 @@ class Patience:
 
 
 # Somebody waits at a terminal: a verb answers within 30 s where the store is away, transfers aside.
-FOR_VERBS = Patience(request_s=6.0, deadline_s=15.0, outage_s=30.0)
+FOR_VERBS = RetryPolicy(request_s=6.0, deadline_s=15.0, outage_s=30.0)
 
 
 # The calls of a store that are under way, for who watches that they come on.
@@ -131,7 +131,7 @@ PASSING_CODES = {
 }
 
 
-class Fault(Enum):
+class FaultKind(Enum):
     """What can be done about a failed request."""
 
     MISSING = auto()  # no such object, upload or bucket
@@ -144,11 +144,11 @@ class Fault(Enum):
 
 
 CREDENTIALS = (
-    (Fault.STALE, "google.auth.exceptions", ("DefaultCredentialsError",)),
-    (Fault.STALE, "botocore.exceptions", ("NoCredentialsError", "PartialCredentialsError")),
-    (Fault.UNREADY, "google.auth.exceptions", ("GoogleAuthError",)),
-    (Fault.UNREADY, "gcsfs.retry", ("NonRetryableError",)),
-    (Fault.UNREADY, "botocore.exceptions", ("CredentialRetrievalError", "TokenRetrievalError")),
+    (FaultKind.STALE, "google.auth.exceptions", ("DefaultCredentialsError",)),
+    (FaultKind.STALE, "botocore.exceptions", ("NoCredentialsError", "PartialCredentialsError")),
+    (FaultKind.UNREADY, "google.auth.exceptions", ("GoogleAuthError",)),
+    (FaultKind.UNREADY, "gcsfs.retry", ("NonRetryableError",)),
+    (FaultKind.UNREADY, "botocore.exceptions", ("CredentialRetrievalError", "TokenRetrievalError")),
 )
 
 
@@ -183,14 +183,14 @@ def opened(local: Path) -> BufferedReader:
         return open(local, "rb")
 
 
-def judge(error: Exception) -> Fault | None:
+def judge(error: Exception) -> FaultKind | None:
     """What can be done about a client's exception; None when it is none of theirs, but a bug."""
     if isinstance(error, FileNotFoundError):
-        return Fault.MISSING
+        return FaultKind.MISSING
     if isinstance(error, FileExistsError):
-        return Fault.TAKEN
+        return FaultKind.TAKEN
     if isinstance(error, ImportError) or (isinstance(error, RuntimeError) and "shutdown" in str(error)):
-        return Fault.LASTING  # the latter: the process ends, and a thread goes on
+        return FaultKind.LASTING  # the latter: the process ends, and a thread goes on
     status, code = answer_of(error)
     if status or code:
         return _judge_answer(status, code)
@@ -200,7 +200,7 @@ def judge(error: Exception) -> Fault | None:
     if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
         return _judge_words(str(error))
     if isinstance(error, PermissionError) or (isinstance(error, OSError) and str(error).startswith("Forbidden")):
-        return Fault.DENIED
+        return FaultKind.DENIED
     passing = (
         *(OSError, json.JSONDecodeError),
         *_kinds("botocore.exceptions", "HTTPClientError", "ConnectionError", "IncompleteReadError"),
@@ -210,27 +210,29 @@ def judge(error: Exception) -> Fault | None:
         *_kinds("gcsfs.retry", "HttpError", "ChecksumError"),
     )
     if isinstance(error, passing):
-        return Fault.PASSING
-    return Fault.LASTING if isinstance(error, _kinds("botocore.exceptions", "BotoCoreError", "ClientError")) else None
+        return FaultKind.PASSING
+    return (
+        FaultKind.LASTING if isinstance(error, _kinds("botocore.exceptions", "BotoCoreError", "ClientError")) else None
+    )
 
 
-def _judge_answer(status: int, code: str) -> Fault:
+def _judge_answer(status: int, code: str) -> FaultKind:
     if code in STALE_CODES or status == 401:
-        return Fault.STALE
+        return FaultKind.STALE
     if code in PASSING_CODES or status in (408, 409, 425, 429) or (status >= 500 and status != 501):
-        return Fault.PASSING
+        return FaultKind.PASSING
     if status in (404, 410):  # 410: a resumable upload that is no more
-        return Fault.MISSING
+        return FaultKind.MISSING
     if status == 412:
-        return Fault.TAKEN
-    return Fault.DENIED if status == 403 else Fault.LASTING
+        return FaultKind.TAKEN
+    return FaultKind.DENIED if status == 403 else FaultKind.LASTING
 
 
-def _judge_words(text: str) -> Fault | None:
+def _judge_words(text: str) -> FaultKind | None:
     """gcsfs makes a ValueError of every answer with "invalid" in it, and drops its status."""
     if "credential" in text.lower():
-        return Fault.STALE
-    return Fault.LASTING if text.startswith("Bad Request") else None
+        return FaultKind.STALE
+    return FaultKind.LASTING if text.startswith("Bad Request") else None
 
 
 def answer_of(error: BaseException | None) -> tuple[int, str]:

@@ -21,7 +21,7 @@ from uuid import uuid4
 
 from spotune.core.errors import Misplaced
 from spotune.core.keys import MOST_PARTS, RECORD_MOST_BYTES, is_key
-from spotune.core.store.faults import Patience, local_side, opened
+from spotune.core.store.faults import RetryPolicy, local_side, opened
 
 TRIES = 100  # to make a folder that others prune at the same time
 _ENTER = os.O_DIRECTORY | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY)  # O_PATH: a file server is not asked
@@ -275,7 +275,7 @@ class Disk:
     def __init__(
         self,
         root: str,
-        patience: Patience,
+        patience: RetryPolicy,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Generic, Protocol, TypeVar
 from uuid import uuid4
 
 from spotune.core.keys import RECORD_MOST_BYTES, is_key
-from spotune.core.store.faults import Denied, Fault, GaveUp, Patience, judge, local_side, opened, words_of
+from spotune.core.store.faults import Denied, FaultKind, GaveUp, RetryPolicy, judge, local_side, opened, words_of
 from spotune.core.store.local import Download
 
 T = TypeVar("T")
@@ -88,7 +88,7 @@ class Connection:
     def __init__(
         self,
         connector: Connector,
-        patience: Patience,
+        patience: RetryPolicy,
         waiting: Callable[[str], None] | None = None,
         new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
     ) -> None:
@@ -184,12 +184,14 @@ class Connection:
         fault = judge(error)
         if fault is None:
             raise error
-        if fault in (Fault.MISSING, Fault.TAKEN):
+        if fault in (FaultKind.MISSING, FaultKind.TAKEN):
             self._worked.add(action)
-            raise (FileNotFoundError if fault is Fault.MISSING else FileExistsError)(words_of(error)) from error
-        if (fault is Fault.STALE and not self._worked) or (fault is Fault.DENIED and action not in self._worked):
+            raise (FileNotFoundError if fault is FaultKind.MISSING else FileExistsError)(words_of(error)) from error
+        if (fault is FaultKind.STALE and not self._worked) or (
+            fault is FaultKind.DENIED and action not in self._worked
+        ):
             raise Denied(words_of(error)) from error
-        if fault is Fault.LASTING:
+        if fault is FaultKind.LASTING:
             raise GaveUp(words_of(error)) from error
 
     async def _try(self, engine: _Engine, step: Step[T], left_s: float, enough_s: float) -> T:
@@ -197,7 +199,7 @@ class Connection:
         try:
             return await asyncio.wait_for(step(client.client), min(left_s, enough_s))
         except Exception as error:
-            if judge(error) in (Fault.STALE, Fault.UNREADY, Fault.DENIED) and engine.client is client:
+            if judge(error) in (FaultKind.STALE, FaultKind.UNREADY, FaultKind.DENIED) and engine.client is client:
                 engine.client = None
             raise
         finally:
@@ -306,7 +308,7 @@ class Objects:
         self,
         api: Api,
         root: str,
-        patience: Patience,
+        patience: RetryPolicy,
         waiting: Callable[[str], None] | None = None,
         new_loop: Callable[[], AbstractEventLoop] = new_event_loop,
     ) -> None:

@@ -52,7 +52,7 @@ class Row(Protocol):
 
 
 @dataclass(frozen=True)
-class Job:
+class JobRow:
     """A job as the queue has it; ``secrets`` are names only, their values are never here.
 
     One without a ``task`` has a row that cannot be read: ``reason`` says so, and it is never started.
@@ -83,7 +83,7 @@ class Job:
     preemptions: list[dict[str, float]]
 
     @classmethod
-    def from_row(cls, row: Row) -> "Job | None":
+    def from_row(cls, row: Row) -> "JobRow | None":
         """The job; None for a row that does not say which run it is of."""
         values: dict[str, Any] = {field.name: _cell(row, field.name) for field in fields(cls)}
         if not isinstance(values["run_id"], str) or not RUN_ID.fullmatch(values["run_id"]):
@@ -117,7 +117,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Attempt:
+class AttemptRow:
     """A machine that a job was given.
 
     Attributes:
@@ -149,7 +149,7 @@ class Attempt:
     settled: bool = False
 
     @classmethod
-    def from_row(cls, row: Row) -> "Attempt | None":
+    def from_row(cls, row: Row) -> "AttemptRow | None":
         """The machine; None for a row that does not say of which run, and which of its machines it is."""
         values: dict[str, Any] = {field.name: _cell(row, field.name) for field in fields(cls)}
         run_id, number = values["run_id"], values["attempt"]
@@ -176,7 +176,7 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class Request:
+class VerbRequest:
     """Something that a verb wants done: ``cancel``, or ``preempt`` with so much notice."""
 
     id: int
@@ -186,20 +186,20 @@ class Request:
     made_at: float
 
     @classmethod
-    def from_row(cls, row: Row) -> "Request":
+    def from_row(cls, row: Row) -> "VerbRequest":
         """The request; of a value that is damaged nothing is wanted."""
         values = {field.name: _cell(row, field.name) for field in fields(cls)}
         empty: dict[str, Any] = {"id": 0, "run_id": "", "kind": "", "notice_s": 0.0, "made_at": 0.0}
         return cls(**{name: value if fits(cls, name, value) else empty[name] for name, value in values.items()})
 
 
-def sound_attempt(values: Mapping[str, Any], run_id: str, number: int) -> Attempt:
+def sound_attempt(values: Mapping[str, Any], run_id: str, number: int) -> AttemptRow:
     """The machine of these values; one that is damaged counts as not said."""
     found: dict[str, Any] = {"marker": "unknown", "boot": "", "started_at": 0.0}
-    for one in fields(Attempt):
-        if one.name in values and fits(Attempt, one.name, values[one.name]):
+    for one in fields(AttemptRow):
+        if one.name in values and fits(AttemptRow, one.name, values[one.name]):
             found[one.name] = values[one.name]
-    return Attempt(**found | {"run_id": run_id, "attempt": number})
+    return AttemptRow(**found | {"run_id": run_id, "attempt": number})
 
 
 def _is_bucket(url: str) -> bool:
@@ -444,7 +444,7 @@ def keep_job(root: Path, row: sqlite3.Row) -> None:
 
 def keep_all(root: Path, connection: sqlite3.Connection, log: Log = log_line) -> None:
     """Writes all rows of a queue that has no copy yet; what cannot be written is logged."""
-    running = [Attempt.from_row(row) for row in connection.execute("SELECT * FROM attempts WHERE settled = 0")]
+    running = [AttemptRow.from_row(row) for row in connection.execute("SELECT * FROM attempts WHERE settled = 0")]
     try:
         for row in connection.execute("SELECT * FROM jobs"):
             if RUN_ID.fullmatch(str(row["run_id"])):
@@ -482,13 +482,13 @@ def _kept(root: Path, run_id: str, log: Log) -> dict[str, Any] | None:
     if found is None or found.get("run_id") != run_id:
         return None
     row = {name: found[name] for name in _COLUMNS["jobs"] if isinstance(found.get(name), (str, int, float))}
-    return row if Job.from_row({**_EMPTY_ROW, **row}) else None
+    return row if JobRow.from_row({**_EMPTY_ROW, **row}) else None
 
 
 _EMPTY_ROW: dict[str, Any] = dict.fromkeys(_COLUMNS["jobs"])
 
 
-def _attempts(root: Path, job: dict[str, Any], log: Log) -> Iterator[Attempt]:
+def _attempts(root: Path, job: dict[str, Any], log: Log) -> Iterator[AttemptRow]:
     """A job's machines; the newest is open where the job's row does not account for it."""
     folders = [path for path in _entries(root / "jobs" / job["run_id"]) if path.name.isascii() and path.name.isdigit()]
     numbers = sorted(int(path.name) for path in folders if len(path.name) < 10)

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from spotune.core import environment
-from spotune.core.errors import InfraError, InputError, Unsettled
+from spotune.core.errors import InfraError, InputError, SubmissionUnknown
 from spotune.core.io import LogLines
 from spotune.core.protocol import as_number
 from spotune.launch.engine import Agree, JobStatus, PaidInterval, Submission, check_folder, check_secrets
-from spotune.launch.local.database import Job
-from spotune.launch.local.layout import MARKER, Gpu, Layout, find_gpus
+from spotune.launch.local.database import JobRow
+from spotune.launch.local.layout import MARKER, Gpu, LocalFolders, find_gpus
 from spotune.launch.local.machine import REGION, check_kept, keep_environment
 from spotune.launch.local.queue import Queue
 from spotune.launch.task import demand_of, trainer_of
@@ -30,7 +30,7 @@ _BACKGROUND = 'exec </dev/null >>"$0" 2>&1; "$@" &'
 
 
 @contextmanager
-def only_one(layout: Layout) -> Iterator[bool]:
+def only_one(layout: LocalFolders) -> Iterator[bool]:
     """Holds the supervisor's lock; yields whether it was free. The kernel frees it when the holder dies."""
     descriptor = os.open(layout.lock, os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -46,7 +46,7 @@ def only_one(layout: Layout) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def is_running(layout: Layout) -> bool:
+def is_running(layout: LocalFolders) -> bool:
     """Whether somebody holds the lock. A shared lock is tried, so that two who ask do not mislead each other."""
     try:
         descriptor = os.open(layout.lock, os.O_RDONLY)
@@ -61,7 +61,7 @@ def is_running(layout: Layout) -> bool:
     return False
 
 
-def start(layout: Layout, environ: Mapping[str, str]) -> None:
+def start(layout: LocalFolders, environ: Mapping[str, str]) -> None:
     """Starts a supervisor; one too many leaves at once. Call it after the queue was written: an idle one that is
     about to leave looks at the queue again once it has let go of the lock. Raises InfraError where none can be."""
     command = [sys.executable, "-P", "-m", "spotune.launch.local.supervisor", str(layout.home)]
@@ -107,7 +107,7 @@ class LocalInfra:
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.layout = Layout(home)
+        self.layout = LocalFolders(home)
         self._environ, self._slots, self._clock, self._sleep = environ, slots, clock, sleep
         self._woken_at = 0.0
         self.layout.make()
@@ -152,9 +152,13 @@ class LocalInfra:
         try:
             is_gone = self._queue.withdraw(run_id, added_at, forget)
         except BaseException as error:
-            raise Unsettled(f"{str(why) or 'interrupted'}; {run_id} may be in the queue ({ENDS} {run_id})") from error
+            raise SubmissionUnknown(
+                f"{str(why) or 'interrupted'}; {run_id} may be in the queue ({ENDS} {run_id})"
+            ) from error
         if not is_gone:
-            raise Unsettled(f"{str(why) or 'interrupted'}; {run_id} has begun and goes on ({ENDS} {run_id})") from why
+            raise SubmissionUnknown(
+                f"{str(why) or 'interrupted'}; {run_id} has begun and goes on ({ENDS} {run_id})"
+            ) from why
 
     def check_resumable(self, run_id: str) -> None:
         job = self._job(run_id)
@@ -185,7 +189,7 @@ class LocalInfra:
             self._wake()
             if self._clock() > deadline:
                 what = f"{run_id}: being cancelled, for {CANCEL_S:g} s now (spotune queue)"
-                raise Unsettled(f"{what}, see {self.layout.supervisor_log}")
+                raise SubmissionUnknown(f"{what}, see {self.layout.supervisor_log}")
             self._sleep(POLL_S)
 
     def preempt(self, run_id: str, notice_s: float, agree: Agree = lambda question: None) -> None:
@@ -212,7 +216,7 @@ class LocalInfra:
             self._wake()
         return [self._status(job) for job in jobs if run_ids is None or job.run_id in run_ids]
 
-    def _status(self, job: Job) -> JobStatus:
+    def _status(self, job: JobRow) -> JobStatus:
         seen = self._guard_status(job)
         return JobStatus(
             run_id=job.run_id,
@@ -234,7 +238,7 @@ class LocalInfra:
             bucket=job.bucket,
         )
 
-    def _guard_status(self, job: Job) -> dict[str, Any]:
+    def _guard_status(self, job: JobRow) -> dict[str, Any]:
         """What the guard said last; that of the machine before while a new one has not said anything."""
         seen: dict[str, Any] = {}
         for attempt in range(job.attempt, 0, -1):
@@ -287,7 +291,7 @@ class LocalInfra:
             start(self.layout, self._environ)
             self._woken_at = self._clock()
 
-    def _job(self, run_id: str) -> Job:
+    def _job(self, run_id: str) -> JobRow:
         job = self._queue.job(run_id)
         if job is None:
             raise InputError(run_id, "no such run in this machine's queue")

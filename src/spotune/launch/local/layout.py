@@ -89,7 +89,7 @@ class Exit:
 
 
 @dataclass(frozen=True)
-class Layout:
+class LocalFolders:
     """Paths below one SPOTUNE_HOME."""
 
     home: Path

@@ -21,8 +21,8 @@ from spotune.core import environment
 from spotune.core.errors import InfraError, InputError, protect_output
 from spotune.core.io import Damaged, load_object, make_room, write_state
 from spotune.core.store.faults import is_machine_fault
-from spotune.launch.local.database import Attempt, Job
-from spotune.launch.local.layout import MARKER, AttemptFiles, Exit, Layout, Running
+from spotune.launch.local.database import AttemptRow, JobRow
+from spotune.launch.local.layout import MARKER, AttemptFiles, Exit, LocalFolders, Running
 
 # Which processes belong to a machine, told apart from those that got a recycled pid, and how to signal them.
 
@@ -177,7 +177,7 @@ def _writing(path: Path) -> Iterator[None]:
         raise InputError(environment.HOME, f"cannot write {path}: {error.strerror}") from error
 
 
-def kept_environment(layout: Layout, run_id: str) -> dict[str, str]:
+def kept_environment(layout: LocalFolders, run_id: str) -> dict[str, str]:
     """What ``keep_environment`` kept, secrets included; empty when it is gone or damaged."""
     try:
         kept = load_kept(layout.environment(run_id))
@@ -205,7 +205,9 @@ def texts(values: Any) -> dict[str, str]:
     }
 
 
-def machine_environment(layout: Layout, job: Job, attempt: Attempt, devices: Sequence[str]) -> dict[str, str]:
+def machine_environment(
+    layout: LocalFolders, job: JobRow, attempt: AttemptRow, devices: Sequence[str]
+) -> dict[str, str]:
     """Everything that a program on this machine sees: SkyPilot's names as on a real managed job."""
     files = layout.attempt(job.run_id, attempt.attempt)
     cluster = f"{job.run_id}-{job.id}"
@@ -243,7 +245,9 @@ def machine_environment(layout: Layout, job: Job, attempt: Attempt, devices: Seq
     }
 
 
-def start_machine(layout: Layout, job: Job, attempt: Attempt, devices: Sequence[str]) -> subprocess.Popen[bytes]:
+def start_machine(
+    layout: LocalFolders, job: JobRow, attempt: AttemptRow, devices: Sequence[str]
+) -> subprocess.Popen[bytes]:
     """Starts the node in a session of its own; its output goes to the job's log."""
     files = layout.attempt(job.run_id, attempt.attempt)
     make_room(files.machine)

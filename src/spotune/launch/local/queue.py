@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from spotune.core.errors import InfraError, Taken
+from spotune.core.errors import AlreadyExists, InfraError
 from spotune.core.io import Log, log_line
 from spotune.launch.engine import ACTIVE, Submission
 from spotune.launch.local.database import (
-    Attempt,
-    Job,
-    Request,
+    AttemptRow,
+    JobRow,
+    VerbRequest,
     Verdict,
     connect,
     describe,
@@ -116,7 +116,7 @@ class Queue:
             self._keep(submission.run_id)
         except sqlite3.IntegrityError as error:
             what = f"{submission.run_id} is in this machine's queue already"
-            raise Taken("--name", what, remedy="another --name") from error
+            raise AlreadyExists("--name", what, remedy="another --name") from error
 
     def withdraw(self, run_id: str, at: float, forget: Callable[[], None]) -> bool:
         """Takes out what ``add`` has added ``at`` that time, unless it has had a machine; returns whether it is gone.
@@ -168,30 +168,30 @@ class Queue:
         except (IndexError, ValueError, TypeError, RecursionError):
             return default
 
-    def job(self, run_id: str) -> Job | None:
+    def job(self, run_id: str) -> JobRow | None:
         rows = self._rows("SELECT * FROM jobs WHERE run_id = ?", run_id)
-        return Job.from_row(rows[0]) if rows else None
+        return JobRow.from_row(rows[0]) if rows else None
 
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[JobRow]:
         """All jobs: highest priority first, then order of submission. A row without a run id is passed over."""
-        return _values(Job.from_row, self._rows("SELECT * FROM jobs ORDER BY priority DESC, position"))
+        return _values(JobRow.from_row, self._rows("SELECT * FROM jobs ORDER BY priority DESC, position"))
 
-    def active(self) -> list[Job]:
+    def active(self) -> list[JobRow]:
         """Jobs that have not ended, in the order that they would run."""
         sql = f"SELECT * FROM jobs WHERE state IN {_ACTIVE} ORDER BY priority DESC, position"
-        return _values(Job.from_row, self._rows(sql))
+        return _values(JobRow.from_row, self._rows(sql))
 
-    def attempts(self, run_id: str) -> list[Attempt]:
+    def attempts(self, run_id: str) -> list[AttemptRow]:
         sql = "SELECT * FROM attempts WHERE run_id = ? ORDER BY attempt"
-        return _values(Attempt.from_row, self._rows(sql, run_id))
+        return _values(AttemptRow.from_row, self._rows(sql, run_id))
 
-    def unsettled(self) -> list[Attempt]:
+    def unsettled(self) -> list[AttemptRow]:
         """Machines whose job does not know yet what became of them: running or just ended."""
-        return _values(Attempt.from_row, self._rows("SELECT * FROM attempts WHERE settled = 0 ORDER BY started_at"))
+        return _values(AttemptRow.from_row, self._rows("SELECT * FROM attempts WHERE settled = 0 ORDER BY started_at"))
 
-    def requests(self) -> list[Request]:
+    def requests(self) -> list[VerbRequest]:
         rows = self._rows("SELECT * FROM requests WHERE done_at IS NULL ORDER BY id")
-        return [Request.from_row(row) for row in rows]
+        return [VerbRequest.from_row(row) for row in rows]
 
     def is_done(self, request: int) -> bool:
         return bool(self._rows("SELECT 1 FROM requests WHERE id = ? AND done_at IS NOT NULL", request))
@@ -209,7 +209,7 @@ class Queue:
             _ask(connection, run_id, "preempt", notice_s)
         self._keep(run_id)
 
-    def start(self, attempt: Attempt) -> bool:
+    def start(self, attempt: AttemptRow) -> bool:
         """A job gets a machine; returns False for one that was withdrawn meanwhile."""
         with self._transaction() as connection:
             found = connection.execute(
@@ -227,14 +227,14 @@ class Queue:
             )  # fmt: skip
         return True
 
-    def update_attempt(self, attempt: Attempt, **changes: Any) -> None:
+    def update_attempt(self, attempt: AttemptRow, **changes: Any) -> None:
         """Sets columns of one machine's row."""
         names = ", ".join(f"{name} = ?" for name in changes)
         with self._transaction() as connection:
             values = (*changes.values(), attempt.run_id, attempt.attempt)
             connection.execute(f"UPDATE attempts SET {names} WHERE run_id = ? AND attempt = ?", values)
 
-    def run_began(self, attempt: Attempt, at: float, setup_s: float) -> None:
+    def run_began(self, attempt: AttemptRow, at: float, setup_s: float) -> None:
         """The machine is set up: the job's own program runs from now on."""
         with self._transaction() as connection:
             connection.execute(
@@ -247,7 +247,7 @@ class Queue:
                 (at, attempt.run_id),
             )
 
-    def explain(self, job: Job, reason: str) -> None:
+    def explain(self, job: JobRow, reason: str) -> None:
         """Says why a job does not move, for those who look at the queue."""
         if job.reason != reason:
             with self._transaction() as connection:

@@ -16,11 +16,11 @@ from spotune.core.errors import BAD_INPUT, FAILED, INFRA_FAILED, InfraError, Spo
 from spotune.core.io import Damaged, make_room, set_aside
 from spotune.core.store.faults import is_machine_fault
 from spotune.launch.local import engine, machine
-from spotune.launch.local.database import Attempt, Job, NewerState, Request, Verdict
-from spotune.launch.local.layout import Gpu, Layout
+from spotune.launch.local.database import AttemptRow, JobRow, NewerState, VerbRequest, Verdict
+from spotune.launch.local.layout import Gpu, LocalFolders
 from spotune.launch.local.machine import start_machine
 from spotune.launch.local.queue import Queue
-from spotune.launch.local.watch import Settler, Watcher, cancelled_because
+from spotune.launch.local.watch import MachineWatcher, Settler, cancelled_because
 from spotune.launch.task import due
 
 POLL_S = 0.2
@@ -42,14 +42,14 @@ class Supervisor:
 
     def __init__(
         self,
-        layout: Layout,
+        layout: LocalFolders,
         clock: Callable[[], float] = time.time,
         start: Callable[..., "subprocess.Popen[bytes]"] = start_machine,
         log: Callable[[str], None] = print,
     ) -> None:
         self._layout, self._clock, self._start_machine, self._log = layout, clock, start, log
         self._queue = Queue(layout.database)
-        self._watcher = Watcher(layout, self._queue, clock)
+        self._watcher = MachineWatcher(layout, self._queue, clock)
         self._settler = Settler(layout, self._queue, clock)
         self._children: list[subprocess.Popen[bytes]] = []
         self._faults: dict[str, tuple[str, float]] = {}  # by run id: what went wrong last, and when to try again
@@ -85,7 +85,7 @@ class Supervisor:
                         self._queue.explain(job, why)
             self._faults[run_id] = why, self._clock() + FAULT_S
 
-    def _take_up(self, request: Request) -> None:
+    def _take_up(self, request: VerbRequest) -> None:
         job, attempt = self._queue.job(request.run_id), self._live_attempt(request.run_id)
         if job and job.is_active and request.kind == "cancel":
             self._queue.mark_cancelling(job.run_id)
@@ -97,7 +97,7 @@ class Supervisor:
             self._watcher.take(attempt, "preempted", request.notice_s)
         self._queue.finish_request(request.id)
 
-    def _live_attempt(self, run_id: str) -> Attempt | None:
+    def _live_attempt(self, run_id: str) -> AttemptRow | None:
         return next((attempt for attempt in self._queue.unsettled() if attempt.run_id == run_id), None)
 
     def _settle_ended(self) -> None:
@@ -106,7 +106,7 @@ class Supervisor:
                 with self._one_job(attempt.run_id):
                     self._settle(attempt)
 
-    def _settle(self, attempt: Attempt) -> None:
+    def _settle(self, attempt: AttemptRow) -> None:
         job = self._queue.job(attempt.run_id)
         if job is None:  # its row is gone or damaged: the machine's slots are free again
             self._queue.update_attempt(attempt, settled=True)
@@ -120,7 +120,7 @@ class Supervisor:
                 with self._one_job(job.run_id):
                     self._fire(job, self._clock() - job.started_at)
 
-    def _fire(self, job: Job, elapsed_s: float) -> None:
+    def _fire(self, job: JobRow, elapsed_s: float) -> None:
         attempt = self._live_attempt(job.run_id)
         if attempt is None or attempt.running_at is None or attempt.ended_at is not None or attempt.taking:
             return  # nothing to take away right now: it fires when something runs
@@ -160,14 +160,14 @@ class Supervisor:
         known = [Gpu(str(gpu["device"]), str(gpu["name"])) for gpu in gpus if {"device", "name"} <= gpu.keys()]
         return slots if type(slots) is int and 0 < slots <= MOST_SLOTS else 1, known
 
-    def _start(self, job: Job, slots: list[int], gpus: list[Gpu]) -> None:
+    def _start(self, job: JobRow, slots: list[int], gpus: list[Gpu]) -> None:
         if not job.task:
             self._end(job, Verdict("FAILED", job.reason, BAD_INPUT))
             return
         if why := cancelled_because(job.bucket, job.run_id):  # whoever did it was stopped before this was told
             self._end(job, Verdict("CANCELLED", why))
             return
-        attempt = Attempt(
+        attempt = AttemptRow(
             run_id=job.run_id,
             attempt=job.attempt + 1,
             marker=f"{job.run_id}/{job.attempt + 1}/{uuid4().hex}",
@@ -190,7 +190,7 @@ class Supervisor:
         self._queue.update_attempt(attempt, pid=node.pid, created=node.created)
         self._say(job, f"attempt {attempt.attempt}: started")
 
-    def _not_started(self, job: Job, error: Exception) -> None:
+    def _not_started(self, job: JobRow, error: Exception) -> None:
         """The folder of submission is gone, a file of the job is damaged, or the machine can start nothing now."""
         if is_machine_fault(error) or isinstance(error, InfraError):
             why = f"cannot start: {getattr(error, 'strerror', None) or error}"
@@ -205,7 +205,7 @@ class Supervisor:
             why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
             self._end(job, Verdict("FAILED", f"cannot start in {job.workdir}: {why}", FAILED))
 
-    def _end(self, job: Job, verdict: Verdict, forget: bool = True) -> None:
+    def _end(self, job: JobRow, verdict: Verdict, forget: bool = True) -> None:
         self._queue.settle(job.run_id, verdict, job.last_commit, self._clock())
         self._say(job, f"{verdict.state} {verdict.reason}")
         if forget:
@@ -233,7 +233,7 @@ class Supervisor:
         """Makes the queue anew where its file is damaged. Raises NewerState where a newer spotune made it."""
         self._queue.create(self._log)
 
-    def _say(self, job: Job, what: str) -> None:
+    def _say(self, job: JobRow, what: str) -> None:
         self._log(self._line(job.run_id, what))
 
     def _line(self, run_id: str, what: str) -> str:
@@ -241,7 +241,7 @@ class Supervisor:
 
 
 def serve(
-    layout: Layout,
+    layout: LocalFolders,
     idle_s: float = IDLE_S,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
@@ -286,7 +286,7 @@ def main(arguments: list[str]) -> int:
     """Serves one home as its only supervisor; returns the exit code."""
     protect_output()
     signal.signal(signal.SIGTERM, _leave)
-    layout = Layout(Path(arguments[0]))
+    layout = LocalFolders(Path(arguments[0]))
     queue, idle_s = Queue(layout.database), IDLE_S
     try:
         os.chdir(layout.root)

@@ -17,8 +17,8 @@ from spotune.core.keys import Keys, commit_of
 from spotune.core.records import Progress, read_mark
 from spotune.core.store import Store
 from spotune.launch.local import machine
-from spotune.launch.local.database import Attempt, Job, Verdict
-from spotune.launch.local.layout import AttemptFiles, Exit, Layout, Running
+from spotune.launch.local.database import AttemptRow, JobRow, Verdict
+from spotune.launch.local.layout import AttemptFiles, Exit, LocalFolders, Running
 from spotune.launch.local.machine import kept_environment, texts
 from spotune.launch.local.queue import Queue
 
@@ -29,7 +29,7 @@ from spotune.launch.local.queue import Queue
 
 
 @dataclass(frozen=True)
-class Look:
+class BucketProbe:
     """``failed``, ``cancelled`` and ``paused`` are the marks' reasons, None for none; ``commit`` the newest's key.
 
     ``stalled``: the watchdog ended the last attempt that wrote its progress.
@@ -46,19 +46,19 @@ class Look:
     at: float = 0.0
 
 
-def look(bucket: str, run_id: str, clock: Callable[[], float] = time.time) -> Look:
+def look(bucket: str, run_id: str, clock: Callable[[], float] = time.time) -> BucketProbe:
     """Reads the bucket; a bucket that does not answer is a Look with ``error``."""
     keys = Keys(run_id)
     try:
         store = Store(bucket)
         if store.exists(keys.completed):
-            return Look(completed=True, at=clock())
+            return BucketProbe(completed=True, at=clock())
         failed, cancelled, paused = (read_mark(store, key) for key in (keys.failed, keys.cancelled, keys.paused))
         stalled = _has_stalled(store, keys.progress)
         commits = [found for key in store.keys(keys.commits) if (found := commit_of(key))]
     except SpotuneError as error:
-        return Look(error=str(error), at=clock())
-    return Look(
+        return BucketProbe(error=str(error), at=clock())
+    return BucketProbe(
         failed=failed.reason if failed else None,
         failed_code=failed.exit_code if failed else 1,
         cancelled=cancelled.reason if cancelled else None,
@@ -114,7 +114,7 @@ class Ending:
 
 
 @dataclass(frozen=True)
-class Patience:
+class RestartLimits:
     """What the job may still ask for.
 
     Attributes:
@@ -133,7 +133,7 @@ class Patience:
     interactive: bool = False
 
 
-def decide(ending: Ending, seen: Look, patience: Patience) -> Verdict:
+def decide(ending: Ending, seen: BucketProbe, patience: RestartLimits) -> Verdict:
     """The certificate first, then what the user wants, then the marks, then the exit code."""
     code = ending.exit_code
     kept = partial(Verdict, restarts=patience.restarts, faults=patience.faults)
@@ -166,14 +166,14 @@ def backoff_s(faults: int) -> float:
     return 0.0 if faults <= 1 else min(MAX_BACKOFF_S, 2.0 ** (faults - 2))
 
 
-def _is_machines(ending: Ending, patience: Patience) -> bool:
+def _is_machines(ending: Ending, patience: RestartLimits) -> bool:
     """Whether the machine, or a fault that the program thinks is the machine's, ended it."""
     if ending.exit_code is None or ending.exit_code in (KILLED, errors.PREEMPTED, *patience.recover_codes):
         return True
     return ending.preempted and ending.exit_code != errors.SUCCEEDED
 
 
-def _recover(ending: Ending, seen: Look, patience: Patience) -> Verdict:
+def _recover(ending: Ending, seen: BucketProbe, patience: RestartLimits) -> Verdict:
     progress = seen.commit != patience.commit
     if ending.preempted:
         return Verdict("RECOVERING", "preempted", ending.exit_code, restarts=patience.restarts)
@@ -183,13 +183,13 @@ def _recover(ending: Ending, seen: Look, patience: Patience) -> Verdict:
     return Verdict("RECOVERING", _spell(ending, seen), ending.exit_code, delay_s, patience.restarts, faults)
 
 
-def _end_of_interactive(ending: Ending, seen: Look) -> str:
+def _end_of_interactive(ending: Ending, seen: BucketProbe) -> str:
     if ending.preempted:
         return "preempted; an interactive run is not recovered"
     return "ended without a certificate" if ending.exit_code == 0 else _spell(ending, seen)
 
 
-def _spell(ending: Ending, seen: Look) -> str:
+def _spell(ending: Ending, seen: BucketProbe) -> str:
     if seen.stalled and ending.exit_code == errors.PREEMPTED:
         return "stalled (exit code 75)"
     if ending.exit_code is None:
@@ -207,15 +207,15 @@ def _spell(ending: Ending, seen: Look) -> str:
 SPAWN_S = 5.0  # a machine without a pid for so long was never started: the supervisor died in between
 
 
-class Watcher:
+class MachineWatcher:
     """Keeps the rows of live machines true, and takes machines away."""
 
-    def __init__(self, layout: Layout, queue: Queue, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, layout: LocalFolders, queue: Queue, clock: Callable[[], float] = time.time) -> None:
         self._layout, self._queue, self._clock = layout, queue, clock
         self._boot = machine.boot_id()
         self._seen: dict[str, float] = {}
 
-    def take(self, attempt: Attempt, why: str, notice_s: float) -> None:
+    def take(self, attempt: AttemptRow, why: str, notice_s: float) -> None:
         """Begins to take a machine away: SIGTERM to all of it now, SIGKILL after the notice."""
         kill_at = min(self._clock() + notice_s, attempt.kill_at or float("inf"))
         self._queue.update_attempt(attempt, taking=why, kill_at=kill_at)
@@ -224,7 +224,7 @@ class Watcher:
         else:
             self._kill(attempt)
 
-    def watch(self, attempt: Attempt) -> None:
+    def watch(self, attempt: AttemptRow) -> None:
         """One look at a machine that has not ended yet."""
         files = self._layout.attempt(attempt.run_id, attempt.attempt)
         if attempt.boot != self._boot:
@@ -247,27 +247,27 @@ class Watcher:
         else:
             self._close(attempt, files, lost_at=max(_heartbeat(files), attempt.started_at))
 
-    def _members(self, attempt: Attempt) -> list[Any]:
+    def _members(self, attempt: AttemptRow) -> list[Any]:
         return machine.members(attempt.node, attempt.marker)
 
-    def _kill(self, attempt: Attempt) -> None:
+    def _kill(self, attempt: AttemptRow) -> None:
         """The node first, so that it cannot report how its program ended: the machine is simply gone."""
         members = self._members(attempt)
         members.sort(key=lambda process: process.pid != attempt.pid)
         machine.send(members, signal.SIGKILL)
 
-    def _adopt(self, attempt: Attempt) -> Attempt:
+    def _adopt(self, attempt: AttemptRow) -> AttemptRow:
         """Finds the node that a supervisor started and could not write down any more."""
         if attempt.node is None and (node := machine.find_node(attempt.marker)):
             self._queue.update_attempt(attempt, pid=node.pid, created=node.created)
             return next(row for row in self._queue.attempts(attempt.run_id) if row.attempt == attempt.attempt)
         return attempt
 
-    def _note_running(self, attempt: Attempt, files: AttemptFiles) -> None:
+    def _note_running(self, attempt: AttemptRow, files: AttemptFiles) -> None:
         if attempt.running_at is None and (running := read_as(files.running, Running)):
             self._queue.run_began(attempt, running.at, running.setup_s)
 
-    def _close(self, attempt: Attempt, files: AttemptFiles, lost_at: float) -> None:
+    def _close(self, attempt: AttemptRow, files: AttemptFiles, lost_at: float) -> None:
         """Nothing of the machine is left: its paid interval ends."""
         self._note_running(attempt, files)
         left = read_as(files.exit, Exit)  # one that is damaged: the machine is lost, and the bucket decides
@@ -304,12 +304,12 @@ RETRY_S = 3.0  # between two tries at a bucket that does not answer
 class Settler:
     """Decides about jobs whose machine has ended; never waits for a bucket."""
 
-    def __init__(self, layout: Layout, queue: Queue, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, layout: LocalFolders, queue: Queue, clock: Callable[[], float] = time.time) -> None:
         self._layout, self._queue, self._clock = layout, queue, clock
         self._helpers: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
         self._not_before: dict[str, float] = {}
 
-    def settle(self, job: Job, attempt: Attempt) -> Verdict | None:
+    def settle(self, job: JobRow, attempt: AttemptRow) -> Verdict | None:
         """The job's next state, None while the bucket has not answered."""
         seen = self._look(job, attempt)
         if seen is None:
@@ -321,7 +321,7 @@ class Settler:
             cancelled=job.cancelling,
         )
         demand = job.demand
-        patience = Patience(
+        patience = RestartLimits(
             max_restarts=demand.max_restarts,
             recover_codes=demand.recover_codes,
             restarts=job.restarts,
@@ -333,12 +333,12 @@ class Settler:
         self._queue.settle(job.run_id, verdict, seen.commit, self._clock())
         return verdict
 
-    def _look(self, job: Job, attempt: Attempt) -> Look | None:
+    def _look(self, job: JobRow, attempt: AttemptRow) -> BucketProbe | None:
         """What the bucket says, None while it is being asked; one that does not answer is asked again."""
         if self._is_helper_busy(job, attempt):
             return None
         files = self._layout.attempt(attempt.run_id, attempt.attempt)
-        seen = read_as(files.look, Look)
+        seen = read_as(files.look, BucketProbe)
         is_open = seen is None or (seen.error and not job.cancelling)
         if is_open and self._clock() >= self._not_before.get(attempt.marker, 0.0):
             self._not_before[attempt.marker] = self._clock() + RETRY_S
@@ -354,7 +354,7 @@ class Settler:
             return None
         return seen
 
-    def _ask(self, job: Job, attempt: Attempt) -> None:
+    def _ask(self, job: JobRow, attempt: AttemptRow) -> None:
         """Lets a helper ask, in the job's environment."""
         answer = self._layout.attempt(attempt.run_id, attempt.attempt).look
         make_room(answer)
@@ -363,7 +363,7 @@ class Settler:
         helper = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL)
         self._helpers[attempt.marker] = (helper, self._clock())
 
-    def _is_helper_busy(self, job: Job, attempt: Attempt) -> bool:
+    def _is_helper_busy(self, job: JobRow, attempt: AttemptRow) -> bool:
         helper, since = self._helpers.get(attempt.marker, (None, 0.0))
         if helper is None:
             return False
@@ -373,7 +373,7 @@ class Settler:
                 return True
             helper.kill()
             helper.wait()
-            silent = Look(error=f"it has not answered for {limit_s:g} s", at=now)
+            silent = BucketProbe(error=f"it has not answered for {limit_s:g} s", at=now)
             write_state(self._layout.attempt(attempt.run_id, attempt.attempt).look, silent)
         del self._helpers[attempt.marker]
         return False

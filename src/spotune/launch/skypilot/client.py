@@ -19,7 +19,7 @@ CONTROLLER_CPU_S = 8  # to start one
 
 
 @dataclass(frozen=True)
-class Server:
+class ApiServer:
     """The API server; ``consolidation`` and ``controllers`` are None where it cannot be told from here.
 
     Attributes:
@@ -38,7 +38,7 @@ class Server:
     cpus: int = 0
 
 
-def server_problems(server: Server) -> list[str]:
+def server_problems(server: ApiServer) -> list[str]:
     """What of the server makes cost inexact or launches slow."""
     problems = []
     if server.consolidation is False:
@@ -167,7 +167,7 @@ def _cut(text: str, most: int) -> str:
 
 
 @dataclass(frozen=True)
-class Machine:
+class ProvisionedCluster:
     """What SkyPilot's provisioner needs of a cluster: its name there, ``provider`` and its settings ``config``."""
 
     name: str
@@ -309,7 +309,7 @@ def check_answers() -> None:
         raise InfraError(f"no API server of SkyPilot's answers: {status} (sky api login for a team's server)")
 
 
-def server() -> Server:
+def server() -> ApiServer:
     """The API server, and what can be told of it from here: of a local one, that is on this machine, most."""
     with translated():
         client = sdk()
@@ -319,7 +319,7 @@ def server() -> Server:
         common.check_server_healthy()  # as every other request does; api_info alone says less of one that is away
         health = client.api_info()
         url = common.get_server_url()
-        found = Server(url=masked(url), version=str(health.version), is_local=common.is_api_server_local(url))
+        found = ApiServer(url=masked(url), version=str(health.version), is_local=common.is_api_server_local(url))
         if not found.is_local:
             return found
 
@@ -334,7 +334,7 @@ def server() -> Server:
         )
 
 
-def machine(cluster: str) -> Machine | None:
+def machine(cluster: str) -> ProvisionedCluster | None:
     """The record of a cluster, None where this machine's SkyPilot has none: the API server is elsewhere, say."""
     with translated():
         sdk()
@@ -346,7 +346,7 @@ def machine(cluster: str) -> Machine | None:
             return None
         handle = record["handle"]
         config = global_user_state.get_cluster_yaml_dict(handle.cluster_yaml)
-        return Machine(
+        return ProvisionedCluster(
             name=handle.cluster_name_on_cloud,
             provider=repr(handle.launched_resources.cloud),
             config=config["provider"],
@@ -355,7 +355,7 @@ def machine(cluster: str) -> Machine | None:
         )
 
 
-def terminate(machine: Machine) -> None:
+def terminate(machine: ProvisionedCluster) -> None:
     """Terminates all instances of a cluster; SkyPilot finds out when it next looks."""
     with translated():
         sdk()

@@ -70,17 +70,17 @@ def is_at(cluster: Cluster, infra: str) -> bool:
     return not infra or f"{cluster.infra.lower()}/".startswith(f"{infra.lower()}/")
 
 
-def differences(wish: "DevWish", found: Cluster) -> list[str]:
+def differences(options: "DevOptions", found: Cluster) -> list[str]:
     """What the cluster that is there does not have of what is asked for."""
     has = []
-    if not is_at(found, wish.infra):
-        has.append(f"is on {found.infra}, not on {wish.infra}")
-    if wish.gpus and not _is_of(wish.gpus, found):
-        has.append(f"has {found.gpus or 'no GPU'}, not {wish.gpus}")
-    for unit, there, asked in (("CPUs", found.cpus, wish.cpus), ("GB of memory", found.memory, wish.memory)):
+    if not is_at(found, options.infra):
+        has.append(f"is on {found.infra}, not on {options.infra}")
+    if options.gpus and not _is_of(options.gpus, found):
+        has.append(f"has {found.gpus or 'no GPU'}, not {options.gpus}")
+    for unit, there, asked in (("CPUs", found.cpus, options.cpus), ("GB of memory", found.memory, options.memory)):
         if asked and there and not _is_enough(there, asked):
             has.append(f"has {there} {unit}, not {asked}")
-    if given := [flag for flag, values in (("--env", wish.envs), ("--secret", wish.secrets)) if values]:
+    if given := [flag for flag, values in (("--env", options.envs), ("--secret", options.secrets)) if values]:
         has.append(f"was set up before, without this {' and '.join(given)}")
     return [f"{found.name} {what} ({_OTHER})" for what in has]
 
@@ -161,7 +161,7 @@ _ONE_CPU = {"cpus": "1+"}
 
 
 @dataclass(frozen=True)
-class DevWish:
+class DevOptions:
     """What ``dev up`` asks for; None leaves what is there, or the default.
 
     Attributes:
@@ -209,24 +209,26 @@ def place(infra: str) -> str:
     return "" if spelt == ANY else spelt
 
 
-def up(wish: DevWish, workspace: Workspace) -> Up:
+def up(options: DevOptions, workspace: Workspace) -> Up:
     """Brings the cluster up, or reuses the one of that name, and starts its idle watcher."""
-    found = clusters.own_cluster(wish.name)
-    idle, notes = wish.idle_minutes or IDLE_MINUTES, []
+    found = clusters.own_cluster(options.name)
+    idle, notes = options.idle_minutes or IDLE_MINUTES, []
     is_up, is_held = found is not None and found.status == "UP", False
     if found and is_up:
-        jobs = clusters.list_jobs(wish.name)
+        jobs = clusters.list_jobs(options.name)
         is_held = "watcher" in [job.name for job in jobs if job.is_active]
-        is_anew = finish_setup(wish.name, jobs, lambda: _setup_job(wish, workspace), wish.name, DEV_JOB)
-        notes = differences(replace(wish, envs={}, secrets={}) if is_anew else wish, found)
+        is_anew = finish_setup(options.name, jobs, lambda: _setup_job(options, workspace), options.name, DEV_JOB)
+        notes = differences(replace(options, envs={}, secrets={}) if is_anew else options, found)
     else:
         # A place that cannot stop a cluster might be chosen: until it is known, what is idle is taken down.
-        clusters.launch(_dev_task(wish, workspace), wish.name, idle, wish.down or not (found and _can_stop(found)))
-        found = clusters.find_cluster(wish.name)
-    if is_held and not wish.idle_minutes and not wish.down:
+        clusters.launch(
+            _dev_task(options, workspace), options.name, idle, options.down or not (found and _can_stop(found))
+        )
+        found = clusters.find_cluster(options.name)
+    if is_held and not options.idle_minutes and not options.down:
         return Up(found, False, None, found.to_down, tuple(notes))
-    down = start_watcher(found, idle, wish.down or not _can_stop(found), workspace)
-    if down and not wish.down:
+    down = start_watcher(found, idle, options.down or not _can_stop(found), workspace)
+    if down and not options.down:
         notes.append(f"{found.infra} cannot stop this cluster: it is taken down when it is idle (as with --down)")
     return Up(found, not is_up, idle, down, tuple(notes))
 
@@ -255,12 +257,12 @@ def start_watcher(cluster: Cluster, idle_minutes: int, down: bool, workspace: Wo
     return clusters.set_autostop(cluster.name, lead, down)
 
 
-def check_run(config: str, name: str, wish: "RunWish", workspace: Workspace) -> str:
+def check_run(config: str, name: str, options: "DevRunOptions", workspace: Workspace) -> str:
     """The id of a run of CONFIG on a cluster; raises InputError for what would only fail there."""
     run_id = check_run_id(name) if name else new_run_id(Path(config).stem, SystemRandom())
     if run_id in ("watcher", "notebook"):
         raise InputError("--name", f"{run_id} is the name of another job of a cluster", remedy="another --name")
-    checked = load_config(config, wish.profile, wish.overrides, "dev", wish.allow_env)
+    checked = load_config(config, options.profile, options.overrides, "dev", options.allow_env)
     if inside(workspace.cwd / config, workspace.cwd) is None:
         raise InputError(config, f"is not below {workspace.cwd}, which is what a cluster gets", remedy="copy it here")
     check_model_goes_along(checked, config, workspace.cwd)
@@ -269,25 +271,27 @@ def check_run(config: str, name: str, wish: "RunWish", workspace: Workspace) -> 
     return run_id
 
 
-def run_task(config: str, run_id: str, cluster: Cluster, wish: "RunWish", workspace: Workspace) -> dict[str, Any]:
+def run_task(
+    config: str, run_id: str, cluster: Cluster, options: "DevRunOptions", workspace: Workspace
+) -> dict[str, Any]:
     """A job that runs CONFIG on the cluster as a bare launch: its record is made there."""
-    check_place(cluster.infra, wish, workspace)
-    flags = [flag for pair in wish.overrides for flag in ("--set", pair)]
+    check_place(cluster.infra, options, workspace)
+    flags = [flag for pair in options.overrides for flag in ("--set", pair)]
     python = '"${SPOTUNE_PYTHON:-.venv-train/bin/python}"'
     command = f'exec {python} -m spotune.sft "$SPOTUNE_CONFIG" {shlex.join(flags)}'.rstrip()
     _, dev = load_task(workspace.cwd, DEV)
-    check_project(workspace.cwd, fill_in(dev, wish.envs, Resources(), run_id))
+    check_project(workspace.cwd, fill_in(dev, options.envs, Resources(), run_id))
     envs = {
         **_whose(workspace),
-        **wish.envs,
+        **options.envs,
         environment.RUN_ID: run_id,
         environment.CONFIG: config,
-        environment.PROFILE: wish.profile or "dev",
-        **({environment.ALLOW_ENV: " ".join(wish.allow_env)} if wish.allow_env else {}),
-        **({environment.SAVE_EVERY: wish.save_every} if wish.save_every else {}),
+        environment.PROFILE: options.profile or "dev",
+        **({environment.ALLOW_ENV: " ".join(options.allow_env)} if options.allow_env else {}),
+        **({environment.SAVE_EVERY: options.save_every} if options.save_every else {}),
         **bucket_of(workspace),
     }
-    accelerators = shared(wish.gpus or cluster.gpus, wish.share)
+    accelerators = shared(options.gpus or cluster.gpus, options.share)
     if accelerators:
         envs[environment.GPU_SHARE] = f"{float(accelerators.partition(':')[2] or 1):g}"
     task: dict[str, Any] = {
@@ -299,7 +303,7 @@ def run_task(config: str, run_id: str, cluster: Cluster, wish: "RunWish", worksp
     }
     if accelerators:
         task["resources"]["accelerators"] = accelerators
-    return with_secrets({**task, "secrets": dev.get("secrets")}, wish.secrets)
+    return with_secrets({**task, "secrets": dev.get("secrets")}, options.secrets)
 
 
 def keep_code(run_id: str, workspace: Workspace) -> list[str]:
@@ -315,7 +319,7 @@ def keep_code(run_id: str, workspace: Workspace) -> list[str]:
 
 
 @dataclass(frozen=True)
-class RunWish:
+class DevRunOptions:
     """What ``dev run`` asks of a cluster."""
 
     profile: str = ""
@@ -335,9 +339,9 @@ class RunWish:
             shared(self.gpus, self.share)
 
 
-def check_place(infra: str, wish: RunWish, workspace: Workspace) -> None:
+def check_place(infra: str, options: DevRunOptions, workspace: Workspace) -> None:
     """Raises InputError for what a cluster there cannot give a run; ``infra`` empty: anywhere."""
-    check_share(wish.share, infra)
+    check_share(options.share, infra)
     if bucket_of(workspace):
         workspace.check_bucket_reaches(infra or ANY)
 
@@ -364,19 +368,19 @@ def _whose(workspace: Workspace) -> dict[str, str]:
     return {name: value for name, value in whose.items() if value}
 
 
-def _dev_task(wish: DevWish, workspace: Workspace) -> dict[str, Any]:
+def _dev_task(options: DevOptions, workspace: Workspace) -> dict[str, Any]:
     _, task = load_task(workspace.cwd, DEV)
-    asked = Resources(gpus=wish.gpus, cpus=wish.cpus, memory=wish.memory)
-    filled = fill_in(task, wish.envs, asked, wish.name)
+    asked = Resources(gpus=options.gpus, cpus=options.cpus, memory=options.memory)
+    filled = fill_in(task, options.envs, asked, options.name)
     check_project(workspace.cwd, filled, WATCHER_CODE)
-    resources = placed(filled.get("resources") or {}, wish.infra or ANY)
+    resources = placed(filled.get("resources") or {}, options.infra or ANY)
     resources.pop("autostop", None)  # set with the launch
-    return with_secrets({**filled, "resources": resources, "workdir": str(workspace.cwd)}, wish.secrets)
+    return with_secrets({**filled, "resources": resources, "workdir": str(workspace.cwd)}, options.secrets)
 
 
-def _setup_job(wish: DevWish, workspace: Workspace) -> dict[str, Any]:
+def _setup_job(options: DevOptions, workspace: Workspace) -> dict[str, Any]:
     """What ``dev up`` launches, as a job of a cluster that is there; it waits for no GPU."""
-    return _as_job(_dev_task(wish, workspace), workspace)
+    return _as_job(_dev_task(options, workspace), workspace)
 
 
 def _as_job(task: Mapping[str, Any], workspace: Workspace) -> dict[str, Any]:
@@ -415,7 +419,7 @@ class RunPlace:
 
 
 def run_cluster(
-    where: RunPlace, wish: RunWish, workspace: Workspace, say: Callable[[str], None]
+    where: RunPlace, options: DevRunOptions, workspace: Workspace, log: Callable[[str], None]
 ) -> tuple[Cluster, bool]:
     """The cluster of a run, and whether it was brought up now; raises InputError where it cannot be."""
     found = clusters.own_cluster(where.cluster)
@@ -425,14 +429,14 @@ def run_cluster(
             what = f"{found.name} is on {found.infra}, not on {where.infra}"
             if where.is_asked:
                 raise InputError("--infra", what, remedy=f"another -c NAME, or spotune dev down {found.name}")
-            say(what)
+            log(what)
         return found, False
-    check_place(where.infra, wish, workspace)
-    say(f"{where.cluster}: not there yet, it is brought up on {where.infra or 'the cheapest place'}")
-    asked = DevWish(where.cluster, where.infra, wish.gpus, envs=wish.envs, secrets=wish.secrets)
+    check_place(where.infra, options, workspace)
+    log(f"{where.cluster}: not there yet, it is brought up on {where.infra or 'the cheapest place'}")
+    asked = DevOptions(where.cluster, where.infra, options.gpus, envs=options.envs, secrets=options.secrets)
     done = up(asked, workspace)
     for note in done.notes:
-        say(note)
+        log(note)
     return done.cluster, True
 
 
@@ -447,7 +451,7 @@ _FIND = (
 
 
 @dataclass(frozen=True)
-class Server:
+class NotebookServer:
     """A Jupyter server: its port on the cluster, and its token."""
 
     port: int
@@ -459,10 +463,10 @@ class Server:
             raise ValueError("not a port and a token")
 
 
-def find(name: str) -> Server | None:
+def find(name: str) -> NotebookServer | None:
     """The server that runs on the cluster, None where there is none."""
     try:
-        return clusters.read_as(name, _FIND, Server)
+        return clusters.read_as(name, _FIND, NotebookServer)
     except ValueError:
         return None
 
@@ -473,7 +477,7 @@ def start(
     given: Mapping[str, str],
     workspace: Workspace,
     clock: Callable[[], float] = time.monotonic,
-) -> Server:
+) -> NotebookServer:
     """Starts one as a job, with the secrets ``given``, and waits for it. Its port is one of many: a Slurm node has
     other users. Raises InputError on another's cluster, where the code here would overwrite what is there."""
     clusters.find_cluster(name)
@@ -489,7 +493,7 @@ def start(
     raise InfraError(f"{name}: Jupyter did not start (sky logs {name} {job_id})")
 
 
-def tunnel(name: str, port: int, server: Server) -> list[str]:
+def tunnel(name: str, port: int, server: NotebookServer) -> list[str]:
     """The command that forwards a port of this machine to the server, until it is interrupted."""
     forward = f"{port}:localhost:{server.port}"
     alive = ("-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=3")  # it ends when the cluster goes

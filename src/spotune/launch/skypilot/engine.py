@@ -10,7 +10,7 @@ from typing import Any
 
 from spotune.core import environment
 from spotune.core.environment import BUCKET
-from spotune.core.errors import InfraError, InputError, SpotuneError, Taken, Unsettled
+from spotune.core.errors import AlreadyExists, InfraError, InputError, SpotuneError, SubmissionUnknown
 from spotune.core.io import make_room, read_as, set_aside, take_lock, write_state
 from spotune.core.keys import Count, Time, build
 from spotune.launch.engine import ACTIVE, Agree, JobStatus, PaidInterval, Submission, check_folder, check_secrets
@@ -38,7 +38,7 @@ from spotune.launch.skypilot.task import check_submission, preemptible_partition
 
 
 @dataclass(frozen=True)
-class Entry:
+class RunEntry:
     """One run, as it was submitted.
 
     Attributes:
@@ -108,9 +108,9 @@ class Registry:
     def __init__(self, home: Path) -> None:
         self.folder = home / "skypilot" / "runs"
 
-    def entry(self, run_id: str) -> Entry | None:
+    def entry(self, run_id: str) -> RunEntry | None:
         """The run's entry; a damaged one is set aside, and counts as missing: the bucket still has the run."""
-        entry = read_as(self._path(run_id), Entry)
+        entry = read_as(self._path(run_id), RunEntry)
         try:
             if entry:
                 entry.check(run_id)
@@ -119,13 +119,13 @@ class Registry:
             return None
         return entry
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[RunEntry]:
         """All of them, in order of submission."""
         names = sorted(path.stem for path in self.folder.glob("*.json"))
         found = [entry for name in names if (entry := self.entry(name))]
         return sorted(found, key=lambda entry: entry.submitted_at)
 
-    def write(self, entry: Entry) -> None:
+    def write(self, entry: RunEntry) -> None:
         """For its owner only: what people train on is nobody else's business."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -133,7 +133,7 @@ class Registry:
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def create(self, entry: Entry) -> None:
+    def create(self, entry: RunEntry) -> None:
         """As ``write``, for a run that has none yet; raises Taken where it has: one process at a time looks."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -150,7 +150,7 @@ class Registry:
         """Raises Taken for a run that has an entry."""
         if kept := self.entry(run_id):
             what = f"{run_id} was submitted from here already, with the bucket {kept.bucket}"
-            raise Taken("--name", what, remedy="another --name")
+            raise AlreadyExists("--name", what, remedy="another --name")
 
     def remove(self, run_id: str) -> None:
         self._path(run_id).unlink(missing_ok=True)
@@ -177,14 +177,14 @@ class Registry:
 # Which managed jobs are which run: pure.
 
 
-def is_of(job: ManagedJob, entry: Entry | None) -> bool:
+def is_of(job: ManagedJob, entry: RunEntry | None) -> bool:
     """Whether a managed job of a run's name is that run; without an entry: whether it is a run of spotune's at all."""
     if entry is None:
         return job.marks is not None
     return job.id in entry.jobs or (job.marks or {}).get("bucket") == entry.bucket
 
 
-def has_further(jobs: Sequence[ManagedJob], entry: Entry) -> bool:
+def has_further(jobs: Sequence[ManagedJob], entry: RunEntry) -> bool:
     """Whether the queue has a job that this entry does not know of: the one that was being submitted."""
     return not {job.id for job in jobs} <= set(entry.jobs)
 
@@ -303,7 +303,7 @@ class SkyInfra:
         """Launches the managed job and returns; nothing of it is left behind when it is refused."""
         check_submission(submission)
         self._registry.check_free(submission.run_id)
-        entry = Entry(
+        entry = RunEntry(
             run_id=submission.run_id,
             infra=submission.infra,
             bucket=str((submission.task.get("envs") or {}).get(BUCKET) or ""),
@@ -317,7 +317,7 @@ class SkyInfra:
         )
         self._launch(entry, submission, None)
 
-    def _launch(self, entry: Entry, submission: Submission, before: Entry | None) -> None:
+    def _launch(self, entry: RunEntry, submission: Submission, before: RunEntry | None) -> None:
         """Written down first: a job that nobody here knows of would be one that nobody ends.
 
         ``before``: the entry as it is to be again when the job is refused, or taken back; None for none.
@@ -341,7 +341,7 @@ class SkyInfra:
                 self._registry.remove(entry.run_id)
             raise
 
-    def _take_back(self, entry: Entry, why: BaseException, is_asked: bool) -> None:
+    def _take_back(self, entry: RunEntry, why: BaseException, is_asked: bool) -> None:
         """A submission that was stopped half way, by Ctrl-C say: nothing of it runs when this returns.
 
         ``is_asked``: the server has the request. Else a server that does not answer has never heard of it.
@@ -354,9 +354,11 @@ class SkyInfra:
             if not is_asked and isinstance(error, SpotuneError):
                 return
             what = f"{str(why) or 'interrupted'}; whether SkyPilot took {entry.run_id} is not known"
-            raise Unsettled(f"{what} (spotune cancel {entry.run_id} ends it once the server answers)") from error
+            raise SubmissionUnknown(
+                f"{what} (spotune cancel {entry.run_id} ends it once the server answers)"
+            ) from error
 
-    def _end(self, entry: Entry) -> None:
+    def _end(self, entry: RunEntry) -> None:
         """Ends what is being submitted, then what the queue has; returns once nothing of the run is left there."""
         if client.end_launches(entry.run_id):
             self._sleep(POLL_S)  # a request is told to end, and may get its job into the queue before it does
@@ -411,7 +413,7 @@ class SkyInfra:
         deadline = self._clock() + CANCEL_S
         while self._active(run_id):
             if self._clock() > deadline:
-                raise Unsettled(
+                raise SubmissionUnknown(
                     f"{run_id}: being cancelled, for {CANCEL_S:g} s now (sky jobs logs --controller says why)"
                 )
             self._sleep(POLL_S)
@@ -435,7 +437,7 @@ class SkyInfra:
             found = [entry.status() for entry in known.values()]
         return sorted(found, key=lambda status: (-status.priority, status.submitted_at))
 
-    def _status(self, run_id: str, entry: Entry | None) -> JobStatus | None:
+    def _status(self, run_id: str, entry: RunEntry | None) -> JobStatus | None:
         if entry and entry.ended:
             return entry.status()
         if not entry and not self._asks:
@@ -452,7 +454,7 @@ class SkyInfra:
         client.check_answers()
         return [one for one in self._statuses({}, True) if one.run_id in run_ids]
 
-    def _statuses(self, known: Mapping[str, Entry], everyone: bool) -> list[JobStatus]:
+    def _statuses(self, known: Mapping[str, RunEntry], everyone: bool) -> list[JobStatus]:
         self._listed = [job for record in client.managed_jobs(FIELDS, everyone) if (job := managed_job(record)).marks]
         self._paid = {}
         found = by_run(self._listed)
@@ -465,7 +467,7 @@ class SkyInfra:
                 known = {run_id: one for run_id, one in known.items() if run_id != jobs[0].run_id}
         return [*listed, *(entry.status() for entry in known.values())]
 
-    def _settled(self, jobs: Sequence[ManagedJob], entry: Entry | None) -> JobStatus:
+    def _settled(self, jobs: Sequence[ManagedJob], entry: RunEntry | None) -> JobStatus:
         if entry and entry.submitting:
             if not has_further(jobs, entry):
                 return entry.status()
@@ -502,7 +504,7 @@ class SkyInfra:
             self._registry.keep_history(run_id, found)
         return found
 
-    def _recent(self, run_id: str, entry: Entry | None) -> list[ManagedJob]:
+    def _recent(self, run_id: str, entry: RunEntry | None) -> list[ManagedJob]:
         """As listed a moment ago, for verbs over all runs: they would ask once for each."""
         if listed := [job for job in self._listed if job.run_id == run_id and is_of(job, entry)]:
             return sorted(of_one_bucket(listed), key=lambda job: job.id)
@@ -518,7 +520,7 @@ class SkyInfra:
                 self._paid.setdefault(str(row["name"]), []).extend(usages(row))
         return [usage for job in jobs for usage in self._paid[job.cluster]]
 
-    def _entry(self, run_id: str) -> Entry:
+    def _entry(self, run_id: str) -> RunEntry:
         entry = self._registry.entry(run_id)
         if entry is None:
             remedy = f"go where it was, or spotune train --from {run_id}"
@@ -532,7 +534,7 @@ class SkyInfra:
             raise InputError(run_id, "no such run of SkyPilot's")
         return [job for job in jobs if not job.is_ended]
 
-    def _jobs_of(self, run_id: str, entry: Entry | None, ids: Sequence[int] = ()) -> list[ManagedJob]:
+    def _jobs_of(self, run_id: str, entry: RunEntry | None, ids: Sequence[int] = ()) -> list[ManagedJob]:
         """The managed jobs of a run, in order of submission: by name, since a resume elsewhere is one of them too."""
         records = client.managed_jobs(FIELDS, True, "" if ids else run_id, ids)
         found = [managed_job(record) for record in records]

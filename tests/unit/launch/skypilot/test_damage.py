@@ -18,7 +18,7 @@ from spotune.core.store import Store
 from spotune.launch.engine import JobStatus, PaidInterval
 from spotune.launch.skypilot import client as skypilot_client
 from spotune.launch.skypilot import clusters, dev, jobs
-from spotune.launch.skypilot.engine import Entry, Registry
+from spotune.launch.skypilot.engine import Registry, RunEntry
 from tests.commands import cli_runner
 from tests.hostile import HOW, changed, spoil, values
 from tests.unit.cost.cases import run
@@ -64,8 +64,10 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
-def entry(run_id: str, bucket: str, **changes: Any) -> Entry:
-    return Entry(run_id, "aws", bucket, "ada", 0, T, "/", {"run": "x", "envs": {"SPOTUNE_BUCKET": bucket}}, **changes)
+def entry(run_id: str, bucket: str, **changes: Any) -> RunEntry:
+    return RunEntry(
+        run_id, "aws", bucket, "ada", 0, T, "/", {"run": "x", "envs": {"SPOTUNE_BUCKET": bucket}}, **changes
+    )
 
 
 def ended(run_id: str) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def ended(run_id: str) -> dict[str, Any]:
     return {"ended": asdict(status), "history": [asdict(PaidInterval(run_id, T + 1, T + 9, "aws"))], "jobs": [7]}
 
 
-def entries(bucket: str) -> list[Entry]:
+def entries(bucket: str) -> list[RunEntry]:
     return [entry("run-a", bucket, **ended("run-a")), entry("run-b", bucket, **ended("run-b")), entry("run-c", bucket)]
 
 
@@ -173,7 +175,7 @@ def test_what_says_that_it_is_a_notebook(said: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(clusters, "read", lambda *_: said)
     assert dev.find("dev-ada") is None
     monkeypatch.setattr(clusters, "read", lambda *_: '{"port": 8888, "token": "t0k-e_n", "pid": 7}')
-    assert dev.find("dev-ada") == dev.Server(8888, "t0k-e_n")
+    assert dev.find("dev-ada") == dev.NotebookServer(8888, "t0k-e_n")
 
 
 def test_what_a_cluster_prints_need_not_be_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

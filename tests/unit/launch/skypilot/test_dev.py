@@ -32,8 +32,8 @@ def test_a_name_for_each_user(user: str, name: str) -> None:
 
 
 def test_a_run_on_a_cluster_is_a_bare_launch(tmp_path: Path) -> None:
-    wish = dev.RunWish(overrides=("max_steps=3", "seed=1"), save_every="5")
-    task = dev.run_task("config/runs/demo.yaml", "demo-1", cluster(gpus=2), wish, workspace(tmp_path))
+    options = dev.DevRunOptions(overrides=("max_steps=3", "seed=1"), save_every="5")
+    task = dev.run_task("config/runs/demo.yaml", "demo-1", cluster(gpus=2), options, workspace(tmp_path))
     assert task["envs"]["SPOTUNE_PROFILE"] == "dev"
     assert task["envs"]["SPOTUNE_SAVE_EVERY"] == "5"
     assert "SPOTUNE_BUCKET" not in task["envs"]
@@ -45,11 +45,13 @@ def test_a_run_on_a_cluster_is_a_bare_launch(tmp_path: Path) -> None:
 
 def test_a_bucket_that_is_named_goes_along(tmp_path: Path) -> None:
     there = workspace(tmp_path, SPOTUNE_BUCKET="s3://bucket/x")
-    task = dev.run_task("config/runs/demo.yaml", "demo-1", cluster(), dev.RunWish(share=0.5), there)
+    task = dev.run_task("config/runs/demo.yaml", "demo-1", cluster(), dev.DevRunOptions(share=0.5), there)
     assert task["envs"]["SPOTUNE_BUCKET"] == "s3://bucket/x"
     assert task["resources"] == {"cpus": "1+", "accelerators": "L4:0.5"}
     assert task["envs"]["SPOTUNE_GPU_SHARE"] == "0.5"
-    cpu = dev.run_task("config/runs/demo.yaml", "demo-1", replace(cluster(), accelerators={}), dev.RunWish(), there)
+    cpu = dev.run_task(
+        "config/runs/demo.yaml", "demo-1", replace(cluster(), accelerators={}), dev.DevRunOptions(), there
+    )
     assert "SPOTUNE_GPU_SHARE" not in cpu["envs"]
 
 
@@ -67,12 +69,12 @@ def test_a_notebook_asks_the_queue_for_no_gpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", [0.0, 1.5, -1.0, float("nan")])
 def test_what_is_no_share(share: float) -> None:
     with pytest.raises(InputError, match="no share of a GPU"):
-        dev.RunWish(share=share)
+        dev.DevRunOptions(share=share)
 
 
 def test_slurm_shares_no_gpu() -> None:
     with pytest.raises(InputError, match="--share: Slurm hands out whole GPUs"):
-        dev.run_task("c", "demo", cluster("slurm/lab/spot"), dev.RunWish(share=0.5), None)  # type: ignore[arg-type]
+        dev.run_task("c", "demo", cluster("slurm/lab/spot"), dev.DevRunOptions(share=0.5), None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -96,16 +98,16 @@ def test_a_share_that_is_not_to_be_had(gpus: str, says: str) -> None:
 
 
 def test_secrets_are_no_environment_and_shown_nowhere(tmp_path: Path) -> None:
-    wish = dev.RunWish(secrets={"HF_TOKEN": "hf_value"})
-    task = dev.run_task("config/runs/demo.yaml", "demo-1", cluster(), wish, workspace(tmp_path))
+    options = dev.DevRunOptions(secrets={"HF_TOKEN": "hf_value"})
+    task = dev.run_task("config/runs/demo.yaml", "demo-1", cluster(), options, workspace(tmp_path))
     assert task["secrets"] == {"HF_TOKEN": "hf_value"}
-    assert "hf_value" not in str(task["envs"]) + repr(wish) + repr(dev.DevWish("dev", secrets=wish.secrets))
+    assert "hf_value" not in str(task["envs"]) + repr(options) + repr(dev.DevOptions("dev", secrets=options.secrets))
 
 
 def test_a_bucket_that_the_cluster_cannot_see(tmp_path: Path) -> None:
     there = workspace(tmp_path, SPOTUNE_BUCKET=f"file://{tmp_path}/bucket")
     with pytest.raises(InputError, match="machines of aws/us-east-1 cannot see file://"):
-        dev.run_task("config/runs/demo.yaml", "demo-1", cluster(), dev.RunWish(), there)
+        dev.run_task("config/runs/demo.yaml", "demo-1", cluster(), dev.DevRunOptions(), there)
 
 
 def test_a_folder_that_no_machine_could_work_in(tmp_path: Path) -> None:
@@ -113,10 +115,10 @@ def test_a_folder_that_no_machine_could_work_in(tmp_path: Path) -> None:
     lacks = "tasks/setup.sh, Makefile, pyproject.toml, requirements-trainer.lock, src/spotune"
     says = rf"is what the machine would get, and has no {lacks} \(cd to"
     with pytest.raises(InputError, match=says):
-        dev.run_task("demo.yaml", "demo-1", cluster(), dev.RunWish(), elsewhere)
+        dev.run_task("demo.yaml", "demo-1", cluster(), dev.DevRunOptions(), elsewhere)
     with pytest.raises(InputError, match=says):
         dev.notebook_task(20001, "t0k", {}, {}, elsewhere)
-    there_already = dev.RunWish(envs={"SPOTUNE_PYTHON": "/opt/python"})
+    there_already = dev.DevRunOptions(envs={"SPOTUNE_PYTHON": "/opt/python"})
     assert dev.run_task("demo.yaml", "demo-1", cluster(), there_already, elsewhere)["workdir"] == str(tmp_path)
 
 
@@ -135,7 +137,7 @@ def test_a_place_that_is_none(infra: str, says: str) -> None:
 
 def test_an_idle_time_that_skypilot_cannot_count() -> None:
     with pytest.raises(InputError, match="1 is too short"):
-        dev.DevWish(name="dev", idle_minutes=1)
+        dev.DevOptions(name="dev", idle_minutes=1)
 
 
 def test_who_can_stop() -> None:
@@ -149,24 +151,24 @@ def test_who_can_stop() -> None:
 
 def test_what_is_checked_before_a_run_goes_to_a_cluster(tmp_path: Path) -> None:
     there = workspace(tmp_path)
-    assert dev.check_run("config/runs/demo.yaml", "mine", dev.RunWish(), there) == "mine"
+    assert dev.check_run("config/runs/demo.yaml", "mine", dev.DevRunOptions(), there) == "mine"
     outside = tmp_path / "other.yaml"
     outside.write_text((ROOT / "config/runs/demo.yaml").read_text())
     with pytest.raises(InputError, match="is not below"):
-        dev.check_run(str(outside), "mine", dev.RunWish(), there)
+        dev.check_run(str(outside), "mine", dev.DevRunOptions(), there)
     with pytest.raises(InputError, match="notebook"):
-        dev.check_run("config/runs/demo.yaml", "notebook", dev.RunWish(), there)
+        dev.check_run("config/runs/demo.yaml", "notebook", dev.DevRunOptions(), there)
     with pytest.raises(InputError, match="learning_rat"):
-        dev.check_run("config/runs/demo.yaml", "mine", dev.RunWish(overrides=("learning_rat=1",)), there)
+        dev.check_run("config/runs/demo.yaml", "mine", dev.DevRunOptions(overrides=("learning_rat=1",)), there)
 
 
 def test_a_production_runs_name_is_none_for_a_run_on_a_cluster(tmp_path: Path) -> None:
     there = workspace(tmp_path, SPOTUNE_BUCKET=f"file://{tmp_path}/bucket")
     for kind in ("prod", "dev"):
         there.store().create(Keys(kind).run, run(run_id=kind, kind=kind).to_bytes())
-    assert dev.check_run("config/runs/demo.yaml", "dev", dev.RunWish(), there) == "dev"
+    assert dev.check_run("config/runs/demo.yaml", "dev", dev.DevRunOptions(), there) == "dev"
     with pytest.raises(InputError, match=r"^--name: prod is a production run \(another --name\)$"):
-        dev.check_run("config/runs/demo.yaml", "prod", dev.RunWish(), there)
+        dev.check_run("config/runs/demo.yaml", "prod", dev.DevRunOptions(), there)
 
 
 def test_ssh_names_its_files_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,8 @@ from spotune.launch.plan import PRIORITIES
 from spotune.launch.settings import SlurmSettings, Workspace, load_settings
 from spotune.launch.skypilot import offers
 from spotune.launch.skypilot import task as skypilot_task
-from spotune.launch.skypilot.client import PIDS, Server, find_controllers, server_problems
-from spotune.launch.skypilot.engine import Entry, Registry, SkyInfra
+from spotune.launch.skypilot.client import PIDS, ApiServer, find_controllers, server_problems
+from spotune.launch.skypilot.engine import Registry, RunEntry, SkyInfra
 from spotune.launch.skypilot.offers import (
     Choice,
     Quote,
@@ -244,7 +244,7 @@ def test_75_is_always_worth_another_machine() -> None:
     }
 
 
-ENTRY = Entry("run-a", "slurm/lab", "file:///b", "ada", 0, 5.0, "/w", {"run": "x"}, ["TOKEN"], [7])
+ENTRY = RunEntry("run-a", "slurm/lab", "file:///b", "ada", 0, 5.0, "/w", {"run": "x"}, ["TOKEN"], [7])
 
 
 def test_the_registry_keeps_how_it_ended(tmp_path: Path) -> None:
@@ -315,7 +315,7 @@ def test_slurm_is_told_to_take_the_allocation(tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_with_a_server() -> None:
-    fine = Server(
+    fine = ApiServer(
         "http://x", "0.14.1", True, consolidation=True, controllers=2, controllers_mb=400, free_mb=9000, cpus=2
     )
     assert server_problems(fine) == []
@@ -325,7 +325,7 @@ def test_what_is_wrong_with_a_server() -> None:
         "hold 2300 MB of memory and 1900 MB are left"
         in server_problems(replace(fine, controllers=12, controllers_mb=2300, free_mb=1900, cpus=8))[0]
     )
-    assert "cannot be told from here" in server_problems(Server("http://far", "0.14.1", False))[0]
+    assert "cannot be told from here" in server_problems(ApiServer("http://far", "0.14.1", False))[0]
 
 
 def test_controllers_that_are_gone_are_none(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from spotune.core.errors import InputError
 from spotune.launch.skypilot import client
-from spotune.launch.skypilot.client import Machine
+from spotune.launch.skypilot.client import ProvisionedCluster
 from spotune.launch.skypilot.engine import take_machine
 from spotune.launch.skypilot.jobs import ManagedJob
 from tests.real_sky import RealSky
@@ -15,18 +15,18 @@ from tests.real_sky import RealSky
 JOB = ManagedJob(
     7, "run-a", "RUNNING", 1.0, infra="aws/us-east-1/us-east-1a", cluster="run-a-7", cluster_on_cloud="run-a-7-x"
 )
-MACHINE = Machine("run-a-7-x", "AWS", {"region": "us-east-1"}, nodes=2)
+MACHINE = ProvisionedCluster("run-a-7-x", "AWS", {"region": "us-east-1"}, nodes=2)
 
 
 @pytest.fixture
-def terminated(monkeypatch: pytest.MonkeyPatch) -> list[Machine]:
-    found: list[Machine] = []
+def terminated(monkeypatch: pytest.MonkeyPatch) -> list[ProvisionedCluster]:
+    found: list[ProvisionedCluster] = []
     monkeypatch.setattr(client, "machine", {"run-a-7": MACHINE}.get)
     monkeypatch.setattr(client, "terminate", found.append)
     return found
 
 
-def test_a_clouds_instances_go_once_it_is_agreed(terminated: list[Machine]) -> None:
+def test_a_clouds_instances_go_once_it_is_agreed(terminated: list[ProvisionedCluster]) -> None:
     asked: list[str] = []
     take_machine(JOB, 0, {}, asked.append)
     assert asked == ["Terminate the 2 instances of cluster run-a-7-x on aws/us-east-1/us-east-1a?"]
@@ -54,7 +54,7 @@ def test_a_clouds_instances_go_once_it_is_agreed(terminated: list[Machine]) -> N
         (replace(JOB, cluster_on_cloud="run-a-7-y"), 0, "not in this machine's records"),  # the next one already
     ],
 )
-def test_what_is_not_taken(terminated: list[Machine], job: ManagedJob, notice_s: float, says: str) -> None:
+def test_what_is_not_taken(terminated: list[ProvisionedCluster], job: ManagedJob, notice_s: float, says: str) -> None:
     with pytest.raises(InputError, match=says):
         take_machine(job, notice_s, {}, lambda question: None)
     assert not terminated

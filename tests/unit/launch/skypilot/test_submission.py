@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from spotune.core.errors import InfraError, Taken, Unsettled
+from spotune.core.errors import AlreadyExists, InfraError, SubmissionUnknown
 from spotune.launch.engine import Submission
 from spotune.launch.skypilot import client as skypilot_client
 from spotune.launch.skypilot.engine import Registry, SkyInfra
@@ -66,7 +66,7 @@ def test_a_refusal_leaves_nothing(client: FakeClient, infra: SkyInfra) -> None:
     client.waits = refuse
     with pytest.raises(InfraError, match="no such thing") as refused:
         infra.submit(SUBMISSION)
-    assert not isinstance(refused.value, Unsettled)
+    assert not isinstance(refused.value, SubmissionUnknown)
     assert infra.jobs() == []
 
 
@@ -74,7 +74,7 @@ def test_a_server_that_was_never_there_has_no_job(client: FakeClient, infra: Sky
     client.away = ConnectionError("no route")
     with pytest.raises(InfraError, match="no route") as refused:
         infra.submit(SUBMISSION)
-    assert not isinstance(refused.value, Unsettled)
+    assert not isinstance(refused.value, SubmissionUnknown)
     client.away = None
     assert infra.jobs() == []
 
@@ -85,7 +85,9 @@ def test_a_server_that_goes_away_meanwhile_leaves_the_run_known(client: FakeClie
         raise client.away
 
     client.waits = leave
-    with pytest.raises(Unsettled, match=r"no route.*whether SkyPilot took run-a is not known \(spotune cancel run-a"):
+    with pytest.raises(
+        SubmissionUnknown, match=r"no route.*whether SkyPilot took run-a is not known \(spotune cancel run-a"
+    ):
         infra.submit(SUBMISSION)
     client.away = None
     (status,) = infra.jobs()
@@ -103,7 +105,7 @@ def test_a_submission_that_nobody_saw_the_end_of_can_be_cancelled(client: FakeCl
     client.waits = interrupt
     client.late = True
     client.api_cancel = interrupt  # type: ignore[method-assign,assignment]  # the second Ctrl-C
-    with pytest.raises(Unsettled, match="interrupted"):
+    with pytest.raises(SubmissionUnknown, match="interrupted"):
         infra.submit(SUBMISSION)
     del client.api_cancel
     infra.cancel("run-a")
@@ -144,7 +146,7 @@ def test_a_resume_that_nobody_saw_the_end_of_is_no_failed_run(client: FakeClient
         raise client.away
 
     client.waits = leave
-    with pytest.raises(Unsettled):
+    with pytest.raises(SubmissionUnknown):
         infra.resume("run-a")
     client.away = None
     assert states(infra) == [("run-a", "PENDING")]
@@ -159,7 +161,7 @@ def test_a_resume_that_nobody_saw_the_end_of_is_no_failed_run(client: FakeClient
 
 def test_a_name_that_is_taken_here_is_bad_input(client: FakeClient, infra: SkyInfra) -> None:
     infra.submit(SUBMISSION)
-    with pytest.raises(Taken, match=r"--name: run-a was submitted .* the bucket file:///b \(another --name\)"):
+    with pytest.raises(AlreadyExists, match=r"--name: run-a was submitted .* the bucket file:///b \(another --name\)"):
         infra.submit(SUBMISSION)
 
 
@@ -173,7 +175,7 @@ def test_of_two_at_once_one_is_launched(
         return []
 
     monkeypatch.setattr(SkyInfra, "_preemptible", overtaken)
-    with pytest.raises(Taken):
+    with pytest.raises(AlreadyExists):
         infra.submit(SUBMISSION)
     assert states(infra) == [("run-a", "PENDING")]
     assert len(client.rows) == 1
