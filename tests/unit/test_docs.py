@@ -30,6 +30,18 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not dead
 
 
+def anchors(page: Path) -> set[str]:
+    """The names under which GitHub finds a page's headings."""
+    headings = re.findall(r"(?m)^#+ (.*)$", re.sub(r"(?ms)^\s*```.*?^\s*```", "", page.read_text()))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_into_pages_name_headings(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s:]*)#([^)\s]+)\)", page.read_text())
+    assert [anchor for path, anchor in targets if anchor not in anchors(page.parent / path if path else page)] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_commands_that_are_shown_exist(page: Path) -> None:
     text = page.read_text()
