@@ -30,4 +30,4 @@ def helps(command: click.Command, parent: click.Context | None, name: str) -> It
 
 
 if __name__ == "__main__":
-    Path(__file__).with_name("reference") / "cli.md".write_text(reference())
+    (Path(__file__).with_name("reference") / "cli.md").write_text(reference())
