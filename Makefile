@@ -154,7 +154,7 @@ lock: $(VENV)/.ready ## resolve anew what pyproject.toml asks for
 	mv requirements-gpu.lock.new requirements-gpu.lock
 
 schema: setup-train ## the keys of a config, from the pinned TRL
-	$(TRAIN_BIN)/python -m spotune.sft.schema
+	$(TRAIN_BIN)/python -m spotune.sft.arguments
 
 docs: setup ## docs/reference/cli.md, from the commands' own --help
 	$(BIN)/python docs/reference.py

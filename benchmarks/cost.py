@@ -24,7 +24,7 @@ from html import escape
 from pathlib import Path
 
 from made_runs import ATTEMPTS, make_runs
-from spotune.cost.charts import number_ticks, placer
+from spotune.cost.page import number_ticks, placer
 from startup import SPOTUNE, cpu_seconds
 
 COLD, WARM, BY, FOCUS = "cold", "warm", "warm, --by team", "warm, --format focus"

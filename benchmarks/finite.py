@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 
 from spotune.guard.finish import has_not_finite
-from spotune.sft.finite import Finite, all_finite
+from spotune.sft.boundary import Finite, all_finite
 
 ROUNDS = 15
 WIDTH = 1 << 20  # elements of a tensor

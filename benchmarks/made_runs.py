@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from spotune.core.exits import FAILED, PAUSED, PREEMPTED
+from spotune.core.errors import FAILED, PAUSED, PREEMPTED
 from spotune.core.keys import Keys
 from spotune.core.records import AttemptRecord, Bill, Certificate, Commit, Mark, PriceRow, Record, RunRecord
 

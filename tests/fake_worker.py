@@ -33,7 +33,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from spotune.core.failpoints import failpoint
+from spotune.core.io import failpoint
 from spotune.core.protocol import (
     CONTROL,
     EXTRAS,
@@ -44,11 +44,13 @@ from spotune.core.protocol import (
     RESTORED,
     TRAINER,
     Answer,
+    Control,
     EventLog,
     ExtraJob,
     Job,
     Outcome,
     Staged,
+    Wish,
     answer_candidate,
     answer_path,
     events_path,
@@ -57,7 +59,6 @@ from spotune.core.protocol import (
     staged_path,
     write_json,
 )
-from spotune.sft.control import Control, Wish
 
 POLL_S = 0.01
 TOKENS_PER_STEP = 16

@@ -8,7 +8,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from spotune.guard import watch
+from spotune.guard import attempt
 from spotune.guard.budget import Wall
 from spotune.guard.main import main
 
@@ -18,5 +18,5 @@ def clock(file: Path) -> float:
 
 
 if __name__ == "__main__":
-    watch.Wall = partial(Wall, clock=partial(clock, Path(sys.argv[1])))  # type: ignore[assignment, misc]
+    attempt.Wall = partial(Wall, clock=partial(clock, Path(sys.argv[1])))  # type: ignore[assignment, misc]
     sys.exit(main(sys.argv[2:]))

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 
 from spotune.core.environment import HOME
-from spotune.launch.local.processes import is_live, send
+from spotune.launch.local.machine import is_live, send
 from tests.waiting import until
 
 

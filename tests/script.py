@@ -61,7 +61,7 @@ class Script:
         }
 
     def start(self, *flags: str, stop_at: str = "", **environ: str) -> "subprocess.Popen[str]":
-        """Starts an attempt. ``stop_at``: failpoints, see ``spotune.core.failpoints``."""
+        """Starts an attempt. ``stop_at``: failpoints, see ``spotune.core.io``."""
         self.status.unlink(missing_ok=True)
         self.failpoints.mkdir(exist_ok=True)
         for file in self.failpoints.iterdir():

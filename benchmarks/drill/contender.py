@@ -11,7 +11,7 @@ from spotune.core.protocol import Event
 
 @dataclass(frozen=True)
 class Hold:
-    """Stand still at a boundary (core/failpoints.py); a file in ``folder`` says that it does.
+    """Stand still at a boundary (core/io.py); a file in ``folder`` says that it does.
 
     Attributes:
         at: the boundary's name, ``NAME`` or ``NAME:N``.

@@ -12,7 +12,7 @@ from uuid import uuid4
 import psutil
 
 from spotune.launch.local.layout import MARKER
-from spotune.launch.local.processes import Identity, members, send
+from spotune.launch.local.machine import Identity, members, send
 
 LOOK_S = 0.2  # finding a machine's processes takes longer than what is to be hit: look beforehand, signal at once
 GONE_S = 10.0  # SIGKILL is not instant: the kernel has memory to give back

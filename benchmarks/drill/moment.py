@@ -9,7 +9,7 @@ from drill.machine import Machine
 from drill.schedule import After, Boundary, Instant, Kill
 from drill.timeline import Pace
 from drill.watch import Watch
-from spotune.launch.local.processes import send
+from spotune.launch.local.machine import send
 
 POLL_S = 0.004
 FAULT_S = 120.0  # an attempt whose worker was killed leaves by itself

@@ -18,7 +18,7 @@ Kind = Literal["vanish", "notice", "guard", "worker", "loader", "zombie"]
 # save   from the beginning of a save to its commit
 # end    from the last step to the process's end: the result, its upload, the certificate
 Stage = Literal["start", "train", "save", "end"]
-# Those of core/failpoints.py, in the order in which a run passes them.
+# Those of core/io.py, in the order in which a run passes them.
 BOUNDARIES = (
     *("claimed", "restoring", "restored", "snapshot", "written", "staged", "uploading", "uploaded", "committed"),
     *("pruning", "noticed", "result-written", "result-uploaded", "result-read", "certified"),
@@ -42,7 +42,7 @@ class Instant:
 
 @dataclass(frozen=True)
 class Boundary:
-    """The ``nth`` time that the attempt reaches a boundary of the protocol (core/failpoints.py)."""
+    """The ``nth`` time that the attempt reaches a boundary of the protocol (core/io.py)."""
 
     name: str
     nth: int = 1

@@ -12,7 +12,7 @@ from spotune.core.keys import Keys, attempt_of, commit_of
 from spotune.core.protocol import Event, parse_lines
 from spotune.core.records import AttemptRecord, Certificate
 from spotune.core.store import Store
-from spotune.cost.phases import clean
+from spotune.cost.machines import clean
 
 FOREIGN = ("SPOTUNE_", "SKYPILOT_", "SLURM_")  # the caller's own run is not this one
 

@@ -14,7 +14,7 @@ from typing import Any
 from estimate.assumptions import BOOT, DATA, PREPARE, SAVE_EVERY, SETUP, TRANSFER, FineTune, Gpu
 from spotune.core.config import load_config
 from spotune.core.errors import InputError
-from spotune.sft.mixture import counts, held_out_count
+from spotune.sft.row_counts import counts, held_out_count
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from html import escape
 
 from estimate.compare import Quote, by_cloud
 from estimate.tables import NAMES, usd
-from spotune.cost.charts import number_ticks, placer
+from spotune.cost.page import number_ticks, placer
 
 _WIDTH, _LEFT, _RIGHT, _BAR, _ROW, _HEAD = 860, 190, 80, 13, 36, 58
 # Its own background and colours, so that it reads on a light page and on a dark one; pattern and text beside colour.

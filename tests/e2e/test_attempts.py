@@ -8,7 +8,7 @@ from uuid import uuid4
 import pytest
 
 from spotune.core.records import Mark
-from spotune.launch.local.processes import is_live
+from spotune.launch.local.machine import is_live
 from tests.script import FakeScript, fake_config, undisturbed_weights
 from tests.waiting import ended, until
 

@@ -15,9 +15,9 @@ from spotune.core.protocol import OUTPUT
 from spotune.core.records import Progress, RunRecord
 from spotune.core.store import Store
 from spotune.guard.claim import claim_attempt
-from spotune.guard.context import Machine
 from spotune.guard.finish import certify
-from spotune.launch.local.processes import is_live
+from spotune.guard.journal import Machine
+from spotune.launch.local.machine import is_live
 from tests.fake_worker import write_weights
 from tests.script import FakeScript, fake_config
 from tests.waiting import ended, until

@@ -28,7 +28,7 @@ from spotune.launch.engine import Submission
 from spotune.launch.local import engine
 from spotune.launch.local.engine import LocalInfra
 from spotune.launch.local.layout import MARKER, Layout
-from spotune.launch.local.processes import is_live
+from spotune.launch.local.machine import is_live
 from tests.contract.infra_contract import CERTIFY, DEAF, HEEDS, HOLD, SECOND_TIME, UP, WAIT, Bench, InfraContract
 from tests.local_machine import LocalMachine
 from tests.processes import end_processes_of, kill_tree, named, processes_of

@@ -13,7 +13,7 @@ import pytest
 
 from spotune.cli import main
 from spotune.core.errors import InputError, StoreError
-from spotune.core.store import FOR_VERBS, Patience, Store, gcs, objects, requests, s3
+from spotune.core.store import FOR_VERBS, Patience, Store, clouds, objects
 from spotune.core.store.objects import Objects
 from tests.clocks import ClockLoop, Loops
 from tests.commands import cli_runner
@@ -36,8 +36,8 @@ BIG = 3 * PART_BYTES - 7  # two ranges, and three parts
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files of less than a megabyte have several ranges and parts."""
-    monkeypatch.setattr(s3, "PART_BYTES", PART_BYTES)
-    monkeypatch.setattr(gcs, "PART_BYTES", PART_BYTES)
+    monkeypatch.setattr(clouds, "PART_BYTES", PART_BYTES)
+    monkeypatch.setattr(clouds, "PART_BYTES", PART_BYTES)
     monkeypatch.setattr(objects, "RANGE_BYTES", 2 * PART_BYTES)
 
 
@@ -222,17 +222,17 @@ def test_a_store_that_comes_back_is_used_again(proxy: FaultProxy, url: str) -> N
 def test_who_waits_at_a_terminal_is_told_so_once(
     proxy: FaultProxy, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(requests, "SILENT_S", 0.05)
+    monkeypatch.setattr(objects, "SILENT_S", 0.05)
     monkeypatch.setenv("SPOTUNE_BUCKET", url)
     project = Project(tmp_path / "project", monkeypatch)
     project.submit("run-a", "--infra", "local")
-    real = requests.Connection._tell
+    real = objects.Connection._tell
 
-    def tell(self: requests.Connection) -> None:
+    def tell(self: objects.Connection) -> None:
         real(self)
         proxy.plan = Plan()  # the store answers now
 
-    monkeypatch.setattr(requests.Connection, "_tell", tell)
+    monkeypatch.setattr(objects.Connection, "_tell", tell)
     proxy.plan = Plan(hold=1.0)
     result = cli_runner().invoke(main, ["queue", "-a"])
     assert result.exit_code == 0

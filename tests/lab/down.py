@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from spotune.launch.local.processes import is_live
+from spotune.launch.local.machine import is_live
 from tests.lab import daemons, machine, slurm
 from tests.lab.layout import LabError, Layout
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from drill import servers
-from spotune.launch.local.processes import is_live
+from spotune.launch.local.machine import is_live
 from tests.lab import nodes, sky, slurm
 from tests.lab.daemons import wait_until
 from tests.lab.layout import Layout

@@ -16,7 +16,7 @@ import torch
 
 from spotune.core.errors import SpotuneError
 from spotune.sft import checkpoint_files
-from spotune.sft.model import prepare
+from spotune.sft.trainer import prepare
 
 
 class DynamicLossScaler:

@@ -12,7 +12,7 @@ import yaml
 
 from spotune.core.protocol import EXTRAS, OUTPUT, PUSH, Answer, ExtraJob, write_json
 from spotune.guard.extras import TIMEOUT_S, run_extra
-from spotune.launch.local.processes import send
+from spotune.launch.local.machine import send
 from tests.clocks import Clock
 from tests.fake_hub import TOKEN, Hub, fake_hub
 from tests.script import Script

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spotune.core.protocol import OUTPUT, STAGED
-from spotune.sft.finite import Finite, all_finite
+from spotune.sft.boundary import Finite, all_finite
 from spotune.sft.preflight import NotFinite
 from tests import tiny
 from tests.ranks import Nursery, events, log_text, make_folder

@@ -24,8 +24,8 @@ import safetensors.torch
 import tokenizers
 import torch
 
-from spotune.core.machine_faults import is_machine_fault
 from spotune.core.protocol import Outcome
+from spotune.core.store.faults import is_machine_fault
 from spotune.sft.preflight import outcome_of
 from tests import tiny
 from tests.filesystems import file_system, fill, remounted

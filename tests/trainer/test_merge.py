@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spotune.core.errors import SpotuneError
-from spotune.sft.merge import TOLERANCE, base_options, check, merge, probe
+from spotune.sft.extras import TOLERANCE, base_options, check, merge, probe
 from tests.tiny import make_model
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}

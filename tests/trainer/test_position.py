@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler
 
 from spotune.core.errors import InputError
 from spotune.core.protocol import RESTORED, TRAINER, read_json, staged_path, write_json
-from spotune.sft.position import Layout, Position, Start, length, place
+from spotune.sft.data import Layout, Position, Start, length, place
 from spotune.sft.trainer import SpotTrainer
 from tests import tiny
 from tests.ranks import Nursery, events, log_text, make_folder, restore, wait_for, weights

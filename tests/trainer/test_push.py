@@ -12,7 +12,7 @@ from huggingface_hub.utils._http import default_client_factory
 
 from spotune.core.errors import SpotuneError
 from spotune.core.protocol import ExtraJob
-from spotune.sft.merge import doubts, hub, push, repo_name
+from spotune.sft.extras import doubts, hub, push, repo_name
 from tests.fake_hub import TOKEN, Hub, fake_hub
 
 # The hub's own client sends files in a way that httpx2 calls old.

@@ -9,8 +9,7 @@ import pytest
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from spotune.sft.mixture import Origins
-from spotune.sft.row_counts import BATCH_ROWS, RowCount, SourceCount, count_rows, rule_of
+from spotune.sft.row_counts import BATCH_ROWS, Origins, RowCount, SourceCount, count_rows, rule_of
 
 SPECIAL = {0, 1}
 MODES: dict[str, dict[str, Any]] = {

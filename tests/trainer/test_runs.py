@@ -15,7 +15,7 @@ import yaml
 from drill.machine import command_of
 from spotune.core.environment import NUM_PROCESSES
 from spotune.guard.finish import COPIED
-from spotune.launch.local.processes import is_live
+from spotune.launch.local.machine import is_live
 from tests.conftest import reach
 from tests.hostile import hostile_commits
 from tests.script import Script

@@ -8,11 +8,11 @@ import pytest
 
 from spotune.core.config_keys import check_keys
 from spotune.core.errors import InputError
-from spotune.sft.schema import build, path
+from spotune.sft.arguments import build, path
 
 
 def test_the_file_is_what_the_pinned_trl_gives() -> None:
-    assert json.loads(path().read_text()) == json.loads(json.dumps(build())), "run: python -m spotune.sft.schema"
+    assert json.loads(path().read_text()) == json.loads(json.dumps(build())), "run: python -m spotune.sft.arguments"
 
 
 ACCEPTED: list[dict[str, Any]] = [

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 
 from spotune.core.errors import InputError, StoreError
-from spotune.core.protocol import CONTROL, STACKS_SIGNAL, Job, python_stacks_path, write_json
+from spotune.core.protocol import CONTROL, STACKS_SIGNAL, Control, Job, Wish, python_stacks_path, write_json
 from spotune.sft.arguments import effective, usable_trackers
 from spotune.sft.boundary import Extra
-from spotune.sft.control import Control, Wish
 from spotune.sft.preflight import Stopped, outcome_of
 from spotune.sft.worker import write_stacks_when_asked
 

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spotune.cli.follow import ProgressBar
-from spotune.cli.options import open_workspace, say
+from spotune.cli import open_workspace, say
+from spotune.cli.runs import ProgressBar
 
 if TYPE_CHECKING:
     from spotune.cost.index import Index
@@ -58,9 +58,8 @@ def cost(run: str | None, since: str, by: str | None, clusters: bool, output: st
 
 def _one(run: str, output: str, page: str | None) -> None:
     from spotune.cost.collect import report_run
-    from spotune.cost.focus import focus_rows
+    from spotune.cost.export import ATTEMPT_ROW, attempt_rows, focus_rows, indexed_attempts, run_row
     from spotune.cost.page import check_target, page_of, write_page
-    from spotune.cost.rows import ATTEMPT_ROW, attempt_rows, indexed_attempts, run_row
     from spotune.cost.tables import run_text
     from spotune.launch.status import LAST_SEEN
 
@@ -81,7 +80,7 @@ def _one(run: str, output: str, page: str | None) -> None:
 def _clusters(since: str, since_s: float, output: str) -> None:
     import time
 
-    from spotune.cost.clusters import CLUSTER_COLUMNS, cluster_rows, flat_rows, splits_of
+    from spotune.cost.dev_clusters import CLUSTER_COLUMNS, cluster_rows, flat_rows, splits_of
     from spotune.cost.tables import clusters_text
 
     now, workspace = time.time(), open_workspace()
@@ -99,15 +98,15 @@ def _many(since: str, since_s: float, by: str | None, output: str) -> None:
     import gc
     import time
 
-    from spotune.cost.rows import RUN
+    from spotune.cost.export import RUN
     from spotune.cost.tables import LISTED, groups_text, runs_text
 
     gc.disable()  # thousands of rows, gone with the process: to look for cycles in them takes a tenth of it
     from_at, workspace = time.time() - since_s, open_workspace()
     nothing = f"No runs within {since}."
     if output == "focus":
-        from spotune.cost.clusters import charges_since
-        from spotune.cost.focus import focus_rows, idle_rows
+        from spotune.cost.dev_clusters import charges_since
+        from spotune.cost.export import focus_rows, idle_rows
 
         store = workspace.store()
         paid = _indexed(workspace, lambda index: charges_since(store, index, from_at, say), asks_clusters=True)
@@ -115,8 +114,8 @@ def _many(since: str, since_s: float, by: str | None, output: str) -> None:
         of_runs = (row for key, attempt in paid.attempts for row in focus_rows(totals[key], [attempt], key[0]))
         _show_focus([*of_runs, *idle_rows(paid.idle, store.url)])
     elif by:
-        from spotune.cost.clusters import paid_since
-        from spotune.cost.rows import By, columns, group
+        from spotune.cost.dev_clusters import paid_since
+        from spotune.cost.export import By, columns, group
 
         store = workspace.store()
         paid = _indexed(workspace, lambda index: paid_since(store, index, from_at, say), asks_clusters=True)
@@ -138,16 +137,15 @@ def _indexed(workspace: "Workspace", take: "Callable[[Index], Any]", asks_cluste
 
 
 def _show_focus(rows: Iterable[dict[str, Any]]) -> None:
-    from spotune.cost.focus import COLUMNS
-    from spotune.cost.rows import as_csv
+    from spotune.cost.export import FOCUS_COLUMNS, as_csv
 
-    click.echo(as_csv(list(rows), COLUMNS), nl=False)
+    click.echo(as_csv(list(rows), FOCUS_COLUMNS), nl=False)
 
 
 def show(output: str, value: Any, rows: list[dict[str, Any]], columns: Sequence[str], text: Callable[[], str]) -> None:
     """Prints one of three: data, rows with these columns, or text."""
-    from spotune.cli.options import print_json
-    from spotune.cost.rows import as_csv
+    from spotune.cli import print_json
+    from spotune.cost.export import as_csv
 
     if output == "json":
         print_json(value)

@@ -10,25 +10,24 @@ from typing import TYPE_CHECKING
 
 import click
 
-from spotune.cli import Lazy
-from spotune.cli.options import (
+from spotune.cli import (
     Decorator,
+    Lazy,
     agree,
     config_options,
+    duration,
     format_option,
     open_workspace,
     print_json,
     say,
     secret_option,
 )
-from spotune.cli.render import duration
 from spotune.core.io import columns
 
 if TYPE_CHECKING:
     from spotune.launch.settings import Workspace
     from spotune.launch.skypilot.clusters import Listed
-    from spotune.launch.skypilot.dev import RunWish
-    from spotune.launch.skypilot.dev_jobs import RunPlace
+    from spotune.launch.skypilot.dev import RunPlace, RunWish
 
 # What the verbs of ``dev`` have in common: which cluster, and a word to people.
 
@@ -106,8 +105,8 @@ def _stops(each: "Listed", now: float) -> str:
 def up(name: str, infra: str, envs: tuple[str, ...], secrets: tuple[str, ...], **given: object) -> None:
     """Bring up a dev cluster, or reuse the one that is up.
 
-    The code here is synced to it and its environment set up from the lock. A keeper on it counts ssh sessions, VS
-    Code, notebooks, jobs, busy CPUs and GPUs as work; without any it stops.
+    The code here is synced to it and its environment set up from the lock. An idle watcher on it counts ssh sessions,
+    VS Code, notebooks, jobs, busy CPUs and GPUs as work; without any it stops.
     """
     from spotune.cli.train import check_month
     from spotune.launch.plan import secrets_of
@@ -168,7 +167,7 @@ def run(
     up when it is not there. The code here is synced to it first.
     """
     from spotune.core.errors import InputError
-    from spotune.launch.skypilot.dev_jobs import RunPlace
+    from spotune.launch.skypilot.dev import RunPlace
 
     workspace = open_workspace()
     with _ended_by_hangup():
@@ -188,8 +187,8 @@ def run(
 
 def _on_cluster(config: str, name: str, where: "RunPlace", wish: "RunWish", workspace: "Workspace") -> int:
     from spotune.cli.train import check_month
-    from spotune.launch.skypilot import clusters, dev, logs
-    from spotune.launch.skypilot.dev_jobs import run_cluster
+    from spotune.launch.skypilot import clusters, dev, jobs
+    from spotune.launch.skypilot.dev import run_cluster
 
     run_id = dev.check_run(config, name, wish, workspace)
     check_month(workspace)
@@ -205,7 +204,7 @@ def _on_cluster(config: str, name: str, where: "RunPlace", wish: "RunWish", work
         raise
     say(f"{run_id}: job {job_id} on {cluster.name}")
     try:
-        return logs.follow(cluster.name, job_id)
+        return jobs.follow(cluster.name, job_id)
     except (KeyboardInterrupt, BrokenPipeError):  # not for trouble on the way to it: the run goes on
         clusters.cancel(cluster.name, job_id)
         say(f"{run_id}: stopped")
@@ -215,7 +214,7 @@ def _on_cluster(config: str, name: str, where: "RunPlace", wish: "RunWish", work
 def _here(
     config: str, workspace: "Workspace", gpus: str | None, profile: str, overrides: tuple[str, ...], **given: object
 ) -> int:
-    from spotune.cli.follow import follow
+    from spotune.cli.runs import follow
     from spotune.cli.train import plan_wish, submit_plan
     from spotune.core.errors import Unsettled
     from spotune.launch.plan import Wish
@@ -278,18 +277,18 @@ def code(cluster: str, only_print: bool) -> None:
 
     Prints the command and the address where there is no `code` here. An open window counts as work.
     """
-    from spotune.launch.skypilot import ssh
+    from spotune.launch.skypilot import clusters
 
     name = chosen(cluster, open_workspace())
-    ssh.write_config(name, everyones=bool(cluster))
-    folder = ssh.read(name, "cd ~/sky_workdir 2> /dev/null || cd; pwd").strip()
+    clusters.write_config(name, everyones=bool(cluster))
+    folder = clusters.read(name, "cd ~/sky_workdir 2> /dev/null || cd; pwd").strip()
     command = ["code", "--remote", f"ssh-remote+{name}", folder]
     click.echo(f"vscode://vscode-remote/ssh-remote+{name}{folder}")
     click.echo(" ".join(command))
     if only_print or shutil.which("code") is None:
         return
     say("opening VS Code")
-    sys.exit(ssh.attach(command))
+    sys.exit(clusters.attach(command))
 
 
 # ``spotune dev ssh``.
@@ -300,11 +299,11 @@ def code(cluster: str, only_print: bool) -> None:
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def ssh(cluster: str, command: tuple[str, ...]) -> None:
     """Open a shell on a dev cluster, or run COMMAND there; its exit code is this one's."""
-    from spotune.launch.skypilot import ssh
+    from spotune.launch.skypilot import clusters
 
     name = chosen(cluster, open_workspace())
-    ssh.write_config(name, everyones=bool(cluster))
-    sys.exit(ssh.attach([*ssh.ssh_command(name), *command]))
+    clusters.write_config(name, everyones=bool(cluster))
+    sys.exit(clusters.attach([*clusters.ssh_command(name), *command]))
 
 
 # ``spotune dev notebook``.
@@ -321,23 +320,24 @@ def notebook(cluster: str, port: int, envs: tuple[str, ...], secrets: tuple[str,
     Called again it finds the Jupyter that is there. Only a kernel that is busy, or was lately, counts as work.
     """
     from spotune.launch.plan import secrets_of
-    from spotune.launch.skypilot import dev_jobs, ssh
+    from spotune.launch.skypilot import clusters
+    from spotune.launch.skypilot import dev as skypilot_dev
     from spotune.launch.task import env_pairs
 
     workspace = open_workspace()
     given, pairs = secrets_of(secrets, workspace.environ), env_pairs(envs)
     name = chosen(cluster, workspace)
-    ssh.write_config(name, everyones=bool(cluster))
-    server = dev_jobs.find(name)
+    clusters.write_config(name, everyones=bool(cluster))
+    server = skypilot_dev.find(name)
     if server is None:
         say(f"{name}: starting Jupyter, which is installed there the first time")
-        server = dev_jobs.start(name, pairs, given, workspace)
+        server = skypilot_dev.start(name, pairs, given, workspace)
     elif envs or secrets:
         say(f"{name}: Jupyter runs there already, without this --env or --secret (File > Shut Down ends it)")
     click.echo(f"http://localhost:{port}/lab?token={server.token}")
     say("opening the tunnel, Ctrl-C closes it")
     try:
-        code = ssh.attach(dev_jobs.tunnel(name, port, server))
+        code = clusters.attach(skypilot_dev.tunnel(name, port, server))
     except KeyboardInterrupt:
         say("\ntunnel closed, Jupyter goes on while its kernels work")
         return

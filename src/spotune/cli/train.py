@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spotune.cli.options import config_options, format_option, open_workspace, say, secret_option, stall_option
+from spotune.cli import config_options, format_option, open_workspace, say, secret_option, stall_option
 from spotune.core.errors import InputError
 
 if TYPE_CHECKING:
-    from spotune.cost.budgets import Month
+    from spotune.cost.collect import Month
     from spotune.launch.plan import Plan, Wish
     from spotune.launch.settings import Workspace
     from spotune.launch.submit import Resumption, Submitted
@@ -48,8 +48,8 @@ def month_of(workspace: "Workspace", run_id: str, user: str, team: str) -> "Mont
     """What the month's budgets have left for a run, or with an empty ``run_id`` for whatever that user pays."""
     import time
 
-    from spotune.cli.follow import ProgressBar
-    from spotune.cost.budgets import read_month
+    from spotune.cli.runs import ProgressBar
+    from spotune.cost.collect import read_month
 
     with ProgressBar("reading what the month has cost") as progress:
         return read_month(workspace, run_id, user, team, time.time(), say, progress)
@@ -64,7 +64,7 @@ def _within_month(plan: "Plan", workspace: "Workspace") -> "Plan":
     record = plan.record
     if not workspace.settings.budgets.of(record.user, record.team):
         return plan
-    from spotune.cost.budgets import within_month
+    from spotune.cost.collect import within_month
 
     return within_month(plan, month_of(workspace, plan.run_id, record.user, record.team))
 
@@ -77,8 +77,7 @@ def agree_to(plan: "Plan", workspace: "Workspace", yes: bool) -> None:
     """
     import time
 
-    from spotune.cli.options import agree, can_ask
-    from spotune.cli.render import plan_text
+    from spotune.cli import agree, can_ask, plan_text
     from spotune.launch.engine import infra_of
     from spotune.launch.submit import existing, with_existing
 
@@ -136,16 +135,16 @@ def check(
     Without CONFIG: this machine and project: settings, bucket, infrastructures, GPUs, and how SkyPilot stands where
     the settings name an infrastructure of its.
     """
-    from spotune.cli.options import print_json
+    from spotune.cli import print_json
     from spotune.core.errors import InfraError
-    from spotune.launch.check import survey_config, survey_machine
+    from spotune.launch.plan import survey_config, survey_machine
 
     if not config and (profile or overrides):
         raise click.UsageError("--profile and --set are of a CONFIG, and there is none.")
     workspace, silent = open_workspace(), None
     found = survey_config(config, profile, overrides, workspace, allow_env) if config else survey_machine(workspace)
     if infra or not config:
-        from spotune.launch.check import survey_place
+        from spotune.launch.plan import survey_place
 
         try:
             found |= survey_place(workspace, infra)
@@ -206,9 +205,8 @@ def train(source: str, dryrun: bool, yes: bool, detach: bool, output: str, **giv
     """
     import time
 
-    from spotune.cli.follow import follow
-    from spotune.cli.options import print_json
-    from spotune.cli.render import plan_text
+    from spotune.cli import plan_text, print_json
+    from spotune.cli.runs import follow
     from spotune.launch.plan import as_json
     from spotune.launch.submit import existing, with_existing
 
@@ -290,8 +288,7 @@ def agree_to_resumption(resumption: "Resumption", yes: bool) -> list[str]:
     """
     import time
 
-    from spotune.cli.options import agree, can_ask
-    from spotune.cli.render import fact_lines, origin_text
+    from spotune.cli import agree, can_ask, fact_lines, origin_text
     from spotune.core.errors import InputError
 
     run, others = resumption.run_id, " and ".join(resumption.unseen)
@@ -316,8 +313,7 @@ def check_budget(workspace: "Workspace", run: str, budget_usd: float | None) -> 
     from spotune.core.errors import InputError
     from spotune.core.keys import Keys
     from spotune.core.revisions import record_in_force
-    from spotune.cost.budgets import check_wall
-    from spotune.cost.collect import report_run
+    from spotune.cost.collect import check_wall, report_run
     from spotune.launch.settings import Budgets
     from spotune.launch.status import find_run
 

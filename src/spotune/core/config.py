@@ -6,11 +6,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spotune.core.config_keys import key_faults, recorded, schema
+from spotune.core.config_keys import Fault, key_faults, one_of, recorded, schema
 from spotune.core.config_rules import missing_faults, whole_faults
-from spotune.core.config_values import Fault, one_of
-from spotune.core.data_files import read_user_file
 from spotune.core.errors import InputError, raise_all, refuse, shown
+from spotune.core.fingerprint import read_user_file
 
 # What YAML can say and JSON cannot: a value inside itself or in thousands of places, an endless integer, a date.
 

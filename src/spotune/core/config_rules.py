@@ -6,8 +6,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-from spotune.core.config_keys import is_on, schema, settled
-from spotune.core.config_values import Fault, env_faults, mapping_of, number_of, one_of
+from spotune.core.config_keys import Fault, env_faults, is_on, mapping_of, number_of, one_of, schema, settled
 from spotune.core.errors import refuse, shown
 
 # Keys of TRL that do not go together, as TRL and transformers refuse them on the machine.

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from spotune.core.config_values import allowed_names
+from spotune.core.config_keys import allowed_names
 from spotune.core.errors import InputError, shown
 
 # The names of the environment, and how both sides read it. Nobody else touches ``os.environ``.
 #
 # ``RunEnvironment`` is what the launcher hands to the machine (seam 1); SkyPilot's own names are
-# read on the machine's side only, see ``guard/context.py``.
+# read on the machine's side only, see ``guard/journal.py``.
 
 BUCKET = "SPOTUNE_BUCKET"
 HOME = "SPOTUNE_HOME"

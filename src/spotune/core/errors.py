@@ -1,4 +1,4 @@
-"""The whole tree of errors.
+"""The whole tree of errors, the exit codes, and output streams that never fail.
 
 SpotuneError            exit 1   something failed; one line says what
 ├── InputError          exit 2   what the user gave is wrong: FILE: KEY or ROW: what (remedy)
@@ -16,11 +16,25 @@ SpotuneError            exit 1   something failed; one line says what
 infrastructure, 3, and a bad record bad input, 2 (``launcher_code``).
 """
 
+import io
+import os
 import reprlib
+import select
+import stat
+import sys
 from collections.abc import Iterable
-from typing import Any
+from contextlib import suppress
+from typing import Any, TextIO
 
-from spotune.core import exits
+# Exit codes of the script and of ``spotune train``: part of the contract with users' scripts.
+
+SUCCEEDED = 0  # finished and certified
+FAILED = 1  # failed for good
+BAD_INPUT = 2  # what the user gave is wrong
+INFRA_FAILED = 3  # launcher only: the infrastructure failed
+PREEMPTED = 75  # preempted, or a fault worth another machine (EX_TEMPFAIL)
+PAUSED = 76  # the budget's wall
+
 
 _MOST = 1000  # characters of each part of a message: what a user wrote may have any length
 _VALUES = reprlib.Repr()
@@ -31,7 +45,7 @@ _VALUES.maxstring = _VALUES.maxother = _VALUES.maxlong = 80
 class SpotuneError(Exception):
     """Base of all. ``str(error)`` is one line, fit for stderr; ``exit_code`` is the process's."""
 
-    exit_code = exits.FAILED
+    exit_code = FAILED
 
     @property
     def lines(self) -> list[str]:
@@ -49,7 +63,7 @@ class InputError(SpotuneError):
         remedy: what to do about it.
     """
 
-    exit_code = exits.BAD_INPUT
+    exit_code = BAD_INPUT
 
     def __init__(self, where: object, what: str, *, key: str = "", remedy: str = "") -> None:
         parts = [shortened(str(where)), shortened(key, 200), shortened(" ".join(what.split()))]
@@ -89,7 +103,7 @@ class OtherVersions(InputError):
 class InfraError(SpotuneError):
     """The infrastructure (SkyPilot, the local queue) refused or failed."""
 
-    exit_code = exits.INFRA_FAILED
+    exit_code = INFRA_FAILED
 
 
 class Unsettled(InfraError):
@@ -99,7 +113,7 @@ class Unsettled(InfraError):
 class StoreError(SpotuneError):
     """The bucket could not be reached, or what it holds is not what was written."""
 
-    exit_code = exits.PREEMPTED
+    exit_code = PREEMPTED
 
 
 class BadRecord(StoreError):
@@ -109,13 +123,13 @@ class BadRecord(StoreError):
 class Misplaced(BadRecord):
     """A key that leads out of the bucket, or to what is not a file, as ``KEY: WHAT``. No other machine can mend it."""
 
-    exit_code = exits.BAD_INPUT
+    exit_code = BAD_INPUT
 
 
 class Fenced(SpotuneError):
     """A newer attempt owns the run; whatever this one still does must not be committed."""
 
-    exit_code = exits.PREEMPTED
+    exit_code = PREEMPTED
 
 
 def refuse(where: object, faults: Iterable[tuple[str, str, str]]) -> None:
@@ -148,5 +162,96 @@ def shortened(text: str, most: int = _MOST) -> str:
 def launcher_code(error: SpotuneError) -> int:
     """The exit code of a verb of the launcher."""
     if isinstance(error, StoreError):
-        return exits.BAD_INPUT if isinstance(error, BadRecord) else exits.INFRA_FAILED
+        return BAD_INPUT if isinstance(error, BadRecord) else INFRA_FAILED
     return error.exit_code
+
+
+# stdout and stderr for processes whose result must not depend on who reads them.
+#
+# What cannot be written is left out, and nobody hears of it: a reader that has gone, a disk that is full, a pipe that
+# nobody empties. What an encoding lacks is written as ``✅``. All of this lies below ``print``, so that it holds for
+# libraries, their loggers and progress bars as well.
+
+PATIENCE_S = 5.0  # for a reader that is slow
+STANDARD = ("stdin", "stdout", "stderr")  # by number
+
+
+def protect_output(names: tuple[str, ...] = STANDARD[1:]) -> None:
+    """Makes stdout and stderr of this process accept everything; each line is on its way when ``print`` returns.
+
+    Call it first: what is imported later may keep the streams that it finds.
+    """
+    fill_descriptors()
+    for name in names:
+        setattr(sys, name, protected(getattr(sys, name)))
+
+
+def fill_descriptors() -> None:
+    """Opens /dev/null for each of stdin, stdout and stderr that is closed.
+
+    Else the next file that anything opens would get its number, and children would write into that file.
+    """
+    for number, name in enumerate(STANDARD):
+        place: int | str = os.devnull  # where the number is another file's by now
+        try:
+            os.fstat(number)
+        except OSError:
+            place = number
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(place, "w" if number else "r", closefd=place != number))  # noqa: SIM115
+
+
+def protected(stream: TextIO) -> TextIO:
+    """Returns a stream for the same file that never fails. One that is no file (a test's) only never lacks a letter."""
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    raw: Any = getattr(stream.buffer, "raw", stream.buffer)
+    if type(stream) is not io.TextIOWrapper or type(raw) is not io.FileIO:
+        stream.reconfigure(errors="backslashreplace")
+        return stream
+    with suppress(OSError):  # what was printed before this is lost
+        stream.flush()
+    unfailing: Any = Unfailing(raw.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(
+        io.BufferedWriter(unfailing), encoding=stream.encoding, errors="backslashreplace", line_buffering=True
+    )
+
+
+class Unfailing(io.FileIO):
+    """A file that takes everything. What it cannot write, or not in time, it drops."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._patience_ms = PATIENCE_S * 1e3
+        self._poll: Any = None
+        try:
+            is_file = stat.S_ISREG(os.fstat(self.fileno()).st_mode)
+        except OSError:
+            is_file = True
+        if not is_file:
+            self._poll = select.poll()
+            self._poll.register(self.fileno(), select.POLLOUT)
+
+    def write(self, data: Any, /) -> int:
+        """Returns the whole length, whatever came of it."""
+        with memoryview(data) as given, given.cast("B") as view:
+            left = view
+            with suppress(OSError, ValueError):  # ValueError: somebody has closed it
+                while len(left) and self._is_ready():
+                    # A pipe that is ready has room for this much: the write does not block.
+                    written = super().write(left[: select.PIPE_BUF] if self._poll else left)
+                    left = left[written or 0 :]
+            return len(view)
+
+    def _is_ready(self) -> bool:
+        """Whether a write would not block; once it would for too long, nobody is waited for again."""
+        if self._poll is None:
+            return True
+        is_ready = bool(self._poll.poll(self._patience_ms))
+        self._patience_ms = PATIENCE_S * 1e3 if is_ready else 0.0
+        return is_ready

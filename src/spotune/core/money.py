@@ -1,14 +1,19 @@
-"""Prices as they were frozen at submission. Nothing is looked up when a report is read."""
+"""Prices as they were frozen at submission, and figures as people read them.
+
+Nothing is looked up when a report is read.
+"""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from spotune.core.errors import InputError, shown
-from spotune.core.fields import HOUR_S as HOUR_S
-from spotune.core.fields import MOST_USD
+from spotune.core.keys import HOUR_S as HOUR_S
+from spotune.core.keys import MOST_USD
 from spotune.core.records import AttemptRecord, PriceRow, RunRecord
 
+NONE = "–"  # a figure that is not known
 WARN_AT = 0.8  # of a budget, a run's or a month's
 
 
@@ -77,8 +82,10 @@ def parse_usd(text: str, name: str) -> float:
     return amount
 
 
-def usd(amount: float) -> str:
+def usd(amount: float | None) -> str:
     """``$1,234.50``, ``$0.42``, ``$0.00042``: cents, and of less than a dime two digits that say something."""
+    if amount is None:
+        return NONE
     sign, size = ("−" if amount < 0 else ""), abs(amount)
     if size >= 0.095 or size == 0:
         return f"{sign}${size:,.2f}"
@@ -88,6 +95,56 @@ def usd(amount: float) -> str:
     while size < 10 ** (1 - digits):
         digits += 1
     return f"{sign}${size:.{digits}f}"
+
+
+def percent(share: float | None) -> str:
+    if share is None:
+        return NONE
+    return f"{share * 100:.0f} %" if share >= 0.0995 or share <= 0 else f"{share * 100:.1f} %"
+
+
+def duration(seconds: float | None) -> str:
+    """``0.4 s``, ``45 s``, ``12m 3s``, ``5h 2m``, ``3d 4h``."""
+    if seconds is None:
+        return NONE
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    left, parts = round(seconds), []
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
+        amount, left = divmod(left, size)
+        if amount:
+            parts.append(f"{amount}{unit}")
+    return " ".join(parts[:2])
+
+
+def is_seen(seconds: float) -> bool:
+    """Returns whether a duration is more than the ``0.0 s`` that it would be shown as."""
+    return seconds >= 0.05
+
+
+def count(number: int | None) -> str:
+    return NONE if number is None else f"{number:,}"
+
+
+def cost_of(rows: Iterable[Mapping[str, Any]]) -> float | None:
+    """Their sum; None where one of them is not known."""
+    costs = [row["cost_usd"] for row in rows]
+    return None if None in costs else sum(costs)
+
+
+def known(amounts: Iterable[float | None]) -> float | None:
+    """The sum of those that are known; None where none is."""
+    found = list(amounts)
+    told = [amount for amount in found if amount is not None]
+    return sum(told) if told or not found else None
+
+
+def size(number: float) -> str:
+    """``0.4 GB``, ``12 MB``: powers of 1000."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.1f} {unit}"
+    return f"{number:.0f} B"
 
 
 def _fits(row: PriceRow, place: Place) -> bool:

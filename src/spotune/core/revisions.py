@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from spotune.core.config_keys import schema
-from spotune.core.config_values import bool_of, number_of
+from spotune.core.config_keys import bool_of, number_of, schema
 from spotune.core.errors import InputError
 from spotune.core.fingerprint import DATA_KEYS, MODEL_KEYS
 from spotune.core.keys import Keys, commit_of, revision_of

@@ -10,9 +10,8 @@ from spotune.core.money import HOUR_S, cost_usd, on_demand_price
 from spotune.core.protocol import NOT_FINITE, as_json, as_number, number
 from spotune.core.records import SCHEMA_VERSION, PriceRow
 from spotune.cost.account import Account, build_accounts, gpu_figures
-from spotune.cost.machines import Evidence
-from spotune.cost.phases import PAID_PHASES, Phase, Segment, step_of, total
-from spotune.cost.read import data_rows
+from spotune.cost.index import data_rows
+from spotune.cost.machines import PAID_PHASES, Evidence, Phase, Segment, step_of, total
 from spotune.launch.engine import ACTIVE, State
 
 # Long series made short enough to draw, without changing what they say.

@@ -20,8 +20,7 @@ from spotune.core.keys import Keys, attempt_number
 from spotune.core.money import HOUR_S, WARN_AT, claimed_place, price_of, usd
 from spotune.core.records import AttemptRecord, Bill, Record, RunRecord, check_paid
 from spotune.core.store import Store
-from spotune.guard.context import Context
-from spotune.guard.journal import Journal, say
+from spotune.guard.journal import Context, Journal, say
 from spotune.guard.restore import last_event
 from spotune.guard.save_schedule import Toll
 

@@ -10,17 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from spotune.core.errors import BadRecord, Fenced, InfraError, Misplaced, SpotuneError, StoreError
-from spotune.core.failpoints import failpoint
-from spotune.core.fields import MOST_RANKS, MOST_STEPS, number_of
 from spotune.core.fingerprint import file_facts
-from spotune.core.io import Damaged, load_as, load_object, set_aside, write_state
-from spotune.core.keys import Keys, checkpoint_of
+from spotune.core.io import Damaged, failpoint, load_as, load_object, set_aside, write_state
+from spotune.core.keys import MOST_RANKS, MOST_STEPS, Keys, checkpoint_of, number_of
 from spotune.core.protocol import STAGED, TRAINER, Staged
 from spotune.core.records import Commit, RunRecord
 from spotune.core.store import Store
 from spotune.guard.claim import check_fence
-from spotune.guard.context import Context
-from spotune.guard.journal import Journal, say
+from spotune.guard.journal import Context, Journal, say
 from spotune.guard.restore import list_commits
 from spotune.guard.save_schedule import Toll
 

@@ -11,16 +11,14 @@ from typing import Any
 from uuid import uuid4
 
 from spotune import __version__
-from spotune.core import exits
+from spotune.core import errors
 from spotune.core.config import load_config, overlay
-from spotune.core.config_keys import key_faults, schema
+from spotune.core.config_keys import allowed_in, check_env, key_faults, schema
 from spotune.core.config_rules import source_faults
-from spotune.core.config_values import allowed_in, check_env
 from spotune.core.environment import SAVE_EVERY, STALL_AFTER, RunEnvironment, parse_save_every, parse_stall_after
 from spotune.core.errors import BadRecord, Fenced, InputError, Misplaced, StoreError, refuse
-from spotune.core.fields import MOST_ATTEMPTS, plain
 from spotune.core.fingerprint import data_files, data_sha256, model_files, model_sha256
-from spotune.core.keys import Keys, attempt_number, check_run_id, new_run_id
+from spotune.core.keys import MOST_ATTEMPTS, Keys, attempt_number, check_run_id, new_run_id, plain
 from spotune.core.records import AttemptRecord, Mark, RunRecord, fingerprint, read_mark
 from spotune.core.revisions import (
     FLAG,
@@ -34,8 +32,7 @@ from spotune.core.revisions import (
     write_revision,
 )
 from spotune.core.store import Store
-from spotune.guard.context import Machine
-from spotune.guard.journal import say
+from spotune.guard.journal import Machine, say
 from spotune.guard.restore import last_event
 
 # May this attempt run at all, and as what: its marks, its data and model, and the claim of an attempt number.
@@ -67,7 +64,7 @@ def standing_verdict(store: Store, keys: Keys) -> int | None:
     """The exit code of a run that has ended already, None for one that may go on."""
     if store.exists(keys.completed):
         say(f"{keys.run_id} is finished and certified already")
-        return exits.SUCCEEDED
+        return errors.SUCCEEDED
     for key in (keys.failed, keys.cancelled, keys.paused):
         if mark := read_mark(store, key):
             say(

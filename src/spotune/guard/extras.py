@@ -14,11 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from spotune.core import exits, protocol
+from spotune.core import errors, protocol
 from spotune.core.environment import BUCKET, GUARD_PID, RUN_ID, parse_stall_after
 from spotune.core.errors import BadRecord, Fenced, InfraError, Misplaced, SpotuneError, StoreError
-from spotune.core.failpoints import failpoint
-from spotune.core.io import Damaged, load_as
+from spotune.core.io import Damaged, failpoint, load_as
 from spotune.core.keys import Keys, attempt_of
 from spotune.core.protocol import (
     CONFIG_KEYS,
@@ -43,12 +42,10 @@ from spotune.core.revisions import record_in_force
 from spotune.core.store import Store
 from spotune.guard import ranks
 from spotune.guard.claim import check_fence, check_model
-from spotune.guard.context import Context
 from spotune.guard.finish import certificate_of, fetch_result, send, weights_of
-from spotune.guard.journal import Journal, say
+from spotune.guard.journal import Context, Journal, say
 from spotune.guard.leaving import Notices, is_person
-from spotune.guard.ranks import worker_command
-from spotune.guard.stacks import collect_stacks, upload_stacks
+from spotune.guard.ranks import collect_stacks, upload_stacks, worker_command
 from spotune.guard.stalls import Budgets, Sample, SeenTime, Stalls, boot_time, sample_every_s
 
 # The process that does one extra: started, watched and ended by the guard, like a rank.
@@ -339,14 +336,14 @@ def finish_owed(context: Context, notices: Notices, owed: tuple[str, ...]) -> in
         certificate = Certificate.from_bytes(context.store.read(keys.completed) or b"", keys.completed)
     except SpotuneError as error:
         say(f"{named}: still owed: {error}")
-        return exits.SUCCEEDED
+        return errors.SUCCEEDED
     log = protocol.events_path(folder, 0)
     journal = Journal(context.store, keys, context.attempt, log, context.status_file, shown)
     journal.write("start", attempt=context.attempt, host=context.record.host, world_size=context.machine.world_size)
     journal.write("phase", phase="teardown")
     extras = Extras(context, certificate, notices, journal)
     in_time = extras.run(owed)
-    code = exits.SUCCEEDED if in_time else exits.PREEMPTED
+    code = errors.SUCCEEDED if in_time else errors.PREEMPTED
     reason, message = "completed" if in_time else "preempted", "; ".join(extras.failures)
     journal.write("end", reason=reason, exit_code=code, step=certificate.step, message=message)
     try:
@@ -388,7 +385,7 @@ def rebuild_offline(store: Store, keys: Keys, run: RunRecord, environ: Mapping[s
         folder = Path(name)
         spec = {"run_id": run.run_id, "config": run.config, "logs": surviving_logs(store, keys)}
         (folder / "run.json").write_text(json.dumps(spec, default=str))
-        command = worker_command(environ, "spotune.sft.wandb_rebuild", str(folder))
+        command = worker_command(environ, "spotune.sft.extras", "wandb", str(folder))
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=REBUILD_S, env=dict(environ))
             if done.returncode:

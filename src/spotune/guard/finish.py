@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from spotune.core.errors import BadRecord, InputError, SpotuneError, StoreError
-from spotune.core.failpoints import failpoint
 from spotune.core.fingerprint import file_facts
+from spotune.core.io import failpoint
 from spotune.core.keys import Keys
 from spotune.core.protocol import OUTPUT
 from spotune.core.records import Certificate

@@ -1,35 +1,153 @@
-"""``python -m spotune.sft CONFIG``: from the command line to an attempt, and to the exit code."""
+"""The guard of every node but the first: does what the leader says, and uploads its own ranks' files."""
 
 import argparse
+import math
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from spotune.core import config_values, exits
+from spotune.core import config_keys, errors, protocol
 from spotune.core.config import parse_flags
 from spotune.core.environment import NUM_PROCESSES, OWN_STEP, RunEnvironment
-from spotune.core.errors import BadRecord, InputError, SpotuneError, StoreError
-from spotune.core.failpoints import failpoint
-from spotune.core.fields import clock_fault
-from spotune.core.keys import Keys
-from spotune.core.output import protect_output
+from spotune.core.errors import BadRecord, InputError, SpotuneError, StoreError, protect_output
+from spotune.core.io import failpoint
+from spotune.core.keys import Keys, clock_fault
+from spotune.core.protocol import Staged
+from spotune.core.records import Commit
 from spotune.core.revisions import FLAG
 from spotune.core.store import Patience, Store
 from spotune.guard import claim
 from spotune.guard.attempt import Attempt
+from spotune.guard.checkpoints import Handover, Uploader, drop_older, seal, upload_checkpoint
 from spotune.guard.claim import read_or_create_run
-from spotune.guard.context import Context, Machine
 from spotune.guard.extras import debt_of, finish_owed
-from spotune.guard.follower import Follower
-from spotune.guard.journal import say
+from spotune.guard.journal import Context, Machine, say
 from spotune.guard.leaving import Notices, departure, stay_until_killed
+from spotune.guard.multinode import Line, gang_token, join
 from spotune.guard.notice_sources import Watcher, sources_for
+from spotune.guard.ranks import Ranks, collect_stacks, upload_stacks, work_of
+from spotune.guard.restore import BadCheckpoint, download_checkpoint
+
+POLL_S = 0.1
+END_S = 900.0  # the leader uploads and certifies the result after the ranks have ended
+
+
+class Follower:
+    """One node's part of an attempt; ``run`` returns the exit code that the leader says."""
+
+    def __init__(self, store: Store, keys: Keys, machine: Machine, scratch: Path, notices: Notices) -> None:
+        self.store, self.keys, self.machine, self.notices = store, keys, machine, notices
+        self.scratch = scratch
+
+    def run(self, environ: Mapping[str, str]) -> int:
+        token = gang_token(self.keys.run_id, environ.get("SKYPILOT_TASK_ID", ""))
+        line, job, welcome = join(self.keys.run_id, self.machine, token)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        folder = self.scratch / f"{job.attempt:04d}"
+        (folder / protocol.STAGED).mkdir(parents=True)
+        say(f"node {self.machine.node_rank} follows attempt {job.attempt}")
+        protocol.write_json(folder / protocol.JOB, job)
+        protocol.write_json(folder / protocol.CONTROL, {"stop": False, "save": 0})
+        machine = Machine.read(environ, job.config.get("num_processes"))
+        ranks = Ranks(folder, machine, welcome.master_port, {**environ, **welcome.environ})
+        try:
+            return self._watch(line, ranks, folder, job.attempt, welcome.sample_s or math.inf)
+        finally:
+            ranks.kill()
+            line.close()
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _watch(self, line: Line, ranks: Ranks, folder: Path, attempt: int, sample_s: float) -> int:
+        handover, told, ended_at = Handover(folder, self.machine.ranks), False, 0.0
+        uploader = Uploader(lambda staged: self._send_part(line, folder, attempt, staged))
+        wanted, sampled_at = 0, time.monotonic()
+        restored: dict[str, Any] = {}
+        while True:
+            message = line.next(POLL_S)
+            if message is None and line.gone and line.inbox.empty():
+                say("the leader is gone")
+                return errors.PREEMPTED
+            if message and "fetch" in message:
+                restored = self._fetch(message, folder)
+            if message and "resume" in message:
+                protocol.write_json(folder / protocol.RESTORED, restored)
+            if message and "upload" in message:
+                wanted = message["upload"]
+            if message and "stacks" in message:
+                self._start_stacks(line, ranks, folder, attempt)
+            if time.monotonic() - sampled_at >= sample_s and (work := work_of(set(ranks.pids.values()))):
+                sampled_at = time.monotonic()
+                line.send(work=vars(work))
+            if message and "end" in message:
+                return int(message["end"])
+            if self.notices.given and not told:
+                told = True
+                line.send(notice=self.notices.source, left_s=self.notices.left_s)
+            has_ended = not ranks.running
+            handover.take()
+            if staged := next((staged for staged in handover.taken if staged.step == wanted), None):
+                wanted = 0
+                uploader.submit(staged)
+            if has_ended and not ended_at:
+                ended_at = time.monotonic()
+                line.send(ended=vars(ranks.outcome()))
+            elif ended_at and time.monotonic() - ended_at > END_S:
+                raise StoreError("the leader did not say how the attempt ended")
+
+    def _start_stacks(self, line: Line, ranks: Ranks, folder: Path, attempt: int) -> None:
+        """Uploads the stacks of this node's ranks, in a thread: a bucket that hangs must not keep us from the end."""
+
+        def send() -> None:
+            pids = ranks.pids
+            collect_stacks(folder, pids)
+            upload_stacks(self.store, self.keys, attempt, folder)
+            line.send(stacks=list(pids))
+
+        threading.Thread(target=send, name="stacks", daemon=True).start()
+
+    def _send_part(self, line: Line, folder: Path, attempt: int, staged: Staged) -> None:
+        """Uploads this machine's files of a checkpoint, and says so; the leader commits."""
+        whole = seal(folder, staged, "")
+        upload_checkpoint(self.store, self.keys, whole, attempt)
+        line.send(part=whole.step, files=whole.files)
+        drop_older(folder / protocol.TRAINER, whole)
+
+    def _fetch(self, message: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """Returns what this node's ranks are to restore: the leader's commits, from the bucket.
+
+        A fault ends these ranks, and so the attempt. They are told once the leader's rank could load the checkpoint.
+        """
+        found: dict[str, Any] = {
+            "checkpoint": None,
+            "best_checkpoint": None,
+            "tokens": message["tokens"],
+            "error": None,
+            "versions": {},
+            "other_versions_allowed": message.get("other_versions_allowed", False),
+            "global_batch": 0,
+        }
+        try:
+            for name, key in (("checkpoint", message["fetch"]), ("best_checkpoint", message.get("best"))):
+                if key:
+                    commit = Commit.from_bytes(self.store.read(key) or b"", key)
+                    if name == "checkpoint":
+                        found |= {"versions": commit.versions, "global_batch": commit.global_batch}
+                    found[name] = str(download_checkpoint(self.store, self.keys, commit, folder / protocol.TRAINER))
+        except (BadCheckpoint, SpotuneError, OSError) as error:
+            found["error"] = str(error)
+        return found
+
+
+# ``python -m spotune.sft CONFIG``: from the command line to an attempt, and to the exit code.
 
 # On Slurm the guard runs in a job step of its own, so that notices reach it.
 #
@@ -119,7 +237,7 @@ def main(argv: list[str]) -> int:
         return error.exit_code
     except StoreError as error:  # no attempt is claimed yet: nobody could count that it failed
         print(error, file=sys.stderr)
-        return exits.FAILED if managed_job(os.environ) and not notices.given else error.exit_code
+        return errors.FAILED if managed_job(os.environ) and not notices.given else error.exit_code
     except SpotuneError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -130,7 +248,7 @@ def main(argv: list[str]) -> int:
 def fail_here(what: str, notices: Notices, environ: Mapping[str, str]) -> int:
     """Says a fault of this machine before an attempt is claimed; returns the exit code that leads to another one."""
     print(f"this machine: {what}", file=sys.stderr)
-    return exits.FAILED if managed_job(environ) and not notices.given else exits.PREEMPTED
+    return errors.FAILED if managed_job(environ) and not notices.given else errors.PREEMPTED
 
 
 def bar_restarts(error: InputError, environ: Mapping[str, str]) -> None:
@@ -158,7 +276,7 @@ def parse_arguments(argv: list[str]) -> claim.Request:
     parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument(FLAG, action="store_true", help="follow CONFIG though the run began with another one")
     parser.add_argument(
-        config_values.FLAG, action="append", default=[], metavar="NAME", help="let CONFIG's env: set NAME"
+        config_keys.FLAG, action="append", default=[], metavar="NAME", help="let CONFIG's env: set NAME"
     )
     # CONFIG is the first word or comes by --config; a later bare word is the value of the flag before it.
     named = argv[:1] if argv and not argv[0].startswith("-") else []
@@ -186,7 +304,7 @@ def attend(
 ) -> int:
     """The attempt itself, or this machine's part of it, while notices are watched for."""
     code = work(request, env, machine, notices, environ)
-    if code == exits.PREEMPTED and (notice := notices.notice):
+    if code == errors.PREEMPTED and (notice := notices.notice):
         leaving = departure(machine.infra, notice.source, bool(machine.job_id), notices.left_s)
         say(f"{'staying until killed' if leaving.stay else 'leaving'}: {leaving.why}")
         if leaving.stay:
@@ -223,16 +341,16 @@ def work(
     keys = Keys(claim.choose_run_id(env, machine, request))
     # An outage of minutes would cost a managed job a machine; who starts one by hand waits at a terminal.
     verdict = first_look(store, keys, min(FIRST_LOOK_S, env.patience_s / 4) if machine.job_id else 0.0)
-    debt = debt_of(store, keys) if verdict == exits.SUCCEEDED and not machine.node_rank else None
+    debt = debt_of(store, keys) if verdict == errors.SUCCEEDED and not machine.node_rank else None
     if verdict is not None and debt is None:
         return verdict
     if notices.given:
-        return exits.PREEMPTED
+        return errors.PREEMPTED
     scratch = env.home / "work" / keys.run_id / f"node-{machine.node_rank}"
     if machine.node_rank:
         return Follower(store, keys, machine, scratch, notices).run(environ)
     if debt:
-        config_values.check_env(debt.run.config, keys.record(debt.run.revision), env.allow_env)
+        config_keys.check_env(debt.run.config, keys.record(debt.run.revision), env.allow_env)
     run = debt.run if debt else read_or_create_run(store, keys, env, request)
     machine = Machine.read(environ, run.config.get("num_processes"))
     record = claim.claim_attempt(store, keys, machine, env.attempt, env.gpu_share)

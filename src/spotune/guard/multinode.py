@@ -14,10 +14,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from spotune.core.errors import StoreError
-from spotune.core.fields import RECORD_MOST_BYTES, Amount, Count, Files, Ranks, Step, build, checked
+from spotune.core.keys import RECORD_MOST_BYTES, Amount, Count, Files, Ranks, Step, build, checked
 from spotune.core.protocol import Job, Outcome
-from spotune.guard.context import Machine
-from spotune.guard.journal import say
+from spotune.guard.journal import Machine, say
 from spotune.guard.leaving import Notices
 from spotune.guard.stalls import Work
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from spotune.core import exits
+from spotune.core import errors
 from spotune.core.errors import BadRecord, Misplaced
-from spotune.core.failpoints import failpoint
+from spotune.core.io import failpoint
 from spotune.core.keys import Keys, commit_of
 from spotune.core.protocol import number, parse_objects
 from spotune.core.records import Commit
@@ -204,7 +204,7 @@ def is_second_fault(store: Store, keys: Keys, attempt: int) -> bool:
     if any(number >= attempt - 1 for (number, _), _ in list_commits(store, keys)):
         return False
     end = last_event(store, keys, attempt - 1)
-    return end.get("event") == "end" and end.get("reason") in FAULTS and end.get("exit_code") == exits.PREEMPTED
+    return end.get("event") == "end" and end.get("reason") in FAULTS and end.get("exit_code") == errors.PREEMPTED
 
 
 def last_event(store: Store, keys: Keys, attempt: int) -> dict[str, Any]:

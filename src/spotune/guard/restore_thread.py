@@ -12,16 +12,15 @@ from typing import Any
 
 from spotune.core import protocol
 from spotune.core.errors import InputError, Misplaced, SpotuneError, StoreError
-from spotune.core.failpoints import failpoint
 from spotune.core.fingerprint import file_facts
+from spotune.core.io import failpoint
 from spotune.core.protocol import Staged
 from spotune.core.records import Commit, RunRecord
 from spotune.core.revisions import allows_other_versions, check_commit, record_history
 from spotune.guard import claim
 from spotune.guard.checkpoints import Lineage, commit_checkpoint, sealed
 from spotune.guard.claim import for_people
-from spotune.guard.context import Context
-from spotune.guard.journal import Journal, say
+from spotune.guard.journal import Context, Journal, say
 from spotune.guard.multinode import Leader
 from spotune.guard.restore import Restored, missing_files, newest_commit, restore
 

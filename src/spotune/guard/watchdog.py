@@ -11,14 +11,13 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from spotune.core import exits
+from spotune.core import errors
 from spotune.core.environment import parse_stall_after
 from spotune.guard import ranks
-from spotune.guard.context import Context
-from spotune.guard.journal import Journal, say
+from spotune.guard.journal import Context, Journal, say
 from spotune.guard.multinode import Leader
+from spotune.guard.ranks import append_own_stacks, collect_stacks
 from spotune.guard.save_schedule import Toll
-from spotune.guard.stacks import append_own_stacks, collect_stacks
 from spotune.guard.stalls import Budgets, Sample, SeenTime, Stall, Stalls, Work, boot_time, sample_every_s
 
 TICK_S = 0.5
@@ -65,7 +64,7 @@ class Watchdog:
         self._sampled_s: float | None = None
         self._pids: Mapping[int, int] = {}
         self.stall: Stall | None = None
-        self._code = exits.PREEMPTED
+        self._code = errors.PREEMPTED
         self._lock = threading.Lock()
         self._stop, self._closed = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="watchdog", daemon=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from spotune.core.errors import InputError, shown
-from spotune.core.fields import Amount, Count, Ranks, Time
+from spotune.core.keys import Amount, Count, Ranks, Time
 
 # What an infrastructure is: the one interface behind ``local`` and ``skypilot``, with the same contract tests.
 

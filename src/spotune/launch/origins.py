@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from spotune.core.config import SETTINGS, parse_overrides
-from spotune.core.config_keys import is_on
-from spotune.core.config_values import FLAG, bool_of, mapping_of, why_refused
-from spotune.core.data_files import read_user_json
+from spotune.core.config_keys import FLAG, bool_of, is_on, mapping_of, why_refused
 from spotune.core.errors import InfraError
-from spotune.core.fingerprint import adapter_base
+from spotune.core.fingerprint import adapter_base, read_user_json
 from spotune.core.records import RunRecord
 from spotune.core.revisions import compare, shown_leaves
 from spotune.launch.secret_files import secret_content

@@ -12,7 +12,7 @@ from spotune.core import environment
 from spotune.core.config import read_yaml
 from spotune.core.environment import RunEnvironment, check_bucket
 from spotune.core.errors import InputError, shown
-from spotune.core.fields import MOST_USD_PER_HOUR, clock_fault
+from spotune.core.keys import MOST_USD_PER_HOUR, clock_fault
 from spotune.core.store import FOR_VERBS, Store
 from spotune.launch.engine import BACKENDS, LOCAL, SKYPILOT, Infra, cloud_of, infra_of, open_backend
 from spotune.launch.task import shipped_file

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from spotune.core.config import overlay
-from spotune.core.config_values import FLAG as FLAG_ENV
-from spotune.core.errors import InfraError, InputError, SpotuneError, StoreError, Taken, Unsettled
-from spotune.core.exits import FAILED
+from spotune.core.config_keys import FLAG as FLAG_ENV
+from spotune.core.errors import FAILED, InfraError, InputError, SpotuneError, StoreError, Taken, Unsettled
 from spotune.core.fingerprint import data_files, data_sha256, model_files, model_sha256
 from spotune.core.keys import Keys
 from spotune.core.records import Mark, RunRecord, fingerprint, read_mark

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import spotune
-from spotune.core import environment, exits
+from spotune.core import environment, errors
 from spotune.core.config import read_yaml, refuse_dates
-from spotune.core.data_files import read_user_file
 from spotune.core.errors import InputError, shown
+from spotune.core.fingerprint import read_user_file
 
 # Finds the Python that trains. The launcher's own environment has neither torch nor TRL: see
 # docs/explanation/technology.md.
@@ -206,7 +206,7 @@ class Demand:
     use_spot: bool = False
     priority: int = 0
     max_restarts: int = 0
-    recover_codes: tuple[int, ...] = (exits.PREEMPTED,)
+    recover_codes: tuple[int, ...] = (errors.PREEMPTED,)
 
 
 def shipped_file(name: str, cwd: Path) -> Path | None:

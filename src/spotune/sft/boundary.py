@@ -1,22 +1,276 @@
-"""A step's end: the decisions (stop, save), made common to all ranks, and what an exact resume needs."""
+"""Watches for weights that are not finite: they end the training, and no checkpoint or result holds them.
+
+The loss and the gradient's norm of every step leave a flag on the device, without a wait. The weights themselves are
+read where it counts: before training, after the first step, when a loss is logged as NaN or infinite, before each
+snapshot, and before the result. That is one pass over the tensors and one wait (benchmarks/finite.py).
+
+Only what is trained decides. A mask of -inf in a buffer and the integers of a quantized base are nobody's fault.
+"""
 
 import math
+import shutil
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import get_model_param_count
 
-from spotune.core.protocol import EventLog, Phase, read_json, write_json
+from spotune.core.io import failpoint
+from spotune.core.protocol import Control, EventLog, Phase, Staged, Wish, read_json, staged_path, write_json
 from spotune.sft.arguments import SaveRule
-from spotune.sft.control import Control, Wish
-from spotune.sft.preflight import Stopped
-from spotune.sft.saver import Saver
+from spotune.sft.preflight import NotFinite, Stopped
+from spotune.sft.snapshot import Arena, Capture, Writer, capturing, size_of
+
+_NEVER = 2**62  # a step that does not come
+
+
+def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Returns whether no element is NaN or infinite. Ignores integers; waits once for each dtype.
+
+    The smallest and the largest element say it: NaN wins both. Unlike a sum or a norm they cannot overflow.
+    """
+    ends: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for tensor in _measurable(tensors):
+        ends.setdefault((tensor.device, tensor.dtype), []).extend(_ends(tensor))
+    return all(bool(torch.stack(found).isfinite().all()) for found in ends.values())
+
+
+def _measurable(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """This rank's part of each tensor, as far as it has elements that can be NaN."""
+    for tensor in tensors:
+        local = getattr(tensor, "ds_tensor", tensor)  # DeepSpeed's own word for a rank's part
+        local = local.to_local() if isinstance(local, DTensor) else local
+        if local.layout != torch.strided or not local.numel():
+            continue
+        local = torch.view_as_real(local) if local.is_complex() else local
+        if local.is_floating_point():
+            yield local.detach().float() if local.element_size() == 1 else local.detach()
+
+
+def _ends(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    try:
+        return torch.aminmax(tensor)
+    except NotImplementedError:  # a quantized state that looks like a tensor of floats
+        return torch.aminmax(tensor.dequantize())
+
+
+class Finite:
+    """Knows up to which step one rank's weights were finite."""
+
+    def __init__(self) -> None:
+        self._checked: int | None = None  # the weights were finite after this step
+        self._is_bad: torch.Tensor | None = None  # within the step under way
+        self._since: torch.Tensor | None = None  # the first step with a flag since ``_checked``
+
+    def note(self, value: Any) -> None:
+        """Takes a loss or a norm of the step under way. Does not wait for the device."""
+        if isinstance(value, torch.Tensor) and not isinstance(value, DTensor):
+            bad = torch.isfinite(value.detach()).all().logical_not()
+            self._is_bad = bad if self._is_bad is None else self._is_bad.to(bad.device) | bad
+        elif isinstance(value, float) and not math.isfinite(value):
+            self._is_bad = torch.tensor(True)
+
+    def end_step(self, step: int, was_skipped: bool) -> None:
+        """Keeps the step's flag. A step that a gradient scaler left out changed no weights."""
+        bad, self._is_bad = self._is_bad, None
+        if bad is None or was_skipped:
+            return
+        since = torch.full((), _NEVER, device=bad.device) if self._since is None else self._since.to(bad.device)
+        self._since = torch.where(bad & (since == _NEVER), step, since)
+
+    def fault(self, trainer: Any, with_optimizer: bool = False) -> str:
+        """Returns what is not finite and since when, empty where all is well. All ranks call it and get the same."""
+        step = int(trainer.state.global_step)
+        tensors = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+        is_finite = all_finite(tensors)
+        since = _NEVER if self._since is None else int(self._since)
+        # A state can only have gone bad in a step whose gradient was: so mostly it need not be read.
+        is_suspect = with_optimizer and is_finite and since != _NEVER
+        is_state_finite = not is_suspect or all_finite(_optimizer_state(trainer))
+        is_finite, is_state_finite, since = _common(trainer, is_finite, is_state_finite, since)
+        if is_finite and is_state_finite:
+            self._checked, self._since = step, None
+            return ""
+        return f"{'the optimizer state is' if is_finite else 'the weights are'} not finite {self._when(step, since)}"
+
+    def _when(self, step: int, since: int) -> str:
+        if self._checked is None:
+            return f"in the checkpoint of step {step}" if step else "in the model, before the first step"
+        if since <= step:
+            return f"since step {since}"
+        if self._checked >= step - 1:
+            return f"since step {step}"
+        return f"since step {step} or one before it (after step {self._checked} they were)"
+
+
+def _optimizer_state(trainer: Any) -> Iterator[torch.Tensor]:
+    for state in getattr(trainer.optimizer, "state", {}).values():
+        yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+
+
+def _common(trainer: Any, is_finite: bool, is_state_finite: bool, since: int) -> tuple[bool, bool, int]:
+    """What all ranks agree on: a fault of one is a fault of all, and the earliest step counts."""
+    if trainer.args.world_size <= 1:
+        return is_finite, is_state_finite, since
+    found = torch.tensor([int(is_finite), int(is_state_finite), since], device=trainer.args.device)
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MIN)
+    weights, state, first = found.tolist()
+    return bool(weights), bool(state), int(first)
+
+
+# Checkpoints of one rank: copied at a step boundary, written behind training, handed to the guard.
+#
+# save ─▶ snapshot in memory (training waits) ─▶ files (a thread) ─▶ staged/<step>-<rank>.json (the guard's)
+
+REMEDY = "lower learning_rate, raise warmup_steps, or use bf16 in place of fp16"
+
+
+class Saver:
+    """Saves one checkpoint at a time.
+
+    Args:
+        folder: the exchange folder.
+        events: rank 0's log, None on the others.
+        versions: of the libraries, for the commit.
+
+    Attributes:
+        finite: keeps weights that are not finite out of checkpoints.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        events: EventLog | None,
+        versions: dict[str, str],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.folder, self.events, self.versions = folder, events, versions
+        self.saved_step = -1
+        self.finite = Finite()
+        self._kept_step = 0  # of the newest checkpoint that is whole
+        self._clock = clock
+        # The commit has a sha256 of each file: a checksum of each tensor in it costs a tenth of a save, for nothing.
+        torch.serialization.set_crc32_options(False)
+        self._arena = Arena()
+        self._writer = Writer()
+        self._writing: Path | None = None
+        self._group: Any = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether the last checkpoint is still on its way to the disk."""
+        return self._writer.busy
+
+    def prepare(self, trainer: Any) -> None:
+        """Makes what a save needs, behind training; to be called by all ranks once the optimizer has its state."""
+        if trainer.is_fsdp_enabled:
+            # Writers of sharded checkpoints talk to each other beside training, so not by its group.
+            self._group = torch.distributed.new_group(backend="gloo")
+        elif trainer.args.process_index == 0 and not trainer.is_deepspeed_enabled:
+            self._arena.warm(size_of(_what_is_saved(trainer)))
+
+    def begin(self, trainer: Any) -> None:
+        """Looks at the weights before the first step: those of the model, or of the restored checkpoint."""
+        self.require_finite(trainer)
+        self._kept_step = trainer.state.global_step
+
+    def require_finite(self, trainer: Any, with_optimizer: bool = False) -> None:
+        """Raises NotFinite on all ranks where any rank's part of what is trained is not finite."""
+        fault = self.finite.fault(trainer, with_optimizer)
+        if not fault:
+            return
+        self.settle()  # the checkpoint that is being written is of an earlier step, and finite
+        kept = (
+            f"the last finite checkpoint is of step {self._kept_step}" if self._kept_step else "no checkpoint is kept"
+        )
+        raise NotFinite(f"{fault}; {kept} ({REMEDY})")
+
+    def save(self, trainer: Any, checkpoint: Path, write: Callable[[], None]) -> None:
+        """Copies what ``write`` writes to ``checkpoint``; returns when training may go on.
+
+        Waits for the checkpoint before it, if that is not on the disk yet. Raises NotFinite, and saves nothing, where
+        training cannot go on from here.
+        """
+        began = self._clock()
+        self.settle()
+        step = trainer.state.global_step
+        self.require_finite(trainer, with_optimizer=step < trainer.state.max_steps)
+        self._arena.reset()
+        capture = Capture(self._arena, self._group)
+        try:
+            with capturing(capture, trainer.processing_class):
+                write()
+            trainer.extra().write(checkpoint, trainer.args.process_index)
+        except OSError as fault:
+            if trainer.args.world_size > 1:  # the other ranks may wait for this one by now
+                raise
+            self._give_up(checkpoint, fault)
+            return
+        self.saved_step, self._writing = step, checkpoint
+        staged = self._staged(trainer, checkpoint)
+        if self.events:
+            self.events.write("save", step=step, stall_s=round(self._clock() - began, 4))
+        failpoint("snapshot")
+        self._writer.submit(capture.pieces, partial(self._hand_over, staged, trainer.args.process_index))
+
+    def settle(self) -> None:
+        """Waits for the checkpoint that is being written; says so when the disk did not take it."""
+        fault = self._writer.settle()
+        if fault is not None and self._writing is not None:
+            self._give_up(self._writing, fault)
+
+    def _staged(self, trainer: Any, checkpoint: Path) -> Staged:
+        args, state = trainer.args, trainer.state
+        return Staged(
+            step=state.global_step,
+            checkpoint=str(checkpoint),
+            epoch=float(state.epoch or 0.0),
+            tokens=int(trainer._total_train_tokens),
+            world_size=args.world_size,
+            threads=torch.get_num_threads(),
+            best_step=state.best_global_step if args.load_best_model_at_end else None,
+            versions=self.versions,
+            global_batch=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        )
+
+    def _hand_over(self, staged: Staged, rank: int, facts: dict[Path, dict[str, Any]], write_s: float) -> None:
+        """The writer's last act: from now on the guard may take the checkpoint."""
+        failpoint("written")
+        files = {path.relative_to(staged.checkpoint).as_posix(): fact for path, fact in facts.items()}
+        if self.events:
+            size = sum(int(fact["size"]) for fact in files.values())
+            self.events.write("written", step=staged.step, write_s=round(write_s, 4), bytes=size)
+        write_json(staged_path(self.folder, staged.step, rank), replace(staged, files=files))
+        self._kept_step = staged.step
+
+    def _give_up(self, checkpoint: Path, fault: OSError) -> None:
+        """A checkpoint did not come about; training goes on, and the next save tries again."""
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        self.saved_step, self._writing = -1, None
+        step = int(checkpoint.name.rpartition("-")[2])
+        print(f"[spotune] step {step} is not saved: {fault}", file=sys.stderr, flush=True)
+        if self.events:
+            self.events.write("unsaved", step=step, message=str(fault))
+
+
+def _what_is_saved(trainer: Any) -> list[torch.Tensor]:
+    """The tensors that make up the size of a checkpoint: of an adapter only what is trained."""
+    model = trainer.model
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights = trained if hasattr(model, "peft_config") else list(model.state_dict().values())
+    states = [value for state in trainer.optimizer.state.values() for value in state.values()]
+    return [*weights, *(value for value in states if isinstance(value, torch.Tensor))]
+
+
+# A step's end: the decisions (stop, save), made common to all ranks, and what an exact resume needs.
 
 # What a checkpoint needs beyond Trainer's own files for an exact resume: ``spotune.json``, one per rank.
 #

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from transformers.trainer_pt_utils import safe_globals
 
 from spotune.core.errors import SpotuneError
-from spotune.core.fields import is_key
+from spotune.core.keys import is_key
 
 # Reads sharded checkpoints (FSDP) without running code that somebody else may have put into them.
 #

@@ -1,26 +1,347 @@
-"""What the run trains on and is evaluated on: ``data:``, or TRL's own ``datasets`` and ``dataset_name``.
+"""The place in the data, in rows of an epoch, and one trainer's epochs."""
 
-``load_data`` is the seam: whatever reads and mixes behind it (later also streamed), the trainer gets
-data sets of rows in one of TRL's formats.
-"""
-
+import math
 import os
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.data_loader import DataLoaderDispatcher
+from torch.utils.data import BatchSampler
 
-from spotune.core.data_files import changed_while_read, file_state, not_as_submitted, notices
 from spotune.core.errors import InputError
-from spotune.core.fingerprint import data_files
-from spotune.core.machine_faults import is_machine_fault
+from spotune.core.fingerprint import changed_while_read, data_files, file_state, not_as_submitted, notices
 from spotune.core.protocol import Job
 from spotune.core.records import fingerprint
+from spotune.core.store.faults import is_machine_fault
 from spotune.sft.arguments import Arguments
-from spotune.sft.mixture import Origins, counts, distinct, divide, interleave, joined
+from spotune.sft.row_counts import Origins, counts, distinct, divide, interleave, joined
 from spotune.sft.sources import Source, dataset_of, one_layout, read_all, twins
+
+# The place in the data, in rows of an epoch, so that a run goes on there when its batches have another size.
+#
+# Trainer counts in batches: under another batch size, accumulation or ``drop_last`` the same number of batches is
+# another row. The order of an epoch's rows depends on the seed and on how many rows there are, not on batches. So a
+# checkpoint says how many rows of its epoch are trained, and the epoch goes on with the row after these, in batches of
+# today's size. Its steps are counted as if the rows before had come in such batches too.
+#
+# Where other rows are made of the same text (packing), there is no such place, and the run is refused.
+
+REMEDY = "change it where an epoch ends, or start a run of its own with another --name"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a checkpoint is in the data.
+
+    Attributes:
+        epoch: that is under way, from 0.
+        row: how many rows of it are trained, in the order of that epoch.
+        rows: of an epoch; 0 for a stream, or where it is not known.
+        step_rows: rows of a step, over all ranks.
+        made_by: settings that decide what a row is, and in which order they come.
+    """
+
+    epoch: int
+    row: int
+    rows: int = 0
+    step_rows: int = 0
+    made_by: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return f"epoch {self.epoch + 1}, row {self.row}"
+        return f"epoch {self.epoch + self.row / self.rows:.2f}, row {self.row} of {self.rows}"
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Start:
+    """How an epoch goes on from a row.
+
+    Attributes:
+        skipped, skipped_steps: batches, and whole steps, that the rows before count as.
+        batches, steps: of the epoch, with those.
+    """
+
+    epoch: int
+    row: int
+    skipped: int
+    skipped_steps: int
+    batches: int
+    steps: int
+
+
+class Layout:
+    """How a prepared loader makes batches of rows.
+
+    Raises TypeError for batches that are made in a way that is not known here.
+
+    Attributes:
+        batch_rows: rows of a batch, over all ranks.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        outer = getattr(loader, "batch_sampler", None)
+        found = outer
+        while hasattr(found, "batch_sampler"):
+            found = found.batch_sampler
+        is_known = type(found) is BatchSampler and not isinstance(loader, DataLoaderDispatcher)
+        if not is_known or not found.batch_size:
+            raise TypeError("batches of unknown making")
+        is_split = found is outer or getattr(outer, "split_batches", False)
+        self.batch_rows = int(found.batch_size) * (1 if is_split else int(outer.num_processes))
+        self._batches, self._loader = found, loader
+
+    def start(self, epoch: int, row: int, accumulation: int) -> Start:
+        """Returns how to go on at a row; where less than a batch is left, at the next epoch's first one."""
+        skipped_steps = -(-row // (self.batch_rows * accumulation))
+        skipped = skipped_steps * accumulation
+        with self.rows_from(row, skipped):
+            batches = len(self._loader)
+        if row and batches <= skipped:
+            return self.start(epoch + 1, 0, accumulation)
+        return Start(epoch, row, skipped, skipped_steps, batches, max(1, -(-batches // accumulation)))
+
+    @contextmanager
+    def rows_from(self, row: int, skipped: int) -> Iterator[None]:
+        """While this lasts, an epoch is as many batches to skip, then the rows from ``row`` on."""
+        before = self._batches.sampler
+        self._batches.sampler = _RowsFrom(before, row, skipped * self.batch_rows)
+        try:
+            yield
+        finally:
+            self._batches.sampler = before
+
+
+class _RowsFrom:
+    """A sampler's rows from one on, behind others that are only there to be skipped."""
+
+    def __init__(self, sampler: Any, row: int, skipped: int) -> None:
+        self._sampler, self._row, self._skipped = sampler, row, skipped
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(self._sampler)
+        # The first rows, as ever: Accelerate fills up the last batch with them.
+        yield from (order[index % len(order)] for index in range(self._skipped))
+        yield from order[self._row :]
+
+    def __len__(self) -> int:
+        return self._skipped + len(self._sampler) - self._row
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self._sampler, "set_epoch"):
+            self._sampler.set_epoch(epoch)
+
+
+def made_by(args: Any) -> dict[str, Any]:
+    """The settings of TRL's arguments that decide what a row is, and in which order rows come."""
+    packing = bool(args.packing)
+    return {
+        "packing": packing,
+        "packing_strategy": args.packing_strategy if packing else None,
+        "max_length": args.max_length,
+        "train_sampling_strategy": str(getattr(args, "train_sampling_strategy", "random")),
+        "dataloader_drop_last": bool(args.dataloader_drop_last),
+    }
+
+
+def place(before: Position, now: Position, where: str) -> tuple[int, int]:
+    """Returns epoch and row at which a run goes on; ``now`` says how rows and batches are made today.
+
+    Raises InputError where the row that the run was at does not exist any more.
+    """
+    epoch, row = before.epoch, before.row
+    if before.rows and row >= before.rows:
+        epoch, row = epoch + 1, 0
+    if row == 0:
+        return epoch, 0
+    if fault := _fault(before, now):
+        key, why = fault
+        raise InputError(where, f"the run is at {before}, and {why}", key=key, remedy=REMEDY)
+    return (epoch + 1, 0) if now.rows and row >= now.rows else (epoch, row)
+
+
+def _fault(before: Position, now: Position) -> tuple[str, str] | None:
+    """The key that leaves a row in the middle of an epoch without a place, and why."""
+    old, new = before.made_by, now.made_by
+    changed = [key for key in new if key in old and old[key] != new[key]]
+    if "packing" in changed:
+        return "packing", f"packing {_words(old, new, 'packing')} makes other rows of the same text"
+    for key in ("packing_strategy", "max_length"):
+        if key in changed and new["packing"]:
+            return key, f"{key} {_words(old, new, key)} makes other rows where packing is on"
+    if "max_length" in changed and before.rows and now.rows != before.rows:
+        lengths = _words(old, new, "max_length")
+        return "max_length", f"max_length {lengths} leaves {now.rows} rows of {before.rows}, in another order"
+    if "train_sampling_strategy" in changed:
+        strategies = _words(old, new, "train_sampling_strategy")
+        return "train_sampling_strategy", f"{strategies} brings its rows in another order"
+    by_batch = new.get("train_sampling_strategy") not in ("random", "sequential")
+    if by_batch and before.step_rows and before.step_rows != now.step_rows:
+        return "train_sampling_strategy", f"under {new['train_sampling_strategy']} the order of rows follows the batch"
+    return None
+
+
+def _words(old: Mapping[str, Any], new: Mapping[str, Any], key: str) -> str:
+    return f"{_word(old[key])} -> {_word(new[key])}"
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def length(start: Start, done: int, epoch_steps: int, max_steps: int, epochs: float) -> tuple[int, int]:
+    """Returns the run's steps in all, and the number of the epoch that it ends with, from 1.
+
+    Args:
+        done: steps so far, whatever their size.
+        epoch_steps: steps of each later epoch.
+        max_steps: as the config says, 0 or less where ``epochs`` counts.
+    """
+    here = start.steps - start.skipped_steps
+    if max_steps > 0:
+        later = max(0, max_steps - done - here)
+        return max_steps, start.epoch + 1 + math.ceil(later / epoch_steps)
+    left = max(0, math.ceil(min(epochs - start.epoch, 1.0) * start.steps) - start.skipped_steps)
+    return done + left + math.ceil(max(0.0, epochs - start.epoch - 1) * epoch_steps), math.ceil(epochs)
+
+
+# One trainer's epochs: where in the data a run goes on, and where it is. See ``position.py``.
+
+
+class Epochs:
+    """Keeps the place in the data of one rank's trainer.
+
+    Where nothing has changed the place is the one that Trainer counts itself, and nothing here interferes.
+
+    Attributes:
+        epoch: that is under way, from 0.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._layout: Layout | None = None
+        self._start: Start | None = None  # how the resumed epoch goes on, where Trainer's own count is another place
+        self._stream_steps: int | None = None
+        self.epoch = self._step_before = self._steps = self._offset = 0
+
+    @property
+    def steps(self) -> int:
+        """Steps of the epoch so far; rows that were trained in other batches count as steps of today's."""
+        return int(self._trainer.state.global_step) - self._step_before
+
+    def plan(self, values: tuple[Any, ...], loader: Any) -> tuple[Any, ...]:
+        """Takes and returns what Trainer makes of the length of its data; raises InputError for a place that is gone.
+
+        What is changed: how many epochs there are, and how many steps.
+        """
+        self._start = self._stream_steps = None
+        trainer = self._trainer
+        try:
+            self._layout = None if trainer.is_streaming else Layout(loader)
+        except TypeError:
+            self._layout = None
+        before = self._before()
+        if before is None or trainer.args.ignore_data_skip:
+            return values
+        now = self._now()
+        epoch, row = place(before, now, trainer.boundary.where)
+        if trainer.is_streaming:
+            self._stream_steps = self._steps_of_stream(before, now)
+        elif self._layout is not None:
+            epochs, steps, *rest, max_steps = values
+            done = trainer.boundary.resumed_step
+            usual_epoch, usual_steps = divmod(done, steps)
+            if (epoch, row) != (usual_epoch, usual_steps * now.step_rows):
+                start = self._start = self._layout.start(epoch, row, trainer.args.gradient_accumulation_steps)
+                max_steps, epochs = length(start, done, steps, trainer.args.max_steps, trainer.args.num_train_epochs)
+                epoch, row = start.epoch, start.row
+            values = (epochs, steps, *rest, max_steps)
+        self._tell(before, Position(epoch, row, now.rows), now)
+        return values
+
+    def first(self, found: tuple[int, int]) -> tuple[int, int]:
+        """Returns (epoch, batches of it to skip) to go on with; ``found``: what Trainer has counted."""
+        restored, accumulation = self._trainer.boundary.restored, self._trainer.args.gradient_accumulation_steps
+        if self._start is not None:
+            return self._start.epoch, self._start.skipped
+        if self._trainer.is_streaming and restored is not None:  # Trainer takes a stream's first epoch for endless
+            steps = restored.epoch_steps if self._stream_steps is None else self._stream_steps
+            return restored.epoch, steps * accumulation
+        return found
+
+    @contextmanager
+    def running(self, kwargs: dict[str, Any]) -> Iterator[None]:
+        """While an epoch runs; ``kwargs`` are those of Trainer's ``_run_epoch``, changed in place."""
+        is_resumed = kwargs["resume_from_checkpoint"] is not None and kwargs["epoch"] == kwargs["epochs_trained"]
+        start, layout, trainer = self._start if is_resumed else None, self._layout, self._trainer
+        if start is not None:
+            kwargs |= {"steps_in_epoch": start.batches, "num_update_steps_per_epoch": start.steps}
+            kwargs["steps_trained_in_current_epoch"] = start.skipped
+        skipped = kwargs["steps_trained_in_current_epoch"] if is_resumed else 0
+        self.epoch, self._steps = kwargs["epoch"], kwargs["num_update_steps_per_epoch"]
+        self._step_before = trainer.state.global_step - skipped // trainer.args.gradient_accumulation_steps
+        self._offset = start.row - start.skipped * layout.batch_rows if start and layout else 0
+        with layout.rows_from(start.row, start.skipped) if start and layout else nullcontext():
+            yield
+
+    def position(self) -> Position:
+        """Returns where the run is; at an epoch's end that is the next one's beginning."""
+        now, is_streaming = self._now(), self._trainer.is_streaming
+        row = self._offset + self.steps * now.step_rows
+        is_over = not is_streaming and (self.steps >= self._steps or row >= now.rows)
+        epoch, row = (self.epoch + 1, 0) if is_over else (self.epoch, row)
+        return Position(epoch, row, now.rows, now.step_rows, now.made_by)
+
+    def _before(self) -> Position | None:
+        """The place that the checkpoint names. One of an earlier version names it in steps, of so many rows as its
+        commit says."""
+        boundary = self._trainer.boundary
+        if boundary.restored is None:
+            return None
+        if boundary.restored.position:
+            return Position(**boundary.restored.position)
+        rows, now = boundary.resumed_step_rows, self._now()
+        if not rows or rows == now.step_rows:
+            return None
+        return Position(boundary.restored.epoch, boundary.restored.epoch_steps * rows, step_rows=rows)
+
+    def _now(self) -> Position:
+        args = self._trainer.args
+        rows = 0 if self._trainer.is_streaming else len(self._trainer.train_dataset)
+        batch = self._layout.batch_rows if self._layout else self._trainer._train_batch_size * args.world_size
+        return Position(0, 0, rows, batch * args.gradient_accumulation_steps, made_by(args))
+
+    def _steps_of_stream(self, before: Position, now: Position) -> int:
+        """A stream is read again from its beginning, in whole steps."""
+        steps, rest = divmod(before.row, now.step_rows)
+        if rest:
+            what = f"the run is at {before} of a stream, which steps of {now.step_rows} rows do not come to"
+            remedy = f"a batch and an accumulation whose product divides {before.row}"
+            raise InputError(self._trainer.boundary.where, what, key="per_device_train_batch_size", remedy=remedy)
+        return steps
+
+    def _tell(self, before: Position, after: Position, now: Position) -> None:
+        """One line, where batches or rows are made in another way than before."""
+        is_same = (before.rows, before.step_rows, before.made_by) == (now.rows, now.step_rows, now.made_by)
+        if is_same or self._trainer.args.process_index != 0:
+            return
+        steps = f", in steps of {now.step_rows} rows" if before.step_rows != now.step_rows else ""
+        steps += f" instead of {before.step_rows}" if steps and before.step_rows else ""
+        print(f"[spotune] goes on in {after} (before: {before}){steps}", file=sys.stderr)
+
+
+# What the run trains on and is evaluated on: ``data:``, or TRL's own ``datasets`` and ``dataset_name``.
+#
+# ``load_data`` is the seam: whatever reads and mixes behind it (later also streamed), the trainer gets
+# data sets of rows in one of TRL's formats.
 
 
 @dataclass(frozen=True)

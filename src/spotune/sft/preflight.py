@@ -11,10 +11,10 @@ from typing import Any
 from spotune.core.config import check_local_files
 from spotune.core.config_keys import is_on
 from spotune.core.config_rules import HUB_ID, check_sources
-from spotune.core.data_files import find_files, read_user_json
 from spotune.core.errors import InputError, OtherVersions, SpotuneError, StoreError
-from spotune.core.machine_faults import is_machine_fault
+from spotune.core.fingerprint import find_files, read_user_json
 from spotune.core.protocol import Outcome
+from spotune.core.store.faults import is_machine_fault
 
 # What an exception means for the run: bad input, worth another machine, or failed for good.
 

@@ -21,8 +21,8 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
-from spotune.core.data_files import is_lfs_pointer, kind_of
 from spotune.core.errors import InputError
+from spotune.core.fingerprint import is_lfs_pointer, kind_of
 from spotune.sft.rows import OPTIONAL, PLAIN, Chunk, Columns, RowError, chunk_of, plain_chunk
 
 BLOCK_BYTES = 4 << 20

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from spotune.core.data_files import (
+from spotune.core.errors import InputError, SpotuneError, protect_output, shown
+from spotune.core.fingerprint import (
     changed_while_read,
     checksum_of,
+    file_facts,
     file_state,
     find_files,
     is_remote,
@@ -24,12 +27,10 @@ from spotune.core.data_files import (
     open_store,
     unreachable,
 )
-from spotune.core.errors import InputError, shown
-from spotune.core.fingerprint import file_facts
-from spotune.core.machine_faults import is_machine_fault
 from spotune.core.protocol import read_json, write_json
-from spotune.sft.mixture import held_out_count
-from spotune.sft.readers import HubReader, Reader, open_file, spoilt
+from spotune.core.store.faults import is_machine_fault
+from spotune.sft.readers import HubReader, Reader, open_bytes, open_file, spoilt
+from spotune.sft.row_counts import held_out_count
 from spotune.sft.rows import REMEDIES, Columns, Layout, RowError, columns_of, format_of
 
 # Data files of a store, copied once to this machine's cache: a new copy when the store's checksum changes.
@@ -447,3 +448,72 @@ def _load_hub(source: Source) -> Any:
         if is_machine_fault(error):
             raise
         raise source.error(str(error), key="source") from error
+
+
+# ``python -m spotune.sft.sources``: looks at the rows of local data files for ``spotune check``, without torch.
+#
+# Reads a JSON object from stdin, ``{"config": …, "config_path": …, "most_bytes": …}``, and prints another:
+# ``{"rows": how many it read, "partly": files that it did not read to their end, "error": what does not fit, or ""}``.
+
+
+def check_rows(config: Mapping[str, Any], config_path: str, most_bytes: int) -> dict[str, Any]:
+    """Reads the rows of local ``data:`` files, about ``most_bytes`` in all. Raises InputError for what does not fit."""
+    reads: list[Read] = []
+    partly: list[str] = []
+    text_field = str(config.get("dataset_text_field") or "text")
+    for index, entry in enumerate(config.get("data") or []):
+        source = Source(entry, config_path, f"data[{index}]", text_field)
+        if is_remote(source.url):
+            continue
+        found: list[Read] = []
+        skipped = []
+        for url in find_files(source.url, config_path, f"data[{index}].source").files:
+            left = most_bytes - sum(read.size for read in [*reads, *found])
+            if left <= 0 or _is_large_list(url, left):
+                skipped.append(url)
+                continue
+            read = read_part(Part(source, url, url.removeprefix("file://"), ""), None, left)
+            found += [read] if read else []
+            skipped += [url] if read and not read.is_whole else []
+        if not found and not skipped:
+            raise InputError(source.url, "has no rows")
+        if not skipped:
+            source.held_out(sum(read.rows for read in found))
+        reads += found
+        partly += skipped
+    if reads:
+        one_layout(reads)
+    return {"rows": sum(read.rows for read in reads), "partly": partly}
+
+
+def _is_large_list(path: str, most_bytes: int) -> bool:
+    """Whether a file is one JSON list, which can only be read whole, and a long one."""
+    kind, compression = kind_of(path) or ("", "")
+    if kind != "json":
+        return False
+    with open_bytes(path.removeprefix("file://"), compression) as data:
+        head = data.read(most_bytes + 1)
+    return head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[") and len(head) > most_bytes
+
+
+class _WithoutPandas:
+    """Hides pandas from this process: pyarrow imports it where it can, in a third of a second, for nothing here."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name == "pandas":
+            raise ModuleNotFoundError(name)
+
+
+def main() -> None:
+    protect_output()
+    sys.meta_path.insert(0, _WithoutPandas())
+    asked = json.load(sys.stdin)
+    try:
+        found = {**check_rows(asked["config"], asked["config_path"], asked["most_bytes"]), "error": ""}
+    except SpotuneError as error:
+        found = {"rows": 0, "partly": [], "error": str(error)}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

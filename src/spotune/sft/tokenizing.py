@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from spotune.core.errors import InputError
-from spotune.core.machine_faults import is_machine_fault
 from spotune.core.protocol import EventLog
-from spotune.sft.mixture import Origins
+from spotune.core.store.faults import is_machine_fault
 from spotune.sft.preflight import one_line
 from spotune.sft.row_counts import (
     Limits,
+    Origins,
     RowCount,
     SourceCount,
     check_batch,

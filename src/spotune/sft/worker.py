@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from spotune.core.environment import GUARD_PID
-from spotune.core.errors import InputError, OtherVersions, SpotuneError
-from spotune.core.failpoints import failpoint
+from spotune.core.errors import InputError, OtherVersions, SpotuneError, protect_output
 from spotune.core.fingerprint import changed_versions, installed_versions
-from spotune.core.output import protect_output
+from spotune.core.io import failpoint
 from spotune.core.protocol import (
     CONTROL,
     JOB,
@@ -170,7 +169,7 @@ def _run(this: Rank) -> Outcome:
         raise InputError(this.job.config_path, what, key="data", remedy="more rows, or a greater max_length")
     if this.events:
         this.events.phase("teardown")
-    from spotune.sft.model import save_result
+    from spotune.sft.trainer import save_result
 
     save_result(trainer, this.folder / OUTPUT, this.job)
     failpoint("result-written")
@@ -195,9 +194,8 @@ def _load(this: Rank) -> Any:
     import transformers
 
     from spotune.sft import arguments
-    from spotune.sft.boundary import Boundary
-    from spotune.sft.model import build_trainer
-    from spotune.sft.saver import Saver
+    from spotune.sft.boundary import Boundary, Saver
+    from spotune.sft.trainer import build_trainer
 
     # PEFT asks by the old name. Users cannot change that.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
@@ -221,7 +219,7 @@ def _load(this: Rank) -> Any:
 def _wait_for_restore(this: Rank) -> str | None:
     """The restored checkpoint's folder, None for a fresh start; raises Stopped when the guard says so."""
     from spotune.sft.checkpoint_files import fault_of
-    from spotune.sft.model import prepare
+    from spotune.sft.trainer import prepare
 
     if this.events and not (this.folder / RESTORED).exists():
         this.events.phase("restore")

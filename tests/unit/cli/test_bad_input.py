@@ -326,7 +326,7 @@ def test_a_store_that_is_away(project: Project, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("source", ["away://b/x.jsonl", "away://b/*.jsonl"])
 def test_a_store_that_cannot_be_reached(project: Project, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spotune.core.data_files.PROTOCOLS", ("away",))
+    monkeypatch.setattr("spotune.core.fingerprint.PROTOCOLS", ("away",))
 
     class NoCredentialsError(Exception):
         """As of botocore: neither OSError nor ValueError."""

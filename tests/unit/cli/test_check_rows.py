@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from spotune.core.errors import InputError
-from spotune.launch import check
+from spotune.launch import plan
 from spotune.launch.task import find_trainer
 from tests.unit.project import Project
 
@@ -39,7 +39,7 @@ def test_a_row_that_does_not_fit_is_named(project: Project) -> None:
 
 
 def test_only_the_first_rows_of_large_files_are_read(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check.check_rows, "__defaults__", (1000,))
+    monkeypatch.setattr(plan.check_rows, "__defaults__", (1000,))
     rows = [{"text": "row " * 99} for _ in range(20_000)]
     project.write("data.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     found = project.json("check", "run.yaml")
@@ -79,7 +79,7 @@ def test_what_people_may_not_have_meant(project: Project) -> None:
 
 def test_without_a_trainer_it_says_what_it_could_not_read(project: Project) -> None:
     (project.folder / "nothing").write_text("")
-    found = check.check_rows(
+    found = plan.check_rows(
         {"data": [{"source": "data.jsonl"}]}, "run.yaml", {"SPOTUNE_PYTHON": "./nothing"}, project.folder
     )
     assert found["rows_read"] == 0

@@ -259,7 +259,7 @@ def test_a_dev_run_is_changed_under_another_name(project: Project) -> None:
 
 
 def test_the_question_says_what_changes(ended: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spotune.cli.options.can_ask", lambda: True)
+    monkeypatch.setattr("spotune.cli.can_ask", lambda: True)
     arguments = ("train", "run.yaml", "--name", "run-a", "-d", "--set", "max_steps=40")
     no = ended.run(*arguments, input="n\n")
     assert "Go on with run-a, changed: max_steps: 9 -> 40. Proceed? [Y/n]" in no.stderr

@@ -8,7 +8,7 @@ import click.testing
 import pytest
 
 from spotune.cli import main
-from spotune.launch.skypilot import logs
+from spotune.launch.skypilot import jobs
 from tests.commands import cli_runner
 from tests.unit.launch.skypilot.fake_sky import FakeSky, sky
 
@@ -23,7 +23,7 @@ def dev_run(sky: FakeSky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
     monkeypatch.setenv("SPOTUNE_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("SPOTUNE_USER", "ada")
     monkeypatch.delenv("SPOTUNE_BUCKET", raising=False)
-    monkeypatch.setattr(logs, "WAITS_S", (0, 0))
+    monkeypatch.setattr(jobs, "WAITS_S", (0, 0))
     monkeypatch.setattr("spotune.launch.skypilot.clusters.book_names", lambda *_: None)
 
     def run(*words: str) -> click.testing.Result:

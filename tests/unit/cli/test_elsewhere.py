@@ -286,7 +286,7 @@ def test_a_follower_bears_a_server_that_does_not_answer_for_a_while(
             self.turn("run-a", state="SUCCEEDED")
         return ask(self, *arguments, **options)
 
-    monkeypatch.setattr("spotune.cli.follow.REFRESH_S", 0.01)
+    monkeypatch.setattr("spotune.cli.runs.REFRESH_S", 0.01)
     monkeypatch.setattr(FakeSky, "logs", logs)
     monkeypatch.setattr(FakeSky, "jobs", jobs)
     result = project.run("train", "run.yaml", "--name", "run-a", "--infra", "aws", "-y")
@@ -324,7 +324,7 @@ def test_check_asks_what_the_settings_name(project: Project, monkeypatch: pytest
             raise InfraError("SkyPilot: the server does not answer (sky api start)")
         return {"infra": infra, "consolidation": "on", "problems": []}
 
-    monkeypatch.setattr("spotune.launch.skypilot.slurm.survey_infra", survey)
+    monkeypatch.setattr("spotune.launch.skypilot.task.survey_infra", survey)
     assert "problems" not in project.json("check")
     project.write("config/spotune.yaml", "infra: aws\n")
     found = project.json("check")

@@ -12,10 +12,10 @@ from click.testing import Result
 from spotune.cli import main
 from spotune.core.store import Store
 from spotune.launch.engine import Submission
+from spotune.launch.local.database import Attempt
 from spotune.launch.local.engine import LocalInfra
 from spotune.launch.local.layout import Layout
 from spotune.launch.local.queue import Queue
-from spotune.launch.local.rows import Attempt
 from tests.commands import cli_runner
 from tests.unit.cost.cases import RUN_ID, T, three_attempts
 from tests.unit.cost.test_read import write

@@ -13,21 +13,31 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from spotune.cli import main
-from spotune.core.clusters import ClusterRecord
 from spotune.core.errors import SpotuneError
 from spotune.core.keys import Keys
-from spotune.core.records import AttemptRecord, Bill, Certificate, Commit, Mark, PriceRow, Progress, Record, RunRecord
+from spotune.core.records import (
+    AttemptRecord,
+    Bill,
+    Certificate,
+    ClusterRecord,
+    Commit,
+    Mark,
+    PriceRow,
+    Progress,
+    Record,
+    RunRecord,
+)
 from spotune.core.revisions import record_history
 from spotune.core.store import Store
 from spotune.guard.attempt import make_job
 from spotune.guard.budget import _earlier_usd
 from spotune.guard.checkpoints import Retention
 from spotune.guard.claim import _check_config, claim_attempt, earlier_spells, standing_verdict
-from spotune.guard.context import Machine
 from spotune.guard.extras import surviving_logs
 from spotune.guard.finish import fetch_result
+from spotune.guard.journal import Machine
 from spotune.guard.restore import is_second_fault, last_event, newest_commit, restore
-from spotune.launch.local.probe import look
+from spotune.launch.local.watch import look
 from tests.commands import cli_runner
 from tests.hostile import changed, values
 from tests.unit.guard.attempts import make_context

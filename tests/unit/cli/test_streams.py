@@ -70,7 +70,7 @@ def test_a_run_goes_on_without_its_reader(project: Project, monkeypatch: pytest.
     def followed(*_: object) -> int:
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr("spotune.cli.follow.follow", followed)
+    monkeypatch.setattr("spotune.cli.runs.follow", followed)
     done = project.run("train", "run.yaml", "--name", "run-a", "-y")
     assert done.exit_code == 1
     assert "run-a goes on (follow it: spotune logs -f run-a)\n" in done.stderr

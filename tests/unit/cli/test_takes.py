@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from spotune.cli import options
+from spotune import cli
 from spotune.core.keys import Keys
 from spotune.core.records import RunRecord
 from spotune.launch import origins
@@ -164,7 +164,7 @@ def test_a_run_that_another_user_revised_is_resumed_only_when_agreed(
     assert refused.stderr.endswith("learning_rate: 1e-3 -> 2e-3 (add -y to go on with it)\n")
     assert project.store.exists(Keys("run-a").cancelled)
     assert project.infra.calls == []
-    monkeypatch.setattr(options, "can_ask", lambda: True)
+    monkeypatch.setattr(cli, "can_ask", lambda: True)
     asked = project.run("resume", "run-a", input="n\n")
     assert asked.exit_code == 1
     assert project.infra.calls == []
@@ -249,8 +249,8 @@ def test_a_revision_made_while_the_user_reads_is_not_gone_on_with(
         record = RunRecord.from_bytes(project.store.read(keys.revision(1)) or b"")
         project.store.create(keys.revision(2), replace(record, revision=2).to_bytes())
 
-    monkeypatch.setattr(options, "can_ask", lambda: True)
-    monkeypatch.setattr(options, "agree", answer)
+    monkeypatch.setattr(cli, "can_ask", lambda: True)
+    monkeypatch.setattr(cli, "agree", answer)
     refused = project.run("resume", "run-a")
     assert refused.exit_code == 2
     assert refused.stderr.splitlines()[-1] == "run-a: was changed by somebody else just now (try again)"

@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from spotune.cli import VERBS
-from spotune.cli.follow import exit_code_of, settled
-from spotune.cli.live import live_view
-from spotune.cli.render import duration
+from spotune.cli import VERBS, duration
+from spotune.cli.runs import exit_code_of, live_view, settled
 from spotune.core.environment import RunEnvironment
 from spotune.core.errors import InputError
 from spotune.core.keys import Keys
@@ -107,7 +105,7 @@ def test_on_this_machine_nobody_is_asked_where_nobody_is(project: Project) -> No
 
 
 def test_the_plan_is_agreed_to_or_not(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spotune.cli.options.can_ask", lambda: True)
+    monkeypatch.setattr("spotune.cli.can_ask", lambda: True)
     no = project.run("train", "run.yaml", "-d", "--name", "run-a", input="n\n")
     assert (no.exit_code, no.stdout) == (1, "")
     nobody = project.run("train", "run.yaml", "-d", "--name", "run-a", input="")
@@ -381,7 +379,7 @@ def test_dev_run_is_interactive_and_cancelled_by_ctrl_c(project: Project, monkey
     def interrupted(*_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("spotune.cli.follow.follow", interrupted)
+    monkeypatch.setattr("spotune.cli.runs.follow", interrupted)
     result = project.run("dev", "run", "run.yaml", "--name", "run-a")
     assert result.exit_code == 130
     submission = project.infra.submissions["run-a"]
@@ -392,7 +390,7 @@ def test_dev_run_is_interactive_and_cancelled_by_ctrl_c(project: Project, monkey
 
 
 def test_a_dev_run_and_a_production_run_are_never_the_same(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spotune.cli.follow.follow", lambda *_: 0)
+    monkeypatch.setattr("spotune.cli.runs.follow", lambda *_: 0)
     project.write("run.yaml", "model_name_or_path: ./model\ndata: [{source: data.jsonl}]\n")  # no profiles
     prod, dev = ("train", "run.yaml", "-y", "--no-use-spot", "--name"), ("dev", "run", "run.yaml", "--name")
     assert project.run(*prod, "prod-1").exit_code == 0
@@ -408,7 +406,7 @@ def test_ctrl_c_leaves_a_job_running(project: Project, monkeypatch: pytest.Monke
     def interrupted(*_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("spotune.cli.follow.follow", interrupted)
+    monkeypatch.setattr("spotune.cli.runs.follow", interrupted)
     result = project.run("train", "run.yaml", "--name", "run-a", "-y")
     assert result.exit_code == 130
     assert "spotune logs -f run-a" in result.stderr

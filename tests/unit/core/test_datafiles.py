@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from spotune.core.data_files import find_files, kind_of, notices, open_store
 from spotune.core.errors import InputError
-from spotune.core.fingerprint import data_files, data_sha256
+from spotune.core.fingerprint import data_files, data_sha256, find_files, kind_of, notices, open_store
 
 
 def names(source: str) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from spotune.core.config import load_config
-from spotune.core.config_values import HARMLESS, allowed_in, env_faults, why_refused
+from spotune.core.config_keys import HARMLESS, allowed_in, env_faults, why_refused
 from spotune.core.errors import InputError
 
 REFUSED = """

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 import spotune
-from spotune.core.output import Unfailing, protected
+from spotune.core.errors import Unfailing, protected
 
 # Prints on both streams by every road that libraries take, forks a child that does too, and leaves its own exit code.
 PROGRAM = """
 import logging, os, sys
 from pathlib import Path
-from spotune.core.output import protect_output
+from spotune.core.errors import protect_output
 
 protect_output()
 opened = open(sys.argv[1], "w")
@@ -82,7 +82,7 @@ def test_every_locale_has_room_for_everything(tmp_path: Path, environ: str) -> N
 
 @pytest.mark.parametrize("can_block", [True, False])
 def test_a_pipe_that_nobody_empties_holds_nobody_up(monkeypatch: pytest.MonkeyPatch, can_block: bool) -> None:
-    monkeypatch.setattr("spotune.core.output.PATIENCE_S", 0.01)
+    monkeypatch.setattr("spotune.core.io.PATIENCE_S", 0.01)
     reader, writer = os.pipe()
     os.set_blocking(writer, can_block)
     with Unfailing(writer, "w") as file:
@@ -117,7 +117,7 @@ def test_every_process_begins_with_it() -> None:
     source = Path(spotune.__file__).parent
     entries = {path for path in source.rglob("*.py") if 'if __name__ == "__main__"' in path.read_text()}
     names = {path.relative_to(source).as_posix() for path in entries if "protect_output()" not in path.read_text()}
-    # The guard's own `main` does it; the keeper stands alone; the schema is written by contributors, on a terminal.
-    assert names == {"sft/__main__.py", "keeper/__main__.py", "sft/schema.py"}
+    # The guard's own `main` does it; the watcher stands alone; the schema is written by contributors, on a terminal.
+    assert names == {"sft/__main__.py", "idle.py", "sft/arguments.py"}
     assert "protect_output()" in (source / "guard" / "main.py").read_text()
-    assert "open_log()" in (source / "keeper" / "__main__.py").read_text()
+    assert "open_log()" in (source / "idle.py").read_text()

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from spotune.core.clusters import ClusterRecord, read_clusters
 from spotune.core.errors import BadRecord, StoreError, launcher_code
-from spotune.core.records import Bill, PriceRow, Progress, Record, RunRecord, check_paid
+from spotune.core.records import Bill, ClusterRecord, PriceRow, Progress, Record, RunRecord, check_paid, read_clusters
 from spotune.core.store import Store
 
 T = 1_700_000_000.0

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from spotune.core import fields
+from spotune.core import keys
+from spotune.core import store as store_store
 from spotune.core.errors import BadRecord, InputError, Misplaced, StoreError, launcher_code
-from spotune.core.fields import is_key, name_fault, number_of
+from spotune.core.keys import is_key, name_fault, number_of
 from spotune.core.store import Store, objects
 from spotune.core.store import local as store_local
-from spotune.core.store import store as store_store
-from spotune.core.store.folders import open_folders
+from spotune.core.store.local import open_folders
 from tests.conftest import reach
 from tests.store_verbs import VERBS
 
@@ -294,7 +294,7 @@ def test_a_file_of_another_user_is_copied(local_store: Store, tmp_path: Path) ->
 
 
 def test_an_object_that_is_too_large_is_not_a_record(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (fields, store_store, store_local, objects):
+    for module in (keys, store_store, store_local, objects):
         monkeypatch.setattr(module, "RECORD_MOST_BYTES", 1 << 20)
     store.write("runs/a/x", b"x" * (1 << 20))
     assert len(store.read("runs/a/x") or b"") == 1 << 20

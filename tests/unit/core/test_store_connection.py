@@ -18,9 +18,9 @@ import pytest
 from gcsfs.retry import HttpError, NonRetryableError, validate_response
 from s3fs.errors import translate_boto_error
 
-from spotune.core.store import requests
+from spotune.core.store import objects
 from spotune.core.store.faults import Denied, Fault, GaveUp, Patience, judge, words_of
-from spotune.core.store.requests import Connection
+from spotune.core.store.objects import Connection
 from tests.clocks import Loops
 from tests.waiting import LIMIT_S
 
@@ -345,7 +345,7 @@ def test_a_loop_that_hangs_is_replaced() -> None:
 
 
 def test_whoever_waits_is_told_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(requests, "SILENT_S", 0.01)
+    monkeypatch.setattr(objects, "SILENT_S", 0.01)
     told: list[str] = []
     silent = Event()
 
@@ -368,7 +368,7 @@ def test_whoever_waits_is_told_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_large_body_takes_its_time_untold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(requests, "SILENT_S", 0.01)
+    monkeypatch.setattr(objects, "SILENT_S", 0.01)
     told: list[str] = []
 
     async def step(client: int) -> int:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from spotune.core import data_files
+from spotune.core import fingerprint
 from spotune.core.config import read_yaml
-from spotune.core.data_files import read_user_file, read_user_json
 from spotune.core.errors import InputError
+from spotune.core.fingerprint import read_user_file, read_user_json
 from spotune.launch.task import read_preemptions
 
 
@@ -37,7 +37,7 @@ def test_what_is_not_a_plain_file(tmp_path: Path) -> None:
 
 
 def test_a_file_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_files, "MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(fingerprint, "MOST_BYTES", 1 << 20)
     (tmp_path / "large").write_bytes(b"a" * ((1 << 20) + 1))
     assert "has more than 1 MiB (is it the right file?)" in refusal(tmp_path / "large")
 
@@ -86,7 +86,7 @@ def test_files_of_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     path.touch()
 
     def reading(file: Kernels) -> None:
-        monkeypatch.setattr(data_files, "open", lambda *_, **__: file, raising=False)
+        monkeypatch.setattr(fingerprint, "open", lambda *_, **__: file, raising=False)
 
     reading(Kernels())
     assert "kmsg: cannot be read: it would have to be waited for" in refusal(path)

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 
-from spotune.core.clusters import ClusterRecord
 from spotune.core.errors import InputError
 from spotune.core.keys import Keys
 from spotune.core.money import parse_usd
-from spotune.core.records import Progress
+from spotune.core.records import ClusterRecord, Progress
 from spotune.core.store import Store
 from spotune.cost.account import bills_due, build_accounts, write_bills
-from spotune.cost.budgets import Left, Month, check_wall, read_month, within_month
+from spotune.cost.collect import Left, Month, check_wall, read_month, within_month
 from spotune.launch.engine import Submission
 from spotune.launch.plan import Plan
 from spotune.launch.settings import MonthlyBudget, Workspace

@@ -4,8 +4,8 @@ from dataclasses import replace
 from typing import Any
 from xml.etree import ElementTree
 
+from spotune.cost.index import data_rows
 from spotune.cost.page import page_of
-from spotune.cost.read import data_rows
 from spotune.cost.report import build_report
 from spotune.cost.tables import WIDTH, run_text
 from tests.unit.cost.cases import T, event, three_attempts

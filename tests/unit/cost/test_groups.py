@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spotune.core.io import columns, plain
-from spotune.cost.focus import COLUMNS, focus_rows
-from spotune.cost.report import build_report
-from spotune.cost.rows import (
+from spotune.cost.export import (
     BY,
+    FOCUS_COLUMNS,
     By,
     Period,
     as_csv,
     cut,
     end_of,
+    focus_rows,
     gpus_of,
     group,
     indexed_attempts,
@@ -27,6 +27,7 @@ from spotune.cost.rows import (
     run_row,
     start_of,
 )
+from spotune.cost.report import build_report
 from spotune.cost.tables import groups_text, runs_text
 from tests.unit.cost.cases import T, three_attempts
 
@@ -151,15 +152,15 @@ def test_pieces_tile_an_interval(period: Period, start: float, seconds: float) -
 
 def focus_of(report: dict[str, Any]) -> list[dict[str, str]]:
     rows = list(focus_rows(run_row(report), indexed_attempts(report), "file:///b"))
-    return list(csv.DictReader(io.StringIO(as_csv(rows, COLUMNS))))
+    return list(csv.DictReader(io.StringIO(as_csv(rows, FOCUS_COLUMNS))))
 
 
 def test_focus_has_every_mandatory_column_and_its_sums() -> None:
     report = build_report(three_attempts(), "SUCCEEDED", T + 1000)
     rows = focus_of(report)
     assert len(rows) == 3
-    assert set(COLUMNS) >= MANDATORY
-    assert [name for name in COLUMNS if not name.startswith("x_")] == sorted(COLUMNS[:-2])
+    assert set(FOCUS_COLUMNS) >= MANDATORY
+    assert [name for name in FOCUS_COLUMNS if not name.startswith("x_")] == sorted(FOCUS_COLUMNS[:-2])
     for row in rows:
         assert not [name for name in NEVER_NULL if not row[name]]
         assert (row["ChargeCategory"], row["BillingCurrency"], row["PricingUnit"]) == ("Usage", "USD", "Hours")

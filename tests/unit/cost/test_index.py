@@ -17,9 +17,8 @@ from spotune.core.store import Store
 from spotune.cost import collect
 from spotune.cost.account import bills_due, build_accounts, leave_bills, write_bills
 from spotune.cost.collect import all_runs
-from spotune.cost.index import Index, index_file
+from spotune.cost.index import Index, index_file, read_evidence
 from spotune.cost.machines import Evidence
-from spotune.cost.read import read_evidence
 from spotune.launch.engine import JobStatus, PaidInterval
 from spotune.launch.settings import Workspace
 from tests.conftest import reach

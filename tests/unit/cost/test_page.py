@@ -9,12 +9,12 @@ from xml.etree import ElementTree
 import pytest
 
 from spotune.core.errors import InputError
+from spotune.core.money import duration, percent, usd
+from spotune.cost.export import as_csv, attempt_rows, run_row
 from spotune.cost.machines import Evidence
 from spotune.cost.page import check_target, page_of, write_page
 from spotune.cost.report import build_report
-from spotune.cost.rows import as_csv, attempt_rows, run_row
 from spotune.cost.tables import WIDTH, run_text, runs_text
-from spotune.cost.words import duration, percent, usd
 from tests.unit.cost.cases import T, row, run, three_attempts
 
 EVIL = "\"><script>alert(1)</script><img src=x onerror=alert(1)>&amp;'"

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from spotune.core.protocol import parse_lines
 from spotune.cost.account import bills_due, build_accounts
-from spotune.cost.machines import Evidence
+from spotune.cost.machines import Evidence, Span, clean, clock_offset_s, divide, total
 from spotune.cost.page import page_of
-from spotune.cost.phases import Span, clean, clock_offset_s, divide, total
 from spotune.cost.report import build_report
 from spotune.cost.tables import run_text
 from spotune.launch.engine import PaidInterval

@@ -10,8 +10,8 @@ from spotune.core.keys import Keys
 from spotune.core.records import Bill
 from spotune.core.store import Store
 from spotune.cost.account import bills_due, build_accounts, leave_bills, write_bills
+from spotune.cost.index import read_evidence
 from spotune.cost.machines import Evidence
-from spotune.cost.read import read_evidence
 from spotune.cost.report import build_report
 from tests.unit.cost.cases import RUN_ID, T, three_attempts
 

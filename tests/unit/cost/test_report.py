@@ -9,10 +9,10 @@ import pytest
 from spotune.core.keys import Keys
 from spotune.core.records import PriceRow
 from spotune.cost.account import bills_due, build_accounts
+from spotune.cost.export import run_row
 from spotune.cost.machines import Evidence
 from spotune.cost.page import page_of
 from spotune.cost.report import build_report
-from spotune.cost.rows import run_row
 from spotune.cost.tables import run_text
 from spotune.launch.engine import State
 from tests.unit.cost.cases import RUN_ID, T, claim, commit, event, phase, price, row, run, step, three_attempts

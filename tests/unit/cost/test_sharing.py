@@ -13,12 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spotune.cli import main
-from spotune.core.clusters import ClusterRecord
 from spotune.core.keys import Keys
-from spotune.core.records import PriceRow
+from spotune.core.records import ClusterRecord, PriceRow
 from spotune.core.store import Store
-from spotune.cost.clusters import charged, cluster_rows, flat_rows, idle_of
-from spotune.cost.sharing import Use, home_of, part_of, price_of_part, split, split_all
+from spotune.cost.account import Use, home_of, part_of, price_of_part, split, split_all
+from spotune.cost.dev_clusters import charged, cluster_rows, flat_rows, idle_of
 from spotune.cost.tables import clusters_text
 from tests.commands import cli_runner
 from tests.unit.cost.cases import T, claim, event, phase, run, step

@@ -6,15 +6,13 @@ from typing import Any
 
 import pytest
 
-from spotune.core.clusters import ClusterRecord
 from spotune.core.keys import Keys
-from spotune.core.records import AttemptRecord
+from spotune.core.records import AttemptRecord, ClusterRecord
 from spotune.core.store import Store
-from spotune.cost.clusters import charges_since, clip, paid_since
 from spotune.cost.collect import all_runs
-from spotune.cost.focus import focus_rows
+from spotune.cost.dev_clusters import charges_since, clip, paid_since
+from spotune.cost.export import By, focus_rows, group
 from spotune.cost.index import Index
-from spotune.cost.rows import By, group
 from spotune.launch.settings import Workspace
 from tests.unit.cost.cases import T, event, phase, price, run, three_attempts
 from tests.unit.cost.test_index import write

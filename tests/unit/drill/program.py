@@ -15,8 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-from spotune.core.exits import PREEMPTED
-from spotune.core.failpoints import failpoint
+from spotune.core.errors import PREEMPTED
+from spotune.core.io import failpoint
 from spotune.core.protocol import EventLog
 
 STEP_S = 0.02

@@ -20,7 +20,7 @@ from drill.show import Board
 from drill.timeline import replayed
 from spotune.core.environment import HOME
 from spotune.launch.local.layout import MARKER
-from spotune.launch.local.processes import is_live
+from spotune.launch.local.machine import is_live
 from tests.unit.drill.stand import PACE, STEPS, Stand
 from tests.waiting import LIMIT_S, until
 

@@ -14,14 +14,14 @@ from drill.day import Day
 from drill.draw import BOUNDARY_RUNS, draw_boundaries, draw_random, for_plain, once_more
 from drill.schedule import BOUNDARIES, EXTRAS, FAULTS, STAGES, After, Boundary, Instant, Kill, Run
 from drill.trace import intervals, read_trace, trace_run
-from spotune.core import failpoints
 from spotune.core.errors import InputError
+from spotune.core.io import failpoint
 
 ROOT = Path(__file__).parents[3]
 
 
 def test_the_boundaries_are_those_of_the_protocol() -> None:
-    named = re.findall(r"(?m)^    ([a-z-]+) ", failpoints.__doc__ or "")
+    named = re.findall(r"(?m)^        ([a-z-]+) ", failpoint.__doc__ or "")
     assert tuple(named) == BOUNDARIES + EXTRAS
     assert sorted(name for run in BOUNDARY_RUNS for name in run) == sorted(BOUNDARIES)
 

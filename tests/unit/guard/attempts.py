@@ -8,7 +8,7 @@ from spotune.core.keys import Keys
 from spotune.core.protocol import TRAINER, Staged, staged_path, write_json
 from spotune.core.records import AttemptRecord, RunRecord
 from spotune.core.store import Store
-from spotune.guard.context import Context, Machine
+from spotune.guard.journal import Context, Machine
 
 KEYS = Keys("a-run")
 RUN = RunRecord(run_id="a-run", created_at=0, user="u", config_path="c", config={}, config_sha256="c", data_sha256="d")

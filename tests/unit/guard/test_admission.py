@@ -4,7 +4,7 @@ from pathlib import Path
 
 from spotune.core.store import Store
 from spotune.guard.claim import claim_attempt
-from spotune.guard.context import Machine
+from spotune.guard.journal import Machine
 from tests.unit.guard.attempts import KEYS
 
 RIVAL = b"another machine's claim"

@@ -11,7 +11,7 @@ from spotune.core.records import Bill
 from spotune.core.store import Store
 from spotune.guard import budget
 from spotune.guard.budget import read_budget
-from spotune.guard.context import Context, Machine
+from spotune.guard.journal import Context, Machine
 from tests.unit.cost.cases import RUN_ID, T, claim, event, price, run
 
 KEYS = Keys(RUN_ID)

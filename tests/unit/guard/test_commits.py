@@ -22,8 +22,7 @@ from spotune.guard.checkpoints import (
     sealed,
 )
 from spotune.guard.claim import check_fence, claim_attempt, latest_attempt
-from spotune.guard.context import Context, Machine
-from spotune.guard.journal import Journal
+from spotune.guard.journal import Context, Journal, Machine
 from spotune.guard.restore import list_commits, newest_commit, restore
 from spotune.guard.restore_thread import find_stranded
 from spotune.guard.save_schedule import Toll

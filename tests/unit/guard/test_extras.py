@@ -17,7 +17,7 @@ from spotune.core.protocol import EXTRAS, MERGE, OUTPUT, PUSH, Answer, ExtraJob,
 from spotune.core.records import RunRecord
 from spotune.core.store import Store
 from spotune.guard.extras import TIMEOUT_S, ExtraWatch, debt_of, run_extra
-from spotune.launch.local.processes import send
+from spotune.launch.local.machine import send
 from tests.clocks import Clock
 from tests.script import FAKE_WORKER
 from tests.unit.guard.attempts import RUN, make_context

@@ -9,7 +9,7 @@ import pytest
 
 from spotune.core.errors import StoreError
 from spotune.core.protocol import Outcome
-from spotune.guard.context import Machine
+from spotune.guard.journal import Machine
 from spotune.guard.leaving import Notices
 from spotune.guard.multinode import Leader, Line, join
 from spotune.guard.stalls import Work

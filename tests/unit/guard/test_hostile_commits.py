@@ -14,8 +14,8 @@ from spotune.core.store import Store
 from spotune.guard.budget import _earlier_usd
 from spotune.guard.checkpoints import Retention, seal, seal_path
 from spotune.guard.claim import claim_attempt, earlier_spells, latest_attempt
-from spotune.guard.context import Machine
 from spotune.guard.extras import surviving_logs
+from spotune.guard.journal import Machine
 from spotune.guard.restore import last_event, newest_commit, restore
 from spotune.guard.restore_thread import find_stranded
 from tests.hostile import hostile_commits

@@ -17,9 +17,8 @@ from spotune.core.store import Store
 from spotune.guard.attempt import CERTIFY_PAUSE_S, Attempt
 from spotune.guard.checkpoints import PAUSES_S, Uploader
 from spotune.guard.claim import claim_attempt
-from spotune.guard.context import Machine
 from spotune.guard.extras import LEAVE_S, PAUSE_S, Extras, TakenAway
-from spotune.guard.journal import Journal
+from spotune.guard.journal import Journal, Machine
 from spotune.guard.main import first_look
 from spotune.guard.multinode import Leader
 from spotune.guard.restore_thread import PAUSES_S as RESTORE_PAUSES_S

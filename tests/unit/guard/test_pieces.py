@@ -19,10 +19,9 @@ from spotune.core.store import Store
 from spotune.guard.attempt import make_job
 from spotune.guard.budget import _usd_per_s
 from spotune.guard.claim import Request, choose_run_id, claim_attempt
-from spotune.guard.context import Context, Machine
 from spotune.guard.extras import surviving_logs, tracker_environ
 from spotune.guard.finish import weights_sha256
-from spotune.guard.journal import Journal
+from spotune.guard.journal import Context, Journal, Machine
 from spotune.guard.leaving import SIGNALS, Notices
 from spotune.guard.main import main, parse_arguments
 from spotune.guard.restore import is_second_fault, last_event

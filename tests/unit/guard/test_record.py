@@ -15,7 +15,7 @@ from spotune.core.records import Commit, RunRecord
 from spotune.core.revisions import record_history
 from spotune.core.store import Store
 from spotune.guard.claim import Request, check_data, check_model, claim_attempt, read_or_create_run
-from spotune.guard.context import Machine
+from spotune.guard.journal import Machine
 from spotune.guard.main import parse_arguments
 
 KEYS = Keys("a-run")

@@ -11,8 +11,8 @@ import pytest
 
 from spotune.core.protocol import python_stacks_path
 from spotune.core.store import Store
-from spotune.guard import ranks, stacks
-from spotune.guard.stacks import collect_stacks, upload_stacks
+from spotune.guard import ranks
+from spotune.guard.ranks import collect_stacks, upload_stacks
 from tests.unit.guard.attempts import KEYS
 from tests.waiting import until
 
@@ -126,14 +126,14 @@ def test_py_spy_is_used_where_it_is_installed(
 
 
 def test_a_file_is_never_larger_than_its_limit(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stacks, "MOST_BYTES", 100)
+    monkeypatch.setattr(ranks, "MOST_BYTES", 100)
     collect_stacks(tmp_path, {0: start(SLEEPS).pid})
     assert (tmp_path / "stacks-0.txt").stat().st_size == 100
 
 
 def test_whatever_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reading, writing = os.pipe()
-    monkeypatch.setattr(stacks, "describe_rank", lambda *_: os.read(reading, 1).decode())
+    monkeypatch.setattr(ranks, "describe_rank", lambda *_: os.read(reading, 1).decode())
     assert collect_stacks(tmp_path, {0: 1}, timeout_s=0.01) == []
     os.write(writing, b"x")
     until((tmp_path / "stacks-0.txt").exists)

@@ -13,17 +13,16 @@ from spotune.core.environment import NUM_PROCESSES, WORKER
 from spotune.core.errors import Fenced, StoreError
 from spotune.core.protocol import CONTROL, Job, Outcome, read_json
 from spotune.core.store import Store
+from spotune.guard.attempt import FENCE_S, GREET_S, Watch
 from spotune.guard.checkpoints import sealed
 from spotune.guard.claim import claim_attempt
-from spotune.guard.context import Machine
-from spotune.guard.journal import Journal
+from spotune.guard.journal import Journal, Machine
 from spotune.guard.multinode import Leader
 from spotune.guard.ranks import PEER_GRACE_S, Ranks
 from spotune.guard.restore import Restored
 from spotune.guard.restore_thread import Ready
 from spotune.guard.save_schedule import Toll
 from spotune.guard.stalls import Stall
-from spotune.guard.watch import FENCE_S, GREET_S, Watch
 from tests.clocks import Clock, QuickNotices
 from tests.unit.guard.attempts import KEYS, make_context, stage
 from tests.waiting import until

@@ -21,12 +21,11 @@ from spotune.core.records import Mark
 from spotune.core.store import Store
 from spotune.launch.engine import Submission
 from spotune.launch.local import database, supervisor
-from spotune.launch.local.database import VERSION, NewerState
+from spotune.launch.local.database import VERSION, Attempt, Job, NewerState
 from spotune.launch.local.engine import LocalInfra
 from spotune.launch.local.layout import Layout
 from spotune.launch.local.machine import keep_environment, machine_environment
 from spotune.launch.local.queue import Queue
-from spotune.launch.local.rows import Attempt, Job
 from spotune.launch.local.supervisor import DISK_S, FAULT_S, MOST_FAULTY_S, Supervisor, serve
 from tests.commands import cli_runner
 from tests.hostile import HOW, spoil

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from spotune.cli.follow import settled
+from spotune.cli.runs import settled
 from spotune.core.io import MOST_CHARS, LogLines
 from spotune.launch.local.engine import _Tail
-from spotune.launch.skypilot.log_lines import lines_of
+from spotune.launch.skypilot.client import lines_of
 
 
 def test_the_log_never_tears_a_character_or_a_line(tmp_path: Path) -> None:

@@ -19,13 +19,12 @@ from spotune.launch import task as tasks
 from spotune.launch.engine import Submission
 from spotune.launch.local import layout as local_layout
 from spotune.launch.local.layout import Layout
-from spotune.launch.local.machine import keep_environment, kept_environment
-from spotune.launch.local.probe import look
-from spotune.launch.local.processes import Identity, boot_id, members
+from spotune.launch.local.machine import Identity, boot_id, keep_environment, kept_environment, members
 from spotune.launch.local.queue import Queue
+from spotune.launch.local.watch import look
 from spotune.launch.plan import local_prices
 from spotune.launch.settings import load_settings
-from spotune.launch.skypilot.registry import Entry, Registry
+from spotune.launch.skypilot.engine import Entry, Registry
 from spotune.launch.task import Demand, Resources, demand_of, due, fill_in, load_task
 from tests.filesystems import file_system, remounted
 

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from spotune.launch.engine import Submission
+from spotune.launch.local.database import Attempt, Job, Verdict
 from spotune.launch.local.layout import Layout
 from spotune.launch.local.queue import Queue
-from spotune.launch.local.rows import Attempt, Job
-from spotune.launch.local.verdict import Verdict
 from spotune.launch.local.watch import CANCEL_TIMEOUT_S, LOOK_TIMEOUT_S, Settler
 
 T = 1000.0

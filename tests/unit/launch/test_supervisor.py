@@ -15,10 +15,11 @@ from spotune.core.protocol import write_json
 from spotune.core.records import Commit, Mark
 from spotune.core.store import Store
 from spotune.launch.engine import Submission
-from spotune.launch.local import processes, supervisor
+from spotune.launch.local import machine as local_machine
+from spotune.launch.local import supervisor
+from spotune.launch.local.database import Attempt, Job
 from spotune.launch.local.layout import MARKER, Layout
 from spotune.launch.local.queue import Queue
-from spotune.launch.local.rows import Attempt, Job
 from spotune.launch.local.supervisor import CANCEL_GRACE_S, IDLE_S, POLL_S, Supervisor, serve
 from spotune.launch.local.watch import RETRY_S, SPAWN_S
 from tests.waiting import until
@@ -83,7 +84,7 @@ class World:
         machine = self.machines[run_id]
         os.killpg(machine.pid, signal.SIGKILL)
         machine.wait()
-        until(lambda: not processes.members(None, self.queue.attempts(run_id)[-1].marker))
+        until(lambda: not local_machine.members(None, self.queue.attempts(run_id)[-1].marker))
 
     def signals(self, run_id: str, attempt: int = 1) -> list[str]:
         """What the machine has noted: that it is up, then what it was sent."""
@@ -241,7 +242,7 @@ def test_a_machine_that_is_seen_longer_than_its_heartbeat_was_paid_until_then(wo
 def test_a_machine_that_was_never_started_is_lost_after_a_while(world: World) -> None:
     """The supervisor died between its note and the start."""
     world.submit("run-a")
-    world.queue.start(Attempt("run-a", 1, "a marker", processes.boot_id(), started_at=world.now))
+    world.queue.start(Attempt("run-a", 1, "a marker", local_machine.boot_id(), started_at=world.now))
     world.tick(SPAWN_S - 0.25)
     assert world.queue.attempts("run-a")[0].ended_at is None
     world.tick(0.25)

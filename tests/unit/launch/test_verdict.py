@@ -2,8 +2,7 @@
 
 import pytest
 
-from spotune.launch.local.probe import Look
-from spotune.launch.local.verdict import Ending, Patience, backoff_s, decide
+from spotune.launch.local.watch import Ending, Look, Patience, backoff_s, decide
 
 CERTIFIED = Look(completed=True)
 FAILED = Look(failed="bad data", failed_code=2)

@@ -13,10 +13,10 @@ from spotune.core.keys import Keys
 from spotune.launch import engine
 from spotune.launch.engine import Submission
 from spotune.launch.local import engine as local_engine
+from spotune.launch.local.database import Attempt
 from spotune.launch.local.engine import TAKE_UP_S, LocalInfra
 from spotune.launch.local.layout import Layout
 from spotune.launch.local.queue import Queue
-from spotune.launch.local.rows import Attempt
 from spotune.launch.local.supervisor import Supervisor
 from tests.unit.project import Project
 

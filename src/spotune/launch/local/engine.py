@@ -17,10 +17,10 @@ from spotune.core.errors import InfraError, InputError, Unsettled
 from spotune.core.io import LogLines
 from spotune.core.protocol import as_number
 from spotune.launch.engine import Agree, JobStatus, PaidInterval, Submission, check_folder, check_secrets
+from spotune.launch.local.database import Job
 from spotune.launch.local.layout import MARKER, Gpu, Layout, find_gpus
 from spotune.launch.local.machine import REGION, check_kept, keep_environment
 from spotune.launch.local.queue import Queue
-from spotune.launch.local.rows import Job
 from spotune.launch.task import demand_of, trainer_of
 
 # One supervisor at a time, started by the verb that needs it.

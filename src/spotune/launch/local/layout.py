@@ -11,10 +11,10 @@ from typing import Any
 
 from spotune.core import environment
 from spotune.core.errors import InfraError, InputError
-from spotune.core.fields import Time, is_whole
 from spotune.core.io import Damaged, load_object, make_folder_room
-from spotune.core.machine_faults import is_machine_fault
+from spotune.core.keys import Time, is_whole
 from spotune.core.protocol import as_number
+from spotune.core.store.faults import is_machine_fault
 
 # What GPUs this machine has, without importing torch.
 

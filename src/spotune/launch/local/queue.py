@@ -13,6 +13,10 @@ from spotune.core.errors import InfraError, Taken
 from spotune.core.io import Log, log_line
 from spotune.launch.engine import ACTIVE, Submission
 from spotune.launch.local.database import (
+    Attempt,
+    Job,
+    Request,
+    Verdict,
     connect,
     describe,
     is_passing,
@@ -23,8 +27,6 @@ from spotune.launch.local.database import (
     prepare,
     restore_jobs,
 )
-from spotune.launch.local.rows import Attempt, Job, Request
-from spotune.launch.local.verdict import Verdict
 
 Value = TypeVar("Value")
 _ACTIVE = "(" + ", ".join(f"'{state}'" for state in ACTIVE) + ")"

@@ -12,20 +12,15 @@ from pathlib import Path
 from types import FrameType
 from uuid import uuid4
 
-from spotune.core.errors import InfraError, SpotuneError
-from spotune.core.exits import BAD_INPUT, FAILED, INFRA_FAILED
+from spotune.core.errors import BAD_INPUT, FAILED, INFRA_FAILED, InfraError, SpotuneError, protect_output
 from spotune.core.io import Damaged, make_room, set_aside
-from spotune.core.machine_faults import is_machine_fault
-from spotune.core.output import protect_output
-from spotune.launch.local import engine, processes
-from spotune.launch.local.database import NewerState
+from spotune.core.store.faults import is_machine_fault
+from spotune.launch.local import engine, machine
+from spotune.launch.local.database import Attempt, Job, NewerState, Request, Verdict
 from spotune.launch.local.layout import Gpu, Layout
 from spotune.launch.local.machine import start_machine
-from spotune.launch.local.probe import cancelled_because
 from spotune.launch.local.queue import Queue
-from spotune.launch.local.rows import Attempt, Job, Request
-from spotune.launch.local.verdict import Verdict
-from spotune.launch.local.watch import Settler, Watcher
+from spotune.launch.local.watch import Settler, Watcher, cancelled_because
 from spotune.launch.task import due
 
 POLL_S = 0.2
@@ -176,7 +171,7 @@ class Supervisor:
             run_id=job.run_id,
             attempt=job.attempt + 1,
             marker=f"{job.run_id}/{job.attempt + 1}/{uuid4().hex}",
-            boot=processes.boot_id(),
+            boot=machine.boot_id(),
             started_at=self._clock(),
             slots=slots,
             accelerators=f"{gpus[0].name}:{len(gpus)}" if gpus else "",
@@ -186,7 +181,7 @@ class Supervisor:
             return
         try:
             child = self._start_machine(self._layout, job, attempt, [gpu.device for gpu in gpus])
-            node = processes.Identity.of(child.pid)
+            node = machine.Identity.of(child.pid)
         except Exception as error:
             self._queue.update_attempt(attempt, ended_at=self._clock(), end_reason="lost")
             self._not_started(job, error)

@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spotune.core.errors import InfraError, InputError, SpotuneError
-from spotune.launch.skypilot.log_lines import plain
+from spotune.core.io import LogLines
 
 # SkyPilot's API server, and what of it makes a report inexact or a launch slow: pure.
 
@@ -322,15 +322,14 @@ def server() -> Server:
         found = Server(url=masked(url), version=str(health.version), is_local=common.is_api_server_local(url))
         if not found.is_local:
             return found
-        from spotune.launch.skypilot import controllers  # here: psutil, for `check` alone
 
-        running = controllers.find_controllers(Path.home())
+        running = find_controllers(Path.home())
         return replace(
             found,
             consolidation=controller_utils.is_jobs_consolidation_mode(),
             controllers=running.count,
             controllers_mb=running.memory_mb,
-            free_mb=controllers.free_memory_mb(),
+            free_mb=free_memory_mb(),
             cpus=common_utils.get_cpu_count(),
         )
 
@@ -400,3 +399,125 @@ def _epoch(value: Any) -> float:
 
 def _status(value: Any) -> str:
     return str(getattr(value, "value", value))
+
+
+# What SkyPilot prints of a job, as the lines that the job printed.
+
+_TAKEN_DOWN = 137  # SkyPilot kills the others when one machine's process fails
+_COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+# (NAME, pid=123) text, and (worker1, rank=1, pid=123, ip=10.0.0.2) text
+_PREFIX = re.compile(r"^\((?P<name>[^()]*?)(?:, rank=(?P<rank>\d+))?, pid=\d+(?:, ip=[^)]*)?\) ?")
+_OF_SKYPILOT = re.compile(
+    r"^(?:[├└]── |↳|✓ |✗ |⚙︎|[⠀-⣿]|Hint: |(?:Managed )?[Jj]ob finished|Waiting for task |<sky-payload|"
+    r"The job cluster is preempted|Start streaming logs|ERROR: Job \d+ failed with return code)"
+)
+# What follows a last line that the program did not end, on that line.
+_GLUED = re.compile(r"[✓✗] Job finished \(status: [A-Z_]+\)\.$")
+_ANSI_CODES = re.compile(r"^ERROR: Job \d+ failed with return code list: *\[([\d, ]+)\]", re.MULTILINE)
+_BEGIN, _END = re.compile(r"^== Logs of the user job \(ID: \d+\) ==$"), re.compile(r"^== End of logs \(ID: \d+\) ==$")
+
+
+def plain(text: str) -> str:
+    """Without SkyPilot's colours."""
+    return _COLOUR.sub("", text)
+
+
+def lines_of(pieces: Iterable[str | None]) -> Iterator[str]:
+    """Whole lines from a stream of text; a last one that was never ended too. None is SkyPilot's spinner moving."""
+    lines = LogLines()
+    for piece in pieces:
+        yield from lines.add(piece or "")
+    yield from lines.last()
+
+
+def exit_code(log: str) -> int | None:
+    """What the program of a failed job ended with, None where the log does not say it."""
+    found = _ANSI_CODES.search(plain(log))
+    return deciding(int(code) for code in found[1].split(",")) if found else None
+
+
+def deciding(codes: Iterable[int]) -> int:
+    """Of several machines' exit codes the first of one that failed by itself; 0 when none failed."""
+    failed = [code for code in codes if code]
+    return next((code for code in failed if code != _TAKEN_DOWN), failed[0] if failed else 0)
+
+
+def begins(line: str) -> bool:
+    """Whether a log begins here: of a further machine, where one stream goes on to it."""
+    return plain(line).startswith("├── Waiting for task resources")
+
+
+def said(line: str) -> str | None:
+    """A line as the program wrote it, None where SkyPilot itself speaks. Of several machines the rank is kept."""
+    line = plain(line).rstrip("\r")
+    found = _PREFIX.match(line)
+    if not found:
+        return None if _OF_SKYPILOT.match(line) or not line.strip() else line
+    text = _GLUED.sub("", line[found.end() :])
+    rank = found["rank"]
+    return f"[{rank}] {text}" if rank and rank != "0" else text
+
+
+def attempts_in(controller: Iterable[str]) -> list[list[str]]:
+    """What the program printed in each attempt that ended by itself, from the controller's log.
+
+    SkyPilot keeps a job's log of its last machine only, but its controller copies what it reads before it lets a
+    machine go. Of a machine that vanished there was nothing left to read.
+    """
+    found: list[list[str]] = []
+    inside = False
+    for line in controller:
+        bare = plain(line).strip()
+        if _BEGIN.match(bare):
+            found.append([])
+            inside = True
+        elif _END.match(bare):
+            inside = False
+        elif inside and (text := said(line)) is not None:
+            found[-1].append(text)
+    return found
+
+
+# SkyPilot's job controllers on this machine: as it wrote them down, and as they are.
+
+PIDS = ".sky/job_controller_pid"  # a line each, ``PID,STARTED_AT``; those that have gone stay in it
+_SLACK_S = 1.0
+_MB = 2**20
+
+
+@dataclass(frozen=True)
+class Controllers:
+    """How many run, and what memory they and their children hold."""
+
+    count: int
+    memory_mb: float
+
+
+def find_controllers(home: Path) -> Controllers:
+    """Those below ``~``; a process that has got the number of one that has gone is none."""
+    try:
+        lines = (home / PIDS).read_text().split()
+    except OSError:
+        return Controllers(0, 0.0)
+    held = [mb for line in lines if (mb := _memory_mb(*line.partition(",")[::2])) is not None]
+    return Controllers(len(held), sum(held))
+
+
+def _memory_mb(pid: str, started_at: str) -> float | None:
+    import psutil  # here: for `check` alone
+
+    try:
+        process = psutil.Process(int(pid))
+        if started_at and abs(process.create_time() - float(started_at)) > _SLACK_S:
+            return None
+        family = [process, *process.children(recursive=True)]
+        return sum(one.memory_info().rss for one in family) / _MB
+    except (ValueError, psutil.Error):
+        return None
+
+
+def free_memory_mb() -> float:
+    """What this machine has left for further processes."""
+    import psutil  # here: for `check` alone
+
+    return psutil.virtual_memory().available / _MB

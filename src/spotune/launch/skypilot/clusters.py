@@ -1,21 +1,116 @@
-"""Dev clusters: brought up, listed, booked, and taken away again."""
+"""The way onto a cluster: SkyPilot's ssh configuration, used so that it works with any HOME.
 
+OpenSSH takes ``~`` from the password database and not from $HOME, and so do the files that SkyPilot writes: the file
+and the key are named on the command line.
+"""
+
+import json
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from spotune.core.clusters import ClusterRecord, read_clusters
 from spotune.core.errors import InfraError, InputError, SpotuneError
+from spotune.core.keys import Amount, Kind, Time, build
 from spotune.core.money import HOUR_S
-from spotune.core.records import PriceRow
+from spotune.core.records import ClusterRecord, PriceRow, read_clusters
 from spotune.launch.settings import Workspace
-from spotune.launch.skypilot import client, clusters, logs, ssh
+from spotune.launch.skypilot import client, clusters
+from spotune.launch.skypilot import jobs as skypilot_jobs
 from spotune.launch.skypilot.jobs import Usage, usages
+
+GENERATED = ".sky/generated/ssh"
+STATE = ".spotune/watcher.json"
+_MOST_BYTES = 1 << 20  # of what a cluster says
+
+
+@dataclass(frozen=True)
+class WatcherState:
+    """What a cluster's idle watcher wrote last; times in epoch seconds, ``stops_at`` None while somebody works."""
+
+    idle_minutes: Amount
+    last_active_at: Time
+    why: str
+    stops_at: Time | None = None
+
+
+def ssh_command(name: str, *options: str) -> list[str]:
+    """The ssh command for a cluster whose configuration is written."""
+    config = Path.home() / GENERATED / name
+    if not config.is_file():
+        raise InputError(name, "no such cluster, or not up", remedy=f"spotune dev up --name {name}")
+    keys = [line.split(None, 1)[1] for line in config.read_text().splitlines() if "IdentityFile" in line]
+    identity = ["-i", str(Path(keys[0].strip('"')).expanduser())] if keys else []
+    return ["ssh", "-F", str(config), *identity, "-o", "LogLevel=ERROR", *options, name]
+
+
+def write_config(*names: str, everyones: bool = False) -> None:
+    """Lets SkyPilot write its ssh configuration of clusters, as ``sky status NAME`` does; raises InputError where
+    there is none of a name, or not up. ``everyones``: other users' too, which nobody comes to without naming them.
+
+    Every time, also where there is one: an API server that shares this HOME writes its own at each launch, which on
+    Slurm leads to the login node (sky/backends/cloud_vm_ray_backend.py, after provisioning).
+    """
+    sky = client.sdk()
+    command = import_module(f"{sky.__name__}.client.cli.command")
+    with client.translated():
+        records = client.ask(sky.status(cluster_names=list(names), all_users=everyones, _include_credentials=True))
+        proxy = command._get_ws_proxy_command()
+        for record in records:
+            if record.credentials and getattr(record.handle, "cached_external_ips", None):
+                command._write_ssh_config_for_cluster(record.handle, record.credentials, proxy)
+    up = {record.name for record in records if record.status.value == "UP"}
+    for name in names:
+        if name not in up:
+            raise InputError(name, "no such cluster, or not up", remedy=f"spotune dev up --name {name}")
+
+
+def read(name: str, command: str, timeout_s: float = 60.0) -> str:
+    """What a command prints on a cluster; raises InfraError when it cannot be asked or fails."""
+    argv = [*ssh_command(name, "-o", "BatchMode=yes"), command]
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise InfraError(f"{name}: no answer within {timeout_s:.0f} s (sky status -r {name})") from error
+    if done.returncode:
+        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise InfraError(f"{name}: {said}")
+    return done.stdout
+
+
+def watcher_state(name: str) -> WatcherState | None:
+    """The state of the cluster's idle watcher. None where there is none, where it is damaged or cannot be asked for."""
+    try:
+        return read_as(name, f"head -c {_MOST_BYTES} ~/{STATE}", WatcherState, 30.0)
+    except (InfraError, InputError, ValueError):
+        return None
+
+
+def read_as(name: str, command: str, kind: type[Kind], timeout_s: float = 60.0) -> Kind:
+    """A dataclass from the JSON that a command prints on a cluster; raises ValueError where it is no such JSON."""
+    text = read(name, command, timeout_s)
+    try:
+        return build(kind, json.loads(text))
+    except RecursionError as error:
+        raise ValueError("nested without end") from error
+
+
+def attach(argv: Sequence[str]) -> int:
+    """Runs a command in this terminal; returns its exit code."""
+    try:
+        return subprocess.run(argv, check=False).returncode
+    except FileNotFoundError as error:
+        raise InfraError(f"{argv[0]}: not installed here") from error
+
+
+# Dev clusters: brought up, listed, booked, and taken away again.
 
 # Dev clusters: what SkyPilot has, brings up, runs something on, and takes away again.
 
@@ -118,7 +213,7 @@ def launch(task: Mapping[str, Any], name: str, idle_minutes: int, down: bool) ->
 
 def see_setup(name: str, job_id: int) -> None:
     """Shows a setup until it is done; raises InfraError when it fails."""
-    if logs.follow(name, job_id, out=sys.stderr):
+    if skypilot_jobs.follow(name, job_id, out=sys.stderr):
         raise InfraError(
             f"{name}: its setup failed (spotune dev up again once it is mended, or spotune dev down {name})"
         )
@@ -239,7 +334,7 @@ def _priced(cluster: Cluster, row: Mapping[str, Any]) -> Cluster:
     return replace(cluster, price_usd_per_hour=price, spent_usd=cost)
 
 
-# What dev clusters were paid for, from SkyPilot's report into the bucket: ``core/clusters.py``.
+# What dev clusters were paid for, from SkyPilot's report into the bucket: ``core/records.py``.
 #
 # No verb fails because of it: what could not be booked is one line, and the next verb books it.
 
@@ -332,12 +427,12 @@ def _launched_at(row: Row) -> float:
     return max((usage.started_at for usage in usages(row)), default=0.0)
 
 
-# Dev clusters with what their keepers say.
+# Dev clusters with what their idle watchers say.
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A cluster and its keeper.
+    """A cluster and its idle watcher.
 
     Attributes:
         idle_minutes: how long it may be without work, None for ever.
@@ -359,21 +454,21 @@ class Listed:
 
 
 def list_dev(workspace: Workspace, warn: Warn) -> list[Listed]:
-    """This user's clusters, each asked for its keeper's word; what they were paid for is booked on the way."""
+    """This user's clusters, each asked for its idle watcher's word; what they were paid for is booked on the way."""
     found = clusters.list_clusters()
     rows = client.cost_rows([cluster.name for cluster in found]) if found else []
     book(workspace, rows, warn)
     found = clusters.with_prices(found, rows)
     if up := [cluster.name for cluster in found if cluster.status == "UP"]:
-        ssh.write_config(*up)
+        write_config(*up)
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(_listed, found))
 
 
 def _listed(cluster: Cluster) -> Listed:
-    state = ssh.keeper_state(cluster.name) if cluster.status == "UP" else None
+    state = watcher_state(cluster.name) if cluster.status == "UP" else None
     if state is None:
         known = cluster.autostop_minutes is not None
-        why = "no keeper: SkyPilot counts jobs and ssh terminals" if cluster.status == "UP" and known else ""
+        why = "no idle watcher: SkyPilot counts jobs and ssh terminals" if cluster.status == "UP" and known else ""
         return Listed(cluster, cluster.autostop_minutes, None, None, why)
     return Listed(cluster, state.idle_minutes, state.last_active_at, state.stops_at, state.why)

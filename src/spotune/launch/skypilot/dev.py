@@ -1,8 +1,10 @@
-"""What ``spotune dev`` does with a cluster: up, reused, a run on it, and what is refused."""
+"""Dev clusters: up with their idle watcher, what runs on them, notebooks."""
 
 import math
 import re
+import secrets
 import shlex
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,18 +14,20 @@ from typing import Any
 from spotune.core import environment
 from spotune.core.config import load_config
 from spotune.core.environment import parse_save_every
-from spotune.core.errors import InputError
+from spotune.core.errors import InfraError, InputError
 from spotune.core.keys import Keys, check_run_id, new_run_id
 from spotune.core.revisions import record_in_force
 from spotune.launch import code
 from spotune.launch.engine import ANY, LOCAL, spell
-from spotune.launch.plan import KEEPER as KEEPER_CODE
+from spotune.launch.plan import WATCHER as WATCHER_CODE
 from spotune.launch.plan import check_model, check_project, inside
 from spotune.launch.settings import Workspace
 from spotune.launch.skypilot import clusters
 from spotune.launch.skypilot.clusters import Cluster, ClusterJob
 from spotune.launch.skypilot.task import placed, with_secrets
 from spotune.launch.task import Resources, check_amounts, fill_in, load_task, parse_gpus
+
+# What ``spotune dev`` does with a cluster: up, reused, a run on it, and what is refused.
 
 # What part of a cluster's GPUs a job takes.
 
@@ -145,13 +149,13 @@ def check_model_goes_along(config: Mapping[str, Any], where: str, folder: Path) 
         raise InputError(where, what, key="model_name_or_path", remedy="copy it here")
 
 
-# What ``spotune dev`` does with a cluster: up with its keeper, a run on it, a notebook.
+# What ``spotune dev`` does with a cluster: up with its idle watcher, a run on it, a notebook.
 
-DEV, KEEPER, NOTEBOOK = "tasks/dev.yaml", "tasks/keeper.yaml", "tasks/notebook.yaml"
+DEV, WATCHER, NOTEBOOK = "tasks/dev.yaml", "tasks/watcher.yaml", "tasks/notebook.yaml"
 DEV_JOB = "dev"  # what a bare `sky launch` calls the job of tasks/dev.yaml
 IDLE_MINUTES = 30
 MIN_IDLE_MINUTES = 2
-# A place in the cluster's queue. On Slurm a job that does not say takes all CPUs, beside the keeper's one for ever
+# A place in the cluster's queue. On Slurm a job that does not say takes all CPUs, beside the watcher's one for ever
 # too many (sky/backends/cloud_vm_ray_backend.py: _get_task_demands_dict); the guard's own step has them all anyway.
 _ONE_CPU = {"cpus": "1+"}
 
@@ -188,7 +192,7 @@ class DevWish:
 class Up:
     """What has become of a wish: ``is_new`` unless the cluster was up already; ``notes`` are for people.
 
-    ``idle_minutes``: None where the keeper that was there goes on as it was told.
+    ``idle_minutes``: None where the idle watcher that was there goes on as it was told.
     """
 
     cluster: Cluster
@@ -206,13 +210,13 @@ def place(infra: str) -> str:
 
 
 def up(wish: DevWish, workspace: Workspace) -> Up:
-    """Brings the cluster up, or reuses the one of that name, and starts its keeper."""
+    """Brings the cluster up, or reuses the one of that name, and starts its idle watcher."""
     found = clusters.own_cluster(wish.name)
     idle, notes = wish.idle_minutes or IDLE_MINUTES, []
     is_up, is_held = found is not None and found.status == "UP", False
     if found and is_up:
         jobs = clusters.list_jobs(wish.name)
-        is_held = "keeper" in [job.name for job in jobs if job.is_active]
+        is_held = "watcher" in [job.name for job in jobs if job.is_active]
         is_anew = finish_setup(wish.name, jobs, lambda: _setup_job(wish, workspace), wish.name, DEV_JOB)
         notes = differences(replace(wish, envs={}, secrets={}) if is_anew else wish, found)
     else:
@@ -221,7 +225,7 @@ def up(wish: DevWish, workspace: Workspace) -> Up:
         found = clusters.find_cluster(wish.name)
     if is_held and not wish.idle_minutes and not wish.down:
         return Up(found, False, None, found.to_down, tuple(notes))
-    down = start_keeper(found, idle, wish.down or not _can_stop(found), workspace)
+    down = start_watcher(found, idle, wish.down or not _can_stop(found), workspace)
     if down and not wish.down:
         notes.append(f"{found.infra} cannot stop this cluster: it is taken down when it is idle (as with --down)")
     return Up(found, not is_up, idle, down, tuple(notes))
@@ -231,30 +235,30 @@ def _can_stop(cluster: Cluster) -> bool:
     return bool(cluster.infra) and clusters.can_stop(cluster.infra)
 
 
-def start_keeper(cluster: Cluster, idle_minutes: int, down: bool, workspace: Workspace) -> bool:
-    """A keeper that holds the cluster in place of the one before; then SkyPilot's own count is set to the rest.
+def start_watcher(cluster: Cluster, idle_minutes: int, down: bool, workspace: Workspace) -> bool:
+    """An idle watcher that holds the cluster in place of the one before; then SkyPilot's own count is set to the rest.
     Returns whether the cluster will be taken down, also where only that is possible.
 
-    On Slurm the keeper takes the allocation down itself: the skylet, which autostop is part of, is not there when
+    On Slurm the idle watcher takes the allocation down itself: the skylet, which autostop is part of, is not there when
     another cluster's has its port on the same node.
     """
     lead = 2 if idle_minutes >= 5 else 1
-    _, task = load_task(workspace.cwd, KEEPER)
+    _, task = load_task(workspace.cwd, WATCHER)
     envs = {"SPOTUNE_IDLE_MINUTES": str(idle_minutes - lead), "SPOTUNE_AUTOSTOP_MINUTES": str(lead)}
     if cluster.cloud == "slurm":
         envs = {
             "SPOTUNE_IDLE_MINUTES": str(idle_minutes),
             "SPOTUNE_AUTOSTOP_MINUTES": "0",
-            "SPOTUNE_KEEPER_ENDS": "scancel",
+            "SPOTUNE_WATCHER_ENDS": "scancel",
         }
-    clusters.execute(fill_in(task, envs, Resources(), "keeper"), cluster.name)
+    clusters.execute(fill_in(task, envs, Resources(), "watcher"), cluster.name)
     return clusters.set_autostop(cluster.name, lead, down)
 
 
 def check_run(config: str, name: str, wish: "RunWish", workspace: Workspace) -> str:
     """The id of a run of CONFIG on a cluster; raises InputError for what would only fail there."""
     run_id = check_run_id(name) if name else new_run_id(Path(config).stem, SystemRandom())
-    if run_id in ("keeper", "notebook"):
+    if run_id in ("watcher", "notebook"):
         raise InputError("--name", f"{run_id} is the name of another job of a cluster", remedy="another --name")
     checked = load_config(config, wish.profile, wish.overrides, "dev", wish.allow_env)
     if inside(workspace.cwd / config, workspace.cwd) is None:
@@ -364,7 +368,7 @@ def _dev_task(wish: DevWish, workspace: Workspace) -> dict[str, Any]:
     _, task = load_task(workspace.cwd, DEV)
     asked = Resources(gpus=wish.gpus, cpus=wish.cpus, memory=wish.memory)
     filled = fill_in(task, wish.envs, asked, wish.name)
-    check_project(workspace.cwd, filled, KEEPER_CODE)
+    check_project(workspace.cwd, filled, WATCHER_CODE)
     resources = placed(filled.get("resources") or {}, wish.infra or ANY)
     resources.pop("autostop", None)  # set with the launch
     return with_secrets({**filled, "resources": resources, "workdir": str(workspace.cwd)}, wish.secrets)
@@ -380,3 +384,113 @@ def _as_job(task: Mapping[str, Any], workspace: Workspace) -> dict[str, Any]:
     rest = {name: value for name, value in task.items() if name != "setup"}
     run = f"{task.get('setup') or ''}\n{task['run']}"
     return {**rest, "resources": dict(_ONE_CPU), "workdir": str(workspace.cwd), "run": run}
+
+
+# What runs on a dev cluster: ``dev run`` and Jupyter.
+
+# Where ``dev run`` runs: on the cluster that is there, or on one that is brought up for it.
+
+
+@dataclass(frozen=True)
+class RunPlace:
+    """Which cluster ``dev run`` is to run on.
+
+    Attributes:
+        infra: where it is brought up when it is not there, as ``place`` gives it; None: it has to be there.
+        is_asked: whether ``infra`` was said now, not in the settings.
+    """
+
+    cluster: str
+    infra: str | None
+    is_asked: bool
+
+    @classmethod
+    def read(cls, cluster: str, infra: str, workspace: Workspace) -> "RunPlace | None":
+        """From ``--cluster`` and ``--infra``, empty where not given; None: this machine."""
+        if cluster:
+            return cls(cluster, place(infra) if infra else None, bool(infra))
+        if spell(infra or workspace.settings.infra) == LOCAL:
+            return None
+        return cls(clusters.default_name(workspace.env.user), place(infra or workspace.settings.infra), bool(infra))
+
+
+def run_cluster(
+    where: RunPlace, wish: RunWish, workspace: Workspace, say: Callable[[str], None]
+) -> tuple[Cluster, bool]:
+    """The cluster of a run, and whether it was brought up now; raises InputError where it cannot be."""
+    found = clusters.own_cluster(where.cluster)
+    if found or where.infra is None:
+        found = clusters.check_up(found, where.cluster)
+        if where.infra and not is_at(found, where.infra):
+            what = f"{found.name} is on {found.infra}, not on {where.infra}"
+            if where.is_asked:
+                raise InputError("--infra", what, remedy=f"another -c NAME, or spotune dev down {found.name}")
+            say(what)
+        return found, False
+    check_place(where.infra, wish, workspace)
+    say(f"{where.cluster}: not there yet, it is brought up on {where.infra or 'the cheapest place'}")
+    asked = DevWish(where.cluster, where.infra, wish.gpus, envs=wish.envs, secrets=wish.secrets)
+    done = up(asked, workspace)
+    for note in done.notes:
+        say(note)
+    return done.cluster, True
+
+
+# Jupyter on a dev cluster: found or started there, reached through a tunnel.
+
+START_S = 600.0  # with its installation
+# The newest server whose process is there; Jupyter leaves the files of killed ones behind.
+_FIND = (
+    'for f in $(ls -t "${JUPYTER_RUNTIME_DIR:-$HOME/.local/share/jupyter/runtime}"/jpserver-*.json 2> /dev/null); do '
+    'pid=$(basename "$f" .json); kill -0 "${pid#jpserver-}" 2> /dev/null && cat "$f" && break; done; true'
+)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A Jupyter server: its port on the cluster, and its token."""
+
+    port: int
+    token: str
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what is no port, or no token of a URL."""
+        if not 0 < self.port < 1 << 16 or not re.fullmatch(r"[\w.~-]*", self.token, re.ASCII):
+            raise ValueError("not a port and a token")
+
+
+def find(name: str) -> Server | None:
+    """The server that runs on the cluster, None where there is none."""
+    try:
+        return clusters.read_as(name, _FIND, Server)
+    except ValueError:
+        return None
+
+
+def start(
+    name: str,
+    envs: Mapping[str, str],
+    given: Mapping[str, str],
+    workspace: Workspace,
+    clock: Callable[[], float] = time.monotonic,
+) -> Server:
+    """Starts one as a job, with the secrets ``given``, and waits for it. Its port is one of many: a Slurm node has
+    other users. Raises InputError on another's cluster, where the code here would overwrite what is there."""
+    clusters.find_cluster(name)
+    task = notebook_task(SystemRandom().randint(20000, 29999), secrets.token_urlsafe(24), envs, given, workspace)
+    job_id = clusters.execute(task, name)
+    end = clock() + START_S
+    while clock() < end:
+        if server := find(name):
+            return server
+        if "notebook" not in clusters.running_jobs(name):
+            break
+        time.sleep(3)
+    raise InfraError(f"{name}: Jupyter did not start (sky logs {name} {job_id})")
+
+
+def tunnel(name: str, port: int, server: Server) -> list[str]:
+    """The command that forwards a port of this machine to the server, until it is interrupted."""
+    forward = f"{port}:localhost:{server.port}"
+    alive = ("-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=3")  # it ends when the cluster goes
+    return clusters.ssh_command(name, "-N", "-o", "ExitOnForwardFailure=yes", *alive, "-L", forward)

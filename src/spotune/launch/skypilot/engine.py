@@ -1,19 +1,25 @@
-"""SkyInfra, the engine behind SkyPilot's managed jobs; and how it takes a machine away."""
+"""Which runs this SPOTUNE_HOME handed to SkyPilot, and which managed jobs are which run."""
 
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from spotune.core import environment
 from spotune.core.environment import BUCKET
-from spotune.core.errors import InfraError, InputError, SpotuneError, Unsettled
+from spotune.core.errors import InfraError, InputError, SpotuneError, Taken, Unsettled
+from spotune.core.io import make_room, read_as, set_aside, take_lock, write_state
+from spotune.core.keys import Count, Time, build
 from spotune.launch.engine import ACTIVE, Agree, JobStatus, PaidInterval, Submission, check_folder, check_secrets
 from spotune.launch.settings import SlurmSettings
-from spotune.launch.skypilot import client, logs, registry, slurm
+from spotune.launch.skypilot import client, task
+from spotune.launch.skypilot import jobs as skypilot_jobs
 from spotune.launch.skypilot.jobs import (
     FIELDS,
+    POLL_S,
     Event,
     ManagedJob,
     Usage,
@@ -23,10 +29,179 @@ from spotune.launch.skypilot.jobs import (
     run_status,
     usages,
 )
-from spotune.launch.skypilot.logs import POLL_S
-from spotune.launch.skypilot.registry import Entry, Registry
-from spotune.launch.skypilot.slurm import preemptible_partitions
-from spotune.launch.skypilot.task import check_submission, task_config
+from spotune.launch.skypilot.task import check_submission, preemptible_partitions, task_config
+
+# What this SPOTUNE_HOME handed to SkyPilot, one file a run below ``$SPOTUNE_HOME/skypilot/runs``.
+#
+# It is what ``resume`` launches again, and what lets every verb tell without ``import sky``, which costs seconds,
+# whether SkyPilot has anything to say: of a run that has ended, how it did is kept here. Secrets are names only.
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run, as it was submitted.
+
+    Attributes:
+        task: as the plan has it; how SkyPilot gets it is ``task.py``'s business.
+        jobs: the managed jobs that were launched for it, in order: one, and one more for each ``resume``.
+        preemptible: Slurm partitions, ``CLUSTER/PARTITION``, whose jobs may be thrown out.
+        submitting: a further job was asked for, and SkyPilot has not said yet that it took it.
+        ended: how it ended, as SkyPilot said; None while it may still change.
+        history: the machines it was given, once all of them are gone.
+    """
+
+    run_id: str
+    infra: str
+    bucket: str
+    user: str
+    priority: int
+    submitted_at: Time
+    workdir: str
+    task: dict[str, Any]
+    secrets: list[str] = field(default_factory=list)
+    jobs: list[Count] = field(default_factory=list)
+    preemptible: list[str] = field(default_factory=list)
+    submitting: bool = False
+    ended: dict[str, Any] | None = None
+    history: list[dict[str, Any]] | None = None
+
+    def status(self) -> JobStatus:
+        """As it ended, or as it was submitted."""
+        if self.ended is not None:
+            return build(JobStatus, self.ended)
+        return JobStatus(
+            run_id=self.run_id,
+            state="PENDING",
+            priority=self.priority,
+            user=self.user,
+            infra=self.infra,
+            submitted_at=self.submitted_at,
+            reason="not in SkyPilot's queue yet" if self.submitting else "",
+            bucket=self.bucket,
+        )
+
+    def intervals(self) -> list[PaidInterval] | None:
+        """Its machines, where they are all known; else None."""
+        if self.history is None:
+            return None
+        return [build(PaidInterval, row) for row in self.history]
+
+    def check(self, run_id: str) -> None:
+        """Raises ValueError, naming the field, for what is not an entry of this run."""
+        if self.run_id != run_id:
+            raise ValueError(f"run_id: not {run_id}")
+        try:
+            ended = self.status()
+        except ValueError as error:
+            raise ValueError(f"ended: {error}") from error
+        if ended.run_id != run_id:
+            raise ValueError(f"ended: run_id: not {run_id}")
+        try:
+            self.intervals()
+        except ValueError as error:
+            raise ValueError(f"history: {error}") from error
+
+
+class Registry:
+    """The entries below one SPOTUNE_HOME."""
+
+    def __init__(self, home: Path) -> None:
+        self.folder = home / "skypilot" / "runs"
+
+    def entry(self, run_id: str) -> Entry | None:
+        """The run's entry; a damaged one is set aside, and counts as missing: the bucket still has the run."""
+        entry = read_as(self._path(run_id), Entry)
+        try:
+            if entry:
+                entry.check(run_id)
+        except ValueError as error:
+            set_aside(self._path(run_id), str(error))
+            return None
+        return entry
+
+    def entries(self) -> list[Entry]:
+        """All of them, in order of submission."""
+        names = sorted(path.stem for path in self.folder.glob("*.json"))
+        found = [entry for name in names if (entry := self.entry(name))]
+        return sorted(found, key=lambda entry: entry.submitted_at)
+
+    def write(self, entry: Entry) -> None:
+        """For its owner only: what people train on is nobody else's business."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_state(self._path(entry.run_id), entry)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def create(self, entry: Entry) -> None:
+        """As ``write``, for a run that has none yet; raises Taken where it has: one process at a time looks."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            path = self.folder / ".lock"
+            make_room(path)
+            with open(path, "w") as lock:
+                take_lock(lock, path)
+                self.check_free(entry.run_id)
+                self.write(entry)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def check_free(self, run_id: str) -> None:
+        """Raises Taken for a run that has an entry."""
+        if kept := self.entry(run_id):
+            what = f"{run_id} was submitted from here already, with the bucket {kept.bucket}"
+            raise Taken("--name", what, remedy="another --name")
+
+    def remove(self, run_id: str) -> None:
+        self._path(run_id).unlink(missing_ok=True)
+
+    def settle(self, status: JobStatus) -> None:
+        """Keeps how a run has ended."""
+        entry = self.entry(status.run_id)
+        if entry and status.state not in ACTIVE and entry.ended != asdict(status):
+            self.write(replace(entry, ended=asdict(status), submitting=False))
+
+    def keep_history(self, run_id: str, intervals: Sequence[PaidInterval]) -> None:
+        """Keeps the machines of a run that has ended, so that SkyPilot may forget them."""
+        entry = self.entry(run_id)
+        if entry and entry.ended and intervals and all(row.ended_at is not None for row in intervals):
+            self.write(replace(entry, history=[asdict(row) for row in intervals]))
+
+    def _unwritable(self, error: OSError) -> InputError:
+        return InputError(environment.HOME, f"cannot write {self.folder}: {error.strerror}")
+
+    def _path(self, run_id: str) -> Path:
+        return self.folder / f"{run_id}.json"
+
+
+# Which managed jobs are which run: pure.
+
+
+def is_of(job: ManagedJob, entry: Entry | None) -> bool:
+    """Whether a managed job of a run's name is that run; without an entry: whether it is a run of spotune's at all."""
+    if entry is None:
+        return job.marks is not None
+    return job.id in entry.jobs or (job.marks or {}).get("bucket") == entry.bucket
+
+
+def has_further(jobs: Sequence[ManagedJob], entry: Entry) -> bool:
+    """Whether the queue has a job that this entry does not know of: the one that was being submitted."""
+    return not {job.id for job in jobs} <= set(entry.jobs)
+
+
+def of_one_bucket(jobs: Sequence[ManagedJob]) -> list[ManagedJob]:
+    """Those of the newest one's bucket: a name may stand for several runs, in several buckets."""
+    newest = max(jobs, key=lambda job: job.id, default=None)
+    bucket = (newest.marks or {}).get("bucket") if newest else None
+    return [job for job in jobs if (job.marks or {}).get("bucket") == bucket]
+
+
+def needs_events(job: ManagedJob) -> bool:
+    """Whether its status alone does not say how each of its machines went."""
+    return job.recoveries > 0 or not job.is_ended
+
+
+# SkyInfra, the engine behind SkyPilot's managed jobs; and how it takes a machine away.
 
 # Taking a managed job's machine away, as its infrastructure does. Tried on Slurm; the rest is by the book.
 
@@ -46,7 +221,7 @@ def take_machine(job: ManagedJob, notice_s: float, environ: Mapping[str, str], a
     if not name:
         raise InputError(job.run_id, f"is {job.status}: it has no machine to take away")
     if cloud == "slurm":
-        if not slurm.take(job.region, name, notice_s, environ):
+        if not task.take(job.region, name, notice_s, environ):
             raise InputError(job.run_id, f"slurm/{job.region} runs no job {name}: it has no machine to take away")
     elif cloud == "kubernetes":
         _delete_pods(job, notice_s, environ)
@@ -224,7 +399,7 @@ class SkyInfra:
             self._cancel_active(run_id)
             return
         self._end(entry)
-        if not registry.has_further(self._jobs_of(run_id, entry), entry):
+        if not has_further(self._jobs_of(run_id, entry), entry):
             now = replace(entry.status(), state="CANCELLED", reason="cancelled", ended_at=self._clock())
             self._registry.settle(now)
 
@@ -284,7 +459,7 @@ class SkyInfra:
         listed = []
         for jobs in found:
             entry = known.get(jobs[0].run_id)
-            is_ours = entry is not None and registry.is_of(jobs[0], entry)
+            is_ours = entry is not None and is_of(jobs[0], entry)
             listed.append(self._settled(jobs, entry if is_ours else None))
             if is_ours:
                 known = {run_id: one for run_id, one in known.items() if run_id != jobs[0].run_id}
@@ -292,7 +467,7 @@ class SkyInfra:
 
     def _settled(self, jobs: Sequence[ManagedJob], entry: Entry | None) -> JobStatus:
         if entry and entry.submitting:
-            if not registry.has_further(jobs, entry):
+            if not has_further(jobs, entry):
                 return entry.status()
             entry = replace(entry, submitting=False, jobs=sorted({*entry.jobs, *(job.id for job in jobs)}))
             self._registry.write(entry)
@@ -308,7 +483,7 @@ class SkyInfra:
             raise InputError(run_id, "SkyPilot has no such job")
         for job in jobs:
             look = self._look if follow and job is jobs[-1] else None
-            yield from logs.lines(job, look, self._sleep)
+            yield from skypilot_jobs.lines(job, look, self._sleep)
 
     def _look(self, job: ManagedJob) -> ManagedJob | None:
         return next(iter(self._jobs_of(job.run_id, None, [job.id])), None)
@@ -320,9 +495,7 @@ class SkyInfra:
         jobs = self._recent(run_id, entry)
         if not jobs:
             return []
-        events = {
-            job.id: [Event(*event) for event in client.events(job.id)] for job in jobs if registry.needs_events(job)
-        }
+        events = {job.id: [Event(*event) for event in client.events(job.id)] for job in jobs if needs_events(job)}
         spot = entry.preemptible if entry else self._preemptible(jobs[-1].infra)
         found = intervals(run_id, jobs, self._usages(jobs), events, spot)
         if jobs[-1].is_ended:
@@ -331,8 +504,8 @@ class SkyInfra:
 
     def _recent(self, run_id: str, entry: Entry | None) -> list[ManagedJob]:
         """As listed a moment ago, for verbs over all runs: they would ask once for each."""
-        if listed := [job for job in self._listed if job.run_id == run_id and registry.is_of(job, entry)]:
-            return sorted(registry.of_one_bucket(listed), key=lambda job: job.id)
+        if listed := [job for job in self._listed if job.run_id == run_id and is_of(job, entry)]:
+            return sorted(of_one_bucket(listed), key=lambda job: job.id)
         return self._jobs_of(run_id, entry) if entry or self._asks else []
 
     def _usages(self, jobs: Sequence[ManagedJob]) -> list[Usage]:
@@ -363,5 +536,5 @@ class SkyInfra:
         """The managed jobs of a run, in order of submission: by name, since a resume elsewhere is one of them too."""
         records = client.managed_jobs(FIELDS, True, "" if ids else run_id, ids)
         found = [managed_job(record) for record in records]
-        found = [job for job in found if job.run_id == run_id and (ids or registry.is_of(job, entry))]
-        return sorted(found if ids or entry else registry.of_one_bucket(found), key=lambda job: job.id)
+        found = [job for job in found if job.run_id == run_id and (ids or is_of(job, entry))]
+        return sorted(found if ids or entry else of_one_bucket(found), key=lambda job: job.id)

@@ -9,10 +9,9 @@ from spotune.core.records import PriceRow
 from spotune.launch.engine import ANY, cloud_of
 from spotune.launch.plan import Offers
 from spotune.launch.settings import SlurmSettings
-from spotune.launch.skypilot import client, slurm
+from spotune.launch.skypilot import client
 from spotune.launch.skypilot.jobs import accelerators_of
-from spotune.launch.skypilot.slurm import Partition
-from spotune.launch.skypilot.task import placed
+from spotune.launch.skypilot.task import Partition, partitions_of, placed
 from spotune.launch.task import may_be_spot, override
 
 # Where a task could run and what that costs. What SkyPilot would refuse it refuses here, before anybody is asked.
@@ -81,7 +80,7 @@ def _on_demand(task: dict[str, Any], infra: str) -> tuple[dict[str, Any], Any, t
 
 
 def _on_slurm(wanted: Wanted, at: float) -> Offers:
-    known = slurm.partitions_of(wanted.infra, wanted.slurm, wanted.environ)
+    known = partitions_of(wanted.infra, wanted.slurm, wanted.environ)
     resources = wanted.task.get("resources") or {}
     use_spot = may_be_spot(resources)
     places = narrowed(wanted.infra, wanted.use_spot, use_spot, known)

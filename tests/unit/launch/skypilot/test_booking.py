@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from spotune.core.clusters import read_clusters
 from spotune.core.errors import InfraError
+from spotune.core.records import read_clusters
 from spotune.launch.settings import Workspace
 from spotune.launch.skypilot import client
 from spotune.launch.skypilot.clusters import book, book_names, book_open

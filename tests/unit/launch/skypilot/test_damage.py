@@ -12,13 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from spotune.cli import main
-from spotune.core.clusters import ClusterRecord
 from spotune.core.keys import Keys
+from spotune.core.records import ClusterRecord
 from spotune.core.store import Store
 from spotune.launch.engine import JobStatus, PaidInterval
 from spotune.launch.skypilot import client as skypilot_client
-from spotune.launch.skypilot import dev_jobs, logs, ssh
-from spotune.launch.skypilot.registry import Entry, Registry
+from spotune.launch.skypilot import clusters, dev, jobs
+from spotune.launch.skypilot.engine import Entry, Registry
 from tests.commands import cli_runner
 from tests.hostile import HOW, changed, spoil, values
 from tests.unit.cost.cases import run
@@ -57,7 +57,7 @@ def put(path: Path, damage: Any) -> None:
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("SPOTUNE_USER", "ada")
-    monkeypatch.setattr(logs, "WAITS_S", (0, 0))
+    monkeypatch.setattr(jobs, "WAITS_S", (0, 0))
     monkeypatch.setattr(skypilot_client, "check_answers", lambda: None)
     monkeypatch.setattr(skypilot_client, "events", lambda job_id: [])
     monkeypatch.setattr(skypilot_client, "cost_rows", lambda names: [row((1000, None))] if "dev-ada" in names else [])
@@ -136,8 +136,8 @@ def test_a_damaged_record_of_a_cluster_stops_no_verb_of_dev(
 ) -> None:
     shutil.rmtree(home, ignore_errors=True)
     sky.add("dev-ada")
-    monkeypatch.setattr(ssh, "write_config", lambda *names, everyones=False: None)
-    monkeypatch.setattr(ssh, "read", lambda *_: json.dumps(STATE))
+    monkeypatch.setattr(clusters, "write_config", lambda *names, everyones=False: None)
+    monkeypatch.setattr(clusters, "read", lambda *_: json.dumps(STATE))
     Store(f"file://{home}/bucket").write(CLUSTER.key, CLUSTER.to_bytes())
     put(home / "bucket" / CLUSTER.key, data.draw(st.one_of(st.sampled_from(HOW), changed(asdict(CLUSTER)))))
     done = spotune("dev", *verb, codes=(0,))
@@ -148,7 +148,7 @@ def test_a_damaged_record_of_a_cluster_stops_no_verb_of_dev(
 
 @SETTINGS
 @given(data=st.data(), verb=st.sampled_from(VERBS[:2]))
-def test_whatever_a_keeper_says_the_cluster_is_listed(
+def test_whatever_a_watcher_says_the_cluster_is_listed(
     sky: FakeSky, monkeypatch: pytest.MonkeyPatch, data: st.DataObject, verb: list[str]
 ) -> None:
     sky.add("dev-ada")
@@ -156,8 +156,8 @@ def test_whatever_a_keeper_says_the_cluster_is_listed(
         st.sampled_from(["", "{", "[" * 100_000, '{"why": ']), st.one_of(changed(STATE), values).map(json.dumps)
     )
     said = data.draw(text)
-    monkeypatch.setattr(ssh, "write_config", lambda *names, everyones=False: None)
-    monkeypatch.setattr(ssh, "read", lambda *_: said)
+    monkeypatch.setattr(clusters, "write_config", lambda *names, everyones=False: None)
+    monkeypatch.setattr(clusters, "read", lambda *_: said)
     assert "dev-ada" in spotune("dev", *verb, codes=(0,)).output
 
 
@@ -170,12 +170,12 @@ def test_whatever_a_keeper_says_the_cluster_is_listed(
     ],
 )  # fmt: skip
 def test_what_says_that_it_is_a_notebook(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ssh, "read", lambda *_: said)
-    assert dev_jobs.find("dev-ada") is None
-    monkeypatch.setattr(ssh, "read", lambda *_: '{"port": 8888, "token": "t0k-e_n", "pid": 7}')
-    assert dev_jobs.find("dev-ada") == dev_jobs.Server(8888, "t0k-e_n")
+    monkeypatch.setattr(clusters, "read", lambda *_: said)
+    assert dev.find("dev-ada") is None
+    monkeypatch.setattr(clusters, "read", lambda *_: '{"port": 8888, "token": "t0k-e_n", "pid": 7}')
+    assert dev.find("dev-ada") == dev.Server(8888, "t0k-e_n")
 
 
 def test_what_a_cluster_prints_need_not_be_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ssh, "ssh_command", lambda *_: ["printf", r"\377\376"])
-    assert ssh.read("dev", "") == "\ufffd\ufffd"
+    monkeypatch.setattr(clusters, "ssh_command", lambda *_: ["printf", r"\377\376"])
+    assert clusters.read("dev", "") == "\ufffd\ufffd"

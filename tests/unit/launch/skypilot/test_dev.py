@@ -8,7 +8,7 @@ import pytest
 from spotune.core.errors import InputError
 from spotune.core.keys import Keys
 from spotune.launch.settings import Workspace
-from spotune.launch.skypilot import dev, ssh
+from spotune.launch.skypilot import clusters, dev
 from spotune.launch.skypilot.clusters import Cluster, can_stop, check_can_stop, default_name
 from spotune.launch.skypilot.dev import shared
 from tests.unit.cost.cases import run
@@ -172,10 +172,10 @@ def test_a_production_runs_name_is_none_for_a_run_on_a_cluster(tmp_path: Path) -
 def test_ssh_names_its_files_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(InputError, match="no such cluster"):
-        ssh.ssh_command("dev")
+        clusters.ssh_command("dev")
     config = tmp_path / ".sky" / "generated" / "ssh" / "dev"
     config.parent.mkdir(parents=True)
     config.write_text("Host dev\n  HostName 10.0.0.1\n  IdentityFile ~/.sky/generated/ssh-keys/dev.key\n")
     key = tmp_path / ".sky" / "generated" / "ssh-keys" / "dev.key"
     ours = ["-F", str(config), "-i", str(key), "-o", "LogLevel=ERROR"]
-    assert ssh.ssh_command("dev", "-N") == ["ssh", *ours, "-N", "dev"]
+    assert clusters.ssh_command("dev", "-N") == ["ssh", *ours, "-N", "dev"]

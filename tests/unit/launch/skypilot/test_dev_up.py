@@ -82,7 +82,7 @@ def test_anothers_cluster_is_refused(sky: FakeSky, there: Workspace) -> None:
 def test_nothing_is_launched_from_a_folder_without_the_project(sky: FakeSky, tmp_path: Path) -> None:
     elsewhere = Workspace.open({"SPOTUNE_HOME": str(tmp_path / "home")}, tmp_path)
     for envs in ({}, {"SPOTUNE_PYTHON": "/opt/python"}):
-        with pytest.raises(InputError, match="has no .*src/spotune/keeper"):
+        with pytest.raises(InputError, match="has no .*src/spotune/idle.py"):
             up(DevWish("dev", envs=envs), elsewhere)
     assert not sky.calls
 
@@ -93,11 +93,11 @@ def test_a_setup_that_failed_or_was_stopped_is_done_again(sky: FakeSky, there: W
     if left:
         sky.add_job("dev", left)
     done = up(DevWish("dev", gpus="L4:2", envs={"A": "1"}), there)
-    setup, keeper = (task for (task,) in sky.asked("exec"))
+    setup, watcher = (task for (task,) in sky.asked("exec"))
     assert (setup["name"], setup["resources"], setup["envs"]["A"]) == ("dev", {"cpus": "1+"}, "1")
     assert "tasks/setup.sh" in setup["run"]
     assert "setup" not in setup
-    assert keeper["name"] == "keeper"
+    assert watcher["name"] == "watcher"
     assert (done.is_new, done.notes) == (False, ("dev has L4:1, not L4:2 (another --name, or dev down first)",))
 
 
@@ -106,7 +106,7 @@ def test_a_setup_under_way_is_waited_for(sky: FakeSky, there: Workspace) -> None
     job = sky.add_job("dev", "SETTING_UP")
     up(DevWish("dev"), there)
     assert sky.asked("tail_logs") == [(job,)]
-    assert [task["name"] for (task,) in sky.asked("exec")] == ["keeper"]
+    assert [task["name"] for (task,) in sky.asked("exec")] == ["watcher"]
 
 
 def test_a_setup_that_fails_says_what_to_do(sky: FakeSky, there: Workspace) -> None:
@@ -118,7 +118,7 @@ def test_a_setup_that_fails_says_what_to_do(sky: FakeSky, there: Workspace) -> N
 def test_one_that_is_up_and_held_is_left_alone(sky: FakeSky, there: Workspace) -> None:
     sky.add("dev")
     sky.add_job("dev")
-    sky.add_job("keeper", "RUNNING")
+    sky.add_job("watcher", "RUNNING")
     done = up(DevWish("dev", gpus="L4:4"), there)
     assert not sky.calls
     assert (done.is_new, done.idle_minutes) == (False, None)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from spotune.core.errors import InfraError
-from spotune.launch.skypilot.logs import WAITS_S, follow
+from spotune.launch.skypilot.jobs import WAITS_S, follow
 from tests.unit.launch.skypilot.fake_sky import ClusterNotUpError, FakeSky, sky
 
 __all__ = ["sky"]

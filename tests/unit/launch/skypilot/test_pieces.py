@@ -15,10 +15,10 @@ from spotune.core.money import Place, price_of
 from spotune.launch.engine import CLOUDS, JobStatus, PaidInterval, Submission, cloud_of, infra_of, is_infra, spell
 from spotune.launch.plan import PRIORITIES
 from spotune.launch.settings import SlurmSettings, Workspace, load_settings
-from spotune.launch.skypilot import offers, slurm
-from spotune.launch.skypilot.client import Server, server_problems
-from spotune.launch.skypilot.controllers import PIDS, find_controllers
-from spotune.launch.skypilot.engine import SkyInfra
+from spotune.launch.skypilot import offers
+from spotune.launch.skypilot import task as skypilot_task
+from spotune.launch.skypilot.client import PIDS, Server, find_controllers, server_problems
+from spotune.launch.skypilot.engine import Entry, Registry, SkyInfra
 from spotune.launch.skypilot.offers import (
     Choice,
     Quote,
@@ -29,9 +29,7 @@ from spotune.launch.skypilot.offers import (
     slurm_machine,
     within,
 )
-from spotune.launch.skypilot.registry import Entry, Registry
-from spotune.launch.skypilot.slurm import Partition
-from spotune.launch.skypilot.task import placed, recovered, task_config
+from spotune.launch.skypilot.task import Partition, placed, recovered, task_config
 from tests.real_sky import RealSky
 from tests.waiting import ended, until
 
@@ -117,11 +115,11 @@ def test_partitions_as_slurm_tells_them() -> None:
         "PartitionName=spot AllowGroups=ALL PriorityJobFactor=1 PriorityTier=1 PreemptMode=CANCEL State=UP\n"
         "PartitionName=ondemand AllowGroups=ALL PriorityTier=10 PreemptMode=OFF State=UP\n"
     )
-    assert slurm.parse_partitions(text) == [SPOT, ONDEMAND]
+    assert skypilot_task.parse_partitions(text) == [SPOT, ONDEMAND]
     flat = (
         "PartitionName=gpu PriorityTier=1 PreemptMode=OFF\nPartitionName=gpu-preempt PriorityTier=1 PreemptMode=OFF\n"
     )
-    assert [one.preemptible for one in slurm.parse_partitions(flat)] == [False, True]
+    assert [one.preemptible for one in skypilot_task.parse_partitions(flat)] == [False, True]
 
 
 def login(tmp_path: Path, script: str) -> dict[str, str]:
@@ -137,22 +135,22 @@ def login(tmp_path: Path, script: str) -> dict[str, str]:
 
 def test_the_settings_correct_slurm(tmp_path: Path) -> None:
     environ = login(tmp_path, "echo PartitionName=gpu PriorityTier=1 PreemptMode=OFF")
-    assert slurm.clusters(environ) == ["lab", "other"]
-    assert slurm.known_partitions("lab", SlurmSettings(), environ) == [Partition("gpu", False)]
+    assert skypilot_task.clusters(environ) == ["lab", "other"]
+    assert skypilot_task.known_partitions("lab", SlurmSettings(), environ) == [Partition("gpu", False)]
     ours = SlurmSettings(preemptible=("lab/gpu", "lab/new", "other/x"))
-    assert slurm.known_partitions("lab", ours, environ) == [Partition("gpu", True), Partition("new", True)]
-    assert slurm.partitions_of("slurm/lab/spot", ours, environ)["lab"][-1] == Partition(
+    assert skypilot_task.known_partitions("lab", ours, environ) == [Partition("gpu", True), Partition("new", True)]
+    assert skypilot_task.partitions_of("slurm/lab/spot", ours, environ)["lab"][-1] == Partition(
         "spot", True
     )  # as its name says
-    assert slurm.preemptible_partitions("slurm/lab/spot", ours, environ) == ["lab/gpu", "lab/new", "lab/spot"]
-    assert slurm.preemptible_partitions("aws", ours, environ) == []
+    assert skypilot_task.preemptible_partitions("slurm/lab/spot", ours, environ) == ["lab/gpu", "lab/new", "lab/spot"]
+    assert skypilot_task.preemptible_partitions("aws", ours, environ) == []
 
 
 def test_a_login_node_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
     environ = login(tmp_path, "echo no route >&2; echo to host >&2; exit 255")
     with pytest.raises(InfraError, match="slurm/lab: no route to host"):
-        slurm.on_login("lab", "true", environ)
-    assert slurm.known_partitions("lab", SlurmSettings(), environ) == []
+        skypilot_task.on_login("lab", "true", environ)
+    assert skypilot_task.known_partitions("lab", SlurmSettings(), environ) == []
 
 
 def test_where_it_may_run_on_slurm() -> None:
@@ -303,17 +301,17 @@ def test_slurm_is_told_to_take_the_allocation(tmp_path: Path) -> None:
         done = subprocess.run(["bash", "-c", command], env=environ, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
-    assert run(slurm.taking("run-a-7-x", 2)) == "taken"  # does not wait for the end
+    assert run(skypilot_task.taking("run-a-7-x", 2)) == "taken"  # does not wait for the end
     asked, signalled = said.read_text().splitlines()
     assert "--name=run-a-7-x" in asked
     assert signalled == "scancel --signal=URG 41"
     until(lambda: len(said.read_text().splitlines()) > 2, said.read_text)
     assert said.read_text().splitlines()[2:] == ["scancel 41"]
     said.unlink()
-    assert run(slurm.taking("run-a-7-x", 0)) == "taken"
+    assert run(skypilot_task.taking("run-a-7-x", 0)) == "taken"
     assert said.read_text().splitlines()[1:] == ["scancel --full --signal=KILL 41", "scancel 41"]
     (tmp_path / "bin/squeue").write_text("#!/bin/bash\ntrue\n")
-    assert run(slurm.taking("run-a-7-x", 0)) == "none"
+    assert run(skypilot_task.taking("run-a-7-x", 0)) == "none"
 
 
 def test_what_is_wrong_with_a_server() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from spotune.core.errors import InfraError
 from spotune.launch.skypilot import client
+from spotune.launch.skypilot.client import attempts_in, exit_code, lines_of, said
 from spotune.launch.skypilot.engine import SkyInfra
 from spotune.launch.skypilot.jobs import (
     Event,
@@ -21,7 +22,6 @@ from spotune.launch.skypilot.jobs import (
     run_status,
     usages,
 )
-from spotune.launch.skypilot.log_lines import attempts_in, exit_code, lines_of, said
 
 MARKS = {"user": "ada", "infra": "slurm/lab/spot", "bucket": "file:///b", "priority": 0}
 

@@ -7,8 +7,7 @@ import pytest
 from spotune.core.errors import InfraError, Taken, Unsettled
 from spotune.launch.engine import Submission
 from spotune.launch.skypilot import client as skypilot_client
-from spotune.launch.skypilot.engine import SkyInfra
-from spotune.launch.skypilot.registry import Registry
+from spotune.launch.skypilot.engine import Registry, SkyInfra
 from tests.unit.launch.skypilot.fake_client import FakeClient
 
 SUBMISSION = Submission("run-a", {"run": "x", "envs": {"SPOTUNE_BUCKET": "file:///b"}}, "/w", "ada", infra="aws")

@@ -1,4 +1,4 @@
-"""Files and answers of others on a dev cluster, damaged or without an end: the keeper goes on, and ends in time."""
+"""Files and answers of others on a dev cluster, damaged or without an end: the watcher goes on, and ends in time."""
 
 import json
 import os
@@ -15,10 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spotune.keeper import signs
-from spotune.keeper import watcher as looking
-from spotune.keeper.signs import Sign, gpu_look, job_look, jupyter_look
-from spotune.keeper.watcher import Settings, keep, look
+from spotune import idle
+from spotune import idle as looking
+from spotune.idle import Settings, Sign, gpu_look, job_look, jupyter_look, keep, look
 from tests.clocks import Clock
 from tests.hostile import HOW, changed, spoil, values
 from tests.waiting import LIMIT_S
@@ -26,8 +25,8 @@ from tests.waiting import LIMIT_S
 KERNEL = {"name": "python3", "execution_state": "idle", "last_activity": "2026-11-25T01:30:00.123456Z"}
 FILES = (
     ".spotune",
-    ".spotune/keeper.newest",
-    ".spotune/keeper.json",
+    ".spotune/watcher.newest",
+    ".spotune/watcher.json",
     ".sky",
     ".sky/jobs.db",
     "jupyter",
@@ -68,7 +67,7 @@ def server() -> Iterator[str]:
 
 
 def settings_of(home: Path) -> Settings:
-    told = {"SPOTUNE_IDLE_MINUTES": "10", "SPOTUNE_KEEPER_LOOK_S": "60", "JUPYTER_RUNTIME_DIR": str(home / "jupyter")}
+    told = {"SPOTUNE_IDLE_MINUTES": "10", "SPOTUNE_WATCHER_LOOK_S": "60", "JUPYTER_RUNTIME_DIR": str(home / "jupyter")}
     return Settings.read(told, home)
 
 
@@ -83,7 +82,7 @@ def limited(seconds: float = LIMIT_S) -> Iterator[None]:
 def furnish(home: Path, url: str) -> None:
     for name in (".spotune", ".sky", "jupyter"):
         (home / name).mkdir(parents=True)
-    for name in ("keeper.newest", "keeper.json"):
+    for name in ("watcher.newest", "watcher.json"):
         (home / ".spotune" / name).write_text("{}")
     (home / "jupyter/jpserver-1.json").write_text(json.dumps({"url": url, "token": "t", "pid": os.getpid()}))
     with closing(sqlite3.connect(home / ".sky/jobs.db")) as table, table:
@@ -92,7 +91,7 @@ def furnish(home: Path, url: str) -> None:
 
 @SETTINGS
 @given(damage=st.lists(st.tuples(st.sampled_from(FILES), st.sampled_from(HOW)), min_size=1, max_size=3), data=st.data())
-def test_the_keeper_ends_in_time_whatever_lies_there(
+def test_the_watcher_ends_in_time_whatever_lies_there(
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
     server: str,
@@ -133,7 +132,7 @@ def test_a_time_that_no_clock_can_show(tmp_path: Path, server: str, at: str) -> 
 
 def test_an_answer_without_an_end(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     furnish(tmp_path, server)
-    monkeypatch.setattr(signs, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(idle, "TIMEOUT_S", 0.5)
     Answers.body, Answers.drips = b"[", True
     with limited(5.0):
         assert jupyter_look(tmp_path / "jupyter", 1000.0) == []
@@ -174,4 +173,4 @@ def test_a_look_that_fails_is_one_line_and_the_others_count(
     everywhere = look(settings_of(tmp_path))
     for _ in range(3):
         assert "a kernel" in [sign.what for sign in everywhere(1.0)]
-    assert capsys.readouterr().out == "keeper: cannot look at GPUs: KeyError: 'no such thing'\n"
+    assert capsys.readouterr().out == "watcher: cannot look at GPUs: KeyError: 'no such thing'\n"

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spotune.core.clusters import ClusterRecord, read_clusters
 from spotune.core.money import cost_usd
+from spotune.core.records import ClusterRecord, read_clusters
 from spotune.core.store import Store
+from spotune.cost.account import Split, Use, price_of_part, split_all
+from spotune.cost.export import COLUMNS, Idle, Run
 from spotune.cost.index import Index
-from spotune.cost.rows import COLUMNS, Idle, Run
-from spotune.cost.sharing import Split, Use, price_of_part, split_all
 from spotune.launch.engine import ACTIVE
 
 # Dev clusters for whoever pays for them: which runs were on each, what they had of it, and what was idle.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from spotune.keeper.signs import (
+from spotune.idle import (
     Process,
     cpu_look,
     editor_look,
@@ -234,7 +234,7 @@ def test_jobs(tmp_path: Path) -> None:
     (tmp_path / ".sky").mkdir()
     table = sqlite3.connect(tmp_path / ".sky" / "jobs.db")
     table.execute("CREATE TABLE jobs (job_id INTEGER, job_name TEXT, status TEXT)")
-    rows = [(1, "keeper", "RUNNING"), (2, "demo", "RUNNING"), (3, "notebook", "RUNNING"), (4, "old", "SUCCEEDED")]
+    rows = [(1, "watcher", "RUNNING"), (2, "demo", "RUNNING"), (3, "notebook", "RUNNING"), (4, "old", "SUCCEEDED")]
     table.executemany("INSERT INTO jobs VALUES (?, ?, ?)", rows)
     table.commit()
     table.close()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from spotune.keeper.signs import Process, processes, session_look
+from spotune.idle import Process, processes, session_look
 from tests.waiting import ended, until
 
 SSHD = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:/usr/bin")
@@ -117,7 +117,7 @@ def test_one_that_only_forwards_a_port_does_not(sshd: Sshd) -> None:
 
 
 def test_spotunes_own_question_does_not(sshd: Sshd) -> None:
-    sshd.connect("sleep 62; cat ~/.spotune/keeper.json")
+    sshd.connect("sleep 62; cat ~/.spotune/watcher.json")
     assert seen(sshd.pid, "sleep 62") == []
 
 

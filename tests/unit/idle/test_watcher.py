@@ -1,4 +1,4 @@
-"""When the keeper holds on and when it lets go."""
+"""When the idle watcher holds on and when it lets go."""
 
 import ast
 import json
@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 import spotune
-from spotune.keeper.signs import Sign
-from spotune.keeper.watcher import NEWEST, Settings, keep
+from spotune.idle import NEWEST, Settings, Sign, keep
 from tests.clocks import Clock
 from tests.waiting import LIMIT_S
 
@@ -19,12 +18,12 @@ SOURCE = Path(spotune.__file__).parent
 
 
 def settings(home: Path, **more: str) -> Settings:
-    told = {"SPOTUNE_IDLE_MINUTES": "10", "SPOTUNE_AUTOSTOP_MINUTES": "2", "SPOTUNE_KEEPER_LOOK_S": "30", **more}
+    told = {"SPOTUNE_IDLE_MINUTES": "10", "SPOTUNE_AUTOSTOP_MINUTES": "2", "SPOTUNE_WATCHER_LOOK_S": "30", **more}
     return Settings.read(told, home)
 
 
 def state(home: Path) -> dict[str, object]:
-    found: dict[str, object] = json.loads((home / ".spotune" / "keeper.json").read_text())
+    found: dict[str, object] = json.loads((home / ".spotune" / "watcher.json").read_text())
     return found
 
 
@@ -100,7 +99,7 @@ def test_on_slurm_it_can_take_the_allocation_down(tmp_path: Path, monkeypatch: p
         stand_in.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     clock = Clock(1000.0)
-    keep(settings(tmp_path, SLURM_JOB_ID="77", SPOTUNE_KEEPER_ENDS="scancel"), lambda now: [], clock, clock.sleep)
+    keep(settings(tmp_path, SLURM_JOB_ID="77", SPOTUNE_WATCHER_ENDS="scancel"), lambda now: [], clock, clock.sleep)
     limit, signal = (tmp_path / "asked").read_text().splitlines()
     assert limit == "scontrol update JobId=77 EndTime=now+3minutes"
     assert signal == "scancel --signal=TERM --full 77"
@@ -120,7 +119,7 @@ def test_it_runs_with_a_plain_python(python: str, tmp_path: Path) -> None:
         "PYTHONPATH": str(SOURCE.parent),
         "SPOTUNE_IDLE_MINUTES": "0",  # this machine works: it runs tests
     }
-    command = [python, "-m", "spotune.keeper"]
+    command = [python, "-m", "spotune.idle"]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert done.returncode == 0, done.stderr
     assert "lets this cluster go" in done.stdout
@@ -131,18 +130,18 @@ def test_it_runs_with_a_plain_python(python: str, tmp_path: Path) -> None:
 def test_it_ends_as_it_must_without_a_log(tmp_path: Path, streams: str, minutes: str, code: int) -> None:
     environ = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(SOURCE.parent)}
     environ |= {"SPOTUNE_IDLE_MINUTES": minutes, "PYTHONIOENCODING": "ascii"}
-    line = f"set -o pipefail; {sys.executable} -m spotune.keeper {streams}"
+    line = f"set -o pipefail; {sys.executable} -m spotune.idle {streams}"
     done = subprocess.run(["bash", "-c", line], env=environ, timeout=LIMIT_S, check=False)
     assert done.returncode == code
 
 
 def test_a_setting_that_cannot_be_is_not_tried_again(tmp_path: Path) -> None:
     environ = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(SOURCE.parent), "SPOTUNE_IDLE_MINUTES": "soon"}
-    command = [sys.executable, "-m", "spotune.keeper"]
+    command = [sys.executable, "-m", "spotune.idle"]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=LIMIT_S, check=False)
-    assert (done.returncode, done.stderr) == (2, "keeper: SPOTUNE_IDLE_MINUTES: 'soon' is not a number, 0 or more\n")
+    assert (done.returncode, done.stderr) == (2, "watcher: SPOTUNE_IDLE_MINUTES: 'soon' is not a number, 0 or more\n")
 
 
 def test_it_is_python_3_9() -> None:
-    for path in [SOURCE / "__init__.py", *(SOURCE / "keeper").glob("*.py")]:
+    for path in [SOURCE / "__init__.py", SOURCE / "idle.py"]:
         ast.parse(path.read_text(), feature_version=(3, 9))

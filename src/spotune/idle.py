@@ -1,15 +1,28 @@
-"""Signs of work on a dev cluster: processes, GPUs, jobs, Jupyter kernels, people who are connected."""
+"""The idle watcher: a small job on a dev cluster that tells work from idling, so that an idle cluster goes.
+
+How it holds SkyPilot off. The skylet's StopEvent (sky/skylet/events.py, every 60 s) counts a cluster as idle when
+``job_lib.is_cluster_idle()`` finds no job in its queue and, with ``wait_for: jobs_and_ssh``, no terminal has an sshd
+above it (``autostop_lib.has_active_ssh_sessions``). VS Code has no terminal and a Jupyter kernel is neither, so the
+watcher is the one thing that SkyPilot counts everywhere: a job. It asks for no GPU, stays in the queue for as long as
+somebody works and then for the idle time, and ends; autostop, set to a few minutes, does the rest. A process left
+behind by ``setup`` would do on a VM, but on Slurm it dies with its step (sky/provision/slurm/instance.py).
+
+Runs with the machine's own ``python3``, 3.9 or newer, from the standard library alone: it must not depend on the
+environment whose setup may be what keeps the machine busy. Linux only: it reads /proc.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import sqlite3
 import stat
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,7 +33,9 @@ from urllib.error import URLError
 from urllib.parse import quote
 from urllib.request import ProxyHandler, Request, build_opener
 
-# Small files of others, read and written so that none of them can hold up the keeper or fill its memory.
+# Signs of work on a dev cluster: processes, GPUs, jobs, Jupyter kernels, people who are connected.
+
+# Small files of others, read and written so that none of them can hold up the idle watcher or fill its memory.
 
 MOST_BYTES = 1 << 20
 
@@ -152,9 +167,9 @@ def _slurm_job_of(pid: int) -> str | None:
 
 # Processes that compute: the user's, not SkyPilot's own.
 
-# SkyPilot's runtime, Ray below it, the log streams of Slurm, and the keeper: they tick over on an idle cluster too.
+# SkyPilot's runtime, Ray below it, the log streams of Slurm, and the watcher: they tick over on an idle cluster too.
 _INFRASTRUCTURE = re.compile(
-    r"sky\.skylet|skypilot-runtime|sky_job_|spotune\.keeper|/ray/|raylet|gcs_server|ray::IDLE|\bsrun\b|slurmstepd|sshd"
+    r"sky\.skylet|skypilot-runtime|sky_job_|spotune\.idle|/ray/|raylet|gcs_server|ray::IDLE|\bsrun\b|slurmstepd|sshd"
 )
 
 
@@ -201,8 +216,8 @@ def gpu_look(percent: float, now: float) -> list[Sign]:
 
 # What else is in the cluster's queue.
 
-# A job of one of these names only waits for somebody: the keeper judges a notebook by its kernels.
-WAITING = ("keeper", "notebook")
+# A job of one of these names only waits for somebody: the idle watcher judges a notebook by its kernels.
+WAITING = ("watcher", "notebook")
 _ACTIVE = ("INIT", "PENDING", "SETTING_UP", "RUNNING")
 
 
@@ -316,7 +331,7 @@ _SSHD = re.compile(r"sshd(-session)?$|dropbear$")
 _EDITOR = re.compile(r"/\.(vscode|cursor|windsurf|vscodium|positron)-server(-insiders)?/")
 # A session in which SkyPilot itself asks something (its runner's own preamble, sky/utils/command_runner.py), or
 # `spotune dev ls` does.
-_ASKING = re.compile(r"sky\.skylet|skypilot-runtime|SKY_RUNTIME_DIR|PYTHONWARNINGS=ignore|\.spotune/keeper\.json")
+_ASKING = re.compile(r"sky\.skylet|skypilot-runtime|SKY_RUNTIME_DIR|PYTHONWARNINGS=ignore|\.spotune/watcher\.json")
 _ESTABLISHED = "01"
 
 
@@ -380,3 +395,260 @@ def _established() -> Iterator[str]:
             fields = line.split()
             if fields[3] == _ESTABLISHED:
                 yield fields[9]
+
+
+# The idle watcher's loop: look, remember when somebody worked last, say so, and end after long enough.
+
+# What the idle watcher is told: by the environment, which is read here and nowhere else on this side.
+
+IDLE = "SPOTUNE_IDLE_MINUTES"  # without work for so long: the idle watcher ends
+LEAD = "SPOTUNE_AUTOSTOP_MINUTES"  # SkyPilot's own autostop, which counts from there; for what `dev ls` says
+ENDS = "SPOTUNE_WATCHER_ENDS"  # `scancel`: take the Slurm job down as well, where autostop does not
+LOOK = "SPOTUNE_WATCHER_LOOK_S"
+CPU = "SPOTUNE_WATCHER_CPU"
+GPU = "SPOTUNE_WATCHER_GPU"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the idle watcher judges.
+
+    Attributes:
+        look_s: seconds between two looks.
+        cpu_share: a process that used more than this share of one core since the last look works.
+        gpu_percent: a GPU that is used more than this works.
+        folder: where the state file is, and the mark of the newest idle watcher.
+        runtime: SkyPilot's folder on this machine; ``job_id`` is the idle watcher's own job in it.
+        slurm_job: the allocation, empty where there is none.
+        ends: what the idle watcher does at the end beside ending.
+    """
+
+    idle_s: float
+    lead_s: float
+    look_s: float
+    cpu_share: float
+    gpu_percent: float
+    home: Path
+    runtime: Path
+    job_id: int | None
+    slurm_job: str
+    ends: str
+    jupyter_runtime: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.home / ".spotune"
+
+    @property
+    def state_file(self) -> Path:
+        return self.folder / "watcher.json"
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str], home: Path) -> Settings:
+        """Raises ValueError, one line, for a setting that cannot be."""
+        own = environ.get("SKYPILOT_INTERNAL_JOB_ID", "")
+        jupyter = environ.get("JUPYTER_RUNTIME_DIR") or home / ".local" / "share" / "jupyter" / "runtime"
+        return cls(
+            idle_s=60 * _number(environ, IDLE, 28),
+            lead_s=60 * _number(environ, LEAD, 0),
+            look_s=_number(environ, LOOK, 20),
+            cpu_share=_number(environ, CPU, 0.25),
+            gpu_percent=_number(environ, GPU, 2),
+            home=home,
+            runtime=Path(environ.get("SKY_RUNTIME_DIR") or home),
+            job_id=int(own) if own.isdecimal() else None,
+            slurm_job=environ.get("SLURM_JOB_ID", ""),
+            ends=environ.get(ENDS, ""),
+            jupyter_runtime=Path(jupyter),
+        )
+
+
+def _number(environ: Mapping[str, str], name: str, default: float) -> float:
+    text = environ.get(name, "").strip()
+    try:
+        number = float(text) if text else default
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < 1e6:
+        raise ValueError(f"{name}: {text!r} is not a number, 0 or more")
+    return number
+
+
+# The idle watcher's lines. None of them may end it: it would then hold, or not hold, a cluster for want of a log.
+
+
+def open_log() -> None:
+    """Lets stdout and stderr take any letter; what their encoding lacks becomes ``\\u2705``."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def log(text: str, to_stderr: bool = False) -> None:
+    """Prints one line, where that can be."""
+    try:
+        print(f"watcher: {text}", file=sys.stderr if to_stderr else sys.stdout, flush=True)
+    except (OSError, ValueError):  # a full disk, a closed pipe
+        return
+
+
+def close_log() -> None:
+    """Gives up what could not be printed, so that Python's own exit does not fail by it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+# One look at everything.
+
+MOST_SAID = 100
+Look = Callable[[float], list[Sign]]
+
+
+def look(settings: Settings) -> Look:
+    """Returns a function from now to all signs of work."""
+    cpu = cpu_look(settings.cpu_share)
+    said: set[str] = set()
+
+    def everywhere(now: float) -> list[Sign]:
+        everybody = processes(settings.slurm_job)
+        looks: dict[str, Callable[[], list[Sign]]] = {
+            "jobs": lambda: job_look(settings.runtime, settings.job_id, now),
+            "GPUs": lambda: gpu_look(settings.gpu_percent, now),
+            "processes": lambda: cpu(everybody, now),
+            "ssh sessions": lambda: session_look(everybody, now),
+            "VS Code": lambda: editor_look(everybody, now),
+            "Jupyter": lambda: jupyter_look(settings.jupyter_runtime, now),
+        }
+        return [sign for name, one in looks.items() for sign in _safely(name, one, said)]
+
+    return everywhere
+
+
+def _safely(name: str, look: Callable[[], list[Sign]], said: set[str]) -> list[Sign]:
+    """The signs of one look. One that fails is logged once: the others must still hold the cluster."""
+    try:
+        return look()
+    except Exception as error:
+        line = f"cannot look at {name}: {type(error).__name__}: {error}"
+        if line not in said and len(said) < MOST_SAID:
+            said.add(line)
+            log(line)
+        return []
+
+
+# The loop: look, remember when somebody worked last, say so in a file, and end when that is long enough ago.
+
+SCHEMA_VERSION = 1
+NEWEST = "watcher.newest"  # the idle watcher that holds this machine: the one that came last
+
+
+def keep(settings: Settings, look: Look, clock: Callable[[], float], sleep: Callable[[float], None]) -> int:
+    """Returns the exit code once nothing has worked for the idle time, or a newer idle watcher has come."""
+    newest = settings.folder / NEWEST
+    me = _claim(newest, f"{os.uname().nodename}-{os.getpid()}-{clock():.6f}")
+    started = last = clock()
+    said, what = "", "the start of the idle watcher"
+    log(f"holds this cluster until nothing has worked for {settings.idle_s / 60:g} min")
+    while True:
+        now = clock()
+        signs = sorted(look(now), key=lambda sign: -sign.at)
+        if signs and signs[0].at >= last:
+            last, what = signs[0].at, signs[0].what
+        busy = [sign.what for sign in signs if sign.at >= now]
+        idle_s = now - last
+        if _read_text(newest) not in (me, ""):  # gone, unreadable or half written: nobody newer has said so
+            log("a newer one holds this cluster now")
+            return 0
+        is_over = idle_s >= settings.idle_s
+        why = "; ".join(busy) if busy else f"idle for {idle_s / 60:.0f} min, the last: {what}"
+        state = {
+            "schema_version": SCHEMA_VERSION,
+            "verdict": "over" if is_over else "busy" if busy else "idle",
+            "why": why,
+            "busy": busy,
+            "started_at": started,
+            "looked_at": now,
+            "last_active_at": last,
+            "idle_minutes": (settings.idle_s + settings.lead_s) / 60,
+            "stops_at": None if busy else last + settings.idle_s + settings.lead_s,
+        }
+        _write(settings.state_file, state)
+        said = _tell(busy, said)
+        if is_over:
+            log(f"{why}: lets this cluster go")
+            shut_down(settings.jupyter_runtime)  # a server that only waits would hold it for ever
+            _end(settings)
+            return 0
+        sleep(settings.look_s)
+
+
+def _tell(busy: list[str], said: str) -> str:
+    """Prints a change of mind, which is all that is worth a line; returns what was said."""
+    now = "busy" if busy else "idle"
+    if now != said:
+        log(f"{'busy: ' + '; '.join(busy) if busy else 'idle'}")
+    return now
+
+
+def _end(settings: Settings) -> None:
+    """Takes a Slurm allocation down, where SkyPilot may not: of two clusters on one node only one has a skylet, which
+    wants a port of its own. The signal goes to the batch script too, as SkyPilot's does (sky/provision/slurm/
+    instance.py: _cancel_slurm_job), whose trap cleans up. It ends the watcher as well, so that the time limit is what
+    ends an allocation with a process in it that ignores the signal."""
+    if settings.ends != "scancel" or not settings.slurm_job:
+        return
+    for command in (
+        ["scontrol", "update", f"JobId={settings.slurm_job}", "EndTime=now+3minutes"],
+        ["scancel", "--signal=TERM", "--full", settings.slurm_job],
+    ):
+        try:
+            subprocess.run(command, check=False)
+        except OSError as error:  # no Slurm in this container: autostop is left
+            log(f"{command[0]}: {error}")
+
+
+def _claim(path: Path, me: str) -> str:
+    """Writes that this watcher is the newest; returns what stands there then, which is another's where it cannot."""
+    try:
+        write_file(path, me)
+    except OSError as error:  # a full disk: both hold
+        log(f"{path}: {error}")
+        return _read_text(path)
+    return me
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return read_file(path).decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    try:
+        write_file(path, json.dumps(state))
+    except OSError as error:  # a full disk: holding on matters more than telling
+        log(f"{path}: {error}")
+
+
+# ``python3 -m spotune.idle``: environment in, exit code out.
+
+
+def main() -> int:
+    try:
+        settings = Settings.read(dict(os.environ), Path.home())
+    except ValueError as error:
+        log(str(error), to_stderr=True)
+        return 2  # nothing that another start would mend
+    return keep(settings, look(settings), time.time, time.sleep)
+
+
+if __name__ == "__main__":
+    open_log()
+    code = main()
+    close_log()
+    sys.exit(code)
