@@ -1,7 +1,7 @@
 # Everything is a line or two over `spotune`, `sky` or pytest. `make setup` is part of every target that needs it.
 .DEFAULT_GOAL := help
 PYTHON ?= python3
-# Two environments: SkyPilot and the trainer's libraries want different versions of click, see docs/technology.md.
+# Two environments: SkyPilot and the trainer's libraries want different versions of click, see docs/explanation/technology.md.
 VENV := .venv
 TRAIN_VENV := .venv-train
 BIN := $(VENV)/bin
@@ -156,7 +156,7 @@ lock: $(VENV)/.ready ## resolve anew what pyproject.toml asks for
 schema: setup-train ## the keys of a config, from the pinned TRL
 	$(TRAIN_BIN)/python -m spotune.sft.arguments
 
-docs: setup ## docs/cli.md, from the commands' own help
+docs: setup ## docs/reference/cli.md, from the commands' own --help
 	$(BIN)/python docs/reference.py
 
 clean: ## what targets have made, but not the environment

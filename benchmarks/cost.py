@@ -1,7 +1,7 @@
 """``spotune cost`` over thousands of runs: cold, warm, and whether it grows in a straight line.
 
     .venv/bin/python benchmarks/cost.py [--runs 1000 2500 5000 10000] [--svg docs/images/cost-index.svg]
-    .venv/bin/python benchmarks/cost.py --sky 30000    # in the lab's shell (docs/lab.md): `sky cost-report` beside it
+    .venv/bin/python benchmarks/cost.py --sky 30000    # in the lab's shell (docs/contributing/lab.md)
 
 Runs of three attempts each, made by made_runs.py in a bucket in a folder. Cold: there is no index yet. Warm: the
 median of ``--rounds`` calls with nothing new. Each is a whole process, its output thrown away.

@@ -3,8 +3,9 @@
     make lab
     .venv/bin/python benchmarks/preempted.py [--times 10] [--grace 25 | --grace 0]
 
-Real SkyPilot on real Slurm (docs/lab.md), ``tasks/train.yaml`` as it is shipped, and ``config/runs/demo.yaml`` with as
-many steps as it takes. The same training, undisturbed and on this machine alone, says what the weights have to be.
+Real SkyPilot on real Slurm (docs/contributing/lab.md), ``tasks/train.yaml`` as it is shipped, and
+``config/runs/demo.yaml`` with as many steps as it takes. The same training, undisturbed and on this machine alone,
+says what the weights have to be.
 With ``--grace 0`` the node vanishes without a word: what was trained since the last checkpoint is trained again.
 """
 

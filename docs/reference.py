@@ -1,4 +1,4 @@
-"""Writes docs/cli.md from the commands' own help: ``python docs/reference.py`` (make docs)."""
+"""Writes docs/reference/cli.md from the commands' own help: ``python docs/reference.py`` (make docs)."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,4 +30,4 @@ def helps(command: click.Command, parent: click.Context | None, name: str) -> It
 
 
 if __name__ == "__main__":
-    Path(__file__).with_name("cli.md").write_text(reference())
+    (Path(__file__).with_name("reference") / "cli.md").write_text(reference())

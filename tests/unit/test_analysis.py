@@ -18,7 +18,7 @@ from spotune.core.errors import InputError
 from tests.trainer.architectures import PUBLISHED
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "cost-analysis.md"
+PAGE = ROOT / "docs" / "explanation" / "cost-analysis.md"
 CATALOG, TRACES = ROOT.parent / "shared" / "catalog", ROOT.parent / "shared" / "spot-traces"
 real = pytest.mark.skipif(
     not (CATALOG.is_dir() and TRACES.is_dir()), reason="the real catalog and traces are not part of this repository"

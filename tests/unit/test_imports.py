@@ -1,4 +1,4 @@
-"""Who may import whom: the table in docs/architecture.md, held over the source and over a running process."""
+"""Who may import whom: the table in CONTRIBUTING.md, held over the source and over a running process."""
 
 import ast
 import subprocess

@@ -1,4 +1,4 @@
-"""Each claim of docs/security.md has a test: those that no other file has are here."""
+"""Each claim of docs/explanation/security.md has a test: those that no other file has are here."""
 
 import json
 import os
@@ -113,7 +113,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
 
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_the_page_makes_the_claim_and_its_test_is_there(claim: str) -> None:
-    page = " ".join((ROOT / "docs/security.md").read_text().split())
+    page = " ".join((ROOT / "docs/explanation/security.md").read_text().split())
     file, test = CLAIMS[claim]
     assert claim in page
     assert re.search(rf"(?m)^def {test}\(", (ROOT / file).read_text())

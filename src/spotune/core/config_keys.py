@@ -587,7 +587,7 @@ def _instead(key: str, value: Any, config: Mapping[str, Any]) -> str:
     if isinstance(value, dict) and any(inner in known for inner in value):
         return f"keys are flat: write {', '.join(map(str, value))} without {key}"
     near = difflib.get_close_matches(key, known, n=1)
-    return f"did you mean {near[0]}?" if near else "see docs/config.md"
+    return f"did you mean {near[0]}?" if near else "see docs/reference/config.md"
 
 
 def _of_old_key(old: tuple[str, Any, str], config: Mapping[str, Any]) -> str:

@@ -102,7 +102,7 @@ class SaveCost:
 # This is Young's interval (J. W. Young, "A first order approximation to the optimum checkpoint interval", CACM 1974)
 # with the hazard of a heavy tail, alpha / (X0 + age), in the place of 1 / MTBF: spot machines live long or die young,
 # so the longer one has been up the longer it will stay. ``alpha`` is learned from the machines of this run that were
-# taken away, from a prior on. X0 and the prior are fitted to public spot traces (docs/checkpoints.md).
+# taken away, from a prior on. X0 and the prior are fitted to public spot traces (docs/explanation/checkpoints.md).
 #
 # What a save costs is what training loses by it: it stands still for the snapshot, and its steps are slower while the
 # checkpoint is written and uploaded. How long a restore takes does not move the optimum; it is in the waste that is

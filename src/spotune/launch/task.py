@@ -17,7 +17,8 @@ from spotune.core.config import read_yaml, refuse_dates
 from spotune.core.errors import InputError, shown
 from spotune.core.fingerprint import read_user_file
 
-# Finds the Python that trains. The launcher's own environment has neither torch nor TRL: see docs/technology.md.
+# Finds the Python that trains. The launcher's own environment has neither torch nor TRL: see
+# docs/explanation/technology.md.
 
 DEFAULT = Path(".venv-train/bin/python")
 REMEDY = f"make setup-train, or {environment.PYTHON}=PYTHON"

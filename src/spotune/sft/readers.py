@@ -91,7 +91,7 @@ def open_file(file: str, url: str) -> Reader:
     if kind in ("parquet", "arrow"):
         source = pa.memory_map(file) if not compression else pa.BufferReader(_read_whole(file, compression))
         return ParquetReader(source) if kind == "parquet" else ArrowReader(source)
-    raise InputError(url, "is not a data file by its name", remedy="see data: in docs/config.md")
+    raise InputError(url, "is not a data file by its name", remedy="see data: in docs/reference/config.md")
 
 
 def open_bytes(file: str, compression: str) -> IO[bytes]:

@@ -41,7 +41,7 @@ def use(key: Any, start: float, end: float | None, gpu_share: float = 0.0, nodes
 
 
 def test_two_halves_and_the_rest() -> None:
-    """The example of docs/dev.md: an hour at $0.72; half a GPU for 40 minutes, the other half for the last 20 of it."""
+    """The example of docs/reference/cost.md: an hour at $0.72; half a GPU for 40 minutes, the rest for the last 20."""
     found = split(cluster((0, 3600)), [use("a", 600, 3000, 0.5), use("b", 1800, 3000, 0.5)])
     assert [(share.key, share.paid_s) for share in found.shares] == [("a", 1200.0), ("b", 600.0)]
     assert [share.cost_usd for share in found.shares] == pytest.approx([0.24, 0.12])
