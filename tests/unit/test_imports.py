@@ -33,7 +33,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "idle": (set(), set()),
     "sft": ({"core"}, TRAINING | {"fsspec", "safetensors", "pyarrow", "bitsandbytes", "tokenizers", "packaging"}),
     "launch": ({"core"}, {"yaml", "psutil"}),
-    "cost": ({"core", "launch"}, set()),
+    "cost": ({"core", "launch"}, {"jinja2"}),
     "cli": ({"core", "launch", "cost"}, {"click", "rich"}),
 }
 EXCEPTIONS = {("sft/__main__.py", "spotune.guard.main")}  # the script's door: the guard enters first

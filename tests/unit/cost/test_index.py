@@ -40,7 +40,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return read_run_data(store, run_id, *rest)
 
     read_run_data = collect.read_run_data
-    monkeypatch.setattr(collect, "read_evidence", read)
+    monkeypatch.setattr(collect, "read_run_data", read)
     return seen
 
 
