@@ -8,7 +8,7 @@ from spotune.core.money import cost_usd
 from spotune.core.records import ClusterRecord, read_clusters
 from spotune.core.store import Store
 from spotune.cost.account import Split, Use, price_of_part, split_all
-from spotune.cost.export import COLUMNS, Idle, Run
+from spotune.cost.export import COLUMNS, KeyedRow, Row
 from spotune.cost.index import Index
 from spotune.launch.engine import ACTIVE
 
@@ -34,7 +34,7 @@ def splits_of(store: Store, index: Index, since: float, warn: Callable[[str], No
     return list(reversed(found))
 
 
-def cluster_rows(splits: Iterable[Split], runs: Iterable[Run]) -> list[dict[str, Any]]:
+def cluster_rows(splits: Iterable[Split], runs: Iterable[KeyedRow]) -> list[dict[str, Any]]:
     """A row a cluster that was paid for; its ``runs`` each with what it had, the dearest first.
 
     Seconds are of the whole cluster.
@@ -43,12 +43,12 @@ def cluster_rows(splits: Iterable[Split], runs: Iterable[Run]) -> list[dict[str,
     return [_row(split, totals) for split in splits if split.paid_s]
 
 
-def flat_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def flat_rows(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """The same for a table: how many runs there were."""
     return [{name: len(row["runs"]) if name == "runs" else row[name] for name in CLUSTER_COLUMNS} for row in rows]
 
 
-def charged(attempts: Iterable[Run], splits: Iterable[Split]) -> Iterator[Run]:
+def charged(attempts: Iterable[KeyedRow], splits: Iterable[Split]) -> Iterator[KeyedRow]:
     """Attempts, each on a dev cluster with what it had of that: no more than there was, where runs were in each
     other's way. One that outlasts what is known of its cluster keeps what it has cost by its own clock."""
     shares = {share.key: (share.cost_usd, split.cluster) for split in splits for share in split.shares}
@@ -61,7 +61,7 @@ def charged(attempts: Iterable[Run], splits: Iterable[Split]) -> Iterator[Run]:
             yield key, {**_priced(attempt, cluster), "cost_usd": cost_usd}
 
 
-def _priced(attempt: Mapping[str, Any], cluster: ClusterRecord) -> Mapping[str, Any]:
+def _priced(attempt: Row, cluster: ClusterRecord) -> Row:
     """With a price, where one is asked for, also if the cluster was booked only after the run was read."""
     if attempt.get("price_usd_per_hour", 0.0) is not None or not (
         price := price_of_part(cluster, attempt["gpu_share"])
@@ -100,7 +100,7 @@ def idle_of(splits: Iterable[Split]) -> Iterator[dict[str, Any]]:
             }
 
 
-def _uses(runs: Sequence[Run], attempts: Sequence[Run]) -> Iterator[Use]:
+def _uses(runs: Sequence[KeyedRow], attempts: Sequence[KeyedRow]) -> Iterator[Use]:
     """The attempts that name a cluster. The last one of a run that goes on lasts, if it has not said its end."""
     states = {key: totals["state"] for key, totals in runs}
     last = {key: attempt["attempt"] for key, attempt in attempts}
@@ -118,7 +118,7 @@ def _uses(runs: Sequence[Run], attempts: Sequence[Run]) -> Iterator[Use]:
         )
 
 
-def _row(split: Split, totals: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:
+def _row(split: Split, totals: Mapping[Any, Row]) -> dict[str, Any]:
     cluster, price = split.cluster, split.cluster.price_row
     runs: dict[str, dict[str, Any]] = {}
     for share in (share for share in split.shares if share.paid_s):
@@ -162,9 +162,9 @@ class Paid:
     What a run would have cost on demand is known of the whole run only: of one that began earlier it is None.
     """
 
-    runs: Sequence[Run]
-    attempts: Sequence[Run]
-    idle: Sequence[Idle]
+    runs: Sequence[KeyedRow]
+    attempts: Sequence[KeyedRow]
+    idle: Sequence[Row]
 
 
 def paid_since(store: Store, index: Index, since: float, warn: Warn) -> Paid:
@@ -172,7 +172,7 @@ def paid_since(store: Store, index: Index, since: float, warn: Warn) -> Paid:
     splits = splits_of(store, index, since, warn)
     attempts = list(charged(clip(index.attempts(since, COLUMNS), since), splits))
     seen = {key for key, _ in attempts}
-    runs: list[Run] = []
+    runs: list[KeyedRow] = []
     for key, totals in index.runs(0.0):
         if totals["submitted_at"] >= since:
             runs.append((key, totals))
@@ -190,7 +190,7 @@ def charges_since(store: Store, index: Index, since: float, warn: Warn) -> Paid:
     return Paid(runs, attempts, [piece for piece in idle_of(splits) if piece["started_at"] + piece["paid_s"] > since])
 
 
-def clip(attempts: Iterable[Run], since: float) -> Iterator[Run]:
+def clip(attempts: Iterable[KeyedRow], since: float) -> Iterator[KeyedRow]:
     """Of each attempt what came after that time; seconds and dollars in proportion."""
     for key, attempt in attempts:
         before_s = since - attempt["started_at"]

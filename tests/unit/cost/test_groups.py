@@ -17,13 +17,13 @@ from spotune.cost.export import (
     By,
     Period,
     as_csv,
-    cut,
     end_of,
     focus_rows,
     gpus_of,
     group,
     indexed_attempts,
     name_of,
+    pieces_of,
     run_row,
     start_of,
 )
@@ -141,7 +141,7 @@ def test_every_paid_second_is_in_a_group(spans: list[tuple[float, float, str]]) 
 
 @given(st.sampled_from(["day", "week", "month"]), TIMES, st.floats(0, 1e7))
 def test_pieces_tile_an_interval(period: Period, start: float, seconds: float) -> None:
-    pieces = list(cut(period, start, start + seconds))
+    pieces = list(pieces_of(period, start, start + seconds))
     assert (pieces[0][1], pieces[-1][2]) == (start, start + seconds)
     for (begins, began, until), (_, next_began, _) in zip(pieces, pieces[1:] + pieces[-1:], strict=True):
         assert begins == start_of(period, began)
