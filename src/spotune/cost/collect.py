@@ -17,7 +17,7 @@ from spotune.core.store import FOR_VERBS, Store
 from spotune.cost.account import build_accounts, leave_bills
 from spotune.cost.dev_clusters import paid_since
 from spotune.cost.export import indexed_attempts, name_of, run_row, start_of
-from spotune.cost.index import Index, IndexEntry, Key, each, index_file, read_run_data, use_index
+from spotune.cost.index import Index, IndexEntry, Key, index_file, parallel_map, read_run_data, use_index
 from spotune.cost.report import build_report, estimates
 from spotune.launch.engine import ACTIVE, JobStatus, PaidInterval, is_infra
 from spotune.launch.plan import BUDGET_FLAG, Plan
@@ -121,7 +121,7 @@ def _stale(
 
     # The others cannot change any more, but for a bill that comes late.
     open_ones = [key for key in wanted if stamps.get(key) != "" or is_active(key) or Keys(key[1]).late in late]
-    answers = each(workspace.env.bucket, is_stale, open_ones)
+    answers = parallel_map(workspace.env.bucket, is_stale, open_ones)
     return sorted(key for key, stale in zip(open_ones, answers, strict=True) if stale)
 
 
@@ -144,7 +144,7 @@ def _read(
     rest = [key[1] for key in stale if key not in known.jobs]
     bucket = workspace.env.bucket
     for keys in _chunks(with_engine):
-        yield len(keys), each(bucket, lambda key: _read_known(workspace, key, known.jobs[key], now), keys)
+        yield len(keys), parallel_map(bucket, lambda key: _read_known(workspace, key, known.jobs[key], now), keys)
     if len(rest) < MANY:
         for run_ids in _chunks(rest):
             yield len(run_ids), read_chunk(bucket, run_ids, known.is_whole, now)
@@ -177,7 +177,7 @@ def read_chunk(bucket: str, run_ids: Sequence[str], is_whole: bool, now: float) 
         except (InputError, StoreError) as error:
             return Failure((bucket, run_id), str(error))
 
-    return each(bucket, read, run_ids)
+    return parallel_map(bucket, read, run_ids)
 
 
 def _read_known(workspace: Workspace, key: Key, job: JobStatus, now: float) -> Found:
