@@ -59,7 +59,7 @@ def write(store: Store, run_id: str, run_data: RunData, bills: bool = True) -> N
 
 
 def listed(workspace: Workspace, **options: Any) -> dict[str, dict[str, Any]]:
-    found = all_runs(workspace, lambda index: index.runs(0.0), clock=lambda: T + 1000, **options)
+    found = all_runs(workspace, lambda index: index.runs(0.0), now=T + 1000, **options)
     return {run_id: totals for (_, run_id), totals in found}
 
 

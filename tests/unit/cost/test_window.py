@@ -27,7 +27,7 @@ def workspace(tmp_path: Path) -> Workspace:
 
 def paid(workspace: Workspace, since: float, by: By) -> dict[str, dict[str, Any]]:
     found = all_runs(
-        workspace, lambda index: paid_since(workspace.store(), index, since, pytest.fail), clock=lambda: T + 30 * HOUR
+        workspace, lambda index: paid_since(workspace.store(), index, since, pytest.fail), now=T + 30 * HOUR
     )
     return {row[by]: row for row in group(by, found.runs, found.attempts, found.idle)}
 
@@ -48,7 +48,7 @@ def test_focus_has_whole_charges_of_what_was_paid_since(workspace: Workspace) ->
     write(workspace.store(), "run-a", three_attempts())
     cluster(workspace.store(), hours=0.02, seen=1)  # idle for 72 s
     found = all_runs(
-        workspace, lambda index: charges_since(workspace.store(), index, T + 50, pytest.fail), clock=lambda: T + 1000
+        workspace, lambda index: charges_since(workspace.store(), index, T + 50, pytest.fail), now=T + 1000
     )
     assert [totals["run_id"] for _, totals in found.runs] == ["run-a"]
     assert [attempt["paid_s"] for _, attempt in found.attempts] == [20, 30]
@@ -111,11 +111,11 @@ def test_a_dev_run_that_was_read_before_its_cluster_was_booked_gets_its_price(wo
         return list(focus_rows(totals, [attempt for _, attempt in found.attempts], "file:///b"))
 
     dev_run(workspace.store(), 1, 2)
-    assert all_runs(workspace, cost, clock=lambda: T + 30 * HOUR) == [None]
-    (charge,) = all_runs(workspace, charges, clock=lambda: T + 30 * HOUR)
+    assert all_runs(workspace, cost, now=T + 30 * HOUR) == [None]
+    (charge,) = all_runs(workspace, charges, now=T + 30 * HOUR)
     assert (charge["BilledCost"], charge["ListUnitPrice"], charge["PricingQuantity"]) == ("1", "1", "1")
     assert charge["x_PriceSource"] == "local price table"
-    assert all_runs(workspace, cost, clock=lambda: T + 30 * HOUR) == [1.0]
+    assert all_runs(workspace, cost, now=T + 30 * HOUR) == [1.0]
 
 
 def test_a_run_that_outlasts_what_is_known_of_its_cluster_keeps_its_own_cost(workspace: Workspace) -> None:
