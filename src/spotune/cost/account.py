@@ -1,6 +1,6 @@
 """Accounts for each machine of a run, makes the bills, and splits dev clusters among runs. Pure but for the bills."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -12,7 +12,7 @@ from spotune.core.errors import BadRecord, InputError, StoreError
 from spotune.core.keys import MOST, Keys, commit_of
 from spotune.core.money import HOUR_S, Place, claimed_place, cost_usd, narrowed, price_of
 from spotune.core.protocol import EndReason, Event, number
-from spotune.core.records import AttemptRecord, Bill, ClusterRecord, PriceRow, check_paid
+from spotune.core.records import AttemptRecord, Bill, ClusterRecord, PriceRow, check_paid, read_clusters
 from spotune.core.store import Store
 from spotune.cost.machines import (
     PaidMachine,
@@ -125,10 +125,8 @@ def _account_of(machine: PaidMachine, run_data: RunData, done_before: int, now: 
 
 
 def _committed(attempt: int, run_data: RunData) -> list[int]:
-    """Returns the steps of an attempt's commits.
-
-    Old commits are deleted, and the last events of a lost machine too; other attempts' restores show what existed.
-    """
+    """Returns the steps of an attempt's commits, also of those that only another attempt's restore still proves."""
+    # Old commits are deleted, and the last events of a lost machine are missing.
     steps = {commit.step for commit in run_data.commits if commit.attempt == attempt}
     steps |= {step_of(event) for event in run_data.events.get(attempt, ()) if event.get("event") == "commit"}
     for events in run_data.events.values():
@@ -404,6 +402,21 @@ def price_of_part(cluster: ClusterRecord, gpu_share: float) -> PriceRow | None:
     accelerators = f"{gpu}:{gpus * part:g}" if gpus else ""
     source = row.source if part == 1.0 else f"{row.source}, {part:.0%} of {cluster.name}"
     return replace(row, accelerators=accelerators, price_usd_per_hour=row.price_usd_per_hour * part, source=source)
+
+
+def prices_of_parts(
+    store: Store, attempts: Sequence[AttemptRecord], warn: Callable[[str], None]
+) -> dict[int, PriceRow]:
+    """Returns, by attempt, the price of its part of a dev cluster. A run on a cluster has no prices of its own."""
+    if not (names := {record.cluster_name for record in attempts if record.cluster_name}):
+        return {}
+    clusters = read_clusters(store, sorted(names), warn)
+    parts = {}
+    for record in attempts:
+        home = home_of(clusters, record.cluster_name, record.claimed_at)
+        if home and (price := price_of_part(home, record.gpu_share)):
+            parts[record.attempt] = price
+    return parts
 
 
 def _idle_now(cluster: ClusterRecord, uses: Sequence[Use], parts: Sequence[float]) -> tuple[float | None, float]:

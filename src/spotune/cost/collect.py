@@ -14,7 +14,7 @@ from spotune.core.money import WARN_AT, usd
 from spotune.core.records import RunRecord
 from spotune.core.store import FOR_VERBS, Store
 from spotune.cost.account import build_accounts, leave_bills
-from spotune.cost.dev_clusters import paid_since
+from spotune.cost.dev_clusters import Warn, paid_since
 from spotune.cost.export import indexed_attempts, name_of, run_row, start_of
 from spotune.cost.index import Index, IndexEntry, Key, index_file, parallel_map, read_run_data, use_index
 from spotune.cost.report import build_report, estimates
@@ -27,19 +27,11 @@ GONE = "removed"  # in place of a config's fingerprint: the run's record is gone
 MANY = 200  # from here on processes are worth their start: reading a run is work for the CPU
 CHUNK = 50
 
-Warn = Callable[[str], None]
 Progress = Callable[[int, int], None]  # runs read, runs to read
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A run that could not be read, and why."""
-
-    key: Key
-    why: str
-
-
+Failure = tuple[Key, str]  # a run that could not be read, and why
 Found = IndexEntry | Failure | None  # None: there is no such run
 
 
@@ -79,17 +71,9 @@ def report_of(
 
 def _stand_in(status: JobStatus) -> RunRecord:
     """Returns what the engine knows of a run whose folder was removed: no config, and no prices."""
-    return RunRecord(
-        run_id=status.run_id,
-        created_at=status.submitted_at,
-        user=status.user,
-        infra=status.infra,
-        priority=status.priority,
-        config_path="",
-        config={},
-        config_sha256=GONE,
-        data_sha256="",
-    )
+    facts = {name: getattr(status, name) for name in ("run_id", "user", "infra", "priority")}
+    facts |= {"created_at": status.submitted_at, "config_path": "", "config": {}}
+    return RunRecord(**facts, config_sha256=GONE, data_sha256="")
 
 
 # All runs: the index, brought up to date. A run is not read again if it does not run any more, all its machines are
@@ -141,11 +125,11 @@ def refresh(workspace: Workspace, index: Index, now: float, warn: Warn, progress
         index.put([one for one in chunk if isinstance(one, IndexEntry)])
         for one in chunk:
             match one:
-                case Failure(key, why):
-                    warn(f"{key[1]} is {'shown as it was' if key in indexed else 'left out'}: {why}")
                 case IndexEntry():
                     for line in one.unread:
                         warn(f"{one.run_id} is shown without one of its records: {line}")
+                case key, why:
+                    warn(f"{key[1]} is {'shown as it was' if key in indexed else 'left out'}: {why}")
         done += size
         if progress:
             progress(done, len(stale))
@@ -227,7 +211,7 @@ def read_chunk(bucket: str, run_ids: Sequence[str], is_whole: bool, now: float) 
             status = read_run(store, run_id, now)
             return _entry_of(store, status, [], stamp, is_whole, now) if status else None
         except (InputError, StoreError) as error:
-            return Failure((bucket, run_id), str(error))
+            return (bucket, run_id), str(error)
 
     return parallel_map(bucket, read, run_ids)
 
@@ -243,9 +227,9 @@ def _read_known(workspace: Workspace, key: Key, job: JobStatus, now: float) -> F
         return replace(entry, settled=False) if job.state in ACTIVE else entry
     except InputError as error:
         is_here = key[0] == workspace.env.bucket  # otherwise the engine remembers a run whose bucket is gone
-        return Failure(key, str(error)) if is_here and history else None
+        return (key, str(error)) if is_here and history else None
     except StoreError as error:
-        return Failure(key, str(error))
+        return key, str(error)
 
 
 def _entry_of(
@@ -338,13 +322,7 @@ class Month:
 
 
 def read_month(
-    workspace: Workspace,
-    run_id: str,
-    user: str,
-    team: str,
-    now: float,
-    warn: Warn,
-    progress: Progress | None = None,
+    workspace: Workspace, run_id: str, user: str, team: str, now: float, warn: Warn, progress: Progress | None = None
 ) -> Month:
     """Returns what is left of the budgets of that user and that team; the run's own promise does not count."""
     budgets = workspace.settings.budgets.of(user, team)

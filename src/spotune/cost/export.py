@@ -34,18 +34,15 @@ RUN = (
 )  # fmt: skip
 
 
-def attempt_rows(report: Row) -> list[dict[str, Any]]:
-    """Returns a row for each attempt, its phases as columns."""
-    return [
-        {"run_id": report["run_id"]} | {name: attempt[name] for name in ATTEMPT} | attempt["phases"]
-        for attempt in report["attempts"]
-    ]
+def attempt_rows(report: Row, columns: Sequence[str] = ATTEMPT_ROW) -> list[dict[str, Any]]:
+    """Returns a row for each attempt, the seconds of its phases as columns."""
+    rows = [{"run_id": report["run_id"], **attempt, **attempt["phases"]} for attempt in report["attempts"]]
+    return [{name: row[name] for name in columns} for row in rows]
 
 
 def indexed_attempts(report: Row) -> list[dict[str, Any]]:
     """Returns a row for each attempt, as the index keeps it."""
-    rows = [{**attempt, "useful_s": attempt["phases"]["useful_s"]} for attempt in report["attempts"]]
-    return [{name: row[name] for name in INDEXED} for row in rows]
+    return attempt_rows(report, INDEXED)
 
 
 def run_row(report: Row) -> dict[str, Any]:

@@ -16,21 +16,10 @@ from spotune.core.errors import BadRecord, InfraError, InputError
 from spotune.core.io import set_aside
 from spotune.core.keys import Keys, attempt_of, commit_of
 from spotune.core.protocol import Event, number, parse_lines
-from spotune.core.records import (
-    AttemptRecord,
-    Bill,
-    Certificate,
-    Commit,
-    PriceRow,
-    Record,
-    RunRecord,
-    TerminalMarker,
-    check_paid,
-    read_clusters,
-)
+from spotune.core.records import AttemptRecord, Bill, Certificate, Commit, Record, RunRecord, TerminalMarker, check_paid
 from spotune.core.revisions import record_in_force
 from spotune.core.store import Store
-from spotune.cost.account import home_of, price_of_part
+from spotune.cost.account import prices_of_parts
 from spotune.cost.export import INDEXED, RUN
 from spotune.cost.machines import RunData
 from spotune.launch.engine import PaidInterval
@@ -88,7 +77,7 @@ def read_run_data(
         commits=records(Commit, commits),
         certificate=next(iter(records(Certificate, [keys.completed])), None),
         bills=records(Bill, [*(key for key in names if key.endswith("/bill.json")), *lost]),
-        parts={} if run.prices else _parts(store, attempts, unread.append),
+        parts={} if run.prices else prices_of_parts(store, attempts, unread.append),
         cancelled_at=next((mark.at for mark in records(TerminalMarker, [keys.cancelled])), None),
         unread=unread,
     )
@@ -117,19 +106,6 @@ def _parse(kind: type[Kind], key: str, data: Fetched, unread: list[str]) -> Kind
     except BadRecord as error:
         unread.append(str(error))
         return None
-
-
-def _parts(store: Store, attempts: Sequence[AttemptRecord], warn: Callable[[str], None]) -> dict[int, PriceRow]:
-    """Returns the prices of the parts of dev clusters that attempts ran on; such a run has no prices of its own."""
-    if not (names := {record.cluster_name for record in attempts if record.cluster_name}):
-        return {}
-    clusters = read_clusters(store, sorted(names), warn)
-    parts = {}
-    for record in attempts:
-        home = home_of(clusters, record.cluster_name, record.claimed_at)
-        if home and (price := price_of_part(home, record.gpu_share)):
-            parts[record.attempt] = price
-    return parts
 
 
 def _events(names: Sequence[str], found: Mapping[str, Fetched]) -> dict[int, list[Event]]:
@@ -183,14 +159,9 @@ CREATE TABLE IF NOT EXISTS attempts (bucket TEXT, run_id TEXT, {", ".join(INDEXE
 CREATE INDEX IF NOT EXISTS attempts_of ON attempts (bucket, run_id);
 PRAGMA user_version = {VERSION};
 """
-_NOT_THE_FILES_FAULT = (
-    sqlite3.SQLITE_BUSY,
-    sqlite3.SQLITE_LOCKED,
-    sqlite3.SQLITE_CANTOPEN,
-    sqlite3.SQLITE_READONLY,
-    sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_IOERR,
-)
+_NOT_THE_FILES_FAULT = {
+    getattr(sqlite3, f"SQLITE_{name}") for name in "BUSY LOCKED CANTOPEN READONLY FULL IOERR".split()
+}
 
 Key = tuple[str, str]  # bucket, run id
 

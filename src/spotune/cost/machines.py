@@ -54,21 +54,12 @@ def interval_of(bill: Bill) -> PaidInterval:
     The machine's place is in the price too; some bills hold no more than the price and the interval.
     """
     place = bill.price_row if not bill.infra and bill.price_row else bill
-    return PaidInterval(
-        run_id=bill.run_id,
-        started_at=bill.started_at,
-        ended_at=bill.ended_at,
-        infra=place.infra,
-        region=place.region.strip("*"),
-        zone=place.zone.strip("*"),
-        instance_type=place.instance_type,
-        accelerators=place.accelerators,
-        use_spot=place.use_spot,
-        nodes=bill.nodes,
-        setup_s=bill.setup_s,
-        end_reason=bill.reason or ("" if bill.exit_code is not None else bill.end_reason),
-        exit_code=bill.exit_code,
-    )
+    names = ("run_id", "started_at", "ended_at", "nodes", "setup_s", "exit_code")
+    facts = {name: getattr(bill, name) for name in names}
+    facts |= {name: getattr(place, name) for name in ("infra", "instance_type", "accelerators", "use_spot")}
+    facts |= {name: getattr(place, name).strip("*") for name in ("region", "zone")}
+    end_reason = bill.reason or ("" if bill.exit_code is not None else bill.end_reason)
+    return PaidInterval(**facts, end_reason=end_reason)
 
 
 def with_bills(rows: Iterable[PaidInterval], bills: Iterable[Bill]) -> tuple[list[Billed], list[PaidInterval]]:
@@ -77,29 +68,22 @@ def with_bills(rows: Iterable[PaidInterval], bills: Iterable[Bill]) -> tuple[lis
     for bill in sorted(bills, key=lambda bill: bill.attempt == 0):  # of two bills for a machine keep the attempt's
         billed.setdefault(interval_of(bill), bill.attempt)
     left = list(dict.fromkeys(rows))
-    for is_same in (_has_same_times, _has_one_new_time):
+    for is_exact in (True, False):
         for interval in billed:
-            if found := next((row for row in left if is_same(row, interval)), None):
+            if found := next((row for row in left if _is_billed(row, interval, is_exact)), None):
                 left.remove(found)
     return [(number, interval) for interval, number in billed.items()], left
 
 
-def _has_same_times(row: PaidInterval, bill: PaidInterval) -> bool:
-    return _is_at(row.started_at, bill.started_at) and _is_at(row.ended_at, bill.ended_at)
-
-
-def _has_one_new_time(row: PaidInterval, bill: PaidInterval) -> bool:
-    """Returns whether the engine has changed one end of a billed machine's interval since; the bill is kept."""
-    if row.ended_at is None or bill.ended_at is None:
-        return False
+def _is_billed(row: PaidInterval, bill: PaidInterval, is_exact: bool) -> bool:
+    """Returns whether a bill is for this row; not exact: the engine has changed one end of the interval since."""
+    ends = ((row.started_at, bill.started_at), (row.ended_at, bill.ended_at))
+    same = [at is not None and other is not None and abs(at - other) < 0.01 for at, other in ends]
+    if is_exact or row.ended_at is None or bill.ended_at is None:
+        return all(same)
     here, there = ((one.infra, one.region, one.zone, one.instance_type, one.use_spot) for one in (row, bill))
-    if here != there or min(row.ended_at, bill.ended_at) <= max(row.started_at, bill.started_at):
-        return False
-    return _is_at(row.started_at, bill.started_at) or _is_at(row.ended_at, bill.ended_at)
-
-
-def _is_at(time: float | None, other: float | None) -> bool:
-    return time is not None and other is not None and abs(time - other) < 0.01
+    overlap_s = min(row.ended_at, bill.ended_at) - max(row.started_at, bill.started_at)
+    return here == there and overlap_s > 0 and any(same)
 
 
 # Pairing: which machine of the engine's history made which attempt. A bill decides, otherwise time and order do.

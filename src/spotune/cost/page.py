@@ -17,7 +17,6 @@ from spotune.core.errors import InputError
 from spotune.cost import tables
 
 _TIMES_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400)
-_DAY_S = 86400
 
 
 def number_ticks(low: float, high: float, most: int) -> list[float]:
@@ -78,10 +77,6 @@ def bar(phase: str, x: float, width: float, height: float, hint: str = "") -> st
     return f'<rect {place} class="{phase}">{title}</rect>{over}'
 
 
-def swatch(phase: str) -> str:
-    return f'<svg class="swatch" aria-hidden="true">{bar(phase, 0, 100, 16)}</svg>'
-
-
 def _stroke(kind: str) -> str:
     """Draws a line's entry in a legend; ``mark`` and ``fault`` are upright."""
     upright, level = f'<path class="{kind}" d="M14 0v16"/>', f'<path class="line {kind}" d="M2 8h24"/>'
@@ -139,15 +134,10 @@ def _time_axis(length_s: float, y: float) -> str:
     if width < 0.5:
         ticks = number_ticks(0.0, length_s, 6)
     else:
-        step = next((size for size in _TIMES_S if size >= width), _nice(width / _DAY_S) * _DAY_S)
+        step = next((size for size in _TIMES_S if size >= width), _nice(width / 86400) * 86400)
         ticks = [index * step for index in range(int(length_s / step + 1e-9) + 1)]
     texts = ["0" if not tick else f"{tick:g} s" if tick < 60 else money.duration(tick) for tick in ticks]
     return _x_axis([(tick / length_s * 100, text) for tick, text in zip(ticks, texts, strict=True)], y)
-
-
-def legend(phases: Sequence[str]) -> str:
-    items = "".join(f"<li>{swatch(phase)}{tables.PHASES[phase][0]}</li>" for phase in phases)
-    return f'<ul class="legend">{items}</ul>'
 
 
 def phases_bar(report: Mapping[str, Any]) -> str:
@@ -348,7 +338,7 @@ def page_of(report: Mapping[str, Any]) -> str:
         resources.files("spotune.cost").joinpath(name).read_text(encoding="utf-8") for name in ("page.html", "page.css")
     )
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    names = (patterns, bar, swatch, legend, phases_bar, strips, loss_chart, cost_chart)
+    names = (patterns, bar, phases_bar, strips, loss_chart, cost_chart)
     environment.globals |= {"money": money, "tables": tables} | {one.__name__: one for one in names}
     seconds = {phase: report["phases"][f"{phase}_s"] for phase in tables.PHASES}
     return environment.from_string(page).render(

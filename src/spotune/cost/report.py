@@ -289,10 +289,7 @@ def _plan(seconds: float, nodes: int, hourly: float, row: PriceRow) -> dict[str,
 
 
 def _steps_done(run_data: RunData, accounts: Sequence[Account]) -> int:
-    """Returns the number of distinct completed steps.
-
-    Steps begin at 1, so a commit of step n proves all n, even if events are lost.
-    """
+    """Returns how many steps are done. They begin at 1: a commit of step n proves n steps, even if events are lost."""
     committed = max((step for account in accounts for step in account.committed), default=0)
     if run_data.certificate:
         committed = max(committed, run_data.certificate.step)

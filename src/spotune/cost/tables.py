@@ -10,7 +10,6 @@ from spotune.cost.export import spent_usd
 from spotune.cost.index import COUNTS
 
 WIDTH = 80  # of a run's report, columns
-_BAR = 28
 STALE_S = 600.0
 # What the list of runs shows of a run's totals.
 LISTED = (
@@ -217,7 +216,7 @@ def _phases(report: Mapping[str, Any]) -> str:
         seconds = report["phases"][f"{phase}_s"]
         if money.is_seen(seconds):
             share = seconds / report["paid_s"]
-            rows.append([name, money.duration(seconds), money.percent(share), _bar(share, _BAR)])
+            rows.append([name, money.duration(seconds), money.percent(share), _bar(share, 28)])
     return columns(["PHASE", "TIME", "SHARE", ""], rows, right=(1, 2))
 
 
