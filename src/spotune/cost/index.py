@@ -33,7 +33,7 @@ _THREADS = 16
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Kind = TypeVar("Kind", bound=Record)
-Fetched = bytes | BadRecord | None  # a record's bytes, why they cannot be read, or None if it is missing
+Fetched = bytes | str | None  # a record's bytes, why they cannot be read, or None if it is missing
 
 
 def parallel_map(bucket: str, call: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
@@ -87,25 +87,21 @@ def _read(store: Store, key: str) -> Fetched:
     """Reads an object. One that cannot be read, such as a link, or without permission, harms no other."""
     try:
         return store.read(key)
-    except BadRecord as error:
-        return error
-    except InputError as error:
-        return BadRecord(str(error))
+    except (BadRecord, InputError) as error:
+        return str(error)
 
 
 def _parse(kind: type[Kind], key: str, data: Fetched, unread: list[str]) -> Kind | None:
     """Returns the record; None if it is missing, or damaged, which adds a line to ``unread``."""
     try:
-        if isinstance(data, BadRecord):
-            raise data
-        if data is None:
-            return None
-        record = kind.from_bytes(data, key)
-        check_paid(record, key)
-        return record
+        if isinstance(data, bytes):
+            record = kind.from_bytes(data, key)
+            check_paid(record, key)
+            return record
+        unread += [data] if data else []
     except BadRecord as error:
         unread.append(str(error))
-        return None
+    return None
 
 
 def _events(names: Sequence[str], found: Mapping[str, Fetched]) -> dict[int, list[Event]]:
