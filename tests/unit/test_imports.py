@@ -99,7 +99,7 @@ def loaded_by(code: str) -> set[str]:
     return {name.split(".")[0] for name in done.stderr.splitlines()}
 
 
-HEAVY = {"sky", "torch", "transformers", "trl", "datasets", "pydantic", "pandas", "numpy"}
+HEAVY = {"sky", "torch", "transformers", "trl", "datasets", "pydantic", "pandas", "numpy", "jinja2"}
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ class Account:
         return cost_usd(self.paid_s, self.nodes, self.price)
 
     @property
-    def stands_still(self) -> bool:
+    def waits_for_resume(self) -> bool:
         """Whether no machine follows until somebody resumes the run."""
         code = next((event.get("exit_code") for event in self.events if event["event"] == "end"), None)
         code = code if code is not None or not self.machine.interval else self.machine.interval.exit_code
@@ -229,7 +229,7 @@ def bills_due(run_data: RunData, accounts: Iterable[Account], is_over: bool = Fa
     return bills
 
 
-def leave_bills(store: Store, run_data: RunData, accounts: Sequence[Account], is_over: bool) -> None:
+def write_due_bills(store: Store, run_data: RunData, accounts: Sequence[Account], is_over: bool) -> None:
     """Writes the bills that are due; users who may only read the bucket get the report all the same.
 
     An index no longer reads a certified run whose every attempt is billed. So a bill of another machine, one without
@@ -370,7 +370,7 @@ def split_all(clusters: Sequence[ClusterRecord], uses: Sequence[Use], since: flo
     """Splits what was paid for every cluster since then. A use that ended before has a share of 0."""
     of_cluster: dict[str, list[Use]] = {cluster.key: [] for cluster in clusters}
     for use in uses:
-        home = home_of(clusters, use.cluster, use.started_at)
+        home = cluster_at(clusters, use.cluster, use.started_at)
         if home and any(use.started_at < end and start < use.until for start, end in home.intervals()):
             of_cluster[home.key].append(use)
     splits = []
@@ -387,7 +387,7 @@ def part_of(cluster: ClusterRecord, gpu_share: float, nodes: int) -> float:
     return of_node * min(1.0, max(1, nodes) / max(1, cluster.nodes))
 
 
-def home_of(clusters: Sequence[ClusterRecord], name: str, at: float) -> ClusterRecord | None:
+def cluster_at(clusters: Sequence[ClusterRecord], name: str, at: float) -> ClusterRecord | None:
     """Returns the cluster of that name that existed at a time: the last that had been launched."""
     named = [cluster for cluster in clusters if cluster.name == name and cluster.launched_at <= at]
     return max(named, key=lambda cluster: cluster.launched_at, default=None)
@@ -413,7 +413,7 @@ def prices_of_parts(
     clusters = read_clusters(store, sorted(names), warn)
     parts = {}
     for record in attempts:
-        home = home_of(clusters, record.cluster_name, record.claimed_at)
+        home = cluster_at(clusters, record.cluster_name, record.claimed_at)
         if home and (price := price_of_part(home, record.gpu_share)):
             parts[record.attempt] = price
     return parts

@@ -13,7 +13,7 @@ from spotune.core.keys import LATE, RUN_ID, RUNS, Keys
 from spotune.core.money import WARN_AT, usd
 from spotune.core.records import RunRecord
 from spotune.core.store import FOR_VERBS, Store
-from spotune.cost.account import build_accounts, leave_bills
+from spotune.cost.account import build_accounts, write_due_bills
 from spotune.cost.dev_clusters import Warn, paid_since
 from spotune.cost.export import indexed_attempts, name_of, run_row, start_of
 from spotune.cost.index import Index, IndexEntry, Key, index_file, parallel_map, read_run_data, use_index
@@ -60,10 +60,10 @@ def report_of(
         if history and run_data.run.config_sha256 == GONE and is_active:
             gone = f"{keys.run}: missing, its folder was removed; what was paid for it comes from the engine"
             run_data = replace(run_data, unread=[*run_data.unread, gone])
-        is_heard = not status.reason.startswith(LAST_SEEN)  # otherwise its machine may be on or off
-        accounts = build_accounts(run_data, now, status.state if is_heard else None)
-        leave_bills(store, run_data, accounts, is_over=not is_active)
-        report = build_report(run_data, status.state, now, accounts, is_drawn, is_heard)
+        is_state_known = not status.reason.startswith(LAST_SEEN)  # otherwise its machine may be on or off
+        accounts = build_accounts(run_data, now, status.state if is_state_known else None)
+        write_due_bills(store, run_data, accounts, is_over=not is_active)
+        report = build_report(run_data, status.state, now, accounts, is_drawn, is_state_known)
         return {**report, "bucket": store.url, "estimates": estimates(run_data, store.url), "reason": status.reason}
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise BadRecord(f"{keys.root}: a record does not have the expected shape: {error!r}") from error

@@ -45,17 +45,17 @@ def parallel_map(bucket: str, call: Callable[[Item], Result], items: Sequence[It
 
 
 def read_run_data(
-    store: Store, run_id: str, intervals: Sequence[PaidInterval] = (), without: RunRecord | None = None
+    store: Store, run_id: str, intervals: Sequence[PaidInterval] = (), stand_in: RunRecord | None = None
 ) -> RunData:
     """Returns all that is known of a run. Raises InputError if the bucket has no such run, StoreError if it fails.
 
     Leaves out a record of an attempt that cannot be read, with a line in ``unread``.
 
     Args:
-        without: stands for the run's record if the run's folder is gone from the bucket.
+        stand_in: used as the run's record if the run's folder is gone from the bucket.
     """
     keys = Keys(run_id)
-    run = record_in_force(store, keys) or without
+    run = record_in_force(store, keys) or stand_in
     if run is None:
         raise InputError(run_id, f"no such run in {store.url}")
     names = [key for key in store.keys(keys.attempts) if _FILE.search(key) and attempt_of(key)]

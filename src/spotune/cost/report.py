@@ -47,19 +47,19 @@ def build_report(
     now: float,
     accounts: Sequence[Account] | None = None,
     is_drawn: bool = True,
-    is_heard: bool = True,
+    is_state_known: bool = True,
 ) -> dict[str, Any]:
     """Returns the report as ``cost RUN --format json`` prints it, with what its page draws.
 
     Args:
         accounts: from ``build_accounts`` of the same data, if they exist already.
         is_drawn: with each attempt's losses and timeline.
-        is_heard: the state comes from the engine; otherwise nothing is known of the time since the last sign of life.
+        is_state_known: the engine reported the state; otherwise the time since the last sign of life is unknown.
     """
     accounts = build_accounts(run_data, now, state) if accounts is None else accounts
     run, certificate, began = run_data.run, run_data.certificate, run_data.run.created_at
     sums = total(segment for account in accounts for segment in account.segments)
-    waited_s = _queue_s(run_data, accounts, state if is_heard else None, now)
+    waited_s = _queue_s(run_data, accounts, state if is_state_known else None, now)
     paid_s = sum(account.paid_s for account in accounts)
     costs = [account.cost_usd for account in accounts if account.cost_usd is not None]
     cost_usd = sum(costs) if costs or not accounts else None
@@ -210,7 +210,7 @@ def _preemptions(accounts: Sequence[Account]) -> list[dict[str, Any]]:
     """
     found = []
     for lost, following in pairwise(accounts):
-        if lost.stands_still:
+        if lost.waits_for_resume:
             continue
         sums = total(segment for segment in following.segments if not segment.again)
         phases: tuple[Phase, ...] = ("provision", "setup", "load", "restore")
@@ -238,7 +238,7 @@ def _queue_s(run_data: RunData, accounts: Sequence[Account], state: State | None
         if is_waiting:
             waited += max(0.0, account.span.started_at - free_at)
         free_at = max(free_at, account.span.ended_at)
-        is_waiting = not account.stands_still
+        is_waiting = not account.waits_for_resume
     if is_waiting and state in ACTIVE and not (accounts and accounts[-1].span.is_open):
         waited += max(0.0, now - free_at)
     elif is_waiting and state == "CANCELLED" and run_data.cancelled_at is not None:  # before the next machine came
