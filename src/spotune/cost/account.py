@@ -75,8 +75,7 @@ class Account:
 def build_accounts(run_data: RunData, now: float, state: State | None = None) -> list[Account]:
     """Accounts for each machine, in order of time.
 
-    ``state``: the run's. The newest attempt of a run that runs has a machine, even if the engine's row is not
-    available.
+    ``state``: the run's; the newest attempt of a run that runs has a machine, even if the engine's row is missing.
     """
     billed, rows = with_bills(run_data.intervals, run_data.bills)
     newest = max((record.attempt for record in run_data.attempts), default=0) if state in _ON else 0
@@ -90,10 +89,7 @@ def build_accounts(run_data: RunData, now: float, state: State | None = None) ->
 
 
 def _account_of(machine: PaidMachine, run_data: RunData, done_before: int, now: float, is_on: bool) -> Account:
-    """Accounts for one machine, from its row, its claim and its events.
-
-    ``is_on``: it is known to run; matters only for a machine without a row.
-    """
+    """Accounts for one machine. ``is_on``: it is known to run; matters only for a machine without a row."""
     number = machine.attempt or 0
     events = clean(run_data.events.get(number, ()))
     row, record = machine.interval, machine.record

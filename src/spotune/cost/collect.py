@@ -314,10 +314,10 @@ class Month:
         if wanted_usd is None:
             return most_usd
         if wanted_usd > most_usd + _LEAST_USD:
-            scale = 100 if left.usd >= 0.01 else 10**6
-            most = f"{math.floor((most_usd + _LEAST_USD) * scale) / scale:.{2 if scale == 100 else 6}f}"  # rounded down
+            places = 2 if left.usd >= 0.01 else 6
+            most = math.floor((most_usd + _LEAST_USD) * 10**places) / 10**places
             what = f"{usd(wanted_usd)} is more than is left: {left}"
-            raise InputError(BUDGET_FLAG, what, remedy=f"{BUDGET_FLAG} {most} at most, or raise {key}")
+            raise InputError(BUDGET_FLAG, what, remedy=f"{BUDGET_FLAG} {most:.{places}f} at most, or raise {key}")
         return None
 
 
@@ -376,7 +376,7 @@ def check_wall(report: Mapping[str, Any], wanted_usd: float | None) -> None:
     if limit_usd is None or spent_usd is None:
         return
     is_at_limit = report["state"] == "PAUSED" and limit_usd <= (report["budget_usd"] or 0.0)
-    if spent_usd < limit_usd and not is_at_limit:
-        return
-    remedy = f"spotune resume {report['run_id']} --budget, above {usd(max(spent_usd, limit_usd))}"
-    raise InputError(report["run_id"], f"has cost {usd(spent_usd)} of {usd(limit_usd)}", key="budget", remedy=remedy)
+    if spent_usd >= limit_usd or is_at_limit:
+        what = f"has cost {usd(spent_usd)} of {usd(limit_usd)}"
+        remedy = f"spotune resume {report['run_id']} --budget, above {usd(max(spent_usd, limit_usd))}"
+        raise InputError(report["run_id"], what, key="budget", remedy=remedy)

@@ -49,10 +49,7 @@ Billed = tuple[int, PaidInterval]  # an attempt's number, or 0 for a machine tha
 
 
 def interval_of(bill: Bill) -> PaidInterval:
-    """Returns the engine's row that a bill was made from.
-
-    The machine's place is in the price too; some bills hold no more than the price and the interval.
-    """
+    """Returns the engine's row that a bill was made from. Some bills have the machine's place only in their price."""
     place = bill.price_row if not bill.infra and bill.price_row else bill
     names = ("run_id", "started_at", "ended_at", "nodes", "setup_s", "exit_code")
     facts = {name: getattr(bill, name) for name in names}

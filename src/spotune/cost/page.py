@@ -174,10 +174,7 @@ def strips(report: Mapping[str, Any]) -> str:
 
 
 def loss_chart(report: Mapping[str, Any]) -> str:
-    """Draws the loss over steps, and steps that a later attempt did again as lines of their own.
-
-    Returns an empty text without losses.
-    """
+    """Draws the loss over steps; steps that a later attempt did again have their own lines. Empty without losses."""
     kept, old = _surviving(report["attempts"])
     every = [point for points in (*kept, *old) for point in points]
     faulty = sorted({step for attempt in report["attempts"] for step, _ in attempt.get("losses_not_finite") or []})

@@ -22,7 +22,7 @@ A figure that cannot be known is null: cost without a frozen price, goodput of n
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 from spotune.core.keys import commit_of
 from spotune.core.money import HOUR_S, cost_usd, on_demand_price
@@ -37,8 +37,6 @@ _MAX_POINTS = 400
 _FEWEST_PLACES = 20
 _MOST_TOKENS = 2**53  # a larger count is damaged
 _GREATEST_LOSS = 1e30  # a larger loss cannot be drawn
-
-Point = TypeVar("Point")
 
 
 def build_report(
@@ -155,7 +153,7 @@ def _curves(account: Account, began: float, accounts: Sequence[Account]) -> dict
     return {"losses": downsample(points, _MAX_POINTS), "timeline": timeline}
 
 
-def downsample(points: Sequence[Point], most: int) -> list[Point]:
+def downsample(points: Sequence[Any], most: int) -> list[Any]:
     """Returns at most ``most`` of the points, evenly picked, with the first and the last."""
     if len(points) <= most:
         return list(points)

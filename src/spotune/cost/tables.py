@@ -289,10 +289,7 @@ def groups_text(by: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def clusters_text(rows: Sequence[Mapping[str, Any]], now: float) -> str:
-    """Formats dev clusters: a line each, a line for each run on it, and what idle ones cost now.
-
-    ``rows`` come from ``cluster_rows``.
-    """
+    """Formats rows of ``cluster_rows``: a line each, a line for each run on it, and what idle clusters cost now."""
     header = ["CLUSTER", "OWNER", "INFRA", "GPUS", "PAID", "COST", "RUNS", "IDLE", "IDLE COST"]
     lines: list[list[str]] = []
     for row in rows:
