@@ -33,7 +33,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "idle": (set(), set()),
     "sft": ({"core"}, TRAINING | {"fsspec", "safetensors", "pyarrow", "bitsandbytes", "tokenizers", "packaging"}),
     "launch": ({"core"}, {"yaml", "psutil"}),
-    "cost": ({"core", "launch"}, set()),
+    "cost": ({"core", "launch"}, {"jinja2"}),
     "cli": ({"core", "launch", "cost"}, {"click", "rich"}),
 }
 EXCEPTIONS = {("sft/__main__.py", "spotune.guard.main")}  # the script's door: the guard enters first
@@ -99,7 +99,7 @@ def loaded_by(code: str) -> set[str]:
     return {name.split(".")[0] for name in done.stderr.splitlines()}
 
 
-HEAVY = {"sky", "torch", "transformers", "trl", "datasets", "pydantic", "pandas", "numpy"}
+HEAVY = {"sky", "torch", "transformers", "trl", "datasets", "pydantic", "pandas", "numpy", "jinja2"}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 """Where a run's paid time and money went: engine rows + records in the bucket -> phases -> a report.
 
-The core (``phases``, ``join``, ``money``, ``account``, ``report``) is pure: all it knows is an argument. ``read`` and
-``ledger.write_bills`` are its edge to the bucket; ``table``, ``rows`` and ``page`` show a report that is made.
+``machines``, ``account`` (but for its bills), ``report`` and ``export`` are pure: they know only their arguments.
+``index`` and ``collect`` read buckets and engines; ``tables`` and ``page`` show a report.
 """

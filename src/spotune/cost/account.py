@@ -1,17 +1,18 @@
-"""What each paid second went to: attempts by phase, dev clusters by run."""
+"""Accounts for each machine of a run, makes the bills, and splits dev clusters among runs. Pure but for the bills."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from math import inf
+from typing import Any, get_args
 
 from spotune.core import errors
 from spotune.core.errors import BadRecord, InputError, StoreError
 from spotune.core.keys import MOST, Keys, commit_of
 from spotune.core.money import HOUR_S, Place, claimed_place, cost_usd, narrowed, price_of
 from spotune.core.protocol import EndReason, Event, number
-from spotune.core.records import AttemptRecord, Bill, ClusterRecord, PriceRow, check_paid
+from spotune.core.records import AttemptRecord, Bill, ClusterRecord, PriceRow, check_paid, read_clusters
 from spotune.core.store import Store
 from spotune.cost.machines import (
     PaidMachine,
@@ -28,24 +29,18 @@ from spotune.cost.machines import (
 )
 from spotune.launch.engine import PaidInterval, State
 
-# A run's machines, each accounted for: its price, its phases, its GPU hours, and why it ended.
-
-# What became of one machine: its interval divided, its price, and why it ended.
-
-_REASONS: dict[Any, EndReason] = {
-    "completed": "completed", "preempted": "preempted", "failed": "failed",
-    "cancelled": "cancelled", "paused": "paused", "lost": "lost", "stalled": "stalled",
-}  # fmt: skip
+_REASONS: dict[Any, EndReason] = {reason: reason for reason in get_args(EndReason)}
 _OF_EXIT_CODE: dict[int | None, EndReason] = {errors.PREEMPTED: "preempted", errors.PAUSED: "paused", None: "lost"}
+_ON: tuple[State, ...] = ("STARTING", "RUNNING")  # a PENDING or RECOVERING run has no machine
 
 
 @dataclass(frozen=True)
 class Account:
-    """A machine's share of the report.
+    """What became of one machine: its price, its interval by phases, and why it ended.
 
     Attributes:
-        steps: those that its events tell of.
-        committed: the steps of which it left a checkpoint, also those known only from who restored it.
+        steps: the completed steps in its events.
+        committed: the steps of its checkpoints, including those known only from the attempt that restored them.
         end_reason: None while it runs.
     """
 
@@ -69,48 +64,65 @@ class Account:
         return cost_usd(self.paid_s, self.nodes, self.price)
 
     @property
-    def stands_still(self) -> bool:
-        """Whether nothing follows until somebody resumes the run."""
+    def waits_for_resume(self) -> bool:
+        """Whether no machine follows until somebody resumes the run."""
         code = next((event.get("exit_code") for event in self.events if event["event"] == "end"), None)
         code = code if code is not None or not self.machine.interval else self.machine.interval.exit_code
         is_final = self.end_reason in ("failed", "stalled") and code != errors.PREEMPTED
         return is_final or self.end_reason in ("cancelled", "paused", "completed")
 
 
-def account_of(machine: PaidMachine, run_data: RunData, done_before: int, now: float, is_on: bool = False) -> Account:
-    """Everything about one machine, from its row, its claim and what it wrote.
+def build_accounts(run_data: RunData, now: float, state: State | None = None) -> list[Account]:
+    """Accounts for each machine, in order of time.
 
-    ``is_on``: it is known to run; only of one without a row that has to be told.
+    ``state``: the run's; the newest attempt of a run that runs has a machine, even if the engine's row is missing.
     """
+    billed, rows = with_bills(run_data.intervals, run_data.bills)
+    newest = max((record.attempt for record in run_data.attempts), default=0) if state in _ON else 0
+    accounts: list[Account] = []
+    done_before = 0
+    for machine in join(rows, run_data.attempts, now, billed):
+        account = _account_of(machine, run_data, done_before, now, is_on=machine.attempt == newest)
+        accounts.append(account)
+        done_before = max([done_before, *account.committed, *(step.step for step in account.steps)])
+    return accounts
+
+
+def _account_of(machine: PaidMachine, run_data: RunData, done_before: int, now: float, is_on: bool) -> Account:
+    """Accounts for one machine. ``is_on``: it is known to run; matters only for a machine without a row."""
     number = machine.attempt or 0
-    marks = clean(run_data.events.get(number, ()))
+    events = clean(run_data.events.get(number, ()))
     row, record = machine.interval, machine.record
-    span = _span_of_row(row, now) if row else _span_of_events(record, marks, now, is_on)
-    place, nodes = _place(row, record, run_data)
-    place = place if row else narrowed(place, run_data.prices)
-    price = price_of(place, run_data.prices) or _billed_price(machine, run_data)
+    if row:
+        ended_at = now if row.ended_at is None else row.ended_at
+        span = Span(row.started_at, max(row.started_at, ended_at), row.setup_s, is_open=row.ended_at is None)
+        place = Place(row.infra, row.region, row.zone, row.instance_type, row.accelerators, row.use_spot)
+        nodes = row.nodes
+    else:
+        assert record
+        span = _span_of_events(record, events, now, is_on)
+        place = narrowed(claimed_place(record, run_data.run, run_data.prices), run_data.prices)
+        nodes = record.num_nodes
+    price = price_of(place, run_data.prices)
+    if price is None and machine.is_billed:
+        price = next((bill.price_row for bill in run_data.bills if interval_of(bill) == row), None)
     if record and price is None and (price := run_data.parts.get(record.attempt)):
-        place = replace(
-            place, accelerators=price.accelerators, instance_type=price.instance_type, use_spot=price.use_spot
-        )
-    segments, steps = divide(span, record.claimed_at if record else None, marks, done_before)
+        names = ("accelerators", "instance_type", "use_spot")
+        place = replace(place, **{name: getattr(price, name) for name in names})
+    segments, steps = divide(span, record.claimed_at if record else None, events, done_before)
     certificate = run_data.certificate
-    is_certified = bool(certificate and certificate.attempt == number)
-    reason: EndReason | None = "completed" if is_certified else _end_reason(row, marks, span)
-    if certificate and reason == "failed" and row and row.exit_code == errors.SUCCEEDED:
-        reason = "completed"  # it came up after the certificate, and found nothing left to do
+    reason = _end_reason(row, events, span)
+    # A machine that came up after the certificate found nothing to do.
+    is_late = reason == "failed" and row is not None and row.exit_code == errors.SUCCEEDED
+    if certificate and (certificate.attempt == number or is_late):
+        reason = "completed"
     committed = _committed(number, run_data)
-    return Account(machine, span, place, price, nodes, marks, segments, steps, committed, reason)
-
-
-def _billed_price(machine: PaidMachine, run_data: RunData) -> PriceRow | None:
-    """What its bill says, where the run's own record has no price for the place."""
-    its = (bill for bill in run_data.bills if machine.is_billed and interval_of(bill) == machine.interval)
-    return next((bill.price_row for bill in its), None)
+    return Account(machine, span, place, price, max(1, nodes), events, segments, steps, committed, reason)
 
 
 def _committed(attempt: int, run_data: RunData) -> list[int]:
-    """Old commits are deleted, and a lost machine's last events too; what another attempt started from remains."""
+    """Returns the steps of an attempt's commits, also of those that only another attempt's restore still proves."""
+    # Old commits are deleted, and the last events of a lost machine are missing.
     steps = {commit.step for commit in run_data.commits if commit.attempt == attempt}
     steps |= {step_of(event) for event in run_data.events.get(attempt, ()) if event.get("event") == "commit"}
     for events in run_data.events.values():
@@ -119,35 +131,21 @@ def _committed(attempt: int, run_data: RunData) -> list[int]:
     return sorted(steps - {0})
 
 
-def _span_of_row(row: PaidInterval, now: float) -> Span:
-    ended_at = now if row.ended_at is None else row.ended_at
-    return Span(row.started_at, max(row.started_at, ended_at), row.setup_s, is_open=row.ended_at is None)
-
-
-def _span_of_events(record: AttemptRecord | None, marks: Sequence[Event], now: float, is_on: bool) -> Span:
-    """By its own clock: from its claim to its last word, or up to now. What is dated in the future is none."""
-    assert record
-    if is_on and not any(mark["event"] == "end" for mark in marks):
+def _span_of_events(record: AttemptRecord, events: Sequence[Event], now: float, is_on: bool) -> Span:
+    """Returns a machine's time by its own clock: from its claim to its last event or to now. Ignores future events."""
+    if is_on and not any(event["event"] == "end" for event in events):
         return Span(record.claimed_at, max(record.claimed_at, now), is_open=True)
-    spoken = [mark["t"] for mark in marks if mark["t"] <= now]
-    return Span(record.claimed_at, max([record.claimed_at, *spoken[-1:]]))
+    past = [event["t"] for event in events if event["t"] <= now]
+    return Span(record.claimed_at, max([record.claimed_at, *past[-1:]]))
 
 
-def _place(row: PaidInterval | None, record: AttemptRecord | None, run_data: RunData) -> tuple[Place, int]:
-    if row:
-        where = Place(row.infra, row.region, row.zone, row.instance_type, row.accelerators, row.use_spot)
-        return where, max(1, row.nodes)
-    assert record
-    return claimed_place(record, run_data.run, run_data.prices), max(1, record.num_nodes)
-
-
-def _end_reason(row: PaidInterval | None, marks: Sequence[Event], span: Span) -> EndReason | None:
-    """The machine's own word, but a cancelled run says what the user did; else the engine's; None while it runs."""
-    said = next((str(mark.get("reason")) for mark in marks if mark["event"] == "end"), "")
+def _end_reason(row: PaidInterval | None, events: Sequence[Event], span: Span) -> EndReason | None:
+    """Returns the machine's own reason, otherwise the engine's; None while it runs. A user's cancellation wins."""
+    own = next((str(event.get("reason")) for event in events if event["event"] == "end"), "")
     if row and row.end_reason == "cancelled":
         return "cancelled"
-    if said in _REASONS:
-        return _REASONS[said]
+    if own in _REASONS:
+        return _REASONS[own]
     if span.is_open:
         return None
     if row is None:
@@ -155,11 +153,11 @@ def _end_reason(row: PaidInterval | None, marks: Sequence[Event], span: Span) ->
     return _REASONS.get(row.end_reason) or _OF_EXIT_CODE.get(row.exit_code, "failed")
 
 
-# GPU hours paid for and GPU hours in which a kernel ran, from what the machine measured of itself.
+# GPU hours: paid, and those in which a kernel ran, as the machine measured.
 
 
 def gpus_of(accelerators: str) -> tuple[str, float]:
-    """``L4:2`` -> ``("L4", 2.0)``; a machine without one is ``cpu`` and has none."""
+    """Parses ``L4:2`` as ``("L4", 2.0)``; a machine without GPUs is ``("cpu", 0.0)``."""
     name, _, count = accelerators.partition(":")
     try:
         number = float(count or 1)
@@ -169,11 +167,11 @@ def gpus_of(accelerators: str) -> tuple[str, float]:
 
 
 def gpu_figures(accounts: Sequence[Account]) -> dict[str, Any]:
-    """Of all machines of a run.
+    """Returns how busy and how full a run's GPUs were; None for each figure without a sample, except ``gpu_hours``.
 
-    ``gpu_utilization``: mean over the samples, each attempt by its GPU hours; of attempts without one nothing is
-    known, so that they are not in it. ``gpu_busy_hours``: of the attempts that were measured. ``gpu_memory_gib``: the
-    most that was in use, of ``gpu_memory_total_gib``. All None without a sample.
+    ``gpu_utilization``: mean over the samples, weighted by the attempts' GPU hours; attempts without samples are left
+    out. ``gpu_busy_hours``: of the measured attempts. ``gpu_memory_gib``: the most in use, of
+    ``gpu_memory_total_gib``.
     """
     hours = measured = busy = 0.0
     fullest: tuple[float, float] | None = None
@@ -198,33 +196,15 @@ def gpu_figures(accounts: Sequence[Account]) -> dict[str, Any]:
     }
 
 
-# The machines of a run in order, each accounted for; and the bills that follow from that.
-
-_ON: tuple[State, ...] = ("STARTING", "RUNNING")  # a PENDING or RECOVERING run has no machine
-
-
-def build_accounts(run_data: RunData, now: float, state: State | None = None) -> list[Account]:
-    """What became of each machine, in order of time.
-
-    ``state``: the run's. The newest attempt of one that runs is on, also where the engine's row of it is not to be had.
-    """
-    billed, rows = with_bills(run_data.intervals, run_data.bills)
-    newest = max((record.attempt for record in run_data.attempts), default=0) if state in _ON else 0
-    accounts: list[Account] = []
-    done_before = 0
-    for machine in join(rows, run_data.attempts, now, billed):
-        account = account_of(machine, run_data, done_before, now, is_on=machine.attempt == newest)
-        accounts.append(account)
-        done_before = max([done_before, *account.committed, *(step.step for step in account.steps)])
-    return accounts
+# Bills: closed intervals, written to the bucket once.
 
 
 def bills_due(run_data: RunData, accounts: Iterable[Account], is_over: bool = False) -> list[Bill]:
-    """The bills that can be written by now: closed intervals of machines that have none yet.
+    """Returns the bills that can be written by now: closed intervals of machines without a bill.
 
-    A machine that never claimed an attempt has the number that was left free for it, if any, once a later machine has
-    claimed: until then it may still be. Without a number it is billed by its times, the last one once the run
-    ``is_over``.
+    A machine that never claimed an attempt gets the number that was left free for it, once a later machine has
+    claimed: until then it may still claim. Without a number it is billed by its times; the last machine of all is
+    billed so once the run ``is_over``.
     """
     billed = {bill.attempt for bill in run_data.bills} - {0}
     latest = max((record.attempt for record in run_data.attempts), default=0)
@@ -233,55 +213,37 @@ def bills_due(run_data: RunData, accounts: Iterable[Account], is_over: bool = Fa
         row, number = account.machine.interval, account.machine.attempt
         if row is None or row.ended_at is None or account.machine.is_billed:
             continue
-        has_number = number is not None and number <= latest
-        if (number not in billed) if has_number else number is None or is_over:
-            bills.append(
-                Bill(
-                    run_id=row.run_id,
-                    attempt=number if number is not None and has_number else 0,
-                    started_at=row.started_at,
-                    ended_at=row.ended_at,
-                    price=vars(account.price) if account.price else {},
-                    nodes=row.nodes,
-                    paid_s=account.paid_s,
-                    cost_usd=account.cost_usd or 0.0,
-                    end_reason=account.end_reason or "lost",
-                    infra=row.infra,
-                    region=row.region,
-                    zone=row.zone,
-                    instance_type=row.instance_type,
-                    accelerators=row.accelerators,
-                    use_spot=row.use_spot,
-                    setup_s=row.setup_s,
-                    reason=row.end_reason,
-                    exit_code=row.exit_code,
-                )
-            )
+        if number is None or number > latest:
+            is_due, attempt = number is None or is_over, 0
+        else:
+            is_due, attempt = number not in billed, number
+        if is_due:
+            facts = {**vars(row), "reason": row.end_reason, "end_reason": account.end_reason or "lost"}
+            facts |= {"paid_s": account.paid_s, "cost_usd": account.cost_usd or 0.0}
+            facts |= {"price": vars(account.price) if account.price else {}}
+            bills.append(Bill(**facts, attempt=attempt))
     return bills
 
 
-def leave_bills(store: Store, run_data: RunData, accounts: Sequence[Account], is_over: bool) -> None:
-    """Writes the bills that are due; whoever may only read the bucket gets the report all the same.
+def write_due_bills(store: Store, run_data: RunData, accounts: Sequence[Account], is_over: bool) -> None:
+    """Writes the bills that are due; users who may only read the bucket get the report all the same.
 
-    Of a certified run whose every attempt is billed an index looks at nothing any more: that a machine is billed which
-    claimed none, or came after the certificate, is said beside, and first, since a bill is written once.
+    An index no longer reads a certified run whose every attempt is billed. So a bill of another machine, one without
+    a claim or after the certificate, is announced by a ``late`` key, which is written first: a bill is written once.
     """
     due = [bill for bill in bills_due(run_data, accounts, is_over) if _is_readable(bill)]
+    certificate = run_data.certificate
     with suppress(InputError, StoreError):
-        if (certificate := run_data.certificate) and _is_late(due, run_data.attempts, certificate.attempt):
+        known = [one.attempt for one in run_data.attempts if certificate and one.attempt <= certificate.attempt]
+        if certificate and any(bill.attempt not in known for bill in due):
             store.create(Keys(run_data.run.run_id).late, b"")
         write_bills(store, due)
 
 
-def _is_late(due: Iterable[Bill], claims: Iterable[AttemptRecord], certified: int) -> bool:
-    known = {record.attempt for record in claims if record.attempt <= certified}
-    return any(bill.attempt not in known for bill in due)
-
-
 def write_bills(store: Store, bills: Iterable[Bill]) -> None:
-    """Writes the bills that are not there yet. Raises InputError or StoreError.
+    """Writes the bills that are missing. Raises InputError or StoreError.
 
-    One that its own reader would refuse is not written: it would stay for good, and a damaged row of an engine is none.
+    Skips a bill that its own reader would refuse, made from a damaged row of an engine: it would stay for good.
     """
     for bill in filter(_is_readable, bills):
         keys = Keys(bill.run_id)
@@ -291,7 +253,7 @@ def write_bills(store: Store, bills: Iterable[Bill]) -> None:
 
 def _is_readable(bill: Bill) -> bool:
     keys = Keys(bill.run_id)
-    key = keys.bill(bill.attempt) if bill.attempt else f"{keys.lost}/"  # its name is made of times, if they are such
+    key = keys.bill(bill.attempt) if bill.attempt else f"{keys.lost}/"  # a lost bill's name needs valid times
     try:
         check_paid(Bill.from_bytes(bill.to_bytes(), key), key)
     except BadRecord:
@@ -299,13 +261,12 @@ def _is_readable(bill: Bill) -> bool:
     return True
 
 
-# A dev cluster's paid time, split among the runs that were on it; the rest is idle, the owner's. Pure.
+# A dev cluster's paid time, split among the runs on it; the rest is idle and the owner's. Pure.
 #
-# At any instant a run has the part of the cluster's GPUs that it asked for; one that asked for none, and any on a
-# machine without GPUs, has its nodes whole. Where runs together ask for more than there is, each has proportionally
-# less.
+# At any instant a run has the part of the cluster's GPUs that it asked for. A run that asked for none, and any run on a
+# machine without GPUs, has its nodes whole. If runs together ask for more than there is, each has proportionally less.
 
-_LEAST_PART = 1e-9  # less is what sums of thirds leave over
+_LEAST_PART = 1e-9  # rounding errors of sums of thirds are smaller
 
 
 @dataclass(frozen=True)
@@ -313,9 +274,9 @@ class Use:
     """An attempt on a cluster.
 
     Attributes:
-        key: whose it is.
+        key: identifies the attempt.
         ended_at: None while it runs.
-        gpu_share: GPUs of each node, 0.5 for half of one; 0: not said.
+        gpu_share: GPUs of each node, 0.5 for half of one; 0: not known.
     """
 
     key: Any
@@ -325,10 +286,14 @@ class Use:
     gpu_share: float = 0.0
     nodes: int = 1
 
+    @property
+    def until(self) -> float:
+        return inf if self.ended_at is None else self.ended_at
+
 
 @dataclass(frozen=True)
 class Share:
-    """``paid_s``: seconds of the whole cluster; ``cost_usd`` None: no price is known."""
+    """``paid_s``: seconds of the whole cluster; ``cost_usd`` None: the price is unknown."""
 
     key: Any
     paid_s: float
@@ -337,7 +302,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Idle:
-    """Paid time in which no run had this part of a cluster: above 0, and at most 1."""
+    """Paid time in which no run had this part of a cluster: above 0, at most 1."""
 
     started_at: float
     ended_at: float
@@ -351,8 +316,8 @@ class Split:
     Attributes:
         idle: the pieces of ``idle_s``, in order.
         idle_s: seconds of the whole cluster.
-        idle_since: since when no run has been on it; None while one is, and once it is not up.
-        idle_usd_per_hour: what the part that no run has burns now; 0 once it is not up, None without a price.
+        idle_since: since when no run has been on it; None while a run is, and for a cluster that is down.
+        idle_usd_per_hour: what the part without a run costs now; 0 for a cluster that is down, None without a price.
     """
 
     cluster: ClusterRecord
@@ -367,64 +332,65 @@ class Split:
 
 
 def split(cluster: ClusterRecord, uses: Sequence[Use]) -> Split:
-    """Divides what was paid for a cluster among its uses; what of them lies outside its paid spans is nobody's."""
+    """Divides what was paid for a cluster among its uses. Time of a use outside the paid spans counts for nobody."""
     seconds, idle, paid_s = [0.0] * len(uses), list[Idle](), 0.0
     parts = [part_of(cluster, use.gpu_share, use.nodes) for use in uses]
     for start, end in cluster.intervals():
         paid_s += end - start
-        within = [(max(use.started_at, start), min(_end(use), end)) for use in uses]
+        within = [(max(use.started_at, start), min(use.until, end)) for use in uses]
         cuts = sorted({start, end, *(at for piece in within if piece[0] < piece[1] for at in piece)})
         for began, until in pairwise(cuts):
             present = [index for index, (first, last) in enumerate(within) if first <= began and until <= last]
             asked = sum(parts[index] for index in present)
             for index in present:
                 seconds[index] += (until - began) * parts[index] / max(1.0, asked)
-            _leave(idle, began, until, 1.0 - asked)
-    shares = [Share(use.key, spent, _usd(cluster, spent)) for use, spent in zip(uses, seconds, strict=True)]
+            free = 1.0 - asked
+            if free < _LEAST_PART:
+                continue
+            if idle and (idle[-1].ended_at, idle[-1].part) == (began, free):
+                began = idle.pop().started_at
+            idle.append(Idle(began, until, free))
+
+    def usd(seconds: float) -> float | None:
+        return cost_usd(seconds, max(1, cluster.nodes), cluster.price_row)
+
     idle_s = sum((piece.ended_at - piece.started_at) * piece.part for piece in idle)
-    since, free = _now(cluster, uses, parts)
+    since, free_now = _idle_now(cluster, uses, parts)
+    shares = tuple(Share(use.key, spent, usd(spent)) for use, spent in zip(uses, seconds, strict=True))
     return Split(
-        cluster=cluster,
-        paid_s=paid_s,
-        cost_usd=_usd(cluster, paid_s),
-        shares=tuple(shares),
-        idle=tuple(idle),
-        idle_s=idle_s,
-        idle_usd=_usd(cluster, idle_s),
-        idle_since=since,
-        idle_usd_per_hour=_usd(cluster, HOUR_S * free),
-    )
+        cluster, paid_s, usd(paid_s), shares, tuple(idle), idle_s, usd(idle_s), since, usd(HOUR_S * free_now)
+    )  # fmt: skip
 
 
 def split_all(clusters: Sequence[ClusterRecord], uses: Sequence[Use], since: float = 0.0) -> list[Split]:
-    """Every cluster's split, of what was paid since then. A use has a share of nothing where it had all before."""
+    """Splits what was paid for every cluster since then. A use that ended before has a share of 0."""
     of_cluster: dict[str, list[Use]] = {cluster.key: [] for cluster in clusters}
     for use in uses:
-        if (home := home_of(clusters, use.cluster, use.started_at)) and _is_within(use, home):
+        home = cluster_at(clusters, use.cluster, use.started_at)
+        if home and any(use.started_at < end and start < use.until for start, end in home.intervals()):
             of_cluster[home.key].append(use)
-    return [split(_after(cluster, since), of_cluster[cluster.key]) for cluster in clusters]
-
-
-def _after(cluster: ClusterRecord, since: float) -> ClusterRecord:
-    spans = [[max(start or 0.0, since), end] for start, end in cluster.spans if end is None or end > since]
-    return replace(cluster, spans=spans)
+    splits = []
+    for cluster in clusters:
+        spans = [[max(start or 0.0, since), end] for start, end in cluster.spans if end is None or end > since]
+        splits.append(split(replace(cluster, spans=spans), of_cluster[cluster.key]))
+    return splits
 
 
 def part_of(cluster: ClusterRecord, gpu_share: float, nodes: int) -> float:
-    """The part of a cluster that a run asks for, above 0 and at most 1."""
+    """Returns the part of a cluster that a run asks for, above 0, at most 1."""
     gpus = gpus_of(cluster.accelerators)[1]
     of_node = min(1.0, gpu_share / gpus) if gpus > 0 and gpu_share > 0 else 1.0
     return of_node * min(1.0, max(1, nodes) / max(1, cluster.nodes))
 
 
-def home_of(clusters: Sequence[ClusterRecord], name: str, at: float) -> ClusterRecord | None:
-    """Of the clusters of a name the one that was there then: the last that had been launched."""
+def cluster_at(clusters: Sequence[ClusterRecord], name: str, at: float) -> ClusterRecord | None:
+    """Returns the cluster of that name that existed at a time: the last that had been launched."""
     named = [cluster for cluster in clusters if cluster.name == name and cluster.launched_at <= at]
     return max(named, key=lambda cluster: cluster.launched_at, default=None)
 
 
 def price_of_part(cluster: ClusterRecord, gpu_share: float) -> PriceRow | None:
-    """The frozen price of one node, of which a run has only the GPUs that it asked for; None where none is known."""
+    """Returns the frozen price of one node for a run that has only the GPUs it asked for; None if it is unknown."""
     row, part = cluster.price_row, part_of(cluster, gpu_share, cluster.nodes)
     if row is None:
         return None
@@ -434,32 +400,26 @@ def price_of_part(cluster: ClusterRecord, gpu_share: float) -> PriceRow | None:
     return replace(row, accelerators=accelerators, price_usd_per_hour=row.price_usd_per_hour * part, source=source)
 
 
-def _leave(idle: list[Idle], began: float, until: float, part: float) -> None:
-    """Adds a piece to what was idle, or makes the last one longer."""
-    if part < _LEAST_PART:
-        return
-    if idle and (idle[-1].ended_at, idle[-1].part) == (began, part):
-        began = idle.pop().started_at
-    idle.append(Idle(began, until, part))
+def prices_of_parts(
+    store: Store, attempts: Sequence[AttemptRecord], warn: Callable[[str], None]
+) -> dict[int, PriceRow]:
+    """Returns, by attempt, the price of its part of a dev cluster. A run on a cluster has no prices of its own."""
+    if not (names := {record.cluster_name for record in attempts if record.cluster_name}):
+        return {}
+    clusters = read_clusters(store, sorted(names), warn)
+    parts = {}
+    for record in attempts:
+        home = cluster_at(clusters, record.cluster_name, record.claimed_at)
+        if home and (price := price_of_part(home, record.gpu_share)):
+            parts[record.attempt] = price
+    return parts
 
 
-def _is_within(use: Use, cluster: ClusterRecord) -> bool:
-    return any(use.started_at < end and start < _end(use) for start, end in cluster.intervals())
-
-
-def _now(cluster: ClusterRecord, uses: Sequence[Use], parts: Sequence[float]) -> tuple[float | None, float]:
-    """(since when no run is on it, the part of it that no run has), where it is up."""
+def _idle_now(cluster: ClusterRecord, uses: Sequence[Use], parts: Sequence[float]) -> tuple[float | None, float]:
+    """Returns since when no run is on a cluster that is up, and the part of it without a run."""
     if not cluster.is_up or not (spans := cluster.intervals()):
         return None, 0.0
     start, now = spans[-1]
-    asked = sum(part for use, part in zip(uses, parts, strict=True) if use.started_at < now <= _end(use))
-    ends = [min(_end(use), now) for use in uses if use.started_at < now]
+    asked = sum(part for use, part in zip(uses, parts, strict=True) if use.started_at < now <= use.until)
+    ends = [min(use.until, now) for use in uses if use.started_at < now]
     return (max([start, *ends]) if asked == 0 else None), max(0.0, 1.0 - asked)
-
-
-def _end(use: Use) -> float:
-    return float("inf") if use.ended_at is None else use.ended_at
-
-
-def _usd(cluster: ClusterRecord, seconds: float) -> float | None:
-    return cost_usd(seconds, max(1, cluster.nodes), cluster.price_row)

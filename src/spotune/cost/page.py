@@ -1,4 +1,4 @@
-"""The pictures of a report: where the time went, attempts over time, loss over steps, cost over time."""
+"""Writes a report as an HTML page with pictures: paid time, attempts over time, loss over steps, cost over time."""
 
 import math
 import os
@@ -15,25 +15,12 @@ from typing import Any
 from spotune.core import money
 from spotune.core.errors import InputError
 from spotune.cost import tables
-from spotune.cost.index import COUNTS
-from spotune.cost.tables import notes_of
-
-# Axes: round ticks for seconds, dollars and losses.
 
 _TIMES_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400)
 
 
-def time_ticks(length_s: float, most: int = 6) -> list[float]:
-    """Round times from 0 up to ``length_s``."""
-    width = length_s / most
-    step = next((size for size in _TIMES_S if size >= width), None)
-    if step is None or width < 0.5:
-        return number_ticks(0.0, length_s, most) if step is not None else _every(_nice(width / 86400) * 86400, length_s)
-    return _every(step, length_s)
-
-
-def number_ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers within ``low`` and ``high``."""
+def number_ticks(low: float, high: float, most: int) -> list[float]:
+    """Returns round numbers from ``low`` to ``high``."""
     if not high > low:
         return [low]
     step = _nice((high - low) / most)
@@ -42,40 +29,24 @@ def number_ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def placer(low: float, high: float, size: float) -> Callable[[float], float]:
-    """Maps ``low``..``high`` (either may be the greater) to 0..``size``; all to the middle where they are the same."""
+    """Maps ``low``..``high`` (either may be the greater) to 0..``size``; everything to the middle if they are equal."""
     return lambda value: (value - low) / (high - low) * size if high != low else size / 2
 
 
-def tick_text(seconds: float) -> str:
-    """``0``, ``30 s``, ``2m``, ``1h 30m``."""
-    if seconds == 0:
-        return "0"
-    if seconds < 60:
-        return f"{seconds:g} s"
-    left, parts = round(seconds), []
-    for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
-        amount, left = divmod(left, size)
-        if amount:
-            parts.append(f"{amount}{unit}")
-    return " ".join(parts)
-
-
 def _nice(width: float) -> float:
-    """The next of 1, 2, 5 x 10^n."""
+    """Returns the next of 1, 2, 5 x 10^n."""
     power = 10.0 ** math.floor(math.log10(width))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= width * (1 - 1e-9))
 
 
-def _every(step: float, end: float) -> list[float]:
-    return [index * step for index in range(int(end / step + 1e-9) + 1)]
-
-
-# Pieces of pictures. x is given in percent and text keeps its size, so that one picture fits a phone and a desk.
-#
-# Lines are drawn in an inner picture of 1000 x 1000 that is stretched, their strokes are not.
+# Pieces of pictures. x is in percent and text keeps its size, so that one picture fits a phone and a desk. Lines are
+# drawn in an inner picture of 1000 x 1000 that is stretched; their strokes are not stretched.
 
 SIDE = 1000.0
-# Not by colour alone: these phases have a pattern of the card's colour over theirs.
+_STRIP, _PLOT = 26.0, 220.0  # heights, pixels
+_LABEL = 0.07  # of the picture's width, on a phone too
+Points = list[tuple[float, float]]
+# Colour is not the only difference: these phases have a pattern in the card's colour.
 _PATTERNS = {
     "replayed": '<path d="M-2 2l4-4M0 8l8-8M6 10l4-4" stroke-width="2.4"/>',
     "data_wait": '<path d="M0 4h8" stroke-width="2"/>',
@@ -89,7 +60,7 @@ _PATTERNS = {
 
 
 def patterns() -> str:
-    """Definitions that the other pieces refer to; once in a page."""
+    """Returns definitions that the other pieces refer to; once in a page."""
     shapes = "".join(
         f'<pattern id="over-{name}" width="8" height="8" patternUnits="userSpaceOnUse">'
         f'<g fill="none" style="stroke:var(--card)">{shape}</g></pattern>'
@@ -99,29 +70,21 @@ def patterns() -> str:
 
 
 def bar(phase: str, x: float, width: float, height: float, hint: str = "") -> str:
-    """A piece of a strip; x and width in percent."""
+    """Draws a piece of a strip; x and width in percent."""
     place = f'x="{x:.3f}%" width="{max(width, 0.001):.3f}%" height="{height:g}"'
     title = f"<title>{escape(hint)}</title>" if hint else ""
     over = f'<rect {place} fill="url(#over-{phase})" pointer-events="none"/>' if phase in _PATTERNS else ""
     return f'<rect {place} class="{phase}">{title}</rect>{over}'
 
 
-def swatch(phase: str) -> str:
-    return f'<svg class="swatch" aria-hidden="true">{bar(phase, 0, 100, 16)}</svg>'
+def _stroke(kind: str) -> str:
+    """Draws a line's entry in a legend; ``mark`` and ``fault`` are upright."""
+    upright, level = f'<path class="{kind}" d="M14 0v16"/>', f'<path class="line {kind}" d="M2 8h24"/>'
+    return f'<svg class="stroke" aria-hidden="true">{upright if kind in ("mark", "fault") else level}</svg>'
 
 
-def stroke(kind: str) -> str:
-    """A line's entry in a legend; a ``mark`` and a ``fault`` stand upright."""
-    path = (
-        f'<path class="{kind}" d="M14 0v16"/>'
-        if kind in ("mark", "fault")
-        else f'<path class="line {kind}" d="M2 8h24"/>'
-    )
-    return f'<svg class="stroke" aria-hidden="true">{path}</svg>'
-
-
-def svg_picture(name: str, text: str, height: float, content: str) -> str:
-    """A picture with a text for those who do not see it."""
+def _picture(name: str, text: str, height: float, content: str) -> str:
+    """Draws a picture with a text for people who cannot see it."""
     return (
         f'<svg role="img" aria-labelledby="{name}-t {name}-d" height="{height:g}">'
         f'<title id="{name}-t">{escape(text.partition(": ")[0])}</title><desc id="{name}-d">{escape(text)}</desc>'
@@ -129,16 +92,16 @@ def svg_picture(name: str, text: str, height: float, content: str) -> str:
     )
 
 
-def plot(height: float, content: str) -> str:
-    """The inner, stretched picture that lines are drawn in."""
+def _plot(content: str) -> str:
+    """Draws the inner, stretched picture."""
     return (
-        f'<svg x="0" y="0" width="100%" height="{height:g}" viewBox="0 0 {SIDE:g} {SIDE:g}" '
+        f'<svg x="0" y="0" width="100%" height="{_PLOT:g}" viewBox="0 0 {SIDE:g} {SIDE:g}" '
         f'preserveAspectRatio="none" overflow="visible">{content}</svg>'
     )
 
 
-def line(points: Sequence[tuple[float, float]], kind: str) -> str:
-    """A line through points of the stretched picture; a single one is a dot."""
+def _line(points: Points, kind: str) -> str:
+    """Draws a line through points of the stretched picture; a single point is a dot."""
     if not points:
         return ""
     (x, y), *rest = points
@@ -146,8 +109,8 @@ def line(points: Sequence[tuple[float, float]], kind: str) -> str:
     return f'<path class="line {kind}" d="M{x:.1f} {y:.1f}{steps}"/>'
 
 
-def x_axis(places: Sequence[tuple[float, str]], y: float) -> str:
-    """Labels below a picture: (percent, text)."""
+def _x_axis(places: Sequence[tuple[float, str]], y: float) -> str:
+    """Draws labels below a picture: (percent, text)."""
     labels = []
     for index, (x, text) in enumerate(places):
         anchor = "start" if x < 3 else "end" if x > 97 else "middle"
@@ -156,47 +119,41 @@ def x_axis(places: Sequence[tuple[float, str]], y: float) -> str:
     return "".join(labels)
 
 
-def y_axis(places: Sequence[tuple[float, str]]) -> str:
-    """Lines across with their value on them: (pixels from the top, text)."""
+def _y_axis(places: Sequence[tuple[float, str]]) -> str:
+    """Draws lines across with their value on them: (place in the stretched picture, text)."""
     return "".join(
         f'<line class="grid" x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>'
         f'<text class="halo" x="0" y="{y - 4:.1f}">{escape(text)}</text>'
-        for y, text in places
+        for y, text in ((at * _PLOT / SIDE, text) for at, text in places)
     )
 
 
-def time_axis(ticks: Sequence[float], length_s: float, y: float) -> str:
-    return x_axis([(tick / length_s * 100, tick_text(tick)) for tick in ticks], y)
-
-
-_STRIP, _PLOT = 26.0, 220.0
-_LABEL = 0.07  # of the picture's width, on a phone too
-Points = list[tuple[float, float]]
-
-
-def legend(phases: Sequence[str]) -> str:
-    """Those of the phases that occur, in their usual order."""
-    items = "".join(f"<li>{swatch(phase)}{tables.PHASES[phase][0]}</li>" for phase in phases)
-    return f'<ul class="legend">{items}</ul>'
+def _time_axis(length_s: float, y: float) -> str:
+    """Draws about six round times from 0 to ``length_s``: ``0``, ``30 s``, ``2m``, ``1h 30m``."""
+    width = length_s / 6
+    if width < 0.5:
+        ticks = number_ticks(0.0, length_s, 6)
+    else:
+        step = next((size for size in _TIMES_S if size >= width), _nice(width / 86400) * 86400)
+        ticks = [index * step for index in range(int(length_s / step + 1e-9) + 1)]
+    texts = ["0" if not tick else f"{tick:g} s" if tick < 60 else money.duration(tick) for tick in ticks]
+    return _x_axis([(tick / length_s * 100, text) for tick, text in zip(ticks, texts, strict=True)], y)
 
 
 def phases_bar(report: Mapping[str, Any]) -> str:
-    """All of the paid time as one bar."""
-    shares = [(phase, report["phases"][f"{phase}_s"]) for phase in tables.PHASES]
-    shares = [(phase, seconds) for phase, seconds in shares if seconds > 0]
-    content, x = "", 0.0
-    for phase, seconds in shares:
-        width = seconds / report["paid_s"] * 100
-        content += bar(phase, x, width, 34, f"{tables.PHASES[phase][0]}: {money.duration(seconds)}")
-        x += width
-    said = ", ".join(
-        f"{tables.PHASES[phase][0]} {money.percent(seconds / report['paid_s'])}" for phase, seconds in shares
-    )
-    return svg_picture("phases", f"Paid time by phase: {said}", 34, content)
+    """Draws the paid time as one bar."""
+    content, shares, x = "", [], 0.0
+    for phase, (name, _) in tables.PHASES.items():
+        if (seconds := report["phases"][f"{phase}_s"]) > 0:
+            width = seconds / report["paid_s"] * 100
+            content += bar(phase, x, width, 34, f"{name}: {money.duration(seconds)}")
+            shares.append(f"{name} {money.percent(seconds / report['paid_s'])}")
+            x += width
+    return _picture("phases", f"Paid time by phase: {', '.join(shares)}", 34, content)
 
 
 def strips(report: Mapping[str, Any]) -> str:
-    """A strip for every attempt on one axis of time, from submission on."""
+    """Draws a strip for each attempt; the time axis begins at submission."""
     began, length_s = _extent(report)
     parts = []
     for index, attempt in enumerate(report["attempts"]):
@@ -205,118 +162,109 @@ def strips(report: Mapping[str, Any]) -> str:
         for offset, seconds, phase in attempt["timeline"]:
             hint = f"{tables.PHASES[phase][0]}: {money.duration(seconds)}"
             content += bar(phase, (start + offset) / length_s * 100, seconds / length_s * 100, _STRIP, hint)
-        sums = [(phase, attempt["phases"][f"{phase}_s"]) for phase in tables.PHASES]
-        said = ", ".join(
-            f"{tables.PHASES[name][0]} {money.duration(paid)}" for name, paid in sums if money.is_seen(paid)
-        )
-        text = f"{_name(attempt)} over time: begins {money.duration(start)} after submission; {said}"
+        sums = [(name, attempt["phases"][f"{phase}_s"]) for phase, (name, _) in tables.PHASES.items()]
+        parts_text = ", ".join(f"{name} {money.duration(paid)}" for name, paid in sums if money.is_seen(paid))
+        title = f"Attempt {attempt['attempt']}" if attempt["attempt"] else "A machine that never began"
+        text = f"{title} over time: begins {money.duration(start)} after submission; {parts_text}"
         facts = [tables.market(attempt), money.duration(attempt["paid_s"])]
         facts += [f"steps {tables.steps(attempt)}"] if attempt["last_step"] else []
-        label = f"<p><b>{_name(attempt)}</b> · {escape(' · '.join(facts))} · <b>{escape(tables.end(attempt))}</b></p>"
-        parts.append(f'<div class="strip">{label}{svg_picture(f"strip{index}", text, _STRIP, content)}</div>')
-    axis = time_axis(time_ticks(length_s), length_s, 14)
-    return f'{"".join(parts)}<svg class="axis" height="18" aria-hidden="true">{axis}</svg>'
+        label = f"<p><b>{title}</b> · {escape(' · '.join(facts))} · <b>{escape(tables.end(attempt))}</b></p>"
+        parts.append(f'<div class="strip">{label}{_picture(f"strip{index}", text, _STRIP, content)}</div>')
+    return f'{"".join(parts)}<svg class="axis" height="18" aria-hidden="true">{_time_axis(length_s, 14)}</svg>'
 
 
 def loss_chart(report: Mapping[str, Any]) -> str:
-    """Loss over steps; what counts as one line, what a later attempt did again beside it. Empty without losses."""
+    """Draws the loss over steps; steps that a later attempt did again have their own lines. Empty without losses."""
     kept, old = _surviving(report["attempts"])
-    every = [point for run in (*kept, *old) for point in run]
-    lost = sorted({step for attempt in report["attempts"] for step, _ in attempt.get("losses_not_finite") or []})
+    every = [point for points in (*kept, *old) for point in points]
+    faulty = sorted({step for attempt in report["attempts"] for step, _ in attempt.get("losses_not_finite") or []})
     if not every:
-        return f"<p>{escape(' '.join(tables.losses(report)))}</p>" if lost else ""
-    last = max([*lost, *(step for step, _ in every)])
+        return f"<p>{escape(' '.join(tables.losses(report)))}</p>" if faulty else ""
+    last = max([*faulty, *(step for step, _ in every)])
     low, high = min(loss for _, loss in every), max(loss for _, loss in every)
     pad = (high - low) * 0.06 or max(abs(high) * 0.1, 0.1)
     low, high = low - pad, high + pad
     x, y = placer(0, last, SIDE), placer(high, low, SIDE)
-
-    def place(points: Points) -> Points:
-        return [(x(step), y(loss)) for step, loss in points]
-
-    lines = "".join(line(place(run), "old") for run in old) + "".join(line(place(run), "main") for run in kept)
+    lines = ""
+    for kind, many in (("old", old), ("main", kept)):
+        lines += "".join(_line([(x(step), y(loss)) for step, loss in points], kind) for points in many)
     marks, labels, starts = _starts(report["attempts"], last)
-    faults = "".join(f'<path class="fault" d="M{x(step):.1f} 0V{SIDE:g}"/>' for step in lost)
-    unit = _PLOT / SIDE
-    axes = y_axis([(y(tick) * unit, f"{tick:.4g}") for tick in number_ticks(low, high, 4)])
-    axes += x_axis([(x(tick) / 10, f"{tick:g}") for tick in number_ticks(0, last, 6)], _PLOT + 18)
+    faults = "".join(f'<path class="fault" d="M{x(step):.1f} 0V{SIDE:g}"/>' for step in faulty)
+    axes = _y_axis([(y(tick), f"{tick:.4g}") for tick in number_ticks(low, high, 4)])
+    axes += _x_axis([(x(tick) / 10, f"{tick:g}") for tick in number_ticks(0, last, 6)], _PLOT + 18)
     (step, loss), (last_step, last_loss) = (kept or old)[0][0], (kept or old)[-1][-1]
     text = f"Loss over steps: from {loss:.3f} at step {step:g} to {last_loss:.3f} at step {last_step:g}"
-    text += "".join(f"; {said}" for said in (*starts, *tables.losses(report)))
-    key = f"<li>{stroke('main')}what counts</li>"
-    key += f"<li>{stroke('old')}done again by a later attempt</li>" if "band" in marks or old else ""
-    key += f"<li>{stroke('mark')}an attempt goes on</li>" if marks else ""
-    key += f"<li>{stroke('fault')}not finite: NaN or infinite</li>" if lost else ""
+    text += "".join(f"; {fact}" for fact in (*starts, *tables.losses(report)))
+    key = f"<li>{_stroke('main')}what counts</li>"
+    key += f"<li>{_stroke('old')}done again by a later attempt</li>" if "band" in marks or old else ""
+    key += f"<li>{_stroke('mark')}an attempt goes on</li>" if marks else ""
+    key += f"<li>{_stroke('fault')}not finite: NaN or infinite</li>" if faulty else ""
     key += "<li>a gap: no record of these steps</li>" if len(kept) > 1 else ""
-    # The bands first: an attempt that begins at step 0 again would cover the axis.
-    content = plot(_PLOT, marks) + axes + plot(_PLOT, faults + lines) + labels
-    return f'<ul class="legend">{key}</ul>{svg_picture("loss", text, _PLOT + 24, content)}'
+    # The bands first: the band of an attempt that begins at step 0 again would cover the axis.
+    content = _plot(marks) + axes + _plot(faults + lines) + labels
+    return f'<ul class="legend">{key}</ul>{_picture("loss", text, _PLOT + 24, content)}'
 
 
 def _starts(attempts: Sequence[Mapping[str, Any]], last: float) -> tuple[str, str, list[str]]:
-    """Where attempts go on, with a band over the steps that are done again: marks, their labels, and in words."""
+    """Returns marks where attempts go on, with a band over the steps done again; their labels; and both as texts."""
     x = placer(0, last, SIDE)
-    marks, said = "", []
+    marks, texts = "", []
     labels: list[tuple[float, str]] = []  # step, names
     reached = attempts[0]["last_step"] or 0
     for attempt in attempts[1:]:
         if attempt["first_step"]:
             step, again = attempt["first_step"] - 1, min(reached, attempt["last_step"])
-            said.append(f"attempt {attempt['attempt']} goes on from step {step}")
+            texts.append(f"attempt {attempt['attempt']} goes on from step {step}")
             if step < again:
                 width = x(again) - x(step)
                 marks += f'<rect class="band" x="{x(step):.1f}" width="{width:.1f}" height="{SIDE:g}"/>'
-                said[-1] += f", {again - step} steps again"
+                texts[-1] += f", {again - step} steps again"
             marks += f'<path class="mark" d="M{x(step):.1f} 0V{SIDE:g}"/>'
-            if labels and step - labels[-1][0] < last * _LABEL:  # else they would lie on each other
+            if labels and step - labels[-1][0] < last * _LABEL:  # two labels would overlap
                 labels[-1] = (labels[-1][0], f"{labels[-1][1]} #{attempt['attempt']}")
             else:
                 labels.append((step, f"#{attempt['attempt']}"))
         reached = max(reached, attempt["last_step"] or 0)
-    return marks, "".join(_label(x(step) / 10, names) for step, names in labels), said
-
-
-def _label(at: float, names: str) -> str:
-    """``at`` in percent."""
-    anchor, shift = ("end", -5) if at > 90 else ("start", 5)
-    return f'<text class="halo" x="{at:.2f}%" dx="{shift}" y="12" text-anchor="{anchor}">{names}</text>'
+    drawn = ""
+    for step, names in labels:
+        at = x(step) / 10  # percent
+        anchor, shift = ("end", -5) if at > 90 else ("start", 5)
+        drawn += f'<text class="halo" x="{at:.2f}%" dx="{shift}" y="12" text-anchor="{anchor}">{names}</text>'
+    return marks, drawn, texts
 
 
 def cost_chart(report: Mapping[str, Any]) -> str:
-    """Dollars over time, and what the same work would have cost on demand. Empty without a price."""
-    if not report["cost_usd"]:
-        return ""
+    """Draws dollars over time, and what the same work would have cost on demand."""
     began, length_s = _extent(report)
     spent: Points = [(0.0, 0.0)]
     for attempt in report["attempts"]:
         usd, start = attempt["cost_usd"] or 0.0, attempt["started_at"] - began
         spent += [(start, spent[-1][1]), (start + attempt["paid_s"], spent[-1][1] + usd)]
     spent.append((length_s, spent[-1][1]))
-    other, plan = report["on_demand"], []
-    if other:
+    cost = money.usd(report["cost_usd"])
+    key = f"<li>{_stroke('main')}this run: {cost}</li>"
+    text = f"Cost over time: this run reaches {cost} after {money.duration(length_s)}"
+    plan: Points = []
+    if other := report["on_demand"]:
         start = report["attempts"][0]["started_at"] - began
         reach = min(length_s, start + other["seconds"])
         top = other["usd"] * (reach - start) / other["seconds"] if other["seconds"] else 0.0
         plan = [(start, 0.0), (reach, top), (length_s, top)]
+        price = f"{money.usd(other['usd'])}, {money.duration(other['seconds'])} at ${other['price_usd_per_hour']:g}/h"
+        key += f"<li>{_stroke('plan')}the same work on demand: {escape(price)}</li>"
+        text += f"; the same work on demand would have cost {price}"
     high = max(usd for _, usd in (*spent, *plan)) * 1.12
     x, y = placer(0, length_s, SIDE), placer(high, 0, SIDE)
-    lines = line([(x(at), y(usd)) for at, usd in plan], "plan")
-    lines += line([(x(at), y(usd)) for at, usd in spent], "main")
-    unit = _PLOT / SIDE
-    axes = y_axis([(y(tick) * unit, money.usd(tick) if tick else "") for tick in number_ticks(0, high, 4)])
-    axes += time_axis(time_ticks(length_s), length_s, _PLOT + 18)
-    key = f"<li>{stroke('main')}this run: {money.usd(report['cost_usd'])}</li>"
-    text = f"Cost over time: this run reaches {money.usd(report['cost_usd'])} after {money.duration(length_s)}"
-    if other:
-        said = f"{money.usd(other['usd'])}, {money.duration(other['seconds'])} at ${other['price_usd_per_hour']:g}/h"
-        key += f"<li>{stroke('plan')}the same work on demand: {escape(said)}</li>"
-        text += f"; the same work on demand would have cost {said}"
-    picture = svg_picture("cost", text, _PLOT + 24, axes + plot(_PLOT, lines))
-    return f'<ul class="legend">{key}</ul>{picture}'
+    lines = "".join(
+        _line([(x(at), y(usd)) for at, usd in points], kind) for kind, points in (("plan", plan), ("main", spent))
+    )
+    axes = _y_axis([(y(tick), money.usd(tick) if tick else "") for tick in number_ticks(0, high, 4)])
+    axes += _time_axis(length_s, _PLOT + 18)
+    return f'<ul class="legend">{key}</ul>{_picture("cost", text, _PLOT + 24, axes + _plot(lines))}'
 
 
 def _surviving(attempts: Sequence[Mapping[str, Any]]) -> tuple[list[Points], list[Points]]:
-    """Losses that count, broken where steps have no record; and those that a later attempt did again."""
+    """Returns the losses that count, broken where steps have no record, and those that a later attempt did again."""
     kept: Points = []
     old: list[Points] = []
     limit = float("inf")
@@ -337,131 +285,20 @@ def _surviving(attempts: Sequence[Mapping[str, Any]]) -> tuple[list[Points], lis
 
 
 def _extent(report: Mapping[str, Any]) -> tuple[float, float]:
-    """When the pictures begin, and how long the time is that they show."""
+    """Returns when the pictures begin, epoch seconds, and how many seconds they show."""
     began = min(report["submitted_at"], report["attempts"][0]["started_at"])
     ends = [attempt["started_at"] + attempt["paid_s"] for attempt in report["attempts"]]
     return began, max(max(ends) - began, 0.001)
 
 
-def _name(attempt: Mapping[str, Any]) -> str:
-    return f"Attempt {attempt['attempt']}" if attempt["attempt"] else "A machine that never began"
-
-
-# A report as one self-contained page: no network, no script; whatever a user typed is escaped.
-
-# The tables of a report's page.
-
-
-def phases(report: Mapping[str, Any], present: Sequence[str]) -> str:
-    rows = ""
-    for phase in present:
-        name, what = tables.PHASES[phase]
-        seconds = report["phases"][f"{phase}_s"]
-        share = seconds / report["paid_s"]
-        drawn = f'<svg height="14" aria-hidden="true">{bar(phase, 0, max(share * 100, 0.4), 14)}</svg>'
-        rows += (
-            f'<tr><th scope="row">{swatch(phase)} {name}</th><td class="soft what">{what}</td>'
-            f'<td class="n">{money.duration(seconds)}</td><td class="n">{money.percent(share)}</td>'
-            f'<td class="share">{drawn}</td></tr>'
-        )
-    waited = money.duration(report["phases"]["queue_s"])
-    return (
-        f'{phases_bar(report)}<table class="phases">'
-        f"<caption>{money.duration(report['paid_s'])} paid; another {waited} "
-        'were spent waiting for machines, unpaid.</caption><thead><tr><th scope="col">Phase</th>'
-        '<th scope="col" class="what">What</th><th scope="col" class="n">Time</th><th scope="col" class="n">Share</th>'
-        f'<th scope="col"><span aria-hidden="true"></span></th></tr></thead><tbody>{rows}</tbody></table>'
-    )
-
-
-def machines(attempts: Sequence[Mapping[str, Any]]) -> str:
-    # The money first: on a phone the rest is beyond the screen's edge.
-    titles = ("Attempt", "Cost", "Paid", "Steps", "Ended", "Kind", "$/hour", "Machine", "Price from")
-    right = (1, 2, 3, 6)
-    head = "".join(
-        f'<th scope="col"{_right(index in right)}>{title}</th>' for index, title in enumerate(titles)
-    )  # fmt: skip
-    rows = ""
-    for attempt in attempts:
-        price = attempt["price_usd_per_hour"]
-        cells = [
-            money.usd(attempt["cost_usd"]),
-            money.duration(attempt["paid_s"]),
-            tables.steps(attempt),
-            tables.end(attempt),
-            tables.market(attempt),
-            money.NONE if price is None else f"{price:g}",
-            tables.machine(attempt),
-            attempt["price_source"],
-        ]
-        body = "".join(
-            f"<td{_right(index in right)}>{escape(cell)}</td>" for index, cell in enumerate(cells[:-1], start=1)
-        )
-        rows += f'<tr><th scope="row">{attempt["attempt"] or money.NONE}</th>{body}<td>{escape(cells[-1])}</td></tr>'
-    return (
-        '<div class="wide" role="region" aria-labelledby="machines" tabindex="0"><table>'
-        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-    )
-
-
-def lost(preemptions: Sequence[Mapping[str, Any]]) -> str:
-    """Empty when there was none."""
-    if not preemptions:
-        return ""
-    titles = ("Attempt", "Cost", "Paid", "Ended", "Provision", "Setup", "Loading", "Restore", "Done again")
-    seconds = ("provision_s", "setup_s", "load_s", "restore_s", "replayed_s")
-    head = "".join(f'<th scope="col"{_right(index not in (0, 3))}>{title}</th>' for index, title in enumerate(titles))
-    rows = ""
-    for one in preemptions:
-        cells = "".join(f'<td class="n">{money.duration(one[name])}</td>' for name in seconds)
-        paid = f'<td class="n">{money.usd(one["cost_usd"])}</td><td class="n">{money.duration(one["paid_s"])}</td>'
-        name = f'<th scope="row">{one["attempt"] or money.NONE}</th>'
-        rows += f'<tr>{name}{paid}<td class="nowrap">{escape(tables.end(one))}</td>{cells}</tr>'
-    return (
-        '<div class="wide" role="region" aria-labelledby="lost" tabindex="0"><table>'
-        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-    )
-
-
-def data(sources: Sequence[Mapping[str, Any]]) -> str:
-    """Empty where no machine has counted yet."""
-    if not sources:
-        return ""
-    titles = ("Source", "Used for", "Rows", "Dropped", "Truncated", "Empty")
-    head = "".join(f'<th scope="col"{_right(index > 1)}>{title}</th>' for index, title in enumerate(titles))
-    rows = ""
-    for one in sources:
-        cells = "".join(f'<td class="n">{money.count(one[name])}</td>' for name in COUNTS)
-        rows += f'<tr><th scope="row">{escape(one["source"])}</th><td>{escape(tables.use_of(one))}</td>{cells}</tr>'
-    return (
-        '<div class="wide" role="region" aria-labelledby="data" tabindex="0"><table>'
-        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-    )
-
-
-def _right(is_right: bool) -> str:
-    return ' class="n"' if is_right else ' class="nowrap"'
-
+# The page and its file.
 
 _OPTION = "--html"
-_LONGEST_NAME = 255 - 16  # bytes, what a file system takes, less the mark of a half-written file
-_LOST = "What the machine after it spent until it was as far; what is done again counts with its waits and saves."
-_ROWS = "Dropped: no token of the row is trained on. Truncated: cut to max_length. Empty: no text after tokenizing."
-_HEAD = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8"/>
-<meta name="viewport" content="width=device-width, initial-scale=1"/>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'"/>
-<title>{title}</title>
-<style>
-{style}</style>
-</head>
-"""
+_LONGEST_NAME = 255 - 16  # bytes: a file system's limit, less the suffix of a half-written file
 
 
 def check_target(name: str) -> Path:
-    """The path of ``--html``; raises InputError when no page can be written there."""
+    """Returns the path of ``--html``. Raises InputError if no page can be written there."""
     path = Path(name)
     if not name or len(os.fsencode(path.name)) > _LONGEST_NAME:
         raise InputError(_OPTION, f"{name[:60]!r} is not the name of a file", remedy=f"{_OPTION} cost.html")
@@ -476,7 +313,7 @@ def check_target(name: str) -> Path:
 
 
 def write_page(path: Path, page: str) -> None:
-    """Writes the page whole or not at all; raises InputError when it cannot."""
+    """Writes the page whole or not at all. Raises InputError if it cannot."""
     part = ""
     try:
         descriptor, part = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.absolute().parent)
@@ -491,99 +328,20 @@ def write_page(path: Path, page: str) -> None:
 
 
 def page_of(report: Mapping[str, Any]) -> str:
-    """The page, as text."""
-    style = resources.files("spotune.cost").joinpath("page.css").read_text(encoding="utf-8")
-    parts = [_HEAD.format(title=f"Cost of {escape(report['run_id'])}", style=style), "<body>", patterns()]
-    parts += [_header(report), "<main>", _figures(report), _notes(report)]
-    if report["attempts"]:
-        parts += _sections(report)
-    else:
-        parts.append("<section><h2>No machine yet</h2><p>Nothing was paid so far.</p></section>")
-    parts.append(_section("data", "What became of the rows", _ROWS, data(report["data_rows"])))
-    parts += ["</main>", _footer(report), "</body></html>"]
-    return "\n".join(part for part in parts if part) + "\n"
+    """Returns the page as text: self-contained, no network, no script, everything that a user typed escaped."""
+    from jinja2 import Environment, StrictUndefined  # here: most reports have no page
 
-
-def _sections(report: Mapping[str, Any]) -> list[str]:
-    present = [phase for phase in tables.PHASES if money.is_seen(report["phases"][f"{phase}_s"])]
-    attempts = f"{legend(present)}{strips(report)}"
-    return [
-        _section("time", "Where the paid time went", "", phases(report, present)) if report["paid_s"] else "",
-        _section(
-            "attempts", "Attempts over time", "From submission on; where a strip is empty, nothing was paid.", attempts
-        ),
-        _section("losses", "Loss over steps", "One line across all attempts.", loss_chart(report)),
-        _section("money", "Cost over time", "", cost_chart(report)),
-        _section("lost", "What each lost machine cost", _LOST, lost(report["preemptions"])),
-        _section("machines", "Machines", "", machines(report["attempts"])),
-    ]
-
-
-def _section(name: str, title: str, about: str, content: str) -> str:
-    if not content:
-        return ""
-    about = f'<p class="about">{about}</p>' if about else ""
-    return f'<section aria-labelledby="{name}"><h2 id="{name}">{title}</h2>{about}{content}</section>'
-
-
-def _header(report: Mapping[str, Any]) -> str:
-    who = escape(report["user"]) + (f" ({escape(report['team'])})" if report["team"] else "")
-    state = escape(report["state"])
-    facts = [escape(report["config"]), who, f"submitted {_date(report['submitted_at'])}"]
-    if report["ended_at"]:
-        facts.append(f"ended {_date(report['ended_at'])}")
-    return (
-        f'<header><h1>{escape(report["run_id"])}<span class="state {state}">{state}</span></h1>'
-        f'<p class="soft">{" · ".join(facts)}</p></header>'
+    page, style = (
+        resources.files("spotune.cost").joinpath(name).read_text(encoding="utf-8") for name in ("page.html", "page.css")
     )
-
-
-def _figures(report: Mapping[str, Any]) -> str:
-    saved, base = report["saved_usd"], report["on_demand_usd"]
-    share = f", {money.percent(abs(saved) / base)}" if saved is not None and base else ""
-    against = f"against {money.usd(base)} on demand{share}" if base is not None else "no on-demand price was frozen"
-    again = report["replayed_steps"]
-    tone = "" if saved is None else "good" if saved >= 0 else "bad"
-    per_million = report["usd_per_million_tokens"]
-    tokens = f"{money.count(report['tokens'])} tokens"
-    cards = [
-        ("Cost", money.usd(report["cost_usd"]), "", f"{money.duration(report['paid_s'])} paid"),
-        ("Saved" if saved is None or saved >= 0 else "More than on demand",
-         money.usd(None if saved is None else abs(saved)), tone, against),
-        ("Goodput", money.percent(report["goodput"]), "", "of the paid time was training that counts"),
-        ("Steps", money.count(report["useful_steps"]), "", f"{money.count(again)} done again; {tokens}"),
-        ("A million tokens", money.usd(per_million), "", f"at {tokens} trained"),
-    ]  # fmt: skip
-    body = "".join(
-        f'<div><dt>{name}</dt><dd><span class="value {tone}">{value}</span><span class="soft">{escape(more)}</span>'
-        "</dd></div>"
-        for name, value, tone, more in cards
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    names = (patterns, bar, phases_bar, strips, loss_chart, cost_chart)
+    environment.globals |= {"money": money, "tables": tables} | {one.__name__: one for one in names}
+    seconds = {phase: report["phases"][f"{phase}_s"] for phase in tables.PHASES}
+    return environment.from_string(page).render(
+        report=report,
+        style=style,
+        phases={phase: paid_s for phase, paid_s in seconds.items() if money.is_seen(paid_s)},
+        notes=[*tables.preemptions(report), *tables.stalls(report), *tables.gpus(report), *tables.notes_of(report)],
+        date=lambda at: time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at)),
     )
-    return f'<dl class="figures">{body}</dl>'
-
-
-def _notes(report: Mapping[str, Any]) -> str:
-    said = [*tables.preemptions(report), *tables.stalls(report), *tables.gpus(report), *notes_of(report)]
-    notes = "".join(f"<li>{escape(note)}</li>" for note in said)
-    return f'<ul class="notes" aria-label="Notes">{notes}</ul>' if notes else ""
-
-
-def _footer(report: Mapping[str, Any]) -> str:
-    rows, own = "the engine's own rows", "the machine's own clock"
-    clock = (
-        rows
-        if not report["unreconciled_s"]
-        else own
-        if report["unreconciled_s"] == report["paid_s"]
-        else (f"{rows}, where they are not to be had {own}")
-    )
-    return (
-        f"<footer><p>Paid time follows {clock}, dollars the prices frozen at submission. What is "
-        "not known is shown as unknown, never spread over the other phases. On demand: the same useful steps, "
-        "undisturbed, at the cheapest frozen on-demand price with these accelerators.</p>"
-        f"<p>spotune, {_date(report['reported_at'])}</p></footer>"
-    )
-
-
-def _date(at: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at))

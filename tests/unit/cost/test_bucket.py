@@ -64,7 +64,7 @@ def report(store: Store, rows: list[PaidInterval]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name != "reported_at"}
 
 
-def test_a_failed_placement_in_the_same_second_keeps_no_machine_from_being_billed(local_store: Store) -> None:
+def test_a_failed_placement_in_the_same_second_does_not_prevent_a_bill(local_store: Store) -> None:
     """SkyPilot counts whole seconds."""
     local_store.create(KEYS.run, run().to_bytes())
     local_store.create(KEYS.attempt(1), claim(1, 160).to_bytes())
@@ -80,7 +80,7 @@ def test_a_failed_placement_in_the_same_second_keeps_no_machine_from_being_bille
 
 
 @pytest.mark.parametrize("error", [InputError("SPOTUNE_BUCKET", "access denied"), StoreError("the bucket is away")])
-def test_whoever_may_only_read_the_bucket_gets_the_report(
+def test_a_user_who_may_only_read_the_bucket_gets_the_report(
     local_store: Store, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def refuse(store: Store, key: str, data: bytes) -> bool:
@@ -92,7 +92,7 @@ def test_whoever_may_only_read_the_bucket_gets_the_report(
     assert report(local_store, [row(150, 400)])["paid_s"] == 250
 
 
-def test_machines_that_never_claimed_and_began_at_once_have_a_bill_each(local_store: Store) -> None:
+def test_unclaimed_machines_with_the_same_start_have_a_bill_each(local_store: Store) -> None:
     local_store.create(KEYS.run, run().to_bytes())
     local_store.create(KEYS.attempt(1), claim(1, 160).to_bytes())
     rows = [row(100, 130, end_reason="lost"), row(100, 140, end_reason="lost"), row(150, 400)]
@@ -102,7 +102,7 @@ def test_machines_that_never_claimed_and_began_at_once_have_a_bill_each(local_st
 
 @settings(max_examples=60, deadline=None, database=None)
 @given(histories(), st.data())
-def test_what_was_paid_is_paid_whatever_is_left_and_once(
+def test_every_paid_second_counts_once_whatever_records_are_left(
     given: tuple[list[PaidInterval], dict[str, bytes]], data: st.DataObject
 ) -> None:
     rows, left = given

@@ -50,7 +50,7 @@ def month(workspace: Workspace, run_id: str = "new", user: str = "ana", team: st
     return read_month(workspace, run_id, user, team, now, warn=lambda message: None)
 
 
-def test_what_the_month_has_cost_is_counted_by_user_and_team(tmp_path: Path) -> None:
+def test_the_months_cost_is_counted_by_user_and_team(tmp_path: Path) -> None:
     here = workspace(tmp_path, '{users: {ana: 1, "*": 0.5}, teams: {research: 0.01}}')
     write(here.store(), "run-a")
     write(here.store(), "run-b", user="bob")
@@ -65,7 +65,7 @@ def test_what_the_month_has_cost_is_counted_by_user_and_team(tmp_path: Path) -> 
     assert month(here, user="bob").tightest == bob
 
 
-def test_nobody_has_a_budget_that_is_not_given(tmp_path: Path) -> None:
+def test_a_user_without_a_budget_has_no_limit(tmp_path: Path) -> None:
     here = workspace(tmp_path, "{users: {ana: 1}}")
     assert month(here, user="bob", team="research") == Month(())
     assert month(here, user="bob").wall_usd(None) is None
@@ -82,7 +82,7 @@ def test_an_attempt_over_the_turn_of_a_month_counts_in_both(tmp_path: Path) -> N
     assert month(here, now=NEXT_MONTH + 40 * 86400.0).left[0].spent_usd == 0.0
 
 
-def test_a_budget_that_is_promised_to_a_run_under_way_is_not_left(tmp_path: Path) -> None:
+def test_a_budget_promised_to_a_run_under_way_is_not_available(tmp_path: Path) -> None:
     here = workspace(tmp_path, "{users: {ana: 1}}")
     now = T + 40.0
     beat = Progress(run_id="busy", attempt=1, phase="train", at=now - 1.0)
@@ -97,7 +97,7 @@ def test_a_budget_that_is_promised_to_a_run_under_way_is_not_left(tmp_path: Path
     assert own.promised_usd == 0.0
 
 
-def test_an_idle_cluster_is_on_its_owners_month(tmp_path: Path) -> None:
+def test_an_idle_cluster_counts_in_its_owners_month(tmp_path: Path) -> None:
     here = workspace(tmp_path, "{users: {ana: 1}}")
     day = 86400.0
     cluster = ClusterRecord(
@@ -122,14 +122,14 @@ def plan(budget_usd: float | None = None, usd_per_hour: float = 0.36) -> Plan:
     return Plan(run(budget_usd=budget_usd), submission, "file:///b", "local", Path("t"), [offer], offer)
 
 
-def test_a_run_without_a_budget_gets_what_is_left_as_its_wall() -> None:
+def test_a_run_without_a_budget_gets_the_rest_as_its_limit() -> None:
     planned = within_month(plan(), Month((left(10, 4), left(5, 2, "team nlp"))))
     assert planned.record.wall_usd == 3.0
     assert planned.record.month_of == "team nlp"
     assert planned.notes == ("team nlp has $3.00 left of $5.00 in 2026-11: $2.00 spent",)
 
 
-def test_what_it_has_cost_already_is_not_taken_twice() -> None:
+def test_the_cost_of_the_run_so_far_does_not_count_twice() -> None:
     stands = {"state": "PAUSED", "cost_usd": 2.5}
     assert within_month(plan(), Month((left(10, 4),), stands)).record.wall_usd == 8.5
     assert within_month(plan(8.5), Month((left(10, 4),), stands)).record.wall_usd == 8.5
@@ -139,7 +139,7 @@ def test_what_it_has_cost_already_is_not_taken_twice() -> None:
         within_month(plan(8.6), Month((left(10, 4),), stands))
 
 
-def test_what_cannot_be_paid_is_refused_with_the_figures() -> None:
+def test_a_run_that_cannot_be_paid_is_refused_with_the_figures() -> None:
     with pytest.raises(InputError, match=r"config/spotune.yaml: budgets.user ana: user ana has \$0.00 left of \$10.00"):
         within_month(plan(), Month((left(10, 11),)))
     with pytest.raises(InputError, match=r"\(--budget 6.00 at most, or raise budgets.user ana\)"):
@@ -156,14 +156,14 @@ def test_what_cannot_be_paid_is_refused_with_the_figures() -> None:
         (1, 0.998, 5.004, "5.006000"),
     ],
 )
-def test_what_is_offered_instead_is_taken(limit: float, spent: float, own: float, most: str) -> None:
+def test_the_suggested_budget_is_accepted(limit: float, spent: float, own: float, most: str) -> None:
     month = Month((left(limit, spent),), {"state": "PAUSED", "cost_usd": own})
     with pytest.raises(InputError, match=rf"\(--budget {most} at most"):
         month.wall_usd(9999)
     assert month.wall_usd(parse_usd(most, "--budget")) is None
 
 
-def test_exactly_what_is_left_is_not_too_much() -> None:
+def test_a_budget_of_exactly_the_rest_is_accepted() -> None:
     assert Month((left(0.31, 0),), {"state": "PAUSED", "cost_usd": 0.58}).wall_usd(0.58 + 0.31) is None
     assert Month((left(0.3, 0.1),), {"state": "PAUSED", "cost_usd": 0.1}).wall_usd(0.3) is None
 
@@ -176,13 +176,13 @@ def test_the_warning_comes_at_80_percent() -> None:
     assert planned.notes == ("user ana has $0.80 left of $1.00 in 2026-11: $0.20 spent", str(low))
 
 
-def test_what_costs_nothing_and_what_is_under_way_is_let_be() -> None:
+def test_free_runs_and_runs_under_way_are_not_checked() -> None:
     empty = left(10, 11)
     assert within_month(plan(usd_per_hour=0.0), Month((empty,))) == plan(usd_per_hour=0.0)
     assert within_month(plan(), Month((empty,), {"state": "RUNNING", "cost_usd": 1.0})) == plan()
 
 
-def test_a_run_that_paused_just_before_its_wall_needs_a_higher_one() -> None:
+def test_a_run_that_paused_just_before_its_limit_needs_a_higher_one() -> None:
     report = {"run_id": "run-a", "state": "PAUSED", "budget_usd": 5.0, "cost_usd": 4.9}
     for wanted in (None, 5.0):
         with pytest.raises(InputError, match=r"has cost \$4.90 of \$5.00 \(.* --budget, above \$5.00\)$"):

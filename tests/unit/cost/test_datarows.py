@@ -30,7 +30,7 @@ def test_the_newest_attempt_counts_for_each_set() -> None:
     assert data_rows({}) == []
 
 
-def test_odd_records_do_no_harm() -> None:
+def test_damaged_counts_are_ignored() -> None:
     odd = [
         event(1, "rows"),
         event(1, "rows", set="training", sources="a"),

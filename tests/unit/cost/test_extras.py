@@ -26,7 +26,7 @@ def test_what_each_lost_machine_cost_by_hand() -> None:
     assert report["usd_per_million_tokens"] == pytest.approx(70 * USD_PER_S / 600 * 1e6)
 
 
-def test_an_end_that_somebody_wanted_is_no_loss() -> None:
+def test_a_requested_end_is_no_loss() -> None:
     end = event(28, "end", reason="cancelled", exit_code=1)
     events = {1: [phase(15, "load"), end], 2: [phase(45, "load")]}
     intervals = [row(10, 30, end_reason="cancelled"), row(40, 60, end_reason="exited", exit_code=0)]
@@ -38,7 +38,7 @@ def gpu(at: float, busy: float, used: float = 10.0) -> dict[str, Any]:
     return event(at, "gpu", busy=busy, memory_gib=used, memory_total_gib=22.5)
 
 
-def test_busy_gpu_hours_are_of_the_attempts_that_were_measured() -> None:
+def test_busy_gpu_hours_cover_the_measured_attempts() -> None:
     events = {1: [phase(0, "train"), gpu(10, 0.5), gpu(20, 1.0, 20.0)], 2: [phase(3700, "train"), gpu(3800, 0.25)]}
     intervals = [row(0, 3600, accelerators="L4:2"), row(3600, 5400, accelerators="L4:2"), row(5400, 6000)]
     run_data = RunData(run(), intervals, [claim(1, 0), claim(2, 3600)], events)
@@ -49,7 +49,7 @@ def test_busy_gpu_hours_are_of_the_attempts_that_were_measured() -> None:
     assert (report["gpu_memory_gib"], report["gpu_memory_total_gib"]) == (20.0, 22.5)
 
 
-def test_samples_that_are_none_say_nothing() -> None:
+def test_damaged_samples_are_ignored() -> None:
     events = {1: [phase(0, "train"), {**gpu(10, 7.0), "memory_gib": None}, event(11, "gpu", busy="x")]}
     report = build_report(RunData(run(), [row(0, 60)], [claim(1, 0)], events), "FAILED", T + 90)
     assert report["gpu_utilization"] is report["gpu_memory_gib"] is None
@@ -77,7 +77,7 @@ def test_the_bucket_by_hand() -> None:
     assert here["storage_usd_per_month"] is None
 
 
-def test_a_bill_of_price_and_interval_alone_says_enough() -> None:
+def test_a_bill_with_only_price_and_interval_suffices() -> None:
     paid = price(True, 0.36, infra="aws", region="us-east-1", instance_type="g6.xlarge", accelerators="L4:1")
     bill = Bill(
         run_id=RUN_ID, attempt=1, started_at=T, ended_at=T + 3600, price=vars(paid), nodes=2, end_reason="cancelled"
@@ -89,7 +89,7 @@ def test_a_bill_of_price_and_interval_alone_says_enough() -> None:
         assert (attempt["use_spot"], attempt["end_reason"], attempt["cost_usd"]) == (True, "cancelled", 0.72)
 
 
-def test_a_row_that_is_dated_anew_or_comes_twice_is_counted_once() -> None:
+def test_a_row_with_a_changed_time_or_a_double_counts_once() -> None:
     run_data = three_attempts()
     bills = bills_due(run_data, build_accounts(run_data, T + 1000))
     moved = [replace(one, started_at=one.started_at + 4.0) for one in run_data.intervals]

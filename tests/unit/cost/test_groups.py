@@ -17,13 +17,13 @@ from spotune.cost.export import (
     By,
     Period,
     as_csv,
-    cut,
     end_of,
     focus_rows,
     gpus_of,
     group,
     indexed_attempts,
     name_of,
+    pieces_of,
     run_row,
     start_of,
 )
@@ -69,7 +69,7 @@ def test_days_split_at_midnight_and_weeks_on_monday() -> None:
     assert [(row["week"], row["paid_s"]) for row in weeks] == [("2026-W47", 3600.0), ("2026-W48", 10800.0)]
 
 
-def test_a_group_says_what_can_be_said_of_it() -> None:
+def test_a_group_has_the_figures_that_are_known() -> None:
     runs = [("a", totals()), ("b", totals(user="ben", on_demand_usd=None, saved_usd=None))]
     pairs = [
         ("a", attempt(0.0, 3600.0)),
@@ -90,7 +90,7 @@ def test_a_group_says_what_can_be_said_of_it() -> None:
     assert max(map(len, text.splitlines()[:4])) <= 100
 
 
-def test_what_is_saved_compares_like_with_like_and_no_price_is_no_nothing() -> None:
+def test_saved_compares_like_with_like_and_an_unknown_price_is_not_zero() -> None:
     runs = [("a", totals(on_demand_usd=2.0, saved_usd=1.5)), ("b", totals(on_demand_usd=None, saved_usd=None)),
             ("c", totals(team="ops", on_demand_usd=9.0, saved_usd=None))]  # fmt: skip
     pairs = [("a", attempt(0.0, 3600.0, cost_usd=0.5)), ("b", attempt(0.0, 3600.0, cost_usd=7.0)),
@@ -106,7 +106,7 @@ def test_what_is_saved_compares_like_with_like_and_no_price_is_no_nothing() -> N
     assert "Saved is of" not in groups_text("infra", group("infra", runs, pairs))
 
 
-def test_a_sum_beside_the_cost_of_all_is_of_all() -> None:
+def test_the_on_demand_sum_covers_all_runs_or_is_unknown() -> None:
     def line(**facts: Any) -> dict[str, Any]:
         nothing = dict.fromkeys(("useful_s", "goodput", "unreconciled_s", "unpriced_s"), 0.0)
         given = {"run_id": "r", "state": "FAILED", "attempts": 1, "paid_s": 9.0, "cost_usd": 1.0, "on_demand_usd": 2.0}
@@ -119,7 +119,7 @@ def test_a_sum_beside_the_cost_of_all_is_of_all() -> None:
     assert runs_text([line(cost_usd=None, on_demand_usd=None)]).splitlines()[2].count("\N{EN DASH}") == 2
 
 
-def test_a_price_of_next_to_nothing_is_a_charge() -> None:
+def test_a_tiny_price_is_a_charge() -> None:
     (charge,) = focus_rows(
         totals(), [attempt(0.0, 3600.0, price_usd_per_hour=0.0, cost_usd=3e-10, nodes=2)], "file:///b"
     )
@@ -141,7 +141,7 @@ def test_every_paid_second_is_in_a_group(spans: list[tuple[float, float, str]]) 
 
 @given(st.sampled_from(["day", "week", "month"]), TIMES, st.floats(0, 1e7))
 def test_pieces_tile_an_interval(period: Period, start: float, seconds: float) -> None:
-    pieces = list(cut(period, start, start + seconds))
+    pieces = list(pieces_of(period, start, start + seconds))
     assert (pieces[0][1], pieces[-1][2]) == (start, start + seconds)
     for (begins, began, until), (_, next_began, _) in zip(pieces, pieces[1:] + pieces[-1:], strict=True):
         assert begins == start_of(period, began)

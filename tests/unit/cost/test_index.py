@@ -15,7 +15,7 @@ from spotune.core.keys import Keys
 from spotune.core.records import TerminalMarker
 from spotune.core.store import Store
 from spotune.cost import collect
-from spotune.cost.account import bills_due, build_accounts, leave_bills, write_bills
+from spotune.cost.account import bills_due, build_accounts, write_bills, write_due_bills
 from spotune.cost.collect import all_runs
 from spotune.cost.index import Index, index_file, read_run_data
 from spotune.cost.machines import RunData
@@ -40,7 +40,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return read_run_data(store, run_id, *rest)
 
     read_run_data = collect.read_run_data
-    monkeypatch.setattr(collect, "read_evidence", read)
+    monkeypatch.setattr(collect, "read_run_data", read)
     return seen
 
 
@@ -59,7 +59,7 @@ def write(store: Store, run_id: str, run_data: RunData, bills: bool = True) -> N
 
 
 def listed(workspace: Workspace, **options: Any) -> dict[str, dict[str, Any]]:
-    found = all_runs(workspace, lambda index: index.runs(0.0), clock=lambda: T + 1000, **options)
+    found = all_runs(workspace, lambda index: index.runs(0.0), now=T + 1000, **options)
     return {run_id: totals for (_, run_id), totals in found}
 
 
@@ -78,7 +78,7 @@ def test_each_bucket_has_its_own_runs(workspace: Workspace, tmp_path: Path, read
     assert reads == ["here", "there"]
 
 
-def test_what_is_certified_and_billed_is_read_once(workspace: Workspace, reads: list[str]) -> None:
+def test_a_certified_and_billed_run_is_read_once(workspace: Workspace, reads: list[str]) -> None:
     write(workspace.store(), "done", three_attempts())
     first = listed(workspace)
     assert (first["done"]["state"], first["done"]["attempts"]) == ("SUCCEEDED", 3)
@@ -97,7 +97,7 @@ def failed() -> RunData:
     )  # fmt: skip
 
 
-def test_a_run_that_stands_still_is_read_again_once_it_goes_on(workspace: Workspace, reads: list[str]) -> None:
+def test_a_failed_run_is_read_again_after_a_resume(workspace: Workspace, reads: list[str]) -> None:
     store, keys = workspace.store(), Keys("stands")
     write(store, "stands", failed())
     mark = TerminalMarker(run_id="stands", attempt=1, at=T + 30, reason="a bug", exit_code=1)
@@ -111,7 +111,7 @@ def test_a_run_that_stands_still_is_read_again_once_it_goes_on(workspace: Worksp
     assert len(reads) == 2
 
 
-def test_a_bill_from_another_machine_is_taken_in(workspace: Workspace, reads: list[str]) -> None:
+def test_a_bill_from_another_machine_is_used(workspace: Workspace, reads: list[str]) -> None:
     write(workspace.store(), "run-a", three_attempts(), bills=False)
     unsure = listed(workspace)["run-a"]
     assert unsure["unreconciled_s"] > 0
@@ -123,7 +123,7 @@ def test_a_bill_from_another_machine_is_taken_in(workspace: Workspace, reads: li
     assert sure["paid_s"] == 70.0
 
 
-def test_what_is_gone_from_the_bucket_is_gone(workspace: Workspace) -> None:
+def test_a_run_removed_from_the_bucket_is_not_listed(workspace: Workspace) -> None:
     store = workspace.store()
     for name in ("run-a", "run-b"):
         write(store, name, three_attempts())
@@ -188,7 +188,7 @@ def test_without_a_place_for_it_everything_is_read_each_time(workspace: Workspac
     assert len(reads) == 2
 
 
-def test_a_run_that_cannot_be_read_is_said_and_left_out(workspace: Workspace) -> None:
+def test_a_run_that_cannot_be_read_is_left_out_with_a_warning(workspace: Workspace) -> None:
     write(workspace.store(), "done", three_attempts())
     workspace.store().write(Keys("broken").run, b"{")
     said: list[str] = []
@@ -208,7 +208,7 @@ def test_many_runs_are_read_by_processes_with_progress(workspace: Workspace) -> 
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
-def test_two_at_once_do_no_harm(workspace: Workspace) -> None:
+def test_two_processes_can_use_the_index_at_once(workspace: Workspace) -> None:
     for number in range(20):
         write(workspace.store(), f"run-{number:02d}", three_attempts())
     with ThreadPoolExecutor(4) as pool:
@@ -217,7 +217,7 @@ def test_two_at_once_do_no_harm(workspace: Workspace) -> None:
     assert len(all_runs(workspace, lambda index: index.attempts(0.0))) == 60
 
 
-def test_a_record_of_another_shape_costs_a_line_not_the_list(workspace: Workspace) -> None:
+def test_a_record_of_another_shape_costs_a_line_and_not_the_list(workspace: Workspace) -> None:
     store = workspace.store()
     write(store, "good", three_attempts())
     odd = three_attempts()
@@ -236,9 +236,7 @@ def test_a_record_of_another_shape_costs_a_line_not_the_list(workspace: Workspac
     assert found["odd-tokens"]["tokens"] < 1e15
 
 
-def test_a_record_that_cannot_be_read_is_said_each_time_until_it_is_mended(
-    workspace: Workspace, reads: list[str]
-) -> None:
+def test_an_unreadable_record_is_reported_each_time_until_it_is_mended(workspace: Workspace, reads: list[str]) -> None:
     store, keys = workspace.store(), Keys("done")
     write(store, "done", three_attempts())
     bill = store.read(keys.bill(2))
@@ -256,7 +254,7 @@ def test_a_record_that_cannot_be_read_is_said_each_time_until_it_is_mended(
     assert len(said) == 2
 
 
-def test_a_run_that_cannot_be_read_any_more_is_shown_as_it_was(workspace: Workspace) -> None:
+def test_a_run_that_became_unreadable_is_shown_as_it_was(workspace: Workspace) -> None:
     store, keys = workspace.store(), Keys("stands")
     write(store, "stands", failed())
     first = listed(workspace)
@@ -307,7 +305,7 @@ def test_a_run_whose_bucket_is_gone_is_shown_as_it_was(
 
 
 @pytest.mark.parametrize("is_known_before", [True, False])
-def test_a_certified_run_is_looked_at_while_its_engine_goes_on(
+def test_a_certified_run_is_read_while_its_engine_is_active(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, reads: list[str], is_known_before: bool
 ) -> None:
     """The machine was taken after the certificate and before its exit: the engine brings up another."""
@@ -329,20 +327,18 @@ def test_a_certified_run_is_looked_at_while_its_engine_goes_on(
     assert len(reads) <= seen + 1
 
 
-def test_a_bill_of_an_attempt_after_the_certificate_is_taken_in(workspace: Workspace) -> None:
+def test_a_bill_of_an_attempt_after_the_certificate_is_used(workspace: Workspace) -> None:
     """It does what the certified run still owes: merge, push."""
     store, keys = workspace.store(), Keys("done")
     write(store, "done", three_attempts())
     assert listed(workspace)["done"]["paid_s"] == 70
     store.create(keys.attempt(4), replace(claim(4, 105), run_id="done").to_bytes())
     run_data = replace(read_run_data(store, "done"), intervals=[replace(row(100, 130), run_id="done")])
-    leave_bills(store, run_data, build_accounts(run_data, T + 1000), is_over=True)
+    write_due_bills(store, run_data, build_accounts(run_data, T + 1000), is_over=True)
     assert listed(workspace)["done"]["paid_s"] == 100
 
 
-def test_a_bill_of_a_machine_without_a_claim_is_taken_in_however_late_it_comes(
-    workspace: Workspace, reads: list[str]
-) -> None:
+def test_a_late_bill_of_a_machine_without_a_claim_is_used(workspace: Workspace, reads: list[str]) -> None:
     """Here a run is final; where its engine is known, a row of a machine that never claimed is found only then."""
     store = workspace.store()
     write(store, "done", three_attempts())
@@ -350,7 +346,7 @@ def test_a_bill_of_a_machine_without_a_claim_is_taken_in_however_late_it_comes(
     assert listed(workspace)["done"]["paid_s"] == 70
     assert reads == ["done"]
     run_data = replace(read_run_data(store, "done"), intervals=[replace(row(31, 36, end_reason="lost"), run_id="done")])
-    leave_bills(store, run_data, build_accounts(run_data, T + 1000), is_over=True)
+    write_due_bills(store, run_data, build_accounts(run_data, T + 1000), is_over=True)
     assert store.keys(Keys("done").lost)
     assert listed(workspace)["done"]["paid_s"] == 75
     assert listed(workspace)["done"]["paid_s"] == 75

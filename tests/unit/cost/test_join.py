@@ -37,7 +37,7 @@ def test_pairs(rows: Rows, claims: list[float], expected: Pairs) -> None:
     assert pairs(rows, claims) == expected
 
 
-def test_machines_that_never_claimed_have_the_numbers_that_are_left_free() -> None:
+def test_unclaimed_machines_get_the_free_numbers() -> None:
     rows = [PaidInterval("r", started, started + 9, "local") for started in (0, 20, 40, 60)]
     second, fourth = (AttemptRecord(run_id="r", attempt=n, claimed_at=t, claim_id="") for n, t in ((2, 21), (4, 61)))
     assert [machine.attempt for machine in join(rows, [second, fourth], 100)] == [1, 2, 3, 4]
@@ -50,7 +50,7 @@ def test_hundreds_of_attempts_are_paired_in_order() -> None:
     assert pairs(rows, [100.0 * n + 5 for n in range(300)], now=1e6) == [(True, n) for n in range(1, 301)]
 
 
-def test_a_billed_machine_is_its_attempts_whatever_the_clocks_say() -> None:
+def test_a_bill_decides_the_attempt_whatever_the_clocks_say() -> None:
     first, second = row(0, 60), row(100, 160)
     hour_off = [claim(1, 3605), claim(2, 3705)]
     machines = join([], hour_off, T + 9999, [(1, first), (2, second)])
@@ -59,14 +59,14 @@ def test_a_billed_machine_is_its_attempts_whatever_the_clocks_say() -> None:
     ]  # fmt: skip
 
 
-def test_a_machine_that_never_claimed_has_no_claim_though_one_is_near() -> None:
+def test_a_billed_machine_without_a_claim_does_not_take_a_near_one() -> None:
     lost, billed = row(0, 90), row(110, 400)
     behind = claim(1, -17)
     machines = join([], [behind], T + 9999, [(1, billed), (0, lost)])
     assert [(one.interval, one.record, one.attempt) for one in machines] == [(lost, None, None), (billed, behind, 1)]
 
 
-def test_a_row_that_is_not_billed_keeps_its_place_between_those_that_are() -> None:
+def test_an_unbilled_row_keeps_its_place_between_billed_rows() -> None:
     rows = [row(start, start + 10) for start in (0, 20, 40, 60)]
     ahead = [claim(number, at) for number, at in enumerate((41, 61, 81, 101), 1)]  # by 40 s
     machines = join([rows[1], rows[3]], ahead, T + 9999, [(1, rows[0]), (3, rows[2])])

@@ -88,7 +88,7 @@ def test_a_phase_of_no_time_has_no_row(report: dict[str, Any]) -> None:
     assert "setup" not in run_text(report)
 
 
-def test_a_refusal_before_the_claim_is_no_vanished_machine() -> None:
+def test_a_refused_start_is_not_reported_as_a_vanished_machine() -> None:
     refused = RunData(run=run(), intervals=[row(10, 30, end_reason="failed", exit_code=2)])
     text = run_text(build_report(refused, "FAILED", T + 1000))
     assert "are unknown: a start that is refused leaves no events; the log says why." in text
@@ -118,7 +118,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["cost.html"]
 
 
-def test_a_target_that_cannot_be_is_refused(tmp_path: Path) -> None:
+def test_an_impossible_target_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a folder"):
         check_target(str(tmp_path))
     with pytest.raises(InputError, match="no such folder"):

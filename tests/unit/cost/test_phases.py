@@ -77,19 +77,19 @@ def test_doubled_and_shuffled_lines_change_nothing() -> None:
     assert seconds([*reversed(events), *events], span) == seconds(list(events), span)
 
 
-def test_a_step_says_that_it_trains_where_the_line_before_is_lost() -> None:
+def test_a_step_implies_training_if_the_phase_line_is_lost() -> None:
     events = [event(0, "start"), step(8, 1), step(14, 2, 1.0), phase(15, "save"), step(20, 3)]
     assert seconds(events) == pytest.approx({"unknown": 8 + 5, "data_wait": 1, "useful": 5 + 1})
 
 
 @pytest.mark.parametrize("at", [0, 946_684_799, 1.7e12])
-def test_a_line_dated_by_no_clock_undoes_nothing(at: float) -> None:
+def test_a_line_with_an_impossible_time_is_ignored(at: float) -> None:
     good = [step(4, 1), step(8, 2)]
     lines = [json.dumps(one).encode() for one in [*good, {"t": at, "event": "alive"}]]
     assert parse_lines(b"\n".join(lines)) == good
 
 
-def test_a_line_that_was_cut_is_skipped() -> None:
+def test_a_cut_line_is_skipped() -> None:
     lines = json.dumps(step(4, 1)).encode() + b'\n{"t": 17000\n[]\n"x"\n\xff\xfe\n{"event": "step"}\n' + b'{"t": 1'
     assert parse_lines(lines) == [step(4, 1)]
     assert clean([*parse_lines(lines), {"t": float("nan"), "event": "step"}, {"t": True, "event": "x"}]) == [step(4, 1)]
@@ -104,7 +104,7 @@ def test_a_skewed_clock_keeps_the_machines_own_durations(skew_s: float) -> None:
     assert T <= steps[0].ended_at <= T + 20
 
 
-def test_what_is_hours_off_is_clipped_unless_all_is() -> None:
+def test_events_hours_off_are_clipped_unless_all_are() -> None:
     assert clock_offset_s(SPAN, T + 5, T + 5 + 7200) == 0.0
     assert clock_offset_s(SPAN, T + 7200, T + 7210) == pytest.approx(-7190)
     assert seconds([phase(5, "load"), phase(7200, "train")]) == pytest.approx({"provision": 5, "load": 15})

@@ -9,7 +9,7 @@ from spotune.core.errors import InputError
 from spotune.core.keys import Keys
 from spotune.core.records import Bill
 from spotune.core.store import Store
-from spotune.cost.account import bills_due, build_accounts, leave_bills, write_bills
+from spotune.cost.account import bills_due, build_accounts, write_bills, write_due_bills
 from spotune.cost.index import read_run_data
 from spotune.cost.machines import RunData
 from spotune.cost.report import build_report
@@ -38,7 +38,7 @@ def due(run_data: RunData) -> list[Bill]:
     return bills_due(run_data, build_accounts(run_data, T + 1000))
 
 
-def test_a_report_from_the_bucket_is_that_of_the_records(local_store: Store) -> None:
+def test_a_report_from_the_bucket_equals_that_of_the_records(local_store: Store) -> None:
     run_data = three_attempts()
     write(local_store, run_data, lines_a_part=1)
     found = read_run_data(local_store, RUN_ID, run_data.intervals)
@@ -87,7 +87,7 @@ def test_a_bill_that_its_reader_would_refuse_is_not_written(
     write_bills(local_store, [bill])
     assert (local_store.keys(KEYS.lost), local_store.exists(KEYS.bill(2))) == ([], False)
     found = replace(run_data, intervals=[run_data.intervals[0], torn, run_data.intervals[2]])
-    leave_bills(local_store, found, build_accounts(found, T + 1000), is_over=True)
+    write_due_bills(local_store, found, build_accounts(found, T + 1000), is_over=True)
     assert (local_store.keys(KEYS.lost), read_run_data(local_store, RUN_ID).unread) == ([], [])
 
 

@@ -93,7 +93,7 @@ def test_what_a_stall_cost_has_a_line() -> None:
     assert line in page_of(report)
 
 
-def test_a_loss_that_is_not_finite_is_shown_as_such() -> None:
+def test_a_loss_that_is_not_finite_is_shown() -> None:
     run_data = three_attempts()
     losses = {3: "nan", 4: 2.0, 5: "-inf", 6: None, 7: "1.0"}
     logs = [event(38 + step / 10, "log", step=step, loss=loss) for step, loss in losses.items()]
@@ -134,7 +134,7 @@ def test_an_attempt_without_a_row_goes_by_its_own_clock() -> None:
     assert (first["reconciled"], first["use_spot"], first["end_reason"]) == (False, None, "preempted")
 
 
-def test_attempts_without_rows_are_told_in_their_order_though_clocks_differ() -> None:
+def test_attempts_without_rows_are_listed_in_order_though_clocks_differ() -> None:
     events = {
         1: [phase(300, "train"), *(step(300 + 5 * number, number) for number in range(1, 5))],
         2: [phase(160, "train"), *(step(160 + 5 * number, number) for number in range(1, 7))],
@@ -170,7 +170,7 @@ def test_a_running_machine_is_paid_up_to_now() -> None:
         ("RUNNING", None, False, (110, "lost", 10, 0)),  # a later one runs
     ],
 )
-def test_the_newest_attempt_of_a_run_that_runs_is_on_without_a_row_too(
+def test_the_newest_attempt_of_a_running_run_is_on_without_a_row(
     state: State, ended: str | None, is_last: bool, expected: tuple[float | None, str | None, float, float]
 ) -> None:
     """``expected``: of attempt 2, when and why it ended and what was paid for; and the wait for a machine after it."""
@@ -189,7 +189,7 @@ def test_the_newest_attempt_of_a_run_that_runs_is_on_without_a_row_too(
     assert report["phases"]["queue_s"] == pytest.approx(10 + waited)
 
 
-def test_a_machine_without_a_row_is_what_all_prices_of_its_place_say() -> None:
+def test_a_machine_without_a_row_is_known_from_the_prices_of_its_place() -> None:
     kind = {"infra": "aws", "region": "us-east-1", "accelerators": "L4:1", "instance_type": "g6.xlarge"}
     spot, on_demand = price(True, 0.36, **kind), price(False, 0.72, **kind)
     dearer = price(True, 0.5, infra="aws", region="us-west-2", accelerators="A10G:1", instance_type="g5.xlarge")
@@ -263,7 +263,7 @@ def test_lost_events_do_not_shrink_the_work_that_is_known_to_be_done() -> None:
     assert report["on_demand"]["seconds"] == pytest.approx(21 + 1 + 10 + 19)
 
 
-def test_time_while_a_run_stands_still_is_not_waiting() -> None:
+def test_time_before_a_resume_is_not_waiting() -> None:
     ended = [phase(1, "load"), event(9, "end", reason="failed", exit_code=1)]
     run_data = RunData(run(), [row(0, 10), row(1000, 1010)], [claim(1, 1), claim(2, 1001)], {1: ended})
     assert build_report(run_data, "SUCCEEDED", T + 2000)["phases"]["queue_s"] == 0
@@ -319,7 +319,7 @@ def test_a_failed_placement_in_the_same_second_is_a_machine_of_its_own() -> None
     assert len(report["attempts"]) == 4
 
 
-def test_what_is_priced_in_part_has_saved_nobody_knows_what() -> None:
+def test_savings_are_unknown_if_a_part_has_no_price() -> None:
     rows = [row(10, 30), row(40, 60, infra="aws"), row(65, 95, infra="aws")]
     report = build_report(replace(three_attempts(), intervals=rows), "SUCCEEDED", T + 1000)
     assert report["cost_usd"] == pytest.approx(0.002)
@@ -329,12 +329,12 @@ def test_what_is_priced_in_part_has_saved_nobody_knows_what() -> None:
     assert "2 lost machines cost \N{EN DASH}: restart" in run_text(report)
 
 
-def test_what_no_step_tells_of_would_have_cost_nobody_knows_what() -> None:
+def test_the_on_demand_cost_is_unknown_without_steps() -> None:
     starting = RunData(run(), [row(0, None)], [claim(1, 20)], {1: [phase(20, "load")]})
     assert build_report(starting, "RUNNING", T + 60)["on_demand_usd"] is None
 
 
-def test_a_machine_that_came_after_the_certificate_has_completed_and_changes_nothing_undisturbed() -> None:
+def test_a_machine_after_the_certificate_completed_and_leaves_the_on_demand_cost() -> None:
     run_data = three_attempts()
     late = row(100, 110, end_reason="exited", exit_code=0)
     before = build_report(run_data, "SUCCEEDED", T + 1000)
@@ -351,14 +351,14 @@ def test_the_price_of_a_partition_is_its_own() -> None:
     assert build_report(run_data, "FAILED", T + 9999)["cost_usd"] == 1.0
 
 
-def test_no_price_is_not_a_price_of_nothing() -> None:
+def test_a_missing_price_is_not_zero() -> None:
     prices = [vars(price(use_spot, 0.0, source="no price is known")) for use_spot in (True, False)]
     report = build_report(replace(three_attempts(), run=run(prices=prices)), "SUCCEEDED", T + 1000)
     assert report["cost_usd"] is report["on_demand_usd"] is None
     assert report["unpriced_s"] == 70
 
 
-def test_several_kinds_of_gpu_are_each_priced_as_what_they_are() -> None:
+def test_several_kinds_of_gpu_are_priced_by_kind() -> None:
     prices = [price(spot, usd, accelerators=gpu) for gpu, full in (("A100:1", 7.2), ("L4:1", 0.72))
               for spot, usd in ((True, full / 2), (False, full))]  # fmt: skip
     kinds = ("A100:1", "L4:1", "A100:1")

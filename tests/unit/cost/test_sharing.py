@@ -16,7 +16,7 @@ from spotune.cli import main
 from spotune.core.keys import Keys
 from spotune.core.records import ClusterRecord, PriceRow
 from spotune.core.store import Store
-from spotune.cost.account import Use, home_of, part_of, price_of_part, split, split_all
+from spotune.cost.account import Use, cluster_at, part_of, price_of_part, split, split_all
 from spotune.cost.dev_clusters import charged, cluster_rows, flat_rows, idle_of
 from spotune.cost.tables import clusters_text
 from tests.commands import cli_runner
@@ -50,7 +50,7 @@ def test_two_halves_and_the_rest() -> None:
     assert (found.idle_since, found.idle_usd_per_hour) == (None, 0.0)
 
 
-def test_runs_that_want_more_than_there_is_have_proportionally_less() -> None:
+def test_runs_that_ask_for_too_much_share_in_proportion() -> None:
     found = split(cluster((0, 100), accelerators=""), [use("a", 0, 60), use("b", 20, 100)])
     assert [share.paid_s for share in found.shares] == [20 + 20, 20 + 40]
     assert found.idle_s == 0
@@ -58,19 +58,19 @@ def test_runs_that_want_more_than_there_is_have_proportionally_less() -> None:
     assert [share.paid_s for share in found.shares] == pytest.approx([200 / 3, 100 / 3])
 
 
-def test_what_a_run_asks_for() -> None:
+def test_the_part_that_a_run_asks_for() -> None:
     two = cluster((0, 1), accelerators="L4:4", nodes=2)
     assert [part_of(two, share, 1) for share in (1.0, 4.0, 9.0, 0.0)] == [0.125, 0.5, 0.5, 0.5]
     assert part_of(two, 2.0, 2) == 0.5
     assert part_of(cluster((0, 1), accelerators="L4:0.5"), 0.5, 1) == 1.0
 
 
-def test_time_while_it_was_stopped_is_nobodys() -> None:
+def test_time_while_a_cluster_was_stopped_is_not_paid() -> None:
     found = split(cluster((0, 100), (200, 300)), [use("a", 50, 250)])
     assert (found.paid_s, found.shares[0].paid_s, found.idle_s) == (200, 100, 100)
 
 
-def test_what_burns_now() -> None:
+def test_the_cost_of_an_idle_part_now() -> None:
     up = cluster((0, 100), (200, None))
     idle = split(up, [use("a", 250, 900)])
     assert (idle.idle_since, idle.idle_usd_per_hour) == (T + 900, pytest.approx(0.72))
@@ -81,12 +81,12 @@ def test_what_burns_now() -> None:
     assert split(cluster((0, None), price={}), []).idle_usd_per_hour is None
 
 
-def test_a_name_that_is_used_again_is_another_cluster() -> None:
+def test_a_reused_name_is_another_cluster() -> None:
     first, second = cluster((0, 100)), cluster((200, 300), cluster_hash="i")
     uses = [use("a", 10, 50), use("b", 210, 260), use("c", 120, 150), Use("d", "other", T, T + 50)]
     assert [[share.key for share in one.shares] for one in split_all([first, second], uses)] == [["a"], ["b"]]
     assert first.key == f"clusters/dev-ana-{T:.0f}.json" != second.key
-    assert home_of([first, second], "dev-ana", T - 1) is None
+    assert cluster_at([first, second], "dev-ana", T - 1) is None
 
 
 def test_a_part_has_its_part_of_the_price() -> None:

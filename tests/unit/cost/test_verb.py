@@ -68,7 +68,7 @@ def test_bad_input_is_one_line(bucket: Store, arguments: list[str], line: str) -
     assert (result.exit_code, result.stdout, result.stderr.strip()) == (2, "", line)
 
 
-def test_a_run_without_a_name_is_none(bucket: Store) -> None:
+def test_an_empty_run_name_is_refused(bucket: Store) -> None:
     result = cost("")
     assert (result.exit_code, result.stdout) == (2, "")
 

@@ -27,12 +27,12 @@ def workspace(tmp_path: Path) -> Workspace:
 
 def paid(workspace: Workspace, since: float, by: By) -> dict[str, dict[str, Any]]:
     found = all_runs(
-        workspace, lambda index: paid_since(workspace.store(), index, since, pytest.fail), clock=lambda: T + 30 * HOUR
+        workspace, lambda index: paid_since(workspace.store(), index, since, pytest.fail), now=T + 30 * HOUR
     )
     return {row[by]: row for row in group(by, found.runs, found.attempts, found.idle)}
 
 
-def test_a_run_of_before_counts_with_what_was_paid_since(workspace: Workspace) -> None:
+def test_an_earlier_run_counts_with_what_was_paid_since(workspace: Workspace) -> None:
     write(workspace.store(), "run-a", three_attempts())  # paid 10-30, 40-60 and 65-95
     whole = paid(workspace, T - 1, "user")["ana"]
     assert (whole["paid_s"], whole["cost_usd"]) == (70, pytest.approx(0.007))
@@ -48,14 +48,14 @@ def test_focus_has_whole_charges_of_what_was_paid_since(workspace: Workspace) ->
     write(workspace.store(), "run-a", three_attempts())
     cluster(workspace.store(), hours=0.02, seen=1)  # idle for 72 s
     found = all_runs(
-        workspace, lambda index: charges_since(workspace.store(), index, T + 50, pytest.fail), clock=lambda: T + 1000
+        workspace, lambda index: charges_since(workspace.store(), index, T + 50, pytest.fail), now=T + 1000
     )
     assert [totals["run_id"] for _, totals in found.runs] == ["run-a"]
     assert [attempt["paid_s"] for _, attempt in found.attempts] == [20, 30]
     assert [piece["paid_s"] for piece in found.idle] == [pytest.approx(72)]
 
 
-def test_what_lies_before_is_cut_off_in_proportion() -> None:
+def test_attempts_are_cut_at_the_start_in_proportion() -> None:
     attempt = {"started_at": T, "paid_s": 40.0, "useful_s": 20.0, "cost_usd": None}
     ((_, cut),) = clip([("a", attempt)], T + 30)
     assert cut == {"started_at": T + 30, "paid_s": 10.0, "useful_s": 5.0, "cost_usd": None}
@@ -93,14 +93,14 @@ def test_idle_time_is_cut_where_it_was(workspace: Workspace) -> None:
     assert paid(workspace, T + 7 * HOUR, "user")["ben"]["cost_usd"] == pytest.approx(3.0)
 
 
-def test_what_a_run_says_after_its_cluster_is_gone_is_not_charged_in_any_window(workspace: Workspace) -> None:
+def test_time_after_a_cluster_is_gone_is_never_charged(workspace: Workspace) -> None:
     cluster(workspace.store(), hours=10, seen=20)
     dev_run(workspace.store(), 5, 10.05)  # the clocks differ
     costs = [paid(workspace, T + at * HOUR, "user")["ben"]["cost_usd"] for at in (0, 9, 9.99, 10.001)]
     assert costs == pytest.approx([5.0, 1.0, 0.01, 0.0])
 
 
-def test_a_dev_run_that_was_read_before_its_cluster_was_booked_gets_its_price(workspace: Workspace) -> None:
+def test_a_dev_run_read_before_its_cluster_was_booked_gets_a_price(workspace: Workspace) -> None:
     def cost(index: Index) -> Any:
         return [totals["cost_usd"] for _, totals in index.runs(0.0)]
 
@@ -111,14 +111,14 @@ def test_a_dev_run_that_was_read_before_its_cluster_was_booked_gets_its_price(wo
         return list(focus_rows(totals, [attempt for _, attempt in found.attempts], "file:///b"))
 
     dev_run(workspace.store(), 1, 2)
-    assert all_runs(workspace, cost, clock=lambda: T + 30 * HOUR) == [None]
-    (charge,) = all_runs(workspace, charges, clock=lambda: T + 30 * HOUR)
+    assert all_runs(workspace, cost, now=T + 30 * HOUR) == [None]
+    (charge,) = all_runs(workspace, charges, now=T + 30 * HOUR)
     assert (charge["BilledCost"], charge["ListUnitPrice"], charge["PricingQuantity"]) == ("1", "1", "1")
     assert charge["x_PriceSource"] == "local price table"
-    assert all_runs(workspace, cost, clock=lambda: T + 30 * HOUR) == [1.0]
+    assert all_runs(workspace, cost, now=T + 30 * HOUR) == [1.0]
 
 
-def test_a_run_that_outlasts_what_is_known_of_its_cluster_keeps_its_own_cost(workspace: Workspace) -> None:
+def test_a_run_longer_than_its_clusters_record_keeps_its_own_cost(workspace: Workspace) -> None:
     cluster(workspace.store(), hours=10, seen=1)  # SkyPilot cannot be asked here
     dev_run(workspace.store(), 0.5, 8.5)
     assert paid(workspace, T - 1, "user")["ben"]["cost_usd"] == pytest.approx(8.0)
