@@ -16,7 +16,7 @@ from spotune.core.keys import Keys
 from spotune.core.protocol import EXTRAS, MERGE, OUTPUT, PUSH, ExtraJob, ExtraResult, answer_path, asked_for, write_json
 from spotune.core.records import RunRecord
 from spotune.core.store import Store
-from spotune.guard.extras import TIMEOUT_S, ExtraWatch, debt_of, run_extra
+from spotune.guard.extras import TIMEOUT_S, ExtraWatch, pending_extras, run_extra
 from spotune.launch.local.machine import send
 from tests.clocks import Clock
 from tests.script import FAKE_WORKER
@@ -32,13 +32,13 @@ def test_owed_is_what_is_asked_for_and_has_no_mark(local_store: Store) -> None:
     run = RunRecord(
         run_id="a-run", created_at=0, user="u", config_path="c", config=config, config_sha256="", data_sha256=""
     )
-    assert debt_of(local_store, KEYS) is None
+    assert pending_extras(local_store, KEYS) is None
     local_store.write(KEYS.run, run.to_bytes())
-    assert debt_of(local_store, KEYS)[1:] == ((MERGE, PUSH),)  # type: ignore[index]
+    assert pending_extras(local_store, KEYS)[1:] == ((MERGE, PUSH),)  # type: ignore[index]
     local_store.create(KEYS.merge_completed, b"{}")
-    assert debt_of(local_store, KEYS)[1:] == ((PUSH,),)  # type: ignore[index]
+    assert pending_extras(local_store, KEYS)[1:] == ((PUSH,),)  # type: ignore[index]
     local_store.create(KEYS.pushed, b"{}")
-    assert debt_of(local_store, KEYS) is None
+    assert pending_extras(local_store, KEYS) is None
 
 
 @pytest.fixture
