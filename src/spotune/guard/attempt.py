@@ -33,11 +33,9 @@ from spotune.guard.watchdog import Watchdog
 
 POLL_S = 0.1
 FENCE_S = 15.0
-HANG_S = 5.0  # how long to wait for the uploader of a stalled attempt
 GREET_S = 20.0  # bad input is found by then; its one line must stand alone
 CERTIFY_PAUSE_S = 15.0
 HANGING_S = 30.0  # how long the end of a stalled attempt waits for a bucket that may not answer
-BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 Result = TypeVar("Result")
 Ending = tuple[int, EndReason, str]  # exit code, reason for the report, one line for people
@@ -218,29 +216,27 @@ class Watch:
         if self.journal.progress.phase == "teardown":
             log(f"{source}: all steps are made, the result is on its way")
             return True
-        decision = fits(self._outlook(left_s))
+        measured, committer = self.save_cost.record, self.committer
+        under_way = committer.under_way if committer else None
+        done = 0 if self.journal.first_step is None else self.journal.progress.step
+        committed, send_s = committer.committed_step if committer else 0, measured.get("send_s")
+        decision = fits(
+            Outlook(
+                left_s=left_s,
+                new_steps=done - max([0, committed, *(staged.step for staged in self.staging.collected)]),
+                step_s=measured.get("step_s"),
+                write_s=measured.get("stall_s", 0.0) + measured["write_s"] if "write_s" in measured else None,
+                upload_s=send_s,
+                uploading=under_way is not None,
+                upload_left_s=max(send_s - under_way[1], 0.0) if under_way and send_s is not None else None,
+            )
+        )
         log(f"{source}: {decision.reason}")
         if decision.action == "save":
             self.control.ask_to_stop()
             return True
         self._leave_by = self._clock() + (left_s if decision.action == "finish" else 0.0)
         return False
-
-    def _outlook(self, left_s: float) -> Outlook:
-        measured, committer = self.save_cost.record, self.committer
-        under_way = committer.under_way if committer else None
-        committed = committer.committed_step if committer else 0
-        send_s = measured.get("send_s")
-        return Outlook(
-            left_s=left_s,
-            new_steps=(0 if self.journal.first_step is None else self.journal.progress.step)
-            - max([0, committed, *(staged.step for staged in self.staging.collected)]),
-            step_s=measured.get("step_s"),
-            write_s=measured.get("stall_s", 0.0) + measured["write_s"] if "write_s" in measured else None,
-            upload_s=send_s,
-            uploading=under_way is not None,
-            upload_left_s=max(send_s - under_way[1], 0.0) if under_way and send_s is not None else None,
-        )
 
 
 class Attempt:
@@ -424,7 +420,7 @@ class Attempt:
 
     def _close(self, code: int, reason: EndReason, message: str) -> None:
         if self.watch and self.watch.committer:
-            self.watch.committer.close(HANG_S if self.watch.stall else None)
+            self.watch.committer.close(5.0 if self.watch.stall else None)  # after a stall it may hang
         upload_stacks(self.context.store, self.context.keys, self.context.attempt, self.context.folder)
         self.journal.poll()
         self.journal.end(reason, code, self.journal.progress.step, message)
@@ -457,7 +453,8 @@ def make_job(context: Context, newest: Commit | None, history: Sequence[RunRecor
     config, save_every = context.run.config, parse_save_every(context.run.save_every)
     made_with = [record.config for record in history if newest and record.config_sha256 == newest.config_sha256]
     # If the rows of a step were changed on purpose, the config decides their number, whatever the ranks.
-    is_kept = not made_with or all(config.get(key) == made_with[-1].get(key) for key in BATCH)
+    batch = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    is_kept = not made_with or all(config.get(key) == made_with[-1].get(key) for key in batch)
     is_fixed = bool(save_every.steps or save_every.seconds)
     return WorkerJob(
         run_id=context.keys.run_id,

@@ -114,8 +114,8 @@ def _process_started_at(pid: int) -> float | None:
 
 
 def _earlier_usd(store: Store, keys: Keys, run: RunRecord, attempt: int, lead_s: float) -> float:
-    earlier = (number for name in store.folders(keys.attempts) if (number := attempt_number(name)))
-    claimed = sum(_attempt_usd(store, keys, run, number, lead_s) for number in earlier if number < attempt)
+    numbers = [attempt_number(name) or 0 for name in store.folders(keys.attempts)]
+    claimed = sum(_attempt_usd(store, keys, run, number, lead_s) for number in numbers if 0 < number < attempt)
     lost = (_read(store, Bill, key) for key in store.keys(keys.lost))
     return claimed + sum(_billed_usd(run, bill) for bill in lost if bill)
 
@@ -142,14 +142,13 @@ def _attempt_usd(store: Store, keys: Keys, run: RunRecord, attempt: int, lead_s:
 def _read(store: Store, kind: type[Kind], key: str) -> Kind | None:
     """Returns None for a record that is missing or unreadable; the report does the same."""
     try:
-        if (data := store.read(key)) is None:
-            return None
-        record = kind.from_bytes(data, key)
-        check_paid(record, key)
-        return record
+        if (data := store.read(key)) is not None:
+            record = kind.from_bytes(data, key)
+            check_paid(record, key)
+            return record
     except BadRecord as error:
         log(f"left out of the budget: {error}")
-        return None
+    return None
 
 
 def _usd_per_s(run: RunRecord, record: AttemptRecord) -> float:

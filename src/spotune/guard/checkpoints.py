@@ -26,7 +26,6 @@ PAUSES_S = (1.0, 4.0, 15.0, 60.0)
 KEEP = 3
 # Never only one: the newest may be damaged, and a zombie may prune while its successor restores.
 LEAST = 2
-UNFINISHED_S = 3600.0  # an upload that has been going on for so long belongs to nobody
 THREADS = 4
 
 
@@ -293,7 +292,7 @@ class Retention:
                 self._store.delete(self._store.keys(folder))
         # Right after a commit this attempt uploads nothing: what is unfinished belongs to earlier ones.
         self._store.abort_uploads(self._keys.checkpoints, 0.0)
-        self._store.abort_uploads(self._keys.root, UNFINISHED_S)
+        self._store.abort_uploads(self._keys.root, 3600.0)  # an upload of an hour belongs to nobody
 
 
 @dataclass(frozen=True)

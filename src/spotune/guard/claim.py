@@ -11,7 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 from spotune import __version__
-from spotune.core import errors
+from spotune.core import errors, revisions
 from spotune.core.config import load_config, overlay
 from spotune.core.config_keys import allowed_in, check_env, key_faults, schema
 from spotune.core.config_rules import source_faults
@@ -20,17 +20,6 @@ from spotune.core.errors import BadRecord, Fenced, InputError, Misplaced, StoreE
 from spotune.core.fingerprint import data_files, data_sha256, model_files, model_sha256
 from spotune.core.keys import MOST_ATTEMPTS, Keys, attempt_number, check_run_id, new_run_id, plain
 from spotune.core.records import AttemptRecord, RunRecord, TerminalMarker, fingerprint, read_mark
-from spotune.core.revisions import (
-    FLAG,
-    changed_files,
-    check_length,
-    compare,
-    compare_configs,
-    few,
-    record_in_force,
-    revised,
-    write_revision,
-)
 from spotune.core.store import Store
 from spotune.guard.journal import Node, log
 from spotune.guard.restore import last_event
@@ -75,7 +64,7 @@ def check_data(run: RunRecord) -> None:
     """Raises InputError if the training data differs from the record in force."""
     files = data_files(run.config, run.config_path)
     if data_sha256(run.config, files) != run.data_sha256:
-        changed = few(changed_files(run.data_files, files, "url") or ("its fingerprint",))
+        changed = revisions.few(revisions.changed_files(run.data_files, files, "url") or ("its fingerprint",))
         what = f"training data changed since the run began: {changed}"
         raise InputError(run.config_path, what, key="data", remedy=_remedy(run))
 
@@ -94,12 +83,12 @@ def check_model(run: RunRecord, cache: Path | None = None) -> None:
     if any("sha256" in file for file in run.model_files) and not any("sha256" in file for file in files):
         what = f"no folder {run.config[key]} on this machine"
         raise InputError(run.config_path, what, key=key, remedy="put it there")
-    changed = few(changed_files(run.model_files, files, "name") or ("its fingerprint",))
+    changed = revisions.few(revisions.changed_files(run.model_files, files, "name") or ("its fingerprint",))
     raise InputError(run.config_path, f"model changed since the run began: {changed}", key=key, remedy=_remedy(run))
 
 
 def _remedy(run: RunRecord) -> str:
-    return f"put it back, or spotune resume {run.run_id} {FLAG}"
+    return f"put it back, or spotune resume {run.run_id} {revisions.FLAG}"
 
 
 def claim_attempt(store: Store, keys: Keys, machine: Node, at_least: int = 1, gpu_share: float = 0.0) -> AttemptRecord:
@@ -179,10 +168,10 @@ def read_or_create_run(store: Store, keys: Keys, env: RunEnvironment, request: R
     if the config in force is wrong.
     """
     with for_people(keys):
-        run = record_in_force(store, keys)
+        run = revisions.record_in_force(store, keys)
     if run is None:
         store.create(keys.run, _new_run(store, keys, env, request).to_bytes())
-        run = record_in_force(store, keys)
+        run = revisions.record_in_force(store, keys)
         if run is None:
             raise StoreError(f"{keys.run}: written, but not there when read back")
     elif request.allow_config_change or env.allow_config_change:
@@ -208,7 +197,9 @@ def _check_config(run: RunRecord) -> None:
     # A key of another version is for the worker to judge.
     known = {key: value for key, value in run.config.items() if key in schema()["properties"]}
     faults = list(key_faults(known)) or list(source_faults(run.config.get("data") or []))
-    refuse(Keys(run.run_id).record(run.revision), ((f"config.{fault.key}", fault.what, FLAG) for fault in faults))
+    refuse(
+        Keys(run.run_id).record(run.revision), ((f"config.{fault.key}", fault.what, revisions.FLAG) for fault in faults)
+    )
 
 
 def _new_run(store: Store, keys: Keys, env: RunEnvironment, request: RunRequest) -> RunRecord:
@@ -224,20 +215,16 @@ def _new_run(store: Store, keys: Keys, env: RunEnvironment, request: RunRequest)
     bare = RunRecord(
         run_id=keys.run_id,
         created_at=time.time(),
-        user=env.user,
-        team=env.team,
-        kind=env.kind,
         config_path=path,
         profile=request.profile or env.profile,
         overrides=list(request.overrides),
         config={},
         config_sha256="",
         data_sha256="",
-        save_every=env.save_every,
-        stall_after=env.stall_after,
         code=code if isinstance(code, dict) else {},
         versions={"spotune": __version__},
         allowed_env=allowed_in(config, env.allow_env),
+        **{name: getattr(env, name) for name in ("user", "team", "kind", "save_every", "stall_after")},
     )
     return _resolved(bare, config, env)
 
@@ -272,13 +259,13 @@ def _revise(store: Store, keys: Keys, run: RunRecord, env: RunEnvironment, reque
         _check_durations(env)
         wanted = replace(run, overrides=overrides, save_every=env.save_every, stall_after=env.stall_after)
         wanted = _resolved(wanted, overlay(run.config, request.overrides, run.config_path, env.allow_env), env)
-    revision = revised(run, wanted, env.user, time.time())
-    change = compare(run, revision)
+    revision = revisions.revised(run, wanted, env.user, time.time())
+    change = revisions.compare(run, revision)
     if not change:
         return run
-    check_length(store, keys, revision)
+    revisions.check_length(store, keys, revision)
     revision = replace(revision, allowed=change.bound)
-    write_revision(store, keys, revision)
+    revisions.write_revision(store, keys, revision)
     log(f"{keys.run_id}, revision {revision.revision}: {change.as_followed()}")
     return revision
 
@@ -291,10 +278,14 @@ def _log_ignored_changes(run: RunRecord, env: RunEnvironment, request: RunReques
         path, profile, overrides = run.config_path, run.profile, run.overrides
         default = "dev" if run.kind == "dev" else "prod"
     try:
-        changes = compare_configs(run.config, load_config(path, profile, overrides, default, run.allowed_env))
+        changes = revisions.compare_configs(run.config, load_config(path, profile, overrides, default, run.allowed_env))
     except InputError:
         return
     if changes:
-        way = f"spotune cancel {run.run_id}, then spotune train {path} --name {run.run_id}" if run.infra else FLAG
+        way = (
+            f"spotune cancel {run.run_id}, then spotune train {path} --name {run.run_id}"
+            if run.infra
+            else revisions.FLAG
+        )
         listed = "; ".join(map(str, changes))
         log(f"{path} is not followed, the run goes on as it was submitted: {listed} (to follow it: {way})")

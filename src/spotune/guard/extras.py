@@ -19,29 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from spotune.core import errors
+from spotune.core import errors, protocol
 from spotune.core.environment import BUCKET, GUARD_PID, RUN_ID, parse_stall_after
 from spotune.core.errors import BadRecord, Fenced, InfraError, Misplaced, SpotuneError, StoreError
 from spotune.core.io import Damaged, failpoint, load_as
 from spotune.core.keys import Keys, attempt_of
-from spotune.core.protocol import (
-    CONFIG_KEYS,
-    EXTRAS,
-    FACTS,
-    MERGE,
-    MERGED,
-    OUTPUT,
-    PUSH,
-    ExtraJob,
-    ExtraResult,
-    Pushed,
-    answer_path,
-    asked_for,
-    number,
-    parse_objects,
-    wandb_mode,
-    write_json,
-)
 from spotune.core.records import Certificate, Progress, Record, RunRecord
 from spotune.core.revisions import record_in_force
 from spotune.core.store import Store
@@ -55,7 +37,6 @@ from spotune.guard.stalls import Sample, SeenTime, StallLimits, Stalls, boot_tim
 
 POLL_S = 0.1
 TIMEOUT_S = 3600.0
-REBUILD_S = 300
 PAUSE_S = 15.0  # between two tries at a bucket that is away
 LEAVE_S = 5.0  # extras end so long before the machine goes
 
@@ -71,12 +52,12 @@ def run_extra(
     fault: Callable[[int], str] = lambda pid: "",
     timeout_s: float = TIMEOUT_S,
     clock: Clock = time.monotonic,
-) -> ExtraResult:
+) -> protocol.ExtraResult:
     """Runs ``python -m spotune.sft.extras NAME FOLDER`` to its end; kills it if ``wait`` raises.
 
     ``fault`` returns what is wrong with the process of that id, empty for nothing.
     """
-    answer_path(folder, name).unlink(missing_ok=True)
+    protocol.answer_path(folder, name).unlink(missing_ok=True)
     quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
     if not sys.stderr.isatty():  # in a log, progress bars are endless lines
         quiet["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -91,9 +72,9 @@ def run_extra(
     try:
         while process.poll() is None:
             if clock() > deadline:
-                return ExtraResult(False, f"not done after {timeout_s:.0f} s")
+                return protocol.ExtraResult(False, f"not done after {timeout_s:.0f} s")
             if what := fault(process.pid):
-                return ExtraResult(False, what)
+                return protocol.ExtraResult(False, what)
             wait(POLL_S)
     finally:
         _kill(process)
@@ -101,18 +82,18 @@ def run_extra(
         return answer
     code = process.returncode
     died = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return ExtraResult(False, f"its process {died} without a word")
+    return protocol.ExtraResult(False, f"its process {died} without a word")
 
 
-def _read_answer(folder: Path, name: str) -> ExtraResult | None:
+def _read_answer(folder: Path, name: str) -> protocol.ExtraResult | None:
     """Returns the process's answer, None if it left none. A damaged answer means that the extra is not done."""
-    path = answer_path(folder, name)
+    path = protocol.answer_path(folder, name)
     try:
-        answer = load_as(path, ExtraResult)
+        answer = load_as(path, protocol.ExtraResult)
     except (Damaged, InfraError) as error:
-        return ExtraResult(False, f"its process left a damaged {path.name}: {error}")
-    if missing := [fact for fact in FACTS[name] if answer and answer.done and fact not in answer.facts]:
-        return ExtraResult(False, f"its process left a damaged {path.name}: facts: {missing[0]}: missing")
+        return protocol.ExtraResult(False, f"its process left a damaged {path.name}: {error}")
+    if missing := [fact for fact in protocol.FACTS[name] if answer and answer.done and fact not in answer.facts]:
+        return protocol.ExtraResult(False, f"its process left a damaged {path.name}: facts: {missing[0]}: missing")
     return answer
 
 
@@ -158,8 +139,8 @@ class TakenAway(Exception):
 def pending_extras(store: Store, keys: Keys) -> tuple[RunRecord, tuple[str, ...]] | None:
     """Returns the record and the names of the pending extras of a certified run, None if none is pending."""
     run = record_in_force(store, keys)
-    marks = {MERGE: keys.merge_completed, PUSH: keys.pushed}
-    names = tuple(name for name in asked_for(run.config) if not store.exists(marks[name])) if run else ()
+    marks = {protocol.MERGE: keys.merge_completed, protocol.PUSH: keys.pushed}
+    names = tuple(name for name in protocol.asked_for(run.config) if not store.exists(marks[name])) if run else ()
     return (run, names) if run and names else None
 
 
@@ -184,23 +165,23 @@ class Extras:
         for name in names:
             try:
                 self._fetch()
-                self._merge() if name == MERGE else self._push()
+                self._merge() if name == protocol.MERGE else self._push()
             except TakenAway:
-                log(f"{CONFIG_KEYS[name]} is pending: the machine goes; the next attempt does it")
+                log(f"{protocol.CONFIG_KEYS[name]} is pending: the machine goes; the next attempt does it")
                 return False
             except Fenced as fenced:
                 self.failures.append(str(fenced))
-                log(f"{CONFIG_KEYS[name]}: {fenced}")
+                log(f"{protocol.CONFIG_KEYS[name]}: {fenced}")
                 return True
             except (SpotuneError, OSError) as error:
                 again = f"{BUCKET}={self.context.store.url} {RUN_ID}={self.context.keys.run_id} python -m spotune.sft"
-                self.failures.append(f"{CONFIG_KEYS[name]} is pending: {error}")
+                self.failures.append(f"{protocol.CONFIG_KEYS[name]} is pending: {error}")
                 log(f"{self.failures[-1]}; the run is finished all the same; to do what is pending: {again}")
         return True
 
     def _fetch(self) -> None:
         """Downloads the certified result unless this machine made it."""
-        context, target = self.context, self.context.folder / OUTPUT
+        context, target = self.context, self.context.folder / protocol.OUTPUT
         if target.exists():
             return
         part = target.with_name(".part-output")
@@ -210,9 +191,9 @@ class Extras:
         self.journal.write("phase", phase="teardown")
 
     def _merge(self) -> None:
-        context, keys, folder = self.context, self.context.keys, self.context.folder / MERGED
+        context, keys, folder = self.context, self.context.keys, self.context.folder / protocol.MERGED
         check_model(context.run, context.cache)  # the base may have changed, or be missing on this machine
-        facts = self._process(MERGE)
+        facts = self._process(protocol.MERGE)
         failpoint("merged")
 
         def uploaded() -> None:
@@ -229,16 +210,10 @@ class Extras:
         log(f"merged model: {context.store.url}/{keys.merged}: {facts['check']}")
 
     def _push(self) -> None:
-        facts = self._process(PUSH)
+        facts = self._process(protocol.PUSH)
         failpoint("pushed")
-        record = Pushed(
-            run_id=self.context.keys.run_id,
-            attempt=self.context.attempt,
-            repo_id=facts["repo_id"],
-            oid=facts["oid"],
-            url=facts["url"],
-            at=time.time(),
-        )
+        names: dict[str, Any] = {name: facts[name] for name in protocol.FACTS[protocol.PUSH]}
+        record = protocol.Pushed(run_id=self.context.keys.run_id, attempt=self.context.attempt, at=time.time(), **names)
         self._mark(self.context.keys.pushed, record)
         log(f"pushed to the hub: {record.url}")
 
@@ -246,8 +221,8 @@ class Extras:
         """Runs an extra's process and returns its facts. Raises SpotuneError, with the reason, if it failed."""
         context, certificate = self.context, self.certificate
         self._fence()
-        job = ExtraJob(context.keys.run_id, certificate.step, certificate.weights_sha256, context.run.config)
-        write_json(context.folder / EXTRAS, job)
+        job = protocol.ExtraJob(context.keys.run_id, certificate.step, certificate.weights_sha256, context.run.config)
+        protocol.write_json(context.folder / protocol.EXTRAS, job)
         fault = ExtraWatch(context, self._clock).fault
         answer = run_extra(name, context.folder, job.config, context.environ, self._wait, fault)
         if not answer.done:
@@ -296,12 +271,17 @@ class Extras:
 def finish_extras(context: Context, notices: Notices, pending: tuple[str, ...]) -> int:
     """Does the pending extras of a certified run; returns 0 however they went, or 75 if the machine goes first."""
     keys, folder = context.keys, context.folder
-    named = ", ".join(CONFIG_KEYS[name] for name in pending)
-    log(f"{keys.run_id}: {named} pending: attempt {context.attempt} does that alone")
+    named = ", ".join(protocol.CONFIG_KEYS[name] for name in pending)
+    log(f"{keys.run_id}: pending extras: {named}; attempt {context.attempt} does only these")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        progress = _last_progress(context)
+        key = keys.progress
+        progress = Progress(run_id=keys.run_id, attempt=context.attempt)
+        with suppress(BadRecord):  # a broken heartbeat costs nothing else
+            data = context.store.read(key)
+            progress = Progress.from_bytes(data, key) if data else progress
+        progress = replace(progress, attempt=context.attempt, at=time.time())  # its steps do not go back to 0
         certificate = Certificate.from_bytes(context.store.read(keys.completed) or b"", keys.completed)
     except SpotuneError as error:
         log(f"{named}: still pending: {error}")
@@ -316,19 +296,9 @@ def finish_extras(context: Context, notices: Notices, pending: tuple[str, ...]) 
     return code
 
 
-def _last_progress(context: Context) -> Progress:
-    """Returns the run's last progress for this attempt, so that its steps do not go back to 0."""
-    key = context.keys.progress
-    found = Progress(run_id=context.keys.run_id, attempt=context.attempt)
-    with suppress(BadRecord):  # a broken heartbeat costs nothing else
-        data = context.store.read(key)
-        found = Progress.from_bytes(data, key) if data else found
-    return replace(found, attempt=context.attempt, at=time.time())
-
-
 def tracker_environ(run: RunRecord, environ: Mapping[str, str]) -> dict[str, str]:
     """Returns the variables by which wandb continues one run over all attempts; keeps what the user has set."""
-    if wandb_mode(run.config, environ) != "live":
+    if protocol.wandb_mode(run.config, environ) != "live":
         return {}
     wanted = {"WANDB_RUN_ID": run.run_id, "WANDB_RESUME": "allow", "WANDB_NAME": run.run_id}
     return {name: environ.get(name, value) for name, value in wanted.items()}
@@ -336,7 +306,7 @@ def tracker_environ(run: RunRecord, environ: Mapping[str, str]) -> dict[str, str
 
 def rebuild_offline(store: Store, keys: Keys, run: RunRecord, environ: Mapping[str, str]) -> None:
     """Writes the run as one offline wandb run to ``runs/<id>/wandb/``, from our events. Only logs a failure."""
-    if wandb_mode(run.config, environ) != "rebuild":
+    if protocol.wandb_mode(run.config, environ) != "rebuild":
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -344,7 +314,7 @@ def rebuild_offline(store: Store, keys: Keys, run: RunRecord, environ: Mapping[s
         (folder / "run.json").write_text(json.dumps(spec, default=str))
         command = worker_command(environ, "spotune.sft.extras", "wandb", str(folder))
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=REBUILD_S, env=dict(environ))
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=dict(environ))
             if done.returncode:
                 raise OSError((done.stderr.strip().splitlines() or ["no reason given"])[-1])
             for path in list((folder / "wandb").rglob("*")):
@@ -363,8 +333,8 @@ def surviving_logs(store: Store, keys: Keys) -> list[dict[str, object]]:
         attempt = attempt_of(key)
         if attempt is None or "/events-0-" not in key:
             continue
-        for event in parse_objects(store.read(key) or b""):
-            if event.get("event") == "log" and (step := number(event.get("step"))) is not None:
+        for event in protocol.parse_objects(store.read(key) or b""):
+            if event.get("event") == "log" and (step := protocol.number(event.get("step"))) is not None:
                 slot = (int(step), any(name.startswith("eval_") for name in event))
                 if slot not in logs or logs[slot][0] <= attempt:
                     logs[slot] = (attempt, {name: value for name, value in event.items() if name != "event"})

@@ -60,13 +60,16 @@ class Node:
         except ValueError:
             cluster = {}
         facts = cluster if isinstance(cluster, dict) else {}
+        asked = environment.setting(environ, environment.NUM_PROCESSES) or (str(num_processes) if num_processes else "")
         num_nodes, gpus = int(environ.get("SKYPILOT_NUM_NODES") or 1), count_gpus(environ)
+        if asked and (not asked.isdigit() or int(asked) < 1 or int(asked) % num_nodes):
+            raise InputError("num_processes", f"{asked} ranks do not spread over {num_nodes} machines evenly")
         task = re.fullmatch(r"sky-managed-[\d-]+_(.+)_\d+-\d+", environ.get("SKYPILOT_TASK_ID", ""))
         return cls(
             node_rank=int(environ.get("SKYPILOT_NODE_RANK") or 0),
             num_nodes=num_nodes,
             node_ips=tuple(environ.get("SKYPILOT_NODE_IPS", "127.0.0.1").split()),
-            ranks=_ranks(environ, num_processes, num_nodes, gpus),
+            ranks=int(asked) // num_nodes if asked else max(1, gpus),
             gpus=gpus,
             host=socket.gethostname(),
             infra=str(facts.get("cloud") or "").lower(),
@@ -96,15 +99,6 @@ def count_gpus(environ: Mapping[str, str]) -> int:
 def count_devices(visible: str) -> int:
     """Returns the number of devices in a ``CUDA_VISIBLE_DEVICES``."""
     return len([device for device in visible.split(",") if device.strip() not in ("", "-1", "NoDevFiles")])
-
-
-def _ranks(environ: Mapping[str, str], num_processes: int | None, num_nodes: int, gpus: int) -> int:
-    asked = environment.setting(environ, environment.NUM_PROCESSES) or (str(num_processes) if num_processes else "")
-    if not asked:
-        return max(1, gpus)
-    if not asked.isdigit() or int(asked) < 1 or int(asked) % num_nodes:
-        raise InputError("num_processes", f"{asked} ranks do not spread over {num_nodes} machines evenly")
-    return int(asked) // num_nodes
 
 
 @dataclass(frozen=True)
@@ -331,12 +325,6 @@ class Journal:
         self._store.write(self._keys.progress, progress.to_bytes())
 
 
-GPU_EVERY_S = 15.0
-QUERY_TIMEOUT_S = 15.0
-GPU_END_S = 20.0
-_MIB_PER_GIB = 1024.0
-
-
 class GpuMeter:
     """Writes an event every 15 s with how busy and how full this machine's GPUs are, for the cost report.
 
@@ -344,7 +332,7 @@ class GpuMeter:
     nvidia-smi(1): ``utilization.gpu`` is the share of the last sample period, at most a second, in which a kernel ran.
     """
 
-    def __init__(self, gpus: int, environ: Mapping[str, str], journal: Journal, every_s: float = GPU_EVERY_S) -> None:
+    def __init__(self, gpus: int, environ: Mapping[str, str], journal: Journal, every_s: float = 15.0) -> None:
         self._gpus, self._journal, self._every_s = gpus, journal, every_s
         visible = environ.get("CUDA_VISIBLE_DEVICES", "")
         query = ["--query-gpu=utilization.gpu,memory.used,memory.total", "--format=csv,noheader,nounits"]
@@ -360,14 +348,12 @@ class GpuMeter:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         if self._gpus:
-            self._thread.join(GPU_END_S)  # nvidia-smi may hang with the driver
+            self._thread.join(20.0)  # nvidia-smi may hang with the driver
 
     def _work(self) -> None:
         while not self._stop.wait(self._every_s):
             try:
-                done = subprocess.run(
-                    self._command, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=True
-                )
+                done = subprocess.run(self._command, capture_output=True, text=True, timeout=15, check=True)
             except subprocess.TimeoutExpired:  # a busy machine: the next sample may come in time
                 continue
             except (OSError, subprocess.SubprocessError) as error:
@@ -388,9 +374,6 @@ def read_sample(listing: str) -> dict[str, float] | None:
         return None
     if not rows or any(len(row) != 3 for row in rows):
         return None
-    fullest = max(rows, key=lambda row: row[1])
-    return {
-        "busy": round(sum(row[0] for row in rows) / len(rows) / 100, 4),
-        "memory_gib": round(fullest[1] / _MIB_PER_GIB, 3),
-        "memory_total_gib": round(fullest[2] / _MIB_PER_GIB, 3),
-    }
+    _, used_mib, total_mib = max(rows, key=lambda row: row[1])
+    busy = round(sum(row[0] for row in rows) / len(rows) / 100, 4)
+    return {"busy": busy, "memory_gib": round(used_mib / 1024, 3), "memory_total_gib": round(total_mib / 1024, 3)}

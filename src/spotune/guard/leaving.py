@@ -10,8 +10,6 @@ from typing import Literal
 
 # Slurm is asked to send SIGURG: SkyPilot's own processes die of SIGTERM and ignore SIGURG.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGURG, signal.SIGHUP)
-# A signal that arrives just before the wait blocks does not end the wait: its handler runs when the slice is over.
-SLICE_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,8 @@ class Notices:
             return True
         left_s = seconds
         while True:
-            slice_s = min(left_s, SLICE_S)
+            # A signal that arrives just before the wait blocks does not end it: its handler runs after the slice.
+            slice_s = min(left_s, 0.5)
             try:
                 self._wake.get(timeout=slice_s)
             except queue.Empty:
@@ -103,28 +102,14 @@ class Notices:
                 return True
 
 
-PERSON_S = 300.0
-PRIOR_S = 30.0
-PRIORS_S = {"slurm": 25.0}
-
-
 def prior_s(infra: str, source: str, user_s: float | None = None) -> float:
-    """Returns the seconds from a notice that names no time to the kill.
+    """Returns the seconds from a notice that names no time to the kill (sources: docs/checkpoints.md).
 
-    ``user_s`` (``SPOTUNE_GRACE_S``) overrides all but Ctrl-C.
-
-    | infra | notice | seconds | from |
-    |---|---|---|---|
-    | slurm | SIGURG or SIGTERM | 25 | the partition's GraceTime, not in the environment; our test cluster's |
-    | kubernetes | SIGTERM | 30 | the default of Kubernetes' terminationGracePeriodSeconds |
-    | gcp | preempted, SIGTERM | 30 | Google's documentation: from ACPI G2 to G3 on spot machines |
-    | azure | event that has started, SIGTERM | 30 | Azure's documentation: the least notice of a Preempt event |
-    | any | SIGTERM | 30 | SkyPilot's source: from SIGTERM to SIGKILL of a job that is cancelled |
-    | any | Ctrl-C | 300 | nobody kills after it, but a person waits |
+    ``user_s`` (``SPOTUNE_GRACE_S``) overrides all but Ctrl-C, after which nobody kills but a person waits.
     """
     if is_person(source):
-        return PERSON_S
-    return PRIORS_S.get(infra, PRIOR_S) if user_s is None else user_s
+        return 300.0
+    return user_s if user_s is not None else 25.0 if infra == "slurm" else 30.0
 
 
 def is_person(source: str) -> bool:
@@ -132,9 +117,6 @@ def is_person(source: str) -> bool:
     return source.split(" ", 1)[0] == "SIGINT"
 
 
-STAYS = ("slurm", "kubernetes", "gcp", "azure")
-# SkyPilot polls every 15 s and again 5 s after a failure; two polls, so that one may fail.
-SEEN_S = 35.0
 STAY_S = 60.0  # beyond the deadline: a machine that still runs then was not taken after all
 
 
@@ -147,28 +129,11 @@ class Departure:
 
 
 def departure(infra: str, source: str, managed: bool, left_s: float) -> Departure:
-    """Decides how to leave ``infra`` after a notice of ``source``.
+    """Decides how to leave ``infra`` after a notice of ``source`` (measurements and sources: docs/checkpoints.md).
 
-    SkyPilot polls a job every 15 s. It recovers a job that failed with 75 on a machine that is still there, and a job
-    whose machine is gone, whatever its exit code. In between, when the job has failed and the machine is going,
-    SkyPilot cannot read the exit code and the job ends FAILED for good. A job that stays until its machine is gone is
-    never seen in between; one that leaves at once stops paying, and its next machine is sought earlier.
-
-        infra          how the notice comes                               seconds     how we leave
-        slurm          SIGURG if sbatch_options.signal asks for it,       GraceTime   stay until killed
-                       else SIGTERM, or none at all
-        kubernetes     deletionTimestamp of the pod; SIGTERM only if a    30, or as   stay until killed
-                       hook of the pod passes it on                       it says
-        gcp            instance/preempted, SIGTERM of the shutdown        30          stay until killed
-        azure          Scheduled Events: Preempt                          30 or more  stay until killed
-        aws            spot/instance-action                               120         at once while SkyPilot has the
-                                                                                      time to see the 75, else stay
-        other clouds   SIGTERM                                            not known   at once
-        local, by hand, dev cluster: SIGTERM, Ctrl-C                      see prior_s at once: no poll to race with
-
-    Measured on Slurm with SkyPilot 0.14.1: which process gets which signal; and a job preempted again and again with
-    25 s of grace recovered 6 times of 6 when it stayed, and ended FAILED at the third when it left at once. From
-    SkyPilot's source: the poll, and that a pod's first process keeps the SIGTERM. The rest: the vendors' documentation.
+    SkyPilot recovers a job that failed with 75 on a machine that is still there, and a job whose machine is gone. In
+    between it cannot read the exit code, and the job ends FAILED for good: a job that stays until its machine is gone
+    is never seen there. A job that leaves at once stops paying, and its next machine is sought earlier.
 
     Args:
         managed: whether the engine recovers this job; false on a dev cluster and by hand.
@@ -178,9 +143,10 @@ def departure(infra: str, source: str, managed: bool, left_s: float) -> Departur
         return Departure(False, "asked to at the keyboard")
     if not managed:
         return Departure(False, "nobody waits for this machine to go")
-    if infra in STAYS:
+    if infra in ("slurm", "kubernetes", "gcp", "azure"):
         return Departure(True, f"{infra}: an exit before the machine is gone may end the job for good")
-    if infra == "aws" and left_s < SEEN_S:
+    # SkyPilot polls every 15 s and again 5 s after a failure; time for two polls, so that one may fail.
+    if infra == "aws" and left_s < 35.0:
         return Departure(True, f"aws: {left_s:.0f} s are too short for the exit to be seen before the machine goes")
     return Departure(False, "the next machine is sought at once")
 
@@ -197,12 +163,6 @@ def stay_until_killed(
 
 
 Action = Literal["save", "finish", "leave"]
-
-# Saves differ in how long they take, and disk and network are shared: a fifth more, and a second for what is not
-# measured (the fence, the commit object). Not more: a save that does not fit harms nothing.
-MARGIN = 1.2
-FIXED_S = 1.0
-UNMEASURED_S = 10.0  # with so much left an unmeasured save is worth the try
 
 
 @dataclass(frozen=True)
@@ -265,12 +225,14 @@ def _new_checkpoint(outlook: Outlook, running_s: float) -> LastSave:
     parts = f"{step_s:.1f} s to the step's end, {write_s:.1f} s to write, {upload_s:.1f} s to upload"
     if wait_s:
         parts += f" after {wait_s:.1f} s for the running upload"
-    if (step_s + write_s + wait_s + upload_s) * MARGIN + FIXED_S > outlook.left_s:
+    # Saves differ, and disk and network are shared: a fifth more, and a second for what is not measured (the fence,
+    # the commit object). Not more: a save that does not fit harms nothing.
+    if (step_s + write_s + wait_s + upload_s) * 1.2 + 1.0 > outlook.left_s:
         return LastSave("leave", f"a new checkpoint does not fit in {outlook.left_s:.0f} s: {parts}")
     return LastSave("save", f"a new checkpoint fits in {outlook.left_s:.0f} s: {parts}")
 
 
 def _unmeasured(left_s: float, action: Action, what: str) -> LastSave:
-    if left_s >= UNMEASURED_S:
+    if left_s >= 10.0:  # worth the try
         return LastSave(action, f"{what} is tried: nothing is measured yet, {left_s:.0f} s are left")
     return LastSave("leave", f"{what} is not tried: nothing is measured yet, only {left_s:.0f} s are left")

@@ -40,9 +40,6 @@ from spotune.guard.restore import BadCheckpoint, download_checkpoint
 POLL_S = 0.1
 END_S = 900.0  # the leader uploads and certifies the result after the ranks have ended
 UNBOUND = "--cpu-bind=none"
-NO_BINDING = "lacks support for cpu binding"
-PROBE_S = 60.0  # Slurm may be busy; a step is made in tenths of a second
-VERDICT_S = 300.0
 USAGE = "python -m spotune.sft CONFIG [--profile P] [--set key=value]... [--allow-config-change]"
 USAGE += " [--allow-env NAME]... [TRL's own flags]"
 
@@ -76,6 +73,12 @@ class Follower:
         uploader = Uploader(lambda staged: self._send_part(line, folder, attempt, staged))
         wanted, sampled_at = 0, time.monotonic()
         restored: dict[str, Any] = {}
+
+        def send_stacks() -> None:
+            collect_stacks(folder, ranks.pids)
+            upload_stacks(self.store, self.keys, attempt, folder)
+            line.send(stacks=list(ranks.pids))
+
         while True:
             message = line.next(POLL_S)
             if message is None and line.gone and line.inbox.empty():
@@ -88,7 +91,8 @@ class Follower:
             if message and "upload" in message:
                 wanted = message["upload"]
             if message and "stacks" in message:
-                self._start_stacks(line, ranks, folder, attempt)
+                # In a thread: a bucket that hangs must not delay the end.
+                threading.Thread(target=send_stacks, name="stacks", daemon=True).start()
             if time.monotonic() - sampled_at >= sample_s and (work := work_of(set(ranks.pids.values()))):
                 sampled_at = time.monotonic()
                 line.send(work=vars(work))
@@ -107,17 +111,6 @@ class Follower:
                 line.send(ended=vars(ranks.outcome()))
             elif ended_at and time.monotonic() - ended_at > END_S:
                 raise StoreError("the leader did not say how the attempt ended")
-
-    def _start_stacks(self, line: Line, ranks: Ranks, folder: Path, attempt: int) -> None:
-        """Uploads the stacks of this node's ranks in a thread: a bucket that hangs must not delay the end."""
-
-        def send() -> None:
-            pids = ranks.pids
-            collect_stacks(folder, pids)
-            upload_stacks(self.store, self.keys, attempt, folder)
-            line.send(stacks=list(pids))
-
-        threading.Thread(target=send, name="stacks", daemon=True).start()
 
     def _send_part(self, line: Line, folder: Path, attempt: int, staged: Staged) -> None:
         """Uploads this machine's files of a checkpoint and reports them; the leader commits."""
@@ -149,16 +142,14 @@ class Follower:
 def enter_srun_step(argv: list[str], environ: Mapping[str, str]) -> None:
     """Replaces this process by the same command in a Slurm step of its own; returns if that is not needed or fails.
 
-    Slurm signals only the first process of each step. In SkyPilot's step that is SkyPilot's executor: a SIGTERM kills
-    it and everything below it, and training never hears of the preemption; a batch script does the same. So inside a
-    Slurm job the guard starts itself again as the first process of a step that shares the job's resources, and task
-    YAMLs stay plain.
+    Slurm signals only the first process of each step: SkyPilot's executor, or a batch script, which dies with all
+    processes below it. In its own step, which shares the job's resources, the guard gets the notice.
     """
     if not wants_step(environ, os.getpid()) or not shutil.which("srun"):
         return
     step, job = srun_command(environ, socket.gethostname()), environ["SLURM_JOB_ID"]
-    try:  # first without the run: a step that fails must not look like a run that fails
-        probe = subprocess.run([*step, "true"], capture_output=True, text=True, timeout=PROBE_S, check=False)
+    try:  # first without the run: a step that fails must not look like a run that fails. Slurm may be busy: 60 s
+        probe = subprocess.run([*step, "true"], capture_output=True, text=True, timeout=60, check=False)
         printed = " ".join(probe.stderr.split())
         fault = "" if probe.returncode == 0 else printed or f"srun ended with exit code {probe.returncode}"
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -166,11 +157,10 @@ def enter_srun_step(argv: list[str], environ: Mapping[str, str]) -> None:
     if fault:
         log(f"no step of its own in Slurm job {job}, notices may not arrive: {fault}")
         return
-    if NO_BINDING in printed:
+    if "lacks support for cpu binding" in printed:
         step.remove(UNBOUND)
     log(f"in a step of its own in Slurm job {job}, so that notices arrive")
-    command = [*step, sys.executable, "-m", "spotune.sft", *argv]
-    os.execvpe("srun", command, {**environ, OWN_STEP: job})
+    os.execvpe("srun", [*step, sys.executable, "-m", "spotune.sft", *argv], {**environ, OWN_STEP: job})
 
 
 def wants_step(environ: Mapping[str, str], pid: int) -> bool:
@@ -232,9 +222,8 @@ def bar_restarts(error: InputError, environ: Mapping[str, str]) -> None:
     with suppress(SpotuneError):
         env, machine = RunEnvironment.read(environ), managed_job(environ)
         if machine:
-            keys = Keys(claim.choose_run_id(env, machine, claim.RunRequest("", "", ())))
-            facts = {"reason": "; ".join(error.lines), "exit_code": error.exit_code}
-            claim.leave_mark(Store(env.bucket), keys.failed, keys.run_id, 0, **facts)
+            keys, reason = Keys(claim.choose_run_id(env, machine, claim.RunRequest("", "", ()))), "; ".join(error.lines)
+            claim.leave_mark(Store(env.bucket), keys.failed, keys.run_id, 0, reason=reason, exit_code=error.exit_code)
 
 
 def managed_job(environ: Mapping[str, str]) -> Node | None:
@@ -250,39 +239,30 @@ def parse_arguments(argv: list[str]) -> claim.RunRequest:
     parser.add_argument("--profile", default="")
     parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument(FLAG, action="store_true", help="follow CONFIG though the run began with another one")
-    help_env = "let CONFIG's env: set NAME"
-    parser.add_argument(config_keys.FLAG, action="append", default=[], metavar="NAME", help=help_env)
+    parser.add_argument(config_keys.FLAG, action="append", default=[], metavar="NAME", help="env: may set NAME")
     # CONFIG is the first word or --config's value; a later bare word is the value of the flag before it.
     named = argv[:1] if argv and not argv[0].startswith("-") else []
     try:
         known, flags = parser.parse_known_args(argv[len(named) :])
     except argparse.ArgumentError as error:
         raise InputError("command line", str(error), remedy=USAGE) from error
-    overrides = (*parse_flags(flags), *known.sets)
-    path, allow_env = (named or [known.config])[0], tuple(known.allow_env)
-    return claim.RunRequest(path, known.profile, overrides, known.allow_config_change, allow_env)
+    path, overrides = (named or [known.config])[0], (*parse_flags(flags), *known.sets)
+    return claim.RunRequest(path, known.profile, overrides, known.allow_config_change, tuple(known.allow_env))
 
 
 def run_attempt(request: claim.RunRequest, notices: Notices, environ: Mapping[str, str]) -> int:
-    """Runs one attempt while watching for notices; returns the exit code."""
+    """Runs one attempt while watching for notices, leaves the machine as its infra requires; returns the exit code."""
     env, machine = RunEnvironment.read(environ), Node.read(environ)
     env = replace(env, allow_env=(*env.allow_env, *request.allow_env))
     notices.infra, notices.user_grace_s = machine.infra, env.grace_s
     with NoticeWatcher(sources_for(machine.infra, environ), notices):
-        return attend(request, env, machine, notices, environ)
-
-
-def attend(
-    request: claim.RunRequest, env: RunEnvironment, machine: Node, notices: Notices, environ: Mapping[str, str]
-) -> int:
-    """Runs the attempt, or this machine's part of it; after a notice leaves the machine as its infra requires."""
-    code = work(request, env, machine, notices, environ)
-    if code == errors.PREEMPTED and (notice := notices.notice):
-        leaving = departure(machine.infra, notice.source, bool(machine.job_id), notices.left_s)
-        log(f"{'staying until killed' if leaving.stay else 'leaving'}: {leaving.why}")
-        if leaving.stay:
-            stay_until_killed(notice.deadline)
-    return code
+        code = work(request, env, machine, notices, environ)
+        if code == errors.PREEMPTED and (notice := notices.notice):
+            leaving = departure(machine.infra, notice.source, bool(machine.job_id), notices.left_s)
+            log(f"{'staying until killed' if leaving.stay else 'leaving'}: {leaving.why}")
+            if leaving.stay:
+                stay_until_killed(notice.deadline)
+        return code
 
 
 def read_verdict(
@@ -313,7 +293,7 @@ def work(
     store = Store(env.bucket, RetryPolicy(deadline_s=min(RetryPolicy.deadline_s, env.patience_s / 4)))
     keys = Keys(claim.choose_run_id(env, machine, request))
     # An outage of minutes would cost a managed job a machine; a run by hand has somebody at a terminal.
-    verdict = read_verdict(store, keys, min(VERDICT_S, env.patience_s / 4) if machine.job_id else 0.0)
+    verdict = read_verdict(store, keys, min(300.0, env.patience_s / 4) if machine.job_id else 0.0)
     pending = pending_extras(store, keys) if verdict == errors.SUCCEEDED and not machine.node_rank else None
     if verdict is not None and pending is None:
         return verdict
@@ -330,17 +310,8 @@ def work(
     machine = Node.read(environ, run.config.get("num_processes"))
     record = claim.claim_attempt(store, keys, machine, env.attempt, env.gpu_share)
     failpoint("claimed")
+    allows = request.allow_config_change or env.allow_config_change
     context = Context(
-        store=store,
-        keys=keys,
-        run=run,
-        record=record,
-        machine=machine,
-        environ=environ,
-        scratch=scratch,
-        cache=env.cache,
-        status_file=env.status_file,
-        patience_s=env.patience_s,
-        allow_config_change=request.allow_config_change or env.allow_config_change,
+        store, keys, run, record, machine, environ, scratch, env.cache, env.status_file, env.patience_s, allows
     )
     return finish_extras(context, notices, pending[1]) if pending else Attempt(context, notices).run()

@@ -34,7 +34,6 @@ HELLO_MOST_BYTES = 4096
 MOST_WAITING = 256
 GATHER_S = 600.0  # machines of one job may start minutes apart
 PART_S = 600.0
-STACKS_S = 60.0
 MOST_UNREAD = 100  # messages: then the sender has to wait
 
 
@@ -109,21 +108,14 @@ class Handshake:
         is_whole = b"\n" in visitor.received
         if data and not is_whole and len(visitor.received) < HELLO_MOST_BYTES:
             return None
-        node = self._node(bytes(visitor.received)) if is_whole else None
-        if node is None:
-            self._drop(visitor)
-            return None
-        self._forget(visitor)
-        visitor.connection.setblocking(True)
-        return node, visitor.connection
-
-    def _node(self, line: bytes) -> int | None:
-        """Returns the node of a follower of this job, None for anything else. It sends no more until welcomed."""
-        try:
-            hello = build(Hello, json.loads(line))
-        except (ValueError, RecursionError):
-            return None
-        return hello.hello if hello.token == self._token and hello.hello <= self._followers else None
+        with suppress(ValueError, RecursionError):  # a follower sends no more than a line until it is welcomed
+            hello = build(Hello, json.loads(visitor.received) if is_whole else None)
+            if hello.token == self._token and hello.hello <= self._followers:
+                self._forget(visitor)
+                visitor.connection.setblocking(True)
+                return hello.hello, visitor.connection
+        self._drop(visitor)
+        return None
 
     def _forget(self, visitor: _Visitor) -> None:
         self._selector.unregister(visitor.connection)
@@ -171,9 +163,6 @@ class Welcome:
     master_port: Count
     environ: dict[str, str]
     sample_s: Amount = 0.0
-
-
-_TOGETHER = {"part": "files", "notice": "left_s", "fetch": "tokens"}
 
 
 def leader_port(run_id: str) -> int:
@@ -239,7 +228,7 @@ def read_message(line: bytes, kind: Any) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise ValueError("not a JSON object")
     names = message.keys() & {one.name for one in fields(kind)}
-    for name, other in _TOGETHER.items():
+    for name, other in (("part", "files"), ("notice", "left_s"), ("fetch", "tokens")):
         if name in names and other not in names:
             raise ValueError(f"{other}: missing")
     found = checked(kind, message)
@@ -273,25 +262,22 @@ class Leader:
         """Waits for all followers and welcomes them; raises StoreError (worth another machine) if one stays away."""
         if self._listener:
             handshake = Handshake(self._listener, self._token, self._followers)
+            deadline = time.monotonic() + GATHER_S
             try:
-                self._wait_for_followers(handshake, notices)
+                while len(self._lines) < self._followers:
+                    for node, connection in handshake.wait(1.0):
+                        if node in self._lines:  # it connected again: its first connection is broken
+                            self._lines[node].close()
+                        self._lines[node] = Line(connection, FromFollower)
+                    missing = self._followers - len(self._lines)
+                    if missing and (time.monotonic() >= deadline or notices.given):
+                        raise StoreError(f"{missing} of {self._followers + 1} machines have not come")
             finally:
                 handshake.close()
                 self._listener.close()  # later connections are refused
         for node, line in self._lines.items():
             line.send(welcome=welcome)
             threading.Thread(target=self._listen, args=(node, line), name=f"node {node}", daemon=True).start()
-
-    def _wait_for_followers(self, handshake: Handshake, notices: Notices) -> None:
-        deadline = time.monotonic() + GATHER_S
-        while len(self._lines) < self._followers:
-            for node, connection in handshake.wait(1.0):
-                if node in self._lines:  # it connected again: its first connection is broken
-                    self._lines[node].close()
-                self._lines[node] = Line(connection, FromFollower)
-            missing = self._followers - len(self._lines)
-            if missing and (time.monotonic() >= deadline or notices.given):
-                raise StoreError(f"{missing} of {self._followers + 1} machines have not come")
 
     def _listen(self, node: int, line: Line) -> None:
         while (message := line.inbox.get()) is not None:
@@ -331,13 +317,11 @@ class Leader:
         with self._changed:
             return list(self._works.values())
 
-    def wait_for_stacks(self, seconds: float = STACKS_S) -> None:
+    def wait_for_stacks(self, seconds: float = 60.0) -> None:
         """Waits until all followers that are still there have uploaded their ranks' stacks, or the time is over."""
+        lines = self._lines.items()
         with self._changed:
-            self._changed.wait_for(
-                lambda: all(line.gone or node in self._has_stacks for node, line in self._lines.items()),
-                timeout=seconds,
-            )
+            self._changed.wait_for(lambda: all(line.gone or node in self._has_stacks for node, line in lines), seconds)
 
     def wait_for_outcomes(self, seconds: float) -> list[Outcome]:
         """Returns the outcomes of the followers' ranks that arrive in time."""

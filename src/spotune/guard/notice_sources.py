@@ -25,11 +25,7 @@ TOKEN_TTL_S = 21_600  # the longest possible
 ACTIONS = {"terminate": 120.0, "stop": 120.0, "hibernate": 0.0}
 HOST = "metadata.google.internal"
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-# The pod's head alone is a few hundred bytes.
-ACCEPT = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1, application/json"
 DMI = Path("/sys/class/dmi/id")
-CLOUDS = ("aws", "gcp", "azure")
-ANYWHERE = ("", "slurm", "kubernetes")  # these run on any cloud's machines
 AZURE_TAG = "7783-7084-3265-9085-8269-3286-77"  # tells Azure from other Hyper-V hosts
 SLOWEST_S = 15.0  # a service that comes back may have a notice of 30 s by then
 
@@ -109,6 +105,14 @@ def ask(
         connection.close()
 
 
+def ask_body(url: str, headers: Mapping[str, str], tls: ssl.SSLContext | None = None) -> str:
+    """As ``ask``; returns the body, and raises NoAnswer for any status but 200."""
+    answer = ask(url, headers, tls=tls)
+    if answer.status != 200:
+        raise NoAnswer(f"status {answer.status}")
+    return answer.body
+
+
 class SpotAction:
     """AWS: ``spot/instance-action`` of the instance metadata service, version 2, with a session token.
 
@@ -178,25 +182,18 @@ class ScheduledEvents:
 
     def probe(self, now: float) -> Warned | None:
         # Azure's first answer may take two minutes; repeated short requests start them as well as one long wait.
-        answer = ask(f"{self._endpoint}/metadata/scheduledevents?api-version=2020-07-01", {"Metadata": "true"})
-        if answer.status != 200:
-            raise NoAnswer(f"status {answer.status}")
-        preempts = read_preempts(answer.body)
+        url = f"{self._endpoint}/metadata/scheduledevents?api-version=2020-07-01"
+        preempts = read_preempts(ask_body(url, {"Metadata": "true"}))
         if not preempts:
             return None
-        self._machine = self._machine or self._ask_name()
+        if not self._machine:
+            url = f"{self._endpoint}/metadata/instance/compute/name?api-version=2021-02-01&format=text"
+            with suppress(NoAnswer):
+                self._machine = ask_body(url, {"Metadata": "true"}).strip()
         mine = [event for event in preempts if is_for(event, self._machine)]
         times = [seconds_until(event.get("NotBefore"), now) for event in mine]
         # An event that has started has no time any more: like a time that cannot be read.
         return Warned(min((time for time in times if time is not None), default=None)) if mine else None
-
-    def _ask_name(self) -> str:
-        url = f"{self._endpoint}/metadata/instance/compute/name?api-version=2021-02-01&format=text"
-        try:
-            answer = ask(url, {"Metadata": "true"})
-        except NoAnswer:
-            return ""
-        return answer.body.strip() if answer.status == 200 else ""
 
 
 def read_preempts(body: str) -> list[dict[str, Any]]:
@@ -229,10 +226,7 @@ class Preempted:
         self._url = f"http://{host}/computeMetadata/v1/instance/preempted"
 
     def probe(self, now: float) -> Warned | None:
-        answer = ask(self._url, {"Metadata-Flavor": "Google"})
-        if answer.status != 200:
-            raise NoAnswer(f"status {answer.status}")
-        match answer.body.strip():
+        match ask_body(self._url, {"Metadata-Flavor": "Google"}).strip():
             case "TRUE":
                 return Warned(None)
             case "FALSE":
@@ -284,10 +278,10 @@ class PodDeletion:
             tls = ssl.create_default_context(cafile=str(self._pod.account / "ca.crt"))
         except OSError as error:  # SSLError is one
             raise NoAnswer(f"the service account cannot be used: {error}") from error
-        answer = ask(self._url, {"Authorization": f"Bearer {token}", "Accept": ACCEPT}, tls=tls)
-        if answer.status != 200:
-            raise NoAnswer(f"status {answer.status}")
-        return read_deletion(answer.body, now)
+        # Only the pod's head: a few hundred bytes.
+        accept = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1, application/json"
+        headers = {"Authorization": f"Bearer {token}", "Accept": accept}
+        return read_deletion(ask_body(self._url, headers, tls), now)
 
 
 def read_deletion(body: str, now: float) -> Warned | None:
@@ -308,12 +302,13 @@ def sources_for(infra: str, environ: Mapping[str, str], dmi: Path = DMI) -> list
     found: list[NoticeSource] = []
     if infra == "kubernetes" and (pod := this_pod(environ)):
         found.append(PodDeletion(pod))
-    cloud = infra if infra in CLOUDS else cloud_of(dmi) if infra in ANYWHERE else ""
-    if cloud == "aws" and environ.get(environment.AWS_METADATA_DISABLED, "").lower() != "true":
+    if infra in ("", "slurm", "kubernetes"):  # these run on any cloud's machines
+        infra = cloud_of(dmi)
+    if infra == "aws" and environ.get(environment.AWS_METADATA_DISABLED, "").lower() != "true":
         found.append(SpotAction(environ.get(environment.AWS_METADATA) or ENDPOINT))
-    elif cloud == "gcp":
+    elif infra == "gcp":
         found.append(Preempted(environ.get(environment.GCP_METADATA) or HOST))
-    elif cloud == "azure":
+    elif infra == "azure":
         found.append(ScheduledEvents(environ.get(environment.AZURE_METADATA) or ENDPOINT))
     return found
 

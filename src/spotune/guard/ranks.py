@@ -26,17 +26,13 @@ from spotune.guard.journal import Clock, Node, log
 from spotune.guard.stalls import Work
 
 PROC = Path("/proc")
-_TICKS_PER_S = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
-_STOPPED = "Tt"
-_MOVED = ("rchar", "wchar", "read_bytes", "write_bytes")
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 PEER_GRACE_S = 20.0  # after one rank failed, the others may hang in a collective: so long they may end by themselves
 DIE_S = 30.0  # a process that waits for a disk or a device outlives SIGKILL: how long to wait for it
 MOST_BYTES = 1 << 20  # of one rank's stacks
 TIMEOUT_S = 30.0  # for the stacks of one machine's ranks
-_PY_SPY_S = 10.0
 _OWN_S = 3.0
 _MOST_THREADS = 500
-_PIECE_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ def work_of(groups: Collection[int], proc: Path = PROC) -> Work | None:
     return Work(
         cpu_s=sum(stat.cpu_s for stat in found),
         moved_bytes=sum(moved_bytes(stat.pid, proc) for stat in found),
-        stopped=any(stat.state in _STOPPED for stat in found if stat.pid == stat.group),
+        stopped=any(stat.state in "Tt" for stat in found if stat.pid == stat.group),
     )
 
 
@@ -90,7 +86,8 @@ def own_work(proc: Path = PROC) -> Work:
 def moved_bytes(pid: int, proc: Path = PROC) -> int:
     """Returns the bytes that a process has read and written, by system calls and as pages; 0 if unreadable."""
     pairs = (line.partition(": ") for line in read_text(proc / str(pid) / "io").splitlines())
-    return sum(int(value) for name, _, value in pairs if name in _MOVED and value.isdigit())
+    names = ("rchar", "wchar", "read_bytes", "write_bytes")
+    return sum(int(value) for name, _, value in pairs if name in names and value.isdigit())
 
 
 def read_text(path: Path) -> str:
@@ -306,7 +303,7 @@ def _py_spy(pid: int) -> str:
         return "py-spy: not installed on this machine"
     command = [program, "dump", "--nonblocking", "--pid", str(pid)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PY_SPY_S, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.SubprocessError) as error:
         return f"py-spy: {error}"
     if done.returncode:
@@ -318,7 +315,9 @@ def _python_stacks(folder: Path, rank: int, pid: int, state: str) -> str:
     """Asks the rank to write its stacks and returns them. A rank in state T, t, D or Z cannot."""
     if state in ("T", "t", "D", "Z"):
         return f"its own Python stacks: it cannot write them in state {state}"
-    if not _handles(pid, STACKS_SIGNAL):
+    lines = read_text(PROC / str(pid) / "status").splitlines()
+    caught = next((line.partition(":")[2] for line in lines if line.startswith("SigCgt:")), "0")
+    if not int(caught.strip(), 16) >> (STACKS_SIGNAL - 1) & 1:  # without a handler the signal would kill it
         return "its own Python stacks: it does not write them yet (it is still starting)"
     path = python_stacks_path(folder, rank)
     before = len(read_text(path))
@@ -327,21 +326,14 @@ def _python_stacks(folder: Path, rank: int, pid: int, state: str) -> str:
     except OSError as error:
         return f"its own Python stacks: {error}"
     last = before
-    for _ in range(int(_OWN_S / _PIECE_S)):  # until the file has grown and grows no more
-        time.sleep(_PIECE_S)
+    for _ in range(int(_OWN_S / 0.1)):  # until the file has grown and grows no more
+        time.sleep(0.1)
         size = len(read_text(path))
         if size == last != before:
             break
         last = size
     text = read_text(path)[before:]
     return f"its own Python stacks:\n{text}" if text else f"its own Python stacks: none within {_OWN_S:.0f} s"
-
-
-def _handles(pid: int, number: signal.Signals) -> bool:
-    """Returns whether a process has a handler for a signal; without one the signal would kill it."""
-    lines = read_text(PROC / str(pid) / "status").splitlines()
-    caught = next((line.partition(":")[2] for line in lines if line.startswith("SigCgt:")), "0")
-    return bool(int(caught.strip(), 16) >> (number - 1) & 1)
 
 
 def _thread(folder: Path) -> str:

@@ -187,7 +187,6 @@ def _restore_best(store: Store, keys: Keys, newest: Commit, folder: Path) -> tup
 
 
 FAULTS = ("failed", "stalled")  # the end reasons after which another machine may do better
-_PART = re.compile(r"/events-0-([0-9]{1,15})\.jsonl\Z")
 
 
 def is_second_fault(store: Store, keys: Keys, attempt: int) -> bool:
@@ -204,7 +203,7 @@ def is_second_fault(store: Store, keys: Keys, attempt: int) -> bool:
 def last_event(store: Store, keys: Keys, attempt: int) -> dict[str, Any]:
     """Returns the last event that an attempt's rank 0 uploaded, empty for none. Its time, ``t``, is a number."""
     keys_there = store.keys(keys.attempt(attempt).removesuffix("/attempt.json")) if attempt > 0 else []
-    parts = {int(name[1]): key for key in keys_there if (name := _PART.search(key))}
+    parts = {int(name[1]): key for key in keys_there if (name := re.search(r"/events-0-([0-9]{1,15})\.jsonl\Z", key))}
     if not parts:
         return {}
     try:

@@ -132,12 +132,9 @@ class RestoreThread:
         if commit:
             log(f"resumed from the checkpoint of step {commit.step}, attempt {commit.attempt}")
         self._leader.broadcast(resume=True)
+        step, restore_s = commit.step if commit else 0, round(ready.restore_s, 3)
         self._journal.write(
-            "restored",
-            step=commit.step if commit else 0,
-            commit=found.key or None,
-            rejected=found.rejected,
-            restore_s=round(ready.restore_s, 3),
+            "restored", step=step, commit=found.key or None, rejected=found.rejected, restore_s=restore_s
         )
         given: dict[str, Any] = {
             "checkpoint": found.checkpoint and str(found.checkpoint),

@@ -137,13 +137,9 @@ def interval_s(inputs: Inputs) -> float:
 
         interval = sqrt(2 * cost * (X0 + age) / alpha), within [max(upload, 30 s), 30 min]
 
-    This is Young's interval (J. W. Young, "A first order approximation to the optimum checkpoint interval", CACM 1974)
-    with a heavy tail's hazard, alpha / (X0 + age), in place of 1 / MTBF: spot machines live long or die young, so a
-    machine that has been up longer will stay longer. ``alpha`` is learned from this run's preempted machines, from a
-    prior on. X0 and the prior are fitted to public spot traces (docs/checkpoints.md).
-
-    A save's cost is what training loses by it. A restore's duration does not move the optimum; it is in the expected
-    waste, which the line in the log shows.
+    Young's interval (J. W. Young, "A first order approximation to the optimum checkpoint interval", CACM 1974) with a
+    heavy tail's hazard, alpha / (X0 + age), for 1 / MTBF: a machine that has been up longer will stay longer. X0 and
+    the prior are fitted to public spot traces (docs/checkpoints.md). A restore's duration does not move the optimum.
     """
     hazard = alpha(inputs.prior, inputs.spells_s) / (X0_S + inputs.age_s)
     best = math.sqrt(2 * inputs.cost_s / hazard)

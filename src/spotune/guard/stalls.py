@@ -1,16 +1,6 @@
 """Decides whether an attempt has stalled. Pure: gets events and samples; ``SeenTime`` counts the time.
 
-    phase                   limit                                           other signs of life
-    load, restore, idle     the floor                                       CPU time for 24 floors; bytes
-    restore, while fetching max(floor, the bucket's patience)               bytes that the guard moves
-    train, first steps      max(3 floors, 6 times the longest step so far)  before step 1: CPU time for 12 floors; bytes
-    train                   max(floor, 6 times the median step)             nothing: a hung collective burns CPU
-    eval                    max(floor, 6 median steps, 2 times the longest evaluation); the first: at least 2 floors
-    extra                   max(floor, the bucket's patience)               as load: it may talk to a hub that is slow
-    save, teardown          max(2 floors, 6 times a save)                   bytes
-    upload, beside training max(floor, the bucket's patience, 6 uploads)    bytes that the guard moves
-    a call to the bucket    the same, also once the ranks have ended        bytes that this call moves
-
+docs/checkpoints.md has each phase's limit and other signs of life: bytes moved and, while ranks load, CPU time.
 The floor is ``--stall-after``. While a rank is stopped (state T), CPU time and bytes of others do not count.
 """
 
@@ -177,7 +167,11 @@ class Stalls:
                 case "restored":
                     self._is_restored = True
                 case "phase":
-                    self._enter(event["phase"], now)
+                    if self._phase == "eval" and self._eval_s is not None:
+                        self._longest_eval_s = max(self._longest_eval_s, now - self._eval_s)
+                    self._phase = event["phase"]
+                    self._eval_s = now if self._phase == "eval" else None
+                    self._step_s = now if self._phase == "train" else None  # the time in between is not a step's
                 case "step":
                     if self._step_s is not None:
                         took_s = now - self._step_s
@@ -185,13 +179,6 @@ class Stalls:
                         if self._has_stepped:  # the first one compiles and warms up
                             self._steps.append(took_s)
                     self._has_stepped, self._step_s = True, now
-
-    def _enter(self, phase: str, now: float) -> None:
-        if self._phase == "eval" and self._eval_s is not None:
-            self._longest_eval_s = max(self._longest_eval_s, now - self._eval_s)
-        self._eval_s = now if phase == "eval" else None
-        self._step_s = now if phase == "train" else None  # the time in between is not a step's
-        self._phase = phase
 
     def forgive(self, missed_s: float) -> None:
         """Restarts every limit after the guard has missed some time."""
@@ -207,7 +194,18 @@ class Stalls:
             self._seen_s = seen_s
             if sample is not None:
                 self._compare(sample)
-            return self._judge() if self._floor_s > 0 else None
+            if self._floor_s <= 0:
+                return None
+            known = self._limits.known()
+            upload_limit_s = max(self._floor_s, self._limits.patience_s, TIMES * known.get("send_s", 0.0))
+            if not self._has_ended and (stall := self._check_ranks(known, upload_limit_s)):
+                return stall
+            for silent in self._calls.values():
+                silent_s = self._seen_s - silent.since_s
+                if silent_s > upload_limit_s:
+                    what = f"{silent.call.verb} {silent.call.key}"
+                    return Stall("upload", silent_s, upload_limit_s, silent.since, what)
+            return None
 
     def _compare(self, sample: Sample) -> None:
         """Notes what has worked since the last sample."""
@@ -237,19 +235,7 @@ class Stalls:
         if (sample.ranks.moved_bytes - before.ranks.moved_bytes) / span_s >= BYTES_PER_S:
             self._moved_s = now
 
-    def _judge(self) -> Stall | None:
-        known = self._limits.known()
-        upload_limit_s = max(self._floor_s, self._limits.patience_s, TIMES * known.get("send_s", 0.0))
-        if not self._has_ended and (stall := self._judge_ranks(known, upload_limit_s)):
-            return stall
-        for silent in self._calls.values():
-            silent_s = self._seen_s - silent.since_s
-            if silent_s > upload_limit_s:
-                what = f"{silent.call.verb} {silent.call.key}"
-                return Stall("upload", silent_s, upload_limit_s, silent.since, what)
-        return None
-
-    def _judge_ranks(self, known: dict[str, float], upload_limit_s: float) -> Stall | None:
+    def _check_ranks(self, known: dict[str, float], upload_limit_s: float) -> Stall | None:
         limit_s, believes_cpu_s, believes_bytes = self._limit(known)
         silent_s = self._seen_s - (max(self._sign_s, self._moved_s) if believes_bytes else self._sign_s)
         if believes_cpu_s:

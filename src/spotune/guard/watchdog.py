@@ -107,7 +107,7 @@ class Watchdog:
         self._leader.broadcast(stacks=True)
         paths = collect_stacks(self._context.folder, self._pids)
         if stall.phase == "upload":
-            paths = [*paths, *self._record_own_stacks()]
+            paths += self._record_own_stacks()
         self._leader.wait_for_stacks()
         self._journal.poll()
         if self._stalls.check(self._time.seen_s) is None:
@@ -162,53 +162,29 @@ class Watchdog:
         if self._sampled_s is not None and now - self._sampled_s < sample_every_s(self.floor_s):
             return None
         self._sampled_s = now
-        calls = self._context.store.calls
-        return Sample(
-            ranks=self._work_of_ranks() if has_ranks else None,
-            guard=ranks.own_work(),
-            uploading=self._uploading(),
-            sent_bytes=calls.moved_bytes,
-            calls=calls.under_way(),
-        )
-
-    def _work_of_ranks(self) -> Work | None:
-        if (ours := ranks.work_of(set(self._pids.values()))) is None:
-            return None
-        works = [ours, *self._leader.works]
-        return Work(
-            cpu_s=sum(work.cpu_s for work in works),
-            moved_bytes=sum(work.moved_bytes for work in works),
-            stopped=any(work.stopped for work in works),
-        )
+        calls, work = self._context.store.calls, None
+        if has_ranks and (ours := ranks.work_of(set(self._pids.values()))):
+            works = [ours, *self._leader.works]
+            cpu_s, moved_bytes = sum(work.cpu_s for work in works), sum(work.moved_bytes for work in works)
+            work = Work(cpu_s, moved_bytes, any(work.stopped for work in works))
+        return Sample(work, ranks.own_work(), self._uploading(), calls.moved_bytes, calls.under_way())
 
     def _work(self) -> None:
         while self.stall is None and not self._stop.wait(TICK_S):
             self.probe()
         if stall := self.stall:
-            limit_s = HUNG_END_S if stall.phase == "upload" else self._context.patience_s + END_S
-            is_closed = self._wait_for_end(limit_s)
+            left_s = HUNG_END_S if stall.phase == "upload" else self._context.patience_s + END_S
+            while left_s > 0 and self.stall is not None and not self._closed.wait(min(TICK_S, left_s)):
+                left_s -= TICK_S
+            is_closed = self._closed.is_set()
             if self.stall is not None:
-                self._end_process(is_closed)
+                if is_closed:
+                    self._sleep(EXIT_S)  # Python waits for threads, even for an endless upload; else it ends this one
+                if not self._is_leaving():
+                    log("a disk or a bucket does not answer, so this process cannot end by itself: it is ended")
+                    self._leave(self._code if is_closed else self._end_attempt(self.message))
                 return
         self._stalls.end_ranks()
         while not self._closed.wait(TICK_S):
             if self.probe_calls():
                 return
-
-    def _wait_for_end(self, seconds: float) -> bool:
-        """Waits until a stalled attempt is closed; returns whether it is. Returns at once if it did not stall."""
-        left_s = seconds
-        while left_s > 0 and self.stall is not None:
-            if self._closed.wait(min(TICK_S, left_s)):
-                break
-            left_s -= TICK_S
-        return self._closed.is_set()
-
-    def _end_process(self, is_closed: bool) -> None:
-        """Ends the process of an attempt that has stalled and cannot end it."""
-        if is_closed:
-            self._sleep(EXIT_S)  # Python waits for threads, even for an endless upload; else it ends this one
-        if self._is_leaving():
-            return
-        log("a disk or a bucket does not answer, so this process cannot end by itself: it is ended")
-        self._leave(self._code if is_closed else self._end_attempt(self.message))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from spotune.core.keys import Keys
 from spotune.core.protocol import (
+    FACTS,
     MERGE,
     PUSH,
     STAGED,
@@ -127,7 +128,7 @@ def test_a_damaged_answer_means_that_an_extra_is_not_done(
     monkeypatch.setattr(extras, "_kill", subprocess.Popen.wait)
     answer = extras.run_extra(name, folder, {}, {}, lambda seconds: None)
     if answer.done:
-        assert all(isinstance(answer.facts[fact], str) for fact in extras.FACTS[name])
+        assert all(isinstance(answer.facts[fact], str) for fact in FACTS[name])
 
 
 @SETTINGS

@@ -1,4 +1,4 @@
-"""Which extras a run owes, and the process that does one, with a fake worker. Whole runs: tests/e2e/test_extras.py."""
+"""Which extras of a run are pending, and the process that does one, with a fake worker. Whole runs: tests/e2e/test_extras.py."""
 
 import os
 import shlex
@@ -26,7 +26,7 @@ from tests.waiting import until
 KEYS = Keys("a-run")
 
 
-def test_owed_is_what_is_asked_for_and_has_no_mark(local_store: Store) -> None:
+def test_pending_is_what_is_asked_for_and_has_no_mark(local_store: Store) -> None:
     assert asked_for({"merge_adapter": "yes", "push_to_hub": "false"}) == (MERGE,)
     config = {"merge_adapter": True, "push_to_hub": True}
     run = RunRecord(

@@ -216,7 +216,7 @@ def test_what_is_no_file_in_the_place_of_the_result_ends_the_attempt_at_once(
     assert (error.value.exit_code, clock.slept) == (2, [])
 
 
-def test_an_extra_is_owed_at_once_where_no_file_can_lie(local_store: Store, tmp_path: Path, clock: Clock) -> None:
+def test_an_extra_is_pending_at_once_where_no_file_can_lie(local_store: Store, tmp_path: Path, clock: Clock) -> None:
     context = make_context(local_store, tmp_path)
     journal = Journal(local_store, KEYS, 1, tmp_path / "events.jsonl")
     certificate = Certificate(run_id="a-run", attempt=1, step=7, weights_sha256="w", files={})
