@@ -21,7 +21,7 @@ from spotune.guard.checkpoints import KEEP, Committer, Lineage, Retention, Stagi
 from spotune.guard.claim import for_people
 from spotune.guard.extras import Extras, rebuild_offline, tracker_environ
 from spotune.guard.finish import certify, copy_output
-from spotune.guard.journal import Context, GpuMeter, Journal, log
+from spotune.guard.journal import Clock, Context, GpuMeter, Journal, log
 from spotune.guard.leaving import Notices, Outlook, fits
 from spotune.guard.multinode import Leader, job_token
 from spotune.guard.ranks import PEER_GRACE_S, Ranks, free_port, upload_stacks, worst
@@ -31,7 +31,6 @@ from spotune.guard.save_schedule import SPOT, STEADY, ControlFile, Inputs, SaveC
 from spotune.guard.stalls import Stall, sample_every_s
 from spotune.guard.watchdog import Watchdog
 
-POLL_S = 0.1
 FENCE_S = 15.0
 GREET_S = 20.0  # bad input is found by then; its one line must stand alone
 CERTIFY_PAUSE_S = 15.0
@@ -42,13 +41,7 @@ Ending = tuple[int, EndReason, str]  # exit code, reason for the report, one lin
 
 
 class Watch:
-    """Watches the ranks ten times a second: checkpoints, budget, fence, bucket and notices.
-
-    Attributes:
-        committer: set once the ranks have their checkpoint.
-        stall: why the watchdog ended the attempt, None if it did not.
-        budget_limit: ``reached`` once training was stopped for the budget.
-    """
+    """Watches the ranks ten times a second: checkpoints, budget, fence, bucket and notices."""
 
     def __init__(
         self,
@@ -58,20 +51,20 @@ class Watch:
         leader: Leader,
         notices: Notices,
         save_cost: SaveCost,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Clock = time.monotonic,
     ) -> None:
         self._clock = clock
         self.context, self.job, self.journal, self.leader = context, job, journal, leader
         self.notices, self.save_cost = notices, save_cost
         self.control = ControlFile(context.folder)
         self.staging = StagingFolder(context.folder, context.machine.ranks)
-        self.committer: Committer | None = None
+        self.committer: Committer | None = None  # once the ranks have their checkpoint
         self.save_scheduler: SaveScheduler | None = None
         self.budget_limit = BudgetLimit(read_budget(context), journal, save_cost)
         self._is_stopping = False
         self._fence_at = clock()
         self._greet_at: float | None = clock() + GREET_S
-        self.stall: Stall | None = None
+        self.stall: Stall | None = None  # why the watchdog ended the attempt
         self._leave_by: float | None = None  # after a notice: when to stop waiting for uploads
 
     def until_ended(
@@ -79,7 +72,7 @@ class Watch:
     ) -> Outcome:
         """Returns how training ended. Raises Fenced, and the restore thread's error."""
         while ranks.running:
-            self._greet()
+            self._log_place()
             self._check_restore(restoring)
             self._collect()
             self._check_fence()
@@ -99,7 +92,7 @@ class Watch:
                 self._stop()
             if not self._is_stopping and self.committer and self.committer.away_s > self.context.patience_s:
                 self._stop()
-            if self.notices.wait(POLL_S) and not self._is_stopping:
+            if self.notices.wait(0.1) and not self._is_stopping:
                 self._is_stopping = True
                 if not self._on_notice():
                     return Outcome(how="stopped")
@@ -182,7 +175,7 @@ class Watch:
             self.save_scheduler = SaveScheduler(inputs, self.save_cost, self.control, self.journal)
             self.journal.listen(self.save_scheduler.on_event)
 
-    def _greet(self) -> None:
+    def _log_place(self) -> None:
         """Logs once where the records are, when it is clear that there is something to run."""
         if self._greet_at and (self.journal.progress.max_steps or self._clock() > self._greet_at):
             self._greet_at = None
@@ -191,7 +184,6 @@ class Watch:
             log(f"{context.keys.run_id}: attempt {context.attempt} on {context.record.host}, records in {place}")
 
     def _collect(self) -> None:
-        """Submits what the ranks have staged to the committer. Raises Fenced."""
         if self.committer is None:
             return
         for staged in self.staging.collect():
@@ -220,7 +212,7 @@ class Watch:
         under_way = committer.under_way if committer else None
         done = 0 if self.journal.first_step is None else self.journal.progress.step
         committed, send_s = committer.committed_step if committer else 0, measured.get("send_s")
-        decision = fits(
+        action, why = fits(
             Outlook(
                 left_s=left_s,
                 new_steps=done - max([0, committed, *(staged.step for staged in self.staging.collected)]),
@@ -231,18 +223,18 @@ class Watch:
                 upload_left_s=max(send_s - under_way[1], 0.0) if under_way and send_s is not None else None,
             )
         )
-        log(f"{source}: {decision.reason}")
-        if decision.action == "save":
+        log(f"{source}: {why}")
+        if action == "save":
             self.control.ask_to_stop()
             return True
-        self._leave_by = self._clock() + (left_s if decision.action == "finish" else 0.0)
+        self._leave_by = self._clock() + (left_s if action == "finish" else 0.0)
         return False
 
 
 class Attempt:
     """Everything that one attempt owns. ``run`` returns the exit code."""
 
-    def __init__(self, context: Context, notices: Notices, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, context: Context, notices: Notices, clock: Clock = time.monotonic) -> None:
         self.context, self.notices, self._clock = context, notices, clock
         shutil.rmtree(context.folder, ignore_errors=True)
         (context.folder / protocol.STAGED).mkdir(parents=True)
@@ -279,10 +271,7 @@ class Attempt:
         return code
 
     def end_stalled(self, message: str) -> int:
-        """Ends the attempt in place of the main thread, which hangs; returns the exit code.
-
-        Keeps what the main thread has decided. Waits at most ``HANGING_S`` for a call to the bucket.
-        """
+        """Ends the attempt for the main thread, which hangs; returns the exit code. Keeps what is already decided."""
         reason: EndReason
         if self._ending:
             code, reason, _ = self._ending
@@ -343,7 +332,6 @@ class Attempt:
         return self._conclude(watch, outcome)
 
     def _conclude(self, watch: Watch, outcome: Outcome) -> Ending:
-        """Maps the ranks' outcome to exit code, reason and message."""
         match outcome.how:
             case "completed":
                 return self._complete(outcome.step)

@@ -29,20 +29,13 @@ Kind = TypeVar("Kind", bound=Record)
 
 @dataclass(frozen=True)
 class Budget:
-    """What the run may spend, and how fast it spends; US dollars.
-
-    Attributes:
-        earlier_usd: the cost of the attempts before this one.
-        usd_per_s: of all machines of this attempt together.
-        paid_since: epoch seconds.
-        month_of: whose monthly budget left the run so much; empty for the run's own budget.
-    """
+    """What the run may spend, and how fast it spends; US dollars."""
 
     limit_usd: float
-    earlier_usd: float
-    usd_per_s: float
-    paid_since: float
-    month_of: str = ""
+    earlier_usd: float  # the cost of the attempts before this one
+    usd_per_s: float  # of all machines of this attempt together
+    paid_since: float  # epoch seconds
+    month_of: str = ""  # whose monthly budget left the run so much; empty for the run's own budget
 
     def __str__(self) -> str:
         amount = usd(self.limit_usd)
@@ -75,14 +68,12 @@ class BudgetLimit:
         return self.reached
 
     def reason(self, step: int) -> str:
-        """Returns why the run is paused, for people."""
         assert self._budget
         spent = usd(self._budget.spent_usd(self._clock()))
         return f"{str(self._budget).removeprefix('the ')} used up at step {step}: {spent} spent"
 
 
 def read_budget(context: Context) -> Budget | None:
-    """Returns the run's budget as this attempt finds it; None without one."""
     run, record = context.run, context.record
     if run.wall_usd is None:
         return None

@@ -18,7 +18,7 @@ from spotune.core.records import Commit, RunRecord
 from spotune.core.store import Store
 from spotune.guard.claim import check_fence
 from spotune.guard.journal import Clock, Context, Journal, log
-from spotune.guard.restore import list_commits
+from spotune.guard.restore import THREADS, list_commits
 from spotune.guard.save_schedule import SaveCost
 
 SEALED = "sealed"
@@ -26,14 +26,10 @@ PAUSES_S = (1.0, 4.0, 15.0, 60.0)
 KEEP = 3
 # Never only one: the newest may be damaged, and a zombie may prune while its successor restores.
 LEAST = 2
-THREADS = 4
 
 
 class StagingFolder:
-    """Finds what the ``ranks`` processes of one machine stage in an exchange folder; ``collected``: all of it so far.
-
-    A checkpoint is complete once each rank has staged its part.
-    """
+    """Finds the checkpoints that all ``ranks`` have staged in an exchange folder; ``collected``: all of them so far."""
 
     def __init__(self, folder: Path, ranks: int) -> None:
         self._folder, self._ranks = folder, ranks
@@ -41,10 +37,7 @@ class StagingFolder:
         self.collected: list[Staged] = []
 
     def collect(self) -> list[Staged]:
-        """Returns the checkpoints that have become complete since the last call, oldest first.
-
-        A rank's damaged file costs only its checkpoint: training goes on, and the next save replaces it.
-        """
+        """Returns the checkpoints that have become complete since the last call, oldest first."""
         parts: dict[int, dict[int, Path]] = {}
         for path in (self._folder / STAGED).glob("*-*.json"):
             named = path.stem.partition("-")
@@ -58,33 +51,29 @@ class StagingFolder:
         return found
 
     def _merge(self, step: int, paths: dict[int, Path]) -> Staged | None:
-        """Returns the lowest rank's part with the files of all; None if a part is damaged."""
-        try:
-            parts = [self._read_part(step, paths[rank]) for rank in sorted(paths)]
-        except (Damaged, InfraError) as error:
-            log(f"the checkpoint of step {step} is not committed: {error}")
-            return None
-        return replace(parts[0], files={name: facts for part in parts for name, facts in part.files.items()})
+        """Returns the lowest rank's part with the files of all; None if a part is damaged or of another folder.
 
-    def _read_part(self, step: int, path: Path) -> Staged:
-        """Raises Damaged, naming the file, unless it is about this step's own folder, which will be removed."""
-        try:
-            part = load_as(path, Staged)
-        except Damaged as error:
-            raise Damaged(f"{path}: {error}") from error
-        if part is None:
-            raise Damaged(f"{path}: gone")
-        own = (self._folder / TRAINER / f"checkpoint-{step}").absolute()
-        if part.step != step or Path(part.checkpoint).absolute() != own:
-            raise Damaged(f"{path}: checkpoint: not the one of step {step} in this folder")
-        return part
+        That costs only this checkpoint: training goes on, and the next save replaces it.
+        """
+        own = (self._folder / TRAINER / f"checkpoint-{step}").absolute()  # will be removed
+        parts = []
+        for _, path in sorted(paths.items()):
+            try:
+                part = load_as(path, Staged)
+                if part is None:
+                    raise Damaged("gone")
+                if part.step != step or Path(part.checkpoint).absolute() != own:
+                    raise Damaged(f"checkpoint: not the one of step {step} in this folder")
+                parts.append(part)
+            except (Damaged, InfraError) as error:
+                where = f"{path}: " if isinstance(error, Damaged) else ""  # an InfraError names it
+                log(f"the checkpoint of step {step} is not committed: {where}{error}")
+                return None
+        return replace(parts[0], files={name: facts for part in parts for name, facts in part.files.items()})
 
 
 def seal(folder: Path, staged: Staged, config_sha256: str, revision: int = 0) -> Staged:
-    """Writes down the facts of every file of a checkpoint; reads an existing seal.
-
-    From its seal a later attempt on the same machine knows whether the checkpoint is whole.
-    """
+    """Writes down the facts of a checkpoint's files, for a later attempt here to verify; reads an existing seal."""
     path = seal_path(folder, staged.step)
     if found := _read_seal(path):
         return found
@@ -103,10 +92,7 @@ def seal_path(folder: Path, step: int) -> Path:
 
 
 def sealed(folder: Path) -> list[Staged]:
-    """Returns the sealed checkpoints in an attempt's folder, newest first.
-
-    Sets damaged seals aside; skips them and seals of another folder's files.
-    """
+    """Returns an attempt folder's sealed checkpoints, newest first. Sets damaged seals aside; skips foreign ones."""
     found = (_read_seal(path) for path in (folder / SEALED).glob("*.json"))
     own = (seal for seal in found if seal and Path(seal.checkpoint) == folder / TRAINER / f"checkpoint-{seal.step}")
     return sorted(own, key=lambda staged: -staged.step)
@@ -131,10 +117,6 @@ class Uploader:
     Args:
         work: uploads a local checkpoint, once; raises Fenced, another SpotuneError or OSError.
         pauses_s: pauses after the first, second, … failure in a row; the last one repeats.
-
-    Attributes:
-        fenced: set for good when a later attempt owns the run.
-        error: the last failure, None once an upload has succeeded.
     """
 
     def __init__(
@@ -147,8 +129,8 @@ class Uploader:
         self._closed = self._is_blocked = False
         self._changed = threading.Condition()
         self._failing_since: float | None = None
-        self.fenced: Fenced | None = None
-        self.error: SpotuneError | None = None
+        self.fenced: Fenced | None = None  # set for good when a later attempt owns the run
+        self.error: SpotuneError | None = None  # the last failure, None once an upload has succeeded
         self._thread = threading.Thread(target=self._run, name="uploader", daemon=True)
         self._thread.start()
 
@@ -175,10 +157,7 @@ class Uploader:
             shutil.rmtree(Path(other.checkpoint), ignore_errors=True)
 
     def drain(self, timeout_s: float | None = None) -> bool:
-        """Waits until nothing is waiting or running; returns whether the last upload succeeded.
-
-        Does not wait for an upload that only people can unblock.
-        """
+        """Waits until no upload waits, runs, or needs people; returns whether the last one succeeded."""
         with self._changed:
             done = self._changed.wait_for(lambda: self._is_blocked or not (self._waiting or self._current), timeout_s)
             return done and self.error is None and self.fenced is None
@@ -297,17 +276,12 @@ class Retention:
 
 @dataclass(frozen=True)
 class Lineage:
-    """What every commit of an attempt has in common.
-
-    Attributes:
-        parent: key of the commit that the attempt started from, empty for a fresh start.
-        ordinal: that commit's number in the run's line of commits, 0 for a fresh start.
-    """
+    """What every commit of an attempt has in common."""
 
     run: RunRecord
     attempt: int
-    parent: str
-    ordinal: int
+    parent: str  # key of the commit that the attempt started from, empty for a fresh start
+    ordinal: int  # that commit's number in the run's line of commits, 0 for a fresh start
 
 
 def commit_checkpoint(
@@ -356,12 +330,7 @@ def commit_checkpoint(
 
 
 class Committer(Uploader):
-    """An uploader whose uploads end in a commit.
-
-    Args:
-        parts: see ``commit_checkpoint``.
-        save_cost: goes into the commit, for later machines.
-    """
+    """An uploader whose uploads end in a commit, which keeps ``save_cost`` for later machines."""
 
     def __init__(
         self,

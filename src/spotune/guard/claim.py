@@ -70,10 +70,7 @@ def check_data(run: RunRecord) -> None:
 
 
 def check_model(run: RunRecord, cache: Path | None = None) -> None:
-    """Raises InputError if the base model differs from the record in force; may read all of it.
-
-    ``cache``: this machine's folder for hashes of large files. A record without a fingerprint is not checked.
-    """
+    """Raises InputError if the base model differs from the record in force. ``cache``: for hashes of large files."""
     if not run.model_sha256:
         return
     files = model_files(run.config, run.config_path, cache)
@@ -125,10 +122,7 @@ def claim_attempt(store: Store, keys: Keys, machine: Node, at_least: int = 1, gp
 
 
 def earlier_uptimes(store: Store, keys: Keys, attempt: int) -> list[float]:
-    """Returns how long the run's preempted machines up to this attempt lasted, in seconds.
-
-    Each attempt's record has the earlier ones. Its own end is its last event.
-    """
+    """Returns the seconds that each preempted machine of the run lasted, up to this attempt's."""
     try:
         data = store.read(keys.attempt(attempt)) if attempt else None
         if data is None:
@@ -230,7 +224,6 @@ def _new_run(store: Store, keys: Keys, env: RunEnvironment, request: RunRequest)
 
 
 def _check_durations(env: RunEnvironment) -> None:
-    """Raises InputError for a variable that is not a duration."""
     parse_save_every(env.save_every, SAVE_EVERY)
     parse_stall_after(env.stall_after, STALL_AFTER)
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,9 +34,8 @@ from spotune.guard.finish import certificate_of, fetch_result, send, weights_of
 from spotune.guard.journal import Clock, Context, Journal, log
 from spotune.guard.leaving import Notices, is_person
 from spotune.guard.ranks import collect_stacks, upload_stacks, worker_command
-from spotune.guard.stalls import Sample, SeenTime, StallLimits, Stalls, boot_time, sample_every_s
+from spotune.guard.stalls import Sample, SeenTime, Stalls, boot_time, sample_every_s
 
-POLL_S = 0.1
 TIMEOUT_S = 3600.0
 PAUSE_S = 15.0  # between two tries at a bucket that is away
 LEAVE_S = 5.0  # extras end so long before the machine goes
@@ -53,10 +53,7 @@ def run_extra(
     timeout_s: float = TIMEOUT_S,
     clock: Clock = time.monotonic,
 ) -> protocol.ExtraResult:
-    """Runs ``python -m spotune.sft.extras NAME FOLDER`` to its end; kills it if ``wait`` raises.
-
-    ``fault`` returns what is wrong with the process of that id, empty for nothing.
-    """
+    """Runs an extra to its end; kills it if ``wait`` raises or ``fault`` names a fault of its process id."""
     protocol.answer_path(folder, name).unlink(missing_ok=True)
     quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
     if not sys.stderr.isatty():  # in a log, progress bars are endless lines
@@ -75,7 +72,7 @@ def run_extra(
                 return protocol.ExtraResult(False, f"not done after {timeout_s:.0f} s")
             if what := fault(process.pid):
                 return protocol.ExtraResult(False, what)
-            wait(POLL_S)
+            wait(0.1)
     finally:
         _kill(process)
     if answer := _read_answer(folder, name):
@@ -110,7 +107,7 @@ class ExtraWatch:
     def __init__(self, context: Context, clock: Clock = time.monotonic, boot: Clock = boot_time) -> None:
         self._context = context
         self._floor_s = parse_stall_after(context.run.stall_after)
-        self._stalls = Stalls(StallLimits(self._floor_s, context.patience_s))
+        self._stalls = Stalls(self._floor_s, context.patience_s)
         self._stalls.on_event({"event": "phase", "phase": "extra"})
         self._time = SeenTime(clock, boot)
         self._sampled_s: float | None = None
@@ -155,7 +152,7 @@ class Extras:
         journal: Journal,
         clock: Clock = time.monotonic,
     ) -> None:
-        self._clock = clock
+        self._clock, self._fence = clock, partial(check_fence, context.store, context.keys, context.attempt)
         self.context, self.certificate, self.notices, self.journal = context, certificate, notices, journal
         self.failures: list[str] = []
         self._has_logged_notice = False
@@ -236,9 +233,6 @@ class Extras:
 
         self._patiently(mark)
 
-    def _fence(self) -> None:
-        check_fence(self.context.store, self.context.keys, self.context.attempt)
-
     def _patiently(self, work: Callable[[], Result]) -> Result:
         """Retries while the bucket is away, for ``patience_s`` at most. Raises at once what only people can mend."""
         deadline = self._clock() + self.context.patience_s
@@ -276,11 +270,10 @@ def finish_extras(context: Context, notices: Notices, pending: tuple[str, ...]) 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        key = keys.progress
         progress = Progress(run_id=keys.run_id, attempt=context.attempt)
         with suppress(BadRecord):  # a broken heartbeat costs nothing else
-            data = context.store.read(key)
-            progress = Progress.from_bytes(data, key) if data else progress
+            data = context.store.read(keys.progress)
+            progress = Progress.from_bytes(data, keys.progress) if data else progress
         progress = replace(progress, attempt=context.attempt, at=time.time())  # its steps do not go back to 0
         certificate = Certificate.from_bytes(context.store.read(keys.completed) or b"", keys.completed)
     except SpotuneError as error:

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from spotune.core.protocol import OUTPUT
 from spotune.core.records import Certificate
 from spotune.core.store import Store
 from spotune.guard.claim import check_fence
+from spotune.guard.restore import THREADS, TRIES
 
 _MOST_HEADER = 100_000_000  # as safetensors has it
 # dtype -> bytes of an element, and the bits of its exponent. Only NaN and infinity have all of these bits set.
@@ -97,8 +99,6 @@ def has_not_finite(block: bytes, dtype: str) -> bool:
     return bool(is_nan) or beyond & ~signs != 0
 
 
-THREADS = 4
-TRIES = 2
 COPIED = ".spotune-copy.json"  # names the run and the files that spotune copied to a folder
 
 Facts = dict[str, dict[str, Any]]  # relative path -> {size: bytes, sha256: hex}
@@ -107,12 +107,9 @@ Facts = dict[str, dict[str, Any]]  # relative path -> {size: bytes, sha256: hex}
 def certify(store: Store, keys: Keys, attempt: int, step: int, folder: Path) -> Certificate:
     """Uploads ``folder/output``, reads it back, writes ``completed.json`` create-only and returns it.
 
-    May be cut off anywhere and repeated. Raises Fenced, StoreError, and SpotuneError for weights that are not finite.
+    Can be repeated. Raises Fenced, StoreError, and SpotuneError for weights that are not finite.
     """
-
-    def fence() -> None:
-        check_fence(store, keys, attempt)
-
+    fence = partial(check_fence, store, keys, attempt)
     fence()
     weights = weights_of(keys, folder / OUTPUT)
     files = send(store, folder / OUTPUT, keys.output, fence, lambda: failpoint("result-uploaded"))

@@ -26,26 +26,20 @@ Clock = Callable[[], float]  # seconds: time.time or, unless said otherwise, tim
 
 @dataclass(frozen=True)
 class Node:
-    """One node of an attempt. Only this class reads SkyPilot's names in the environment.
-
-    Attributes:
-        ranks: processes to start here: one per GPU, 1 on CPU.
-        job_id: the managed job's id, empty on a dev cluster or by hand.
-        task_name: SkyPilot's name of the task, empty by hand.
-    """
+    """One node of an attempt. Only this class reads SkyPilot's names in the environment."""
 
     node_rank: int
     num_nodes: int
     node_ips: tuple[str, ...]
-    ranks: int
+    ranks: int  # processes to start here: one per GPU, 1 on CPU
     gpus: int
     host: str
     infra: str
     region: str
     zone: str
     cluster_name: str
-    job_id: str
-    task_name: str
+    job_id: str  # the managed job's id, empty on a dev cluster or by hand
+    task_name: str  # SkyPilot's name of the task, empty by hand
     engine_job_id: str
 
     @property
@@ -97,21 +91,12 @@ def count_gpus(environ: Mapping[str, str]) -> int:
 
 
 def count_devices(visible: str) -> int:
-    """Returns the number of devices in a ``CUDA_VISIBLE_DEVICES``."""
     return len([device for device in visible.split(",") if device.strip() not in ("", "-1", "NoDevFiles")])
 
 
 @dataclass(frozen=True)
 class Context:
-    """An attempt: its place in the bucket, its run, its machine.
-
-    Attributes:
-        scratch: this run's folder on the local disk, with a folder for each attempt.
-        cache: a folder that stays: data sets, and facts of files.
-        status_file: a local file to keep current, empty for none.
-        patience_s: how long training goes on without a bucket before the attempt ends.
-        allow_config_change: whether this attempt was started with ``--allow-config-change``.
-    """
+    """An attempt: its place in the bucket, its run, its machine."""
 
     store: Store
     keys: Keys
@@ -119,11 +104,11 @@ class Context:
     record: AttemptRecord
     machine: Node
     environ: Mapping[str, str]
-    scratch: Path
-    cache: Path
-    status_file: str
-    patience_s: float
-    allow_config_change: bool = False
+    scratch: Path  # this run's folder on the local disk, with a folder for each attempt
+    cache: Path  # a folder that stays: data sets, and facts of files
+    status_file: str  # a local file to keep current, empty for none
+    patience_s: float  # how long training goes on without a bucket
+    allow_config_change: bool = False  # whether this attempt was started with ``--allow-config-change``
 
     @property
     def attempt(self) -> int:
@@ -131,7 +116,6 @@ class Context:
 
     @property
     def folder(self) -> Path:
-        """The exchange folder with the ranks."""
         return self.scratch / f"{self.record.attempt:04d}"
 
 
@@ -143,7 +127,6 @@ def log(text: str, bare: bool = False) -> None:
         return
 
 
-POLL_S = 0.2
 # A part is uploaded when it holds a twentieth of the attempt's age, within these bounds: a machine that vanishes
 # loses at most that much detail, and a day's attempt has a few thousand parts, not a hundred thousand.
 PART_S = (1.0, 15.0)
@@ -154,10 +137,7 @@ class Journal:
     """One ordered stream of an attempt's events: the worker's local log and the guard's own. Thread-safe.
 
     Uploads parts that are never rewritten, and keeps ``progress.json`` and the local status file current. A fault of
-    the store is logged once and retried with the next part. ``close`` flushes.
-
-    Args:
-        progress: what people see at first, for an attempt that does not start from nothing.
+    the store is logged once and retried with the next part. ``close`` flushes. ``progress``: what people see at first.
     """
 
     def __init__(
@@ -233,7 +213,7 @@ class Journal:
         self._beat()
 
     def _work(self) -> None:
-        while not self._stop.wait(POLL_S):
+        while not self._stop.wait(0.2):
             self.poll()
             now = time.monotonic()
             try:
@@ -326,10 +306,10 @@ class Journal:
 
 
 class GpuMeter:
-    """Writes an event every 15 s with how busy and how full this machine's GPUs are, for the cost report.
+    """Writes an event every 15 s with how busy and how full this machine's GPUs are; measures nothing without a GPU.
 
-    Does nothing on a machine without a GPU. Of several machines it measures the first, whose events are read.
-    nvidia-smi(1): ``utilization.gpu`` is the share of the last sample period, at most a second, in which a kernel ran.
+    Of several machines it measures the first, whose events are read. nvidia-smi(1): ``utilization.gpu`` is the share of
+    the last sample period, at most a second, in which a kernel ran.
     """
 
     def __init__(self, gpus: int, environ: Mapping[str, str], journal: Journal, every_s: float = 15.0) -> None:
@@ -364,10 +344,7 @@ class GpuMeter:
 
 
 def read_sample(listing: str) -> dict[str, float] | None:
-    """Returns all GPUs of an answer as one: the mean busy share, and GiB used and in all of the fullest.
-
-    None if nvidia-smi does not know, as for a slice of a GPU (``[N/A]``).
-    """
+    """Returns all GPUs of an answer as one: mean busy share, the fullest's GiB used and in all; None for ``[N/A]``."""
     try:
         rows = [[float(cell) for cell in line.split(",")] for line in listing.splitlines()]
     except ValueError:

@@ -4,7 +4,7 @@ import queue
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import FrameType
 from typing import Literal
 
@@ -103,10 +103,7 @@ class Notices:
 
 
 def prior_s(infra: str, source: str, user_s: float | None = None) -> float:
-    """Returns the seconds from a notice that names no time to the kill (sources: docs/checkpoints.md).
-
-    ``user_s`` (``SPOTUNE_GRACE_S``) overrides all but Ctrl-C, after which nobody kills but a person waits.
-    """
+    """Returns the seconds from a notice to the kill. ``user_s`` (``SPOTUNE_GRACE_S``) overrides all but Ctrl-C."""
     if is_person(source):
         return 300.0
     return user_s if user_s is not None else 25.0 if infra == "slurm" else 30.0
@@ -120,41 +117,28 @@ def is_person(source: str) -> bool:
 STAY_S = 60.0  # beyond the deadline: a machine that still runs then was not taken after all
 
 
-@dataclass(frozen=True)
-class Departure:
-    """Exit 75 at once, or ``stay`` until killed; ``why`` is for the log."""
-
-    stay: bool
-    why: str
-
-
-def departure(infra: str, source: str, managed: bool, left_s: float) -> Departure:
-    """Decides how to leave ``infra`` after a notice of ``source`` (measurements and sources: docs/checkpoints.md).
+def departure(infra: str, source: str, managed: bool, left_s: float) -> tuple[bool, str]:
+    """Decides how to leave ``infra`` after a notice of ``source``: whether to stay until killed, and why.
 
     SkyPilot recovers a job that failed with 75 on a machine that is still there, and a job whose machine is gone. In
     between it cannot read the exit code, and the job ends FAILED for good: a job that stays until its machine is gone
-    is never seen there. A job that leaves at once stops paying, and its next machine is sought earlier.
-
-    Args:
-        managed: whether the engine recovers this job; false on a dev cluster and by hand.
-        left_s: seconds until the machine goes, after everything else is done.
+    is never seen there. A job that leaves at once stops paying, and its next machine is sought earlier. Measurements
+    and sources: docs/checkpoints.md. ``managed``: the engine recovers this job, not so on a dev cluster and by hand.
     """
     if is_person(source):
-        return Departure(False, "asked to at the keyboard")
+        return False, "asked to at the keyboard"
     if not managed:
-        return Departure(False, "nobody waits for this machine to go")
+        return False, "nobody waits for this machine to go"
     if infra in ("slurm", "kubernetes", "gcp", "azure"):
-        return Departure(True, f"{infra}: an exit before the machine is gone may end the job for good")
+        return True, f"{infra}: an exit before the machine is gone may end the job for good"
     # SkyPilot polls every 15 s and again 5 s after a failure; time for two polls, so that one may fail.
     if infra == "aws" and left_s < 35.0:
-        return Departure(True, f"aws: {left_s:.0f} s are too short for the exit to be seen before the machine goes")
-    return Departure(False, "the next machine is sought at once")
+        return True, f"aws: {left_s:.0f} s are too short for the exit to be seen before the machine goes"
+    return False, "the next machine is sought at once"
 
 
 def stay_until_killed(
-    deadline: float,
-    clock: Callable[[], float] = time.time,
-    sleep: Callable[[float], None] = time.sleep,
+    deadline: float, clock: Callable[[], float] = time.time, sleep: Callable[[float], None] = time.sleep
 ) -> None:
     """Ignores signals and sleeps until ``STAY_S`` after the deadline. From the main thread only."""
     for number in SIGNALS:
@@ -162,61 +146,43 @@ def stay_until_killed(
     sleep(max(deadline - clock(), 0.0) + STAY_S)
 
 
-Action = Literal["save", "finish", "leave"]
+Action = Literal["save", "finish", "leave"]  # a new checkpoint, the running upload, with the last commit
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """What is known when the notice has come.
+    """What is known when the notice has come; None: not measured yet."""
 
-    Attributes:
-        left_s: seconds until the machine goes.
-        new_steps: steps done since the newest checkpoint that is committed or on its way.
-        step_s: a step's duration: at worst the wait for its end; None: not measured yet.
-        write_s: from training's stop to a complete checkpoint on the local disk; None: none was written yet.
-        upload_s: from there to its commit; None: none was committed yet.
-        uploading: whether an upload is under way; it ends before another begins.
-        upload_left_s: seconds left of that upload; None: unknown.
-    """
-
-    left_s: float
-    new_steps: int
-    step_s: float | None = None
-    write_s: float | None = None
-    upload_s: float | None = None
-    uploading: bool = False
-    upload_left_s: float | None = None
+    left_s: float  # until the machine goes
+    new_steps: int  # done since the newest checkpoint that is committed or on its way
+    step_s: float | None = None  # a step's duration: at worst the wait for its end
+    write_s: float | None = None  # from training's stop to a complete checkpoint on the local disk
+    upload_s: float | None = None  # from there to its commit
+    uploading: bool = False  # an upload is under way; it ends before another begins
+    upload_left_s: float | None = None  # seconds left of that upload
 
 
-@dataclass(frozen=True)
-class LastSave:
-    """``save`` a new checkpoint, let the running upload ``finish``, or ``leave`` with the last commit; and why."""
-
-    action: Action
-    reason: str
-
-
-def fits(outlook: Outlook) -> LastSave:
-    """Decides what to do in the time left: whether one more checkpoint or the running upload fits."""
+def fits(outlook: Outlook) -> tuple[Action, str]:
+    """Decides what to do in the time left, and why: whether one more checkpoint or the running upload fits."""
     running_s: float | None = 0.0  # at worst all that the last upload took
     if outlook.uploading:
         running_s = outlook.upload_s if outlook.upload_left_s is None else outlook.upload_left_s
-    new = _new_checkpoint(outlook, running_s or 0.0)
-    if new.action == "save" or not outlook.uploading:
-        return new
+    action, why_new = _new_checkpoint(outlook, running_s or 0.0)
+    if action == "save" or not outlook.uploading:
+        return action, why_new
     left_s = outlook.left_s
     if running_s is None:
-        running = _unmeasured(left_s, "finish", "the running upload")
+        action, why = _unmeasured(left_s, "finish", "the running upload")
     elif running_s <= left_s:  # no margin: it is under way, and to wait for it costs seconds
-        running = LastSave("finish", f"the running upload ends in {running_s:.1f} of {left_s:.0f} s")
+        action, why = "finish", f"the running upload ends in {running_s:.1f} of {left_s:.0f} s"
     else:
-        running = LastSave("leave", f"the running upload needs {running_s:.1f} s, there are {left_s:.0f} s")
-    return replace(running, reason=f"{running.reason}; {new.reason}")
+        action, why = "leave", f"the running upload needs {running_s:.1f} s, there are {left_s:.0f} s"
+    return action, f"{why}; {why_new}"
 
 
-def _new_checkpoint(outlook: Outlook, running_s: float) -> LastSave:
+def _new_checkpoint(outlook: Outlook, running_s: float) -> tuple[Action, str]:
     if outlook.new_steps <= 0:
-        return LastSave("leave", "there is nothing new to save")
+        return "leave", "there is nothing new to save"
     step_s, write_s, upload_s = outlook.step_s, outlook.write_s, outlook.upload_s
     if step_s is None or write_s is None or upload_s is None:
         # Tried even behind a running upload: that one goes first, so nothing is lost.
@@ -228,11 +194,11 @@ def _new_checkpoint(outlook: Outlook, running_s: float) -> LastSave:
     # Saves differ, and disk and network are shared: a fifth more, and a second for what is not measured (the fence,
     # the commit object). Not more: a save that does not fit harms nothing.
     if (step_s + write_s + wait_s + upload_s) * 1.2 + 1.0 > outlook.left_s:
-        return LastSave("leave", f"a new checkpoint does not fit in {outlook.left_s:.0f} s: {parts}")
-    return LastSave("save", f"a new checkpoint fits in {outlook.left_s:.0f} s: {parts}")
+        return "leave", f"a new checkpoint does not fit in {outlook.left_s:.0f} s: {parts}"
+    return "save", f"a new checkpoint fits in {outlook.left_s:.0f} s: {parts}"
 
 
-def _unmeasured(left_s: float, action: Action, what: str) -> LastSave:
+def _unmeasured(left_s: float, action: Action, what: str) -> tuple[Action, str]:
     if left_s >= 10.0:  # worth the try
-        return LastSave(action, f"{what} is tried: nothing is measured yet, {left_s:.0f} s are left")
-    return LastSave("leave", f"{what} is not tried: nothing is measured yet, only {left_s:.0f} s are left")
+        return action, f"{what} is tried: nothing is measured yet, {left_s:.0f} s are left"
+    return "leave", f"{what} is not tried: nothing is measured yet, only {left_s:.0f} s are left"

@@ -37,7 +37,6 @@ from spotune.guard.notice_sources import NoticeWatcher, sources_for
 from spotune.guard.ranks import Ranks, collect_stacks, upload_stacks, work_of
 from spotune.guard.restore import BadCheckpoint, download_checkpoint
 
-POLL_S = 0.1
 END_S = 900.0  # the leader uploads and certifies the result after the ranks have ended
 UNBOUND = "--cpu-bind=none"
 USAGE = "python -m spotune.sft CONFIG [--profile P] [--set key=value]... [--allow-config-change]"
@@ -80,7 +79,7 @@ class Follower:
             line.send(stacks=list(ranks.pids))
 
         while True:
-            message = line.next(POLL_S)
+            message = line.next(0.1)
             if message is None and line.gone and line.inbox.empty():
                 log("the leader is gone")
                 return errors.PREEMPTED
@@ -120,10 +119,7 @@ class Follower:
         drop_older(folder / protocol.TRAINER, whole)
 
     def _fetch(self, message: dict[str, Any], folder: Path) -> dict[str, Any]:
-        """Downloads the leader's commits and returns what this node's ranks are to restore.
-
-        The ranks get it once the leader's rank could load the checkpoint. A fault ends them, and so the attempt.
-        """
+        """Downloads the leader's commits; returns what this node's ranks restore, or the error that ends them."""
         found: dict[str, Any] = {"checkpoint": None, "best_checkpoint": None, "error": None, "versions": {}}
         found |= {"tokens": message["tokens"], "global_batch": 0}
         found["other_versions_allowed"] = message.get("other_versions_allowed", False)
@@ -258,9 +254,9 @@ def run_attempt(request: claim.RunRequest, notices: Notices, environ: Mapping[st
     with NoticeWatcher(sources_for(machine.infra, environ), notices):
         code = work(request, env, machine, notices, environ)
         if code == errors.PREEMPTED and (notice := notices.notice):
-            leaving = departure(machine.infra, notice.source, bool(machine.job_id), notices.left_s)
-            log(f"{'staying until killed' if leaving.stay else 'leaving'}: {leaving.why}")
-            if leaving.stay:
+            stays, why = departure(machine.infra, notice.source, bool(machine.job_id), notices.left_s)
+            log(f"{'staying until killed' if stays else 'leaving'}: {why}")
+            if stays:
                 stay_until_killed(notice.deadline)
         return code
 
@@ -277,10 +273,8 @@ def read_verdict(
     while True:
         try:
             return claim.standing_verdict(store, keys)
-        except BadRecord:
-            raise
-        except StoreError:
-            if clock() >= until:
+        except StoreError as error:
+            if isinstance(error, BadRecord) or clock() >= until:
                 raise
             sleep(1.0)  # a store on a disk fails at once
 

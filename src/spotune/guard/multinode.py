@@ -61,7 +61,6 @@ class Handshake:
 
     def __init__(self, listener: socket.socket, token: str, followers: int) -> None:
         self._listener, self._token, self._followers = listener, token, followers
-        self._visitors: dict[int, _Visitor] = {}
         self._selector = selectors.DefaultSelector()
         listener.setblocking(False)
         self._selector.register(listener, selectors.EVENT_READ)
@@ -72,29 +71,32 @@ class Handshake:
         for key, _ in self._selector.select(seconds):
             if key.fileobj is self._listener:
                 self._accept()
-            elif found := self._read(self._visitors[key.fd]):
+            elif found := self._read(key.data):
                 arrived.append(found)
-        for visitor in [one for one in self._visitors.values() if time.monotonic() > one.deadline]:
-            self._drop(visitor)
+        for visitor in self._visitors():
+            if time.monotonic() > visitor.deadline:
+                self._drop(visitor)
         return arrived
 
     def close(self) -> None:
         """Closes all connections that have not said hello. Leaves the listener open."""
-        for visitor in list(self._visitors.values()):
+        for visitor in self._visitors():
             self._drop(visitor)
         self._selector.close()
+
+    def _visitors(self) -> list[_Visitor]:
+        return [key.data for key in self._selector.get_map().values() if key.fileobj is not self._listener]
 
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
         except OSError:  # the visitor is gone, or no file is left to open
             return
-        if len(self._visitors) >= MOST_WAITING:  # a follower comes again
+        if len(self._visitors()) >= MOST_WAITING:  # a follower comes again
             connection.close()
             return
         connection.setblocking(False)
-        self._visitors[connection.fileno()] = _Visitor(connection, time.monotonic() + HELLO_S)
-        self._selector.register(connection, selectors.EVENT_READ)
+        self._selector.register(connection, selectors.EVENT_READ, _Visitor(connection, time.monotonic() + HELLO_S))
 
     def _read(self, visitor: _Visitor) -> tuple[int, socket.socket] | None:
         """Reads what has arrived; returns the follower once its line is whole. Closes any other connection."""
@@ -111,18 +113,14 @@ class Handshake:
         with suppress(ValueError, RecursionError):  # a follower sends no more than a line until it is welcomed
             hello = build(Hello, json.loads(visitor.received) if is_whole else None)
             if hello.token == self._token and hello.hello <= self._followers:
-                self._forget(visitor)
+                self._selector.unregister(visitor.connection)
                 visitor.connection.setblocking(True)
                 return hello.hello, visitor.connection
         self._drop(visitor)
         return None
 
-    def _forget(self, visitor: _Visitor) -> None:
-        self._selector.unregister(visitor.connection)
-        del self._visitors[visitor.connection.fileno()]
-
     def _drop(self, visitor: _Visitor) -> None:
-        self._forget(visitor)
+        self._selector.unregister(visitor.connection)
         with suppress(OSError):
             visitor.connection.close()
 
@@ -176,10 +174,7 @@ def job_token(run_id: str, environ: Mapping[str, str]) -> str:
 
 
 class Line:
-    """One connection: a sender, and a queue of received messages, None once the connection is gone.
-
-    ``kind``: the other side's messages, ``FromFollower`` or ``FromLeader``.
-    """
+    """One connection: a sender, and a queue of the other side's messages (``kind``), None once the connection ends."""
 
     def __init__(self, connection: socket.socket, kind: type) -> None:
         self._socket, self._kind = connection, kind
@@ -339,10 +334,7 @@ class Leader:
 
 
 def join(run_id: str, machine: Node, token: str) -> tuple[Line, WorkerJob, Welcome]:
-    """Returns a follower's connection, its job and the leader's welcome. Raises StoreError if no leader comes in time.
-
-    Whoever answers anything else is not the leader: connects again.
-    """
+    """Returns a follower's connection, its job and the leader's welcome. Raises StoreError if no leader comes."""
     deadline = time.monotonic() + GATHER_S
     while time.monotonic() < deadline:
         try:

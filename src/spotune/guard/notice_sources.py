@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 from spotune.core import environment
@@ -41,16 +41,6 @@ class Warned:
     grace_s: float | None
 
 
-class NoticeSource(Protocol):
-    """One service that knows whether this machine will be taken."""
-
-    name: str  # of the notice, for the log
-    every_s: float
-
-    def probe(self, now: float) -> Warned | None:
-        """Asks once; ``now`` in epoch seconds. Raises NoAnswer for an answer that cannot be understood."""
-
-
 def read_object(body: str) -> dict[str, Any]:
     """Returns the JSON object in an answer; raises NoAnswer for anything else."""
     try:
@@ -71,23 +61,14 @@ def seconds_until(text: Any, now: float) -> float | None:
     return None
 
 
-@dataclass(frozen=True)
-class HttpAnswer:
-    status: int
-    body: str
-
-
 def ask(
     url: str,
     headers: Mapping[str, str],
     method: str = "GET",
     timeout_s: float = TIMEOUT_S,
     tls: ssl.SSLContext | None = None,
-) -> HttpAnswer:
-    """Returns the service's answer, whatever its status; raises NoAnswer if there is none. Follows no redirect.
-
-    ``http.client`` uses no proxy: a notice must not depend on HTTP_PROXY, nor a token go through it.
-    """
+) -> tuple[int, str]:
+    """Returns the answer's status and body; raises NoAnswer if there is none. Uses no proxy, which might fail."""
     parts = urlsplit(url)
     try:
         connection = HTTPConnection(parts.hostname or "", parts.port, timeout=timeout_s)
@@ -98,7 +79,7 @@ def ask(
     try:
         connection.request(method, f"{parts.path}?{parts.query}" if parts.query else parts.path, headers=dict(headers))
         response = connection.getresponse()
-        return HttpAnswer(response.status, response.read(MOST_BYTES).decode())
+        return response.status, response.read(MOST_BYTES).decode()
     except (OSError, HTTPException, ValueError) as error:
         raise NoAnswer(f"{parts.netloc} does not answer: {str(error) or type(error).__name__}") from error
     finally:
@@ -107,10 +88,10 @@ def ask(
 
 def ask_body(url: str, headers: Mapping[str, str], tls: ssl.SSLContext | None = None) -> str:
     """As ``ask``; returns the body, and raises NoAnswer for any status but 200."""
-    answer = ask(url, headers, tls=tls)
-    if answer.status != 200:
-        raise NoAnswer(f"status {answer.status}")
-    return answer.body
+    status, body = ask(url, headers, tls=tls)
+    if status != 200:
+        raise NoAnswer(f"status {status}")
+    return body
 
 
 class SpotAction:
@@ -129,28 +110,25 @@ class SpotAction:
         self._token, self._token_until = "", 0.0
 
     def probe(self, now: float) -> Warned | None:
-        answer = self._ask()
-        if answer.status == 401:
+        status, body = self._ask()
+        if status == 401:
             self._token = ""
-            answer = self._ask()
-        if answer.status == 404:
+            status, body = self._ask()
+        if status == 404:
             return None
-        if answer.status != 200:
-            raise NoAnswer(f"status {answer.status}")
-        return read_action(answer.body, now)
+        if status != 200:
+            raise NoAnswer(f"status {status}")
+        return read_action(body, now)
 
-    def _ask(self) -> HttpAnswer:
+    def _ask(self) -> tuple[int, str]:
         if not self._token or self._clock() >= self._token_until:
-            self._renew_token()
+            ttl = {"X-aws-ec2-metadata-token-ttl-seconds": str(TOKEN_TTL_S)}
+            status, body = ask(f"{self._endpoint}/latest/api/token", ttl, method="PUT")
+            if status != 200 or not body.isprintable():
+                raise NoAnswer(f"no session token: status {status}")
+            self._token, self._token_until = body.strip(), self._clock() + TOKEN_TTL_S * 0.9
         url = f"{self._endpoint}/latest/meta-data/spot/instance-action"
         return ask(url, {"X-aws-ec2-metadata-token": self._token})
-
-    def _renew_token(self) -> None:
-        ttl = {"X-aws-ec2-metadata-token-ttl-seconds": str(TOKEN_TTL_S)}
-        answer = ask(f"{self._endpoint}/latest/api/token", ttl, method="PUT")
-        if answer.status != 200 or not answer.body.isprintable():
-            raise NoAnswer(f"no session token: status {answer.status}")
-        self._token, self._token_until = answer.body.strip(), self._clock() + TOKEN_TTL_S * 0.9
 
 
 def read_action(body: str, now: float) -> Warned:
@@ -293,6 +271,10 @@ def read_deletion(body: str, now: float) -> Warned | None:
     return Warned(seconds_until(deletion, now)) if deletion else None
 
 
+# Each has ``name`` and ``every_s``. ``probe`` asks once; it raises NoAnswer for an answer that it cannot understand.
+NoticeSource = SpotAction | ScheduledEvents | Preempted | PodDeletion
+
+
 def sources_for(infra: str, environ: Mapping[str, str], dmi: Path = DMI) -> list[NoticeSource]:
     """Returns the services that can warn this machine, from names and files alone; asks nothing.
 
@@ -330,10 +312,7 @@ def cloud_of(dmi: Path = DMI) -> str:
 
 
 class NoticeWatcher:
-    """Asks all sources in one thread, as a context manager; without sources starts no thread.
-
-    Logs a failing service once, and asks it ever more slowly.
-    """
+    """Asks all sources in one thread, if there are any. Logs a failing one once, and asks it ever more slowly."""
 
     def __init__(self, sources: Sequence[NoticeSource], notices: Notices, clock: Clock = time.time) -> None:
         self._notices, self._clock = notices, clock

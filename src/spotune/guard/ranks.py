@@ -26,7 +26,6 @@ from spotune.guard.journal import Clock, Node, log
 from spotune.guard.stalls import Work
 
 PROC = Path("/proc")
-_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 PEER_GRACE_S = 20.0  # after one rank failed, the others may hang in a collective: so long they may end by themselves
 DIE_S = 30.0  # a process that waits for a disk or a device outlives SIGKILL: how long to wait for it
 MOST_BYTES = 1 << 20  # of one rank's stacks
@@ -54,19 +53,17 @@ def read_stat(folder: Path) -> ProcessStat | None:
     if not separator or len(fields) < 15:
         return None
     pid, _, name = head.partition(" (")
-    return ProcessStat(int(pid), name, fields[0], int(fields[2]), sum(map(int, fields[11:15])) / _TICKS_PER_S)
+    return ProcessStat(
+        int(pid), name, fields[0], int(fields[2]), sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    )
 
 
 def processes_in(groups: Collection[int], proc: Path = PROC) -> list[ProcessStat]:
-    """Returns the live processes of some process groups."""
     return [stat for folder in _numbered(proc) if (stat := read_stat(folder)) and stat.group in groups]
 
 
 def work_of(groups: Collection[int], proc: Path = PROC) -> Work | None:
-    """Returns the work of process groups so far, None if there is no /proc.
-
-    ``stopped`` is about the groups' leaders, which are the ranks. Reads no file that waits for a hung process's memory.
-    """
+    """Returns the work of process groups so far, None without /proc; ``stopped``: of a group's leader, a rank."""
     if not (proc / "self" / "stat").exists():
         return None
     found = processes_in(groups, proc)
@@ -78,7 +75,6 @@ def work_of(groups: Collection[int], proc: Path = PROC) -> Work | None:
 
 
 def own_work(proc: Path = PROC) -> Work:
-    """Returns the work of this process so far."""
     times = os.times()
     return Work(times.user + times.system, moved_bytes(os.getpid(), proc))
 
@@ -108,11 +104,7 @@ def _numbered(folder: Path) -> list[Path]:
 
 
 def worker_command(environ: Mapping[str, str], module: str, *arguments: str) -> list[str]:
-    """Returns the command that runs ``module`` with the guard's own Python: a rank, an extra, wandb's rebuild.
-
-    ``SPOTUNE_WORKER`` names a program in its place, whose first argument is the module's name: a test's worker without
-    torch.
-    """
+    """Returns the command that runs ``module`` with the guard's Python, or a test's program (SPOTUNE_WORKER)."""
     program = shlex.split(environ.get(WORKER, "")) or ["-m"]
     # -P: a `datasets/` in the user's folder must not shadow the library.
     return [sys.executable, "-P", *program, module, *arguments]
@@ -191,7 +183,6 @@ def worst(outcomes: list[Outcome]) -> Outcome:
 
 def rank_environ(machine: Node, local_rank: int, master_port: int) -> dict[str, str]:
     """Returns what a rank needs in its environment, with ``torchrun``'s and ``accelerate``'s names."""
-    rank = machine.node_rank * machine.ranks + local_rank
     found = {
         "PYTHONUNBUFFERED": "1",
         environment.GUARD_PID: str(os.getpid()),
@@ -201,7 +192,7 @@ def rank_environ(machine: Node, local_rank: int, master_port: int) -> dict[str, 
     if machine.world_size > 1:
         threads = str(max(1, (os.cpu_count() or 1) // machine.ranks))
         found |= {
-            "RANK": str(rank),
+            "RANK": str(machine.node_rank * machine.ranks + local_rank),
             "LOCAL_RANK": str(local_rank),
             "WORLD_SIZE": str(machine.world_size),
             "LOCAL_WORLD_SIZE": str(machine.ranks),
@@ -213,18 +204,13 @@ def rank_environ(machine: Node, local_rank: int, master_port: int) -> dict[str, 
 
 
 def free_port() -> int:
-    """Returns a TCP port that nobody listens on now."""
     with socket.socket() as listener:
         listener.bind(("", 0))
-        port: int = listener.getsockname()[1]
-        return port
+        return int(listener.getsockname()[1])
 
 
 def collect_stacks(folder: Path, pids: Mapping[int, int], timeout_s: float = TIMEOUT_S) -> list[Path]:
-    """Writes ``stacks-<rank>.txt`` for ranks (rank -> process id) before the guard kills them; returns the files.
-
-    Only those that are there in time: a file system or a process that hangs delays a thread, not the caller.
-    """
+    """Writes ``stacks-<rank>.txt`` for ranks (rank -> process id); returns the files that are there in time."""
 
     def collect() -> None:
         for rank, pid in pids.items():
@@ -264,12 +250,7 @@ def append_own_stacks(folder: Path, rank: int) -> Path:
 
 
 def describe_rank(folder: Path, rank: int, pid: int) -> str:
-    """Returns the text of one rank's file.
-
-    Has ``py-spy dump --nonblocking`` if py-spy is installed, which reads a process's memory without stopping it; the
-    Python stacks that a running rank writes after a signal (sft/worker.py); each thread's line, and what it waits for
-    in the kernel.
-    """
+    """Returns the text of one rank's file: py-spy's dump, the rank's own Python stacks, and its threads' waits."""
     stat = read_stat(PROC / str(pid))
     if stat is None:
         known = PROC.joinpath("self", "stat").exists()

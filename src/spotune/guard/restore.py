@@ -29,20 +29,15 @@ class BadCheckpoint(Exception):
 
 @dataclass
 class Restored:
-    """The restored commit and the rejected ones.
+    """The restored commit and the rejected ones."""
 
-    Attributes:
-        commit: None for a fresh start.
-        rejected: a line for each commit that did not verify; ``bad``: their keys.
-    """
-
-    commit: Commit | None = None
+    commit: Commit | None = None  # None for a fresh start
     key: str = ""
     checkpoint: Path | None = None
     best: Path | None = None
     best_key: str = ""
-    rejected: list[str] = field(default_factory=list)
-    bad: list[str] = field(default_factory=list)
+    rejected: list[str] = field(default_factory=list)  # a line for each commit that did not verify
+    bad: list[str] = field(default_factory=list)  # their keys
 
 
 def list_commits(store: Store, keys: Keys) -> list[tuple[tuple[int, int], str]]:
@@ -51,10 +46,7 @@ def list_commits(store: Store, keys: Keys) -> list[tuple[tuple[int, int], str]]:
 
 
 def newest_commit(store: Store, keys: Keys) -> Commit | None:
-    """Returns the newest readable commit whose files exist; does not read them.
-
-    Ranks start by this commit before it is restored: it must not be one that never was.
-    """
+    """Returns the newest readable commit whose files exist, unread: ranks start by it before it is restored."""
     for _, key in list_commits(store, keys):
         with suppress(BadCheckpoint, Misplaced):
             if commit := _read(store, key):
@@ -168,10 +160,7 @@ def download_checkpoint(store: Store, keys: Keys, commit: Commit, folder: Path) 
 
 
 def _restore_best(store: Store, keys: Keys, newest: Commit, folder: Path) -> tuple[Path | None, str]:
-    """Downloads the best checkpoint that a commit names, if that is another one; returns its folder and key.
-
-    Raises BadCheckpoint if none verifies: the run would silently end with another model.
-    """
+    """Downloads a commit's best checkpoint, if another one: folder, key. Raises BadCheckpoint if none verifies."""
     if newest.best_step is None or newest.best_step == newest.step:
         return None, ""
     reason = "is not there"
@@ -190,10 +179,7 @@ FAULTS = ("failed", "stalled")  # the end reasons after which another machine ma
 
 
 def is_second_fault(store: Store, keys: Keys, attempt: int) -> bool:
-    """Returns whether this attempt and the one before it failed or stalled, unpreempted, and committed nothing new.
-
-    Two faults in a row are not worth a third machine.
-    """
+    """Returns whether this attempt and the one before it failed or stalled, unpreempted, and committed nothing new."""
     if any(number >= attempt - 1 for (number, _), _ in list_commits(store, keys)):
         return False
     end = last_event(store, keys, attempt - 1)

@@ -25,7 +25,6 @@ from spotune.guard.multinode import Leader
 from spotune.guard.restore import Restored, missing_files, newest_commit, restore
 
 PAUSES_S = (1.0, 4.0, 15.0)
-POLL_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -69,11 +68,9 @@ class RestoreThread:
                 commit = found.commit
                 is_allowed = bool(commit and allows_other_versions(commit, history))
                 ready = Ready(found, time.monotonic() - began, self._context.allow_config_change or is_allowed)
-                facts = {
-                    "tokens": commit.tokens if commit else 0,
-                    "other_versions_allowed": ready.other_versions_allowed,
-                }
-                self._leader.broadcast(fetch=found.key or None, best=found.best_key or None, **facts)
+                best, tokens = found.best_key or None, commit.tokens if commit else 0
+                facts = {"tokens": tokens, "other_versions_allowed": ready.other_versions_allowed}
+                self._leader.broadcast(fetch=found.key or None, best=best, **facts)
                 fault = self._ask_rank(found, len(unusable))
                 if fault is None:
                     return
@@ -90,10 +87,7 @@ class RestoreThread:
         self._stop.set()
 
     def _ask_rank(self, found: Restored, number: int) -> str | None:
-        """Asks rank 0 whether it can load a checkpoint: the guard has no torch.
-
-        Returns why it cannot; empty if it can or there is nothing to load; None if the ranks have ended.
-        """
+        """Returns why rank 0 cannot load a checkpoint; empty if it can or need not; None if the ranks have ended."""
         if found.checkpoint is None:
             return ""
         folder = self._context.folder
@@ -103,7 +97,7 @@ class RestoreThread:
             verdict = protocol.read_json(folder / protocol.VERDICT)
             if verdict and verdict["number"] == number:
                 return str(verdict["fault"])
-            self._stop.wait(POLL_S)
+            self._stop.wait(0.02)
         return None
 
     def _fetch(self, unusable: Mapping[str, str]) -> tuple[Restored, list[RunRecord]]:
@@ -132,10 +126,8 @@ class RestoreThread:
         if commit:
             log(f"resumed from the checkpoint of step {commit.step}, attempt {commit.attempt}")
         self._leader.broadcast(resume=True)
-        step, restore_s = commit.step if commit else 0, round(ready.restore_s, 3)
-        self._journal.write(
-            "restored", step=step, commit=found.key or None, rejected=found.rejected, restore_s=restore_s
-        )
+        facts = {"step": commit.step if commit else 0, "restore_s": round(ready.restore_s, 3)}
+        self._journal.write("restored", commit=found.key or None, rejected=found.rejected, **facts)
         given: dict[str, Any] = {
             "checkpoint": found.checkpoint and str(found.checkpoint),
             "best_checkpoint": found.best and str(found.best),
@@ -167,10 +159,7 @@ def recover_local_checkpoint(context: Context) -> None:
 
 
 def find_stranded(context: Context, newest: Commit | None) -> Staged | None:
-    """Returns the furthest sealed checkpoint of this config beyond the newest commit, None if there is none.
-
-    Only one that still matches its seal, and only if this machine holds all of it. Nothing else here is trusted.
-    """
+    """Returns the furthest whole, sealed checkpoint of this config beyond the newest commit, None if there is none."""
     done = newest.step if newest else 0
     found = [staged for folder in context.scratch.glob("[0-9]*") for staged in sealed(folder)]
     for staged in sorted(found, key=lambda staged: -staged.step):

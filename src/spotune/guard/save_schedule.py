@@ -22,10 +22,9 @@ NOTEWORTHY = 1.5  # an interval that has changed by this factor is logged again
 
 
 class SaveCost:
-    """Measures from an attempt's events what a save costs training; ``record`` is empty before the first commit.
+    """Measures what a save costs training: it stands still for the snapshot, and its steps are slower until the commit.
 
-    Training stands still for the snapshot, and its steps are slower until the commit: slower than the median of the
-    steps during which nothing was saved. ``known``: the record of earlier attempts.
+    Slower than the median of steps during which nothing was saved. ``known``: the record of earlier attempts.
     """
 
     def __init__(self, known: dict[str, float] | None = None) -> None:
@@ -40,7 +39,6 @@ class SaveCost:
         self._bytes = 0.0
 
     def on_event(self, event: dict[str, Any]) -> None:
-        """Takes one event; call it in order of time."""
         match event["event"]:
             case "step":
                 if self._last_step_at is not None:
@@ -104,23 +102,15 @@ STEADY = Prior(0.06, 5.0)  # on demand: a hundredth of that hazard
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything that the interval depends on; seconds.
+    """Everything that the interval depends on; seconds."""
 
-    Attributes:
-        stall_s, slowdown_s: a save's cost to training: standing still, and slower steps; None: not measured yet.
-        upload_s: from the snapshot to the commit.
-        restore_s: the duration of the last restore.
-        age_s: since this machine began to work for the run.
-        spells_s: how long the run's preempted machines lasted.
-    """
-
-    restore_s: float
-    age_s: float
-    spells_s: tuple[float, ...] = ()
+    restore_s: float  # the last restore
+    age_s: float  # since this machine began to work for the run
+    spells_s: tuple[float, ...] = ()  # how long the run's preempted machines lasted
     prior: Prior = SPOT
-    stall_s: float | None = None
-    slowdown_s: float | None = None
-    upload_s: float = 0.0
+    stall_s: float | None = None  # training stands still for a save; None: not measured yet
+    slowdown_s: float | None = None  # slower steps until the commit
+    upload_s: float = 0.0  # from the snapshot to the commit
 
     @property
     def cost_s(self) -> float:
@@ -155,7 +145,6 @@ def expected_waste(inputs: Inputs) -> float:
 
 
 def explain(inputs: Inputs) -> str:
-    """Returns a line for the log: the interval and its inputs."""
     if inputs.stall_s is None:
         cost = f"what a save costs is not measured yet, {FIRST_COST_S:g} s assumed"
     else:
@@ -198,10 +187,7 @@ class ControlFile:
 
 
 class SaveScheduler:
-    """Asks for a save whenever the interval has passed since the last one.
-
-    ``inputs``: as known when training begins; ``save_cost`` adds what is measured.
-    """
+    """Asks for a save whenever the interval has passed since the last one; ``inputs``: at the start of training."""
 
     def __init__(
         self, inputs: Inputs, save_cost: SaveCost, control: ControlFile, journal: Journal, clock: Clock = time.time
@@ -214,7 +200,6 @@ class SaveScheduler:
         self._logged_s = 0.0
 
     def on_event(self, event: dict[str, Any]) -> None:
-        """Notes that a save was made, or failed."""
         if event["event"] in ("save", "unsaved"):
             self._saved_at, self._asked = event["t"], False
 

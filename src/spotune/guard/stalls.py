@@ -15,10 +15,9 @@ from typing import Any
 
 from spotune.core.store import Call
 from spotune.guard.journal import Clock
+from spotune.guard.save_schedule import FEWEST, RECENT
 
 TIMES = 6.0  # how many times the median a step may take
-RECENT = 50  # steps in the median
-FEWEST = 3  # steps before there is a median
 LONGEST_TICK_S = 5.0  # in a longer one the guard itself did not run
 CPU_SHARE = 0.05  # of one core: less is a trickle
 BYTES_PER_S = 256e3  # less is a trickle: logs, heartbeats, this watchdog's own reading of /proc
@@ -32,10 +31,7 @@ def boot_time() -> float:
 
 
 class SeenTime:
-    """Counts in ``seen_s`` the seconds in which the guard ran and could see its ranks.
-
-    Not those in which the guard was stopped or the machine was suspended.
-    """
+    """Counts in ``seen_s`` the seconds in which the guard ran: neither it nor the machine was suspended."""
 
     def __init__(self, clock: Clock = time.monotonic, boot: Clock = boot_time) -> None:
         self._clock, self._boot = clock, boot
@@ -65,78 +61,44 @@ class Work:
 
 @dataclass(frozen=True)
 class Sample:
-    """What the guard sees in one probe.
+    """What the guard sees in one probe."""
 
-    Attributes:
-        ranks: the work of all ranks and their children, on all machines; None if unknown.
-        guard: the guard's own work.
-        uploading: the step whose upload is under way; None for none, and while the bucket is known to be away.
-        sent_bytes: bytes of files that the guard has moved to and from the bucket so far.
-        calls: the guard's calls to the bucket that have not returned, by number.
-    """
-
-    ranks: Work | None
+    ranks: Work | None  # of all ranks and their children, on all machines; None if unknown
     guard: Work
-    uploading: int | None = None
-    sent_bytes: int = 0
-    calls: Mapping[int, Call] = field(default_factory=dict)
+    uploading: int | None = None  # the step whose upload is under way, None while the bucket is known to be away
+    sent_bytes: int = 0  # of files moved to and from the bucket so far
+    calls: Mapping[int, Call] = field(default_factory=dict)  # to the bucket that have not returned, by number
 
 
 @dataclass(frozen=True)
 class Stall:
-    """Nothing has happened for longer than the limit.
+    """Nothing has happened for longer than the limit."""
 
-    Attributes:
-        phase: ``upload``, or the events' name.
-        silent_s: seen seconds since the last sign of life.
-        since: its time, epoch seconds.
-        call: the call to the bucket that does not return; empty for other stalls.
-    """
-
-    phase: str
-    silent_s: float
+    phase: str  # ``upload``, or the events' name
+    silent_s: float  # seen seconds since the last sign of life
     limit_s: float
-    since: float
-    call: str = ""
+    since: float  # its time, epoch seconds
+    call: str = ""  # the call to the bucket that does not return
 
     @property
     def what(self) -> str:
-        """What is missing, for people."""
         if self.call:
             return f"no answer from the bucket to: {self.call}"
         missing = {"train": "no step", "upload": "no byte of a checkpoint was uploaded"}
         return missing.get(self.phase, f"no sign of life in the phase {self.phase}")
 
 
-@dataclass(frozen=True)
-class StallLimits:
-    """The bases of all limits.
+class Stalls:
+    """Finds stalls from the events of an attempt and from samples. Thread-safe.
 
-    Attributes:
-        floor_s: ``--stall-after``; 0: nothing is ever a stall.
-        patience_s: how long the bucket may be away.
-        known: returns ``SaveCost.record``.
+    ``floor_s``: ``--stall-after``, 0 for never. ``patience_s``: how long the bucket may be away. ``known``: returns
+    ``SaveCost.record``.
     """
 
-    floor_s: float
-    patience_s: float
-    known: Callable[[], dict[str, float]] = dict
-
-
-@dataclass(frozen=True)
-class _SilentCall:
-    """A call to the bucket, and since when it has moved nothing: in seen seconds and in epoch seconds."""
-
-    call: Call
-    since_s: float
-    since: float
-
-
-class Stalls:
-    """Finds stalls from the events of an attempt and from samples. Thread-safe. ``now``: the epoch seconds' clock."""
-
-    def __init__(self, limits: StallLimits, now: Clock = time.time) -> None:
-        self._limits, self._floor_s, self._now = limits, limits.floor_s, now
+    def __init__(
+        self, floor_s: float, patience_s: float, known: Callable[[], dict[str, float]] = dict, now: Clock = time.time
+    ) -> None:
+        self._floor_s, self._patience_s, self._known, self._now = floor_s, patience_s, known, now
         self._lock = threading.Lock()
         self._phase, self._is_restored, self._has_stepped = "load", False, False
         self._seen_s = 0.0
@@ -149,7 +111,7 @@ class Stalls:
         self._upload: int | None = None
         self._upload_s, self._upload_at = 0.0, now()
         self._last: tuple[float, Sample] | None = None
-        self._calls: dict[int, _SilentCall] = {}
+        self._calls: dict[int, tuple[Call, float, float]] = {}  # and since when silent: seen and epoch seconds
         self._has_ended = False
 
     def end_ranks(self) -> None:
@@ -196,28 +158,25 @@ class Stalls:
                 self._compare(sample)
             if self._floor_s <= 0:
                 return None
-            known = self._limits.known()
-            upload_limit_s = max(self._floor_s, self._limits.patience_s, TIMES * known.get("send_s", 0.0))
+            known = self._known()
+            upload_limit_s = max(self._floor_s, self._patience_s, TIMES * known.get("send_s", 0.0))
             if not self._has_ended and (stall := self._check_ranks(known, upload_limit_s)):
                 return stall
-            for silent in self._calls.values():
-                silent_s = self._seen_s - silent.since_s
-                if silent_s > upload_limit_s:
-                    what = f"{silent.call.verb} {silent.call.key}"
-                    return Stall("upload", silent_s, upload_limit_s, silent.since, what)
+            for call, since_s, since in self._calls.values():
+                if self._seen_s - since_s > upload_limit_s:
+                    return Stall("upload", self._seen_s - since_s, upload_limit_s, since, f"{call.verb} {call.key}")
             return None
 
     def _compare(self, sample: Sample) -> None:
-        """Notes what has worked since the last sample."""
         now, last = self._seen_s, self._last
         if sample.uploading != self._upload:
             self._upload, self._upload_s, self._upload_at = sample.uploading, now, self._now()
         self._last = (now, sample)
-        calls: dict[int, _SilentCall] = {}  # a call that has moved something is another one
+        earlier, self._calls = self._calls, {}
         for number, call in sample.calls.items():
-            known = self._calls.get(number)
-            calls[number] = known if known and known.call == call else _SilentCall(call, now, self._now())
-        self._calls = calls
+            known = earlier.get(number)
+            # A call that has moved something is another one.
+            self._calls[number] = known if known and known[0] == call else (call, now, self._now())
         if last is None or now <= last[0]:
             return
         span_s, before = now - last[0], last[1]
@@ -267,7 +226,7 @@ class Stalls:
             case "save" | "teardown":
                 return max(2 * floor_s, TIMES * save_s), 0.0, True
         is_patient = self._phase == "extra" or (self._phase == "restore" and not self._is_restored)
-        return max(floor_s, self._limits.patience_s if is_patient else 0.0), LOAD_FLOORS * floor_s, True
+        return max(floor_s, self._patience_s if is_patient else 0.0), LOAD_FLOORS * floor_s, True
 
 
 def sample_every_s(floor_s: float) -> float:

@@ -18,7 +18,7 @@ from spotune.guard.journal import Clock, Context, Journal, log
 from spotune.guard.multinode import Leader
 from spotune.guard.ranks import append_own_stacks, collect_stacks
 from spotune.guard.save_schedule import SaveCost
-from spotune.guard.stalls import Sample, SeenTime, Stall, StallLimits, Stalls, Work, boot_time, sample_every_s
+from spotune.guard.stalls import Sample, SeenTime, Stall, Stalls, Work, boot_time, sample_every_s
 
 TICK_S = 0.5
 EXIT_S = 5.0  # how long the process may take to exit after its attempt has ended
@@ -27,16 +27,10 @@ HUNG_END_S = 60.0  # the same if the bucket hangs: nothing waits for uploads the
 
 
 class Watchdog:
-    """Watches the ranks of one attempt.
+    """Watches the ranks of one attempt. Nothing is a stall while the machine is about to go (``is_leaving``).
 
-    Args:
-        uploading: returns the step whose upload is under way without errors, None for none.
-        is_leaving: returns whether the machine is about to go; then nothing is a stall.
-        end_attempt: ends the attempt with this message if the main loop hangs; returns the exit code.
-        leave: ends this process.
-
-    Attributes:
-        stall: set once the stacks are recorded.
+    ``uploading`` returns the step whose upload is under way without errors, None for none. ``end_attempt`` ends the
+    attempt with a message if the main loop hangs, and returns the exit code; ``leave`` ends this process.
     """
 
     def __init__(
@@ -57,12 +51,12 @@ class Watchdog:
         self._uploading, self._is_leaving, self._end_attempt = uploading, is_leaving, end_attempt
         self._leave, self._sleep = leave, sleep
         self.floor_s = parse_stall_after(context.run.stall_after)
-        self._stalls = Stalls(StallLimits(self.floor_s, context.patience_s, lambda: save_cost.record))
+        self._stalls = Stalls(self.floor_s, context.patience_s, lambda: save_cost.record)
         journal.listen(self._stalls.on_event)
         self._time = SeenTime(clock, boot)
         self._sampled_s: float | None = None
         self._pids: Mapping[int, int] = {}
-        self.stall: Stall | None = None
+        self.stall: Stall | None = None  # set once the stacks are recorded
         self._code = errors.PREEMPTED
         self._lock = threading.Lock()
         self._stop, self._closed = threading.Event(), threading.Event()
@@ -97,7 +91,6 @@ class Watchdog:
         return f"stalled: {stall.what} for {stall.silent_s:.0f} s (limit {stall.limit_s:.0f} s); stacks: {place}"
 
     def probe(self) -> None:
-        """Checks everything once."""
         self._tick()
         self._journal.poll()  # its own thread may be waiting for the bucket
         stall = self._stalls.check(self._time.seen_s, self._sample())

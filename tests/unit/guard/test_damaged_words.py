@@ -32,7 +32,7 @@ from spotune.guard.claim import leave_mark
 from spotune.guard.journal import Journal
 from spotune.guard.ranks import Ranks
 from spotune.guard.save_schedule import SPOT, ControlFile, Inputs, SaveCost, SaveScheduler
-from spotune.guard.stalls import StallLimits, Stalls
+from spotune.guard.stalls import Stalls
 from tests.hostile import HOW, changed, spoil, values
 from tests.unit.guard.attempts import KEYS, make_context, stage
 
@@ -146,7 +146,7 @@ def test_a_damaged_line_of_the_log_is_left_out(
     inputs = Inputs(restore_s=1.0, age_s=1.0, spells_s=(), prior=SPOT)
     for listener in (
         save_cost.on_event,
-        Stalls(StallLimits(60.0, 60.0)).on_event,
+        Stalls(60.0, 60.0).on_event,
         SaveScheduler(inputs, save_cost, ControlFile(folder), journal).on_event,
     ):
         journal.listen(listener)

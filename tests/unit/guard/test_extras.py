@@ -1,4 +1,4 @@
-"""Which extras of a run are pending, and the process that does one, with a fake worker. Whole runs: tests/e2e/test_extras.py."""
+"""Pending extras, and the process that does an extra, with a fake worker. Whole runs: tests/e2e/test_extras.py."""
 
 import os
 import shlex

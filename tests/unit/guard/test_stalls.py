@@ -12,7 +12,6 @@ from spotune.guard.stalls import (
     Sample,
     SeenTime,
     Stall,
-    StallLimits,
     Stalls,
     Work,
     sample_every_s,
@@ -29,7 +28,7 @@ class Watched:
 
     def __init__(self, floor_s: float = FLOOR_S, **known: float) -> None:
         self.wall = Clock(1e9)
-        self.stalls = Stalls(StallLimits(floor_s, PATIENCE_S, lambda: known), self.wall)
+        self.stalls = Stalls(floor_s, PATIENCE_S, lambda: known, self.wall)
         self.seen_s = 0.0
         self.sample = Sample(Work(), Work())
 
