@@ -53,16 +53,14 @@ class Watch:
         save_cost: SaveCost,
         clock: Clock = time.monotonic,
     ) -> None:
-        self._clock = clock
         self.context, self.job, self.journal, self.leader = context, job, journal, leader
-        self.notices, self.save_cost = notices, save_cost
+        self.notices, self.save_cost, self._clock = notices, save_cost, clock
         self.control = ControlFile(context.folder)
         self.staging = StagingFolder(context.folder, context.machine.ranks)
         self.committer: Committer | None = None  # once the ranks have their checkpoint
         self.save_scheduler: SaveScheduler | None = None
         self.budget_limit = BudgetLimit(read_budget(context), journal, save_cost)
-        self._is_stopping = False
-        self._fence_at = clock()
+        self._is_stopping, self._fence_at = False, clock()
         self._greet_at: float | None = clock() + GREET_S
         self.stall: Stall | None = None  # why the watchdog ended the attempt
         self._leave_by: float | None = None  # after a notice: when to stop waiting for uploads

@@ -110,13 +110,10 @@ def _read_seal(path: Path) -> Staged | None:
 
 
 class Uploader:
-    """Uploads one checkpoint at a time in the background; of those waiting the newest wins.
+    """Uploads one checkpoint at a time in the background; of those waiting the newest wins. Training goes on.
 
-    Retries after a fault of the store, with growing pauses, while nothing newer waits. Training goes on.
-
-    Args:
-        work: uploads a local checkpoint, once; raises Fenced, another SpotuneError or OSError.
-        pauses_s: pauses after the first, second, … failure in a row; the last one repeats.
+    Retries after a fault of the store, while nothing newer waits, with pauses of which the last repeats.
+    ``work`` uploads a local checkpoint, once; it raises Fenced, another SpotuneError or OSError.
     """
 
     def __init__(
@@ -212,14 +209,10 @@ class Uploader:
 
 
 class Retention:
-    """Prunes after each commit: keeps the last few commits, every k-th, and the best. Removes a commit before its data.
+    """Prunes after each commit: keeps the newest commits, every k-th, and the best. Removes a commit before its data.
 
-    A commit that did not verify neither protects nor displaces another one.
-
-    Args:
-        keep: how many of the newest commits stay (at least two do).
-        keep_every: every commit whose ordinal is a multiple stays for good; 0: none does.
-        bad: keys of commits that did not verify when this attempt restored.
+    ``keep``: how many of the newest, at least two. ``keep_every``: multiples of this ordinal stay for good, 0: none.
+    ``bad``: keys of commits that did not verify; they neither protect nor displace another one.
     """
 
     def __init__(

@@ -91,9 +91,8 @@ def _remedy(run: RunRecord) -> str:
 def claim_attempt(store: Store, keys: Keys, machine: Node, at_least: int = 1, gpu_share: float = 0.0) -> AttemptRecord:
     """Claims the next attempt number, create-only: of two machines one gets it, the other gets the next.
 
-    Args:
-        at_least: the engine's own count, which is ahead if a machine was lost before it could claim.
-        gpu_share: GPUs of each node that it asked a shared cluster for; 0: unknown.
+    ``at_least``: the engine's own count, ahead if a machine was lost before its claim. ``gpu_share``: GPUs of each node
+    that it asked a shared cluster for, 0 if unknown.
     """
     attempt = max(latest_attempt(store, keys), at_least - 1)
     uptimes_s = earlier_uptimes(store, keys, attempt)

@@ -105,8 +105,7 @@ class ExtraWatch:
     """The watchdog of one extra's process group: detects that it neither computes nor moves bytes."""
 
     def __init__(self, context: Context, clock: Clock = time.monotonic, boot: Clock = boot_time) -> None:
-        self._context = context
-        self._floor_s = parse_stall_after(context.run.stall_after)
+        self._context, self._floor_s = context, parse_stall_after(context.run.stall_after)
         self._stalls = Stalls(self._floor_s, context.patience_s)
         self._stalls.on_event({"event": "phase", "phase": "extra"})
         self._time = SeenTime(clock, boot)
@@ -118,8 +117,7 @@ class ExtraWatch:
         now, sample = self._time.seen_s, None
         if self._sampled_s is None or now - self._sampled_s >= sample_every_s(self._floor_s):
             self._sampled_s, sample = now, Sample(ranks.work_of({pid}), ranks.own_work())
-        stall = self._stalls.check(now, sample)
-        if stall is None:
+        if (stall := self._stalls.check(now, sample)) is None:
             return ""
         context = self._context
         collect_stacks(context.folder, {0: pid})

@@ -23,7 +23,6 @@ from spotune.core.store import Store
 from spotune.guard.claim import check_fence
 from spotune.guard.restore import THREADS, TRIES
 
-_MOST_HEADER = 100_000_000  # as safetensors has it
 # dtype -> bytes of an element, and the bits of its exponent. Only NaN and infinity have all of these bits set.
 _FLOATS = {
     "F64": (8, 0x7FF0 << 48),
@@ -47,7 +46,7 @@ def weights_sha256(files: Iterable[Path]) -> str:
         with open(path, "rb") as file:
             try:
                 (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(min(length, _MOST_HEADER)))
+                header = json.loads(file.read(min(length, 100_000_000)))
                 for name in header.keys() - {"__metadata__"}:
                     tensors[name] = (path, *_place_of(header[name], 8 + length))
             except (struct.error, AttributeError, ValueError, RecursionError) as error:
@@ -131,9 +130,7 @@ def certify(store: Store, keys: Keys, attempt: int, step: int, folder: Path) -> 
 def send(store: Store, source: Path, prefix: str, fence: Callable[[], None], uploaded: Callable[[], None]) -> Facts:
     """Uploads all files below ``source`` to ``prefix``, reads each back, and returns their facts. Raises StoreError.
 
-    Args:
-        fence: raises Fenced for an attempt that must not remove existing files.
-        uploaded: called after a file's upload, before it is read back.
+    ``fence`` raises Fenced for an attempt that must not remove files; ``uploaded`` runs before a file is read back.
     """
 
     def put(path: Path) -> tuple[str, dict[str, Any]]:

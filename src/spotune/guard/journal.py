@@ -22,6 +22,7 @@ from spotune.core.records import AttemptRecord, Progress, RunRecord
 from spotune.core.store import Store
 
 Clock = Callable[[], float]  # seconds: time.time or, unless said otherwise, time.monotonic
+Sleep = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,7 @@ class Journal:
     ) -> None:
         self._store, self._keys, self._attempt = store, keys, attempt
         self._worker_log, self._status_file = worker_log, status_file
-        self._lock = threading.RLock()
-        self._flushing = threading.Lock()
+        self._lock, self._flushing = threading.RLock(), threading.Lock()
         self._pending: list[str] = []
         self._offset, self._part = 0, 0
         self._began = self._flushed_at = self._beat_at = time.monotonic()

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from spotune.guard.attempt import Attempt
 from spotune.guard.checkpoints import StagingFolder, Uploader, drop_older, seal, upload_checkpoint
 from spotune.guard.claim import read_or_create_run
 from spotune.guard.extras import finish_extras, pending_extras
-from spotune.guard.journal import Clock, Context, Node, count_devices, log
+from spotune.guard.journal import Clock, Context, Node, Sleep, count_devices, log
 from spotune.guard.leaving import Notices, departure, stay_until_killed
 from spotune.guard.multinode import Line, job_token, join
 from spotune.guard.notice_sources import NoticeWatcher, sources_for
@@ -262,11 +262,7 @@ def run_attempt(request: claim.RunRequest, notices: Notices, environ: Mapping[st
 
 
 def read_verdict(
-    store: Store,
-    keys: Keys,
-    patience_s: float,
-    clock: Clock = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
+    store: Store, keys: Keys, patience_s: float, clock: Clock = time.monotonic, sleep: Sleep = time.sleep
 ) -> int | None:
     """Returns the run's verdict; retries for ``patience_s`` while the store does not answer."""
     until = clock() + patience_s

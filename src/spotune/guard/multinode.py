@@ -237,8 +237,7 @@ class Leader:
     """Node 0's side. Thread-safe: the committer waits for parts while the attempt reads the rest."""
 
     def __init__(self, run_id: str, machine: Node, token: str) -> None:
-        self._followers = machine.num_nodes - 1
-        self._token = token
+        self._followers, self._token = machine.num_nodes - 1, token
         self._lines: dict[int, Line] = {}
         self._changed = threading.Condition()
         self._parts: dict[tuple[int, int], dict[str, Any]] = {}

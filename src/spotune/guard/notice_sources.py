@@ -18,8 +18,6 @@ from spotune.core import environment
 from spotune.guard.journal import Clock, log
 from spotune.guard.leaving import Notices
 
-TIMEOUT_S = 2.0
-MOST_BYTES = 1 << 20
 ENDPOINT = "http://169.254.169.254"
 TOKEN_TTL_S = 21_600  # the longest possible
 ACTIONS = {"terminate": 120.0, "stop": 120.0, "hibernate": 0.0}
@@ -62,11 +60,7 @@ def seconds_until(text: Any, now: float) -> float | None:
 
 
 def ask(
-    url: str,
-    headers: Mapping[str, str],
-    method: str = "GET",
-    timeout_s: float = TIMEOUT_S,
-    tls: ssl.SSLContext | None = None,
+    url: str, headers: Mapping[str, str], method: str = "GET", timeout_s: float = 2.0, tls: ssl.SSLContext | None = None
 ) -> tuple[int, str]:
     """Returns the answer's status and body; raises NoAnswer if there is none. Uses no proxy, which might fail."""
     parts = urlsplit(url)
@@ -79,7 +73,7 @@ def ask(
     try:
         connection.request(method, f"{parts.path}?{parts.query}" if parts.query else parts.path, headers=dict(headers))
         response = connection.getresponse()
-        return response.status, response.read(MOST_BYTES).decode()
+        return response.status, response.read(1 << 20).decode()
     except (OSError, HTTPException, ValueError) as error:
         raise NoAnswer(f"{parts.netloc} does not answer: {str(error) or type(error).__name__}") from error
     finally:
@@ -316,8 +310,7 @@ class NoticeWatcher:
 
     def __init__(self, sources: Sequence[NoticeSource], notices: Notices, clock: Clock = time.time) -> None:
         self._notices, self._clock = notices, clock
-        self._due = dict.fromkeys(sources, 0.0)  # monotonic
-        self._failures = dict.fromkeys(sources, 0)
+        self._due, self._failures = dict.fromkeys(sources, 0.0), dict.fromkeys(sources, 0)  # due: monotonic
         self._named: set[NoticeSource] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="notices", daemon=True)

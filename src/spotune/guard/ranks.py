@@ -116,8 +116,7 @@ class Ranks:
     def __init__(
         self, folder: Path, machine: Node, master_port: int, environ: Mapping[str, str], clock: Clock = time.monotonic
     ) -> None:
-        self._folder, self._clock = folder, clock
-        self._first_rank = machine.node_rank * machine.ranks
+        self._folder, self._clock, self._first_rank = folder, clock, machine.node_rank * machine.ranks
         self._processes = [
             subprocess.Popen(
                 worker_command(environ, "spotune.sft.worker", str(folder)),
@@ -279,8 +278,7 @@ _STATES = {
 
 
 def _py_spy(pid: int) -> str:
-    program = shutil.which("py-spy")
-    if program is None:
+    if (program := shutil.which("py-spy")) is None:
         return "py-spy: not installed on this machine"
     command = [program, "dump", "--nonblocking", "--pid", str(pid)]
     try:
@@ -301,12 +299,11 @@ def _python_stacks(folder: Path, rank: int, pid: int, state: str) -> str:
     if not int(caught.strip(), 16) >> (STACKS_SIGNAL - 1) & 1:  # without a handler the signal would kill it
         return "its own Python stacks: it does not write them yet (it is still starting)"
     path = python_stacks_path(folder, rank)
-    before = len(read_text(path))
+    last = before = len(read_text(path))
     try:
         os.kill(pid, STACKS_SIGNAL)
     except OSError as error:
         return f"its own Python stacks: {error}"
-    last = before
     for _ in range(int(_OWN_S / 0.1)):  # until the file has grown and grows no more
         time.sleep(0.1)
         size = len(read_text(path))

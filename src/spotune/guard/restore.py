@@ -82,8 +82,7 @@ def restore(
         try:
             if key in unusable:
                 raise BadCheckpoint(unusable[key])
-            commit = _read(store, key)
-            if commit is None:
+            if (commit := _read(store, key)) is None:
                 continue
             check(commit)
             result.best, result.best_key = _restore_best(store, keys, commit, folder)

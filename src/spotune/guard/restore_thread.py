@@ -5,7 +5,7 @@ import shutil
 import stat
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from spotune.core.revisions import allows_other_versions, check_commit, record_h
 from spotune.guard import claim
 from spotune.guard.checkpoints import Lineage, commit_checkpoint, sealed
 from spotune.guard.claim import for_people
-from spotune.guard.journal import Context, Journal, log
+from spotune.guard.journal import Context, Journal, Sleep, log
 from spotune.guard.multinode import Leader
 from spotune.guard.restore import Restored, missing_files, newest_commit, restore
 
@@ -39,11 +39,8 @@ class Ready:
 class RestoreThread:
     """Checks what may be continued, fetches it and gives it to the ranks. Sets ``ready`` or ``error`` at its end."""
 
-    def __init__(
-        self, context: Context, journal: Journal, leader: Leader, sleep: Callable[[float], None] = time.sleep
-    ) -> None:
-        self._sleep = sleep
-        self._context, self._journal, self._leader = context, journal, leader
+    def __init__(self, context: Context, journal: Journal, leader: Leader, sleep: Sleep = time.sleep) -> None:
+        self._context, self._journal, self._leader, self._sleep = context, journal, leader, sleep
         self.ready: Ready | None = None
         self.error: SpotuneError | OSError | None = None
         self._stop = threading.Event()

@@ -123,13 +123,12 @@ def alpha(prior: Prior, spells_s: Sequence[float]) -> float:
 
 
 def interval_s(inputs: Inputs) -> float:
-    """Returns the seconds between two saves.
+    """Returns the seconds between two saves: Young's interval with a heavy tail's hazard (docs/checkpoints.md).
 
         interval = sqrt(2 * cost * (X0 + age) / alpha), within [max(upload, 30 s), 30 min]
 
-    Young's interval (J. W. Young, "A first order approximation to the optimum checkpoint interval", CACM 1974) with a
-    heavy tail's hazard, alpha / (X0 + age), for 1 / MTBF: a machine that has been up longer will stay longer. X0 and
-    the prior are fitted to public spot traces (docs/checkpoints.md). A restore's duration does not move the optimum.
+    alpha / (X0 + age) stands for 1 / MTBF: a machine that has been up longer will stay longer. X0 and the prior are
+    fitted to public spot traces. A restore's duration does not move the optimum. J. W. Young, CACM 1974.
     """
     hazard = alpha(inputs.prior, inputs.spells_s) / (X0_S + inputs.age_s)
     best = math.sqrt(2 * inputs.cost_s / hazard)
@@ -194,10 +193,8 @@ class SaveScheduler:
     ) -> None:
         self._inputs, self._save_cost, self._control, self._journal = inputs, save_cost, control, journal
         self._clock = clock
-        self._born_at = clock() - inputs.age_s
-        self._saved_at = clock()
-        self._asked = False
-        self._logged_s = 0.0
+        self._born_at, self._saved_at = clock() - inputs.age_s, clock()
+        self._asked, self._logged_s = False, 0.0
 
     def on_event(self, event: dict[str, Any]) -> None:
         if event["event"] in ("save", "unsaved"):

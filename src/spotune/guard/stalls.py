@@ -19,7 +19,6 @@ from spotune.guard.save_schedule import FEWEST, RECENT
 
 TIMES = 6.0  # how many times the median a step may take
 LONGEST_TICK_S = 5.0  # in a longer one the guard itself did not run
-CPU_SHARE = 0.05  # of one core: less is a trickle
 BYTES_PER_S = 256e3  # less is a trickle: logs, heartbeats, this watchdog's own reading of /proc
 FIRST_FLOORS, LOAD_FLOORS = 12.0, 24.0  # how long CPU time alone is believed
 _SIGNS = frozenset(("phase", "step", "plan", "rows", "predicted", "save", "log", "restored"))
@@ -100,10 +99,9 @@ class Stalls:
     ) -> None:
         self._floor_s, self._patience_s, self._known, self._now = floor_s, patience_s, known, now
         self._lock = threading.Lock()
-        self._phase, self._is_restored, self._has_stepped = "load", False, False
-        self._seen_s = 0.0
+        self._phase, self._is_restored, self._has_stepped, self._has_ended = "load", False, False, False
         self._sign_s, self._sign_at = 0.0, now()
-        self._worked_s = self._moved_s = 0.0  # when CPU time was last used, when bytes were last moved
+        self._seen_s = self._worked_s = self._moved_s = 0.0  # when CPU time was last used, when bytes were last moved
         self._steps: deque[float] = deque(maxlen=RECENT)
         self._longest_step_s = self._longest_eval_s = 0.0
         self._step_s: float | None = None  # when the last step ended, or training began
@@ -112,7 +110,6 @@ class Stalls:
         self._upload_s, self._upload_at = 0.0, now()
         self._last: tuple[float, Sample] | None = None
         self._calls: dict[int, tuple[Call, float, float]] = {}  # and since when silent: seen and epoch seconds
-        self._has_ended = False
 
     def end_ranks(self) -> None:
         """Notes that the ranks have ended: from now on only calls to the bucket can stall."""
@@ -147,8 +144,7 @@ class Stalls:
         if missed_s:
             with self._lock:
                 self._sign_s = self._worked_s = self._moved_s = self._upload_s = self._seen_s
-                self._last = None
-                self._calls = {}
+                self._last, self._calls = None, {}
 
     def check(self, seen_s: float, sample: Sample | None = None) -> Stall | None:
         """Returns the stall if there is one now; ``sample``: if one was taken in this probe."""
@@ -189,7 +185,7 @@ class Stalls:
                 self._moved_s = now
         if sample.ranks is None or before.ranks is None or sample.ranks.stopped:
             return
-        if (sample.ranks.cpu_s - before.ranks.cpu_s) / span_s >= CPU_SHARE:
+        if (sample.ranks.cpu_s - before.ranks.cpu_s) / span_s >= 0.05:  # of a core: less is a trickle
             self._worked_s = now
         if (sample.ranks.moved_bytes - before.ranks.moved_bytes) / span_s >= BYTES_PER_S:
             self._moved_s = now

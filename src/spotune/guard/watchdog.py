@@ -14,7 +14,7 @@ from pathlib import Path
 from spotune.core import errors
 from spotune.core.environment import parse_stall_after
 from spotune.guard import ranks
-from spotune.guard.journal import Clock, Context, Journal, log
+from spotune.guard.journal import Clock, Context, Journal, Sleep, log
 from spotune.guard.multinode import Leader
 from spotune.guard.ranks import append_own_stacks, collect_stacks
 from spotune.guard.save_schedule import SaveCost
@@ -45,7 +45,7 @@ class Watchdog:
         clock: Clock = time.monotonic,
         boot: Clock = boot_time,
         leave: Callable[[int], object] = os._exit,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Sleep = time.sleep,
     ) -> None:
         self._context, self._journal, self._leader = context, journal, leader
         self._uploading, self._is_leaving, self._end_attempt = uploading, is_leaving, end_attempt
@@ -57,8 +57,7 @@ class Watchdog:
         self._sampled_s: float | None = None
         self._pids: Mapping[int, int] = {}
         self.stall: Stall | None = None  # set once the stacks are recorded
-        self._code = errors.PREEMPTED
-        self._lock = threading.Lock()
+        self._code, self._lock = errors.PREEMPTED, threading.Lock()
         self._stop, self._closed = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="watchdog", daemon=True)
 
