@@ -18,5 +18,5 @@ def clock(file: Path) -> float:
 
 
 if __name__ == "__main__":
-    attempt.Wall = partial(BudgetLimit, clock=partial(clock, Path(sys.argv[1])))  # type: ignore[assignment, misc]
+    attempt.BudgetLimit = partial(BudgetLimit, clock=partial(clock, Path(sys.argv[1])))  # type: ignore[assignment, misc]
     sys.exit(main(sys.argv[2:]))

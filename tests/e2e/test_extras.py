@@ -55,7 +55,7 @@ def certified(store: Store, folder: Path, **config: Any) -> None:
 
 @pytest.fixture
 def owing(local_store: Store, tmp_path: Path) -> Callable[..., FakeScript]:
-    """Makes the script on a certified run that owes the extras of its config."""
+    """Makes the script on a certified run with the pending extras of its config."""
 
     def make(**config: Any) -> FakeScript:
         certified(local_store, tmp_path, **config)
@@ -105,10 +105,10 @@ def test_everything_is_done_in_the_attempt_that_trains(tmp_path: Path) -> None:
     assert script.attempts == 1
 
 
-def test_what_is_owed_is_done_once_and_nothing_else_is(script: FakeScript) -> None:
+def test_pending_extras_are_done_once_and_nothing_else_is(script: FakeScript) -> None:
     certificate = script.store.read(KEYS.completed)
     assert script.run() == 0, script.log()
-    assert "owes push_to_hub: attempt 2 does that alone" in script.log()
+    assert "pending extras: push_to_hub; attempt 2 does only these" in script.log()
     mark = script.json(KEYS.pushed)
     assert (mark["run_id"], mark["attempt"], mark["repo_id"]) == ("a-run", 2, "a-run")
     assert [mark["oid"]] == hub_of(script)["commits"]
@@ -126,13 +126,13 @@ def test_what_is_owed_is_done_once_and_nothing_else_is(script: FakeScript) -> No
     assert script.store.read(KEYS.completed) == certificate
 
 
-def test_a_push_that_fails_is_reported_and_stays_owed(script: FakeScript) -> None:
+def test_a_push_that_fails_is_reported_and_stays_pending(script: FakeScript) -> None:
     script.tell("push", "the hub refuses it, HTTP 401")
     assert script.run() == 0
     line = last_line(script)
-    assert line.startswith("[spotune] push_to_hub is owed: the hub refuses it, HTTP 401; ")
+    assert line.startswith("[spotune] push_to_hub is pending: the hub refuses it, HTTP 401; ")
     assert line.endswith(f"SPOTUNE_BUCKET={script.store.url} SPOTUNE_RUN_ID=a-run python -m spotune.sft")
-    assert script.events(2)[-1]["message"] == "push_to_hub is owed: the hub refuses it, HTTP 401"
+    assert script.events(2)[-1]["message"] == "push_to_hub is pending: the hub refuses it, HTTP 401"
     assert not script.store.exists(KEYS.pushed)
     assert not script.store.exists(KEYS.failed)
     let_pushes_go(script)
@@ -169,7 +169,7 @@ def test_the_machine_goes_while_the_hub_hangs(script: FakeScript) -> None:
     process.terminate()
     assert ended(process) == 75, script.log()
     assert "SIGTERM: the result is certified, extras go on while there is time" in script.log()
-    assert "push_to_hub is owed: the machine goes; the next attempt does it" in script.log()
+    assert "push_to_hub is pending: the machine goes; the next attempt does it" in script.log()
     assert script.events(2)[-1]["reason"] == "preempted"
     assert [event["source"] for event in script.events(2, "notice")] == ["SIGTERM"]
     let_pushes_go(script)
@@ -218,14 +218,14 @@ def test_other_machines_of_the_job_have_nothing_to_do(script: FakeScript) -> Non
 def test_a_result_that_is_not_as_certified_is_not_pushed(script: FakeScript) -> None:
     script.store.write(f"{KEYS.output}/adapter_config.json", b"[]")
     assert script.run() == 0
-    assert "push_to_hub is owed: runs/a-run/output/adapter_config.json: not what was certified" in script.log()
+    assert "push_to_hub is pending: runs/a-run/output/adapter_config.json: not what was certified" in script.log()
     assert not (script.told / "asked").exists()
 
 
 def test_a_certificate_that_cannot_be_read_ends_the_attempt_well(script: FakeScript) -> None:
     script.store.write(KEYS.completed, b"{")
     assert script.run() == 0
-    assert "push_to_hub: still owed: runs/a-run/output/completed.json: not a Certificate" in script.log()
+    assert "push_to_hub: still pending: runs/a-run/output/completed.json: not a Certificate" in script.log()
 
 
 @pytest.mark.parametrize("fault", ["the merge fails", "the base model is gone"])
@@ -239,7 +239,7 @@ def test_a_merge_that_fails_does_not_stop_the_push(
         model.rename(tmp_path / "elsewhere")
     assert script.run() == 0
     reason = "no; " if fault == "the merge fails" else f"c: model_name_or_path: no folder {model} on this machine"
-    assert f"[spotune] merge_adapter is owed: {reason}" in script.log()
+    assert f"[spotune] merge_adapter is pending: {reason}" in script.log()
     assert script.json(KEYS.pushed)["attempt"] == 2
     if fault == "the merge fails":
         (script.told / "merge").unlink()
@@ -255,7 +255,7 @@ def test_a_push_that_fails_does_not_take_the_merge_back(owing: Callable[..., Fak
     script = owing(**BOTH)
     script.tell("push", "the hub refuses it, HTTP 403")
     assert script.run() == 0
-    assert "[spotune] push_to_hub is owed: the hub refuses it, HTTP 403" in script.log()
+    assert "[spotune] push_to_hub is pending: the hub refuses it, HTTP 403" in script.log()
     assert script.json(KEYS.merge_completed)["attempt"] == 2
     let_pushes_go(script)
     assert script.run() == 0, script.log()

@@ -1,4 +1,4 @@
-"""While the ranks run: their checkpoints, the clock, the fence, the bucket's absence, and notices."""
+"""One attempt: starts the ranks, watches them, commits their checkpoints, certifies the result, records its end."""
 
 import shutil
 import threading
@@ -21,33 +21,27 @@ from spotune.guard.checkpoints import KEEP, Committer, Lineage, Retention, Stagi
 from spotune.guard.claim import for_people
 from spotune.guard.extras import Extras, rebuild_offline, tracker_environ
 from spotune.guard.finish import certify, copy_output
-from spotune.guard.journal import Context, GpuMeter, Journal, log
+from spotune.guard.journal import Clock, Context, GpuMeter, Journal, log
 from spotune.guard.leaving import Notices, Outlook, fits
-from spotune.guard.multinode import Leader, gang_token
+from spotune.guard.multinode import Leader, job_token
 from spotune.guard.ranks import PEER_GRACE_S, Ranks, free_port, upload_stacks, worst
 from spotune.guard.restore import FAULTS, is_second_fault, newest_commit
-from spotune.guard.restore_thread import Ready, Restoring
-from spotune.guard.save_schedule import SPOT, STEADY, Inputs, SaveCost, SaveScheduler, Wishes
+from spotune.guard.restore_thread import Ready, RestoreThread
+from spotune.guard.save_schedule import SPOT, STEADY, ControlFile, Inputs, SaveCost, SaveScheduler
 from spotune.guard.stalls import Stall, sample_every_s
 from spotune.guard.watchdog import Watchdog
 
-POLL_S = 0.1
 FENCE_S = 15.0
-HANG_S = 5.0  # an upload that hangs beside its ranks is not waited for
-GREET_S = 20.0  # bad input is found by then; until then its one line stands alone
+GREET_S = 20.0  # bad input is found by then; its one line must stand alone
+CERTIFY_PAUSE_S = 15.0
+HANGING_S = 30.0  # how long the end of a stalled attempt waits for a bucket that may not answer
+
+Result = TypeVar("Result")
+Ending = tuple[int, EndReason, str]  # exit code, reason for the report, one line for people
 
 
 class Watch:
-    """Looks at everything, ten times a second, and at most one thing makes it end early.
-
-    Args:
-        clock: seconds that never go back.
-
-    Attributes:
-        committer: there once the ranks have their checkpoint.
-        stall: why it ended, where the watchdog had it end.
-        wall: of the run's budget; once reached, training was stopped for that.
-    """
+    """Watches the ranks ten times a second: checkpoints, budget, fence, bucket and notices."""
 
     def __init__(
         self,
@@ -57,31 +51,29 @@ class Watch:
         leader: Leader,
         notices: Notices,
         save_cost: SaveCost,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Clock = time.monotonic,
     ) -> None:
-        self._clock = clock
         self.context, self.job, self.journal, self.leader = context, job, journal, leader
-        self.notices, self.save_cost = notices, save_cost
-        self.wishes = Wishes(context.folder)
-        self.handover = StagingFolder(context.folder, context.machine.ranks)
-        self.committer: Committer | None = None
+        self.notices, self.save_cost, self._clock = notices, save_cost, clock
+        self.control = ControlFile(context.folder)
+        self.staging = StagingFolder(context.folder, context.machine.ranks)
+        self.committer: Committer | None = None  # once the ranks have their checkpoint
         self.save_scheduler: SaveScheduler | None = None
-        self.wall = BudgetLimit(read_budget(context), journal, save_cost)
-        self._is_stopping = False
-        self._fence_at = clock()
+        self.budget_limit = BudgetLimit(read_budget(context), journal, save_cost)
+        self._is_stopping, self._fence_at = False, clock()
         self._greet_at: float | None = clock() + GREET_S
-        self.stall: Stall | None = None
-        self._leave_by: float | None = None  # by when to stop waiting for uploads, after a notice
+        self.stall: Stall | None = None  # why the watchdog ended the attempt
+        self._leave_by: float | None = None  # after a notice: when to stop waiting for uploads
 
     def until_ended(
-        self, ranks: Ranks, restoring: Restoring, stall: Callable[[], Stall | None] = lambda: None
+        self, ranks: Ranks, restoring: RestoreThread, stall: Callable[[], Stall | None] = lambda: None
     ) -> Outcome:
-        """Returns how training ended; raises Fenced, and what kept the ranks from a checkpoint."""
+        """Returns how training ended. Raises Fenced, and the restore thread's error."""
         while ranks.running:
-            self._greet()
-            self._look_at_restore(restoring)
+            self._log_place()
+            self._check_restore(restoring)
             self._collect()
-            self._look_at_fence()
+            self._check_fence()
             if found := stall():
                 self.stall = found
                 return Outcome(how="retry", message=found.what)
@@ -91,38 +83,40 @@ class Watch:
                 self.notices.give(*self.leader.notice)
                 self.leader.notice = None
             if self.save_scheduler and not self._is_stopping and self.journal.first_step is not None:
-                self.save_scheduler.look()
-            if not self._is_stopping and self.wall.look():
-                self._is_stopping = True
-                if self.journal.first_step is None:  # nothing that is not in the bucket already
+                self.save_scheduler.save_if_due()
+            if not self._is_stopping and self.budget_limit.check():
+                if self.journal.first_step is None:  # the bucket already has everything
                     return Outcome(how="stopped")
-                self.wishes.ask_to_stop()
-            if not self._is_stopping and self._is_bucket_away():
+                self._stop()
+            if not self._is_stopping and self.committer and self.committer.away_s > self.context.patience_s:
+                self._stop()
+            if self.notices.wait(0.1) and not self._is_stopping:
                 self._is_stopping = True
-                self.wishes.ask_to_stop()
-            if self.notices.wait(POLL_S) and not self._is_stopping:
-                self._is_stopping = True
-                if not self._heed_notice():
+                if not self._on_notice():
                     return Outcome(how="stopped")
-        self._look_at_restore(restoring)
+        self._check_restore(restoring)
         self._collect()
         others = self.leader.wait_for_outcomes(PEER_GRACE_S)
         return worst([ranks.outcome(), *others])
 
+    def _stop(self) -> None:
+        self._is_stopping = True
+        self.control.ask_to_stop()
+
     def finish_uploads(self) -> None:
-        """Waits for what is on its way to the bucket, as long as there is time for it. Raises Fenced."""
+        """Waits for uploads while there is time, then seals what is not committed. Raises Fenced."""
         if self.committer is None:
             return
         self._collect()
         self.committer.drain(self._time_to_upload_s())
         if self.committer.fenced:
             raise self.committer.fenced
-        for staged in self.handover.taken:  # what is not committed must at least be found again
+        for staged in self.staging.collected:  # the next attempt on this machine must find what is not committed
             if staged.step > self.committer.committed_step and Path(staged.checkpoint).is_dir():
                 seal(self.context.folder, staged, self.context.run.config_sha256, self.context.run.revision)
 
     def _time_to_upload_s(self) -> float:
-        """How long to wait for uploads once the ranks have ended: until the machine goes, or patience has run out."""
+        """Returns how long to wait for uploads after the ranks ended: until the machine goes or patience is over."""
         if self.stall and self.stall.phase == "upload":
             return 0.0
         if self._leave_by is not None:
@@ -130,20 +124,14 @@ class Watch:
         away_s = self.committer.away_s if self.committer else 0.0
         return max(0.0, min(self.context.patience_s - away_s, self.notices.left_s))
 
-    @property
     def uploading(self) -> int | None:
-        """The step whose upload is under way, None for none, and while the bucket is known to be away."""
+        """Returns the step whose upload is under way; None for none, and while the bucket is known to be away."""
         committer = self.committer
         under_way = committer.under_way if committer and not committer.away_s else None
         return under_way[0] if under_way else None
 
-    def close(self) -> None:
-        """Ends the uploads."""
-        if self.committer:
-            self.committer.close(HANG_S if self.stall else None)
-
     def why_stopped(self) -> str:
-        """The message of an attempt that ended since its bucket was away; empty for one that did not."""
+        """Returns the message of an attempt that ended because its bucket was away; empty otherwise."""
         committer = self.committer
         if committer is None or committer.error is None:
             return ""
@@ -151,7 +139,7 @@ class Watch:
         rest = f"; step {max(waiting)} is on this machine's disk, the next attempt here commits it" if waiting else ""
         return f"{committer.error}; the last good step in the bucket is {committer.committed_step}{rest}"
 
-    def _look_at_restore(self, restoring: Restoring) -> None:
+    def _check_restore(self, restoring: RestoreThread) -> None:
         if restoring.error is not None:
             raise restoring.error
         if restoring.has_died:
@@ -160,9 +148,8 @@ class Watch:
             self._begin_committing(restoring.ready)
 
     def _begin_committing(self, ready: Ready) -> None:
-        """The ranks have their checkpoint: from now on theirs are committed, and asked for in time."""
-        context, job, config = self.context, self.job, self.context.run.config
-        commit = ready.commit
+        """Creates the committer and the save scheduler: the ranks now have their checkpoint."""
+        context, job, config, commit = self.context, self.job, self.context.run.config, ready.found.commit
         lineage = Lineage(context.run, context.attempt, ready.found.key, commit.ordinal if commit else 0)
         retention = Retention(
             context.store,
@@ -183,11 +170,11 @@ class Watch:
                 spells_s=tuple(context.record.spells_s),
                 prior=SPOT if context.run.use_spot else STEADY,
             )
-            self.save_scheduler = SaveScheduler(inputs, self.save_cost, self.wishes, self.journal)
-            self.journal.listen(self.save_scheduler.take)
+            self.save_scheduler = SaveScheduler(inputs, self.save_cost, self.control, self.journal)
+            self.journal.listen(self.save_scheduler.on_event)
 
-    def _greet(self) -> None:
-        """Says where the records are, once it has become clear that there is something to run."""
+    def _log_place(self) -> None:
+        """Logs once where the records are, when it is clear that there is something to run."""
         if self._greet_at and (self.journal.progress.max_steps or self._clock() > self._greet_at):
             self._greet_at = None
             context = self.context
@@ -195,15 +182,14 @@ class Watch:
             log(f"{context.keys.run_id}: attempt {context.attempt} on {context.record.host}, records in {place}")
 
     def _collect(self) -> None:
-        """Hands what the ranks have staged to the committer; raises Fenced when that had to give up for good."""
         if self.committer is None:
             return
-        for staged in self.handover.take():
+        for staged in self.staging.collect():
             self.committer.submit(staged)
         if self.committer.fenced:
             raise self.committer.fenced
 
-    def _look_at_fence(self) -> None:
+    def _check_fence(self) -> None:
         if self._clock() - self._fence_at < FENCE_S:
             return
         self._fence_at = self._clock()
@@ -212,71 +198,46 @@ class Watch:
         except (StoreError, InputError) as error:
             log(f"cannot look for later attempts now: {error}")
 
-    def _is_bucket_away(self) -> bool:
-        return self.committer is not None and self.committer.away_s > self.context.patience_s
-
-    def _heed_notice(self) -> bool:
-        """Asks for one more save if it fits into what is left; False when the ranks need not go on."""
+    def _on_notice(self) -> bool:
+        """Asks for one more save if it fits into the time left. Returns False if the ranks need not go on."""
         failpoint("noticed")
         source, left_s = self.notices.source, self.notices.left_s
         self.journal.write("notice", source=source, grace_s=round(left_s, 1))
         if self.journal.progress.phase == "teardown":
             log(f"{source}: all steps are made, the result is on its way")
             return True
-        decision = fits(self._outlook(left_s))
-        log(f"{source}: {decision.reason}")
-        if decision.action == "save":
-            self.wishes.ask_to_stop()
-            return True
-        self._leave_by = self._clock() + (left_s if decision.action == "finish" else 0.0)
-        return False
-
-    def _outlook(self, left_s: float) -> Outlook:
-        """What is known about one more save."""
         measured, committer = self.save_cost.record, self.committer
-        safe = max([0, *(staged.step for staged in self.handover.taken)])
-        done = 0 if self.journal.first_step is None else self.journal.progress.step
         under_way = committer.under_way if committer else None
-        send_s = measured.get("send_s")
-        stops_s = measured.get("stall_s", 0.0) + measured["write_s"] if "write_s" in measured else None
-        return Outlook(
-            left_s=left_s,
-            new_steps=done - max(safe, committer.committed_step if committer else 0),
-            step_s=measured.get("step_s"),
-            write_s=stops_s,
-            upload_s=send_s,
-            uploading=under_way is not None,
-            upload_left_s=max(send_s - under_way[1], 0.0) if under_way and send_s is not None else None,
+        done = 0 if self.journal.first_step is None else self.journal.progress.step
+        committed, send_s = committer.committed_step if committer else 0, measured.get("send_s")
+        action, why = fits(
+            Outlook(
+                left_s=left_s,
+                new_steps=done - max([0, committed, *(staged.step for staged in self.staging.collected)]),
+                step_s=measured.get("step_s"),
+                write_s=measured.get("stall_s", 0.0) + measured["write_s"] if "write_s" in measured else None,
+                upload_s=send_s,
+                uploading=under_way is not None,
+                upload_left_s=max(send_s - under_way[1], 0.0) if under_way and send_s is not None else None,
+            )
         )
-
-
-# One attempt: run the ranks, commit what they save, and say how it ended. What happens meanwhile is in watch.py.
-
-CERTIFY_PAUSE_S = 15.0
-HANGING_S = 30.0  # what the end of a stalled attempt waits for a bucket that may not answer
-BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
-
-Result = TypeVar("Result")
-Ending = tuple[int, EndReason, str]  # exit code, reason for the report, one line for people
+        log(f"{source}: {why}")
+        if action == "save":
+            self.control.ask_to_stop()
+            return True
+        self._leave_by = self._clock() + (left_s if action == "finish" else 0.0)
+        return False
 
 
 class Attempt:
-    """Everything that one attempt owns; ``run`` returns the exit code.
+    """Everything that one attempt owns. ``run`` returns the exit code."""
 
-    Args:
-        clock: seconds that never go back.
-    """
-
-    def __init__(self, context: Context, notices: Notices, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, context: Context, notices: Notices, clock: Clock = time.monotonic) -> None:
         self.context, self.notices, self._clock = context, notices, clock
         shutil.rmtree(context.folder, ignore_errors=True)
         (context.folder / protocol.STAGED).mkdir(parents=True)
-        events_log = protocol.events_path(context.folder, 0)
-        self.journal = Journal(context.store, context.keys, context.attempt, events_log, context.status_file)
-        size = context.machine.world_size
-        self.journal.write("start", attempt=context.attempt, host=context.record.host, world_size=size)
-        token = gang_token(context.keys.run_id, context.environ.get("SKYPILOT_TASK_ID", ""))
-        self.leader = Leader(context.keys.run_id, context.machine, token)
+        self.journal = Journal.of(context)
+        self.leader = Leader(context.keys.run_id, context.machine, job_token(context.keys.run_id, context.environ))
         self.watch: Watch | None = None
         self.watchdog: Watchdog | None = None
         self._newest: Commit | None = None
@@ -285,14 +246,17 @@ class Attempt:
         self._is_certified = False
 
     def run(self) -> int:
-        """Trains to an end or to a notice; leaves the attempt's last event and, at a bad end, failed.json."""
+        """Trains to the end or to a notice. Writes the attempt's last event and, after a bad end, failed.json."""
         try:
             code, reason, message = self._train()
         except InputError as error:
             code, reason, message = error.exit_code, "failed", str(error)
+        except Fenced as error:
+            code, reason, message = error.exit_code, "lost", str(error)
         except SpotuneError as error:
-            code, reason, message = error.exit_code, self._reason_of(error), str(error)
-        except (OSError, MemoryError) as error:  # of this machine: those of the bucket have their own name
+            code, message = error.exit_code, str(error)
+            reason = "preempted" if self.notices.given else "failed"
+        except (OSError, MemoryError) as error:  # this machine's: errors of the bucket have their own class
             code, reason, message = errors.PREEMPTED, "failed", f"this machine: {error}"
         if code == errors.PREEMPTED and reason in FAULTS and self._is_second_fault():
             code, message = errors.FAILED, f"two attempts in a row failed and committed nothing: {message}"
@@ -305,55 +269,46 @@ class Attempt:
         return code
 
     def end_stalled(self, message: str) -> int:
-        """Ends the attempt in the place of the main thread, which hangs; returns the exit code.
-
-        What the main thread has decided stands. No call to the bucket is waited for longer than ``HANGING_S``.
-        """
-        code, reason = self._stalled_end()
+        """Ends the attempt for the main thread, which hangs; returns the exit code. Keeps what is already decided."""
+        reason: EndReason
+        if self._ending:
+            code, reason, _ = self._ending
+        elif self._is_certified:
+            code, reason = errors.SUCCEEDED, "completed"
+        else:
+            is_second = within(HANGING_S, self._is_second_fault, False)
+            code, reason = errors.FAILED if is_second else errors.PREEMPTED, "stalled"
         log(message, bare=True)
         self.journal.write("end", reason=reason, exit_code=code, step=self.journal.progress.step, message=message)
-        within(HANGING_S, lambda: self._record_stalled(code, message), None)
+
+        def record() -> None:
+            if code == errors.FAILED and not self._ending:
+                self._mark_failed(code, message)
+            upload_stacks(self.context.store, self.context.keys, self.context.attempt, self.context.folder)
+            self.journal.close()
+
+        within(HANGING_S, record, None)
         self.leader.close(code)
         return code
-
-    def _stalled_end(self) -> tuple[int, EndReason]:
-        if self._ending:
-            return self._ending[:2]
-        if self._is_certified:
-            return errors.SUCCEEDED, "completed"
-        is_second = within(HANGING_S, self._is_second_fault, False)
-        return errors.FAILED if is_second else errors.PREEMPTED, "stalled"
-
-    def _record_stalled(self, code: int, message: str) -> None:
-        if code == errors.FAILED and not self._ending:
-            self._mark_failed(code, message)
-        upload_stacks(self.context.store, self.context.keys, self.context.attempt, self.context.folder)
-        self.journal.close()
 
     def _is_second_fault(self) -> bool:
         try:
             return is_second_fault(self.context.store, self.context.keys, self.context.attempt)
-        except StoreError:  # then that is the fault, and no other is known of
+        except StoreError:  # then no earlier fault is known
             return False
-
-    def _reason_of(self, error: SpotuneError) -> EndReason:
-        if isinstance(error, Fenced):
-            return "lost"
-        return "preempted" if self.notices.given else "failed"
 
     def _train(self) -> Ending:
         context = self.context
         self._newest = newest_commit(context.store, context.keys)
         save_cost = SaveCost(self._newest.saving if self._newest else None)
-        self.journal.listen(save_cost.take)
+        self.journal.listen(save_cost.on_event)
         with for_people(context.keys):
             history = record_history(context.store, context.keys)
         job = make_job(context, self._newest, history)
         protocol.write_json(context.folder / protocol.JOB, job)
         watch = self.watch = Watch(context, job, self.journal, self.leader, self.notices, save_cost)
-        uploading, is_leaving = lambda: watch.uploading, lambda: self.notices.given
         dog = self.watchdog = Watchdog(
-            context, self.journal, self.leader, save_cost, uploading, is_leaving, self.end_stalled
+            context, self.journal, self.leader, save_cost, watch.uploading, lambda: self.notices.given, self.end_stalled
         )
         trackers, port = tracker_environ(context.run, context.environ), free_port()
         sample_s = sample_every_s(dog.floor_s) if dog.floor_s else 0.0
@@ -363,7 +318,7 @@ class Attempt:
             self.journal.write("phase", phase="load")
             dog.start(ranks.pids)
             with GpuMeter(context.machine.gpus, context.environ, self.journal):
-                restoring = Restoring(context, self.journal, self.leader)
+                restoring = RestoreThread(context, self.journal, self.leader)
                 try:
                     outcome = watch.until_ended(ranks, restoring, lambda: dog.stall)
                 finally:
@@ -371,17 +326,16 @@ class Attempt:
         finally:
             dog.stop(has_stalled=watch.stall is not None)
             ranks.kill()
+        watch.finish_uploads()
         return self._conclude(watch, outcome)
 
     def _conclude(self, watch: Watch, outcome: Outcome) -> Ending:
-        """From how the ranks ended to exit code, reason and message."""
-        watch.finish_uploads()
         match outcome.how:
             case "completed":
-                return self._complete(outcome)
+                return self._complete(outcome.step)
             case "stopped" if self.notices.given:
                 return errors.PREEMPTED, "preempted", ""
-            case "stopped" if watch.wall.reached and not watch.why_stopped():
+            case "stopped" if watch.budget_limit.reached and not watch.why_stopped():
                 return self._pause(watch)
             case "stopped":
                 return errors.PREEMPTED, "failed", watch.why_stopped() or "training stopped without being asked to"
@@ -395,22 +349,26 @@ class Attempt:
             case "failed":
                 return errors.FAILED, "failed", outcome.message
 
-    def _complete(self, outcome: Outcome) -> Ending:
+    def _complete(self, step: int) -> Ending:
         context = self.context
         self.journal.write("phase", phase="teardown")
-        certificate = self._certify(outcome.step)
+        certificate = self._certify(step)
         self._is_certified = True
         log(f"{context.keys.run_id} is certified at step {certificate.step}: weights {certificate.weights_sha256[:16]}")
         if output_dir := context.run.config.get("output_dir"):
-            self._copy_output(Path(output_dir))
+            try:
+                copy_output(context.folder, Path(output_dir), context.keys.run_id)
+            except OSError as error:
+                place = f"{context.store.url}/{context.keys.output}"
+                log(f"output_dir {output_dir}: the result is in {place}, not copied: {error}")
         rebuild_offline(context.store, context.keys, context.run, context.environ)
-        self.leader.close(errors.SUCCEEDED)  # what follows needs this machine only
+        self.leader.close(errors.SUCCEEDED)  # the rest needs this machine only
         if not Extras(context, certificate, self.notices, self.journal).run(asked_for(context.run.config)):
             return errors.PREEMPTED, "preempted", ""
         return errors.SUCCEEDED, "completed", ""
 
     def _certify(self, step: int) -> Certificate:
-        """Uploads and certifies the result, again and again while the bucket is away, for as long as it may be."""
+        """Uploads and certifies the result; retries while the bucket is away, for ``patience_s`` at most."""
         context = self.context
         deadline = self._clock() + context.patience_s
         while True:
@@ -418,30 +376,23 @@ class Attempt:
                 return certify(context.store, context.keys, context.attempt, step, context.folder)
             except StoreError as error:
                 is_over = self._clock() > deadline or self.notices.left_s <= 0
-                if is_over or isinstance(error, Misplaced):  # time does not mend that: people have to
+                if is_over or isinstance(error, Misplaced):  # only people can mend that
                     kind = Misplaced if isinstance(error, Misplaced) else StoreError
                     raise kind(f"{error}; all {step} steps are made, the result is not in the bucket") from error
                 log(f"the result is not certified yet: {error}")
                 self.notices.wait(min(CERTIFY_PAUSE_S, self.notices.left_s))
 
-    def _copy_output(self, target: Path) -> None:
-        try:
-            copy_output(self.context.folder, target, self.context.keys.run_id)
-        except OSError as error:
-            place = f"{self.context.store.url}/{self.context.keys.output}"
-            log(f"output_dir {target}: the result is in {place}, not copied: {error}")
-
     def _pause(self, watch: Watch) -> Ending:
-        """The mark comes first: where it cannot be left, the next attempt has to find the wall again."""
+        """Writes the mark before anything else: if that fails, the next attempt has to find the limit again."""
         step = watch.committer.committed_step if watch.committer else self._newest.step if self._newest else 0
-        reason = watch.wall.reason(step)
+        reason = watch.budget_limit.reason(step)
         self._leave_mark(self.context.keys.paused, errors.PAUSED, reason, step)
         run_id = self.context.keys.run_id
         flag = "" if self.context.run.budget_usd is None else " --budget USD"
         return errors.PAUSED, "paused", f"{run_id} is paused: {reason} (spotune resume {run_id}{flag})"
 
     def _mark_failed(self, code: int, message: str) -> None:
-        self.journal.poll()  # the ranks' last steps may not have been read yet
+        self.journal.poll()  # the ranks' last steps may be unread
         step = self.journal.progress.step or (self._newest.step if self._newest else 0)
         try:
             self._leave_mark(self.context.keys.failed, code, message, step)
@@ -454,25 +405,21 @@ class Attempt:
         claim.leave_mark(context.store, key, context.keys.run_id, context.attempt, **facts)
 
     def _close(self, code: int, reason: EndReason, message: str) -> None:
-        if self.watch:
-            self.watch.close()
+        if self.watch and self.watch.committer:
+            self.watch.committer.close(5.0 if self.watch.stall else None)  # after a stall it may hang
         upload_stacks(self.context.store, self.context.keys, self.context.attempt, self.context.folder)
         self.journal.poll()
-        self.journal.write("end", reason=reason, exit_code=code, step=self.journal.progress.step, message=message)
-        try:
-            self.journal.close()
-        except SpotuneError as error:
-            log(f"the last events are not recorded: {error}")
+        self.journal.end(reason, code, self.journal.progress.step, message)
         self.leader.close(code)
         if self.watchdog:
             self.watchdog.close(code)
         is_over = code == errors.SUCCEEDED or reason == "lost"
-        if is_over or not sealed(self.context.folder):  # else the next attempt on this machine may still commit it
+        if is_over or not sealed(self.context.folder):  # else the next attempt on this machine may commit it
             shutil.rmtree(self.context.folder, ignore_errors=True)
 
 
 def within(seconds: float, work: Callable[[], Result], otherwise: Result) -> Result:
-    """Returns what ``work`` returns in time, else ``otherwise``; a thread that hangs is left behind."""
+    """Returns what ``work`` returns in time, else ``otherwise``; leaves a thread that hangs behind."""
     results = []
 
     def run() -> None:
@@ -488,12 +435,12 @@ def within(seconds: float, work: Callable[[], Result], otherwise: Result) -> Res
 
 
 def make_job(context: Context, newest: Commit | None, history: Sequence[RunRecord]) -> WorkerJob:
-    """What the ranks are told; the newest commit says how the run was made so far."""
-    config = context.run.config
+    """Returns the ranks' job; the newest commit says how the run was made so far."""
+    config, save_every = context.run.config, parse_save_every(context.run.save_every)
     made_with = [record.config for record in history if newest and record.config_sha256 == newest.config_sha256]
-    # Where the rows of a step were changed on purpose, the config says how many they are, whatever the ranks.
-    is_kept = not made_with or all(config.get(key) == made_with[-1].get(key) for key in BATCH)
-    save_every = parse_save_every(context.run.save_every)
+    # If the rows of a step were changed on purpose, the config decides their number, whatever the ranks.
+    batch = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    is_kept = not made_with or all(config.get(key) == made_with[-1].get(key) for key in batch)
     is_fixed = bool(save_every.steps or save_every.seconds)
     return WorkerJob(
         run_id=context.keys.run_id,

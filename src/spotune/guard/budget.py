@@ -1,16 +1,16 @@
-"""The budget's wall: what the run has cost as far as its machine can tell, and whether it has to stop for it.
+"""The budget limit: what the run has cost as far as its machine knows, and whether the run has to stop.
 
-    spent = earlier attempts + (now - this machine's start) x nodes x the frozen price of where it is
+    spent = earlier attempts + (now - this machine's start) x nodes x the frozen price of its place
 
-An earlier attempt counts by its bill; without one from its claim to its last event, and as long before its claim as
-this machine was up before its own. A machine that never claimed one counts by its bill. What only the engine sees, a
-machine that waits to be found lost, is in the bill once somebody has looked at the cost. The price is the one that the
-report will take (core/money.py).
+An earlier attempt counts by its bill; without a bill from its claim to its last event, plus the time that this machine
+was up before its own claim. A machine that never claimed an attempt counts by its bill. Time that only the engine sees
+(a machine that waits to be found lost) is in the bill once somebody has asked for the cost. The report uses the same
+price (core/money.py).
 """
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -20,30 +20,22 @@ from spotune.core.keys import Keys, attempt_number
 from spotune.core.money import HOUR_S, WARN_AT, claimed_place, price_of, usd
 from spotune.core.records import AttemptRecord, Bill, Record, RunRecord, check_paid
 from spotune.core.store import Store
-from spotune.guard.journal import Context, Journal, log
+from spotune.guard.journal import Clock, Context, Journal, log
 from spotune.guard.restore import last_event
 from spotune.guard.save_schedule import SaveCost
 
-KERNEL = Path("/proc")
 Kind = TypeVar("Kind", bound=Record)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be spent, and how fast that goes; US dollars.
-
-    Attributes:
-        earlier_usd: what the attempts before this one have cost.
-        usd_per_s: of all machines of this attempt together.
-        paid_since: epoch seconds.
-        month_of: whose monthly budget left it so much; empty for the run's own.
-    """
+    """What the run may spend, and how fast it spends; US dollars."""
 
     limit_usd: float
-    earlier_usd: float
-    usd_per_s: float
-    paid_since: float
-    month_of: str = ""
+    earlier_usd: float  # the cost of the attempts before this one
+    usd_per_s: float  # of all machines of this attempt together
+    paid_since: float  # epoch seconds
+    month_of: str = ""  # whose monthly budget left the run so much; empty for the run's own budget
 
     def __str__(self) -> str:
         amount = usd(self.limit_usd)
@@ -52,49 +44,36 @@ class Budget:
     def spent_usd(self, now: float) -> float:
         return self.earlier_usd + max(0.0, now - self.paid_since) * self.usd_per_s
 
-    def is_low(self, now: float) -> bool:
-        """Whether it is time for the warning."""
-        return self.spent_usd(now) >= WARN_AT * self.limit_usd
-
-    def is_used_up(self, now: float, stop_s: float) -> bool:
-        """Whether a stop that takes ``stop_s`` from now on reaches the wall."""
-        return self.spent_usd(now + stop_s) >= self.limit_usd
-
 
 class BudgetLimit:
-    """Looks at the budget while training runs; ``reached`` once it has said that training has to stop."""
+    """Checks the budget while training runs; ``reached`` once training has to stop for it."""
 
-    def __init__(
-        self, budget: Budget | None, journal: Journal, save_cost: SaveCost, clock: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, budget: Budget | None, journal: Journal, save_cost: SaveCost, clock: Clock = time.time) -> None:
         self._budget, self._journal, self._save_cost, self._clock = budget, journal, save_cost, clock
-        self._is_low_said = False
-        self.reached = False
+        self._is_warned = self.reached = False
 
-    def look(self) -> bool:
-        """Whether to stop now, so that what stopping takes is paid for too; says once when the wall is near."""
+    def check(self) -> bool:
+        """Returns whether to stop now, so that the stop itself is paid for too; logs once that the limit is near."""
         budget, now = self._budget, self._clock()
-        if budget is None or self._journal.progress.phase == "teardown":  # all steps are made: the result is all
+        if budget is None or self._journal.progress.phase == "teardown":  # all steps are made: only the result is left
             return False
-        if not self._is_low_said and budget.is_low(now):
-            self._is_low_said = True
-            spent_usd = budget.spent_usd(now)
+        spent_usd = budget.spent_usd(now)
+        if not self._is_warned and spent_usd >= WARN_AT * budget.limit_usd:
+            self._is_warned = True
             self._journal.write("budget", spent_usd=round(spent_usd, 6), budget_usd=budget.limit_usd)
             log(f"{spent_usd / budget.limit_usd:.0%} of {budget} used up")
         measured = self._save_cost.record
         stop_s = sum(measured.get(name, 0.0) for name in ("step_s", "stall_s", "write_s", "send_s"))
-        self.reached = budget.is_used_up(now, stop_s)
+        self.reached = budget.spent_usd(now + stop_s) >= budget.limit_usd
         return self.reached
 
     def reason(self, step: int) -> str:
-        """For people: why the run stands still."""
         assert self._budget
         spent = usd(self._budget.spent_usd(self._clock()))
         return f"{str(self._budget).removeprefix('the ')} used up at step {step}: {spent} spent"
 
 
 def read_budget(context: Context) -> Budget | None:
-    """The run's budget as this attempt finds it; None without one."""
     run, record = context.run, context.record
     if run.wall_usd is None:
         return None
@@ -104,10 +83,10 @@ def read_budget(context: Context) -> Budget | None:
 
 
 def paid_since(infra: str, kind: str, environ: Mapping[str, str]) -> float | None:
-    """When this machine began to cost something, epoch seconds; None where that cannot be told.
+    """Returns when this machine began to cost something, in epoch seconds; None if that is unknown.
 
-    A managed job's machine is its own: it counts from its first process, on Slurm from the allocation. On a dev
-    cluster and on this machine a run pays for itself alone.
+    A managed job owns its machine, which counts from its first process, on Slurm from the allocation. On a dev cluster
+    and on this machine a run pays only for its own process.
     """
     if infra == "slurm":
         started = environ.get("SLURM_JOB_START_TIME", "")
@@ -116,24 +95,24 @@ def paid_since(infra: str, kind: str, environ: Mapping[str, str]) -> float | Non
 
 
 def _process_started_at(pid: int) -> float | None:
-    """Of ``/proc/PID/stat``, field 22 (proc(5)): clock ticks since the machine's boot."""
+    """Reads field 22 of ``/proc/PID/stat`` (proc(5)): clock ticks since the machine's boot."""
     try:
-        fields = (KERNEL / str(pid) / "stat").read_text().rpartition(")")[2].split()
-        up_s = float((KERNEL / "uptime").read_text().split()[0])
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        up_s = float(Path("/proc/uptime").read_text().split()[0])
     except (OSError, ValueError, IndexError):
         return None
     return time.time() - (up_s - int(fields[19]) / os.sysconf("SC_CLK_TCK"))
 
 
 def _earlier_usd(store: Store, keys: Keys, run: RunRecord, attempt: int, lead_s: float) -> float:
-    earlier = (number for name in store.folders(keys.attempts) if (number := attempt_number(name)))
-    claimed = sum(_attempt_usd(store, keys, run, number, lead_s) for number in earlier if number < attempt)
+    numbers = [attempt_number(name) or 0 for name in store.folders(keys.attempts)]
+    claimed = sum(_attempt_usd(store, keys, run, number, lead_s) for number in numbers if 0 < number < attempt)
     lost = (_read(store, Bill, key) for key in store.keys(keys.lost))
     return claimed + sum(_billed_usd(run, bill) for bill in lost if bill)
 
 
 def _billed_usd(run: RunRecord, bill: Bill, claim: AttemptRecord | None = None) -> float:
-    """At the bill's own price; without one at that of where the machine's claim says that it was."""
+    """Uses the bill's own price, else that of the place that the machine's claim names."""
     seconds = max(0.0, bill.ended_at - bill.started_at)
     if claim and not bill.price_row:
         return seconds * _usd_per_s(run, claim)
@@ -145,27 +124,26 @@ def _attempt_usd(store: Store, keys: Keys, run: RunRecord, attempt: int, lead_s:
     bill, record = _read(store, Bill, keys.bill(attempt)), _read(store, AttemptRecord, keys.attempt(attempt))
     if bill:
         return _billed_usd(run, bill, record)
-    if record is None:  # lost before it could claim: only a bill can tell of it
+    if record is None:  # lost before it could claim: only a bill counts it
         return 0.0
     ended_at = float(last_event(store, keys, attempt).get("t") or record.claimed_at)
     return (max(0.0, ended_at - record.claimed_at) + lead_s) * _usd_per_s(run, record)
 
 
 def _read(store: Store, kind: type[Kind], key: str) -> Kind | None:
-    """None where there is none, or none that can be read: as in the report, as if it had never been written."""
+    """Returns None for a record that is missing or unreadable; the report does the same."""
     try:
-        if (data := store.read(key)) is None:
-            return None
-        record = kind.from_bytes(data, key)
-        check_paid(record, key)
-        return record
+        if (data := store.read(key)) is not None:
+            record = kind.from_bytes(data, key)
+            check_paid(record, key)
+            return record
     except BadRecord as error:
         log(f"left out of the budget: {error}")
-        return None
+    return None
 
 
 def _usd_per_s(run: RunRecord, record: AttemptRecord) -> float:
-    """Where no row was frozen for the place, the dearest one counts: what was spent is not understated."""
+    """Uses the dearest row if none was frozen for the place, so that spending is not understated."""
     rows = run.price_rows()
     price = price_of(claimed_place(record, run, rows), rows)
     return record.num_nodes * (price.price_usd_per_hour if price else _dearest(run)) / HOUR_S

@@ -1,4 +1,4 @@
-"""A checkpoint's way into the bucket: staged by the ranks, uploaded, committed, pruned."""
+"""A checkpoint's way into the bucket: staged by the ranks, sealed, uploaded, committed, pruned."""
 
 import shutil
 import threading
@@ -17,31 +17,27 @@ from spotune.core.protocol import STAGED, TRAINER, Staged
 from spotune.core.records import Commit, RunRecord
 from spotune.core.store import Store
 from spotune.guard.claim import check_fence
-from spotune.guard.journal import Context, Journal, log
-from spotune.guard.restore import list_commits
+from spotune.guard.journal import Clock, Context, Journal, log
+from spotune.guard.restore import THREADS, list_commits
 from spotune.guard.save_schedule import SaveCost
 
-# Checkpoints that pass from the ranks of this machine to the guard: complete, sealed, and findable after a crash.
-#
-# A checkpoint is complete once each rank has said so of its part. Sealed means that the guard has written down the
-# facts of every file: so a later attempt on the same machine can tell whether what lies there is whole.
-
 SEALED = "sealed"
+PAUSES_S = (1.0, 4.0, 15.0, 60.0)
+KEEP = 3
+# Never only one: the newest may be damaged, and a zombie may prune while its successor restores.
+LEAST = 2
 
 
 class StagingFolder:
-    """What the ``ranks`` processes of one machine stage in an exchange folder; ``taken``: all of it so far."""
+    """Finds the checkpoints that all ``ranks`` have staged in an exchange folder; ``collected``: all of them so far."""
 
     def __init__(self, folder: Path, ranks: int) -> None:
         self._folder, self._ranks = folder, ranks
         self._done: set[int] = set()
-        self.taken: list[Staged] = []
+        self.collected: list[Staged] = []
 
-    def take(self) -> list[Staged]:
-        """The checkpoints that have become complete since the last call, oldest first.
-
-        A damaged file of a rank costs its checkpoint and nothing else: training goes on, and the next save replaces it.
-        """
+    def collect(self) -> list[Staged]:
+        """Returns the checkpoints that have become complete since the last call, oldest first."""
         parts: dict[int, dict[int, Path]] = {}
         for path in (self._folder / STAGED).glob("*-*.json"):
             named = path.stem.partition("-")
@@ -51,37 +47,33 @@ class StagingFolder:
         complete = sorted(step for step, paths in parts.items() if len(paths) == self._ranks)
         self._done.update(complete)
         found = [staged for step in complete if (staged := self._merge(step, parts[step]))]
-        self.taken += found
+        self.collected += found
         return found
 
     def _merge(self, step: int, paths: dict[int, Path]) -> Staged | None:
-        """The ranks' parts as one: as the lowest of them tells it, with the files of all. None if one is damaged."""
-        try:
-            parts = [self._read_part(step, paths[rank]) for rank in sorted(paths)]
-        except (Damaged, InfraError) as error:
-            log(f"the checkpoint of step {step} is not committed: {error}")
-            return None
-        files: dict[str, dict[str, Any]] = {}
-        for part in parts:
-            files |= part.files
-        return replace(parts[0], files=files)
+        """Returns the lowest rank's part with the files of all; None if a part is damaged or of another folder.
 
-    def _read_part(self, step: int, path: Path) -> Staged:
-        """Raises Damaged, naming the file, for one that is not about this step's own folder: it will be removed."""
-        try:
-            part = load_as(path, Staged)
-        except Damaged as error:
-            raise Damaged(f"{path}: {error}") from error
-        if part is None:
-            raise Damaged(f"{path}: gone")
-        own = (self._folder / TRAINER / f"checkpoint-{step}").absolute()
-        if part.step != step or Path(part.checkpoint).absolute() != own:
-            raise Damaged(f"{path}: checkpoint: not the one of step {step} in this folder")
-        return part
+        That costs only this checkpoint: training goes on, and the next save replaces it.
+        """
+        own = (self._folder / TRAINER / f"checkpoint-{step}").absolute()  # will be removed
+        parts = []
+        for _, path in sorted(paths.items()):
+            try:
+                part = load_as(path, Staged)
+                if part is None:
+                    raise Damaged("gone")
+                if part.step != step or Path(part.checkpoint).absolute() != own:
+                    raise Damaged(f"checkpoint: not the one of step {step} in this folder")
+                parts.append(part)
+            except (Damaged, InfraError) as error:
+                where = f"{path}: " if isinstance(error, Damaged) else ""  # an InfraError names it
+                log(f"the checkpoint of step {step} is not committed: {where}{error}")
+                return None
+        return replace(parts[0], files={name: facts for part in parts for name, facts in part.files.items()})
 
 
 def seal(folder: Path, staged: Staged, config_sha256: str, revision: int = 0) -> Staged:
-    """Adds the facts of all files that have none yet, and writes the seal; when it is there already, reads it."""
+    """Writes down the facts of a checkpoint's files, for a later attempt here to verify; reads an existing seal."""
     path = seal_path(folder, staged.step)
     if found := _read_seal(path):
         return found
@@ -100,10 +92,7 @@ def seal_path(folder: Path, step: int) -> Path:
 
 
 def sealed(folder: Path) -> list[Staged]:
-    """What is sealed in an attempt's folder, newest first. A damaged seal is set aside and seals nothing.
-
-    Nor does one of another folder's files.
-    """
+    """Returns an attempt folder's sealed checkpoints, newest first. Sets damaged seals aside; skips foreign ones."""
     found = (_read_seal(path) for path in (folder / SEALED).glob("*.json"))
     own = (seal for seal in found if seal and Path(seal.checkpoint) == folder / TRAINER / f"checkpoint-{seal.step}")
     return sorted(own, key=lambda staged: -staged.step)
@@ -120,58 +109,42 @@ def _read_seal(path: Path) -> Staged | None:
     return None
 
 
-# One upload at a time, in the background; of those waiting the newest wins.
-#
-# A fault of the store is tried again with growing pauses for as long as nothing newer waits; training goes on.
-
-PAUSES_S = (1.0, 4.0, 15.0, 60.0)
-
-
 class Uploader:
-    """The thread behind ``submit``.
+    """Uploads one checkpoint at a time in the background; of those waiting the newest wins. Training goes on.
 
-    Args:
-        work: uploads a local checkpoint, once; raises Fenced, another SpotuneError or OSError.
-        pauses_s: how long to wait after the first, second, … failure in a row; the last one from then on.
-
-    Attributes:
-        fenced: set for good when a later attempt owns the run.
-        error: the last failure, None once an upload has succeeded.
+    Retries after a fault of the store, while nothing newer waits, with pauses of which the last repeats.
+    ``work`` uploads a local checkpoint, once; it raises Fenced, another SpotuneError or OSError.
     """
 
     def __init__(
-        self,
-        work: Callable[[Staged], None],
-        clock: Callable[[], float] = time.monotonic,
-        pauses_s: Sequence[float] = PAUSES_S,
+        self, work: Callable[[Staged], None], clock: Clock = time.monotonic, pauses_s: Sequence[float] = PAUSES_S
     ) -> None:
         self._work, self._clock, self._pauses_s = work, clock, pauses_s
         self._waiting: list[Staged] = []
         self._current: Staged | None = None
         self._began_at = 0.0
-        self._closed = False
-        self._is_blocked = False
+        self._closed = self._is_blocked = False
         self._changed = threading.Condition()
         self._failing_since: float | None = None
-        self.fenced: Fenced | None = None
-        self.error: SpotuneError | None = None
+        self.fenced: Fenced | None = None  # set for good when a later attempt owns the run
+        self.error: SpotuneError | None = None  # the last failure, None once an upload has succeeded
         self._thread = threading.Thread(target=self._run, name="uploader", daemon=True)
         self._thread.start()
 
     @property
     def away_s(self) -> float:
-        """For how long the store has not taken anything, seconds; 0 when all is well."""
+        """Seconds since the store's first failure in a row; 0 when all is well."""
         since = self._failing_since
         return 0.0 if since is None else self._clock() - since
 
     @property
     def under_way(self) -> tuple[int, float] | None:
-        """(step, seconds so far) of the upload that runs, None when there is none."""
+        """(step, seconds so far) of the running upload, None when there is none."""
         current = self._current
         return None if current is None else (current.step, self._clock() - self._began_at)
 
     def submit(self, staged: Staged) -> None:
-        """Hands over a complete local checkpoint. One that still waits is dropped for it, but for the best one."""
+        """Queues a complete local checkpoint. Drops one that still waits, except the best one."""
         with self._changed:
             dropped = [other for other in self._waiting if other.step != staged.best_step]
             self._waiting = [*(other for other in self._waiting if other not in dropped), staged]
@@ -181,19 +154,13 @@ class Uploader:
             shutil.rmtree(Path(other.checkpoint), ignore_errors=True)
 
     def drain(self, timeout_s: float | None = None) -> bool:
-        """Waits until nothing is waiting or under way; returns whether the last upload succeeded.
-
-        Nor for one that is tried again in vain: what is in its way only people remove.
-        """
+        """Waits until no upload waits, runs, or needs people; returns whether the last one succeeded."""
         with self._changed:
             done = self._changed.wait_for(lambda: self._is_blocked or not (self._waiting or self._current), timeout_s)
             return done and self.error is None and self.fenced is None
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Ends the thread once the upload under way has ended, well or not; what waits is left as it is.
-
-        ``timeout_s``: for how long to wait for that.
-        """
+        """Waits at most ``timeout_s`` for the running upload and ends the thread; leaves waiting checkpoints alone."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -215,6 +182,10 @@ class Uploader:
 
     def _try_until_newer(self, staged: Staged) -> None:
         failures = 0
+
+        def is_superseded() -> bool:
+            return any(other.best_step != staged.step for other in self._waiting)
+
         while not self.fenced:
             began_at, self._is_blocked = self._clock(), False
             try:
@@ -231,33 +202,17 @@ class Uploader:
             pause_s = self._pauses_s[min(failures, len(self._pauses_s) - 1)]
             failures += 1
             with self._changed:
-                self._is_blocked = isinstance(self.error, Misplaced) and not self._is_superseded(staged)
+                self._is_blocked = isinstance(self.error, Misplaced) and not is_superseded()
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._is_superseded(staged) or self._closed, pause_s)
-                if self._is_superseded(staged) or self._closed:
+                if self._changed.wait_for(lambda: is_superseded() or self._closed, pause_s):
                     return
-
-    def _is_superseded(self, staged: Staged) -> bool:
-        return any(other.best_step != staged.step for other in self._waiting)
-
-
-# What the bucket keeps: the last few commits, every k-th, and the best one. The commit goes first, then its data.
-#
-# A commit that did not verify counts for nothing: it neither protects nor displaces another one.
-
-KEEP = 3
-# Never one alone: the newest may turn out to be damaged, and a zombie may tidy up while its successor restores.
-LEAST = 2
-UNFINISHED_S = 3600.0  # an upload that has been going on for so long is nobody's any more
 
 
 class Retention:
-    """Tidies up after each commit of one attempt.
+    """Prunes after each commit: keeps the newest commits, every k-th, and the best. Removes a commit before its data.
 
-    Args:
-        keep: how many of the newest commits stay (at least two do).
-        keep_every: every commit whose ordinal is a multiple stays for good; 0: none does.
-        bad: keys of commits that did not verify when this attempt restored.
+    ``keep``: how many of the newest, at least two. ``keep_every``: multiples of this ordinal stay for good, 0: none.
+    ``bad``: keys of commits that did not verify; they neither protect nor displace another one.
     """
 
     def __init__(
@@ -269,13 +224,13 @@ class Retention:
         self._kept_for_good: set[str] = set()
 
     def tidy(self, best_step: int | None = None) -> None:
-        """Removes what need not stay. Raises StoreError; to be called again then."""
+        """Removes what need not stay. Raises StoreError; call it again then."""
         listed = list_commits(self._store, self._keys)
         good = [(number, key) for number, key in listed if key not in self._bad]
         for (attempt, step), key in good[self._keep :]:
             if step != best_step and not self._is_kept_for_good(key):
                 self._remove(key, step, attempt)
-        if len(good) >= LEAST:  # a damaged one is of no use to anybody once there is enough else
+        if len(good) >= LEAST:  # then nobody needs a damaged one
             for (attempt, step), key in listed:
                 if key in self._bad:
                     self._remove(key, step, attempt)
@@ -284,17 +239,14 @@ class Retention:
             self._swept = True
 
     def _is_kept_for_good(self, key: str) -> bool:
-        if not self._keep_every:
-            return False
-        if key not in self._kept_for_good:
+        if self._keep_every and key not in self._kept_for_good:
             try:
                 data = self._store.read(key)
-                if data is None or Commit.from_bytes(data, key).ordinal % self._keep_every:
-                    return False
-            except BadRecord:  # no number that would keep it
+                if data is not None and Commit.from_bytes(data, key).ordinal % self._keep_every == 0:
+                    self._kept_for_good.add(key)
+            except BadRecord:  # it has no number that would keep it
                 return False
-            self._kept_for_good.add(key)
-        return True
+        return key in self._kept_for_good
 
     def _remove(self, key: str, step: int, attempt: int) -> None:
         self._store.delete([key])
@@ -302,7 +254,7 @@ class Retention:
         self._store.delete(self._store.keys(self._keys.checkpoint(step, attempt)))
 
     def _sweep(self) -> None:
-        """Removes what attempts before this one uploaded and never committed, unfinished uploads included."""
+        """Removes what earlier attempts uploaded and never committed, unfinished uploads included."""
         listed = list_commits(self._store, self._keys)
         committed = {self._keys.checkpoint(step, attempt) for (attempt, step), _ in listed}
         for name in self._store.folders(self._keys.checkpoints):
@@ -310,31 +262,19 @@ class Retention:
             number = checkpoint_of(name)
             if folder not in committed and number and number[0] < self._attempt:
                 self._store.delete(self._store.keys(folder))
-        # Right after a commit this attempt uploads nothing, so that what is unfinished is of those before it.
+        # Right after a commit this attempt uploads nothing: what is unfinished belongs to earlier ones.
         self._store.abort_uploads(self._keys.checkpoints, 0.0)
-        self._store.abort_uploads(self._keys.root, UNFINISHED_S)
-
-
-# Turns staged checkpoints into commits: data first, under a key that holds the attempt; the commit object last.
-#
-# sealed ─▶ files uploaded ─▶ other machines' files there ─▶ not fenced ─▶ commit created ─▶ tidied up
-
-THREADS = 4
+        self._store.abort_uploads(self._keys.root, 3600.0)  # an upload of an hour belongs to nobody
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """What every commit of an attempt has in common.
-
-    Attributes:
-        parent: key of the commit that the attempt started from, empty for a fresh start.
-        ordinal: that commit's number in the run's line of commits, 0 for a fresh start.
-    """
+    """What every commit of an attempt has in common."""
 
     run: RunRecord
     attempt: int
-    parent: str
-    ordinal: int
+    parent: str  # key of the commit that the attempt started from, empty for a fresh start
+    ordinal: int  # that commit's number in the run's line of commits, 0 for a fresh start
 
 
 def commit_checkpoint(
@@ -347,32 +287,34 @@ def commit_checkpoint(
 ) -> Commit:
     """Uploads a sealed checkpoint and commits it as the next of its line. Raises Fenced or StoreError.
 
+    Data first, under a key that holds the attempt; then other machines' files; then the fence; the commit object last.
     ``parts`` has the other machines upload their files of a step, and waits for them.
     """
     upload_checkpoint(store, keys, staged, lineage.attempt)
     files = staged.files | parts(staged.step)
     failpoint("uploaded")
     check_fence(store, keys, lineage.attempt)
+    of_run = ("run_id", "config_sha256", "data_sha256", "model_sha256")
+    of_staged = (
+        "step",
+        "epoch",
+        "tokens",
+        "world_size",
+        "global_batch",
+        "threads",
+        "versions",
+        "best_step",
+        "revision",
+    )
     commit = Commit(
-        run_id=lineage.run.run_id,
-        step=staged.step,
         attempt=lineage.attempt,
         parent=lineage.parent,
         ordinal=lineage.ordinal + 1,
-        epoch=staged.epoch,
-        tokens=staged.tokens,
-        world_size=staged.world_size,
-        global_batch=staged.global_batch,
-        threads=staged.threads,
-        config_sha256=lineage.run.config_sha256,
-        data_sha256=lineage.run.data_sha256,
-        model_sha256=lineage.run.model_sha256,
-        versions=staged.versions,
         committed_at=time.time(),
-        best_step=staged.best_step,
         saving=saving or {},
-        revision=staged.revision,
         files=files,
+        **{name: getattr(lineage.run, name) for name in of_run},
+        **{name: getattr(staged, name) for name in of_staged},
     )
     key = keys.commit(lineage.attempt, staged.step)
     if not store.create(key, commit.to_bytes()) and store.read(key) is None:
@@ -381,12 +323,7 @@ def commit_checkpoint(
 
 
 class Committer(Uploader):
-    """An uploader whose uploads end in a commit.
-
-    Args:
-        parts: see ``commit_checkpoint``.
-        toll: what saving has cost so far; goes into the commit, for the machines that follow.
-    """
+    """An uploader whose uploads end in a commit, which keeps ``save_cost`` for later machines."""
 
     def __init__(
         self,
@@ -396,7 +333,7 @@ class Committer(Uploader):
         journal: Journal,
         parts: Callable[[int], dict[str, Any]],
         save_cost: SaveCost,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Clock = time.monotonic,
     ) -> None:
         self._context, self._lineage, self._retention, self._journal = context, lineage, retention, journal
         self._parts, self._save_cost = parts, save_cost
@@ -404,8 +341,7 @@ class Committer(Uploader):
         super().__init__(self._commit, clock)
 
     def _commit(self, staged: Staged) -> None:
-        began = time.time()
-        context = self._context
+        began, context = time.time(), self._context
         staged = seal(context.folder, staged, context.run.config_sha256, context.run.revision)
         failpoint("staged")
         commit = commit_checkpoint(
@@ -417,19 +353,15 @@ class Committer(Uploader):
         self._journal.write("commit", step=staged.step, upload_s=round(time.time() - began, 3), bytes=size)
         failpoint("committed")
         seal_path(context.folder, staged.step).unlink(missing_ok=True)
-        self._tidy(staged)
-
-    def _tidy(self, staged: Staged) -> None:
-        """Local checkpoints older than the committed one go, but for the best; so do old commits in the bucket."""
-        drop_older(self._context.folder / TRAINER, staged)
+        drop_older(context.folder / TRAINER, staged)
         try:
             self._retention.tidy(staged.best_step)
-        except StoreError as error:  # tidying can wait; the checkpoint is safe
+        except StoreError as error:  # pruning can wait; the checkpoint is safe
             log(f"old checkpoints are not removed yet: {error}")
 
 
 def drop_older(trainer: Path, staged: Staged) -> None:
-    """Removes the local checkpoints before ``staged``, but for the best one, which Trainer loads at the end."""
+    """Removes the local checkpoints before ``staged``, except the best, which Trainer loads at the end."""
     for folder in trainer.glob("checkpoint-*"):
         step = folder.name.removeprefix("checkpoint-")
         if step.isdigit() and int(step) < staged.step and int(step) != staged.best_step:
@@ -438,11 +370,9 @@ def drop_older(trainer: Path, staged: Staged) -> None:
 
 def upload_checkpoint(store: Store, keys: Keys, staged: Staged, attempt: int) -> None:
     """Uploads the files of a sealed local checkpoint, several at once, the largest first."""
-    source = Path(staged.checkpoint)
-    target = keys.checkpoint(staged.step, attempt)
 
     def put(name: str) -> None:
-        store.upload(source / name, f"{target}/{name}")
+        store.upload(Path(staged.checkpoint, name), f"{keys.checkpoint(staged.step, attempt)}/{name}")
         failpoint("uploading")
 
     with ThreadPoolExecutor(THREADS) as pool:

@@ -1,4 +1,9 @@
-"""Extras after the certificate: merge, push, wandb. Each is a process that the guard starts and watches."""
+"""Extras after the certificate, if the config asks for them: merge, push, wandb.
+
+Each is a process on the worker's side, which the guard starts and watches. When it is done the guard writes a mark to
+the bucket, create-only. An extra without a mark is pending: the next attempt starts it again, and does nothing else.
+The run stays SUCCEEDED whatever becomes of its extras.
+"""
 
 import json
 import os
@@ -11,47 +16,31 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from spotune.core import errors, protocol
 from spotune.core.environment import BUCKET, GUARD_PID, RUN_ID, parse_stall_after
 from spotune.core.errors import BadRecord, Fenced, InfraError, Misplaced, SpotuneError, StoreError
 from spotune.core.io import Damaged, failpoint, load_as
 from spotune.core.keys import Keys, attempt_of
-from spotune.core.protocol import (
-    CONFIG_KEYS,
-    EXTRAS,
-    FACTS,
-    MERGE,
-    MERGED,
-    OUTPUT,
-    PUSH,
-    ExtraJob,
-    ExtraResult,
-    Pushed,
-    answer_path,
-    asked_for,
-    number,
-    parse_objects,
-    wandb_mode,
-    write_json,
-)
 from spotune.core.records import Certificate, Progress, Record, RunRecord
 from spotune.core.revisions import record_in_force
 from spotune.core.store import Store
 from spotune.guard import ranks
 from spotune.guard.claim import check_fence, check_model
 from spotune.guard.finish import certificate_of, fetch_result, send, weights_of
-from spotune.guard.journal import Context, Journal, log
+from spotune.guard.journal import Clock, Context, Journal, log
 from spotune.guard.leaving import Notices, is_person
 from spotune.guard.ranks import collect_stacks, upload_stacks, worker_command
-from spotune.guard.stalls import Sample, SeenTime, StallLimits, Stalls, boot_time, sample_every_s
+from spotune.guard.stalls import Sample, SeenTime, Stalls, boot_time, sample_every_s
 
-# The process that does one extra: started, watched and ended by the guard, like a rank.
-
-POLL_S = 0.1
 TIMEOUT_S = 3600.0
+PAUSE_S = 15.0  # between two tries at a bucket that is away
+LEAVE_S = 5.0  # extras end so long before the machine goes
+
+Result = TypeVar("Result")
 
 
 def run_extra(
@@ -62,16 +51,17 @@ def run_extra(
     wait: Callable[[float], None],
     fault: Callable[[int], str] = lambda pid: "",
     timeout_s: float = TIMEOUT_S,
-    clock: Callable[[], float] = time.monotonic,
-) -> ExtraResult:
-    """Runs ``python -m spotune.sft.extras NAME FOLDER`` to its end; whatever ``wait`` raises ends it at once.
-
-    ``fault``: what is wrong with the process of that id; empty where nothing is.
-    """
-    answer_path(folder, name).unlink(missing_ok=True)
+    clock: Clock = time.monotonic,
+) -> protocol.ExtraResult:
+    """Runs an extra to its end; kills it if ``wait`` raises or ``fault`` names a fault of its process id."""
+    protocol.answer_path(folder, name).unlink(missing_ok=True)
+    quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
+    if not sys.stderr.isatty():  # in a log, progress bars are endless lines
+        quiet["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    of_run = {key: str(value) for key, value in (config.get("env") or {}).items()}
     process = subprocess.Popen(
         worker_command(environ, "spotune.sft.extras", name, str(folder)),
-        env={**extra_environ(config, environ), GUARD_PID: str(os.getpid())},
+        env={**quiet, **environ, **of_run, GUARD_PID: str(os.getpid())},
         stdin=subprocess.DEVNULL,
         process_group=0,
     )
@@ -79,116 +69,78 @@ def run_extra(
     try:
         while process.poll() is None:
             if clock() > deadline:
-                return ExtraResult(False, f"not done after {timeout_s:.0f} s")
+                return protocol.ExtraResult(False, f"not done after {timeout_s:.0f} s")
             if what := fault(process.pid):
-                return ExtraResult(False, what)
-            wait(POLL_S)
+                return protocol.ExtraResult(False, what)
+            wait(0.1)
     finally:
         _kill(process)
     if answer := _read_answer(folder, name):
         return answer
     code = process.returncode
     died = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return ExtraResult(False, f"its process {died} without a word")
+    return protocol.ExtraResult(False, f"its process {died} without a word")
 
 
-def _read_answer(folder: Path, name: str) -> ExtraResult | None:
-    """The process's answer, None where it left none; a damaged one means that it is not done."""
-    path = answer_path(folder, name)
+def _read_answer(folder: Path, name: str) -> protocol.ExtraResult | None:
+    """Returns the process's answer, None if it left none. A damaged answer means that the extra is not done."""
+    path = protocol.answer_path(folder, name)
     try:
-        answer = load_as(path, ExtraResult)
+        answer = load_as(path, protocol.ExtraResult)
     except (Damaged, InfraError) as error:
-        return ExtraResult(False, f"its process left a damaged {path.name}: {error}")
-    if missing := [fact for fact in FACTS[name] if answer and answer.done and fact not in answer.facts]:
-        return ExtraResult(False, f"its process left a damaged {path.name}: facts: {missing[0]}: missing")
+        return protocol.ExtraResult(False, f"its process left a damaged {path.name}: {error}")
+    if missing := [fact for fact in protocol.FACTS[name] if answer and answer.done and fact not in answer.facts]:
+        return protocol.ExtraResult(False, f"its process left a damaged {path.name}: facts: {missing[0]}: missing")
     return answer
 
 
-def extra_environ(config: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
-    """The run's environment, as its ranks had it; in a log, progress bars are lines without end."""
-    quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
-    if not sys.stderr.isatty():
-        quiet |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    return quiet | dict(environ) | {key: str(value) for key, value in (config.get("env") or {}).items()}
-
-
 def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """SIGKILL to the process and its children; returns when it is gone."""
+    """Kills the process and its children; returns when it is gone."""
     with suppress(ProcessLookupError, PermissionError):  # macOS says the latter of a zombie
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-# Notices the process of an extra that hangs: it neither computes nor moves bytes. What the watchdog is for ranks.
-
-
 class ExtraWatch:
-    """Watches one process, which leads a process group."""
+    """The watchdog of one extra's process group: detects that it neither computes nor moves bytes."""
 
-    def __init__(
-        self,
-        context: Context,
-        clock: Callable[[], float] = time.monotonic,
-        boot: Callable[[], float] = boot_time,
-    ) -> None:
-        self._context = context
-        self._floor_s = parse_stall_after(context.run.stall_after)
-        self._stalls = Stalls(StallLimits(self._floor_s, context.patience_s))
-        self._stalls.take({"event": "phase", "phase": "extra"})
+    def __init__(self, context: Context, clock: Clock = time.monotonic, boot: Clock = boot_time) -> None:
+        self._context, self._floor_s = context, parse_stall_after(context.run.stall_after)
+        self._stalls = Stalls(self._floor_s, context.patience_s)
+        self._stalls.on_event({"event": "phase", "phase": "extra"})
         self._time = SeenTime(clock, boot)
         self._sampled_s: float | None = None
 
     def fault(self, pid: int) -> str:
-        """What is wrong with the process, once its stacks are recorded; empty where nothing is."""
+        """Returns what is wrong with the process, after recording its stacks; empty for nothing."""
         self._stalls.forgive(self._time.tick())
         now, sample = self._time.seen_s, None
         if self._sampled_s is None or now - self._sampled_s >= sample_every_s(self._floor_s):
             self._sampled_s, sample = now, Sample(ranks.work_of({pid}), ranks.own_work())
-        stall = self._stalls.look(now, sample)
-        if stall is None:
+        if (stall := self._stalls.check(now, sample)) is None:
             return ""
         context = self._context
         collect_stacks(context.folder, {0: pid})
         upload_stacks(context.store, context.keys, context.attempt, context.folder)
         place = f"{context.store.url}/{context.keys.stacks(context.attempt, 0)}"
-        return (
-            f"its process hangs: nothing done for {stall.silent_s:.0f} s (limit {stall.limit_s:.0f} s); stacks: {place}"
-        )
-
-
-# After the certificate: the adapter merged into its base, the result pushed to the hub, where the config asks for it.
-#
-# Each extra is done by a process of its own on the worker's side of seam 2, and has a mark in the bucket once it is
-# done, create-only. Without the mark it is owed: the next attempt does it from its start, and nothing else. Whatever
-# becomes of extras, the run stays SUCCEEDED.
-
-PAUSE_S = 15.0  # between two tries at a bucket that is away
-LEAVE_S = 5.0  # an extra may go on until so shortly before the machine goes
-
-Result = TypeVar("Result")
+        silent = f"nothing done for {stall.silent_s:.0f} s (limit {stall.limit_s:.0f} s)"
+        return f"its process hangs: {silent}; stacks: {place}"
 
 
 class TakenAway(Exception):
-    """The machine goes: what has no mark yet is left to the next attempt."""
+    """The machine goes: the next attempt does the extras that have no mark."""
 
 
-class PendingExtras(NamedTuple):
-    """What a certified run owes, by name."""
-
-    run: RunRecord
-    names: tuple[str, ...]
-
-
-def debt_of(store: Store, keys: Keys) -> PendingExtras | None:
-    """The extras that the config of a certified run asks for and that have no mark, None when there is none."""
+def pending_extras(store: Store, keys: Keys) -> tuple[RunRecord, tuple[str, ...]] | None:
+    """Returns the record and the names of the pending extras of a certified run, None if none is pending."""
     run = record_in_force(store, keys)
-    marks = {MERGE: keys.merge_completed, PUSH: keys.pushed}
-    names = tuple(name for name in asked_for(run.config) if not store.exists(marks[name])) if run else ()
-    return PendingExtras(run, names) if run and names else None
+    marks = {protocol.MERGE: keys.merge_completed, protocol.PUSH: keys.pushed}
+    names = tuple(name for name in protocol.asked_for(run.config) if not store.exists(marks[name])) if run else ()
+    return (run, names) if run and names else None
 
 
 class Extras:
-    """The extras of one attempt. ``failures``: a line for each that is still owed."""
+    """The extras of one attempt. ``failures``: a line for each that is still pending."""
 
     def __init__(
         self,
@@ -196,38 +148,35 @@ class Extras:
         certificate: Certificate,
         notices: Notices,
         journal: Journal,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Clock = time.monotonic,
     ) -> None:
-        self._clock = clock
+        self._clock, self._fence = clock, partial(check_fence, context.store, context.keys, context.attempt)
         self.context, self.certificate, self.notices, self.journal = context, certificate, notices, journal
         self.failures: list[str] = []
-        self._is_notice_said = False
+        self._has_logged_notice = False
 
     def run(self, names: Iterable[str]) -> bool:
-        """Does them one after the other; returns whether there was time for all, well or not. Raises nothing."""
+        """Does extras one after the other; returns whether there was time for all, well or not. Raises nothing."""
         for name in names:
             try:
                 self._fetch()
-                self._merge() if name == MERGE else self._push()
+                self._merge() if name == protocol.MERGE else self._push()
             except TakenAway:
-                log(f"{CONFIG_KEYS[name]} is owed: the machine goes; the next attempt does it")
+                log(f"{protocol.CONFIG_KEYS[name]} is pending: the machine goes; the next attempt does it")
                 return False
             except Fenced as fenced:
                 self.failures.append(str(fenced))
-                log(f"{CONFIG_KEYS[name]}: {fenced}")
+                log(f"{protocol.CONFIG_KEYS[name]}: {fenced}")
                 return True
             except (SpotuneError, OSError) as error:
-                self._owe(CONFIG_KEYS[name], error)
+                again = f"{BUCKET}={self.context.store.url} {RUN_ID}={self.context.keys.run_id} python -m spotune.sft"
+                self.failures.append(f"{protocol.CONFIG_KEYS[name]} is pending: {error}")
+                log(f"{self.failures[-1]}; the run is finished all the same; to do what is pending: {again}")
         return True
 
-    def _owe(self, key: str, error: Exception) -> None:
-        again = f"{BUCKET}={self.context.store.url} {RUN_ID}={self.context.keys.run_id} python -m spotune.sft"
-        self.failures.append(f"{key} is owed: {error}")
-        log(f"{self.failures[-1]}; the run is finished all the same, and this does what is owed: {again}")
-
     def _fetch(self) -> None:
-        """Brings the certified result to this machine where it is not the one that made it."""
-        context, target = self.context, self.context.folder / OUTPUT
+        """Downloads the certified result unless this machine made it."""
+        context, target = self.context, self.context.folder / protocol.OUTPUT
         if target.exists():
             return
         part = target.with_name(".part-output")
@@ -237,14 +186,14 @@ class Extras:
         self.journal.write("phase", phase="teardown")
 
     def _merge(self) -> None:
-        context, keys, folder = self.context, self.context.keys, self.context.folder / MERGED
-        check_model(context.run, context.cache)  # the base may have changed since, or not be on this machine
-        facts = self._process(MERGE)
+        context, keys, folder = self.context, self.context.keys, self.context.folder / protocol.MERGED
+        check_model(context.run, context.cache)  # the base may have changed, or be missing on this machine
+        facts = self._process(protocol.MERGE)
         failpoint("merged")
 
         def uploaded() -> None:
             failpoint("merged-uploaded")
-            self._heed()
+            self._check_notice()
 
         def upload() -> Certificate:
             self._fence()
@@ -256,28 +205,21 @@ class Extras:
         log(f"merged model: {context.store.url}/{keys.merged}: {facts['check']}")
 
     def _push(self) -> None:
-        facts = self._process(PUSH)
+        facts = self._process(protocol.PUSH)
         failpoint("pushed")
-        record = Pushed(
-            run_id=self.context.keys.run_id,
-            attempt=self.context.attempt,
-            repo_id=facts["repo_id"],
-            oid=facts["oid"],
-            url=facts["url"],
-            at=time.time(),
-        )
+        names: dict[str, Any] = {name: facts[name] for name in protocol.FACTS[protocol.PUSH]}
+        record = protocol.Pushed(run_id=self.context.keys.run_id, attempt=self.context.attempt, at=time.time(), **names)
         self._mark(self.context.keys.pushed, record)
         log(f"pushed to the hub: {record.url}")
 
     def _process(self, name: str) -> dict[str, str]:
-        """What the process that does the extra says of it. Raises SpotuneError, with its reason, when it failed."""
+        """Runs an extra's process and returns its facts. Raises SpotuneError, with the reason, if it failed."""
         context, certificate = self.context, self.certificate
         self._fence()
-        job = ExtraJob(context.keys.run_id, certificate.step, certificate.weights_sha256, context.run.config)
-        write_json(context.folder / EXTRAS, job)
-        answer = run_extra(
-            name, context.folder, job.config, context.environ, self._wait, ExtraWatch(context, self._clock).fault
-        )
+        job = protocol.ExtraJob(context.keys.run_id, certificate.step, certificate.weights_sha256, context.run.config)
+        protocol.write_json(context.folder / protocol.EXTRAS, job)
+        fault = ExtraWatch(context, self._clock).fault
+        answer = run_extra(name, context.folder, job.config, context.environ, self._wait, fault)
         if not answer.done:
             raise SpotuneError(answer.message)
         return answer.facts
@@ -289,11 +231,8 @@ class Extras:
 
         self._patiently(mark)
 
-    def _fence(self) -> None:
-        check_fence(self.context.store, self.context.keys, self.context.attempt)
-
     def _patiently(self, work: Callable[[], Result]) -> Result:
-        """Does it again while the bucket is away, for as long as it may be. What only people can mend is raised."""
+        """Retries while the bucket is away, for ``patience_s`` at most. Raises at once what only people can mend."""
         deadline = self._clock() + self.context.patience_s
         while True:
             try:
@@ -306,80 +245,59 @@ class Extras:
 
     def _wait(self, seconds: float) -> None:
         if self.notices.wait(seconds):
-            self._heed()
+            self._check_notice()
 
-    def _heed(self) -> None:
-        """Raises TakenAway once there is no time left for anything."""
+    def _check_notice(self) -> None:
+        """Raises TakenAway once there is no time left."""
         if not self.notices.given:
             return
         source, left_s = self.notices.source, self.notices.left_s
-        if not self._is_notice_said:
-            self._is_notice_said = True
+        if not self._has_logged_notice:
+            self._has_logged_notice = True
             self.journal.write("notice", source=source, grace_s=round(left_s, 1))
             log(f"{source}: the result is certified, extras go on while there is time")
         if is_person(source) or left_s < LEAVE_S:
             raise TakenAway
 
 
-# An attempt on a run that is certified already and still owes extras: it does these, and nothing else.
-
-
-def finish_owed(context: Context, notices: Notices, owed: tuple[str, ...]) -> int:
-    """Does what is owed; returns 0, however that went, or 75 when the machine goes before it is through."""
+def finish_extras(context: Context, notices: Notices, pending: tuple[str, ...]) -> int:
+    """Does the pending extras of a certified run; returns 0 however they went, or 75 if the machine goes first."""
     keys, folder = context.keys, context.folder
-    named = ", ".join(CONFIG_KEYS[name] for name in owed)
-    log(f"{keys.run_id} owes {named}: attempt {context.attempt} does that alone")
+    named = ", ".join(protocol.CONFIG_KEYS[name] for name in pending)
+    log(f"{keys.run_id}: pending extras: {named}; attempt {context.attempt} does only these")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        shown = _shown(context)
+        progress = Progress(run_id=keys.run_id, attempt=context.attempt)
+        with suppress(BadRecord):  # a broken heartbeat costs nothing else
+            data = context.store.read(keys.progress)
+            progress = Progress.from_bytes(data, keys.progress) if data else progress
+        progress = replace(progress, attempt=context.attempt, at=time.time())  # its steps do not go back to 0
         certificate = Certificate.from_bytes(context.store.read(keys.completed) or b"", keys.completed)
     except SpotuneError as error:
-        log(f"{named}: still owed: {error}")
+        log(f"{named}: still pending: {error}")
         return errors.SUCCEEDED
-    events_log = protocol.events_path(folder, 0)
-    journal = Journal(context.store, keys, context.attempt, events_log, context.status_file, shown)
-    journal.write("start", attempt=context.attempt, host=context.record.host, world_size=context.machine.world_size)
+    journal = Journal.of(context, progress)
     journal.write("phase", phase="teardown")
     extras = Extras(context, certificate, notices, journal)
-    in_time = extras.run(owed)
+    in_time = extras.run(pending)
     code = errors.SUCCEEDED if in_time else errors.PREEMPTED
-    reason, message = "completed" if in_time else "preempted", "; ".join(extras.failures)
-    journal.write("end", reason=reason, exit_code=code, step=certificate.step, message=message)
-    try:
-        journal.close()
-    except SpotuneError as error:
-        log(f"the last events are not recorded: {error}")
+    journal.end("completed" if in_time else "preempted", code, certificate.step, "; ".join(extras.failures))
     shutil.rmtree(folder, ignore_errors=True)
     return code
 
 
-def _shown(context: Context) -> Progress:
-    """What could be seen of the run last: its steps do not go back to 0."""
-    key = context.keys.progress
-    seen = Progress(run_id=context.keys.run_id, attempt=context.attempt)
-    with suppress(BadRecord):  # a broken heartbeat costs nothing else
-        data = context.store.read(key)
-        seen = Progress.from_bytes(data, key) if data else seen
-    return replace(seen, attempt=context.attempt, at=time.time())
-
-
-# wandb from the guard's side: one run id across attempts; offline, one clean run rebuilt from our events.
-
-REBUILD_S = 300
-
-
 def tracker_environ(run: RunRecord, environ: Mapping[str, str]) -> dict[str, str]:
-    """What makes wandb continue one run over all attempts; what the user has set stays."""
-    if wandb_mode(run.config, environ) != "live":
+    """Returns the variables by which wandb continues one run over all attempts; keeps what the user has set."""
+    if protocol.wandb_mode(run.config, environ) != "live":
         return {}
     wanted = {"WANDB_RUN_ID": run.run_id, "WANDB_RESUME": "allow", "WANDB_NAME": run.run_id}
     return {name: environ.get(name, value) for name, value in wanted.items()}
 
 
 def rebuild_offline(store: Store, keys: Keys, run: RunRecord, environ: Mapping[str, str]) -> None:
-    """Writes the run as one offline wandb run to ``runs/<id>/wandb/``; a failure is said, the result stands."""
-    if wandb_mode(run.config, environ) != "rebuild":
+    """Writes the run as one offline wandb run to ``runs/<id>/wandb/``, from our events. Only logs a failure."""
+    if protocol.wandb_mode(run.config, environ) != "rebuild":
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -387,14 +305,12 @@ def rebuild_offline(store: Store, keys: Keys, run: RunRecord, environ: Mapping[s
         (folder / "run.json").write_text(json.dumps(spec, default=str))
         command = worker_command(environ, "spotune.sft.extras", "wandb", str(folder))
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=REBUILD_S, env=dict(environ))
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=dict(environ))
             if done.returncode:
-                reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-                log(f"wandb's offline run is not written: {reason}")
-                return
-            files = [path for path in (folder / "wandb").rglob("*") if path.is_file() and not path.is_symlink()]
-            for path in files:
-                store.upload(path, f"{keys.root}/{path.relative_to(folder).as_posix()}")
+                raise OSError((done.stderr.strip().splitlines() or ["no reason given"])[-1])
+            for path in list((folder / "wandb").rglob("*")):
+                if path.is_file() and not path.is_symlink():
+                    store.upload(path, f"{keys.root}/{path.relative_to(folder).as_posix()}")
         except (subprocess.TimeoutExpired, StoreError, OSError) as error:
             log(f"wandb's offline run is not written: {error}")
             return
@@ -402,14 +318,14 @@ def rebuild_offline(store: Store, keys: Keys, run: RunRecord, environ: Mapping[s
 
 
 def surviving_logs(store: Store, keys: Keys) -> list[dict[str, object]]:
-    """Trainer's log lines of all attempts in order of steps; of a step done twice the last attempt's counts."""
+    """Returns Trainer's log lines of all attempts by step; for a step done twice the last attempt's line."""
     logs: dict[tuple[int, bool], tuple[int, dict[str, object]]] = {}
     for key in store.keys(keys.attempts):
         attempt = attempt_of(key)
         if attempt is None or "/events-0-" not in key:
             continue
-        for event in parse_objects(store.read(key) or b""):
-            if event.get("event") == "log" and (step := number(event.get("step"))) is not None:
+        for event in protocol.parse_objects(store.read(key) or b""):
+            if event.get("event") == "log" and (step := protocol.number(event.get("step"))) is not None:
                 slot = (int(step), any(name.startswith("eval_") for name in event))
                 if slot not in logs or logs[slot][0] <= attempt:
                     logs[slot] = (attempt, {name: value for name, value in event.items() if name != "event"})

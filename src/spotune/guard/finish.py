@@ -1,4 +1,4 @@
-"""The end of a run: the result is uploaded, read back and certified; only then is it SUCCEEDED."""
+"""Uploads the result, reads it back and certifies it; only then is a run SUCCEEDED."""
 
 import hashlib
 import json
@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,9 @@ from spotune.core.protocol import OUTPUT
 from spotune.core.records import Certificate
 from spotune.core.store import Store
 from spotune.guard.claim import check_fence
+from spotune.guard.restore import THREADS, TRIES
 
-# The fingerprint of trained weights, from safetensors files alone: no torch.
-#
-# Whoever takes it also reads every element, so this is where weights that are not finite are found last.
-
-_MOST_HEADER = 100_000_000  # as safetensors has it
-# dtype -> bytes of an element, and the bits of its exponent. All of them are set in NaN and infinity, in nothing else.
+# dtype -> bytes of an element, and the bits of its exponent. Only NaN and infinity have all of these bits set.
 _FLOATS = {
     "F64": (8, 0x7FF0 << 48),
     "F32": (4, 0x7F80 << 16),
@@ -38,18 +35,18 @@ _FLOATS = {
 
 
 def weights_sha256(files: Iterable[Path]) -> str:
-    """sha256 (hex) over all tensors sorted by name: ``name\\n dtype\\n shape\\n`` then the raw bytes of each.
+    """Returns the sha256 (hex) over all tensors by name: ``name\\n dtype\\n shape\\n``, then the raw bytes. No torch.
 
-    dtype is safetensors' word (``F32``, ``BF16``), shape is comma-separated; two results with the same
-    weights have the same fingerprint however they are sharded. Raises StoreError for a damaged file, SpotuneError for a
-    tensor that holds NaN or infinity; -inf may stand in a mask.
+    dtype is safetensors' word (``F32``, ``BF16``), shape is comma-separated. The fingerprint of the same weights is the
+    same however they are sharded. Raises StoreError for a damaged file, SpotuneError for a tensor that holds NaN or
+    +inf: nothing checks that later. -inf may stand in a mask.
     """
     tensors: dict[str, tuple[Path, str, list[int], int, int]] = {}
     for path in files:
         with open(path, "rb") as file:
             try:
                 (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(min(length, _MOST_HEADER)))
+                header = json.loads(file.read(min(length, 100_000_000)))
                 for name in header.keys() - {"__metadata__"}:
                     tensors[name] = (path, *_place_of(header[name], 8 + length))
             except (struct.error, AttributeError, ValueError, RecursionError) as error:
@@ -72,7 +69,7 @@ def weights_sha256(files: Iterable[Path]) -> str:
 
 
 def _place_of(facts: Any, start: int) -> tuple[str, list[int], int, int]:
-    """A tensor's dtype, shape, offset in the file and size in bytes; raises ValueError."""
+    """Returns a tensor's dtype, shape, offset in the file and size in bytes; raises ValueError."""
     match facts:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
             if all(type(size) is int for size in shape) and 0 <= begin <= end:
@@ -81,7 +78,7 @@ def _place_of(facts: Any, start: int) -> tuple[str, list[int], int, int]:
 
 
 def has_not_finite(block: bytes, dtype: str) -> bool:
-    """Returns whether any element of a block is NaN or +inf; ``dtype`` is safetensors' word. Integers never are."""
+    """Returns whether a block holds NaN or +inf; ``dtype`` is safetensors' word. Integers never do."""
     size, exponent = _FLOATS.get(dtype, (0, 0))
     if not size:
         return False
@@ -90,7 +87,7 @@ def has_not_finite(block: bytes, dtype: str) -> bool:
     highest = block[size - 1 :: size]
     if not any(byte in highest for byte in range(256) if byte & top == top):
         return False
-    # Each element is a lane of one great integer: an addition carries into the sign's place where it is large enough.
+    # Each element is a lane of one great integer: adding to a large enough element carries into the sign's place.
     count = len(block) // size
     lanes = (1 << 8 * size * count) // ((1 << 8 * size) - 1)  # 1 in each lane
     sign = 1 << 8 * size - 1
@@ -101,9 +98,7 @@ def has_not_finite(block: bytes, dtype: str) -> bool:
     return bool(is_nan) or beyond & ~signs != 0
 
 
-THREADS = 4
-TRIES = 2
-COPIED = ".spotune-copy.json"  # in a folder that a result was copied to: of which run, and its files
+COPIED = ".spotune-copy.json"  # names the run and the files that spotune copied to a folder
 
 Facts = dict[str, dict[str, Any]]  # relative path -> {size: bytes, sha256: hex}
 
@@ -111,12 +106,9 @@ Facts = dict[str, dict[str, Any]]  # relative path -> {size: bytes, sha256: hex}
 def certify(store: Store, keys: Keys, attempt: int, step: int, folder: Path) -> Certificate:
     """Uploads ``folder/output``, reads it back, writes ``completed.json`` create-only and returns it.
 
-    Safe to be cut off anywhere and repeated. Raises Fenced, StoreError, and SpotuneError where weights are not finite.
+    Can be repeated. Raises Fenced, StoreError, and SpotuneError for weights that are not finite.
     """
-
-    def fence() -> None:
-        check_fence(store, keys, attempt)
-
+    fence = partial(check_fence, store, keys, attempt)
     fence()
     weights = weights_of(keys, folder / OUTPUT)
     files = send(store, folder / OUTPUT, keys.output, fence, lambda: failpoint("result-uploaded"))
@@ -129,8 +121,8 @@ def certify(store: Store, keys: Keys, attempt: int, step: int, folder: Path) -> 
         data = store.read(keys.completed)
         if data is not None:
             return Certificate.from_bytes(data, keys.completed)
-    except BadRecord as error:  # somebody else's, which no later try replaces
-        why = str(error).removesuffix(" (remove it)")  # which is said once
+    except BadRecord as error:  # somebody else's: no later try replaces it
+        why = str(error).removesuffix(" (remove it)")  # once is enough
         raise InputError(keys.completed, f"in the way of the certificate: {why}", remedy="remove it") from error
     raise StoreError(f"{keys.completed}: written, but not there when read back")
 
@@ -138,9 +130,7 @@ def certify(store: Store, keys: Keys, attempt: int, step: int, folder: Path) -> 
 def send(store: Store, source: Path, prefix: str, fence: Callable[[], None], uploaded: Callable[[], None]) -> Facts:
     """Uploads all files below ``source`` to ``prefix``, reads each back, and returns their facts. Raises StoreError.
 
-    Args:
-        fence: raises Fenced for an attempt that must not remove what lies there.
-        uploaded: called when a file has been uploaded, before it is read back.
+    ``fence`` raises Fenced for an attempt that must not remove files; ``uploaded`` runs before a file is read back.
     """
 
     def put(path: Path) -> tuple[str, dict[str, Any]]:
@@ -148,8 +138,8 @@ def send(store: Store, source: Path, prefix: str, fence: Callable[[], None], upl
         key = f"{prefix}/{name}"
         with tempfile.TemporaryDirectory(dir=source.parent) as folder:
             back = Path(folder, "back")
-            # Create-only, and removed only by who is not fenced: a zombie that wakes up in here must not put its own
-            # result under a certificate that its successor has written.
+            # Create-only, and only an unfenced attempt removes a file: a zombie that wakes up in here must not put its
+            # own result under its successor's certificate.
             while not store.upload_new(path, key):
                 if store.download(key, back) == facts:
                     return name, facts
@@ -165,7 +155,7 @@ def send(store: Store, source: Path, prefix: str, fence: Callable[[], None], upl
 
 
 def weights_of(keys: Keys, source: Path) -> str:
-    """Returns the fingerprint of the weights in a folder. Raises SpotuneError where they are not finite."""
+    """Returns the fingerprint of the weights in a folder. Raises SpotuneError if they are not finite."""
     weights = sorted(source.rglob("*.safetensors"))
     if not weights:
         raise StoreError(f"{keys.run_id}: the result holds no weights")
@@ -173,22 +163,17 @@ def weights_of(keys: Keys, source: Path) -> str:
 
 
 def certificate_of(keys: Keys, attempt: int, step: int, weights: str, files: Facts) -> Certificate:
-    """Returns what is said of files that were read back from the bucket; ``weights``: their fingerprint."""
+    """Returns a certificate for files that were read back from the bucket; ``weights``: their fingerprint."""
     return Certificate(
-        run_id=keys.run_id,
-        attempt=attempt,
-        step=step,
-        weights_sha256=weights,
-        completed_at=time.time(),
-        files=files,
+        run_id=keys.run_id, attempt=attempt, step=step, weights_sha256=weights, completed_at=time.time(), files=files
     )
 
 
 def fetch_result(store: Store, keys: Keys, certificate: Certificate, target: Path) -> None:
-    """Downloads the certified result; raises SpotuneError when a file is not as certified."""
+    """Downloads the certified result; raises SpotuneError if a file differs from its certificate."""
 
     def get(name: str) -> None:
-        for _ in range(TRIES):  # the way here may be at fault, not what lies there
+        for _ in range(TRIES):  # the transfer may be at fault, not the bucket
             try:
                 found, certified = store.download(f"{keys.output}/{name}", target / name), certificate.files[name]
                 if (found["size"], found["sha256"]) == (certified["size"], certified["sha256"]):
@@ -202,15 +187,18 @@ def fetch_result(store: Store, keys: Keys, certificate: Certificate, target: Pat
 
 
 def copy_output(folder: Path, target: Path, run_id: str) -> None:
-    """Leaves a copy of the result where the config's ``output_dir`` says, as TRL users expect.
+    """Copies the result to the config's ``output_dir``, as TRL users expect.
 
-    Raises OSError where that is, or may be, somebody's: a record in the bucket names it, and others may write there.
-    Into a folder with files of its own a result goes only in the place of one that spotune copied there before, which
-    ``COPIED`` names the files of. Folders beside it, of logs or checkpoints, stay.
+    Replaces only files that spotune copied there before (``COPIED`` names them), and leaves folders of logs or
+    checkpoints. Raises OSError if other files may be somebody's: the folder's name comes from a record in the bucket,
+    which others may write.
     """
     source = folder / OUTPUT
     names = sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file())
-    copied = _copied(target)
+    try:
+        copied = {str(name) for name in json.loads((target / COPIED).read_bytes())["files"]}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        copied = set()
     taken = next((name for name in names if os.path.lexists(target / name) and name not in copied), "")
     if not copied and target.is_dir():
         taken = taken or next((path.name for path in sorted(target.iterdir()) if not path.is_dir()), "")
@@ -221,12 +209,3 @@ def copy_output(folder: Path, target: Path, run_id: str) -> None:
     part.write_text(json.dumps({"run_id": run_id, "files": sorted({*copied, *names})}, indent=1))
     part.replace(target / COPIED)  # first: a copy that is cut off may be made again
     shutil.copytree(source, target, dirs_exist_ok=True)
-
-
-def _copied(target: Path) -> frozenset[str]:
-    """The files of a folder that spotune put there; none where nothing says so."""
-    try:
-        files = json.loads((target / COPIED).read_bytes())["files"]
-        return frozenset(map(str, files))
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return frozenset()

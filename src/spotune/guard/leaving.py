@@ -4,24 +4,17 @@ import queue
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import FrameType
 from typing import Literal
 
-# What says that the machine will be taken: signals here, clouds' own notices from ``metadata``, other nodes.
-#
-# Preemption often signals the whole tree, several times, and a cloud's notice is followed by the SIGTERM of the
-# system's shutdown. The first one is what happened; a later one changes nothing, but for an earlier deadline.
-
-# SIGURG is how Slurm is asked to say it (SkyPilot's own processes die of SIGTERM and ignore this one).
+# Slurm is asked to send SIGURG: SkyPilot's own processes die of SIGTERM and ignore SIGURG.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGURG, signal.SIGHUP)
-# A signal that arrives just before the wait blocks does not end it: its handler runs when the slice is over.
-SLICE_S = 0.5
 
 
 @dataclass(frozen=True)
 class Notice:
-    """The machine goes: who said so (``SIGTERM``, ``aws spot/instance-action``), when, and how long is left then."""
+    """The machine goes: its source (``SIGTERM``, ``aws spot/instance-action``), time, and seconds left then."""
 
     source: str
     at: float  # epoch seconds
@@ -33,19 +26,20 @@ class Notice:
 
 
 class Notices:
-    """Collects notices from the signal handler and other threads. Installed before anything slow happens.
+    """Collects notices from signals, clouds and other nodes. Install it before anything slow happens.
 
-    ``infra`` and ``told_grace_s`` (see grace.py) are set once the machine is known, which may be after a signal.
+    The first notice counts; a later one only brings an earlier deadline: a whole process tree may get several signals,
+    and the SIGTERM of the shutdown follows a cloud's notice. ``infra`` and ``user_grace_s`` (see ``prior_s``) are set
+    once the machine is known, maybe after a signal.
     """
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        # Both may be touched by a signal handler in the middle of anything, so there is no lock: an Event would be
-        # taken twice by one thread when a signal meets it in its own ``wait``, and never come back.
+        # No lock and no Event: a signal handler may run in the middle of anything, also of this thread's own ``wait``.
         self._given: list[tuple[str, float, float | None]] = []
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.infra = ""
-        self.told_grace_s: float | None = None
+        self.user_grace_s: float | None = None
 
     def install(self) -> "Notices":
         for number in SIGNALS:
@@ -56,7 +50,7 @@ class Notices:
         self.give(signal.Signals(number).name)
 
     def give(self, source: str, grace_s: float | None = None) -> None:
-        """A notice from ``source``, which may know how many seconds are left; to repeat it is harmless."""
+        """Adds a notice from ``source``, which may know how many seconds are left. Repeats are harmless."""
         if grace_s is None and any(source == earlier for earlier, _, _ in self._given[:]):
             return  # its deadline would only be later
         self._given.append((source, self._clock(), grace_s))
@@ -64,15 +58,15 @@ class Notices:
 
     @property
     def notice(self) -> Notice | None:
-        """The first notice, with the earliest deadline of all; None when there is none."""
+        """The first notice, with the earliest deadline of all; None if there is none."""
         if not self._given:
             return None
         source, at, _ = self._given[0]
-        deadline = min(at_ + self._grace_s(source_, grace_s) for source_, at_, grace_s in self._given[:])
-        return Notice(source, at, max(deadline - at, 0.0))
-
-    def _grace_s(self, source: str, grace_s: float | None) -> float:
-        return prior_s(self.infra, source, self.told_grace_s) if grace_s is None else grace_s
+        deadlines = []
+        for other, given_at, grace_s in self._given[:]:
+            prior = prior_s(self.infra, other, self.user_grace_s)
+            deadlines.append(given_at + (prior if grace_s is None else grace_s))
+        return Notice(source, at, max(min(deadlines) - at, 0.0))
 
     @property
     def given(self) -> bool:
@@ -83,23 +77,20 @@ class Notices:
         return self._given[0][0] if self._given else ""
 
     @property
-    def at(self) -> float:
-        return self._given[0][1] if self._given else 0.0
-
-    @property
     def left_s(self) -> float:
         """Seconds until the machine goes, never below 0; infinite without a notice."""
         notice = self.notice
         return max(notice.deadline - self._clock(), 0.0) if notice else float("inf")
 
     def wait(self, seconds: float) -> bool:
-        """Sleeps, but wakes at once when the first notice comes; returns whether one has come."""
+        """Sleeps until the first notice comes at most; returns whether one has come."""
         if self._given:
             time.sleep(seconds)
             return True
         left_s = seconds
         while True:
-            slice_s = min(left_s, SLICE_S)
+            # A signal that arrives just before the wait blocks does not end it: its handler runs after the slice.
+            slice_s = min(left_s, 0.5)
             try:
                 self._wake.get(timeout=slice_s)
             except queue.Empty:
@@ -107,192 +98,107 @@ class Notices:
                 if self._given or left_s <= 0:
                     return self.given
             else:
-                self._wake.put(None)  # for whoever else waits
+                self._wake.put(None)  # for other threads that wait
                 return True
 
 
-# How long a machine has left after a notice that does not say so itself.
-#
-# | infra | notice | seconds | from |
-# |---|---|---|---|
-# | slurm | SIGURG or SIGTERM | 25 | the partition's GraceTime, not in the environment; our test cluster's |
-# | kubernetes | SIGTERM | 30 | Kubernetes' terminationGracePeriodSeconds, its default |
-# | gcp | preempted, SIGTERM | 30 | Google's documentation: from ACPI G2 to G3 on spot machines |
-# | azure | event that has started, SIGTERM | 30 | Azure's documentation: the least notice of a Preempt event |
-# | any | SIGTERM | 30 | SkyPilot's source: from SIGTERM to SIGKILL of a job that is cancelled |
-# | any | Ctrl-C | 300 | nobody kills after it, but a person waits |
-#
-# ``SPOTUNE_GRACE_S`` overrides all but Ctrl-C. What a notice says itself (AWS and Azure name the time) stands.
-
-PERSON_S = 300.0
-PRIOR_S = 30.0
-PRIORS_S = {"slurm": 25.0}
-
-
-def prior_s(infra: str, source: str, told_s: float | None = None) -> float:
-    """Seconds from the notice of ``source`` to the kill; ``told_s``: what the user said."""
+def prior_s(infra: str, source: str, user_s: float | None = None) -> float:
+    """Returns the seconds from a notice to the kill. ``user_s`` (``SPOTUNE_GRACE_S``) overrides all but Ctrl-C."""
     if is_person(source):
-        return PERSON_S
-    return PRIORS_S.get(infra, PRIOR_S) if told_s is None else told_s
+        return 300.0
+    return user_s if user_s is not None else 25.0 if infra == "slurm" else 30.0
 
 
 def is_person(source: str) -> bool:
-    """Whether the notice is a Ctrl-C, here or on another node."""
+    """Returns whether the notice is a Ctrl-C, here or on another node."""
     return source.split(" ", 1)[0] == "SIGINT"
 
 
-# How to leave a machine that will be taken, once what could be saved is saved.
-#
-# SkyPilot looks at a job every 15 s. A job that has failed with 75 on a machine that is still there is recovered;
-# so is one whose machine is gone, whatever its exit code. In between, when the job has failed and the machine is
-# going, SkyPilot cannot read the exit code any more and the job ends FAILED for good. Who stays until the machine
-# is gone can never be seen in between; who leaves at once stops paying, and the next machine is sought earlier.
-#
-#     infra          how the notice comes                               seconds     how we leave
-#     slurm          SIGURG if sbatch_options.signal asks for it,       GraceTime   stay until killed
-#                    else SIGTERM, or none at all
-#     kubernetes     deletionTimestamp of the pod; SIGTERM only if a    30, or as   stay until killed
-#                    hook of the pod passes it on                       it says
-#     gcp            instance/preempted, SIGTERM of the shutdown        30          stay until killed
-#     azure          Scheduled Events: Preempt                          30 or more  stay until killed
-#     aws            spot/instance-action                               120         at once while SkyPilot has the
-#                                                                                   time to see the 75, else stay
-#     other clouds   SIGTERM                                            not known   at once
-#     local, by hand, dev cluster: SIGTERM, Ctrl-C                      as told     at once: no poll to race with
-#
-# Measured, on Slurm with SkyPilot 0.14.1: who gets which signal, and that a job preempted again and again with 25 s of
-# grace recovered 6 times of 6 when it stayed, and ended FAILED at the third when it left at once. From SkyPilot's
-# source: the poll, and that a pod's first process keeps the SIGTERM. The rest is from the vendors' documentation.
-
-STAYS = ("slurm", "kubernetes", "gcp", "azure")
-# SkyPilot polls every 15 s and looks again 5 s after a failure; two polls, so that one may fail.
-SEEN_S = 35.0
-STAY_S = 60.0  # beyond the deadline: whoever is still there then was not taken after all
+STAY_S = 60.0  # beyond the deadline: a machine that still runs then was not taken after all
 
 
-@dataclass(frozen=True)
-class Departure:
-    """Exit 75 at once, or ``stay`` until killed; ``why`` is for the log."""
+def departure(infra: str, source: str, managed: bool, left_s: float) -> tuple[bool, str]:
+    """Decides how to leave ``infra`` after a notice of ``source``: whether to stay until killed, and why.
 
-    stay: bool
-    why: str
-
-
-def departure(infra: str, source: str, managed: bool, left_s: float) -> Departure:
-    """How to leave ``infra`` after a notice of ``source``.
-
-    Args:
-        managed: whether the engine recovers this job; it does not on a dev cluster or by hand.
-        left_s: seconds until the machine goes, now that everything else is done.
+    SkyPilot recovers a job that failed with 75 on a machine that is still there, and a job whose machine is gone. In
+    between it cannot read the exit code, and the job ends FAILED for good: a job that stays until its machine is gone
+    is never seen there. A job that leaves at once stops paying, and its next machine is sought earlier. Measurements
+    and sources: docs/checkpoints.md. ``managed``: the engine recovers this job, not so on a dev cluster and by hand.
     """
     if is_person(source):
-        return Departure(False, "asked to at the keyboard")
+        return False, "asked to at the keyboard"
     if not managed:
-        return Departure(False, "nobody waits for this machine to go")
-    if infra in STAYS:
-        return Departure(True, f"{infra}: an exit before the machine is gone may end the job for good")
-    if infra == "aws" and left_s < SEEN_S:
-        return Departure(True, f"aws: {left_s:.0f} s are too short for the exit to be seen before the machine goes")
-    return Departure(False, "the next machine is sought at once")
+        return False, "nobody waits for this machine to go"
+    if infra in ("slurm", "kubernetes", "gcp", "azure"):
+        return True, f"{infra}: an exit before the machine is gone may end the job for good"
+    # SkyPilot polls every 15 s and again 5 s after a failure; time for two polls, so that one may fail.
+    if infra == "aws" and left_s < 35.0:
+        return True, f"aws: {left_s:.0f} s are too short for the exit to be seen before the machine goes"
+    return False, "the next machine is sought at once"
 
 
 def stay_until_killed(
-    deadline: float,
-    clock: Callable[[], float] = time.time,
-    sleep: Callable[[float], None] = time.sleep,
+    deadline: float, clock: Callable[[], float] = time.time, sleep: Callable[[float], None] = time.sleep
 ) -> None:
-    """Sleeps until ``STAY_S`` after the deadline, deaf to signals but for SIGKILL. From the main thread only."""
+    """Ignores signals and sleeps until ``STAY_S`` after the deadline. From the main thread only."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     sleep(max(deadline - clock(), 0.0) + STAY_S)
 
 
-# Whether one more checkpoint fits into what is left before the machine goes. Plain numbers in, one line out.
-
-Action = Literal["save", "finish", "leave"]
-
-# Saves of one run differ in how long they take, and the disk and the network are shared: a fifth more, and a second
-# for what is not measured (the fence, the commit object). Not more: a save that does not fit harms nothing.
-MARGIN = 1.2
-FIXED_S = 1.0
-UNMEASURED_S = 10.0  # with so much left an unmeasured save is worth the try
+Action = Literal["save", "finish", "leave"]  # a new checkpoint, the running upload, with the last commit
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """What is known when the notice has come.
+    """What is known when the notice has come; None: not measured yet."""
 
-    Attributes:
-        left_s: seconds until the machine goes.
-        new_steps: steps done since the newest checkpoint that is committed or on its way.
-        step_s: how long a step takes, the wait for the next boundary at worst; None: not measured yet.
-        write_s: training's stop until a checkpoint is complete on the local disk; None: none was written yet.
-        upload_s: from there to its commit; None: none was committed yet.
-        uploading: whether an upload is under way; it ends before another begins.
-        upload_left_s: what is left of it; None: not known.
-    """
-
-    left_s: float
-    new_steps: int
-    step_s: float | None = None
-    write_s: float | None = None
-    upload_s: float | None = None
-    uploading: bool = False
-    upload_left_s: float | None = None
+    left_s: float  # until the machine goes
+    new_steps: int  # done since the newest checkpoint that is committed or on its way
+    step_s: float | None = None  # a step's duration: at worst the wait for its end
+    write_s: float | None = None  # from training's stop to a complete checkpoint on the local disk
+    upload_s: float | None = None  # from there to its commit
+    uploading: bool = False  # an upload is under way; it ends before another begins
+    upload_left_s: float | None = None  # seconds left of that upload
 
 
-@dataclass(frozen=True)
-class LastSave:
-    """``save`` a new checkpoint, let the running upload ``finish``, or ``leave`` with the last commit; and why."""
+def fits(outlook: Outlook) -> tuple[Action, str]:
+    """Decides what to do in the time left, and why: whether one more checkpoint or the running upload fits."""
+    running_s: float | None = 0.0  # at worst all that the last upload took
+    if outlook.uploading:
+        running_s = outlook.upload_s if outlook.upload_left_s is None else outlook.upload_left_s
+    action, why_new = _new_checkpoint(outlook, running_s or 0.0)
+    if action == "save" or not outlook.uploading:
+        return action, why_new
+    left_s = outlook.left_s
+    if running_s is None:
+        action, why = _unmeasured(left_s, "finish", "the running upload")
+    elif running_s <= left_s:  # no margin: it is under way, and to wait for it costs seconds
+        action, why = "finish", f"the running upload ends in {running_s:.1f} of {left_s:.0f} s"
+    else:
+        action, why = "leave", f"the running upload needs {running_s:.1f} s, there are {left_s:.0f} s"
+    return action, f"{why}; {why_new}"
 
-    action: Action
-    reason: str
 
-
-def fits(outlook: Outlook) -> LastSave:
-    """What to do with the time that is left."""
-    new = _new_checkpoint(outlook)
-    if new.action == "save" or not outlook.uploading:
-        return new
-    running = _running_upload(outlook)
-    return replace(running, reason=f"{running.reason}; {new.reason}")
-
-
-def _new_checkpoint(outlook: Outlook) -> LastSave:
+def _new_checkpoint(outlook: Outlook, running_s: float) -> tuple[Action, str]:
     if outlook.new_steps <= 0:
-        return LastSave("leave", "there is nothing new to save")
+        return "leave", "there is nothing new to save"
     step_s, write_s, upload_s = outlook.step_s, outlook.write_s, outlook.upload_s
     if step_s is None or write_s is None or upload_s is None:
-        # Tried also behind a running upload: that one goes first, so that nothing is lost by it.
+        # Tried even behind a running upload: that one goes first, so nothing is lost.
         return _unmeasured(outlook.left_s, "save", "a new checkpoint")
-    upload_left_s = _upload_left_s(outlook) or 0.0
-    wait_s = max(upload_left_s - step_s - write_s, 0.0)
+    wait_s = max(running_s - step_s - write_s, 0.0)
     parts = f"{step_s:.1f} s to the step's end, {write_s:.1f} s to write, {upload_s:.1f} s to upload"
     if wait_s:
         parts += f" after {wait_s:.1f} s for the running upload"
-    if (step_s + write_s + wait_s + upload_s) * MARGIN + FIXED_S > outlook.left_s:
-        return LastSave("leave", f"a new checkpoint does not fit in {outlook.left_s:.0f} s: {parts}")
-    return LastSave("save", f"a new checkpoint fits in {outlook.left_s:.0f} s: {parts}")
+    # Saves differ, and disk and network are shared: a fifth more, and a second for what is not measured (the fence,
+    # the commit object). Not more: a save that does not fit harms nothing.
+    if (step_s + write_s + wait_s + upload_s) * 1.2 + 1.0 > outlook.left_s:
+        return "leave", f"a new checkpoint does not fit in {outlook.left_s:.0f} s: {parts}"
+    return "save", f"a new checkpoint fits in {outlook.left_s:.0f} s: {parts}"
 
 
-def _running_upload(outlook: Outlook) -> LastSave:
-    left_s = _upload_left_s(outlook)
-    if left_s is None:
-        return _unmeasured(outlook.left_s, "finish", "the running upload")
-    # No margin: it is under way, and to wait for it costs seconds.
-    if left_s <= outlook.left_s:
-        return LastSave("finish", f"the running upload ends in {left_s:.1f} of {outlook.left_s:.0f} s")
-    return LastSave("leave", f"the running upload needs {left_s:.1f} s, there are {outlook.left_s:.0f} s")
-
-
-def _upload_left_s(outlook: Outlook) -> float | None:
-    """What is left of the running upload: at worst, all that the last one took."""
-    if not outlook.uploading:
-        return 0.0
-    return outlook.upload_s if outlook.upload_left_s is None else outlook.upload_left_s
-
-
-def _unmeasured(left_s: float, action: Action, what: str) -> LastSave:
-    if left_s >= UNMEASURED_S:
-        return LastSave(action, f"{what} is tried: nothing is measured yet, {left_s:.0f} s are left")
-    return LastSave("leave", f"{what} is not tried: nothing is measured yet, only {left_s:.0f} s are left")
+def _unmeasured(left_s: float, action: Action, what: str) -> tuple[Action, str]:
+    if left_s >= 10.0:  # worth the try
+        return action, f"{what} is tried: nothing is measured yet, {left_s:.0f} s are left"
+    return "leave", f"{what} is not tried: nothing is measured yet, only {left_s:.0f} s are left"

@@ -1,24 +1,31 @@
-"""Preemption notices that have to be asked for: a source per cloud, one watcher for all of them."""
+"""Asks clouds for preemption notices: a source per cloud, one watcher for all of them."""
 
 import json
 import ssl
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 from spotune.core import environment
-from spotune.guard.journal import log
+from spotune.guard.journal import Clock, log
 from spotune.guard.leaving import Notices
 
-# What the watcher asks, and what it gets.
+ENDPOINT = "http://169.254.169.254"
+TOKEN_TTL_S = 21_600  # the longest possible
+ACTIONS = {"terminate": 120.0, "stop": 120.0, "hibernate": 0.0}
+HOST = "metadata.google.internal"
+ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+DMI = Path("/sys/class/dmi/id")
+AZURE_TAG = "7783-7084-3265-9085-8269-3286-77"  # tells Azure from other Hyper-V hosts
+SLOWEST_S = 15.0  # a service that comes back may have a notice of 30 s by then
 
 
 class NoAnswer(Exception):
@@ -27,23 +34,13 @@ class NoAnswer(Exception):
 
 @dataclass(frozen=True)
 class Warned:
-    """The machine goes, in ``grace_s`` seconds; None: the service does not say when."""
+    """The machine goes in ``grace_s`` seconds; None: the service does not say when."""
 
     grace_s: float | None
 
 
-class NoticeSource(Protocol):
-    """One service that knows whether this machine will be taken."""
-
-    name: str  # for the log: whose notice it was
-    every_s: float
-
-    def look(self, now: float) -> Warned | None:
-        """Asks once; ``now`` in epoch seconds. Raises NoAnswer when the service cannot be understood."""
-
-
 def read_object(body: str) -> dict[str, Any]:
-    """The JSON object in an answer; raises NoAnswer when it is none."""
+    """Returns the JSON object in an answer; raises NoAnswer for anything else."""
     try:
         found = json.loads(body.removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
@@ -54,133 +51,100 @@ def read_object(body: str) -> dict[str, Any]:
 
 
 def seconds_until(text: Any, now: float) -> float | None:
-    """Seconds from ``now`` to a time as clouds write it (ISO 8601, or as in an HTTP header); None when it is none."""
-    if not isinstance(text, str):
-        return None
-    for read in (datetime.fromisoformat, parsedate_to_datetime):
-        try:
+    """Returns the seconds from ``now`` to a time in ISO 8601 or as in an HTTP header; None for anything else."""
+    for read in (datetime.fromisoformat, parsedate_to_datetime) if isinstance(text, str) else ():
+        with suppress(ValueError):
             time = read(text)
-            break
-        except ValueError:
-            continue
-    else:
-        return None
-    return max((time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp() - now, 0.0)
-
-
-# One request to a service of this machine's own network: no proxy, no redirects, and never a long wait.
-
-TIMEOUT_S = 2.0
-MOST_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class HttpAnswer:
-    status: int
-    body: str
+            return max((time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp() - now, 0.0)
+    return None
 
 
 def ask(
-    url: str,
-    headers: Mapping[str, str],
-    method: str = "GET",
-    timeout_s: float = TIMEOUT_S,
-    tls: ssl.SSLContext | None = None,
-) -> HttpAnswer:
-    """The service's answer, whatever its status; raises NoAnswer when there is none.
-
-    ``http.client`` knows no proxies: a notice must not depend on HTTP_PROXY, nor a token go through it.
-    """
+    url: str, headers: Mapping[str, str], method: str = "GET", timeout_s: float = 2.0, tls: ssl.SSLContext | None = None
+) -> tuple[int, str]:
+    """Returns the answer's status and body; raises NoAnswer if there is none. Uses no proxy, which might fail."""
     parts = urlsplit(url)
     try:
-        connection = _connect(parts.scheme, parts.hostname or "", parts.port, timeout_s, tls)
-    except ValueError as error:  # a port that is none
+        connection = HTTPConnection(parts.hostname or "", parts.port, timeout=timeout_s)
+        if parts.scheme == "https":
+            connection = HTTPSConnection(parts.hostname or "", parts.port, timeout=timeout_s, context=tls)
+    except ValueError as error:  # a port that is not a number
         raise NoAnswer(f"{url} is no address: {error}") from error
     try:
         connection.request(method, f"{parts.path}?{parts.query}" if parts.query else parts.path, headers=dict(headers))
         response = connection.getresponse()
-        return HttpAnswer(response.status, response.read(MOST_BYTES).decode())
+        return response.status, response.read(1 << 20).decode()
     except (OSError, HTTPException, ValueError) as error:
         raise NoAnswer(f"{parts.netloc} does not answer: {str(error) or type(error).__name__}") from error
     finally:
         connection.close()
 
 
-def _connect(scheme: str, host: str, port: int | None, timeout_s: float, tls: ssl.SSLContext | None) -> HTTPConnection:
-    if scheme == "https":
-        return HTTPSConnection(host, port, timeout=timeout_s, context=tls)
-    return HTTPConnection(host, port, timeout=timeout_s)
-
-
-# AWS: ``spot/instance-action`` of the instance metadata service, version 2.
-#
-# 404 as long as nothing is planned; then ``{"action": "terminate", "time": "2026-11-24T20:40:00Z"}``, two minutes
-# ahead (for ``hibernate`` not ahead at all). A rebalance recommendation is not asked for: it says that an interruption
-# has become likelier, not that there will be one, and a machine is not given up for that.
-
-ENDPOINT = "http://169.254.169.254"
-TOKEN_TTL_S = 21_600  # the longest that there is
-ACTIONS = {"terminate": 120.0, "stop": 120.0, "hibernate": 0.0}
+def ask_body(url: str, headers: Mapping[str, str], tls: ssl.SSLContext | None = None) -> str:
+    """As ``ask``; returns the body, and raises NoAnswer for any status but 200."""
+    status, body = ask(url, headers, tls=tls)
+    if status != 200:
+        raise NoAnswer(f"status {status}")
+    return body
 
 
 class SpotAction:
-    """Asks with a session token, and for a new one when it is refused or about to run out."""
+    """AWS: ``spot/instance-action`` of the instance metadata service, version 2, with a session token.
+
+    404 while nothing is planned; then ``{"action": "terminate", "time": "2026-11-24T20:40:00Z"}``, two minutes ahead
+    (``hibernate``: not ahead at all). Does not ask for rebalance recommendations: they say that an interruption has
+    become likelier, and a machine is not given up for that.
+    """
 
     name = "aws spot/instance-action"
     every_s = 5.0  # what AWS recommends
 
-    def __init__(self, endpoint: str = ENDPOINT, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, endpoint: str = ENDPOINT, clock: Clock = time.monotonic) -> None:
         self._endpoint, self._clock = endpoint.rstrip("/"), clock
         self._token, self._token_until = "", 0.0
 
-    def look(self, now: float) -> Warned | None:
-        answer = self._ask()
-        if answer.status == 401:
+    def probe(self, now: float) -> Warned | None:
+        status, body = self._ask()
+        if status == 401:
             self._token = ""
-            answer = self._ask()
-        if answer.status == 404:
+            status, body = self._ask()
+        if status == 404:
             return None
-        if answer.status != 200:
-            raise NoAnswer(f"status {answer.status}")
-        return read_action(answer.body, now)
+        if status != 200:
+            raise NoAnswer(f"status {status}")
+        return read_action(body, now)
 
-    def _ask(self) -> HttpAnswer:
+    def _ask(self) -> tuple[int, str]:
         if not self._token or self._clock() >= self._token_until:
-            self._renew_token()
+            ttl = {"X-aws-ec2-metadata-token-ttl-seconds": str(TOKEN_TTL_S)}
+            status, body = ask(f"{self._endpoint}/latest/api/token", ttl, method="PUT")
+            if status != 200 or not body.isprintable():
+                raise NoAnswer(f"no session token: status {status}")
+            self._token, self._token_until = body.strip(), self._clock() + TOKEN_TTL_S * 0.9
         url = f"{self._endpoint}/latest/meta-data/spot/instance-action"
         return ask(url, {"X-aws-ec2-metadata-token": self._token})
 
-    def _renew_token(self) -> None:
-        ttl = {"X-aws-ec2-metadata-token-ttl-seconds": str(TOKEN_TTL_S)}
-        answer = ask(f"{self._endpoint}/latest/api/token", ttl, method="PUT")
-        if answer.status != 200 or not answer.body.isprintable():
-            raise NoAnswer(f"no session token: status {answer.status}")
-        self._token, self._token_until = answer.body.strip(), self._clock() + TOKEN_TTL_S * 0.9
-
 
 def read_action(body: str, now: float) -> Warned:
-    """The planned action; raises NoAnswer for what is none, so that it is asked again."""
+    """Returns the planned action; raises NoAnswer for anything else."""
     action = read_object(body)
     kind = action.get("action")
     if not isinstance(kind, str) or kind not in ACTIONS:
         raise NoAnswer(f"no action that is known: {body[:80]!r}")
-    said_s = seconds_until(action.get("time"), now)
-    return Warned(ACTIONS[kind] if said_s is None else said_s)
-
-
-# Azure: Preempt events of Scheduled Events.
-#
-# Events are for all machines of an availability or scale set, so this machine's name is looked for in them. Where the
-# service does not tell the name, any Preempt event counts: to leave once too often costs less than the other mistake.
-#
-# Events are not acknowledged. That would let Azure take *all* machines of the event at once, and be worth at most the
-# few seconds for which this one has nothing to do any more. The other types (Freeze, Reboot, Redeploy, Terminate)
-# come minutes to days ahead; the regular checkpoints are for them.
-
-HEADERS = {"Metadata": "true"}
+    left_s = seconds_until(action.get("time"), now)
+    return Warned(ACTIONS[kind] if left_s is None else left_s)
 
 
 class ScheduledEvents:
+    """Azure: Preempt events of Scheduled Events.
+
+    Events are for all machines of an availability or scale set, so this machine's name must be in them. If the service
+    does not tell the name, any Preempt event counts: to leave once too often costs less than the other mistake.
+
+    Does not acknowledge events: Azure could then take *all* machines of the event at once, for a gain of a few seconds.
+    The other types (Freeze, Reboot, Redeploy, Terminate) come minutes to days ahead: regular checkpoints are enough.
+    """
+
     name = "azure scheduled event Preempt"
     every_s = 1.0  # what Azure recommends
 
@@ -188,31 +152,24 @@ class ScheduledEvents:
         self._endpoint = endpoint.rstrip("/")
         self._machine = ""
 
-    def look(self, now: float) -> Warned | None:
-        # The first answer takes Azure up to two minutes. Asking again and again begins them as well as one long wait.
-        answer = ask(f"{self._endpoint}/metadata/scheduledevents?api-version=2020-07-01", HEADERS)
-        if answer.status != 200:
-            raise NoAnswer(f"status {answer.status}")
-        preempts = read_preempts(answer.body)
+    def probe(self, now: float) -> Warned | None:
+        # Azure's first answer may take two minutes; repeated short requests start them as well as one long wait.
+        url = f"{self._endpoint}/metadata/scheduledevents?api-version=2020-07-01"
+        preempts = read_preempts(ask_body(url, {"Metadata": "true"}))
         if not preempts:
             return None
-        self._machine = self._machine or self._ask_name()
+        if not self._machine:
+            url = f"{self._endpoint}/metadata/instance/compute/name?api-version=2021-02-01&format=text"
+            with suppress(NoAnswer):
+                self._machine = ask_body(url, {"Metadata": "true"}).strip()
         mine = [event for event in preempts if is_for(event, self._machine)]
         times = [seconds_until(event.get("NotBefore"), now) for event in mine]
-        # An event that has started has no time any more, like one whose time cannot be read.
+        # An event that has started has no time any more: like a time that cannot be read.
         return Warned(min((time for time in times if time is not None), default=None)) if mine else None
-
-    def _ask_name(self) -> str:
-        url = f"{self._endpoint}/metadata/instance/compute/name?api-version=2021-02-01&format=text"
-        try:
-            answer = ask(url, HEADERS)
-        except NoAnswer:
-            return ""
-        return answer.body.strip() if answer.status == 200 else ""
 
 
 def read_preempts(body: str) -> list[dict[str, Any]]:
-    """The Preempt events of a document; raises NoAnswer when it is none."""
+    """Returns the Preempt events of a document; raises NoAnswer for any other document."""
     events = read_object(body).get("Events")
     if not isinstance(events, list):
         raise NoAnswer(f"no list of events: {body[:80]!r}")
@@ -220,33 +177,28 @@ def read_preempts(body: str) -> list[dict[str, Any]]:
 
 
 def is_for(event: dict[str, Any], machine: str) -> bool:
-    """Whether an event takes this machine; it does when either side does not say which."""
+    """Returns whether an event takes this machine; true if either side names no machine."""
     resources = event.get("Resources")
     if not machine or not isinstance(resources, list) or not resources:
         return True
     return machine.lower() in [str(name).lower() for name in resources]
 
 
-# GCP: ``instance/preempted`` of the metadata server, TRUE from the moment when the machine is being taken.
-#
-# It does not say how long is left: 30 s, during which the system shuts down. Asked every second instead of by
-# ``wait_for_change``: a second of thirty, and no request that hangs on a connection which has died silently.
-
-HOST = "metadata.google.internal"
-
-
 class Preempted:
+    """GCP: ``instance/preempted`` of the metadata server, TRUE from the moment when the machine is being taken.
+
+    It does not say how long is left: 30 s, during which the system shuts down. Asked every second instead of by
+    ``wait_for_change``: that request would hang on a connection that has died silently.
+    """
+
     name = "gcp instance/preempted"
     every_s = 1.0
 
     def __init__(self, host: str = HOST) -> None:
         self._url = f"http://{host}/computeMetadata/v1/instance/preempted"
 
-    def look(self, now: float) -> Warned | None:
-        answer = ask(self._url, {"Metadata-Flavor": "Google"})
-        if answer.status != 200:
-            raise NoAnswer(f"status {answer.status}")
-        match answer.body.strip():
+    def probe(self, now: float) -> Warned | None:
+        match ask_body(self._url, {"Metadata-Flavor": "Google"}).strip():
             case "TRUE":
                 return Warned(None)
             case "FALSE":
@@ -255,20 +207,9 @@ class Preempted:
                 raise NoAnswer(f"neither TRUE nor FALSE: {other[:80]!r}")
 
 
-# Kubernetes: the deletion of this pod, as its API server says it.
-#
-# A pod that is evicted, drained or preempted gets a ``deletionTimestamp``: the time at which it will be killed. The
-# SIGTERM goes to the pod's first process only, which in SkyPilot's pods is a shell that keeps it to itself, so that
-# without this the guard would hear of nothing.
-
-ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-# The pod's head alone is a few hundred bytes.
-ACCEPT = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1, application/json"
-
-
 @dataclass(frozen=True)
 class Pod:
-    """Where this pod's record is: ``server`` is the API server's URL."""
+    """The place of this pod's record; ``server`` is the API server's URL."""
 
     server: str
     namespace: str
@@ -277,7 +218,7 @@ class Pod:
 
 
 def this_pod(environ: Mapping[str, str], account: Path = ACCOUNT) -> Pod | None:
-    """The pod that we are in, None when there is none or it may not ask."""
+    """Returns the pod of this process, None if there is none or it may not ask."""
     host, port = environ.get("KUBERNETES_SERVICE_HOST", ""), environ.get("KUBERNETES_SERVICE_PORT", "443")
     name = environ.get("SKYPILOT_POD_NAME") or environ.get("HOSTNAME", "")
     try:
@@ -290,6 +231,12 @@ def this_pod(environ: Mapping[str, str], account: Path = ACCOUNT) -> Pod | None:
 
 
 class PodDeletion:
+    """Kubernetes: the deletion of this pod, from its API server.
+
+    A pod that is evicted, drained or preempted gets a ``deletionTimestamp``, the time of its kill. The SIGTERM goes
+    only to the pod's first process, in SkyPilot's pods a shell that does not pass it on to the guard.
+    """
+
     name = "kubernetes pod deletion"
     every_s = 5.0  # the server is shared by all pods of the cluster
 
@@ -297,20 +244,20 @@ class PodDeletion:
         self._pod = pod
         self._url = f"{pod.server}/api/v1/namespaces/{pod.namespace}/pods/{pod.name}"
 
-    def look(self, now: float) -> Warned | None:
+    def probe(self, now: float) -> Warned | None:
         try:  # each time: the kubelet renews both files
             token = (self._pod.account / "token").read_text().strip()
             tls = ssl.create_default_context(cafile=str(self._pod.account / "ca.crt"))
         except OSError as error:  # SSLError is one
             raise NoAnswer(f"the service account cannot be used: {error}") from error
-        answer = ask(self._url, {"Authorization": f"Bearer {token}", "Accept": ACCEPT}, tls=tls)
-        if answer.status != 200:
-            raise NoAnswer(f"status {answer.status}")
-        return read_deletion(answer.body, now)
+        # Only the pod's head: a few hundred bytes.
+        accept = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1, application/json"
+        headers = {"Authorization": f"Bearer {token}", "Accept": accept}
+        return read_deletion(ask_body(self._url, headers, tls), now)
 
 
 def read_deletion(body: str, now: float) -> Warned | None:
-    """The pod's planned end; raises NoAnswer when this is no pod."""
+    """Returns the pod's planned end, None if none is planned; raises NoAnswer if the answer is not a pod."""
     head = read_object(body).get("metadata")
     if not isinstance(head, dict):
         raise NoAnswer(f"no pod: {body[:80]!r}")
@@ -318,67 +265,52 @@ def read_deletion(body: str, now: float) -> Warned | None:
     return Warned(seconds_until(deletion, now)) if deletion else None
 
 
-# Which services can warn this machine: decided from names and files alone, nothing is probed.
-#
-# SkyPilot says whose machine it is. Where it does not (by hand; a Slurm node or a pod may be a cloud's machine too) the
-# firmware does, as the kernel shows it in ``/sys/class/dmi/id``.
-
-DMI = Path("/sys/class/dmi/id")
-CLOUDS = ("aws", "gcp", "azure")
-ANYWHERE = ("", "slurm", "kubernetes")  # what runs on any cloud's machines
-AZURE_TAG = "7783-7084-3265-9085-8269-3286-77"  # tells Azure from other Hyper-V hosts
+# Each has ``name`` and ``every_s``. ``probe`` asks once; it raises NoAnswer for an answer that it cannot understand.
+NoticeSource = SpotAction | ScheduledEvents | Preempted | PodDeletion
 
 
 def sources_for(infra: str, environ: Mapping[str, str], dmi: Path = DMI) -> list[NoticeSource]:
-    """The services to watch; each module is imported only where its service is."""
+    """Returns the services that can warn this machine, from names and files alone; asks nothing.
+
+    SkyPilot says whose machine this is. Otherwise (by hand; a Slurm node or a pod may be a cloud's machine too) the
+    firmware does, as the kernel shows it in ``/sys/class/dmi/id``.
+    """
     found: list[NoticeSource] = []
     if infra == "kubernetes" and (pod := this_pod(environ)):
         found.append(PodDeletion(pod))
-    cloud = infra if infra in CLOUDS else cloud_of(dmi) if infra in ANYWHERE else ""
-    if cloud == "aws" and environ.get(environment.AWS_METADATA_DISABLED, "").lower() != "true":
+    if infra in ("", "slurm", "kubernetes"):  # these run on any cloud's machines
+        infra = cloud_of(dmi)
+    if infra == "aws" and environ.get(environment.AWS_METADATA_DISABLED, "").lower() != "true":
         found.append(SpotAction(environ.get(environment.AWS_METADATA) or ENDPOINT))
-    elif cloud == "gcp":
+    elif infra == "gcp":
         found.append(Preempted(environ.get(environment.GCP_METADATA) or HOST))
-    elif cloud == "azure":
+    elif infra == "azure":
         found.append(ScheduledEvents(environ.get(environment.AZURE_METADATA) or ENDPOINT))
     return found
 
 
 def cloud_of(dmi: Path = DMI) -> str:
-    """Whose machine the firmware says this is: aws, gcp, azure, or empty."""
-    vendor, product = _read(dmi / "sys_vendor"), _read(dmi / "product_name")
+    """Returns the cloud that the firmware names: aws, gcp, azure, or empty."""
+    facts = dict.fromkeys(("sys_vendor", "product_name", "bios_version", "chassis_asset_tag"), "")
+    for name in facts:
+        with suppress(OSError, ValueError):  # missing, forbidden, not text
+            facts[name] = (dmi / name).read_text().strip()
     # Older instance types are Xen machines, which only their BIOS tells from others.
-    if vendor == "Amazon EC2" or _read(dmi / "bios_version").endswith("amazon"):
+    if facts["sys_vendor"] == "Amazon EC2" or facts["bios_version"].endswith("amazon"):
         return "aws"
-    if product == "Google Compute Engine":
+    if facts["product_name"] == "Google Compute Engine":
         return "gcp"
-    if vendor == "Microsoft Corporation" and _read(dmi / "chassis_asset_tag") == AZURE_TAG:
+    if facts["sys_vendor"] == "Microsoft Corporation" and facts["chassis_asset_tag"] == AZURE_TAG:
         return "azure"
     return ""
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except (OSError, ValueError):  # not there, not for us, not text
-        return ""
-
-
-# The one thread that asks for notices. A service that fails is named once, and asked on ever more slowly.
-
-# No longer: a service that comes back may have a notice of 30 s by then.
-SLOWEST_S = 15.0
-
-
 class NoticeWatcher:
-    """Asks all sources, as a context manager; without sources there is no thread."""
+    """Asks all sources in one thread, if there are any. Logs a failing one once, and asks it ever more slowly."""
 
-    def __init__(
-        self, sources: Sequence[NoticeSource], notices: Notices, clock: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, sources: Sequence[NoticeSource], notices: Notices, clock: Clock = time.time) -> None:
         self._notices, self._clock = notices, clock
-        self._due = dict.fromkeys(sources, 0.0)  # monotonic
-        self._failures = dict.fromkeys(sources, 0)
+        self._due, self._failures = dict.fromkeys(sources, 0.0), dict.fromkeys(sources, 0)  # due: monotonic
         self._named: set[NoticeSource] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="notices", daemon=True)
@@ -388,10 +320,8 @@ class NoticeWatcher:
             self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Does not wait for a request that is under way."""
+    def __exit__(self, *_: object) -> None:
+        """Does not wait for a running request."""
         self._stop.set()
 
     def _work(self) -> None:
@@ -406,9 +336,9 @@ class NoticeWatcher:
                 self._due[source] = time.monotonic() + pause_s
 
     def ask(self, source: NoticeSource) -> float | None:
-        """Asks once; returns seconds until it is to be asked again, None when it has given its notice."""
+        """Asks once; returns the seconds until the next try, None once the source has given its notice."""
         try:
-            warned = source.look(self._clock())
+            warned = source.probe(self._clock())
         except NoAnswer as fault:
             if source not in self._named:
                 self._named.add(source)

@@ -1,4 +1,4 @@
-"""Finds and restores the newest whole commit; tells whether a fault is worth another machine."""
+"""Restores the newest commit whose files verify, else the one before; decides if a fault is worth another machine."""
 
 import re
 import shutil
@@ -19,8 +19,6 @@ from spotune.core.records import Commit
 from spotune.core.revisions import few
 from spotune.core.store import Store
 
-# Restore: the newest commit whose files verify, else the one before, saying so.
-
 THREADS = 4
 TRIES = 2
 
@@ -31,44 +29,32 @@ class BadCheckpoint(Exception):
 
 @dataclass
 class Restored:
-    """What was found.
+    """The restored commit and the rejected ones."""
 
-    Attributes:
-        commit: None for a fresh start.
-        rejected: a line for each commit that did not verify; ``bad``: their keys.
-    """
-
-    commit: Commit | None = None
+    commit: Commit | None = None  # None for a fresh start
     key: str = ""
     checkpoint: Path | None = None
     best: Path | None = None
     best_key: str = ""
-    rejected: list[str] = field(default_factory=list)
-    bad: list[str] = field(default_factory=list)
+    rejected: list[str] = field(default_factory=list)  # a line for each commit that did not verify
+    bad: list[str] = field(default_factory=list)  # their keys
 
 
 def list_commits(store: Store, keys: Keys) -> list[tuple[tuple[int, int], str]]:
-    """((attempt, step), key) of every commit, newest first: the highest (attempt, step)."""
+    """Returns ((attempt, step), key) of every commit, newest first: the highest (attempt, step)."""
     return sorted(((number, key) for key in store.keys(keys.commits) if (number := commit_of(key))), reverse=True)
 
 
 def newest_commit(store: Store, keys: Keys) -> Commit | None:
-    """The newest readable commit whose files are there; without a look at what is in them."""
+    """Returns the newest readable commit whose files exist, unread: ranks start by it before it is restored."""
     for _, key in list_commits(store, keys):
-        with suppress(BadCheckpoint):
-            if (commit := _read(store, key)) and _has_its_files(store, keys, commit):
-                return commit
+        with suppress(BadCheckpoint, Misplaced):
+            if commit := _read(store, key):
+                folder = keys.checkpoint(commit.step, commit.attempt)
+                there = {name.removeprefix(f"{folder}/") for name in store.keys(folder)}
+                if there.issuperset(commit.files) and not missing_files(commit.files, commit.world_size):
+                    return commit
     return None
-
-
-def _has_its_files(store: Store, keys: Keys, commit: Commit) -> bool:
-    """Ranks start by a commit's word, before it is restored: it must not be that of one which never was."""
-    folder = keys.checkpoint(commit.step, commit.attempt)
-    try:
-        there = {key.removeprefix(f"{folder}/") for key in store.keys(folder)}
-    except Misplaced:
-        return False
-    return there.issuperset(commit.files) and not missing_files(commit.files, commit.world_size)
 
 
 def restore(
@@ -80,15 +66,14 @@ def restore(
 ) -> Restored:
     """Downloads the newest commit that verifies to ``folder/checkpoint-N``; raises StoreError if the store fails.
 
-    Where the commit names a best checkpoint that is another one, that is fetched too. ``check`` may refuse a commit
-    that is whole but must not be continued, by an InputError. ``unusable`` has the keys of commits that the worker
-    could not load, and why; they are passed over.
+    Fetches the commit's best checkpoint too, if that is another one. ``check`` raises InputError for a whole commit
+    that must not be continued. ``unusable``: the keys of commits that the worker could not load, and why; skips them.
     """
     result = Restored()
-    store.names(keys.checkpoints)  # raises Misplaced where nothing could be uploaded
+    store.names(keys.checkpoints)  # raises Misplaced if nothing could be uploaded
     seen: set[str] = set()
     while True:
-        # Listed anew after each failure: another attempt may have pruned this one, and committed a newer one, since.
+        # Lists again after each failure: another attempt may have pruned this commit and made a newer one.
         entry = next((entry for entry in list_commits(store, keys) if entry[1] not in seen), None)
         if entry is None:
             return result
@@ -97,8 +82,7 @@ def restore(
         try:
             if key in unusable:
                 raise BadCheckpoint(unusable[key])
-            commit = _read(store, key)
-            if commit is None:
+            if (commit := _read(store, key)) is None:
                 continue
             check(commit)
             result.best, result.best_key = _restore_best(store, keys, commit, folder)
@@ -113,7 +97,7 @@ def restore(
 
 
 def _read(store: Store, key: str) -> Commit | None:
-    """None for a commit that has been pruned since it was listed."""
+    """Returns None for a commit that has been pruned since it was listed. Raises BadCheckpoint."""
     try:
         data = store.read(key)
         commit = None if data is None else Commit.from_bytes(data, key)
@@ -125,8 +109,8 @@ def _read(store: Store, key: str) -> Commit | None:
 
 
 def missing_files(files: Collection[str], world_size: int) -> list[str]:
-    """What a checkpoint lacks; without it a resume would silently be another training run."""
-    if world_size > len(files):  # so many names need not be made
+    """Returns what a checkpoint lacks; a resume without it would silently be another training run."""
+    if world_size > len(files):  # no need to make so many names
         return [f"the RNG states of {world_size} ranks"]
     needed = ["scheduler.pt", "trainer_state.json"]
     needed += ["rng_state.pth"] if world_size == 1 else [f"rng_state_{rank}.pth" for rank in range(world_size)]
@@ -139,7 +123,7 @@ def missing_files(files: Collection[str], world_size: int) -> list[str]:
 
 
 def download_checkpoint(store: Store, keys: Keys, commit: Commit, folder: Path) -> Path:
-    """Fetches and verifies one commit's files; raises BadCheckpoint when one is missing or not as committed."""
+    """Downloads and verifies one commit's files; raises BadCheckpoint if one is missing or differs."""
     if missing := missing_files(commit.files, commit.world_size):
         raise BadCheckpoint(f"holds no {few(tuple(missing))}")
     target = folder / f"checkpoint-{commit.step}"
@@ -149,12 +133,12 @@ def download_checkpoint(store: Store, keys: Keys, commit: Commit, folder: Path) 
 
     def fetch(name: str) -> None:
         committed, local = {fact: commit.files[name][fact] for fact in ("size", "sha256")}, part / name
-        for _ in range(TRIES):  # the way here may be at fault, not what lies there
+        for _ in range(TRIES):  # the transfer may be at fault, not the bucket
             try:
                 found = store.download(f"{source}/{name}", local)
             except FileNotFoundError as error:
                 raise BadCheckpoint(f"{name} is missing") from error
-            except BadRecord as error:  # a link, say
+            except BadRecord as error:  # a link, for example
                 raise BadCheckpoint(str(error)) from error
             if found == committed:
                 failpoint("restoring")
@@ -175,10 +159,7 @@ def download_checkpoint(store: Store, keys: Keys, commit: Commit, folder: Path) 
 
 
 def _restore_best(store: Store, keys: Keys, newest: Commit, folder: Path) -> tuple[Path | None, str]:
-    """The best checkpoint that a commit names, where that is another one, and its key.
-
-    Raises BadCheckpoint when none verifies: the run would end with another model, without a word.
-    """
+    """Downloads a commit's best checkpoint, if another one: folder, key. Raises BadCheckpoint if none verifies."""
     if newest.best_step is None or newest.best_step == newest.step:
         return None, ""
     reason = "is not there"
@@ -193,14 +174,11 @@ def _restore_best(store: Store, keys: Keys, newest: Commit, folder: Path) -> tup
     raise BadCheckpoint(f"its best checkpoint, step {newest.best_step}: {reason}")
 
 
-# Is a fault worth another machine once more? Two in a row without a commit between them are not.
-
-FAULTS = ("failed", "stalled")  # the reasons of attempts that another machine may do better
-_PART = re.compile(r"/events-0-([0-9]{1,15})\.jsonl\Z")
+FAULTS = ("failed", "stalled")  # the end reasons after which another machine may do better
 
 
 def is_second_fault(store: Store, keys: Keys, attempt: int) -> bool:
-    """Whether this attempt and the one before it both failed or stalled, unpreempted, and committed nothing new."""
+    """Returns whether this attempt and the one before it failed or stalled, unpreempted, and committed nothing new."""
     if any(number >= attempt - 1 for (number, _), _ in list_commits(store, keys)):
         return False
     end = last_event(store, keys, attempt - 1)
@@ -208,10 +186,9 @@ def is_second_fault(store: Store, keys: Keys, attempt: int) -> bool:
 
 
 def last_event(store: Store, keys: Keys, attempt: int) -> dict[str, Any]:
-    """The last event that an attempt's rank 0 uploaded, empty when there is none. A time, ``t``, is a number."""
-    prefix = keys.attempt(attempt).removesuffix("attempt.json") if attempt > 0 else ""
-    keys_there = store.keys(prefix.rstrip("/")) if prefix else []
-    parts = {int(name[1]): key for key in keys_there if (name := _PART.search(key))}
+    """Returns the last event that an attempt's rank 0 uploaded, empty for none. Its time, ``t``, is a number."""
+    keys_there = store.keys(keys.attempt(attempt).removesuffix("/attempt.json")) if attempt > 0 else []
+    parts = {int(name[1]): key for key in keys_there if (name := re.search(r"/events-0-([0-9]{1,15})\.jsonl\Z", key))}
     if not parts:
         return {}
     try:

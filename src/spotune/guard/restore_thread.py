@@ -1,11 +1,11 @@
-"""Restores beside the start of the ranks, and commits what an earlier attempt left on this machine."""
+"""Restores while the ranks start, and commits what an earlier attempt left on this machine."""
 
 import os
 import shutil
 import stat
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,37 +20,27 @@ from spotune.core.revisions import allows_other_versions, check_commit, record_h
 from spotune.guard import claim
 from spotune.guard.checkpoints import Lineage, commit_checkpoint, sealed
 from spotune.guard.claim import for_people
-from spotune.guard.journal import Context, Journal, log
+from spotune.guard.journal import Context, Journal, Sleep, log
 from spotune.guard.multinode import Leader
 from spotune.guard.restore import Restored, missing_files, newest_commit, restore
 
-# Beside the ranks' imports: what may be continued is checked, fetched and handed to them.
-
 PAUSES_S = (1.0, 4.0, 15.0)
-POLL_S = 0.02
 
 
 @dataclass(frozen=True)
 class Ready:
-    """What the ranks have been given, and how long that took."""
+    """What the ranks get, and how long the restore took."""
 
     found: Restored
     restore_s: float
     other_versions_allowed: bool = False
 
-    @property
-    def commit(self) -> Commit | None:
-        return self.found.commit
 
+class RestoreThread:
+    """Checks what may be continued, fetches it and gives it to the ranks. Sets ``ready`` or ``error`` at its end."""
 
-class Restoring:
-    """A thread; ``ready`` or ``error`` is set when it has ended."""
-
-    def __init__(
-        self, context: Context, journal: Journal, leader: Leader, sleep: Callable[[float], None] = time.sleep
-    ) -> None:
-        self._sleep = sleep
-        self._context, self._journal, self._leader = context, journal, leader
+    def __init__(self, context: Context, journal: Journal, leader: Leader, sleep: Sleep = time.sleep) -> None:
+        self._context, self._journal, self._leader, self._sleep = context, journal, leader, sleep
         self.ready: Ready | None = None
         self.error: SpotuneError | OSError | None = None
         self._stop = threading.Event()
@@ -59,7 +49,7 @@ class Restoring:
 
     @property
     def has_died(self) -> bool:
-        """Whether it ended by a fault of its own, with nothing to show."""
+        """Whether the thread ended by a bug of its own, without a result."""
         return not self._thread.is_alive() and self.ready is None and self.error is None
 
     def _run(self) -> None:
@@ -67,13 +57,17 @@ class Restoring:
         try:
             claim.check_data(self._context.run)
             claim.check_model(self._context.run, self._context.cache)
-            self._adopt()
+            recover_local_checkpoint(self._context)
             unusable: dict[str, str] = {}
             while True:
                 found, history = self._fetch(unusable)
                 failpoint("restored")
-                ready = Ready(found, time.monotonic() - began, self._allows_other_versions(found, history))
-                self._have_followers_fetch(ready)
+                commit = found.commit
+                is_allowed = bool(commit and allows_other_versions(commit, history))
+                ready = Ready(found, time.monotonic() - began, self._context.allow_config_change or is_allowed)
+                best, tokens = found.best_key or None, commit.tokens if commit else 0
+                facts = {"tokens": tokens, "other_versions_allowed": ready.other_versions_allowed}
+                self._leader.broadcast(fetch=found.key or None, best=best, **facts)
                 fault = self._ask_rank(found, len(unusable))
                 if fault is None:
                     return
@@ -86,19 +80,11 @@ class Restoring:
             self.error = error
 
     def stop(self) -> None:
-        """The ranks have ended: nobody will say any more whether a checkpoint can be loaded."""
+        """Ends the wait for rank 0's verdict: the ranks have ended."""
         self._stop.set()
 
-    def _allows_other_versions(self, found: Restored, history: list[RunRecord]) -> bool:
-        if self._context.allow_config_change:
-            return True
-        return bool(found.commit and allows_other_versions(found.commit, history))
-
     def _ask_rank(self, found: Restored, number: int) -> str | None:
-        """Asks rank 0 whether it can load a checkpoint: the guard knows no torch.
-
-        Returns why it cannot, empty where it can or where there is nothing to load, None where the ranks have ended.
-        """
+        """Returns why rank 0 cannot load a checkpoint; empty if it can or need not; None if the ranks have ended."""
         if found.checkpoint is None:
             return ""
         folder = self._context.folder
@@ -108,35 +94,11 @@ class Restoring:
             verdict = protocol.read_json(folder / protocol.VERDICT)
             if verdict and verdict["number"] == number:
                 return str(verdict["fault"])
-            self._stop.wait(POLL_S)
+            self._stop.wait(0.02)
         return None
 
-    def _have_followers_fetch(self, ready: Ready) -> None:
-        found = ready.found
-        told = {"tokens": found.commit.tokens if found.commit else 0}
-        told["other_versions_allowed"] = ready.other_versions_allowed
-        self._leader.broadcast(fetch=found.key or None, best=found.best_key or None, **told)
-
-    def _adopt(self) -> None:
-        """Commits what an earlier attempt left behind on this disk, if it is ahead of the bucket; clears the rest."""
-        context = self._context
-        newest = newest_commit(context.store, context.keys)
-        stranded = find_stranded(context, newest)
-        if stranded is not None:
-            key = context.keys.commit(newest.attempt, newest.step) if newest else ""
-            lineage = Lineage(context.run, context.attempt, key, newest.ordinal if newest else 0)
-            try:
-                commit_checkpoint(context.store, context.keys, lineage, stranded)
-                log(f"step {stranded.step} was still on this machine's disk, and is committed now")
-            except StoreError as error:
-                log(f"step {stranded.step} is on this machine's disk, and cannot be committed yet: {error}")
-                clear(context, but=stranded)
-                return
-        clear(context)
-
     def _fetch(self, unusable: Mapping[str, str]) -> tuple[Restored, list[RunRecord]]:
-        """The newest good checkpoint and the run's records; raises what went wrong when the bucket could not be read in
-        several tries."""
+        """Returns the newest good checkpoint and the run's records; raises the error of the last of several tries."""
         store, keys, folder = self._context.store, self._context.keys, self._context.folder / protocol.TRAINER
 
         def fetch() -> tuple[Restored, list[RunRecord]]:
@@ -147,7 +109,7 @@ class Restoring:
         for pause_s in PAUSES_S:
             try:
                 return fetch()
-            except (InputError, Misplaced):  # time does not mend it
+            except (InputError, Misplaced):  # only people can mend that
                 raise
             except (SpotuneError, OSError) as fault:
                 log(f"the checkpoint is not fetched yet: {fault}")
@@ -155,19 +117,14 @@ class Restoring:
         return fetch()
 
     def _publish(self, ready: Ready) -> None:
-        found, commit = ready.found, ready.commit
+        found, commit = ready.found, ready.found.commit
         for line in found.rejected:
             log(f"checkpoint rejected: {line}")
         if commit:
             log(f"resumed from the checkpoint of step {commit.step}, attempt {commit.attempt}")
         self._leader.broadcast(resume=True)
-        self._journal.write(
-            "restored",
-            step=commit.step if commit else 0,
-            commit=found.key or None,
-            rejected=found.rejected,
-            restore_s=round(ready.restore_s, 3),
-        )
+        facts = {"step": commit.step if commit else 0, "restore_s": round(ready.restore_s, 3)}
+        self._journal.write("restored", commit=found.key or None, rejected=found.rejected, **facts)
         given: dict[str, Any] = {
             "checkpoint": found.checkpoint and str(found.checkpoint),
             "best_checkpoint": found.best and str(found.best),
@@ -180,14 +137,26 @@ class Restoring:
         protocol.write_json(self._context.folder / protocol.RESTORED, given)
 
 
-# What earlier attempts left on this machine: a sealed checkpoint that never reached the bucket is committed now.
-#
-# Only what the bucket does not have yet, only what still is what the seal says, and only where one machine holds all of
-# a checkpoint. Everything else on this disk is not ours to trust, and goes.
+def recover_local_checkpoint(context: Context) -> None:
+    """Commits what an earlier attempt left on this disk if the bucket does not have it; clears the rest."""
+    newest = newest_commit(context.store, context.keys)
+    stranded, kept = find_stranded(context, newest), None
+    if stranded is not None:
+        key = context.keys.commit(newest.attempt, newest.step) if newest else ""
+        lineage = Lineage(context.run, context.attempt, key, newest.ordinal if newest else 0)
+        try:
+            commit_checkpoint(context.store, context.keys, lineage, stranded)
+            log(f"step {stranded.step} was still on this machine's disk, and is committed now")
+        except StoreError as error:
+            kept = stranded
+            log(f"step {stranded.step} is on this machine's disk, and cannot be committed yet: {error}")
+    for folder in context.scratch.glob("*"):
+        if folder != context.folder and not (kept and Path(kept.checkpoint).is_relative_to(folder)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def find_stranded(context: Context, newest: Commit | None) -> Staged | None:
-    """The furthest whole checkpoint beyond the newest commit, None when there is none; of this config only."""
+    """Returns the furthest whole, sealed checkpoint of this config beyond the newest commit, None if there is none."""
     done = newest.step if newest else 0
     found = [staged for folder in context.scratch.glob("[0-9]*") for staged in sealed(folder)]
     for staged in sorted(found, key=lambda staged: -staged.step):
@@ -197,26 +166,19 @@ def find_stranded(context: Context, newest: Commit | None) -> Staged | None:
 
 
 def is_whole(staged: Staged) -> bool:
-    """Whether each file is there as sealed, and nothing that a resume needs is missing."""
+    """Returns whether each file is there as sealed, and nothing that a resume needs is missing."""
     if missing_files(staged.files, staged.world_size):
         return False
     source = Path(staged.checkpoint)
     try:
         return all(
-            _is_own_file(source, name) and file_facts(source / name) == staged.files[name] for name in staged.files
+            _is_own_file(source, name) and file_facts(source / name) == facts for name, facts in staged.files.items()
         )
     except OSError:
         return False
 
 
 def _is_own_file(source: Path, name: str) -> bool:
-    """Whether a name leads to a regular file of this user, without a link on the way: its bytes leave this machine."""
+    """Returns whether a name leads to a regular file of this user, through no link: its bytes leave this machine."""
     path, found = source / name, os.lstat(source / name)
     return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and path.resolve() == source.resolve() / name
-
-
-def clear(context: Context, but: Staged | None = None) -> None:
-    """Removes what earlier attempts left, but for the attempt's folder that holds ``but``."""
-    for folder in context.scratch.glob("*"):
-        if folder != context.folder and not (but and Path(but.checkpoint).is_relative_to(folder)):
-            shutil.rmtree(folder, ignore_errors=True)

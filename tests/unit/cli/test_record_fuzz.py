@@ -32,7 +32,7 @@ from spotune.core.store import Store
 from spotune.guard.attempt import make_job
 from spotune.guard.budget import _earlier_usd
 from spotune.guard.checkpoints import Retention
-from spotune.guard.claim import _check_config, claim_attempt, earlier_spells, standing_verdict
+from spotune.guard.claim import _check_config, claim_attempt, earlier_uptimes, standing_verdict
 from spotune.guard.extras import surviving_logs
 from spotune.guard.finish import fetch_result
 from spotune.guard.journal import Node
@@ -134,7 +134,7 @@ def parts_of_the_guard(store: Store, folder: Path) -> dict[str, Callable[[], obj
         "verdict": lambda: standing_verdict(store, KEYS),
         "look": lambda: look(store.url, "run-a"),
         "claim": lambda: claim_attempt(store, KEYS, Node.read({})),
-        "spells": lambda: earlier_spells(store, KEYS, 1),
+        "spells": lambda: earlier_uptimes(store, KEYS, 1),
         "last event": lambda: last_event(store, KEYS, 1),
         "second fault": lambda: is_second_fault(store, KEYS, 2),
         "config": lambda: _check_config(run()),

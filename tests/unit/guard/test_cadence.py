@@ -18,10 +18,10 @@ from spotune.guard.save_schedule import (
     SPOT,
     STEADY,
     X0_S,
+    ControlFile,
     Inputs,
     SaveCost,
     SaveScheduler,
-    Wishes,
     alpha,
     expected_waste,
     explain,
@@ -71,7 +71,7 @@ def test_whatever_goes_in(stall_s: float, upload_s: float, age_s: float, restore
 
 def feed(save_cost: SaveCost, *events: tuple[float, str, dict[str, Any]]) -> None:
     for at, event, fields in events:
-        save_cost.take({"t": at, "event": event, **fields})
+        save_cost.on_event({"t": at, "event": event, **fields})
 
 
 def test_what_a_save_costs_is_counted_whole() -> None:
@@ -107,19 +107,19 @@ def test_a_save_is_asked_for_once_and_in_time(
     now = [1000.0]
     journal, save_cost = Journal(local_store, Keys("a-run"), 1, tmp_path / "events"), SaveCost()
     save_scheduler = SaveScheduler(
-        Inputs(restore_s=1.0, age_s=100.0), save_cost, Wishes(tmp_path), journal, clock=lambda: now[0]
+        Inputs(restore_s=1.0, age_s=100.0), save_cost, ControlFile(tmp_path), journal, clock=lambda: now[0]
     )
     asked = []
     for _ in range(400):
-        save_scheduler.look()
+        save_scheduler.save_if_due()
         asked.append(read_json(tmp_path / CONTROL)["save"])
         now[0] += 1.0
     first = asked.index(1)
     assert first == pytest.approx(interval_s(Inputs(restore_s=1.0, age_s=150.0)), abs=3)
     assert asked[-1] == 1  # it was not answered
-    save_scheduler.take({"t": now[0], "event": "save"})
+    save_scheduler.on_event({"t": now[0], "event": "save"})
     now[0] += 300.0
-    save_scheduler.look()
+    save_scheduler.save_if_due()
     assert read_json(tmp_path / CONTROL) == {"stop": False, "save": 2}
     journal.close()
     assert capsys.readouterr().err.count("saving every") == 1

@@ -296,16 +296,16 @@ def test_the_best_one_is_not_dropped_for_a_newer_one(local_store: Store, tmp_pat
 
 
 def test_all_ranks_make_a_checkpoint_complete(tmp_path: Path) -> None:
-    handover = StagingFolder(tmp_path, ranks=2)
+    staging = StagingFolder(tmp_path, ranks=2)
     facts = {"size": 1, "sha256": "0" * 64}
     part = Staged(5, str(tmp_path / TRAINER / "checkpoint-5"), epoch=1.0, tokens=9, world_size=2, threads=1)
     write_json(staged_path(tmp_path, 5, 1), replace(part, files={"rng_state_1.pth": facts}))
-    assert handover.take() == []
+    assert staging.collect() == []
     write_json(staged_path(tmp_path, 5, 0), replace(part, files={"rng_state_0.pth": facts}))
-    (found,) = handover.take()
+    (found,) = staging.collect()
     assert set(found.files) == {"rng_state_0.pth", "rng_state_1.pth"}
-    assert handover.take() == []
-    assert handover.taken == [found]
+    assert staging.collect() == []
+    assert staging.collected == [found]
 
 
 def test_records_survive_fields_of_tomorrow() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from spotune.core.keys import Keys
 from spotune.core.protocol import (
+    FACTS,
     MERGE,
     PUSH,
     STAGED,
@@ -30,8 +31,8 @@ from spotune.guard.checkpoints import StagingFolder
 from spotune.guard.claim import leave_mark
 from spotune.guard.journal import Journal
 from spotune.guard.ranks import Ranks
-from spotune.guard.save_schedule import SPOT, Inputs, SaveCost, SaveScheduler, Wishes
-from spotune.guard.stalls import StallLimits, Stalls
+from spotune.guard.save_schedule import SPOT, ControlFile, Inputs, SaveCost, SaveScheduler
+from spotune.guard.stalls import Stalls
 from tests.hostile import HOW, changed, spoil, values
 from tests.unit.guard.attempts import KEYS, make_context, stage
 
@@ -70,23 +71,23 @@ def damage(whole: dict[str, Any]) -> st.SearchStrategy[Any]:
 @given(data=st.data())
 def test_a_damaged_word_of_a_rank_costs_its_checkpoint_only(tmp_path_factory: Any, data: st.DataObject) -> None:
     folder = tmp_path_factory.mktemp("exchange")
-    handover = StagingFolder(folder, ranks=1)
+    staging = StagingFolder(folder, ranks=1)
     first, second = stage(folder, 5), stage(folder, 6)
     path = staged_path(folder, 5)
     put(path, data.draw(damage(json.loads(path.read_bytes()))))
-    found = handover.take()
+    found = staging.collect()
     assert found[-1] == second
     assert all(staged.step == first.step and staged.checkpoint == first.checkpoint for staged in found[:-1])
-    assert handover.take() == []
+    assert staging.collect() == []
 
 
 def test_a_word_about_another_folder_or_step_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The folder of a checkpoint is uploaded and removed: it is the attempt's own."""
-    handover, staged = StagingFolder(tmp_path, ranks=1), stage(tmp_path, 5)
+    staging, staged = StagingFolder(tmp_path, ranks=1), stage(tmp_path, 5)
     for step, changes in ((6, {"checkpoint": "/etc"}), (7, {"checkpoint": staged.checkpoint}), (8, {"step": 8})):
         write_json(staged_path(tmp_path, step), {**vars(staged), "step": step, **changes})
     (tmp_path / STAGED / "00000009-x.json").write_text("{}")
-    assert handover.take() == [staged]
+    assert staging.collect() == [staged]
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(": ")[0] for line in lines] == [
         f"[spotune] the checkpoint of step {step} is not committed" for step in (6, 7, 8)
@@ -127,7 +128,7 @@ def test_a_damaged_answer_means_that_an_extra_is_not_done(
     monkeypatch.setattr(extras, "_kill", subprocess.Popen.wait)
     answer = extras.run_extra(name, folder, {}, {}, lambda seconds: None)
     if answer.done:
-        assert all(isinstance(answer.facts[fact], str) for fact in extras.FACTS[name])
+        assert all(isinstance(answer.facts[fact], str) for fact in FACTS[name])
 
 
 @SETTINGS
@@ -144,9 +145,9 @@ def test_a_damaged_line_of_the_log_is_left_out(
     journal._worker_log = log
     inputs = Inputs(restore_s=1.0, age_s=1.0, spells_s=(), prior=SPOT)
     for listener in (
-        save_cost.take,
-        Stalls(StallLimits(60.0, 60.0)).take,
-        SaveScheduler(inputs, save_cost, Wishes(folder), journal).take,
+        save_cost.on_event,
+        Stalls(60.0, 60.0).on_event,
+        SaveScheduler(inputs, save_cost, ControlFile(folder), journal).on_event,
     ):
         journal.listen(listener)
     journal.poll()

@@ -1,4 +1,4 @@
-"""Which extras a run owes, and the process that does one, with a fake worker. Whole runs: tests/e2e/test_extras.py."""
+"""Pending extras, and the process that does an extra, with a fake worker. Whole runs: tests/e2e/test_extras.py."""
 
 import os
 import shlex
@@ -16,7 +16,7 @@ from spotune.core.keys import Keys
 from spotune.core.protocol import EXTRAS, MERGE, OUTPUT, PUSH, ExtraJob, ExtraResult, answer_path, asked_for, write_json
 from spotune.core.records import RunRecord
 from spotune.core.store import Store
-from spotune.guard.extras import TIMEOUT_S, ExtraWatch, debt_of, run_extra
+from spotune.guard.extras import TIMEOUT_S, ExtraWatch, pending_extras, run_extra
 from spotune.launch.local.machine import send
 from tests.clocks import Clock
 from tests.script import FAKE_WORKER
@@ -26,19 +26,19 @@ from tests.waiting import until
 KEYS = Keys("a-run")
 
 
-def test_owed_is_what_is_asked_for_and_has_no_mark(local_store: Store) -> None:
+def test_pending_is_what_is_asked_for_and_has_no_mark(local_store: Store) -> None:
     assert asked_for({"merge_adapter": "yes", "push_to_hub": "false"}) == (MERGE,)
     config = {"merge_adapter": True, "push_to_hub": True}
     run = RunRecord(
         run_id="a-run", created_at=0, user="u", config_path="c", config=config, config_sha256="", data_sha256=""
     )
-    assert debt_of(local_store, KEYS) is None
+    assert pending_extras(local_store, KEYS) is None
     local_store.write(KEYS.run, run.to_bytes())
-    assert debt_of(local_store, KEYS)[1:] == ((MERGE, PUSH),)  # type: ignore[index]
+    assert pending_extras(local_store, KEYS)[1:] == ((MERGE, PUSH),)  # type: ignore[index]
     local_store.create(KEYS.merge_completed, b"{}")
-    assert debt_of(local_store, KEYS)[1:] == ((PUSH,),)  # type: ignore[index]
+    assert pending_extras(local_store, KEYS)[1:] == ((PUSH,),)  # type: ignore[index]
     local_store.create(KEYS.pushed, b"{}")
-    assert debt_of(local_store, KEYS) is None
+    assert pending_extras(local_store, KEYS) is None
 
 
 @pytest.fixture

@@ -100,7 +100,7 @@ def test_followers_say_what_their_ranks_do_and_are_asked_for_stacks(
     line.send(work={"cpu_s": 1.5, "moved_bytes": 20, "stopped": True})
     until(lambda: leader.works)
     assert leader.works == [Work(1.5, 20, stopped=True)]
-    leader.ask_for_stacks()
+    leader.broadcast(stacks=True)
     assert line.next(LIMIT_S) == {"stacks": True}
     waiting = pool.submit(leader.wait_for_stacks, LIMIT_S)
     line.send(stacks=[1])
@@ -109,12 +109,12 @@ def test_followers_say_what_their_ranks_do_and_are_asked_for_stacks(
 
 def test_a_follower_that_is_gone_is_not_waited_for(pair: tuple[Leader, Line]) -> None:
     leader, line = pair
-    leader.ask_for_stacks()
+    leader.broadcast(stacks=True)
     leave(line)
     leader.wait_for_stacks(LIMIT_S)
 
 
 def test_stacks_are_waited_for_no_longer_than_said(pair: tuple[Leader, Line]) -> None:
     leader, _ = pair
-    leader.ask_for_stacks()
+    leader.broadcast(stacks=True)
     leader.wait_for_stacks(0.01)

@@ -13,7 +13,7 @@ from spotune.core.records import Commit
 from spotune.core.store import Store
 from spotune.guard.budget import _earlier_usd
 from spotune.guard.checkpoints import Retention, seal, seal_path
-from spotune.guard.claim import claim_attempt, earlier_spells, latest_attempt
+from spotune.guard.claim import claim_attempt, earlier_uptimes, latest_attempt
 from spotune.guard.extras import surviving_logs
 from spotune.guard.journal import Node
 from spotune.guard.restore import last_event, newest_commit, restore
@@ -150,7 +150,7 @@ def test_folders_with_odd_names_claim_nothing(local_store: Store) -> None:
 def test_a_claim_that_cannot_be_read_stops_nothing(local_store: Store, data: bytes) -> None:
     local_store.write(KEYS.attempt(1), data)
     assert claim_attempt(local_store, KEYS, Node.read({})).attempt == 2
-    assert earlier_spells(local_store, KEYS, 1) == []
+    assert earlier_uptimes(local_store, KEYS, 1) == []
 
 
 LINES = [b"7", b"[]", b'{"event": "end", "t": "x"}', b'{"t": NaN, "event": []}', b"[" * 100_000, b"\xff", b'{"t": {}}']
@@ -161,7 +161,7 @@ def test_events_that_are_none_stop_nothing(local_store: Store, line: bytes) -> N
     claim = claim_attempt(local_store, KEYS, Node.read({}))
     local_store.write(KEYS.events(1, 0, 0), b'{"event": "log", "step": 3, "loss": 1.0}\n' + line + b'\n{"event": "log"')
     assert isinstance(last_event(local_store, KEYS, 1), dict)
-    assert earlier_spells(local_store, KEYS, 1) is not None
+    assert earlier_uptimes(local_store, KEYS, 1) is not None
     assert _earlier_usd(local_store, KEYS, RUN, claim.attempt + 1, 0.0) == 0.0
     assert surviving_logs(local_store, KEYS) == [{"step": 3, "loss": 1.0}]
 

@@ -81,13 +81,13 @@ def aws() -> Iterator[tuple[Aws, Service]]:
 def test_aws_warns_with_the_time_that_is_left(aws: tuple[Aws, Service]) -> None:
     cloud, service = aws
     source = SpotAction(service.url + "/")
-    assert source.look(AT) is None
-    assert source.look(AT) is None
+    assert source.probe(AT) is None
+    assert source.probe(AT) is None
     cloud.planned()
-    assert source.look(AT) == Warned(118)
-    assert source.look(AT + 200) == Warned(0)
+    assert source.probe(AT) == Warned(118)
+    assert source.probe(AT + 200) == Warned(0)
     cloud.planned("hibernate", after_s=0)
-    assert source.look(AT) == Warned(0)
+    assert source.probe(AT) == Warned(0)
     assert len(cloud.tokens) == 1
 
 
@@ -95,12 +95,12 @@ def test_an_aws_token_that_expired_is_renewed(aws: tuple[Aws, Service]) -> None:
     cloud, service = aws
     now = [0.0]
     source = SpotAction(service.url, clock=lambda: now[0])
-    assert source.look(AT) is None
+    assert source.probe(AT) is None
     cloud.valid = False  # refused before its time
-    assert source.look(AT) is None
+    assert source.probe(AT) is None
     now[0] += 6 * 3600  # its time is over: not even tried
     asked = len(service.asked)
-    assert source.look(AT) is None
+    assert source.probe(AT) is None
     assert [method for method, _, _ in service.asked[asked:]] == ["PUT", "GET"]
     assert cloud.tokens == ["token-0", "token-1", "token-2"]
 
@@ -125,9 +125,9 @@ def test_what_aws_cannot_mean_is_no_notice(aws: tuple[Aws, Service], reply: Repl
     cloud.reply = reply
     source = SpotAction(service.url)
     with pytest.raises(NoAnswer, match=line):
-        source.look(AT)
+        source.probe(AT)
     cloud.planned()
-    assert source.look(AT) == Warned(118)
+    assert source.probe(AT) == Warned(118)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_an_aws_action_without_a_time_has_its_usual_one(body: str, seconds: floa
 def test_without_an_aws_token_nothing_is_asked() -> None:
     with serve(lambda method, *_: (403, "") if method == "PUT" else (404, "")) as service:
         with pytest.raises(NoAnswer, match="no session token: status 403"):
-            SpotAction(service.url).look(AT)
+            SpotAction(service.url).probe(AT)
         assert [method for method, _, _ in service.asked] == ["PUT"]
 
 
@@ -161,12 +161,12 @@ def test_gcp_warns_without_a_time() -> None:
 
     with serve(answer) as service:
         source = Preempted(f"127.0.0.1:{service.port}")
-        assert source.look(AT) is None
+        assert source.probe(AT) is None
         with pytest.raises(NoAnswer, match="neither TRUE nor FALSE: 'maybe'"):
-            source.look(AT)
+            source.probe(AT)
         with pytest.raises(NoAnswer, match="status 503"):
-            source.look(AT)
-        assert source.look(AT) == Warned(None)
+            source.probe(AT)
+        assert source.probe(AT) == Warned(None)
 
 
 class Azure:
@@ -210,11 +210,11 @@ def test_azure_warns_the_machine_that_is_meant(events: list[dict[str, Any]], war
     cloud = Azure()
     with serve(cloud) as service:
         source = ScheduledEvents(service.url)
-        assert source.look(AT) is None
+        assert source.probe(AT) is None
         assert cloud.names_asked == 0
         cloud.events = events
-        assert source.look(AT) == warned
-        assert source.look(AT) == warned
+        assert source.probe(AT) == warned
+        assert source.probe(AT) == warned
         assert cloud.names_asked <= 1
 
 
@@ -223,9 +223,9 @@ def test_an_azure_machine_without_a_name_takes_every_preemption_for_its_own() ->
     cloud.events, cloud.name = [event(["train-1"])], (500, "")
     with serve(cloud) as service:
         source = ScheduledEvents(service.url)
-        assert source.look(AT) == Warned(30)
+        assert source.probe(AT) == Warned(30)
         cloud.name = 200, "train-0"
-        assert source.look(AT) is None
+        assert source.probe(AT) is None
 
 
 @pytest.fixture
@@ -276,16 +276,16 @@ def test_kubernetes_warns_when_the_pod_is_deleted(account: Path) -> None:
         found = this_pod(environ, account)
         assert found
         source = PodDeletion(found)
-        assert source.look(AT) is None
+        assert source.probe(AT) is None
         pod["metadata"]["deletionTimestamp"] = "2026-11-24T20:40:30Z"
-        assert source.look(AT) == Warned(30)
+        assert source.probe(AT) == Warned(30)
         (account / "token").write_text("second")
         with pytest.raises(NoAnswer, match="status 403"):
-            source.look(AT)
+            source.probe(AT)
         assert tokens == ["Bearer first", "Bearer first", "Bearer second"]
         (account / "ca.crt").write_text("no certificate")
         with pytest.raises(NoAnswer, match="the service account cannot be used"):
-            source.look(AT)
+            source.probe(AT)
 
 
 def test_a_server_with_another_certificate_is_not_asked(account: Path) -> None:
@@ -366,13 +366,13 @@ def test_a_request_knows_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     with serve(lambda *_: (200, "direct")) as service, serve(lambda *_: (200, "proxy")) as proxy:
         for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "https_proxy"):
             monkeypatch.setenv(name, proxy.url)
-        assert ask(service.url + "/x", {}).body == "direct"
+        assert ask(service.url + "/x", {})[1] == "direct"
         assert proxy.asked == []
 
 
 def test_a_request_follows_no_redirect_and_names_what_is_wrong() -> None:
     with serve(lambda *_: (302, "elsewhere")) as service:
-        assert ask(service.url + "/x", {}).status == 302
+        assert ask(service.url + "/x", {})[0] == 302
     with pytest.raises(NoAnswer, match="127.0.0.1:[0-9]+ does not answer: .*refused"):
         ask(service.url + "/x", {})
     with pytest.raises(NoAnswer, match="is no address"):
@@ -416,10 +416,10 @@ def test_a_service_that_goes_away_and_comes_back(aws: tuple[Aws, Service], capsy
     failures = 0
 
     class Counted(SpotAction):
-        def look(self, now: float) -> Warned | None:
+        def probe(self, now: float) -> Warned | None:
             nonlocal failures
             try:
-                return super().look(now)
+                return super().probe(now)
             except NoAnswer:
                 failures += 1
                 raise
@@ -446,8 +446,8 @@ def test_a_service_that_hangs_holds_nothing_up() -> None:
     waits = threading.Event()
 
     class Hanging(Preempted):
-        def look(self, now: float) -> Warned | None:
-            found = super().look(now)
+        def probe(self, now: float) -> Warned | None:
+            found = super().probe(now)
             waits.wait()  # however long the request takes
             return found
 
@@ -480,7 +480,7 @@ def test_a_source_that_fails_is_asked_ever_more_slowly() -> None:
         name, every_s = "broken", 1.0
         answer: Warned | NoAnswer | None = NoAnswer("no")
 
-        def look(self, now: float) -> Warned | None:
+        def probe(self, now: float) -> Warned | None:
             if isinstance(self.answer, NoAnswer):
                 raise self.answer
             return self.answer
@@ -566,7 +566,7 @@ def test_the_environment_says_where_to_ask(tmp_path: Path) -> None:
         }
         for infra, service in (("aws", aws_), ("gcp", gcp), ("azure", azure)):
             (source,) = sources_for(infra, environ, tmp_path)
-            assert source.look(AT) is None
+            assert source.probe(AT) is None
             assert service.asked
 
 
@@ -578,11 +578,11 @@ def audit(event, arguments):
         reached.set()
 sys.addaudithook(audit)
 from spotune.guard import main
-def attend(*_):
+def work(*_):
     if any(thread.name == "notices" for thread in threading.enumerate()):  # else nobody will ever ask
         reached.wait(float(sys.argv[1]))
     return 0
-main.attend = attend
+main.work = work
 places = json.loads(sys.argv[2])
 for place in places:
     main.os.environ.update(place)

@@ -75,7 +75,7 @@ def test_the_first_notice_counts_with_the_earliest_deadline(case: str) -> None:
 def test_a_signal_before_the_machine_is_known_gets_its_time_later() -> None:
     notices = Notices(Clock(1000.0))
     notices.give("SIGTERM")
-    notices.infra, notices.told_grace_s = "slurm", 55.0
+    notices.infra, notices.user_grace_s = "slurm", 55.0
     assert notices.notice == Notice("SIGTERM", 1000, 55)
 
 

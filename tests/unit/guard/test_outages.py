@@ -19,10 +19,10 @@ from spotune.guard.checkpoints import PAUSES_S, Uploader
 from spotune.guard.claim import claim_attempt
 from spotune.guard.extras import LEAVE_S, PAUSE_S, Extras, TakenAway
 from spotune.guard.journal import Journal, Node
-from spotune.guard.main import first_look
+from spotune.guard.main import read_verdict
 from spotune.guard.multinode import Leader
 from spotune.guard.restore_thread import PAUSES_S as RESTORE_PAUSES_S
-from spotune.guard.restore_thread import Restoring
+from spotune.guard.restore_thread import RestoreThread
 from tests.clocks import Clock, QuickNotices
 from tests.fake_worker import write_weights
 from tests.unit.guard.attempts import KEYS, make_context
@@ -216,7 +216,7 @@ def test_what_is_no_file_in_the_place_of_the_result_ends_the_attempt_at_once(
     assert (error.value.exit_code, clock.slept) == (2, [])
 
 
-def test_an_extra_is_owed_at_once_where_no_file_can_lie(local_store: Store, tmp_path: Path, clock: Clock) -> None:
+def test_an_extra_is_pending_at_once_where_no_file_can_lie(local_store: Store, tmp_path: Path, clock: Clock) -> None:
     context = make_context(local_store, tmp_path)
     journal = Journal(local_store, KEYS, 1, tmp_path / "events.jsonl")
     certificate = Certificate(run_id="a-run", attempt=1, step=7, weights_sha256="w", files={})
@@ -248,7 +248,7 @@ def test_a_checkpoint_is_fetched_in_several_tries(
     (context.folder / OUTPUT).mkdir(parents=True)
     EventLog(tmp_path / "events").close()
     journal = Journal(local_store, KEYS, 1, tmp_path / "events")
-    restoring = Restoring(context, journal, Leader("a-run", context.machine, ""), clock.sleep)
+    restoring = RestoreThread(context, journal, Leader("a-run", context.machine, ""), clock.sleep)
     until(lambda: restoring.ready or restoring.error)
     restoring._thread.join()
     journal.close()
@@ -263,7 +263,7 @@ def test_the_first_look_at_the_bucket_has_patience(
 ) -> None:
     away(None, "exists")
     with pytest.raises(StoreError, match="the bucket is gone"):
-        first_look(local_store, KEYS, patience_s, clock, clock.sleep)
+        read_verdict(local_store, KEYS, patience_s, clock, clock.sleep)
     assert clock.slept == slept
 
 
@@ -271,7 +271,7 @@ def test_the_first_look_finds_the_bucket_that_comes_back(
     local_store: Store, clock: Clock, away: Callable[..., list[str]]
 ) -> None:
     away(2, "exists")
-    assert first_look(local_store, KEYS, 300.0, clock, clock.sleep) is None
+    assert read_verdict(local_store, KEYS, 300.0, clock, clock.sleep) is None
     assert clock.slept == [1.0, 1.0]
 
 

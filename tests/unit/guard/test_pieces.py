@@ -70,7 +70,7 @@ def test_the_first_notice_counts_and_more_are_harmless() -> None:
         signal.raise_signal(signal.SIGURG)
         signal.raise_signal(signal.SIGTERM)
         assert notices.wait(0)
-        assert (notices.source, notices.at) == ("SIGURG", 7.0)
+        assert (notices.source, notices.notice.at) == ("SIGURG", 7.0)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

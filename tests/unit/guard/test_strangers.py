@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from spotune.core.errors import StoreError
 from spotune.guard import multinode
 from spotune.guard.leaving import Notices
-from spotune.guard.multinode import FromFollower, FromLeader, Leader, Line, gang_port, join, read_message
+from spotune.guard.multinode import FromFollower, FromLeader, Leader, Line, join, leader_port, read_message
 from tests.hostile import changed, values
 from tests.unit.guard.test_gang import FACTS, WELCOME, leave, machine
 from tests.waiting import LIMIT_S, until
@@ -62,7 +62,7 @@ class Gathering:
             self.errors.append(error)
 
     def connect(self) -> socket.socket:
-        connection = socket.create_connection(("127.0.0.1", gang_port(self.run_id)), timeout=LIMIT_S)
+        connection = socket.create_connection(("127.0.0.1", leader_port(self.run_id)), timeout=LIMIT_S)
         connection.settimeout(LIMIT_S)
         return connection
 
@@ -236,7 +236,7 @@ def test_a_follower_takes_nobody_else_for_the_leader(monkeypatch: pytest.MonkeyP
     """It asks again, until the leader is there."""
     run_id = f"pair-{uuid4().hex[:8]}"
     monkeypatch.setattr(multinode.time, "sleep", lambda seconds: None)
-    with socket.create_server(("127.0.0.1", gang_port(run_id))) as listener, ThreadPoolExecutor(1) as pool:
+    with socket.create_server(("127.0.0.1", leader_port(run_id))) as listener, ThreadPoolExecutor(1) as pool:
         wrong = [json.dumps({"welcome": welcome}).encode() + b"\n"
                  for welcome in ({}, 7, {**WELCOME, "job": {}}, {**WELCOME, "master_port": "x"},
                                  {**WELCOME, "environ": {"A": 1}})]  # fmt: skip
@@ -251,5 +251,5 @@ def test_a_follower_takes_nobody_else_for_the_leader(monkeypatch: pytest.MonkeyP
 def test_a_follower_does_not_wait_without_end_for_a_welcome(monkeypatch: pytest.MonkeyPatch) -> None:
     run_id = f"pair-{uuid4().hex[:8]}"
     monkeypatch.setattr(multinode, "GATHER_S", 0.5)
-    with socket.create_server(("127.0.0.1", gang_port(run_id))), pytest.raises(StoreError, match="did not answer"):
+    with socket.create_server(("127.0.0.1", leader_port(run_id))), pytest.raises(StoreError, match="did not answer"):
         join(run_id, machine(1), "token")

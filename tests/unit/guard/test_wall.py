@@ -29,9 +29,9 @@ class Training:
 
     def save(self, stall_s: float, write_s: float, send_s: float) -> None:
         """A save, as the toll sees it."""
-        self.save_cost.take({"event": "save", "step": 1, "t": T, "stall_s": stall_s})
-        self.save_cost.take({"event": "written", "step": 1, "t": T + write_s})
-        self.save_cost.take({"event": "commit", "step": 1, "t": T + write_s + send_s, "bytes": 1})
+        self.save_cost.on_event({"event": "save", "step": 1, "t": T, "stall_s": stall_s})
+        self.save_cost.on_event({"event": "written", "step": 1, "t": T + write_s})
+        self.save_cost.on_event({"event": "commit", "step": 1, "t": T + write_s + send_s, "bytes": 1})
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def looks(training: Training, wall: BudgetLimit, *seconds: float) -> list[bool]:
     found = []
     for after_s in seconds:
         training.now = T + after_s
-        found.append(wall.look())
+        found.append(wall.check())
     return found
 
 
@@ -61,7 +61,7 @@ def test_the_wall_is_reached_when_all_is_spent_and_not_before(training: Training
 def test_what_stopping_takes_is_paid_for_too(training: Training) -> None:
     training.save(stall_s=10.0, write_s=20.0, send_s=30.0)
     for step in range(1, 5):  # and a step of 5 s is under way
-        training.save_cost.take({"event": "step", "step": step, "t": T + 100 + 5 * step})
+        training.save_cost.on_event({"event": "step", "step": step, "t": T + 100 + 5 * step})
     assert looks(training, training.wall(), 534.9, 535.1) == [False, True]
 
 

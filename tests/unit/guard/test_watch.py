@@ -59,7 +59,7 @@ class Scene:
     def __init__(self, store: Store, folder: Path) -> None:
         self.clock = Clock(1000.0)
         self.notices = QuickNotices(self.clock)
-        self.notices.told_grace_s = 1000.0
+        self.notices.user_grace_s = 1000.0
         context = make_context(store, folder, patience_s=PATIENCE_S)
         claim_attempt(store, KEYS, context.machine)
         self.folder = context.folder

@@ -59,7 +59,7 @@ class Scene:
     def pass_s(self, seconds: float) -> None:
         for _ in range(int(seconds / TICK_S)):
             self.clock.advance(TICK_S)
-            self.dog.look()
+            self.dog.probe()
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_a_stalled_upload_is_not_waited_for_as_long_as_the_bucket_may_be_away(
     monkeypatch.setattr(watchdog, "HUNG_END_S", 0.001)
     monkeypatch.setattr(watchdog, "TICK_S", 0.001)
     scene = make(patience_s=1e6)
-    scene.dog._stalls._budgets = replace(scene.dog._stalls._budgets, patience_s=60.0)
+    scene.dog._stalls._patience_s = 60.0
     scene.dog._uploading = lambda: 3
     scene.journal.write("restored", step=0)
     scene.journal.write("phase", phase="train")
