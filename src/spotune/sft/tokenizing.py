@@ -21,6 +21,8 @@ from spotune.sft.row_counts import (
     check_padding,
     check_rows,
     count_rows,
+    embedding_rows,
+    position_rows,
     rule_of,
 )
 
@@ -217,7 +219,7 @@ class Preparation:
         """Raises InputError for a token or a length that the trainer's model has no embedding for."""
         if trainer._skip_prepare_dataset and not trainer._is_vision_dataset:  # the user's own tokens, as they are
             self._count_as_they_are(trainer)
-        self._limits = Limits.of(trainer.model)
+        self._limits = Limits(embedding_rows(trainer.model), position_rows(trainer.model))
         for count in self._counts.values():
             check_rows(self._limits, trainer._tokenizer, count, self._config_path)
         check_padding(self._limits, trainer, self._config_path)
