@@ -324,7 +324,7 @@ def _within(first: Numbers, last: Numbers, size: int) -> Flags:
     return inside
 
 
-# Checks that a model has an embedding for every token and position of the data. If not, a CPU raises an IndexError, and a
+# Checks that a model has an embedding for every token and position of the data. If not, a CPU raises an IndexError. A
 # GPU fails with a device-side assert that names neither row nor token and looks like a fault of the machine.
 
 _REMEDY = "tokenizer and model do not belong together: take the tokenizer that the model was saved with"
