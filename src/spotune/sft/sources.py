@@ -1,4 +1,13 @@
-"""The entries of ``data:``: fetched from stores, and read as data sets with the columns of their format."""
+"""Reads the entries of ``data:`` as data sets with the columns of their format, every row checked.
+
+    file ─▶ its sha256 ─▶ is it the run record's? ─▶ rows in Arrow, kept by that sha256 ─▶ Dataset
+
+This machine keeps rows by their content, never by a file's name and time: another file in its place is another content.
+
+``python -m spotune.sft.sources`` checks the rows of local files for ``spotune check``, without torch. It reads a JSON
+object from stdin, ``{"config": …, "config_path": …, "most_bytes": …}``, and prints another:
+``{"rows": number of rows read, "partly": files not read to their end, "error": what does not fit, or ""}``.
+"""
 
 import fcntl
 import hashlib
@@ -33,20 +42,18 @@ from spotune.sft.readers import HubReader, Reader, open_bytes, open_file, spoilt
 from spotune.sft.row_counts import held_out_count
 from spotune.sft.rows import REMEDIES, Columns, RowError, RowLayout, columns_of, format_of
 
-# Data files of a store, copied once to this machine's cache: a new copy when the store's checksum changes.
-#
-# Copies rather than streams, since a file is read more than once: for its hash, and for its rows. Where a store gives
-# no checksum (a plain web server), a copy is not used again.
+READER = 1  # part of the key of kept rows: another number reads everything again
+ROWS = "rows"  # the folder of kept rows, below the cache
 
 
 def fetch(url: str, cache: Path, where: str, key: str, checksum: str = "") -> str:
-    """Returns the local path of a data file; a local file's is its own.
+    """Returns the local path of a data file. Copies a store's file once, and anew when its checksum changes.
 
-    Args:
-        checksum: the store's, as the run's record has it; empty where it has none.
+    A file is read more than once, for its hash and its rows, so it is not streamed. If a store has no checksum (a plain
+    web server), the copy is not used again. ``checksum`` is the store's in the run's record, or empty.
 
     Raises:
-        InputError: the file is not there, may not be read, or is not the one with that checksum.
+        InputError: the file is missing, cannot be read, or has another checksum.
         StoreError: the store is away.
     """
     if not is_remote(url):
@@ -70,7 +77,7 @@ def fetch(url: str, cache: Path, where: str, key: str, checksum: str = "") -> st
     except InputError:
         raise
     except FileNotFoundError as error:
-        if is_machine_fault(error):  # fsspec says so of a web server that is away
+        if is_machine_fault(error):  # fsspec raises this also for a web server that is away
             raise unreachable(url, where, key, error) from error
         raise InputError(where, f"no such file: {url}", key=key) from error
     except (PermissionError, ImportError) as error:
@@ -79,20 +86,9 @@ def fetch(url: str, cache: Path, where: str, key: str, checksum: str = "") -> st
         if error.errno is not None:
             raise  # this machine's disk
         raise unreachable(url, where, key, error) from error
-    except Exception as error:  # of any class of a store's client
+    except Exception as error:  # a store's client has errors of any class
         raise unreachable(url, where, key, error) from error
     return str(target)
-
-
-# The entries of ``data:`` -> data sets with the columns of their format, every row checked.
-#
-#     file ─▶ its sha256 ─▶ is it what the run's record says? ─▶ rows in Arrow, kept by that sha256 ─▶ Dataset
-#
-# Rows are kept on this machine by the content that they were read from, never by a file's name and time: another file
-# in its place is another content.
-
-READER = 1  # part of the key of what is kept: another number reads everything again
-ROWS = "rows"  # the folder for it, below the cache
 
 
 @dataclass(frozen=True)
@@ -101,7 +97,7 @@ class DataSource:
 
     Attributes:
         key: ``data[0]``, for messages.
-        files: facts of its files in the run's record, in their order: ``{url, size, sha256 | checksum}``.
+        files: its files in the run's record, in their order: ``{url, size, sha256 | checksum}``.
     """
 
     entry: Mapping[str, Any]
@@ -120,7 +116,7 @@ class DataSource:
         return dict(self.entry.get("columns") or {})
 
     def held_out(self, rows: int) -> int:
-        """Returns how many of the file's rows are held out. Raises InputError if none are left to train on."""
+        """Returns how many of ``rows`` are held out. Raises InputError if none are left to train on."""
         split, limit = self.entry.get("split"), self.entry.get("limit")
         rows = min(rows, limit) if limit else rows
         count = held_out_count(rows, split) if split else 0
@@ -134,13 +130,13 @@ class DataSource:
 
 @dataclass(frozen=True)
 class Part:
-    """One file of a source, or the whole of a data set of the hub.
+    """One file of a source, or a whole data set of the hub.
 
     Attributes:
-        path: of the file on this machine; empty for the hub.
+        path: the file on this machine; empty for the hub.
         digest: names the content.
-        state: of the file before its hash was taken.
-        dataset: of the hub, else None.
+        state: the file's state before its hash was taken.
+        dataset: the hub's data set, else None.
     """
 
     source: DataSource
@@ -156,13 +152,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Read:
-    """A part whose rows have been read and fit.
+    """A part whose rows were read and fit.
 
     Attributes:
-        layout: the narrowest that holds them.
-        first_row: the number of the first one.
-        size: bytes that they took in the file, about.
-        is_whole: False where only the first blocks were looked at.
+        layout: the narrowest layout that holds the rows.
+        first_row: the first row's number.
+        size: the bytes of the rows in the file, about.
+        is_whole: False if only the first blocks were read.
     """
 
     part: Part
@@ -175,7 +171,7 @@ class Read:
 
 
 class _Wider(Exception):
-    """A block needs a wider layout than the blocks before it were written in."""
+    """A block needs a wider layout than the blocks before it."""
 
     def __init__(self, layout: RowLayout) -> None:
         super().__init__(layout)
@@ -185,15 +181,14 @@ class _Wider(Exception):
 def read_all(source: DataSource, cache: Path) -> list[Read]:
     """Reads the files of a source that have rows, and keeps the rows below ``cache``.
 
-    Raises:
-        InputError: naming file and row, for what does not fit.
-        StoreError, OSError, MemoryError: the store or the machine failed.
+    Raises InputError, naming file and row, for what does not fit; StoreError, OSError and MemoryError for faults of the
+    store or the machine.
     """
     reads = []
     for part in parts_of(source, cache):
         (cache / ROWS).mkdir(parents=True, exist_ok=True)
         with open(cache / ROWS / f"{_key(part)}.lock", "w") as lock:
-            with suppress(OSError):  # a file system without locks: each rank of this machine reads for itself
+            with suppress(OSError):  # a file system without locks: each rank reads for itself
                 fcntl.flock(lock, fcntl.LOCK_EX)
             read = read_part(part, cache)
         reads += [read] if read else []
@@ -217,7 +212,13 @@ def one_layout(reads: list[Read]) -> RowLayout:
     layout, first = RowLayout(), reads[0]
     for read in reads:
         if read.columns.format != first.columns.format:
-            raise _formats_differ(first, read)
+            formats = f"{first.columns.format}, {read.columns.format}"
+            if first.part.source == read.part.source:
+                what = f"has the columns of {read.columns.format}, but {first.part.url} those of {first.columns.format}"
+                raise InputError(read.part.url, what, remedy="name one with format:")
+            what = f"the sources have different formats: {formats} ({first.part.url} and {read.part.url})"
+            remedy = "give all of them one format; columns: maps names"
+            raise InputError(first.part.source.config_path, what, key="data", remedy=remedy)
         for name, kind in read.layout.kinds.items():
             if layout.kinds.get(name, kind) != kind:
                 what = f"{name} is {kind}, but {layout.kinds[name]} in {first.part.url} (row {first.first_row})"
@@ -226,18 +227,8 @@ def one_layout(reads: list[Read]) -> RowLayout:
     return layout
 
 
-def _formats_differ(first: Read, other: Read) -> InputError:
-    formats = f"{first.columns.format}, {other.columns.format}"
-    if first.part.source == other.part.source:
-        what = f"has the columns of {other.columns.format}, but {first.part.url} those of {first.columns.format}"
-        return InputError(other.part.url, what, remedy="name one with format:")
-    what = f"the sources have different formats: {formats} ({first.part.url} and {other.part.url})"
-    remedy = "give all of them one format; columns: maps names"
-    return InputError(first.part.source.config_path, what, key="data", remedy=remedy)
-
-
 def twins(parts: list[Part]) -> list[str]:
-    """Returns a line for each file that has the content of another one under another name."""
+    """Returns a line for each file that has the content of another file."""
     lines, seen = [], dict[str, Part]()
     for part in parts:
         first = seen.setdefault(part.digest, part)
@@ -269,11 +260,9 @@ def parts_of(source: DataSource, cache: Path) -> Iterator[Part]:
 
 
 def read_part(part: Part, cache: Path | None, most_bytes: int | None = None) -> Read | None:
-    """Reads a part's rows and looks at each; None for a part without rows.
+    """Reads and checks a part's rows; None for a part without rows. Raises InputError.
 
-    Args:
-        cache: where the rows are kept; None keeps nothing.
-        most_bytes: stop after about so many bytes; only without a cache.
+    ``cache`` keeps the rows, if given. Else reading stops after about ``most_bytes``.
     """
     format = ""
     try:
@@ -299,7 +288,7 @@ def read_part(part: Part, cache: Path | None, most_bytes: int | None = None) -> 
 def _convert(
     part: Part, reader: Reader, columns: Columns, layout: RowLayout, cache: Path | None, most_bytes: int | None = None
 ) -> Read:
-    """Looks at each row of a part; with a cache, writes them in ``layout`` or the wider one that they need."""
+    """Checks each row of a part; with a cache, writes them in ``layout`` or the wider one that they need."""
     while True:
         try:
             return _write(part, reader, columns, layout, cache, most_bytes)
@@ -333,7 +322,8 @@ def _write(
         read = Read(part, columns, layout, rows, first_row, size)
         if writer and rows:
             writer.keep(_rows_path(read, layout, writer.folder))
-            _remember(read, writer.folder)
+            facts = {"kinds": dict(layout.kinds), "has_json": layout.has_json, "optional": sorted(layout.optional)}
+            write_json(writer.folder / f"{_key(part)}.json", {**facts, "rows": rows, "first_row": first_row})
         return read
     finally:
         if writer:
@@ -341,7 +331,7 @@ def _write(
 
 
 class _Writer:
-    """Rows on their way to a file, which appears whole."""
+    """Writes rows to a file that appears whole."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -363,7 +353,7 @@ class _Writer:
         os.replace(self._path, path)
 
     def close(self) -> None:
-        """Leaves nothing half written behind."""
+        """Removes a file that was not kept."""
         if self._sink is not None:
             self._sink.close()
             self._path.unlink(missing_ok=True)
@@ -374,7 +364,7 @@ def _dataset(read: Read, layout: RowLayout, cache: Path) -> Any:
     import datasets.features.features as codec
     from datasets.table import MemoryMappedTable
 
-    # Its own reader of JSON text refuses integers beyond 64 bits and rounds some numbers.
+    # The library's own JSON reader refuses integers beyond 64 bits and rounds some numbers.
     codec.ujson_loads = json.loads
     path = _rows_path(read, layout, cache / ROWS)
     if not path.exists():
@@ -384,7 +374,7 @@ def _dataset(read: Read, layout: RowLayout, cache: Path) -> Any:
 
 
 def _key(part: Part) -> str:
-    """Names what a part holds and how it is read."""
+    """Returns a name for a part's content and for how it is read."""
     entry = {name: part.source.entry.get(name) for name in ("format", "columns")}
     facts = [READER, part.digest, kind_of(part.path), entry, part.source.text_field]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
@@ -394,14 +384,8 @@ def _rows_path(read: Read, layout: RowLayout, folder: Path) -> Path:
     return folder / f"{_key(read.part)}-{hashlib.sha256(layout.key().encode()).hexdigest()[:12]}.arrow"
 
 
-def _remember(read: Read, folder: Path) -> None:
-    facts = {"kinds": dict(read.layout.kinds), "has_json": read.layout.has_json}
-    facts |= {"optional": sorted(read.layout.optional), "rows": read.rows, "first_row": read.first_row}
-    write_json(folder / f"{_key(read.part)}.json", facts)
-
-
 def _recall(part: Part, columns: Columns, cache: Path) -> Read | None:
-    """What was read before of the same content; None where it is not, or no longer, there."""
+    """Returns what was read before of the same content, if it is still there."""
     try:
         facts = read_json(cache / ROWS / f"{_key(part)}.json")
     except ValueError:
@@ -414,7 +398,7 @@ def _recall(part: Part, columns: Columns, cache: Path) -> Read | None:
 
 
 def _columns(part: Part, reader: Reader) -> Columns:
-    """The columns to read. Raises InputError where the file lacks one."""
+    """Returns the columns to read. Raises InputError if the file lacks one."""
     source, present = part.source, ", ".join(map(str, reader.names))
     for ours, theirs in source.names.items():
         if theirs not in reader.names:
@@ -440,24 +424,17 @@ def _load_hub(source: DataSource) -> Any:
     split = source.entry.get("dataset_split") or "train"
     try:
         return load_dataset(name, name=source.entry.get("dataset_config"), revision=revision or None, split=split)
-    except (DatasetNotFoundError, FileNotFoundError) as error:
+    except (DatasetNotFoundError, FileNotFoundError, ValueError) as error:
         if is_machine_fault(error):
             raise
-        raise source.error(f"cannot find {source.url}: {error}", key="source") from error
-    except ValueError as error:  # an unknown configuration or split; the message lists those that are there
-        if is_machine_fault(error):
-            raise
-        raise source.error(str(error), key="source") from error
-
-
-# ``python -m spotune.sft.sources``: looks at the rows of local data files for ``spotune check``, without torch.
-#
-# Reads a JSON object from stdin, ``{"config": …, "config_path": …, "most_bytes": …}``, and prints another:
-# ``{"rows": how many it read, "partly": files that it did not read to their end, "error": what does not fit, or ""}``.
+        # A ValueError is an unknown configuration or split; its message lists those that exist.
+        is_missing = isinstance(error, (DatasetNotFoundError, FileNotFoundError))
+        what = f"cannot find {source.url}: {error}" if is_missing else str(error)
+        raise source.error(what, key="source") from error
 
 
 def check_rows(config: Mapping[str, Any], config_path: str, most_bytes: int) -> dict[str, Any]:
-    """Reads the rows of local ``data:`` files, about ``most_bytes`` in all. Raises InputError for what does not fit."""
+    """Reads the rows of local ``data:`` files, about ``most_bytes`` in all. Raises InputError for a bad row."""
     reads: list[Read] = []
     partly: list[str] = []
     text_field = str(config.get("dataset_text_field") or "text")
@@ -487,7 +464,7 @@ def check_rows(config: Mapping[str, Any], config_path: str, most_bytes: int) -> 
 
 
 def _is_large_list(path: str, most_bytes: int) -> bool:
-    """Whether a file is one JSON list, which can only be read whole, and a long one."""
+    """Returns whether a file is a long JSON list, which can only be read whole."""
     kind, compression = kind_of(path) or ("", "")
     if kind != "json":
         return False
@@ -497,14 +474,14 @@ def _is_large_list(path: str, most_bytes: int) -> bool:
 
 
 class _WithoutPandas:
-    """Hides pandas from this process: pyarrow imports it where it can, in a third of a second, for nothing here."""
+    """Hides pandas from this process: pyarrow would import it, in a third of a second, for nothing here."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         if name == "pandas":
             raise ModuleNotFoundError(name)
 
 
-def main() -> None:
+if __name__ == "__main__":
     protect_output()
     sys.meta_path.insert(0, _WithoutPandas())
     asked = json.load(sys.stdin)
@@ -513,7 +490,3 @@ def main() -> None:
     except SpotuneError as error:
         found = {"rows": 0, "partly": [], "error": str(error)}
     print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,9 @@
-"""Tokenizes data with TRL's own code, and names the row or the template that is at fault."""
+"""Tokenizes data with TRL's own code, reports the loss of rows, and refuses what the model cannot train on.
+
+TRL prepares a data set in one go: tokenize, label, truncate, drop, pack, shuffle. Here it does the first two, the rows
+are counted while they still are the rows of the sources, and then it does the rest. Its maps stay the same in the same
+order, so weights and cached files are those of ``trl sft``.
+"""
 
 import copy
 import json
@@ -26,9 +31,7 @@ from spotune.sft.row_counts import (
     rule_of,
 )
 
-# Which row, and which template, is at fault when a data set cannot be tokenized.
-
-# What a row, a template or a tokenizer can raise beside jinja's own errors.
+# The errors of a row, a template or a tokenizer, beside jinja's own.
 _OF_THE_INPUT = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, StopIteration)
 
 
@@ -38,7 +41,7 @@ class Renderer:
 
     Attributes:
         processor: the tokenizer, or a multimodal model's processor.
-        chat_template: replaces the processor's own, if it is not None.
+        chat_template: replaces the processor's own unless it is None.
         args: the SFTConfig.
     """
 
@@ -52,12 +55,12 @@ class Renderer:
 
     @property
     def template(self) -> str:
-        """Names the chat template."""
+        """Names the chat template, for messages."""
         path = self.args.chat_template_path
         return f"the chat template {path}" if path else "the model's chat template"
 
     def first_at_fault(self, dataset: Any) -> int | None:
-        """The first row that cannot be rendered by itself; None where all can. Only the way to an error pays for it."""
+        """Returns the first row that cannot be rendered by itself, else None. Called only after an error."""
         for index, row in enumerate(dataset):
             try:
                 if not self._is_renderable(row):
@@ -71,8 +74,10 @@ class Renderer:
 
         row = maybe_convert_to_chatml(row)
         if not is_conversational(row):
-            texts = [row["prompt"], row["prompt"] + row["completion"]] if "prompt" in row else []
-            texts += [] if "prompt" in row else [row[self.args.dataset_text_field]]
+            if "prompt" in row:
+                texts = [row["prompt"], row["prompt"] + row["completion"]]
+            else:
+                texts = [row[self.args.dataset_text_field]]
             return all(self.processor(text=text) is not None for text in texts)
         tools = row.get("tools")
         tools = json.loads(tools) if isinstance(tools, str) else tools
@@ -83,7 +88,7 @@ class Renderer:
         return self._has_tokens(row["prompt"] + row["completion"], options)
 
     def _has_tokens(self, messages: Any, options: dict[str, Any]) -> bool:
-        """Whether the assistant has one, where only these are trained on. Raises whatever the template does."""
+        """Returns False if the loss needs tokens of the assistant and there are none. Raises the template's errors."""
         if not self.args.assistant_only_loss:
             self.processor.apply_chat_template(messages, tokenize=False, **options)
             return True
@@ -95,7 +100,7 @@ class Renderer:
 
 @contextmanager
 def explained(config_path: str, dataset: Any, origins: Origins, renderer: Renderer) -> Iterator[None]:
-    """Turns what TRL's preparation raises into an InputError; a fault of the machine stays what it is."""
+    """Turns errors of TRL's preparation into an InputError, but not faults of the machine."""
     try:
         yield
     except InputError:
@@ -112,7 +117,7 @@ def explained(config_path: str, dataset: Any, origins: Origins, renderer: Render
 
 
 def misfit_of(row: Mapping[str, Any], text_field: str) -> str:
-    """What is wrong with the shape of a row that cannot be tokenized; empty where nothing is."""
+    """Returns what is wrong with the shape of a row that cannot be tokenized; else ""."""
     named = [name for name in ("prompt", "completion", "messages", "conversations", text_field) if name in row]
     if not named:
         return f"it has no column {text_field!r}, messages, or prompt and completion, only {', '.join(row)}"
@@ -149,7 +154,7 @@ def _as_input_error(
 
 
 def _text_of(error: BaseException) -> str:
-    """The error's message; of one in a data loader's process torch gives the whole traceback."""
+    """Returns the error's message; for an error in a data loader's process torch gives the whole traceback."""
     text = str(error)
     if not (text.startswith("Caught ") and "in DataLoader worker process" in text):
         return text
@@ -157,7 +162,7 @@ def _text_of(error: BaseException) -> str:
 
 
 def _came_from_a_template(error: BaseException) -> bool:
-    """Whether the error was raised while jinja rendered."""
+    """Returns whether jinja raised the error while it rendered."""
     frames = error.__traceback__
     while frames is not None:
         if "jinja2" in frames.tb_frame.f_code.co_filename.replace("\\", "/").split("/"):
@@ -174,12 +179,6 @@ def _lacks_assistant(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "assistant_only_loss" in str(error)
 
 
-# Tokenizes data with TRL's own code, says what that takes away, and refuses what the model cannot train on.
-#
-# TRL prepares a data set in one go: tokenize, label, truncate, drop, pack, shuffle. Here it does the first two, the
-# rows are counted while they still are the rows of the sources, and then it does the rest. Its maps are the same ones
-# in the same order, so that weights and cached files are those of ``trl sft``.
-
 SETS = {"train": "training", "eval": "evaluation"}  # TRL's name -> ours
 
 
@@ -189,7 +188,7 @@ class Preparation:
     Args:
         origins: by TRL's name of the data set, ``train`` or ``eval``.
         config_path: for messages.
-        events: rank 0's log, None on the others: they say nothing.
+        events: rank 0's log; None on the other ranks, which report nothing.
     """
 
     def __init__(self, origins: Mapping[str, Origins], config_path: str, events: EventLog | None) -> None:
@@ -200,7 +199,7 @@ class Preparation:
     def prepare(
         self, trl_prepare: Callable[..., Any], dataset: Any, renderer: Renderer, packing: bool, name: str
     ) -> Any:
-        """The data set as ``trl_prepare``, SFTTrainer's own method, makes it. Raises InputError."""
+        """Returns the data set as ``trl_prepare``, SFTTrainer's own method, makes it. Raises InputError."""
         processor, args, origins = renderer.processor, renderer.args, self._origins.get(name)
         if origins is None:  # not one of the config's
             return trl_prepare(dataset, processor, args, packing, None, name)
@@ -216,9 +215,14 @@ class Preparation:
         return trl_prepare(tokenized, processor, args, packing, None, name)
 
     def check_model(self, trainer: Any) -> None:
-        """Raises InputError for a token or a length that the trainer's model has no embedding for."""
-        if trainer._skip_prepare_dataset and not trainer._is_vision_dataset:  # the user's own tokens, as they are
-            self._count_as_they_are(trainer)
+        """Raises InputError for a token or a length that the model has no embedding for."""
+        if trainer._skip_prepare_dataset and not trainer._is_vision_dataset:  # the user's own tokens, not truncated
+            args = copy.copy(trainer.args)
+            args.max_length = None
+            for name, dataset in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset)):
+                origins = self._origins.get(name)
+                if origins is not None and not origins.is_streamed and "input_ids" in dataset.column_names:
+                    self._count(dataset, trainer._tokenizer, args, False, name)
         self._limits = Limits(embedding_rows(trainer.model), position_rows(trainer.model))
         for count in self._counts.values():
             check_rows(self._limits, trainer._tokenizer, count, self._config_path)
@@ -226,7 +230,7 @@ class Preparation:
 
     @contextmanager
     def reading(self, trainer: Any, name: str) -> Iterator[None]:
-        """Around what reads batches: a stream's rows are tokenized only then. Raises InputError."""
+        """Turns errors while batches are read into an InputError: a stream's rows are tokenized only then."""
         origins = self._origins.get(name)
         if origins is None or not origins.is_streamed:
             yield
@@ -236,7 +240,7 @@ class Preparation:
             yield
 
     def check_streamed(self, trainer: Any, batches: Iterable[Any]) -> None:
-        """Raises InputError for a token or a length of a stream's batches that the model has no embedding for."""
+        """Raises InputError for a token or a length of a stream that the model has no embedding for."""
         origins = self._origins.get("train")
         if origins is not None and origins.is_streamed:
             for batch in batches:
@@ -244,7 +248,7 @@ class Preparation:
 
     @contextmanager
     def settings(self, key: str) -> Iterator[None]:
-        """Turns what a library refuses about the config's ``key`` into an InputError."""
+        """Turns a library's error about the config's ``key`` into an InputError."""
         try:
             yield
         except (ValueError, TypeError, LookupError, ImportError) as error:
@@ -253,25 +257,17 @@ class Preparation:
             raise InputError(self._config_path, str(error), key=key) from error
 
     def wrong_metric(self, args: Any, metrics: Iterable[str]) -> InputError:
-        """The error for a ``metric_for_best_model`` that an evaluation does not have."""
+        """Returns the error for a ``metric_for_best_model`` that an evaluation does not have."""
         known = ", ".join(name for name in metrics if name.startswith("eval_"))
         what = f"{args.metric_for_best_model!r} is not a metric of this training"
         return InputError(self._config_path, what, key="metric_for_best_model", remedy=f"one of {known}")
 
     def check_evaluated(self, metrics: Mapping[str, float]) -> None:
-        """Raises InputError where no row was left to evaluate on; only of a stream is that not known before."""
+        """Raises InputError if no row of a stream was left to evaluate on; for other data that is known before."""
         origins = self._origins.get("eval")
         if origins is not None and origins.is_streamed and not any(name.endswith("_loss") for name in metrics):
             what = "no row is left to evaluate on: none has an answer within max_length"
             raise InputError(self._config_path, what, key="max_length", remedy="a greater max_length, or other rows")
-
-    def _count_as_they_are(self, trainer: Any) -> None:
-        args = copy.copy(trainer.args)
-        args.max_length = None
-        for name, dataset in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset)):
-            origins = self._origins.get(name)
-            if origins is not None and not origins.is_streamed and "input_ids" in dataset.column_names:
-                self._count(dataset, trainer._tokenizer, args, False, name)
 
     def _count(self, dataset: Any, tokenizer: Any, args: Any, packing: bool, name: str) -> None:
         special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
@@ -285,14 +281,11 @@ class Preparation:
         if self._events is None:
             return
         found = count.by_source()
-        sources = [
-            {"source": one.source, "rows": one.rows, "dropped": one.dropped, "truncated": one.truncated,
-             "empty": one.empty}
-            for one in found
-        ]  # fmt: skip
+        names = ("source", "rows", "dropped", "truncated", "empty")
+        sources = [{name: getattr(one, name) for name in names} for one in found]
         self._events.write("rows", set=SETS[name], max_length=max_length, sources=sources)
         for one in found:
-            if losses := losses_of(one, max_length):
+            if losses := _losses_of(one, max_length):
                 print(f"[spotune] {_named(one.source, name)}: {one.rows} rows, {losses}", file=sys.stderr)
 
     def _report_stream(self, origins: Origins, name: str) -> None:
@@ -309,21 +302,18 @@ class Preparation:
         rows, empty, unfit = (sum(getattr(one, part) for one in found) for part in ("rows", "empty", "unfit"))
         which = f"none of the {rows} {SETS[name]} rows of {', '.join(one.source for one in found)}"
         if unfit:
-            most = args.max_length
-            what = f"with {most} tokens {which} has an answer left"
+            what = f"with {args.max_length} tokens {which} has an answer left"
             remedy = "a greater max_length, or shorter prompts"
             return InputError(self._config_path, what, key="max_length", remedy=remedy)
         if empty:
-            remedy = "look at the rows and at the chat template"
-            return InputError(
-                self._config_path, f"{which} has any text once it is tokenized", key="data", remedy=remedy
-            )
+            what, remedy = f"{which} has any text once it is tokenized", "look at the rows and at the chat template"
+            return InputError(self._config_path, what, key="data", remedy=remedy)
         remedy = "rows need an answer to learn from: look at them, completion_only_loss and assistant_only_loss"
         return InputError(self._config_path, f"{which} has a token that is trained on", key="data", remedy=remedy)
 
 
-def losses_of(count: SourceCount, max_length: int | None) -> str:
-    """What is lost of a source, in words; empty where nothing is."""
+def _losses_of(count: SourceCount, max_length: int | None) -> str:
+    """Returns the loss of a source's rows as text; "" if there is none."""
     parts = []
     if count.unfit:
         parts.append(f"{count.unfit} dropped (the answer does not fit max_length {max_length})")
