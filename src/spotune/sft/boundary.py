@@ -16,18 +16,8 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import get_model_param_count
 
+from spotune.core import protocol
 from spotune.core.io import failpoint
-from spotune.core.protocol import (
-    Control,
-    ControlState,
-    EventLog,
-    Phase,
-    Staged,
-    WorkerJob,
-    read_json,
-    staged_path,
-    write_json,
-)
 from spotune.sft.preflight import NotFinite, Stopped
 from spotune.sft.snapshot import Arena, Capture, Writer, capturing, size_of
 
@@ -140,23 +130,16 @@ def _common(trainer: Any, is_finite: bool, is_state_finite: bool, since: int) ->
 
 
 class Saver:
-    """Saves one checkpoint at a time.
+    """Saves one checkpoint at a time, none with weights that are not finite.
 
-    Args:
-        folder: the exchange folder.
-        events: rank 0's log, None on the others.
-        versions: the libraries' versions, for the commit.
-
-    Attributes:
-        finite: keeps weights that are not finite out of checkpoints.
-        kept_step: the step of the newest whole checkpoint.
+    ``folder`` is the exchange folder, ``events`` rank 0's log (else None), ``versions`` the libraries', for the commit.
     """
 
-    def __init__(self, folder: Path, events: EventLog | None, versions: dict[str, str]) -> None:
+    def __init__(self, folder: Path, events: protocol.EventLog | None, versions: dict[str, str]) -> None:
         self.folder, self.events, self.versions = folder, events, versions
         self.saved_step = -1
         self.finite = Finite()
-        self.kept_step = 0
+        self.kept_step = 0  # the step of the newest whole checkpoint
         # The commit has each file's sha256. A checksum of each tensor would cost a tenth of a save and add nothing.
         torch.serialization.set_crc32_options(False)
         self._arena = Arena()
@@ -209,7 +192,7 @@ class Saver:
             self._give_up(checkpoint, fault)
             return
         self.saved_step, self._writing = step, checkpoint
-        staged = Staged(
+        staged = protocol.Staged(
             step=step,
             checkpoint=str(checkpoint),
             epoch=float(state.epoch or 0.0),
@@ -231,14 +214,14 @@ class Saver:
         if fault is not None and self._writing is not None:
             self._give_up(self._writing, fault)
 
-    def _hand_over(self, staged: Staged, rank: int, facts: dict[Path, dict[str, Any]], write_s: float) -> None:
+    def _hand_over(self, staged: protocol.Staged, rank: int, facts: dict[Path, dict[str, Any]], write_s: float) -> None:
         """Stages a written checkpoint: from now on the guard may take it."""
         failpoint("written")
         files = {path.relative_to(staged.checkpoint).as_posix(): fact for path, fact in facts.items()}
         if self.events:
             size = sum(int(fact["size"]) for fact in files.values())
             self.events.write("written", step=staged.step, write_s=round(write_s, 4), bytes=size)
-        write_json(staged_path(self.folder, staged.step, rank), replace(staged, files=files))
+        protocol.write_json(protocol.staged_path(self.folder, staged.step, rank), replace(staged, files=files))
         self.kept_step = staged.step
 
     def _give_up(self, checkpoint: Path, fault: OSError) -> None:
@@ -269,30 +252,20 @@ _COMMON = ("evaluation_owed", "epoch", "epoch_steps", "position")  # the same on
 
 @dataclass
 class Extra:
-    """The state of one rank beside Trainer's.
+    """The state of one rank beside Trainer's."""
 
-    Attributes:
-        tokens: non-padding tokens trained since step 0, all ranks.
-        evaluation_owed: an evaluation was due at this step and has not run.
-        epoch, epoch_steps: a stream's epoch, and the steps of that epoch so far.
-        position: the run's ``Position`` in its data; empty in checkpoints of earlier versions.
-        loss_sum, loss_total: the loss since the last log line, and before it.
-        logged_step: the step of the last log line.
-        metrics: TRL's lists of values since the last log line.
-    """
-
-    tokens: int = 0
-    evaluation_owed: bool = False
-    epoch: int = 0
-    epoch_steps: int = 0
-    position: dict[str, Any] = field(default_factory=dict)
-    loss_sum: float = 0.0
-    loss_total: float = 0.0
-    logged_step: int = 0
-    metrics: dict[str, list[float]] = field(default_factory=dict)
+    tokens: int = 0  # non-padding ones trained since step 0, all ranks
+    evaluation_owed: bool = False  # an evaluation was due at this step and has not run
+    epoch: int = 0  # of a stream
+    epoch_steps: int = 0  # of a stream: its steps of that epoch so far
+    position: dict[str, Any] = field(default_factory=dict)  # a ``Position``; empty in earlier versions' checkpoints
+    loss_sum: float = 0.0  # since the last log line
+    loss_total: float = 0.0  # before the last log line
+    logged_step: int = 0  # of the last log line
+    metrics: dict[str, list[float]] = field(default_factory=dict)  # TRL's lists of values since the last log line
 
     def write(self, checkpoint: Path, rank: int) -> None:
-        write_json(checkpoint / file_name(rank), asdict(self))
+        protocol.write_json(checkpoint / file_name(rank), asdict(self))
 
     @classmethod
     def read(cls, checkpoint: Path, rank: int, world_size: int, tokens: int) -> "Extra | None":
@@ -300,11 +273,11 @@ class Extra:
 
         Returns None for a checkpoint that spotune did not write.
         """
-        found: dict[str, Any] | None = read_json(checkpoint / file_name(rank))
-        lead = read_json(checkpoint / file_name(0))
+        found: dict[str, Any] | None = protocol.read_json(checkpoint / file_name(rank))
+        lead = protocol.read_json(checkpoint / file_name(0))
         ranks = len(list(checkpoint.glob("spotune*.json")))
         if found is None or ranks != world_size:
-            step = int((read_json(checkpoint / "trainer_state.json") or {}).get("global_step", 0))
+            step = int((protocol.read_json(checkpoint / "trainer_state.json") or {}).get("global_step", 0))
             common = {name: lead[name] for name in _COMMON if name in lead} if lead else {}
             return cls(tokens=tokens, logged_step=step, **common) if tokens or lead else None
         return cls(**found)
@@ -326,28 +299,21 @@ class EvaluationInterrupted(Exception):
 
 
 class Boundary(TrainerCallback):
-    """Decides at each step's end of one rank whether to stop and whether to save.
+    """Decides at each step's end of one rank whether to stop and whether to save."""
 
-    Attributes:
-        resumed_from: the restored checkpoint, None for a fresh start.
-        restored: this rank's state in that checkpoint.
-        resumed_step, resumed_step_rows: its step, and the rows of a step according to its commit; 0: unknown.
-        leaving: training ends at this step, since the guard asked for it.
-    """
-
-    def __init__(self, job: WorkerJob, saver: Saver) -> None:
+    def __init__(self, job: protocol.WorkerJob, saver: Saver) -> None:
         self.job = job
         self.saver = saver
-        self.events: EventLog | None = saver.events
-        self.control_file = Control(saver.folder)
+        self.events: protocol.EventLog | None = saver.events
+        self.control_file = protocol.Control(saver.folder)
         self.trainer: Any = None
-        self.resumed_from: Path | None = None
-        self.restored: Extra | None = None
-        self.resumed_step = self.resumed_step_rows = 0
-        self.leaving = False
+        self.resumed_from: Path | None = None  # the restored checkpoint; None for a fresh start
+        self.restored: Extra | None = None  # this rank's state in that checkpoint
+        self.resumed_step = self.resumed_step_rows = 0  # its step, and its commit's rows of a step; 0: unknown
+        self.leaving = False  # the guard asked for an end at this step
         self.evaluation_owed = False
         self._last_save = time.monotonic()
-        self._phase: Phase = "load"
+        self._phase: protocol.Phase = "load"
         self._predicted_at = -PREDICTED_S
         self._data_wait_s = 0.0
         self._is_saving_due = False
@@ -431,7 +397,7 @@ class Boundary(TrainerCallback):
         seen = self.control_file.look()
         if not self.saver.busy:
             self.saver.settle()
-        asked = self._common(ControlState(seen.stop, seen.save or self._is_saving_due, busy=self.saver.busy))
+        asked = self._common(protocol.ControlState(seen.stop, seen.save or self._is_saving_due, busy=self.saver.busy))
         is_new = self.saver.saved_step != state.global_step
         # One snapshot at a time: a save that is due while the last one is being written waits.
         control.should_save = ((asked.save and not asked.busy) or asked.stop or is_last) and is_new
@@ -442,20 +408,20 @@ class Boundary(TrainerCallback):
                 self.evaluation_owed = True
                 control.should_evaluate = False
 
-    def _common(self, asked: ControlState) -> ControlState:
+    def _common(self, asked: protocol.ControlState) -> protocol.ControlState:
         """Returns what at least one rank asks for, so that all ranks do it; one all-reduce."""
         if self.trainer.args.world_size <= 1:
             return asked
         flags = torch.tensor([asked.stop, asked.save, asked.busy], dtype=torch.int32, device=self.trainer.args.device)
         torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-        return ControlState(*map(bool, flags.tolist()))
+        return protocol.ControlState(*map(bool, flags.tolist()))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._last_save = time.monotonic()
         self.control_file.answered()
 
     @contextmanager
-    def phase(self, phase: Phase) -> Iterator[None]:
+    def phase(self, phase: protocol.Phase) -> Iterator[None]:
         """Marks a phase within training; afterwards the phase before it goes on."""
         before = self._phase
         self._enter(phase)
@@ -464,7 +430,7 @@ class Boundary(TrainerCallback):
         finally:
             self._enter(before)
 
-    def _enter(self, phase: Phase) -> None:
+    def _enter(self, phase: protocol.Phase) -> None:
         self._phase = phase
         if self.events:
             self.events.phase(phase)

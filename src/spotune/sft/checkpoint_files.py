@@ -7,7 +7,7 @@ import pickle
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -180,7 +180,7 @@ def _check_files(folder: Path, patterns: tuple[str, ...]) -> None:
                 _check_pickle(path.name, file)
 
 
-def _check_pickle(name: str, file: io.BufferedIOBase) -> None:
+def _check_pickle(name: str, file: IO[bytes]) -> None:
     try:
         with safe_globals():
             torch.load(file, map_location="meta", weights_only=True)
@@ -193,50 +193,15 @@ def _check_pickle(name: str, file: io.BufferedIOBase) -> None:
 def _check_sharded(folder: Path) -> None:
     """Checks what FSDP loads: the metadata, and each tensor and value that the metadata names."""
     refuse_code()
-    metadata = FileSystemReader(folder).read_metadata()
+    reader = FileSystemReader(folder)
+    metadata = reader.read_metadata()
     for index, place in (metadata.storage_data or {}).items():
         name = f"{folder.name}/{place.relative_path}"
         path = folder / place.relative_path
         if not path.is_file() or place.offset < 0 or place.offset + place.length > path.stat().st_size:
             raise Unusable(f"{name}: does not hold all that {folder.name}/.metadata names")
         with open(path, "rb") as file:
-            file.seek(place.offset)
-            part = _Part(file, place.offset, place.length)
-            _check_pickle(f"{name}: {getattr(index, 'fqn', index)}", part)
-
-
-class _Part(io.BufferedIOBase):
-    """A part of an open file, read like a whole file."""
-
-    def __init__(self, file: io.BufferedIOBase, start: int, length: int) -> None:
-        self._file, self._start, self._length, self._at = file, start, length, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
-        self._at = max(base + offset, 0)
-        return self._at
-
-    def read(self, size: int | None = -1) -> bytes:
-        left = max(self._length - self._at, 0)
-        count = left if size is None or size < 0 else min(size, left)
-        self._file.seek(self._start + self._at)
-        data = self._file.read(count)
-        self._at += len(data)
-        return data
-
-    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
+            _check_pickle(f"{name}: {getattr(index, 'fqn', index)}", reader._slice_file(file, place))
 
 
 def _reason_of(error: Exception) -> str:

@@ -34,21 +34,13 @@ from spotune.sft.sources import DataSource, dataset_of, one_layout, read_all, tw
 
 @dataclass(frozen=True)
 class Position:
-    """A place in the data.
+    """A place in the data."""
 
-    Attributes:
-        epoch: the current epoch, from 0.
-        row: the trained rows of that epoch, in its order.
-        rows: the rows of an epoch; 0 for a stream, or if unknown.
-        step_rows: the rows of a step, over all ranks.
-        made_by: the settings that decide what a row is, and the order of rows.
-    """
-
-    epoch: int
-    row: int
-    rows: int = 0
-    step_rows: int = 0
-    made_by: dict[str, Any] = field(default_factory=dict)
+    epoch: int  # the current one, from 0
+    row: int  # the trained rows of that epoch, in its order
+    rows: int = 0  # of an epoch; 0 for a stream, or if unknown
+    step_rows: int = 0  # the rows of a step, over all ranks
+    made_by: dict[str, Any] = field(default_factory=dict)  # the settings that decide what a row is, and their order
 
     def __str__(self) -> str:
         if not self.rows:
@@ -58,27 +50,18 @@ class Position:
 
 @dataclass(frozen=True)
 class Start:
-    """Says how an epoch goes on from a row.
-
-    Attributes:
-        skipped, skipped_steps: the batches and whole steps that the rows before count as.
-        batches, steps: those of the epoch, including the skipped ones.
-    """
+    """Says how an epoch goes on from a row."""
 
     epoch: int
     row: int
-    skipped: int
+    skipped: int  # the batches that the rows before count as
     skipped_steps: int
-    batches: int
+    batches: int  # of the epoch, including the skipped ones
     steps: int
 
 
 class BatchLayout:
-    """Says how a prepared loader makes batches of rows. Raises TypeError for an unknown kind of loader.
-
-    Attributes:
-        batch_rows: the rows of a batch, over all ranks.
-    """
+    """Says how a prepared loader makes batches of rows. Raises TypeError for an unknown kind of loader."""
 
     def __init__(self, loader: Any) -> None:
         outer = getattr(loader, "batch_sampler", None)
@@ -89,6 +72,7 @@ class BatchLayout:
         if not is_known or not found.batch_size:
             raise TypeError("unknown kind of batches")
         is_split = found is outer or getattr(outer, "split_batches", False)
+        # The rows of a batch, over all ranks.
         self.batch_rows = int(found.batch_size) * (1 if is_split else int(outer.num_processes))
         self._batches, self._loader = found, loader
 
@@ -182,10 +166,8 @@ def _as_text(value: Any) -> str:
 def length(start: Start, done: int, epoch_steps: int, max_steps: int, epochs: float) -> tuple[int, int]:
     """Returns the run's total steps, and the number of its last epoch, from 1.
 
-    Args:
-        done: the steps so far, of any size.
-        epoch_steps: the steps of each later epoch.
-        max_steps: the config's; 0 or less if ``epochs`` counts.
+    ``done`` are the steps so far, of any size, ``epoch_steps`` those of a later epoch. A ``max_steps`` of 0 or less
+    means that ``epochs`` counts.
     """
     here = start.steps - start.skipped_steps
     if max_steps > 0:
@@ -196,11 +178,7 @@ def length(start: Start, done: int, epoch_steps: int, max_steps: int, epochs: fl
 
 
 class Epochs:
-    """Keeps one rank's place in the data. Leaves Trainer's own count alone if nothing has changed.
-
-    Attributes:
-        epoch: the current epoch, from 0.
-    """
+    """Keeps one rank's place in the data. Leaves Trainer's own count alone if nothing has changed."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer

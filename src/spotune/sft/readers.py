@@ -35,19 +35,12 @@ _JSON_REMEDY = "one JSON object per line, or one list of objects"
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive rows of a file.
+    """Consecutive rows of a file."""
 
-    Attributes:
-        first_row: the number of the first row, from 1.
-        table: the rows as Arrow read them, None if it could not.
-        rows: yields (number, row as Python values) pairs; raises RowError for bytes that are not a row.
-        size: the bytes of the rows in the file, about.
-    """
-
-    first_row: int
-    table: pa.Table | pa.RecordBatch | None
-    rows: Callable[[], Iterator[tuple[int, Any]]]
-    size: int = 0
+    first_row: int  # its number in the file, from 1
+    table: pa.Table | pa.RecordBatch | None  # the rows as Arrow read them, None if it could not
+    rows: Callable[[], Iterator[tuple[int, Any]]]  # (number, row) pairs; raises RowError for bytes that are not a row
+    size: int = 0  # the bytes of the rows in the file, about
 
     def chunk(self, columns: Columns) -> Chunk:
         """Returns the rows as Arrow columns of the format. Raises RowError for the first row that does not fit."""
@@ -56,14 +49,9 @@ class Block:
 
 
 class Reader:
-    """Reads a data file. Subclasses define how.
+    """Reads a data file. Subclasses define how."""
 
-    Attributes:
-        names: its columns; for JSON those of its first row.
-        has_rows: whether there is any row.
-    """
-
-    names: list[str]
+    names: list[str]  # its columns; for JSON those of its first row
     has_rows: bool
 
     def _tables(self, wanted: list[str]) -> Iterator[Any]:

@@ -63,19 +63,12 @@ def interleave(sizes: Sequence[int], taken: Sequence[int], seed: int) -> Numbers
 
 @dataclass(frozen=True)
 class Origins:
-    """The source and the place of each row of a data set.
+    """The source and the place of each row of a data set."""
 
-    Attributes:
-        names: the sources' names.
-        source: the index of each row's name.
-        row: each row's number in its source, from 0.
-        is_streamed: the rows are unknown before they are read; both arrays are empty.
-    """
-
-    names: tuple[str, ...]
-    source: NDArray[np.int32]
-    row: Numbers
-    is_streamed: bool = False
+    names: tuple[str, ...]  # of the sources
+    source: NDArray[np.int32]  # the index of each row's source in ``names``
+    row: Numbers  # each row's number in its source, from 0
+    is_streamed: bool = False  # the rows are unknown before they are read; both arrays are empty
 
     @classmethod
     def of_one(cls, name: str, rows: int | None) -> "Origins":
@@ -127,21 +120,13 @@ IGNORED = -100  # a label that the loss leaves out
 
 @dataclass(frozen=True)
 class Rule:
-    """What TRL does with a row of tokens.
+    """What TRL does with a row of tokens."""
 
-    Attributes:
-        max_length: the tokens that are kept of a row; None: all.
-        keeps_end: the end is kept, not the start.
-        joins_rows: rows are concatenated, so that a row's first token has one before it.
-        drops: a row whose kept part has no label is left out; else it stays, and nothing is learned from it.
-        longest: the tokens of the longest sequence that the model can see; None: no limit.
-    """
-
-    max_length: int | None
-    keeps_end: bool = False
-    joins_rows: bool = False
-    drops: bool = False
-    longest: int | None = None
+    max_length: int | None  # the tokens that are kept of a row; None: all
+    keeps_end: bool = False  # the end is kept, not the start
+    joins_rows: bool = False  # rows are concatenated, so a row's first token has one before it
+    drops: bool = False  # leaves out a row whose kept part has no label; else it stays and teaches nothing
+    longest: int | None = None  # the tokens of the longest sequence that the model can see; None: no limit
 
 
 def rule_of(args: Any, packing: bool) -> Rule:
@@ -183,21 +168,15 @@ _COUNTED = ("empty", "dropped", "truncated", "unfit")
 
 
 class RowCount:
-    """Counts the rows of one data set.
-
-    Attributes:
-        highest: the highest token or label that the model sees.
-        lowest: the lowest one, negated; above 0 only if the user tokenized the data, and wrongly.
-        longest: the longest sequence that the model sees.
-        used: the rows that are trained on, or evaluated.
-    """
+    """Counts the rows of one data set."""
 
     def __init__(self, origins: Origins, rule: Rule, special: Iterable[int]) -> None:
         self.origins, self.rule = origins, rule
         self._special = np.fromiter(sorted(set(special)), np.int64)
         self._counts = {name: np.zeros(len(origins.names), np.int64) for name in _COUNTED}
-        self.highest, self.lowest, self.longest = Extreme(), Extreme(0), Extreme()
-        self.used = 0
+        self.highest, self.longest = Extreme(), Extreme()  # the token or label, and the sequence, that the model sees
+        self.lowest = Extreme(0)  # the lowest token, negated; above 0 only if the user tokenized the data, and wrongly
+        self.used = 0  # the rows that are trained on, or evaluated
         self._seen = self._tokens = 0
 
     def add(self, table: "pa.Table") -> None:
@@ -383,7 +362,12 @@ def check_padding(limits: Limits, trainer: Any, config_path: str) -> None:
     raise InputError(config_path, what, key="pad_token", remedy="a pad_token that the model has an embedding for")
 
 
-def embedding_rows(model: Any) -> int | None:
+def limits_of(model: Any) -> Limits:
+    """Returns the numbers of tokens and positions that a model has an embedding for."""
+    return Limits(_embedding_rows(model), _position_rows(model))
+
+
+def _embedding_rows(model: Any) -> int | None:
     """Returns the number of tokens that the model has an embedding for; None if unknown."""
     try:
         embeddings = model.get_input_embeddings()
@@ -396,7 +380,7 @@ def embedding_rows(model: Any) -> int | None:
     return int(weight.shape[0]) if weight is not None and weight.dim() == 2 and len(weight) else None
 
 
-def position_rows(model: Any) -> int | None:
+def _position_rows(model: Any) -> int | None:
     """Returns the number of absolute position embeddings; None if there is no table, as with RoPE."""
     import torch
 

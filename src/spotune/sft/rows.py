@@ -36,12 +36,9 @@ _TRL_NAMES = {"from": "role", "value": "content"}  # as TRL's maybe_convert_to_c
 
 
 class RowError(ValueError):
-    """A row does not fit.
+    """A row does not fit. ``row`` is its number in the file, or its line's in JSON lines, from 1.
 
-    Attributes:
-        row: its number in the file, from 1; in JSON lines the line's number.
-        what: what is wrong with it.
-        remedy: what to do; empty: write rows as the format needs them.
+    An empty ``remedy`` means: write rows as the format needs them.
     """
 
     def __init__(self, row: int, what: str, remedy: str = "") -> None:
@@ -51,30 +48,19 @@ class RowError(ValueError):
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns to read of a file.
+    """The columns to read of a file."""
 
-    Attributes:
-        format: a key of FORMATS.
-        names: our name -> the file's name, for the columns that the format needs.
-    """
-
-    format: str
-    names: Mapping[str, str]
+    format: str  # a key of FORMATS
+    names: Mapping[str, str]  # our name -> the file's name, for the columns that the format needs
 
 
 @dataclass(frozen=True)
 class RowLayout:
-    """The Arrow types of the columns that some or all rows need.
+    """The Arrow types of the columns that some or all rows need."""
 
-    Attributes:
-        kinds: our name -> TEXT or MESSAGES.
-        has_json: some message has other keys than role and content.
-        optional: the columns of OPTIONAL that some row has.
-    """
-
-    kinds: Mapping[str, str] = field(default_factory=dict)
-    has_json: bool = False
-    optional: frozenset[str] = frozenset()
+    kinds: Mapping[str, str] = field(default_factory=dict)  # our name -> TEXT or MESSAGES
+    has_json: bool = False  # some message has other keys than role and content
+    optional: frozenset[str] = frozenset()  # the columns of OPTIONAL that some row has
 
     def __or__(self, other: "RowLayout") -> "RowLayout":
         """Returns the layout that holds both; columns of both must have the same kind."""
@@ -92,16 +78,12 @@ class RowLayout:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows as Arrow columns under our names, in the narrowest layout that holds them.
-
-    Attributes:
-        first_row: the first row's number in its file, from 1.
-    """
+    """Rows as Arrow columns under our names, in the narrowest layout that holds them."""
 
     arrays: Mapping[str, pa.Array]
     layout: RowLayout
     rows: int
-    first_row: int
+    first_row: int  # its number in the file, from 1
 
     def batch(self, layout: RowLayout) -> pa.RecordBatch:
         """Returns the rows in a wider layout."""

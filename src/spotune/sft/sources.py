@@ -22,20 +22,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from spotune.core import fingerprint
 from spotune.core.errors import InputError, SpotuneError, protect_output, shown
-from spotune.core.fingerprint import (
-    changed_while_read,
-    checksum_of,
-    file_facts,
-    file_state,
-    find_files,
-    is_remote,
-    kind_of,
-    local_path,
-    not_as_submitted,
-    open_store,
-    unreachable,
-)
 from spotune.core.protocol import read_json, write_json
 from spotune.core.store.faults import is_machine_fault
 from spotune.sft.readers import HubReader, Reader, open_bytes, open_file, spoilt
@@ -56,14 +44,14 @@ def fetch(url: str, cache: Path, where: str, key: str, checksum: str = "") -> st
         InputError: the file is missing, cannot be read, or has another checksum.
         StoreError: the store is away.
     """
-    if not is_remote(url):
-        return str(local_path(url.removeprefix("file://"), where, key))
+    if not fingerprint.is_remote(url):
+        return str(fingerprint.local_path(url.removeprefix("file://"), where, key))
     try:
-        filesystem, path = open_store(url)
+        filesystem, path = fingerprint.open_store(url)
         facts = filesystem.info(path)
-        found = checksum_of(facts)
+        found = fingerprint.checksum_of(facts)
         if checksum and found != checksum:
-            raise not_as_submitted(url, "checksum in the store")
+            raise fingerprint.not_as_submitted(url, "checksum in the store")
         folder = hashlib.sha256(f"{url}\n{found}\n{facts.get('size')}".encode()).hexdigest()[:24]
         target = cache / "sources" / folder / Path(path.split("?")[0]).name
         if found and target.exists() and target.stat().st_size == facts.get("size", target.stat().st_size):
@@ -71,40 +59,35 @@ def fetch(url: str, cache: Path, where: str, key: str, checksum: str = "") -> st
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f".{os.getpid()}-{target.name}")  # ranks may fetch at the same time
         filesystem.get_file(path, str(part))
-        if found and checksum_of(filesystem.info(path)) != found:
-            raise changed_while_read(url)
+        if found and fingerprint.checksum_of(filesystem.info(path)) != found:
+            raise fingerprint.changed_while_read(url)
         part.replace(target)
     except InputError:
         raise
     except FileNotFoundError as error:
         if is_machine_fault(error):  # fsspec raises this also for a web server that is away
-            raise unreachable(url, where, key, error) from error
+            raise fingerprint.unreachable(url, where, key, error) from error
         raise InputError(where, f"no such file: {url}", key=key) from error
     except (PermissionError, ImportError) as error:
         raise InputError(where, f"cannot read {url}: {error}", key=key) from error
     except OSError as error:
         if error.errno is not None:
             raise  # this machine's disk
-        raise unreachable(url, where, key, error) from error
+        raise fingerprint.unreachable(url, where, key, error) from error
     except Exception as error:  # a store's client has errors of any class
-        raise unreachable(url, where, key, error) from error
+        raise fingerprint.unreachable(url, where, key, error) from error
     return str(target)
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """An entry of ``data:``.
-
-    Attributes:
-        key: ``data[0]``, for messages.
-        files: its files in the run's record, in their order: ``{url, size, sha256 | checksum}``.
-    """
+    """An entry of ``data:``."""
 
     entry: Mapping[str, Any]
     config_path: str
-    key: str
+    key: str  # ``data[0]``, for messages
     text_field: str
-    files: Sequence[Mapping[str, Any]] = ()
+    files: Sequence[Mapping[str, Any]] = ()  # of the run's record, in order: ``{url, size, sha256 | checksum}``
 
     @property
     def url(self) -> str:
@@ -130,21 +113,14 @@ class DataSource:
 
 @dataclass(frozen=True)
 class Part:
-    """One file of a source, or a whole data set of the hub.
-
-    Attributes:
-        path: the file on this machine; empty for the hub.
-        digest: names the content.
-        state: the file's state before its hash was taken.
-        dataset: the hub's data set, else None.
-    """
+    """One file of a source, or a whole data set of the hub."""
 
     source: DataSource
     url: str
-    path: str
-    digest: str
-    state: tuple[int, ...] = ()
-    dataset: Any = None
+    path: str  # on this machine; empty for the hub
+    digest: str  # names the content
+    state: tuple[int, ...] = ()  # the file's, before its hash was taken
+    dataset: Any = None  # the hub's, else None
 
     def reader(self) -> Reader:
         return HubReader(self.dataset) if self.dataset is not None else open_file(self.path, self.url)
@@ -152,30 +128,19 @@ class Part:
 
 @dataclass(frozen=True)
 class Read:
-    """A part whose rows were read and fit.
-
-    Attributes:
-        layout: the narrowest layout that holds the rows.
-        first_row: the first row's number.
-        size: the bytes of the rows in the file, about.
-        is_whole: False if only the first blocks were read.
-    """
+    """A part whose rows were read and fit."""
 
     part: Part
     columns: Columns
-    layout: RowLayout
+    layout: RowLayout  # the narrowest that holds the rows
     rows: int
-    first_row: int
-    size: int = 0
-    is_whole: bool = True
+    first_row: int  # its number in the file
+    size: int = 0  # the bytes of the rows in the file, about
+    is_whole: bool = True  # False if only the first blocks were read
 
 
 class _Wider(Exception):
-    """A block needs a wider layout than the blocks before it."""
-
-    def __init__(self, layout: RowLayout) -> None:
-        super().__init__(layout)
-        self.layout = layout
+    """A block needs a wider layout, the argument, than the blocks before it."""
 
 
 def read_all(source: DataSource, cache: Path) -> list[Read]:
@@ -244,18 +209,18 @@ def parts_of(source: DataSource, cache: Path) -> Iterator[Part]:
         yield Part(source, source.url, "", f"hub {dataset._fingerprint}", dataset=dataset)
         return
     key = f"{source.key}.source"
-    urls = find_files(source.url, source.config_path, key).files
+    urls = fingerprint.find_files(source.url, source.config_path, key).files
     if source.files and len(source.files) != len(urls):
         what = f"names {len(urls)} files, but the run was submitted with {len(source.files)}"
         raise InputError(source.url, what, remedy="put them back, or submit a new run")
     for url, recorded in zip(urls, source.files or [{}] * len(urls), strict=True):
         path = fetch(url, cache, source.config_path, key, str(recorded.get("checksum") or ""))
         try:
-            state, facts = file_state(path), file_facts(Path(path))
+            state, facts = fingerprint.file_state(path), fingerprint.file_facts(Path(path))
         except (FileNotFoundError, PermissionError) as error:
             raise InputError(url, f"cannot be read: {error.strerror}") from error
         if recorded.get("sha256") not in (None, facts["sha256"]):
-            raise not_as_submitted(url, "sha256")
+            raise fingerprint.not_as_submitted(url, "sha256")
         yield Part(source, url, path, str(facts["sha256"]), state)
 
 
@@ -280,8 +245,8 @@ def read_part(part: Part, cache: Path | None, most_bytes: int | None = None) -> 
         if spoilt(error) and not is_machine_fault(error):
             raise InputError(part.url, f"cannot be read: {error}") from error
         raise
-    if part.state and part.state != file_state(part.path):
-        raise changed_while_read(part.url)
+    if part.state and part.state != fingerprint.file_state(part.path):
+        raise fingerprint.changed_while_read(part.url)
     return read if read.rows else None
 
 
@@ -293,7 +258,7 @@ def _convert(
         try:
             return _write(part, reader, columns, layout, cache, most_bytes)
         except _Wider as found:
-            layout = found.layout
+            (layout,) = found.args
 
 
 def _write(
@@ -369,14 +334,14 @@ def _dataset(read: Read, layout: RowLayout, cache: Path) -> Any:
     path = _rows_path(read, layout, cache / ROWS)
     if not path.exists():
         _convert(read.part, read.part.reader(), read.columns, layout, cache)
-    fingerprint = hashlib.sha256(path.stem.encode()).hexdigest()[:16]
-    return datasets.Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=fingerprint)
+    digest = hashlib.sha256(path.stem.encode()).hexdigest()[:16]
+    return datasets.Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=digest)
 
 
 def _key(part: Part) -> str:
     """Returns a name for a part's content and for how it is read."""
     entry = {name: part.source.entry.get(name) for name in ("format", "columns")}
-    facts = [READER, part.digest, kind_of(part.path), entry, part.source.text_field]
+    facts = [READER, part.digest, fingerprint.kind_of(part.path), entry, part.source.text_field]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -440,11 +405,11 @@ def check_rows(config: Mapping[str, Any], config_path: str, most_bytes: int) -> 
     text_field = str(config.get("dataset_text_field") or "text")
     for index, entry in enumerate(config.get("data") or []):
         source = DataSource(entry, config_path, f"data[{index}]", text_field)
-        if is_remote(source.url):
+        if fingerprint.is_remote(source.url):
             continue
         found: list[Read] = []
         skipped = []
-        for url in find_files(source.url, config_path, f"data[{index}].source").files:
+        for url in fingerprint.find_files(source.url, config_path, f"data[{index}].source").files:
             left = most_bytes - sum(read.size for read in [*reads, *found])
             if left <= 0 or _is_large_list(url, left):
                 skipped.append(url)
@@ -465,7 +430,7 @@ def check_rows(config: Mapping[str, Any], config_path: str, most_bytes: int) -> 
 
 def _is_large_list(path: str, most_bytes: int) -> bool:
     """Returns whether a file is a long JSON list, which can only be read whole."""
-    kind, compression = kind_of(path) or ("", "")
+    kind, compression = fingerprint.kind_of(path) or ("", "")
     if kind != "json":
         return False
     with open_bytes(path.removeprefix("file://"), compression) as data:

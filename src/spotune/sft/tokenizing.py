@@ -16,20 +16,8 @@ from typing import Any
 from spotune.core.errors import InputError
 from spotune.core.protocol import EventLog
 from spotune.core.store.faults import is_machine_fault
+from spotune.sft import row_counts
 from spotune.sft.preflight import one_line
-from spotune.sft.row_counts import (
-    Limits,
-    Origins,
-    RowCount,
-    SourceCount,
-    check_batch,
-    check_padding,
-    check_rows,
-    count_rows,
-    embedding_rows,
-    position_rows,
-    rule_of,
-)
 
 # The errors of a row, a template or a tokenizer, beside jinja's own.
 _OF_THE_INPUT = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, StopIteration)
@@ -99,7 +87,7 @@ class Renderer:
 
 
 @contextmanager
-def explained(config_path: str, dataset: Any, origins: Origins, renderer: Renderer) -> Iterator[None]:
+def explained(config_path: str, dataset: Any, origins: row_counts.Origins, renderer: Renderer) -> Iterator[None]:
     """Turns errors of TRL's preparation into an InputError, but not faults of the machine."""
     try:
         yield
@@ -191,10 +179,10 @@ class Preparation:
         events: rank 0's log; None on the other ranks, which report nothing.
     """
 
-    def __init__(self, origins: Mapping[str, Origins], config_path: str, events: EventLog | None) -> None:
+    def __init__(self, origins: Mapping[str, row_counts.Origins], config_path: str, events: EventLog | None) -> None:
         self._origins, self._config_path, self._events = dict(origins), config_path, events
-        self._counts: dict[str, RowCount] = {}
-        self._limits = Limits(None, None)
+        self._counts: dict[str, row_counts.RowCount] = {}
+        self._limits = row_counts.Limits(None, None)
 
     def prepare(
         self, trl_prepare: Callable[..., Any], dataset: Any, renderer: Renderer, packing: bool, name: str
@@ -223,10 +211,10 @@ class Preparation:
                 origins = self._origins.get(name)
                 if origins is not None and not origins.is_streamed and "input_ids" in dataset.column_names:
                     self._count(dataset, trainer._tokenizer, args, False, name)
-        self._limits = Limits(embedding_rows(trainer.model), position_rows(trainer.model))
+        self._limits = row_counts.limits_of(trainer.model)
         for count in self._counts.values():
-            check_rows(self._limits, trainer._tokenizer, count, self._config_path)
-        check_padding(self._limits, trainer, self._config_path)
+            row_counts.check_rows(self._limits, trainer._tokenizer, count, self._config_path)
+        row_counts.check_padding(self._limits, trainer, self._config_path)
 
     @contextmanager
     def reading(self, trainer: Any, name: str) -> Iterator[None]:
@@ -244,7 +232,7 @@ class Preparation:
         origins = self._origins.get("train")
         if origins is not None and origins.is_streamed:
             for batch in batches:
-                check_batch(self._limits, trainer._tokenizer, batch, origins.names[0], self._config_path)
+                row_counts.check_batch(self._limits, trainer._tokenizer, batch, origins.names[0], self._config_path)
 
     @contextmanager
     def settings(self, key: str) -> Iterator[None]:
@@ -271,13 +259,13 @@ class Preparation:
 
     def _count(self, dataset: Any, tokenizer: Any, args: Any, packing: bool, name: str) -> None:
         special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-        count = count_rows(dataset, self._origins[name], rule_of(args, packing), special)
+        count = row_counts.count_rows(dataset, self._origins[name], row_counts.rule_of(args, packing), special)
         self._counts[name] = count
         self._report(count, args.max_length, name)
         if not count.used:
             raise self._none_left(count, args, name)
 
-    def _report(self, count: RowCount, max_length: int | None, name: str) -> None:
+    def _report(self, count: row_counts.RowCount, max_length: int | None, name: str) -> None:
         if self._events is None:
             return
         found = count.by_source()
@@ -288,7 +276,7 @@ class Preparation:
             if losses := _losses_of(one, max_length):
                 print(f"[spotune] {_named(one.source, name)}: {one.rows} rows, {losses}", file=sys.stderr)
 
-    def _report_stream(self, origins: Origins, name: str) -> None:
+    def _report_stream(self, origins: row_counts.Origins, name: str) -> None:
         if self._events is None:
             return
         source = origins.names[0]
@@ -297,7 +285,7 @@ class Preparation:
         what = "is streamed, so that rows that are dropped or truncated are not counted"
         print(f"[spotune] {_named(source, name)} {what}", file=sys.stderr)
 
-    def _none_left(self, count: RowCount, args: Any, name: str) -> InputError:
+    def _none_left(self, count: row_counts.RowCount, args: Any, name: str) -> InputError:
         found = count.by_source()
         rows, empty, unfit = (sum(getattr(one, part) for one in found) for part in ("rows", "empty", "unfit"))
         which = f"none of the {rows} {SETS[name]} rows of {', '.join(one.source for one in found)}"
@@ -312,7 +300,7 @@ class Preparation:
         return InputError(self._config_path, f"{which} has a token that is trained on", key="data", remedy=remedy)
 
 
-def _losses_of(count: SourceCount, max_length: int | None) -> str:
+def _losses_of(count: row_counts.SourceCount, max_length: int | None) -> str:
     """Returns the loss of a source's rows as text; "" if there is none."""
     parts = []
     if count.unfit:

@@ -15,26 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spotune.core import protocol
 from spotune.core.environment import GUARD_PID
 from spotune.core.errors import InputError, OtherVersions, SpotuneError, protect_output
 from spotune.core.fingerprint import changed_versions, installed_versions
 from spotune.core.io import failpoint
-from spotune.core.protocol import (
-    CONTROL,
-    JOB,
-    OUTPUT,
-    RESTORED,
-    STACKS_SIGNAL,
-    EventLog,
-    Outcome,
-    WorkerJob,
-    answer_candidate,
-    events_path,
-    outcome_path,
-    python_stacks_path,
-    read_json,
-    write_json,
-)
 from spotune.core.revisions import FLAG
 from spotune.sft.preflight import NotFinite, Stopped, check, outcome_of
 
@@ -105,8 +90,8 @@ class Rank:
 
     folder: Path
     rank: int
-    job: WorkerJob
-    events: EventLog | None
+    job: protocol.WorkerJob
+    events: protocol.EventLog | None
     trainer: Any = None
 
 
@@ -118,7 +103,7 @@ def main(argv: list[str]) -> None:
     rank = int(os.environ.get("RANK", "0"))
     write_stacks_when_asked(folder, rank)
     outcome = run(folder, rank)
-    write_json(outcome_path(folder, rank), outcome)
+    protocol.write_json(protocol.outcome_path(folder, rank), outcome)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0 if outcome.how in ("completed", "stopped") else 1)  # unwinding DataLoader workers takes seconds
@@ -127,16 +112,16 @@ def main(argv: list[str]) -> None:
 def write_stacks_when_asked(folder: Path, rank: int) -> None:
     """Makes this process write its Python stacks on STACKS_SIGNAL, even while it hangs in a library."""
     with suppress(OSError):  # other writes report a full disk
-        stacks = os.open(python_stacks_path(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        faulthandler.register(STACKS_SIGNAL, stacks, all_threads=True)  # which keeps it for the process's life
+        stacks = os.open(protocol.python_stacks_path(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        faulthandler.register(protocol.STACKS_SIGNAL, stacks, all_threads=True)  # which keeps it for the process's life
 
 
-def run(folder: Path, rank: int) -> Outcome:
+def run(folder: Path, rank: int) -> protocol.Outcome:
     """Does the whole job and returns how it ended."""
     step = 0
     try:
-        events = EventLog(events_path(folder, rank)) if rank == 0 else None
-        this = Rank(folder, rank, WorkerJob(**read_json(folder / JOB)), events)
+        events = protocol.EventLog(protocol.events_path(folder, rank)) if rank == 0 else None
+        this = Rank(folder, rank, protocol.WorkerJob(**protocol.read_json(folder / protocol.JOB)), events)
         try:
             return _run(this)
         finally:
@@ -150,7 +135,7 @@ def run(folder: Path, rank: int) -> Outcome:
         return outcome
 
 
-def _run(this: Rank) -> Outcome:
+def _run(this: Rank) -> protocol.Outcome:
     if this.events:
         this.events.phase("load")
     _set_environment(this.job, os.environ)
@@ -165,12 +150,12 @@ def _run(this: Rank) -> Outcome:
         this.events.phase("teardown")
     from spotune.sft.trainer import save_result
 
-    save_result(trainer, this.folder / OUTPUT, this.job)
+    save_result(trainer, this.folder / protocol.OUTPUT, this.job)
     failpoint("result-written")
-    return Outcome("completed", trainer.state.global_step)
+    return protocol.Outcome("completed", trainer.state.global_step)
 
 
-def _set_environment(job: WorkerJob, environ: Any) -> None:
+def _set_environment(job: protocol.WorkerJob, environ: Any) -> None:
     """Sets what libraries read from the environment when they are imported. Keeps what the user set."""
     for key, value in (job.config.get("env") or {}).items():
         environ[key] = str(value)
@@ -215,13 +200,13 @@ def _wait_for_restore(this: Rank) -> str | None:
     from spotune.sft.checkpoint_files import fault_of
     from spotune.sft.trainer import prepare
 
-    if this.events and not (this.folder / RESTORED).exists():
+    if this.events and not (this.folder / protocol.RESTORED).exists():
         this.events.phase("restore")
-    while (restored := read_json(this.folder / RESTORED)) is None:
-        if (read_json(this.folder / CONTROL) or {}).get("stop"):
+    while (restored := protocol.read_json(this.folder / protocol.RESTORED)) is None:
+        if (protocol.read_json(this.folder / protocol.CONTROL) or {}).get("stop"):
             raise Stopped(0)
         if this.rank == 0:  # the others would find the same
-            answer_candidate(this.folder, fault_of)
+            protocol.answer_candidate(this.folder, fault_of)
         time.sleep(0.02)
     if restored.get("error"):
         raise Stopped(0)
@@ -229,7 +214,7 @@ def _wait_for_restore(this: Rank) -> str | None:
     return prepare(this.trainer, restored)
 
 
-def check_versions(job: WorkerJob, restored: Mapping[str, Any], installed: Mapping[str, str]) -> None:
+def check_versions(job: protocol.WorkerJob, restored: Mapping[str, Any], installed: Mapping[str, str]) -> None:
     """Raises OtherVersions if the checkpoint's libraries may order rows in another way; prints a line if allowed."""
     changed = changed_versions(restored.get("versions") or {}, installed)
     if not changed:
