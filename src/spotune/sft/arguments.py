@@ -267,7 +267,6 @@ def _property(entry: Any, hint: Any) -> Schema:
 
 
 def _type(hint: Any) -> Schema:
-    """Returns a type hint as a schema."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         parts = [_type(part) for part in get_args(hint) if part is not type(None)]

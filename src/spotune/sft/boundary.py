@@ -92,7 +92,9 @@ class Finite:
         # Only a step whose gradient was not finite can spoil a state, so the state is rarely read.
         is_suspect = with_optimizer and is_finite and since != _NEVER
         is_state_finite = not is_suspect or all_finite(_optimizer_state(trainer))
-        is_finite, is_state_finite, since = _common(trainer, is_finite, is_state_finite, since)
+        # A fault of one rank is a fault of all, and the earliest step counts.
+        found = _reduced(trainer, (is_finite, is_state_finite, since), torch.distributed.ReduceOp.MIN)
+        is_finite, is_state_finite, since = found
         if is_finite and is_state_finite:
             self._checked, self._since = step, None
             return ""
@@ -109,19 +111,17 @@ class Finite:
 
 
 def _optimizer_state(trainer: Any) -> Iterator[torch.Tensor]:
-    """Yields the tensors of the optimizer's state."""
     for state in getattr(trainer.optimizer, "state", {}).values():
         yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
 
-def _common(trainer: Any, is_finite: bool, is_state_finite: bool, since: int) -> tuple[bool, bool, int]:
-    """Returns the answer of all ranks: one rank's fault is every rank's, and the earliest step counts."""
+def _reduced(trainer: Any, values: Iterable[int], operation: Any) -> list[int]:
+    """Returns the values of all ranks, reduced; one all-reduce."""
     if trainer.args.world_size <= 1:
-        return is_finite, is_state_finite, since
-    found = torch.tensor([int(is_finite), int(is_state_finite), since], device=trainer.args.device)
-    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MIN)
-    weights, state, first = found.tolist()
-    return bool(weights), bool(state), int(first)
+        return list(values)
+    found = torch.tensor([int(value) for value in values], device=trainer.args.device)
+    torch.distributed.all_reduce(found, op=operation)
+    return found.tolist()
 
 
 # Checkpoints of one rank.
@@ -143,14 +143,9 @@ class Saver:
         # The commit has each file's sha256. A checksum of each tensor would cost a tenth of a save and add nothing.
         torch.serialization.set_crc32_options(False)
         self._arena = Arena()
-        self._writer = Writer()
+        self.writer = Writer()
         self._writing: Path | None = None
         self._group: Any = None
-
-    @property
-    def busy(self) -> bool:
-        """True while a checkpoint is being written."""
-        return self._writer.busy
 
     def prepare(self, trainer: Any) -> None:
         """Prepares what a save needs, behind training. All ranks call it once the optimizer has its state."""
@@ -206,11 +201,11 @@ class Saver:
         if self.events:
             self.events.write("save", step=step, stall_s=round(time.monotonic() - began, 4))
         failpoint("snapshot")
-        self._writer.submit(capture.pieces, partial(self._hand_over, staged, rank))
+        self.writer.submit(capture.pieces, partial(self._hand_over, staged, rank))
 
     def settle(self) -> None:
         """Waits for the checkpoint that is being written. Logs a fault of the disk."""
-        fault = self._writer.settle()
+        fault = self.writer.settle()
         if fault is not None and self._writing is not None:
             self._give_up(self._writing, fault)
 
@@ -373,11 +368,8 @@ class Boundary(TrainerCallback):
             raise EvaluationInterrupted
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        numbers = {
-            name: value
-            for name, value in (logs or {}).items()
-            if isinstance(value, (int, float)) and not isinstance(value, bool)
-        }
+        numbers = {name: value for name, value in (logs or {}).items() if isinstance(value, (int, float))}
+        numbers = {name: value for name, value in numbers.items() if not isinstance(value, bool)}
         if self.events:
             self.events.write("log", **{**numbers, "step": state.global_step, "epoch": state.epoch})
         if "loss" in numbers and not math.isfinite(numbers["loss"]):  # the same on all ranks
@@ -395,9 +387,11 @@ class Boundary(TrainerCallback):
     def _decide(self, state: Any, control: Any) -> None:
         is_last = state.global_step >= state.max_steps
         seen = self.control_file.look()
-        if not self.saver.busy:
+        if not self.saver.writer.busy:
             self.saver.settle()
-        asked = self._common(protocol.ControlState(seen.stop, seen.save or self._is_saving_due, busy=self.saver.busy))
+        asked = self._common(
+            protocol.ControlState(seen.stop, seen.save or self._is_saving_due, busy=self.saver.writer.busy)
+        )
         is_new = self.saver.saved_step != state.global_step
         # One snapshot at a time: a save that is due while the last one is being written waits.
         control.should_save = ((asked.save and not asked.busy) or asked.stop or is_last) and is_new
@@ -409,12 +403,9 @@ class Boundary(TrainerCallback):
                 control.should_evaluate = False
 
     def _common(self, asked: protocol.ControlState) -> protocol.ControlState:
-        """Returns what at least one rank asks for, so that all ranks do it; one all-reduce."""
-        if self.trainer.args.world_size <= 1:
-            return asked
-        flags = torch.tensor([asked.stop, asked.save, asked.busy], dtype=torch.int32, device=self.trainer.args.device)
-        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-        return protocol.ControlState(*map(bool, flags.tolist()))
+        """Returns what at least one rank asks for, so that all ranks do it."""
+        flags = (asked.stop, asked.save, asked.busy)
+        return protocol.ControlState(*map(bool, _reduced(self.trainer, flags, torch.distributed.ReduceOp.MAX)))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._last_save = time.monotonic()

@@ -34,8 +34,6 @@ from spotune.sft.sources import DataSource, dataset_of, one_layout, read_all, tw
 
 @dataclass(frozen=True)
 class Position:
-    """A place in the data."""
-
     epoch: int  # the current one, from 0
     row: int  # the trained rows of that epoch, in its order
     rows: int = 0  # of an epoch; 0 for a stream, or if unknown
@@ -140,7 +138,7 @@ def _fault(before: Position, now: Position) -> tuple[str, str] | None:
     changed = [key for key in new if key in old and old[key] != new[key]]
 
     def change(key: str) -> str:
-        return f"{_as_text(old[key])} -> {_as_text(new[key])}"
+        return " -> ".join(str(one).lower() if isinstance(one, bool) else str(one) for one in (old[key], new[key]))
 
     if "packing" in changed:
         return "packing", f"packing {change('packing')} makes other rows of the same text"
@@ -157,10 +155,6 @@ def _fault(before: Position, now: Position) -> tuple[str, str] | None:
     if by_batch and before.step_rows and before.step_rows != now.step_rows:
         return key, f"under {new[key]} the order of rows follows the batch"
     return None
-
-
-def _as_text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def length(start: Start, done: int, epoch_steps: int, max_steps: int, epochs: float) -> tuple[int, int]:
@@ -345,7 +339,7 @@ def _load_own(args: Arguments, job: WorkerJob) -> Data:
     names = distinct([source.url for source in sources], [source.key for source in sources])
     training, held_out = [], []
     for source, dataset, name in zip(sources, datasets, names, strict=True):
-        origins, count = Origins.of_one(name, len(dataset)), source.held_out(len(dataset))
+        origins, count = Origins.of_one(name, dataset), source.held_out(len(dataset))
         if count:
             kept, out = divide(len(dataset), count, seed)
             held_out.append((dataset.select(out), origins.select(out)))
@@ -409,9 +403,9 @@ def _load_as_trl(args: Arguments, job: WorkerJob, wants_evaluation: bool) -> Dat
         raise InputError(job.config_path, "the data set has no rows", key=key)
     name = script.dataset_name or ", ".join(file for entry in args.datasets.datasets for file in _named(entry))
     if not wants_evaluation:
-        return Data(train, None, _origins(name, train), None)
+        return Data(train, None, Origins.of_one(name, train), None)
     evaluation = found[script.dataset_test_split]
-    return Data(train, evaluation, _origins(name, train), _origins(name, evaluation))
+    return Data(train, evaluation, Origins.of_one(name, train), Origins.of_one(name, evaluation))
 
 
 def _check_reachable(entries: Any) -> None:
@@ -433,10 +427,6 @@ def _named(entry: Any) -> list[str]:
     """Returns the files that an entry of ``datasets`` names, else its path."""
     files = entry.data_files.values() if isinstance(entry.data_files, dict) else [entry.data_files or entry.path]
     return [str(one) for file in files for one in (file if isinstance(file, list) else [file])]
-
-
-def _origins(name: str, dataset: Any) -> Origins:
-    return Origins.of_one(name, len(dataset) if hasattr(dataset, "__len__") else None)
 
 
 def _local_files(job: WorkerJob) -> list[dict[str, Any]]:

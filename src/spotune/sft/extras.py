@@ -60,6 +60,8 @@ def merge(config: Mapping[str, Any], result: Path, target: Path) -> dict[str, st
     """
     import transformers
     from peft import PeftModel
+    from transformers import AutoTokenizer
+    from transformers.trainer_utils import align_special_tokens
     from trl.trainer.utils import create_model_from_path
 
     transformers.utils.logging.disable_progress_bar()
@@ -75,7 +77,9 @@ def merge(config: Mapping[str, Any], result: Path, target: Path) -> dict[str, st
     merged = model.merge_and_unload()
     for name, parameter in merged.named_parameters():  # PEFT trains whole tensors in float32
         parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
-    _align_with_tokenizer(merged, result, is_on(config, "trust_remote_code"))
+    # Trainer does the same for a model that is trained whole.
+    tokenizer = AutoTokenizer.from_pretrained(str(result), trust_remote_code=is_on(config, "trust_remote_code"))
+    align_special_tokens(merged, tokenizer)
     shutil.rmtree(target, ignore_errors=True)
     merged.save_pretrained(target, max_shard_size="5GB")
     shutil.copytree(result, target, ignore=shutil.ignore_patterns(*_ADAPTERS_OWN), dirs_exist_ok=True)
@@ -154,14 +158,6 @@ def _match_vocabulary(base: Any, result: Path) -> None:
                     wanted = tensors.get_slice(name).get_shape()[0]
     if wanted != rows:
         base.resize_token_embeddings(wanted, mean_resizing=False)
-
-
-def _align_with_tokenizer(model: Any, result: Path, trust: bool) -> None:
-    """Aligns the model's special tokens with the tokenizer's, as Trainer does for a model that is trained whole."""
-    from transformers import AutoTokenizer
-    from transformers.trainer_utils import align_special_tokens
-
-    align_special_tokens(model, AutoTokenizer.from_pretrained(str(result), trust_remote_code=trust))
 
 
 # Pushing: ``output/`` in one commit, as ``trl sft`` does it at its end.
@@ -310,7 +306,6 @@ def main(argv: list[str]) -> None:
 
 
 def run(name: str, folder: Path) -> protocol.ExtraResult:
-    """Does the extra and returns how it ended."""
     output = folder / protocol.OUTPUT
     try:
         job = protocol.ExtraJob(**protocol.read_json(folder / protocol.EXTRAS))

@@ -35,8 +35,6 @@ _JSON_REMEDY = "one JSON object per line, or one list of objects"
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive rows of a file."""
-
     first_row: int  # its number in the file, from 1
     table: pa.Table | pa.RecordBatch | None  # the rows as Arrow read them, None if it could not
     rows: Callable[[], Iterator[tuple[int, Any]]]  # (number, row) pairs; raises RowError for bytes that are not a row
@@ -94,7 +92,6 @@ def open_file(file: str, url: str) -> Reader:
 
 
 def open_bytes(file: str, compression: str) -> IO[bytes]:
-    """Opens a file for reading, decompressed."""
     if compression == "gzip":
         return gzip.open(file, "rb")  # type: ignore[return-value]
     if compression == "zstd":
@@ -314,8 +311,6 @@ def _not_utf8(row: int, byte: int) -> RowError:
 
 
 class ParquetReader(Reader):
-    """A Parquet file."""
-
     def __init__(self, source: Any) -> None:
         self._file = pa.parquet.ParquetFile(source)
         self.names = self._file.schema_arrow.names
@@ -348,8 +343,6 @@ class ArrowReader(Reader):
 
 
 class HubReader(Reader):
-    """A data set that ``datasets`` loaded."""
-
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
         self.names = dataset.column_names

@@ -71,10 +71,11 @@ class Origins:
     is_streamed: bool = False  # the rows are unknown before they are read; both arrays are empty
 
     @classmethod
-    def of_one(cls, name: str, rows: int | None) -> "Origins":
-        """Returns the origins of one source's rows, in order; ``rows`` is None for a stream."""
-        count = rows or 0
-        return cls((name,), np.zeros(count, np.int32), np.arange(count, dtype=np.int64), is_streamed=rows is None)
+    def of_one(cls, name: str, dataset: Any) -> "Origins":
+        """Returns the origins of one source's rows, in order; a stream has no length."""
+        is_streamed = not hasattr(dataset, "__len__")
+        count = 0 if is_streamed else len(dataset)
+        return cls((name,), np.zeros(count, np.int32), np.arange(count, dtype=np.int64), is_streamed)
 
     def select(self, indices: Numbers) -> "Origins":
         """Returns the origins of these rows, in this order."""
@@ -90,13 +91,10 @@ class Origins:
 
 
 def joined(parts: Sequence[Origins]) -> Origins:
-    """Returns the origins of concatenated data sets."""
     starts = np.cumsum([0, *(len(part.names) for part in parts)])
-    return Origins(
-        tuple(name for part in parts for name in part.names),
-        np.concatenate([part.source + np.int32(start) for part, start in zip(parts, starts, strict=False)]),
-        np.concatenate([part.row for part in parts]),
-    )
+    names = tuple(name for part in parts for name in part.names)
+    source = np.concatenate([part.source + np.int32(start) for part, start in zip(parts, starts, strict=False)])
+    return Origins(names, source, np.concatenate([part.row for part in parts]))
 
 
 def distinct(names: Sequence[str], keys: Sequence[str]) -> list[str]:
@@ -168,8 +166,6 @@ _COUNTED = ("empty", "dropped", "truncated", "unfit")
 
 
 class RowCount:
-    """Counts the rows of one data set."""
-
     def __init__(self, origins: Origins, rule: Rule, special: Iterable[int]) -> None:
         self.origins, self.rule = origins, rule
         self._special = np.fromiter(sorted(set(special)), np.int64)
@@ -180,7 +176,6 @@ class RowCount:
         self._seen = self._tokens = 0
 
     def add(self, table: "pa.Table") -> None:
-        """Counts the next rows."""
         tokens = Lists.of(table["input_ids"])
         labels = Lists.of(table["labels"]) if "labels" in table.column_names else tokens
         lengths = tokens.ends - tokens.starts
@@ -240,9 +235,8 @@ class RowCount:
             suspects = suspects[is_special | (lengths[suspects] == 0)]
         ends = np.cumsum(lengths[suspects])
         starts = ends - lengths[suspects]
-        places = np.repeat(tokens.starts[suspects] - starts, lengths[suspects]) + np.arange(
-            int(lengths[suspects].sum())
-        )
+        places = np.repeat(tokens.starts[suspects] - starts, lengths[suspects])
+        places += np.arange(len(places))
         found = np.zeros(len(lengths), np.bool_)
         found[suspects] = ~_any_within(~np.isin(tokens.values[places], self._special), starts, ends)
         return found
@@ -363,7 +357,6 @@ def check_padding(limits: Limits, trainer: Any, config_path: str) -> None:
 
 
 def limits_of(model: Any) -> Limits:
-    """Returns the numbers of tokens and positions that a model has an embedding for."""
     return Limits(_embedding_rows(model), _position_rows(model))
 
 

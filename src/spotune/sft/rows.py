@@ -72,9 +72,6 @@ class RowLayout:
         needed = [(name, pa.string() if kind == TEXT else messages) for name, kind in self.kinds.items()]
         return pa.schema([*needed, *((name, pa.json_()) for name in OPTIONAL if name in self.optional)])
 
-    def key(self) -> str:
-        return json.dumps([sorted(self.kinds.items()), self.has_json, sorted(self.optional)])
-
 
 @dataclass(frozen=True)
 class Chunk:
@@ -86,7 +83,6 @@ class Chunk:
     first_row: int  # its number in the file, from 1
 
     def batch(self, layout: RowLayout) -> pa.RecordBatch:
-        """Returns the rows in a wider layout."""
         schema = layout.schema()
         return pa.record_batch([self._column(one.name, one.type) for one in schema], schema=schema)
 
@@ -109,7 +105,6 @@ def format_of(names: Iterable[str], columns: Mapping[str, str], text_field: str)
 
 
 def columns_of(format: str, names: Iterable[str], columns: Mapping[str, str], text_field: str) -> Columns:
-    """Returns the columns to read of a file that has ``names``."""
     needed = (text_field,) if format == "text" else FORMATS[format]
     found = {ours: columns.get("text" if format == "text" else ours, ours) for ours in needed}
     if format == "messages" and "messages" not in columns and "messages" not in names and "conversations" in names:
@@ -303,7 +298,6 @@ def _array(name: str, values: list[Any], layout: RowLayout) -> pa.Array:
 
 
 def _messages_array(talks: list[list[str]]) -> pa.Array:
-    """Returns lists of JSON texts, one list a row."""
     flat = pa.array([text for talk in talks for text in talk], pa.string())
     offsets = [0, *itertools.accumulate(map(len, talks))]
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat.cast(pa.json_()), type=AS_JSON)

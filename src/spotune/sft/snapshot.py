@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -41,8 +42,7 @@ class Arena:
 
     def __init__(self) -> None:
         self._memory: torch.Tensor | None = None
-        self._used = 0
-        self._needed = 0
+        self._used = self._needed = 0
         self._warming: threading.Thread | None = None
 
     def warm(self, size: int) -> None:
@@ -61,7 +61,7 @@ class Arena:
         self._used = self._needed = 0
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns a copy on the host with its own storage; complete after ``settle``."""
+        """Returns a copy on the host with its own storage; complete when ``capturing`` ends."""
         size = size_of([tensor])
         begin, self._used = self._used, self._used + size
         self._needed += size
@@ -73,12 +73,6 @@ class Arena:
             place = torch.frombuffer(block, dtype=tensor.dtype, count=tensor.numel(), offset=begin).view(tensor.shape)
         place.copy_(tensor.detach(), non_blocking=True)  # a plain tensor, whatever the other's subclass is
         return place
-
-    @staticmethod
-    def settle() -> None:
-        """Waits for all copies from a GPU."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
 
     def _make(self, size: int) -> None:
         if size == 0:
@@ -101,18 +95,9 @@ def size_of(tensors: Iterable[torch.Tensor]) -> int:
 # tensors' bytes). The library's own writer can neither hash while it writes nor write past the page cache.
 
 _NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
+    **{torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"},
 }
 
 
@@ -146,10 +131,13 @@ class HashedFile:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._descriptor, self._is_direct = _open(path)
+        flags, direct = os.O_WRONLY | os.O_CREAT | os.O_TRUNC, getattr(os, "O_DIRECT", 0)
+        try:
+            self._descriptor, self._is_direct = os.open(path, flags | direct, 0o666), bool(direct)
+        except OSError:
+            self._descriptor, self._is_direct = os.open(path, flags, 0o666), False
         self._block = mmap.mmap(-1, BLOCK)
-        self._filled = 0
-        self._size = 0
+        self._filled = self._size = 0
         self._digest = hashlib.sha256()
 
     def __enter__(self) -> "HashedFile":
@@ -205,15 +193,6 @@ class HashedFile:
         self._filled = 0
 
 
-def _open(path: Path) -> tuple[int, bool]:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-    direct = getattr(os, "O_DIRECT", 0)
-    try:
-        return os.open(path, flags | direct, 0o666), bool(direct)
-    except OSError:
-        return os.open(path, flags, 0o666), False
-
-
 # A capture runs Trainer's own ``_save_checkpoint`` with replacements for ``torch.save``, safetensors' ``save_file``,
 # ``torch.distributed.checkpoint.save`` (FSDP) and the tokenizer's method. So the libraries still decide names, layout,
 # sharding and contents. Small JSON files are written at once.
@@ -232,12 +211,7 @@ class _Opaque(Exception):
 
 
 class Capture:
-    """Collects the pieces of one snapshot.
-
-    Args:
-        arena: the memory for copies of tensors.
-        group: a CPU process group for sharded checkpoints, else None.
-    """
+    """Collects the pieces of one snapshot. ``group`` is a CPU process group for sharded checkpoints, else None."""
 
     def __init__(self, arena: Arena, group: Any = None) -> None:
         self.pieces: list[Piece] = []
@@ -245,7 +219,6 @@ class Capture:
         self._arena, self._group = arena, group
 
     def torch_save(self, obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
-        """Replaces ``torch.save``."""
         if not isinstance(f, (str, Path)) or args or kwargs:
             _torch_save(obj, f, *args, **kwargs)
             return
@@ -262,7 +235,6 @@ class Capture:
     def save_file(
         self, tensors: Mapping[str, torch.Tensor], filename: Any, metadata: Mapping[str, str] | None = None
     ) -> None:
-        """Replaces safetensors' ``save_file``."""
         copies = {name: self._arena.copy(tensor) for name, tensor in tensors.items()}
         path, facts = Path(filename), dict(metadata or {})
         if all(tensor.dtype in _NAMES for tensor in copies.values()):  # the library knows more dtypes
@@ -275,9 +247,8 @@ class Capture:
         held = dcp.staging.BlockingAsyncStager().stage(state_dict)
         if not self._sharded:  # one piece for all of them: ranks wait for each other in each, so their order counts
             self.pieces.append(self._write_sharded)
-        self._sharded.append(
-            lambda: _dcp_save(held, storage_writer=storage_writer, planner=planner, process_group=self._group)
-        )
+        options = {"storage_writer": storage_writer, "planner": planner, "process_group": self._group}
+        self._sharded.append(partial(_dcp_save, held, **options))
 
     def _write_sharded(self) -> dict[Path, dict[str, Any]]:
         while self._sharded:
@@ -331,7 +302,8 @@ def capturing(capture: Capture, tokenizer: Any) -> Iterator[None]:
         for owner, name, stand_in in places:
             stack.enter_context(_replaced(owner, name, stand_in))
         yield
-        Arena.settle()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # until all copies from a GPU are complete
 
 
 @contextmanager
@@ -365,10 +337,8 @@ class Writer:
     """Writes one snapshot at a time, a few files of it at once. Call ``settle``, or check ``busy``, before the next."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
-        self._files = ThreadPoolExecutor(
-            FILES_AT_A_TIME, thread_name_prefix="snapshot-file", initializer=_lower_priority
-        )
+        self._pool = ThreadPoolExecutor(1, "snapshot")
+        self._files = ThreadPoolExecutor(FILES_AT_A_TIME, "snapshot-file", _lower_priority)
         self._job: Future[None] | None = None
 
     @property

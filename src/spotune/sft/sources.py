@@ -70,19 +70,15 @@ def fetch(url: str, cache: Path, where: str, key: str, checksum: str = "") -> st
         raise InputError(where, f"no such file: {url}", key=key) from error
     except (PermissionError, ImportError) as error:
         raise InputError(where, f"cannot read {url}: {error}", key=key) from error
-    except OSError as error:
-        if error.errno is not None:
-            raise  # this machine's disk
-        raise fingerprint.unreachable(url, where, key, error) from error
     except Exception as error:  # a store's client has errors of any class
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # this machine's disk
         raise fingerprint.unreachable(url, where, key, error) from error
     return str(target)
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """An entry of ``data:``."""
-
     entry: Mapping[str, Any]
     config_path: str
     key: str  # ``data[0]``, for messages
@@ -92,11 +88,6 @@ class DataSource:
     @property
     def url(self) -> str:
         return str(self.entry["source"])
-
-    @property
-    def names(self) -> dict[str, str]:
-        """Our column names -> the file's."""
-        return dict(self.entry.get("columns") or {})
 
     def held_out(self, rows: int) -> int:
         """Returns how many of ``rows`` are held out. Raises InputError if none are left to train on."""
@@ -137,10 +128,6 @@ class Read:
     first_row: int  # its number in the file
     size: int = 0  # the bytes of the rows in the file, about
     is_whole: bool = True  # False if only the first blocks were read
-
-
-class _Wider(Exception):
-    """A block needs a wider layout, the argument, than the blocks before it."""
 
 
 def read_all(source: DataSource, cache: Path) -> list[Read]:
@@ -255,15 +242,16 @@ def _convert(
 ) -> Read:
     """Checks each row of a part; with a cache, writes them in ``layout`` or the wider one that they need."""
     while True:
-        try:
-            return _write(part, reader, columns, layout, cache, most_bytes)
-        except _Wider as found:
-            (layout,) = found.args
+        found = _write(part, reader, columns, layout, cache, most_bytes)
+        if isinstance(found, Read):
+            return found
+        layout = found
 
 
 def _write(
     part: Part, reader: Reader, columns: Columns, layout: RowLayout, cache: Path | None, most_bytes: int | None
-) -> Read:
+) -> Read | RowLayout:
+    """Does so once; returns the layout that a block needs if it is wider than the blocks before it."""
     (rows, size, first_row), kinds = (0, 0, 1), dict(layout.kinds)
     writer = _Writer(cache / ROWS) if cache else None
     try:
@@ -280,7 +268,7 @@ def _write(
             first_row = first_row if rows else chunk.first_row
             wider = layout | chunk.layout
             if rows and writer and wider != layout:
-                raise _Wider(wider)
+                return wider
             layout, rows, size = wider, rows + chunk.rows, size + block.size
             if writer:
                 writer.write(chunk.batch(layout))
@@ -318,7 +306,6 @@ class _Writer:
         os.replace(self._path, path)
 
     def close(self) -> None:
-        """Removes a file that was not kept."""
         if self._sink is not None:
             self._sink.close()
             self._path.unlink(missing_ok=True)
@@ -346,7 +333,8 @@ def _key(part: Part) -> str:
 
 
 def _rows_path(read: Read, layout: RowLayout, folder: Path) -> Path:
-    return folder / f"{_key(read.part)}-{hashlib.sha256(layout.key().encode()).hexdigest()[:12]}.arrow"
+    named = json.dumps([sorted(layout.kinds.items()), layout.has_json, sorted(layout.optional)])
+    return folder / f"{_key(read.part)}-{hashlib.sha256(named.encode()).hexdigest()[:12]}.arrow"
 
 
 def _recall(part: Part, columns: Columns, cache: Path) -> Read | None:
@@ -365,14 +353,15 @@ def _recall(part: Part, columns: Columns, cache: Path) -> Read | None:
 def _columns(part: Part, reader: Reader) -> Columns:
     """Returns the columns to read. Raises InputError if the file lacks one."""
     source, present = part.source, ", ".join(map(str, reader.names))
-    for ours, theirs in source.names.items():
+    renamed = source.entry.get("columns") or {}  # our names -> the file's
+    for ours, theirs in renamed.items():
         if theirs not in reader.names:
             raise source.error(f"{part.url} has no column {shown(theirs)}", f"it has {present}", f"columns.{ours}")
-    format = source.entry.get("format") or format_of(reader.names, source.names, source.text_field)
+    format = source.entry.get("format") or format_of(reader.names, renamed, source.text_field)
     if not format:
         remedy = "name them with columns: {prompt: …, completion: …}, {messages: …} or {text: …}"
         raise InputError(part.url, f"its columns ({present}) fit no format", remedy=remedy)
-    columns = columns_of(format, reader.names, source.names, source.text_field)
+    columns = columns_of(format, reader.names, renamed, source.text_field)
     for ours, theirs in columns.names.items():
         if theirs not in reader.names:
             remedy = f"it has {present}; name it with columns: {{{ours}: …}}"

@@ -25,27 +25,9 @@ _OF_THE_INPUT = (ValueError, TypeError, LookupError, AttributeError, ArithmeticE
 
 @dataclass(frozen=True)
 class Renderer:
-    """How TRL turns a row into tokens.
-
-    Attributes:
-        processor: the tokenizer, or a multimodal model's processor.
-        chat_template: replaces the processor's own unless it is None.
-        args: the SFTConfig.
-    """
-
-    processor: Any
-    chat_template: str | None
-    args: Any
-
-    @property
-    def tokenizer(self) -> Any:
-        return getattr(self.processor, "tokenizer", self.processor)
-
-    @property
-    def template(self) -> str:
-        """Names the chat template, for messages."""
-        path = self.args.chat_template_path
-        return f"the chat template {path}" if path else "the model's chat template"
+    processor: Any  # the tokenizer, or a multimodal model's processor
+    chat_template: str | None  # replaces the processor's own unless it is None
+    args: Any  # the SFTConfig
 
     def first_at_fault(self, dataset: Any) -> int | None:
         """Returns the first row that cannot be rendered by itself, else None. Called only after an error."""
@@ -122,7 +104,9 @@ def misfit_of(row: Mapping[str, Any], text_field: str) -> str:
 def _as_input_error(
     error: Exception, misfit: str, config_path: str, place: tuple[str, str], renderer: Renderer
 ) -> InputError:
-    text, (where, key) = _text_of(error), place
+    text, (where, key) = str(error), place
+    if text.startswith("Caught ") and "in DataLoader worker process" in text:  # torch gives the whole traceback
+        text = text.strip().rpartition("\n")[2].partition(": ")[2]
     if misfit:
         return InputError(where, misfit, key=key)
     if "chat_template" in text and "not set" in text:
@@ -135,22 +119,15 @@ def _as_input_error(
         return InputError(where, what, key=key, remedy=remedy)
     if isinstance(error, StopIteration):
         return InputError(config_path, "there are no rows", key="data")
-    said = one_line(error) if isinstance(error, (LookupError, AttributeError)) or not text else text
+    message = one_line(error) if isinstance(error, (LookupError, AttributeError)) or not text else text
     if _is_template_error(error) or _came_from_a_template(error):
-        return InputError(where, f"{renderer.template} fails: {said}", key=key)
-    return InputError(where, f"cannot be read or tokenized: {said}", key=key)
-
-
-def _text_of(error: BaseException) -> str:
-    """Returns the error's message; for an error in a data loader's process torch gives the whole traceback."""
-    text = str(error)
-    if not (text.startswith("Caught ") and "in DataLoader worker process" in text):
-        return text
-    return text.strip().rpartition("\n")[2].partition(": ")[2]
+        path = renderer.args.chat_template_path
+        template = f"the chat template {path}" if path else "the model's chat template"
+        return InputError(where, f"{template} fails: {message}", key=key)
+    return InputError(where, f"cannot be read or tokenized: {message}", key=key)
 
 
 def _came_from_a_template(error: BaseException) -> bool:
-    """Returns whether jinja raised the error while it rendered."""
     frames = error.__traceback__
     while frames is not None:
         if "jinja2" in frames.tb_frame.f_code.co_filename.replace("\\", "/").split("/"):
@@ -171,12 +148,9 @@ SETS = {"train": "training", "eval": "evaluation"}  # TRL's name -> ours
 
 
 class Preparation:
-    """Prepares the data sets of one trainer.
+    """Prepares the data sets of one trainer. ``origins`` are by TRL's name of the data set, ``train`` or ``eval``.
 
-    Args:
-        origins: by TRL's name of the data set, ``train`` or ``eval``.
-        config_path: for messages.
-        events: rank 0's log; None on the other ranks, which report nothing.
+    ``events`` is rank 0's log, None on the other ranks, which report nothing.
     """
 
     def __init__(self, origins: Mapping[str, row_counts.Origins], config_path: str, events: EventLog | None) -> None:
@@ -199,7 +173,7 @@ class Preparation:
         whole.max_length, whole.shuffle_dataset = None, False
         with explained(self._config_path, dataset, origins, renderer):
             tokenized = trl_prepare(dataset, processor, whole, False, None, name)
-        self._count(tokenized, renderer.tokenizer, args, packing, name)
+        self._count(tokenized, getattr(processor, "tokenizer", processor), args, packing, name)
         return trl_prepare(tokenized, processor, args, packing, None, name)
 
     def check_model(self, trainer: Any) -> None:
@@ -243,12 +217,6 @@ class Preparation:
             if is_machine_fault(error):
                 raise
             raise InputError(self._config_path, str(error), key=key) from error
-
-    def wrong_metric(self, args: Any, metrics: Iterable[str]) -> InputError:
-        """Returns the error for a ``metric_for_best_model`` that an evaluation does not have."""
-        known = ", ".join(name for name in metrics if name.startswith("eval_"))
-        what = f"{args.metric_for_best_model!r} is not a metric of this training"
-        return InputError(self._config_path, what, key="metric_for_best_model", remedy=f"one of {known}")
 
     def check_evaluated(self, metrics: Mapping[str, float]) -> None:
         """Raises InputError if no row of a stream was left to evaluate on; for other data that is known before."""

@@ -125,8 +125,7 @@ def _as_input_error(error: Exception, where: str) -> Exception:
         is_theirs = error.errno is None or isinstance(error, FileNotFoundError)
         return InputError(where, text, key=key) if is_theirs else error
     if isinstance(error, TypeError):
-        is_setting = "unexpected keyword argument" in text
-        return InputError(where, text, key="model_init_kwargs") if is_setting else error
+        return InputError(where, text, key="model_init_kwargs") if "unexpected keyword argument" in text else error
     # The weights are not those of the model's config.
     is_of_weights = isinstance(error, RuntimeError) and ("size mismatch" in text or "ignore_mismatched_sizes" in text)
     return InputError(where, text) if isinstance(error, ValueError) or is_of_weights else error
@@ -186,7 +185,7 @@ class SpotTrainer(SFTTrainer):
         return found
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        loss = super().training_step(*args, **kwargs)
         self.saver.finite.note(loss)
         return loss
 
@@ -204,7 +203,6 @@ class SpotTrainer(SFTTrainer):
         return self.epochs.plan(super().set_initial_training_values(args, dataloader), dataloader)
 
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
-        """Returns where to go on: (epoch, batches of it to skip)."""
         return self.epochs.first(super()._init_training_state(*args))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -256,8 +254,7 @@ class SpotTrainer(SFTTrainer):
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self._known_metric(None):
-            found: dict[str, float] = super()._evaluate(*args, **kwargs)
-            return found
+            return super()._evaluate(*args, **kwargs)
 
     @contextmanager
     def _known_metric(self, metrics: dict[str, float] | None) -> Iterator[None]:
@@ -267,7 +264,9 @@ class SpotTrainer(SFTTrainer):
         except KeyError as error:
             if "metric_for_best_model" not in str(error):
                 raise
-            raise self._preparation.wrong_metric(self.args, metrics or self._evaluated) from error
+            known = ", ".join(name for name in metrics or self._evaluated if name.startswith("eval_"))
+            key, what = "metric_for_best_model", f"{self.args.metric_for_best_model!r} is not a metric of this training"
+            raise InputError(self.boundary.job.config_path, what, key=key, remedy=f"one of {known}") from error
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
@@ -288,15 +287,13 @@ class SpotTrainer(SFTTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Restores the states and keeps the config's settings, since a user may have changed them."""
-        asked = [
-            {name: value for name, value in group.items() if name != "params"} for group in self.optimizer.param_groups
-        ]
+        asked = [dict(group) for group in self.optimizer.param_groups]
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         groups = self.optimizer.param_groups
         for group, settings in zip(groups, asked, strict=True):
-            group.update({name: value for name, value in settings.items() if name != "lr"})
+            group.update({name: value for name, value in settings.items() if name not in ("params", "lr")})
         scheduler = self.lr_scheduler
         if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
             scheduler.base_lrs = [group["initial_lr"] for group in groups]

@@ -86,8 +86,6 @@ if __name__ == "__main__":
 
 @dataclass
 class Rank:
-    """What this process works on."""
-
     folder: Path
     rank: int
     job: protocol.WorkerJob
@@ -117,7 +115,6 @@ def write_stacks_when_asked(folder: Path, rank: int) -> None:
 
 
 def run(folder: Path, rank: int) -> protocol.Outcome:
-    """Does the whole job and returns how it ended."""
     step = 0
     try:
         events = protocol.EventLog(protocol.events_path(folder, rank)) if rank == 0 else None
