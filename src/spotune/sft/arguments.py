@@ -48,6 +48,7 @@ class Arguments:
 
 def parse(job: WorkerJob, folder: Path, rank: int) -> Arguments:
     """Returns the config as TRL's dataclasses, without the keys that the guard handles. Raises InputError."""
+    import torch
     import yaml
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
@@ -72,22 +73,14 @@ def parse(job: WorkerJob, folder: Path, rank: int) -> Arguments:
     if training.gradient_accumulation_steps < 1:
         raise InputError(job.config_path, "must be at least 1", key="gradient_accumulation_steps")
     training.report_to = usable_trackers(training.report_to, os.environ)
-    _settle_cpu(training)
+    if training.device.type == "cpu":  # transformers leaves this open on a machine without an accelerator
+        training.dataloader_pin_memory = False  # there is nothing to pin it for, and torch warns about it
+        if training.world_size > 1:
+            # Accelerate numbers the CPU of a distributed run. torch.load does not know "cpu:0": no resume would work.
+            training.distributed_state.device = torch.device("cpu")
+            training.__dict__["_setup_devices"] = torch.device("cpu")  # the cached value of the property ``device``
     _keep_global_batch(training, job)
     return found
-
-
-def _settle_cpu(training: Any) -> None:
-    """Sets what transformers leaves open on a machine without an accelerator."""
-    import torch
-
-    if training.device.type != "cpu":
-        return
-    training.dataloader_pin_memory = False  # there is nothing to pin it for, and torch warns about it
-    if training.world_size > 1:
-        # Accelerate numbers the CPU of a distributed run. torch.load does not know "cpu:0", so no resume would work.
-        training.distributed_state.device = torch.device("cpu")
-        training.__dict__["_setup_devices"] = torch.device("cpu")  # the cached value of the property ``device``
 
 
 def _keep_global_batch(training: Any, job: WorkerJob) -> None:
@@ -139,8 +132,7 @@ def notices(config: Mapping[str, Any]) -> list[str]:
 def usable_trackers(wanted: list[str], environ: Mapping[str, str]) -> list[str]:
     """Returns the trackers that work here: installed, and wandb only if it can reach its server.
 
-    A kill loses wandb's offline files, and a resumed run doubles their steps. So offline runs are rebuilt from our own
-    events instead.
+    A kill loses wandb's offline files, and a resume doubles their steps; these runs are rebuilt from our own events.
     """
     usable = []
     for name in wanted:
@@ -155,8 +147,8 @@ def usable_trackers(wanted: list[str], environ: Mapping[str, str]) -> list[str]:
     return usable
 
 
-# The schema, from the pinned TRL's dataclasses. JSON Schema draft-07: editors complete and check configs with it. The
-# launcher refuses typos with it and does not import TRL. A test compares the file with the installed TRL.
+# The schema, from the pinned TRL's dataclasses. Editors complete and check configs with it, and the launcher refuses
+# typos with it and does not import TRL. A test compares the file with the installed TRL.
 
 Schema = dict[str, Any]
 _KINDS = {bool: "boolean", int: "integer", float: "number", str: "string", dict: "object", list: "array"}

@@ -21,13 +21,10 @@ from spotune.core.io import failpoint
 from spotune.sft.preflight import NotFinite, Stopped
 from spotune.sft.snapshot import Arena, Capture, Writer, capturing, size_of
 
-# Weights that are not finite end the training.
-#
-# The loss and the gradient's norm of every step leave a flag on the device, without a wait. The weights themselves are
-# read before training, after the first step, when a loss is logged as NaN or infinite, before each snapshot, and before
-# the result. That is one pass over the tensors and one wait (benchmarks/finite.py).
-#
-# Only trained weights count: a buffer may hold a mask of -inf, and a quantized base holds integers.
+# Weights that are not finite end the training. The loss and the gradient's norm of every step leave a flag on the
+# device, without a wait. The weights themselves are read before training, after the first step, when a loss is logged
+# as NaN or infinite, before each snapshot, and before the result: one pass over the tensors and one wait
+# (benchmarks/finite.py). Only trained weights count: a buffer may hold a mask of -inf, a quantized base holds integers.
 
 _NEVER = 2**62  # a step that does not come
 
@@ -153,7 +150,10 @@ class Saver:
             # Writers of sharded checkpoints talk to each other beside training, so they need their own group.
             self._group = torch.distributed.new_group(backend="gloo")
         elif trainer.args.process_index == 0 and not trainer.is_deepspeed_enabled:
-            self._arena.warm(size_of(_what_is_saved(trainer)))
+            model = trainer.model  # an adapter's checkpoint holds only what is trained
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            weights = trained if hasattr(model, "peft_config") else list(model.state_dict().values())
+            self._arena.warm(size_of([*weights, *_optimizer_state(trainer)]))
 
     def require_finite(self, trainer: Any, with_optimizer: bool = False) -> None:
         """Raises NotFinite on all ranks if any rank's part of the trained weights is not finite."""
@@ -229,18 +229,9 @@ class Saver:
             self.events.write("unsaved", step=step, message=str(fault))
 
 
-def _what_is_saved(trainer: Any) -> list[torch.Tensor]:
-    """Returns the tensors that make up a checkpoint's size; an adapter's checkpoint holds only the trained ones."""
-    model = trainer.model
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    weights = trained if hasattr(model, "peft_config") else list(model.state_dict().values())
-    return [*weights, *_optimizer_state(trainer)]
-
-
-# ``spotune.json``, one per rank: what an exact resume needs beside Trainer's own files.
-#
-# On resume, Trainer forgets the tokens seen, the losses and metrics since the last log line, and an evaluation that was
-# due when the machine was preempted. Floats survive JSON bit for bit.
+# ``spotune.json``, one per rank: what an exact resume needs beside Trainer's own files. On resume, Trainer forgets the
+# tokens seen, the losses and metrics since the last log line, and an evaluation that was due when the machine was
+# preempted. Floats survive JSON bit for bit.
 
 _COMMON = ("evaluation_owed", "epoch", "epoch_steps", "position")  # the same on all ranks, however many there are
 
@@ -282,10 +273,6 @@ def file_name(rank: int) -> str:
     return "spotune.json" if rank == 0 else f"spotune_{rank}.json"
 
 
-# The decisions at a step's end (stop, save), the same on all ranks, and the events.
-#
-# DefaultFlowCallback sets Trainer's flags in ``control`` as the config says. This callback comes after it and decides.
-
 PREDICTED_S = 2.0  # least time between two ``predicted`` events of an evaluation
 
 
@@ -294,7 +281,10 @@ class EvaluationInterrupted(Exception):
 
 
 class Boundary(TrainerCallback):
-    """Decides at each step's end of one rank whether to stop and whether to save."""
+    """Decides at each step's end whether to stop and whether to save, the same on all ranks.
+
+    DefaultFlowCallback sets Trainer's flags in ``control`` as the config says; this callback comes after it.
+    """
 
     def __init__(self, job: protocol.WorkerJob, saver: Saver) -> None:
         self.job = job
@@ -345,7 +335,11 @@ class Boundary(TrainerCallback):
         if state.global_step == self._first_step:
             self.saver.require_finite(self.trainer)  # finds a learning rate that is far too high
             self.saver.prepare(self.trainer)
-        self._is_saving_due |= self._is_due(state.global_step, control.should_save)
+        job = self.job
+        by_steps = job.save_steps is not None and state.global_step % job.save_steps == 0
+        by_time = job.save_seconds is not None and time.monotonic() - self._last_save >= job.save_seconds
+        is_due = by_steps or (by_time and args.process_index == 0)  # rank 0's clock counts for all ranks
+        self._is_saving_due |= control.should_save if job.save_as_config else is_due
         if control.should_training_stop or (state.epoch == int(state.epoch) and not self.trainer.is_streaming):
             control.should_save = False  # the epoch's end follows at once and decides for this step
         else:
@@ -375,14 +369,6 @@ class Boundary(TrainerCallback):
         if "loss" in numbers and not math.isfinite(numbers["loss"]):  # the same on all ranks
             self.trainer._tr_loss.zero_()  # Trainer subtracts the sum from itself: NaN stays NaN
             self.saver.require_finite(self.trainer)
-
-    def _is_due(self, step: int, as_config: bool) -> bool:
-        job = self.job
-        if job.save_as_config:
-            return as_config
-        by_steps = job.save_steps is not None and step % job.save_steps == 0
-        by_time = job.save_seconds is not None and time.monotonic() - self._last_save >= job.save_seconds
-        return by_steps or (by_time and self.trainer.args.process_index == 0)  # rank 0's clock counts for all ranks
 
     def _decide(self, state: Any, control: Any) -> None:
         is_last = state.global_step >= state.max_steps

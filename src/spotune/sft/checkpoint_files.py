@@ -125,8 +125,6 @@ def _load(f: Any, *args: Any, weights_only: bool | None = None, **options: Any) 
 # and reads no tensor's data. It uses torch's own readers, so it refuses exactly what loading would refuse.
 
 STATE = "trainer_state.json"
-_GLOBAL = re.compile(r"GLOBAL (\S+)")
-_REASON = re.compile(r"WeightsUnpickler error: ([^\n]+)")
 _MOST_CHARS = 200  # of a library's message
 
 
@@ -140,7 +138,13 @@ def fault_of(checkpoint: Path, best: Path | None) -> str:
     Raises OSError and MemoryError: they are the machine's faults.
     """
     try:
-        _check_state(checkpoint)
+        try:
+            state = json.loads((checkpoint / STATE).read_bytes())
+        except (FileNotFoundError, ValueError, RecursionError) as error:
+            raise Unusable(f"{STATE}: not JSON, or missing") from error
+        step = state.get("global_step") if isinstance(state, dict) else None
+        if type(step) is not int or checkpoint.name != f"checkpoint-{step}":
+            raise Unusable(f"{STATE}: not the state of {checkpoint.name}")
         _check_files(checkpoint, ("*.safetensors", "*.bin", "*.pt", "*.pth"))
         for metadata in sorted(checkpoint.glob("*/.metadata")):
             _check_sharded(metadata.parent)
@@ -153,16 +157,6 @@ def fault_of(checkpoint: Path, best: Path | None) -> str:
     except SpotuneError as error:
         return f"its best checkpoint, {best.name}: {error.lines[0]}"
     return ""
-
-
-def _check_state(checkpoint: Path) -> None:
-    try:
-        state = json.loads((checkpoint / STATE).read_bytes())
-    except (FileNotFoundError, ValueError, RecursionError) as error:
-        raise Unusable(f"{STATE}: not JSON, or missing") from error
-    step = state.get("global_step") if isinstance(state, dict) else None
-    if type(step) is not int or checkpoint.name != f"checkpoint-{step}":
-        raise Unusable(f"{STATE}: not the state of {checkpoint.name}")
 
 
 def _check_files(folder: Path, patterns: tuple[str, ...]) -> None:
@@ -208,8 +202,8 @@ def _reason_of(error: Exception) -> str:
     """Returns what is wrong, in a few words of torch's long message."""
     text = str(error)
     if isinstance(error, pickle.UnpicklingError):
-        if named := _GLOBAL.search(text):
+        if named := re.search(r"GLOBAL (\S+)", text):
             return f"names {named[1][:_MOST_CHARS]}, which no checkpoint needs"
-        if found := _REASON.search(text):
+        if found := re.search(r"WeightsUnpickler error: ([^\n]+)", text):
             text = found[1]
     return " ".join(text.split())[:_MOST_CHARS] or type(error).__name__

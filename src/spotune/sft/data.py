@@ -22,14 +22,11 @@ from spotune.sft.arguments import Arguments
 from spotune.sft.row_counts import Origins, counts, distinct, divide, interleave, joined
 from spotune.sft.sources import DataSource, dataset_of, one_layout, read_all, twins
 
-# The place in the data, in rows of an epoch. A run goes on there when its batches have another size.
-#
-# Trainer counts batches: under another batch size, accumulation or ``drop_last`` the same number of batches is another
-# row. The order of an epoch's rows depends on the seed and the number of rows, not on batches. So a checkpoint holds
-# the number of trained rows of its epoch, and the epoch goes on with the next row, in batches of today's size. Its
-# steps are counted as if the rows before had come in such batches too.
-#
-# Packing makes other rows of the same text. Then there is no such place, and the run is refused.
+# A run's place in its data is a row of an epoch. Trainer counts batches: under another batch size, accumulation or
+# ``drop_last`` the same number of batches is another row. The order of an epoch's rows depends on the seed and the
+# number of rows, not on batches. So an epoch goes on with the row after its trained ones, in batches of today's size,
+# and its steps are counted as if the rows before had come in such batches too. If packing has made other rows of the
+# same text there is no such place, and the run is refused.
 
 
 @dataclass(frozen=True)
@@ -200,7 +197,12 @@ class Epochs:
         now = self._now()
         epoch, row = place(before, now, trainer.boundary.job.config_path)
         if trainer.is_streaming:
-            self._stream_steps = self._steps_of_stream(before, now)
+            self._stream_steps, remainder = divmod(before.row, now.step_rows)  # of a new pass over the stream
+            if remainder:
+                what = f"the run is at {before} of a stream, which steps of {now.step_rows} rows do not come to"
+                remedy = f"a batch and an accumulation whose product divides {before.row}"
+                where = trainer.boundary.job.config_path
+                raise InputError(where, what, key="per_device_train_batch_size", remedy=remedy)
         elif self._layout is not None:
             epochs, steps, *rest, max_steps = values
             done = trainer.boundary.resumed_step
@@ -271,16 +273,6 @@ class Epochs:
             "dataloader_drop_last": bool(args.dataloader_drop_last),
         }
         return Position(0, 0, rows, batch * args.gradient_accumulation_steps, made_by)
-
-    def _steps_of_stream(self, before: Position, now: Position) -> int:
-        """Returns the whole steps to skip: a stream is read again from its beginning. Raises InputError."""
-        steps, rest = divmod(before.row, now.step_rows)
-        if rest:
-            what = f"the run is at {before} of a stream, which steps of {now.step_rows} rows do not come to"
-            remedy = f"a batch and an accumulation whose product divides {before.row}"
-            where = self._trainer.boundary.job.config_path
-            raise InputError(where, what, key="per_device_train_batch_size", remedy=remedy)
-        return steps
 
     def _report(self, before: Position, after: Position, now: Position) -> None:
         """Prints one line if batches or rows are made in another way than before."""

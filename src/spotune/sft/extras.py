@@ -45,7 +45,6 @@ from spotune.sft.preflight import one_line
 # bfloat16. An adapter that was not merged is as far away as all that it changes.
 TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
 OF_EFFECT = 0.1
-WANDB = "wandb"
 
 # The keys of model_init_kwargs that belong to training or to the machine that trained.
 _NOT_FOR_A_MERGE = {"attn_implementation", "device_map", "max_memory", "quantization_config", "tp_plan", "use_cache"}
@@ -165,13 +164,11 @@ def _match_vocabulary(base: Any, result: Path) -> None:
 # A push may be cut off anywhere and repeated: files that the hub has are not sent again, and without a change there is
 # no commit.
 
-REQUEST_S = 60.0  # without it a request to a hub that hangs waits forever
-PATIENCE_S = 300.0
 PAUSES_S = (2.0, 5.0, 15.0, 60.0)  # after the n-th failure in a row; the last one from then on
 TOKEN_REMEDY = "--secret HF_TOKEN, with a token that may write"
 
 
-def hub(request_s: float = REQUEST_S) -> Any:
+def hub(request_s: float = 60.0) -> Any:
     """Returns the hub's client, with a limit for each request. Raises SpotuneError if offline or without a token."""
     import httpx2
     from huggingface_hub import HfApi, constants, get_token, set_client_factory
@@ -188,7 +185,7 @@ def push(
     job: protocol.ExtraJob,
     output: Path,
     api: Any,
-    patience_s: float = PATIENCE_S,
+    patience_s: float = 300.0,
     sleep: Callable[[float], None] = time.sleep,
 ) -> dict[str, str]:
     """Pushes ``output`` and returns the facts for the mark. Retries up to a deadline while the hub is away.
@@ -203,7 +200,8 @@ def push(
         try:
             return _push_once(job, output, api)
         except (OSError, RuntimeError, httpx2.HTTPError) as error:
-            status = _status_of(error)
+            responses = (getattr(link, "response", None) for link in chain(error))  # of the error or of its causes
+            status = next((int(response.status_code) for response in responses if response is not None), None)
             if status in (401, 403):
                 raise SpotuneError(f"the hub refuses it, HTTP {status} ({TOKEN_REMEDY})") from error
             if status is not None and 400 <= status < 500 and status not in (408, 409, 412, 429):
@@ -259,12 +257,6 @@ def doubts() -> list[str]:
     return [] if get_token() else [f"push_to_hub: there is no token ({TOKEN_REMEDY}); the push will be owed"]
 
 
-def _status_of(error: BaseException) -> int | None:
-    """Returns the HTTP status of an error or of its causes; None if the hub did not answer."""
-    responses = (getattr(link, "response", None) for link in chain(error))
-    return next((int(response.status_code) for response in responses if response is not None), None)
-
-
 def rebuild_wandb(folder: Path) -> None:
     """Logs every surviving line once, in order, under Trainer's names (``train/loss``, ``eval/loss``)."""
     import wandb
@@ -294,7 +286,7 @@ def main(argv: list[str]) -> None:
     """Does the extra and ends the process; returns only from ``wandb``, which leaves no answer."""
     protect_output()
     name, folder = argv[1], Path(argv[2]).absolute()
-    if name == WANDB:
+    if name == "wandb":
         rebuild_wandb(folder)
         return
     die_with_parent(os.environ)

@@ -284,8 +284,7 @@ def count_rows(dataset: Any, origins: Origins, rule: Rule, special: Iterable[int
 def _any_within(flags: Flags, starts: Numbers, ends: Numbers) -> Flags:
     """Returns for each range of places whether a flag is set in it."""
     sums = np.concatenate([[0], np.cumsum(flags, dtype=np.int64)])
-    found: Flags = sums[ends] > sums[starts]
-    return found
+    return sums[ends] > sums[starts]
 
 
 def _within(first: Numbers, last: Numbers, size: int) -> Flags:
@@ -293,8 +292,7 @@ def _within(first: Numbers, last: Numbers, size: int) -> Flags:
     steps = np.zeros(size + 1, np.int64)
     np.add.at(steps, first, 1)
     np.add.at(steps, last, -1)
-    inside: Flags = np.cumsum(steps[:-1]) > 0
-    return inside
+    return np.cumsum(steps[:-1]) > 0
 
 
 # Checks that a model has an embedding for every token and position of the data. If not, a CPU raises an IndexError. A

@@ -280,10 +280,9 @@ def _optional(name: str, value: Any) -> Any:
     """Returns a value of an optional column; JSON text is parsed, as TRL does with ``tools``."""
     if isinstance(value, str):
         value = _parsed(value) if value.strip() else None
-    if name == "chat_template_kwargs" and value is not None and not isinstance(value, Mapping):
-        raise ValueError(f"{name} is {_type_name(value)}, not a mapping of names to values")
-    if name == "tools" and value is not None and not isinstance(value, list):
-        raise ValueError(f"{name} is {_type_name(value)}, not a list of tools")
+    kind, named = (list, "a list of tools") if name == "tools" else (Mapping, "a mapping of names to values")
+    if value is not None and not isinstance(value, kind):
+        raise ValueError(f"{name} is {_type_name(value)}, not {named}")
     return value
 
 

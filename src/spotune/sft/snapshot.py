@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import peft.peft_model
@@ -29,8 +30,6 @@ import transformers.modeling_utils
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 ALIGNMENT = 64  # bytes; what torch and numpy align to
-SPARE = 1 << 20  # bytes beyond what was asked for: small things are saved too
-TOLERATED = 1.1  # a block that is too small by more than this is made anew, which takes time
 
 
 class Arena:
@@ -47,7 +46,8 @@ class Arena:
 
     def warm(self, size: int) -> None:
         """Makes the block of ``size`` bytes in the background; ``reset`` waits for it."""
-        self._warming = threading.Thread(target=self._make, args=(size + SPARE,), name="arena", daemon=True)
+        size += 1 << 20  # small things are saved too
+        self._warming = threading.Thread(target=self._make, args=(size,), name="arena", daemon=True)
         self._warming.start()
 
     def reset(self) -> None:
@@ -55,7 +55,7 @@ class Arena:
         if self._warming is not None:
             self._warming.join()
             self._warming = None
-        if self._memory is None or self._needed > self._memory.numel() * TOLERATED:
+        if self._memory is None or self._needed > self._memory.numel() * 1.1:  # a new block takes time
             self._memory = None
             self._make(self._needed)
         self._used = self._needed = 0
@@ -299,24 +299,11 @@ def capturing(capture: Capture, tokenizer: Any) -> Iterator[None]:
     if tokenizer is not None:
         places.append((tokenizer, "save_pretrained", capture.later(tokenizer.save_pretrained)))
     with ExitStack() as stack:
-        for owner, name, stand_in in places:
-            stack.enter_context(_replaced(owner, name, stand_in))
+        for owner, name, replacement in places:
+            stack.enter_context(mock.patch.object(owner, name, replacement))
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # until all copies from a GPU are complete
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, stand_in: Any) -> Iterator[None]:
-    is_own, before = name in vars(owner), getattr(owner, name)
-    setattr(owner, name, stand_in)
-    try:
-        yield
-    finally:
-        if is_own:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)  # the class has it
 
 
 def _write(path: Path, fill: Callable[[HashedFile], Any]) -> dict[Path, dict[str, Any]]:
@@ -327,7 +314,6 @@ def _write(path: Path, fill: Callable[[HashedFile], Any]) -> dict[Path, dict[str
 
 # Gets the facts of the hashed files, and the seconds that writing took.
 Then = Callable[[dict[Path, dict[str, Any]], float], None]
-NICENESS = 5  # training's own threads go first if cores are scarce; while a run stops there are none
 # On a fast disk, hashing takes a whole core. Training's threads wait for the slowest one at every operator: time taken
 # from all cores at once costs it less than the same time taken from one.
 FILES_AT_A_TIME = 2
@@ -373,5 +359,6 @@ class Writer:
 
 
 def _lower_priority() -> None:
+    # Training's own threads go first if cores are scarce; while a run stops there are none.
     with suppress(OSError):  # not every system allows it for a thread
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)

@@ -37,12 +37,9 @@ ROWS = "rows"  # the folder of kept rows, below the cache
 def fetch(url: str, cache: Path, where: str, key: str, checksum: str = "") -> str:
     """Returns the local path of a data file. Copies a store's file once, and anew when its checksum changes.
 
-    A file is read more than once, for its hash and its rows, so it is not streamed. If a store has no checksum (a plain
-    web server), the copy is not used again. ``checksum`` is the store's in the run's record, or empty.
-
-    Raises:
-        InputError: the file is missing, cannot be read, or has another checksum.
-        StoreError: the store is away.
+    A file is read twice, for its hash and its rows, so it is not streamed. A copy from a store without checksums (a
+    plain web server) is not used again. ``checksum`` is the store's in the run's record, or empty. Raises InputError
+    for a file that is missing, cannot be read, or has another checksum; StoreError if the store is away.
     """
     if not fingerprint.is_remote(url):
         return str(fingerprint.local_path(url.removeprefix("file://"), where, key))

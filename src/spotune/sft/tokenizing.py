@@ -166,7 +166,7 @@ class Preparation:
         if origins is None:  # not one of the config's
             return trl_prepare(dataset, processor, args, packing, None, name)
         if origins.is_streamed:
-            self._report_stream(origins, name)
+            self._report_stream(origins.names[0], name)
             with explained(self._config_path, dataset, origins, renderer):
                 return trl_prepare(dataset, processor, args, packing, None, name)
         whole = copy.copy(args)
@@ -229,29 +229,23 @@ class Preparation:
         special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
         count = row_counts.count_rows(dataset, self._origins[name], row_counts.rule_of(args, packing), special)
         self._counts[name] = count
-        self._report(count, args.max_length, name)
+        if self._events is not None:
+            found = count.by_source()
+            facts = ("source", "rows", "dropped", "truncated", "empty")
+            sources = [{fact: getattr(one, fact) for fact in facts} for one in found]
+            self._events.write("rows", set=SETS[name], max_length=args.max_length, sources=sources)
+            for one in found:
+                if losses := _losses_of(one, args.max_length):
+                    print(f"[spotune] {_named(one.source, name)}: {one.rows} rows, {losses}", file=sys.stderr)
         if not count.used:
             raise self._none_left(count, args, name)
 
-    def _report(self, count: row_counts.RowCount, max_length: int | None, name: str) -> None:
-        if self._events is None:
-            return
-        found = count.by_source()
-        names = ("source", "rows", "dropped", "truncated", "empty")
-        sources = [{name: getattr(one, name) for name in names} for one in found]
-        self._events.write("rows", set=SETS[name], max_length=max_length, sources=sources)
-        for one in found:
-            if losses := _losses_of(one, max_length):
-                print(f"[spotune] {_named(one.source, name)}: {one.rows} rows, {losses}", file=sys.stderr)
-
-    def _report_stream(self, origins: row_counts.Origins, name: str) -> None:
-        if self._events is None:
-            return
-        source = origins.names[0]
-        nothing = {"rows": None, "dropped": None, "truncated": None, "empty": None}
-        self._events.write("rows", set=SETS[name], sources=[{"source": source, **nothing}])
-        what = "is streamed, so that rows that are dropped or truncated are not counted"
-        print(f"[spotune] {_named(source, name)} {what}", file=sys.stderr)
+    def _report_stream(self, source: str, name: str) -> None:
+        if self._events is not None:
+            unknown = dict.fromkeys(("rows", "dropped", "truncated", "empty"))
+            self._events.write("rows", set=SETS[name], sources=[{"source": source, **unknown}])
+            what = "is streamed, so that rows that are dropped or truncated are not counted"
+            print(f"[spotune] {_named(source, name)} {what}", file=sys.stderr)
 
     def _none_left(self, count: row_counts.RowCount, args: Any, name: str) -> InputError:
         found = count.by_source()

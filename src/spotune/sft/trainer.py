@@ -21,28 +21,31 @@ from spotune.core.protocol import WorkerJob
 from spotune.core.store.faults import is_machine_fault
 from spotune.sft.arguments import Arguments
 from spotune.sft.boundary import Boundary, EvaluationInterrupted, Extra
+from spotune.sft.checkpoint_files import STATE, refuse_code, refuse_deepspeed_code
 from spotune.sft.data import Epochs, load_data
 from spotune.sft.extras import write_card
 from spotune.sft.preflight import Stopped
 from spotune.sft.tokenizing import Preparation, Renderer
 
-STATE = "trainer_state.json"
-
 
 def prepare(trainer: Any, restored: dict[str, Any]) -> str | None:
-    """Makes a restored checkpoint ready for Trainer and returns its folder; None for a fresh start."""
+    """Makes a restored checkpoint ready for Trainer and returns its folder; None for a fresh start.
+
+    Raises SpotuneError for a checkpoint that lacks a file.
+    """
     if not restored.get("checkpoint"):
         return None
     checkpoint = Path(restored["checkpoint"])
     args, boundary = trainer.args, trainer.boundary
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        from spotune.sft import checkpoint_files  # late: torch's sharding is slow to import
-
-        if trainer.is_fsdp_enabled:
-            checkpoint_files.refuse_code()
-        if trainer.is_deepspeed_enabled:
-            checkpoint_files.refuse_deepspeed_code()
-    _check_complete(checkpoint, trainer)
+    if trainer.is_fsdp_enabled:
+        refuse_code()
+    if trainer.is_deepspeed_enabled:
+        refuse_deepspeed_code()
+    is_sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    needed = [STATE] if is_sharded else [STATE, "optimizer.pt", "scheduler.pt"]  # else Trainer silently starts afresh
+    missing = [name for name in needed if not (checkpoint / name).exists()]
+    if missing or not list(checkpoint.glob("rng_state*.pth")):
+        raise SpotuneError(f"{checkpoint.name}: not a whole checkpoint, {', '.join(missing) or 'rng_state'} is missing")
     if args.local_process_index == 0:
         _patch_best(checkpoint, restored.get("best_checkpoint"))
     boundary.resumed_from = checkpoint
@@ -53,16 +56,6 @@ def prepare(trainer: Any, restored: dict[str, Any]) -> str | None:
     if args.world_size > 1:
         torch.distributed.barrier()
     return str(checkpoint)
-
-
-def _check_complete(checkpoint: Path, trainer: Any) -> None:
-    """Raises SpotuneError for a missing file: without an optimizer or RNG Trainer silently starts these afresh."""
-    needed = [STATE]
-    if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
-        needed += ["optimizer.pt", "scheduler.pt"]
-    missing = [name for name in needed if not (checkpoint / name).exists()]
-    if missing or not list(checkpoint.glob("rng_state*.pth")):
-        raise SpotuneError(f"{checkpoint.name}: not a whole checkpoint, {', '.join(missing) or 'rng_state'} is missing")
 
 
 def _patch_best(checkpoint: Path, best_checkpoint: str | None) -> None:
@@ -156,10 +149,8 @@ class SpotTrainer(SFTTrainer):
 
         step end ─▶ log ─▶ evaluate ─▶ save ─▶ leave?     (Trainer's order; ``boundary``, a callback, decides)
 
-    The last step of an epoch is decided at the epoch's end, since Trainer logs, evaluates and saves there once more: a
-    checkpoint taken before that could not record that this is still to be done.
-
-    ``preparation`` counts and checks the rows while they are tokenized.
+    An epoch's last step is decided at the epoch's end, since Trainer logs, evaluates and saves there once more: an
+    earlier checkpoint could not record that. ``preparation`` counts and checks the rows while they are tokenized.
     """
 
     def __init__(self, *args: Any, boundary: Boundary, preparation: Preparation, **kwargs: Any) -> None:

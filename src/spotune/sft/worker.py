@@ -23,12 +23,9 @@ from spotune.core.io import failpoint
 from spotune.core.revisions import FLAG
 from spotune.sft.preflight import NotFinite, Stopped, check, outcome_of
 
-# A rank ignores the signals of a preemption, and dies with its guard.
-#
-# This runs before the heavy imports, so that a SIGTERM to the whole process tree never ends a rank before the guard has
-# decided. Standard library only.
+# A rank ignores the signals of a preemption, and dies with its guard. This runs before the heavy imports, so that a
+# SIGTERM to the whole process tree never ends a rank before the guard has decided. Standard library only.
 
-PR_SET_PDEATHSIG = 1
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGURG)
 
 
@@ -63,17 +60,13 @@ def die_with_parent(environ: Mapping[str, str], period_s: float = 1.0) -> None:
     def note() -> None:
         forking[:] = [(os.getpid(), threading.current_thread() is threading.main_thread())]
 
-    def bind() -> None:
-        # Linux watches the thread that forked. Only the main thread ends together with its process.
-        process, is_main = forking[0]
-        _die_with(process, is_main)
-
-    os.register_at_fork(before=note, after_in_child=bind)
+    # Linux watches the thread that forked. Only the main thread ends together with its process.
+    os.register_at_fork(before=note, after_in_child=lambda: _die_with(*forking[0]))
 
 
 def _die_with(parent: int, by_signal: bool = True) -> None:
     if by_signal and sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:  # it ended before this process could ask for the signal
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -138,8 +131,7 @@ def _run(this: Rank) -> protocol.Outcome:
     _set_environment(this.job, os.environ)
     check(this.job.config, this.job.config_path)
     this.trainer = trainer = _load(this)
-    checkpoint = _wait_for_restore(this)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=_wait_for_restore(this))
     if not trainer.state.global_step:  # Trainer only warns and would leave the base model as the result
         what = "not a single step could be made: the rows do not fill a batch, or none is left of a stream"
         raise InputError(this.job.config_path, what, key="data", remedy="more rows, or a greater max_length")
