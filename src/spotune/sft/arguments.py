@@ -25,8 +25,6 @@ from spotune.core.protocol import TRAINER, WorkerJob, wandb_mode
 from spotune.core.store.faults import is_machine_fault
 from spotune.sft.extras import doubts
 
-# Config -> TRL's own dataclasses, read exactly as ``trl sft --config`` reads them.
-
 OURS = ("data", "data_limit", "profiles", "num_processes", "keep_every", "merge_adapter")
 # The modules of trackers that have another name; one of them is enough.
 _TRACKER_MODULES = {
@@ -47,7 +45,7 @@ class Arguments:
 
 
 def parse(job: WorkerJob, folder: Path, rank: int) -> Arguments:
-    """Returns the config as TRL's dataclasses, without the keys that the guard handles. Raises InputError."""
+    """Reads the config as ``trl sft --config`` does, without the keys that the guard handles. Raises InputError."""
     import torch
     import yaml
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
@@ -290,8 +288,7 @@ def _default(entry: Any) -> Any:
     default = entry.default
     if default is dataclasses.MISSING:
         default = entry.default_factory() if entry.default_factory is not dataclasses.MISSING else None
-    if isinstance(default, Enum):
-        default = default.value
+    default = default.value if isinstance(default, Enum) else default
     return default if isinstance(default, (str, int, float, bool)) else None
 
 
@@ -300,6 +297,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _own_keys() -> Schema:
+    profile = _key("object", "Keys that this profile overlays.")
     source = {
         "source": _key("string", "Path, glob, folder or URL: hf://org/name[@rev], s3://, gs://, https://."),
         "weight": _key("number", "Share of the mixture, in proportion to the other weights.", exclusiveMinimum=0),
@@ -310,18 +308,11 @@ def _own_keys() -> Schema:
         "dataset_config": _key("string", "hf:// only: the data set's configuration."),
         "dataset_split": _key("string", "hf:// only: the data set's split, default train."),
     }
+    entry = _object(source, "source")
     return {
-        "data": _key(
-            ["array", "null"],
-            "What to train on, mixed by weight; instead of TRL's datasets.",
-            items=_object(source, "source"),
-        ),
+        "data": _key(["array", "null"], "What to train on, mixed by weight; instead of TRL's datasets.", items=entry),
         "data_limit": _key(["integer", "null"], "At most so many training rows, and held-out rows.", minimum=1),
-        "profiles": _key(
-            "object",
-            "Overlays by name: dev and prod differ here.",
-            additionalProperties=_key("object", "Keys that this profile overlays."),
-        ),
+        "profiles": _key("object", "Overlays by name: dev and prod differ here.", additionalProperties=profile),
         "env": _key(["object", "null"], "Environment variables to set before anything is loaded."),
         "num_processes": _key(["integer", "null"], "Ranks on one machine; default one per GPU.", minimum=1),
         "keep_every": _key(["integer", "null"], "Keep every so many-th checkpoint for good.", minimum=1),

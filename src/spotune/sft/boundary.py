@@ -26,7 +26,7 @@ from spotune.sft.snapshot import Arena, Capture, Writer, capturing, size_of
 # as NaN or infinite, before each snapshot, and before the result: one pass over the tensors and one wait
 # (benchmarks/finite.py). Only trained weights count: a buffer may hold a mask of -inf, a quantized base holds integers.
 
-_NEVER = 2**62  # a step that does not come
+_NEVER = 2**62  # a step that never comes
 
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
@@ -121,13 +121,10 @@ def _reduced(trainer: Any, values: Iterable[int], operation: Any) -> list[int]:
     return found.tolist()
 
 
-# Checkpoints of one rank.
-#
-# save ─▶ snapshot in memory (training waits) ─▶ files (a thread) ─▶ staged/<step>-<rank>.json (for the guard)
-
-
 class Saver:
     """Saves one checkpoint at a time, none with weights that are not finite.
+
+        save ─▶ snapshot in memory (training waits) ─▶ files (threads) ─▶ staged/<step>-<rank>.json (for the guard)
 
     ``folder`` is the exchange folder, ``events`` rank 0's log (else None), ``versions`` the libraries', for the commit.
     """
@@ -141,8 +138,7 @@ class Saver:
         torch.serialization.set_crc32_options(False)
         self._arena = Arena()
         self.writer = Writer()
-        self._writing: Path | None = None
-        self._group: Any = None
+        self._writing = self._group = None  # the checkpoint's folder, and a process group
 
     def prepare(self, trainer: Any) -> None:
         """Prepares what a save needs, behind training. All ranks call it once the optimizer has its state."""
@@ -255,10 +251,7 @@ class Extra:
 
     @classmethod
     def read(cls, checkpoint: Path, rank: int, world_size: int, tokens: int) -> "Extra | None":
-        """Returns what ``write`` wrote; under another number of ranks only what all ranks share.
-
-        Returns None for a checkpoint that spotune did not write.
-        """
+        """Returns what ``write`` wrote, under another number of ranks what all share; None if spotune wrote nothing."""
         found: dict[str, Any] | None = protocol.read_json(checkpoint / file_name(rank))
         lead = protocol.read_json(checkpoint / file_name(0))
         ranks = len(list(checkpoint.glob("spotune*.json")))
@@ -271,9 +264,6 @@ class Extra:
 
 def file_name(rank: int) -> str:
     return "spotune.json" if rank == 0 else f"spotune_{rank}.json"
-
-
-PREDICTED_S = 2.0  # least time between two ``predicted`` events of an evaluation
 
 
 class EvaluationInterrupted(Exception):
@@ -295,13 +285,11 @@ class Boundary(TrainerCallback):
         self.resumed_from: Path | None = None  # the restored checkpoint; None for a fresh start
         self.restored: Extra | None = None  # this rank's state in that checkpoint
         self.resumed_step = self.resumed_step_rows = 0  # its step, and its commit's rows of a step; 0: unknown
-        self.leaving = False  # the guard asked for an end at this step
-        self.evaluation_owed = False
+        self.leaving = self.evaluation_owed = self._is_saving_due = False  # leaving: the guard asked to stop
         self._last_save = time.monotonic()
         self._phase: protocol.Phase = "load"
-        self._predicted_at = -PREDICTED_S
+        self._predicted_at = -math.inf
         self._data_wait_s = 0.0
-        self._is_saving_due = False
         self._first_step = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -354,7 +342,7 @@ class Boundary(TrainerCallback):
             self._decide(state, control)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.events and time.monotonic() - self._predicted_at >= PREDICTED_S:
+        if self.events and time.monotonic() - self._predicted_at >= 2.0:  # seconds
             self._predicted_at = time.monotonic()
             self.events.write("predicted", step=state.global_step)
         if self.trainer.is_in_train and self._common(self.control_file.look()).stop:

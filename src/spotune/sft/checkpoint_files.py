@@ -133,10 +133,7 @@ class Unusable(SpotuneError):
 
 
 def fault_of(checkpoint: Path, best: Path | None) -> str:
-    """Returns in one line why a checkpoint, or the best one beside it, cannot be loaded; else "".
-
-    Raises OSError and MemoryError: they are the machine's faults.
-    """
+    """Returns why a checkpoint, or the best one beside it, cannot be loaded, else "". Raises faults of the machine."""
     try:
         try:
             state = json.loads((checkpoint / STATE).read_bytes())

@@ -113,10 +113,7 @@ class _RowsFrom:
 
 
 def place(before: Position, now: Position, where: str) -> tuple[int, int]:
-    """Returns (epoch, row) at which a run goes on; ``now`` says how rows and batches are made today.
-
-    Raises InputError if the run's row no longer exists.
-    """
+    """Returns (epoch, row) at which a run goes on with today's rows. Raises InputError if its row no longer exists."""
     epoch, row = before.epoch, before.row
     if before.rows and row >= before.rows:
         epoch, row = epoch + 1, 0

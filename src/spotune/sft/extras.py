@@ -44,7 +44,6 @@ from spotune.sft.preflight import one_line
 # to 140 %. Also allowed is a tenth of the adapter's own change: a trained one of extreme size, 138 %, gave 8.5e-2 in
 # bfloat16. An adapter that was not merged is as far away as all that it changes.
 TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
-OF_EFFECT = 0.1
 
 # The keys of model_init_kwargs that belong to training or to the machine that trained.
 _NOT_FOR_A_MERGE = {"attn_implementation", "device_map", "max_memory", "quantization_config", "tp_plan", "use_cache"}
@@ -116,14 +115,13 @@ def check(
     bad = [name for name in not_finite(model) if name not in known]
     if bad:
         raise SpotuneError(f"merged, {len(bad)} tensors are not finite, the first is {bad[0]}")
-    distance, allowed = _distance(probe(model), wanted), max(TOLERANCE.get(dtype, 5e-2), OF_EFFECT * effect)
+    distance, allowed = _distance(probe(model), wanted), max(TOLERANCE.get(dtype, 5e-2), 0.1 * effect)
     if not distance <= allowed:
         raise SpotuneError(f"merged, its logits are {distance:.1e} away from the adapter's, {allowed:.1e} is allowed")
     return f"{dtype}, logits {distance:.1e} from the adapter's, which is {effect:.1e} from the base"
 
 
 def not_finite(model: Any) -> list[str]:
-    """Returns the names of a model's tensors that hold NaN or infinity."""
     from spotune.sft.boundary import all_finite
 
     return [name for name, tensor in model.state_dict().items() if not all_finite([tensor])]
@@ -188,10 +186,7 @@ def push(
     patience_s: float = 300.0,
     sleep: Callable[[float], None] = time.sleep,
 ) -> dict[str, str]:
-    """Pushes ``output`` and returns the facts for the mark. Retries up to a deadline while the hub is away.
-
-    Raises SpotuneError if the hub refuses the push or stays away.
-    """
+    """Pushes ``output`` and returns the facts. Retries up to a deadline. Raises SpotuneError if no push succeeds."""
     import httpx2
 
     deadline = time.monotonic() + patience_s

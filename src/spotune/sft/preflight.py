@@ -60,8 +60,6 @@ FLASH_KERNELS = "kernels-community/"
 
 @dataclass(frozen=True)
 class Hardware:
-    """The GPU and the packages of this machine."""
-
     gpu: str = ""
     capability: tuple[int, int] = (0, 0)
     packages: frozenset[str] = frozenset()

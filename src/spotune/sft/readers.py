@@ -28,7 +28,6 @@ from spotune.sft.rows import OPTIONAL, PLAIN, Chunk, Columns, RowError, chunk_of
 
 BLOCK_BYTES = 4 << 20
 BLOCK_ROWS = 10_000
-CSV_BLOCK_BYTES = 1 << 20  # Arrow holds some thirty of them
 _BOM = b"\xef\xbb\xbf"
 _JSON_REMEDY = "one JSON object per line, or one list of objects"
 
@@ -177,8 +176,7 @@ class JsonReader(Reader):
         schema = pa.schema([(name, PLAIN if isinstance(self.first.get(name), list) else pa.string()) for name in names])
         number = 1
         for block in self._lines():
-            rows = partial(self._parse, block, number)
-            yield Block(number, _read_json(block, schema), rows, len(block))
+            yield Block(number, _read_json(block, schema), partial(self._parse, block, number), len(block))
             number += block.count(b"\n")
 
     def _lines(self) -> Iterator[bytes]:
@@ -249,8 +247,8 @@ class CsvReader(Reader):
         with self._open() as data:
             counted = _Stream(data)
             reader = pa.csv.open_csv(
-                counted,
-                read_options=pa.csv.ReadOptions(use_threads=False, block_size=CSV_BLOCK_BYTES),
+                counted,  # Arrow holds some thirty blocks
+                read_options=pa.csv.ReadOptions(use_threads=False, block_size=1 << 20),
                 parse_options=pa.csv.ParseOptions(newlines_in_values=True),
                 convert_options=pa.csv.ConvertOptions(
                     include_columns=wanted,
@@ -267,8 +265,7 @@ class CsvReader(Reader):
         """Yields the rows after the first ``skip``, by Python's reader."""
         with self._open() as data, closing(self._records(data)) as records:
             next(records, None)
-            rows: list[tuple[int, Any]] = []
-            size = 0
+            rows, size = [], 0
             for number, cells in enumerate(records, 1):
                 if number <= skip:
                     continue

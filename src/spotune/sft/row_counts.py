@@ -78,7 +78,6 @@ class Origins:
         return cls((name,), np.zeros(count, np.int32), np.arange(count, dtype=np.int64), is_streamed)
 
     def select(self, indices: Numbers) -> "Origins":
-        """Returns the origins of these rows, in this order."""
         return replace(self, source=self.source[indices], row=self.row[indices])
 
     def first(self, limit: int | None) -> "Origins":
@@ -375,14 +374,11 @@ def _position_rows(model: Any) -> int | None:
     """Returns the number of absolute position embeddings; None if there is no table, as with RoPE."""
     import torch
 
-    found = []
-    for name, module in model.named_modules():
-        if _names_positions(name) and isinstance(module, torch.nn.Embedding):
-            found.append(module.num_embeddings - int(getattr(module, "offset", 0)))
-    for name, buffer in model.named_buffers():
-        if _names_positions(name) and buffer.dim() == 2:
-            found.append(int(buffer.shape[0]))
-    return min(found, default=None)
+    modules = [module for name, module in model.named_modules() if _names_positions(name)]
+    buffers = [buffer for name, buffer in model.named_buffers() if _names_positions(name)]
+    embeddings = [module for module in modules if isinstance(module, torch.nn.Embedding)]
+    found = [module.num_embeddings - int(getattr(module, "offset", 0)) for module in embeddings]
+    return min([*found, *(int(buffer.shape[0]) for buffer in buffers if buffer.dim() == 2)], default=None)
 
 
 def _names_positions(name: str) -> bool:

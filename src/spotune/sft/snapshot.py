@@ -312,27 +312,22 @@ def _write(path: Path, fill: Callable[[HashedFile], Any]) -> dict[Path, dict[str
     return {path: file.facts}
 
 
-# Gets the facts of the hashed files, and the seconds that writing took.
-Then = Callable[[dict[Path, dict[str, Any]], float], None]
-# On a fast disk, hashing takes a whole core. Training's threads wait for the slowest one at every operator: time taken
-# from all cores at once costs it less than the same time taken from one.
-FILES_AT_A_TIME = 2
-
-
 class Writer:
     """Writes one snapshot at a time, a few files of it at once. Call ``settle``, or check ``busy``, before the next."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "snapshot")
-        self._files = ThreadPoolExecutor(FILES_AT_A_TIME, "snapshot-file", _lower_priority)
+        # Two files at a time: on a fast disk, hashing takes a core. Training's threads wait for the slowest one at
+        # every operator: time taken from all cores at once costs it less than the same time taken from one.
+        self._files = ThreadPoolExecutor(2, "snapshot-file", _lower_priority)
         self._job: Future[None] | None = None
 
     @property
     def busy(self) -> bool:
         return self._job is not None and not self._job.done()
 
-    def submit(self, pieces: list[Piece], then: Then) -> None:
-        """Writes the pieces, one or more files each, and frees them; then calls ``then``."""
+    def submit(self, pieces: list[Piece], then: Callable[[dict[Path, dict[str, Any]], float], None]) -> None:
+        """Writes the pieces, one or more files each, and frees them; then calls ``then`` with facts and seconds."""
 
         def write() -> None:
             began = time.monotonic()

@@ -147,7 +147,6 @@ def read_all(source: DataSource, cache: Path) -> list[Read]:
 
 
 def dataset_of(reads: list[Read], layout: RowLayout, cache: Path) -> Any:
-    """Returns the data set of a source in a layout that holds all its rows."""
     from datasets import concatenate_datasets
 
     parts = [_dataset(read, layout, cache) for read in reads]
@@ -386,15 +385,13 @@ def _load_hub(source: DataSource) -> Any:
 
 def check_rows(config: Mapping[str, Any], config_path: str, most_bytes: int) -> dict[str, Any]:
     """Reads the rows of local ``data:`` files, about ``most_bytes`` in all. Raises InputError for a bad row."""
-    reads: list[Read] = []
-    partly: list[str] = []
+    reads, partly = list[Read](), list[str]()
     text_field = str(config.get("dataset_text_field") or "text")
     for index, entry in enumerate(config.get("data") or []):
         source = DataSource(entry, config_path, f"data[{index}]", text_field)
         if fingerprint.is_remote(source.url):
             continue
-        found: list[Read] = []
-        skipped = []
+        found, skipped = list[Read](), list[str]()
         for url in fingerprint.find_files(source.url, config_path, f"data[{index}].source").files:
             left = most_bytes - sum(read.size for read in [*reads, *found])
             if left <= 0 or _is_large_list(url, left):

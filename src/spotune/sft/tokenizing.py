@@ -166,7 +166,11 @@ class Preparation:
         if origins is None:  # not one of the config's
             return trl_prepare(dataset, processor, args, packing, None, name)
         if origins.is_streamed:
-            self._report_stream(origins.names[0], name)
+            if self._events is not None:
+                unknown = dict.fromkeys(("rows", "dropped", "truncated", "empty"))
+                self._events.write("rows", set=SETS[name], sources=[{"source": origins.names[0], **unknown}])
+                what = "is streamed, so that rows that are dropped or truncated are not counted"
+                print(f"[spotune] {_named(origins.names[0], name)} {what}", file=sys.stderr)
             with explained(self._config_path, dataset, origins, renderer):
                 return trl_prepare(dataset, processor, args, packing, None, name)
         whole = copy.copy(args)
@@ -240,13 +244,6 @@ class Preparation:
         if not count.used:
             raise self._none_left(count, args, name)
 
-    def _report_stream(self, source: str, name: str) -> None:
-        if self._events is not None:
-            unknown = dict.fromkeys(("rows", "dropped", "truncated", "empty"))
-            self._events.write("rows", set=SETS[name], sources=[{"source": source, **unknown}])
-            what = "is streamed, so that rows that are dropped or truncated are not counted"
-            print(f"[spotune] {_named(source, name)} {what}", file=sys.stderr)
-
     def _none_left(self, count: row_counts.RowCount, args: Any, name: str) -> InputError:
         found = count.by_source()
         rows, empty, unfit = (sum(getattr(one, part) for one in found) for part in ("rows", "empty", "unfit"))
@@ -263,7 +260,6 @@ class Preparation:
 
 
 def _losses_of(count: row_counts.SourceCount, max_length: int | None) -> str:
-    """Returns the loss of a source's rows as text; "" if there is none."""
     parts = []
     if count.unfit:
         parts.append(f"{count.unfit} dropped (the answer does not fit max_length {max_length})")

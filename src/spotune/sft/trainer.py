@@ -29,10 +29,7 @@ from spotune.sft.tokenizing import Preparation, Renderer
 
 
 def prepare(trainer: Any, restored: dict[str, Any]) -> str | None:
-    """Makes a restored checkpoint ready for Trainer and returns its folder; None for a fresh start.
-
-    Raises SpotuneError for a checkpoint that lacks a file.
-    """
+    """Makes a restored checkpoint ready and returns its folder; None for a fresh start. Raises SpotuneError."""
     if not restored.get("checkpoint"):
         return None
     checkpoint = Path(restored["checkpoint"])
@@ -105,10 +102,7 @@ def build_trainer(args: Arguments, job: WorkerJob, boundary: Boundary) -> Any:
 
 
 def _as_input_error(error: Exception, where: str) -> Exception:
-    """Returns an InputError for settings or a model that TRL and transformers refuse; any other fault as it is.
-
-    tokenizing.py handles the errors of data.
-    """
+    """Returns an InputError for settings or a model that TRL refuses, not for data; any other fault as it is."""
     text, key = str(error), "model_name_or_path"
     if is_machine_fault(error):
         return error
@@ -295,7 +289,6 @@ class SpotTrainer(SFTTrainer):
             scheduler._last_lr = rates
 
     def extra(self) -> Extra:
-        """Returns this rank's state beside Trainer's own."""
         return Extra(
             tokens=int(self._total_train_tokens),
             evaluation_owed=self.boundary.evaluation_owed,

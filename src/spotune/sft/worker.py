@@ -128,32 +128,27 @@ def run(folder: Path, rank: int) -> protocol.Outcome:
 def _run(this: Rank) -> protocol.Outcome:
     if this.events:
         this.events.phase("load")
-    _set_environment(this.job, os.environ)
+    # Libraries read these when they are imported. What the user set stays.
+    os.environ.update({key: str(value) for key, value in (this.job.config.get("env") or {}).items()})
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    if not os.environ.get("HF_HOME") and this.job.cache:
+        os.environ.setdefault("HF_DATASETS_CACHE", this.job.cache)
+    if not sys.stderr.isatty():  # in a log, bars are endless lines; Trainer's own lines show the progress
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     check(this.job.config, this.job.config_path)
     this.trainer = trainer = _load(this)
     trainer.train(resume_from_checkpoint=_wait_for_restore(this))
     if not trainer.state.global_step:  # Trainer only warns and would leave the base model as the result
         what = "not a single step could be made: the rows do not fill a batch, or none is left of a stream"
         raise InputError(this.job.config_path, what, key="data", remedy="more rows, or a greater max_length")
-    if this.events:
-        this.events.phase("teardown")
     from spotune.sft.trainer import save_result
 
+    if this.events:
+        this.events.phase("teardown")
     save_result(trainer, this.folder / protocol.OUTPUT, this.job)
     failpoint("result-written")
     return protocol.Outcome("completed", trainer.state.global_step)
-
-
-def _set_environment(job: protocol.WorkerJob, environ: Any) -> None:
-    """Sets what libraries read from the environment when they are imported. Keeps what the user set."""
-    for key, value in (job.config.get("env") or {}).items():
-        environ[key] = str(value)
-    environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    if not environ.get("HF_HOME") and job.cache:
-        environ.setdefault("HF_DATASETS_CACHE", job.cache)
-    if not sys.stderr.isatty():  # in a log, bars are endless lines; Trainer's own lines show the progress
-        environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-        environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _load(this: Rank) -> Any:
