@@ -248,8 +248,8 @@ def doubts() -> list[str]:
     from huggingface_hub import constants, get_token
 
     if constants.HF_HUB_OFFLINE:
-        return ["push_to_hub: the hub is offline here (HF_HUB_OFFLINE); the push will be owed"]
-    return [] if get_token() else [f"push_to_hub: there is no token ({TOKEN_REMEDY}); the push will be owed"]
+        return ["push_to_hub: the hub is offline here (HF_HUB_OFFLINE); the push will stay pending"]
+    return [] if get_token() else [f"push_to_hub: there is no token ({TOKEN_REMEDY}); the push will stay pending"]
 
 
 def rebuild_wandb(folder: Path) -> None:
