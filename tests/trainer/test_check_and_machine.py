@@ -23,7 +23,7 @@ from spotune.core.config import load_config
 from spotune.core.config_keys import schema
 from spotune.core.errors import InputError
 from spotune.core.protocol import WorkerJob
-from spotune.sft.arguments import _REFUSALS, effective
+from spotune.sft.arguments import effective
 
 CLASSES = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
 FIELDS = {entry.name: entry for cls in CLASSES for entry in dataclasses.fields(cls) if entry.init}
@@ -31,6 +31,8 @@ HINTS: dict[str, Any] = {name: hint for cls in CLASSES for name, hint in typing.
 HINTS |= {"trackio_static_space_id": bool | str | None}
 HINTS |= {"fsdp": bool | str | list[str] | None, "lora_target_modules": str | list[str] | None}
 BASE = {"model_name_or_path": "org/model", "dataset_name": "org/rows", "use_cpu": True}
+# What TRL's classes raise for values that they cannot use. `check` knows all that a config alone decides.
+REFUSALS = (ValueError, TypeError, ImportError, AttributeError, LookupError, OverflowError, OSError)
 
 # Each as it is written in YAML.
 VALUES = (
@@ -120,7 +122,7 @@ class Parser(TrlParser):
             return OSError("no such file")  # and a number would be the number of an open one
         try:
             found = self.parse_args_and_config(["--config", str(path)])
-        except _REFUSALS as error:
+        except REFUSALS as error:
             return error
         return {name: value for one in found for name, value in vars(one).items()}
 

@@ -72,7 +72,7 @@ def config(tmp_path: Path) -> dict[str, Any]:
 THERE: list[tuple[dict[str, Any], str]] = [
     (
         {"model_name_or_path": "/no/such/folder"},
-        "model_name_or_path: no folder '/no/such/folder', and no hub id either",
+        "model_name_or_path: no folder '/no/such/folder', and not a hub id",
     ),
     ({"model_name_or_path": "org/name/more"}, "model_name_or_path: no folder 'org/name/more'"),
     ({"data": [{"source": "/no/*.jsonl"}]}, "data[0].source: no file matches /no/*.jsonl"),

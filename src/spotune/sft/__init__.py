@@ -1,1 +1,1 @@
-"""The SFT script proper: the worker behind seam 2, one process per rank. It knows torch and TRL, and no store."""
+"""The worker: trains with TRL, one process per rank. It uses torch and TRL and knows no bucket."""

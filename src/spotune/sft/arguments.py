@@ -1,4 +1,4 @@
-"""TRL's arguments: built from a config, and as the JSON schema that configs are checked against.
+"""Builds TRL's arguments from a config, and the JSON schema that configs are checked against.
 
 ``python -m spotune.sft.arguments`` writes core/schema.json.
 """
@@ -25,13 +25,13 @@ from spotune.core.protocol import TRAINER, WorkerJob, wandb_mode
 from spotune.core.store.faults import is_machine_fault
 from spotune.sft.extras import doubts
 
-# Config -> TRL's own dataclasses, read exactly as ``trl sft --config`` reads them.
-
 OURS = ("data", "data_limit", "profiles", "num_processes", "keep_every", "merge_adapter")
-# transformers' names of trackers whose module has another name
-_TRACKER_MODULES = {"azure_ml": "azureml", "dagshub": "dagshub", "flyte": "flytekit", "dvclive": "dvclive"}
-# What TRL's classes raise for values that they cannot use; `check` knows all of them that a config alone decides.
-_REFUSALS = (ValueError, TypeError, ImportError, AttributeError, LookupError, OverflowError, OSError)
+# The modules of trackers that have another name; one of them is enough.
+_TRACKER_MODULES = {
+    "azure_ml": ("azureml",),
+    "flyte": ("flytekit",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+}
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,9 @@ class Arguments:
     datasets: Any
 
 
-@dataclass(frozen=True)
-class SaveRule:
-    """When to save without being asked; all None and False: only at the end."""
-
-    steps: int | None = None
-    seconds: float | None = None
-    as_config: bool = False
-
-
 def parse(job: WorkerJob, folder: Path, rank: int) -> Arguments:
-    """The config as TRL's dataclasses, with what is the guard's taken out of it. Raises InputError."""
+    """Reads the config as ``trl sft --config`` does, without the keys that the guard handles. Raises InputError."""
+    import torch
     import yaml
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
@@ -66,39 +58,31 @@ def parse(job: WorkerJob, folder: Path, rank: int) -> Arguments:
     path.write_text(yaml.safe_dump(effective(job, folder), sort_keys=False))
     parser = Parser((ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig), prog="spotune")
     try:
-        found = parser.parse_args_and_config(["--config", str(path)])
+        found = Arguments(*parser.parse_args_and_config(["--config", str(path)]))
     except InputError:
         raise
     except Exception as error:  # the config alone decides what these classes accept
         if is_machine_fault(error):
             raise
         raise InputError(job.config_path, str(error) or type(error).__name__) from error
-    script, training, model, datasets = found
+    training = found.training
     if not all(isinstance(name, str) for name in training.report_to):
         raise InputError(job.config_path, "null does not name a tracker", key="report_to", remedy="report_to: none")
     if training.gradient_accumulation_steps < 1:
         raise InputError(job.config_path, "must be at least 1", key="gradient_accumulation_steps")
     training.report_to = usable_trackers(training.report_to, os.environ)
-    _settle_cpu(training)
+    if training.device.type == "cpu":  # transformers leaves this open on a machine without an accelerator
+        training.dataloader_pin_memory = False  # there is nothing to pin it for, and torch warns about it
+        if training.world_size > 1:
+            # Accelerate numbers the CPU of a distributed run. torch.load does not know "cpu:0": no resume would work.
+            training.distributed_state.device = torch.device("cpu")
+            training.__dict__["_setup_devices"] = torch.device("cpu")  # the cached value of the property ``device``
     _keep_global_batch(training, job)
-    return Arguments(script, training, model, datasets)
-
-
-def _settle_cpu(training: Any) -> None:
-    """What transformers does not settle where there is no accelerator."""
-    import torch
-
-    if training.device.type != "cpu":
-        return
-    training.dataloader_pin_memory = False  # there is nothing to pin it for, and torch warns about it
-    if training.world_size > 1:
-        # Accelerate numbers the CPU of a distributed run, and torch.load knows no "cpu:0": no resume would work.
-        training.distributed_state.device = torch.device("cpu")
-        training.__dict__["_setup_devices"] = torch.device("cpu")  # where the cached property ``device`` is kept
+    return found
 
 
 def _keep_global_batch(training: Any, job: WorkerJob) -> None:
-    """On another number of ranks than the run had so far, a step still takes the same rows. Raises InputError."""
+    """Keeps the rows of a step when the number of ranks changes. Raises InputError if that is impossible."""
     at_once = training.per_device_train_batch_size * training.world_size
     rows = job.global_batch
     if not rows or rows == at_once * training.gradient_accumulation_steps:
@@ -110,14 +94,14 @@ def _keep_global_batch(training: Any, job: WorkerJob) -> None:
         raise InputError(job.config_path, what, key="per_device_train_batch_size", remedy=remedy)
     training.gradient_accumulation_steps = rows // at_once
     print(
-        f"[spotune] {training.world_size} ranks instead of those so far: gradient_accumulation_steps"
+        f"[spotune] the run now has {training.world_size} ranks: gradient_accumulation_steps is"
         f" {training.gradient_accumulation_steps}, so that a step still takes {rows} rows",
         file=sys.stderr,
     )
 
 
 def effective(job: WorkerJob, folder: Path) -> dict[str, Any]:
-    """The config as TRL gets it."""
+    """Returns the config as TRL gets it."""
     config = {key: value for key, value in settled(job.config).items() if key not in OURS}
     config |= {"output_dir": str(folder / TRAINER), "save_total_limit": None, "resume_from_checkpoint": None}
     config |= {"push_to_hub": False, "enable_jit_checkpoint": False, "save_only_model": False}
@@ -130,7 +114,7 @@ def effective(job: WorkerJob, folder: Path) -> dict[str, Any]:
 
 
 def notices(config: Mapping[str, Any]) -> list[str]:
-    """One line for each wish of the config that is not followed."""
+    """Returns one line for each key of the config that is not followed."""
     lines = []
     if is_on(config, "push_to_hub"):
         if config.get("hub_strategy") not in (None, "end") or is_on(config, "hub_always_push"):
@@ -143,47 +127,31 @@ def notices(config: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def save_rule(job: WorkerJob) -> SaveRule:
-    """The job's rule; where it has none the guard asks in time."""
-    return SaveRule(job.save_steps, job.save_seconds, job.save_as_config)
-
-
 def usable_trackers(wanted: list[str], environ: Mapping[str, str]) -> list[str]:
-    """The trackers that can be used here: installed, and wandb only where it can reach its server.
+    """Returns the trackers that work here: installed, and wandb only if it can reach its server.
 
-    wandb's offline files are lost on a kill and double the steps of a resumed run, so offline runs are
-    rebuilt from our own events instead.
+    A kill loses wandb's offline files, and a resume doubles their steps; these runs are rebuilt from our own events.
     """
     usable = []
     for name in wanted:
-        if importlib.util.find_spec(_TRACKER_MODULES.get(name, name)) is None and name not in (
-            "tensorboard",
-            "codecarbon",
-        ):
+        modules = _TRACKER_MODULES.get(name, (name,))
+        if name != "codecarbon" and not any(importlib.util.find_spec(module) for module in modules):
             print(f"report_to: {name} is not installed, left out", file=sys.stderr)
         elif name == "wandb" and wandb_mode({"report_to": "wandb"}, environ) != "live":
-            print(
-                "report_to: wandb is written at the end (no WANDB_API_KEY, or WANDB_MODE is not online)",
-                file=sys.stderr,
-            )
-        elif name == "tensorboard" and not (
-            importlib.util.find_spec("tensorboard") or importlib.util.find_spec("tensorboardX")
-        ):
-            print("report_to: tensorboard is not installed, left out", file=sys.stderr)
+            why = "no WANDB_API_KEY, or WANDB_MODE is not online"
+            print(f"report_to: wandb is written at the end ({why})", file=sys.stderr)
         else:
             usable.append(name)
     return usable
 
 
-# ``python -m spotune.sft.arguments`` writes core/schema.json from the pinned TRL's dataclasses.
-#
-# JSON Schema draft-07: editors complete and check configs with it, the launcher refuses typos with it
-# without importing TRL. A test keeps the file true to the TRL that is installed.
+# The schema, from the pinned TRL's dataclasses. Editors complete and check configs with it, and the launcher refuses
+# typos with it and does not import TRL. A test compares the file with the installed TRL.
 
 Schema = dict[str, Any]
 _KINDS = {bool: "boolean", int: "integer", float: "number", str: "string", dict: "object", list: "array"}
 
-# Keys whose annotation is narrower or wider than what TRL really takes from YAML.
+# Keys whose annotation is narrower or wider than what TRL takes from YAML.
 _TYPES: Schema = {
     "max_steps": {"type": "integer"},
     "report_to": {"type": ["string", "array"]},
@@ -195,32 +163,26 @@ _TYPES: Schema = {
     "lora_target_modules": {"type": ["string", "array", "null"], "items": {"type": "string"}},
     "accelerator_config": {"type": ["object", "string", "null"]},
     "resume_from_checkpoint": {"type": ["boolean", "string", "null"]},
-    # TRL's parser reads every text here as yes or no, so that `all` and `non_padding` cannot be given
+    # TRL's parser reads every text here as yes or no, so `all` and `non_padding` cannot be given
     "include_num_input_tokens_seen": {"type": "boolean", "default": False},
     "gradient_checkpointing": {"type": ["boolean", "null"]},
     "trackio_static_space_id": {"type": ["boolean", "string", "null"]},  # false, or a name
     "parallelism_config": {"type": "null"},  # no text or mapping becomes accelerate's class
 }
 _AT_LEAST_ONE = (
-    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-    *("lora_r", "lora_alpha", "max_length", "dataset_num_proc", "torch_empty_cache_steps"),
-    *("eval_accumulation_steps", "dataloader_prefetch_factor", "ddp_timeout", "ddp_bucket_cap_mb"),
+    "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps lora_r lora_alpha max_length"
+    " dataset_num_proc torch_empty_cache_steps eval_accumulation_steps dataloader_prefetch_factor ddp_timeout"
+    " ddp_bucket_cap_mb"
 )
-_AT_LEAST_ZERO = (
-    *("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "adam_epsilon"),
-    *("dataloader_num_workers", "eval_delay"),
-)
-_ABOVE_ZERO = ("num_train_epochs", "logging_steps", "save_steps", "eval_steps", "test_split_size")
-_SHARES = ("lora_dropout", "label_smoothing_factor")
-_BETAS = ("adam_beta1", "adam_beta2")
-_SEEDS = ("seed", "data_seed")  # numpy takes 32 bits
+_AT_LEAST_ZERO = "learning_rate weight_decay warmup_steps max_grad_norm adam_epsilon dataloader_num_workers eval_delay"
+_ABOVE_ZERO = "num_train_epochs logging_steps save_steps eval_steps test_split_size"
 _LIMITS: dict[str, Schema] = {
-    **{key: {"minimum": 1} for key in _AT_LEAST_ONE},
-    **{key: {"minimum": 0} for key in _AT_LEAST_ZERO},
-    **{key: {"exclusiveMinimum": 0} for key in _ABOVE_ZERO},
-    **{key: {"minimum": 0, "maximum": 1} for key in _SHARES},
-    **{key: {"minimum": 0, "exclusiveMaximum": 1} for key in _BETAS},
-    **{key: {"minimum": 0, "maximum": 2**32 - 1} for key in _SEEDS},
+    **{key: {"minimum": 1} for key in _AT_LEAST_ONE.split()},
+    **{key: {"minimum": 0} for key in _AT_LEAST_ZERO.split()},
+    **{key: {"exclusiveMinimum": 0} for key in _ABOVE_ZERO.split()},
+    **{key: {"minimum": 0, "maximum": 1} for key in ("lora_dropout", "label_smoothing_factor")},
+    **{key: {"minimum": 0, "exclusiveMaximum": 1} for key in ("adam_beta1", "adam_beta2")},
+    **{key: {"minimum": 0, "maximum": 2**32 - 1} for key in ("seed", "data_seed")},  # numpy takes 32 bits
 }
 _CHOICES: dict[str, list[str]] = {
     "packing_strategy": ["bfd", "bfd_split", "bfd-requeue", "wrapped"],
@@ -232,19 +194,21 @@ _CHOICES: dict[str, list[str]] = {
 
 
 def build() -> Schema:
-    """The schema of a config: TRL's keys and ours."""
+    """Returns the schema of a config: TRL's keys and ours."""
+    from accelerate.utils import DynamoBackend
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.trainer_pt_utils import AcceleratorConfig
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
+    from trl.scripts.utils import DatasetConfig
 
     properties: Schema = {}
     for kind in (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig):
-        hints = get_type_hints(kind)
-        for entry in dataclasses.fields(kind):
-            if entry.init:
-                properties[entry.name] = _property(entry, hints[entry.name])
-    properties["datasets"]["items"] = _dataset_item()
-    properties["report_to"]["items"] = {"type": "string", "enum": _trackers()}
-    properties["accelerator_config"]["properties"] = _accelerator_keys()
-    properties["torch_compile_backend"]["enum"] = _compilers()
+        properties |= _properties(kind)
+    properties["datasets"]["items"] = _object(_properties(DatasetConfig), "path")
+    properties["report_to"]["items"] = {"type": "string", "enum": ["none", "all", *sorted(INTEGRATION_TO_CALLBACK)]}
+    properties["accelerator_config"]["properties"] = {entry.name: {} for entry in dataclasses.fields(AcceleratorConfig)}
+    compilers = sorted(str(member.value) for member in DynamoBackend)  # accelerate takes them in either case
+    properties["torch_compile_backend"]["enum"] = [*(name.lower() for name in compilers), *compilers, None]
     properties.update(_own_keys())
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
@@ -257,28 +221,8 @@ def build() -> Schema:
     }
 
 
-def _trackers() -> list[str]:
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-    return ["none", "all", *sorted(INTEGRATION_TO_CALLBACK)]
-
-
-def _accelerator_keys() -> Schema:
-    from transformers.trainer_pt_utils import AcceleratorConfig
-
-    return {entry.name: {} for entry in dataclasses.fields(AcceleratorConfig)}
-
-
-def _compilers() -> list[str | None]:
-    """The backends of torch.compile, which accelerate takes in either case."""
-    from accelerate.utils import DynamoBackend
-
-    names = sorted(str(member.value) for member in DynamoBackend)
-    return [*(name.lower() for name in names), *names, None]
-
-
 def _scheduler_kwargs() -> Schema:
-    """For each schedule the names that ``lr_scheduler_kwargs`` may have, and those that it needs."""
+    """Returns, for each schedule, the names that ``lr_scheduler_kwargs`` may have and those that it needs."""
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
     given = {"optimizer", "num_warmup_steps", "num_training_steps"}  # by Trainer itself
@@ -292,6 +236,11 @@ def _scheduler_kwargs() -> Schema:
     return dict(sorted(found.items()))
 
 
+def _properties(kind: type) -> Schema:
+    hints = get_type_hints(kind)
+    return {entry.name: _property(entry, hints[entry.name]) for entry in dataclasses.fields(kind) if entry.init}
+
+
 def _property(entry: Any, hint: Any) -> Schema:
     found = dict(_TYPES.get(entry.name) or _type(hint))
     choices = _CHOICES.get(entry.name) or list(entry.metadata.get("choices") or [])
@@ -301,13 +250,13 @@ def _property(entry: Any, hint: Any) -> Schema:
     default = _default(entry)
     if default is not None and "default" not in found:
         found["default"] = default
-    if help := _first_sentence(entry.metadata.get("help", "")):
-        found["description"] = help
+    text = " ".join(str(entry.metadata.get("help", "")).split())
+    if help := re.split(r"(?<=[.!?])\s+(?=[A-Z`'\"(])", text, maxsplit=1)[0]:  # its first sentence
+        found["description"] = help if len(help) <= 240 else help[:237].rsplit(" ", 1)[0] + " …"
     return found
 
 
 def _type(hint: Any) -> Schema:
-    """A type hint as a schema."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         parts = [_type(part) for part in get_args(hint) if part is not type(None)]
@@ -339,47 +288,17 @@ def _default(entry: Any) -> Any:
     default = entry.default
     if default is dataclasses.MISSING:
         default = entry.default_factory() if entry.default_factory is not dataclasses.MISSING else None
-    if isinstance(default, Enum):
-        default = default.value
+    default = default.value if isinstance(default, Enum) else default
     return default if isinstance(default, (str, int, float, bool)) else None
-
-
-def _first_sentence(help: str) -> str:
-    text = " ".join(str(help).split())
-    first = re.split(r"(?<=[.!?])\s+(?=[A-Z`'\"(])", text, maxsplit=1)[0]
-    return first if len(first) <= 240 else first[:237].rsplit(" ", 1)[0] + " …"
 
 
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value] if value else []
 
 
-def _dataset_item() -> Schema:
-    from trl.scripts.utils import DatasetConfig
-
-    hints = get_type_hints(DatasetConfig)
-    keys = {entry.name: _property(entry, hints[entry.name]) for entry in dataclasses.fields(DatasetConfig)}
-    return {"type": "object", "additionalProperties": False, "required": ["path"], "properties": keys}
-
-
 def _own_keys() -> Schema:
-    profile = {"type": "object", "description": "Keys that this profile overlays."}
-    return {
-        "data": _key(
-            ["array", "null"], "What to train on, mixed by weight; instead of TRL's datasets.", items=_source()
-        ),
-        "data_limit": _key(["integer", "null"], "At most so many training rows, and held-out rows.", minimum=1),
-        "profiles": _key("object", "Overlays by name: dev and prod differ here.", additionalProperties=profile),
-        "env": _key(["object", "null"], "Environment variables to set before anything is loaded."),
-        "num_processes": _key(["integer", "null"], "Ranks on one machine; default one per GPU.", minimum=1),
-        "keep_every": _key(["integer", "null"], "Keep every so many-th checkpoint for good.", minimum=1),
-        "merge_adapter": _key(["boolean", "null"], "Also leave the adapter merged into its base, below merged/."),
-    }
-
-
-def _source() -> Schema:
-    """An entry of ``data``."""
-    keys = {
+    profile = _key("object", "Keys that this profile overlays.")
+    source = {
         "source": _key("string", "Path, glob, folder or URL: hf://org/name[@rev], s3://, gs://, https://."),
         "weight": _key("number", "Share of the mixture, in proportion to the other weights.", exclusiveMinimum=0),
         "format": _key("string", "Told from the columns when not given.", enum=list(FORMATS)),
@@ -389,7 +308,20 @@ def _source() -> Schema:
         "dataset_config": _key("string", "hf:// only: the data set's configuration."),
         "dataset_split": _key("string", "hf:// only: the data set's split, default train."),
     }
-    return {"type": "object", "additionalProperties": False, "required": ["source"], "properties": keys}
+    entry = _object(source, "source")
+    return {
+        "data": _key(["array", "null"], "What to train on, mixed by weight; instead of TRL's datasets.", items=entry),
+        "data_limit": _key(["integer", "null"], "At most so many training rows, and held-out rows.", minimum=1),
+        "profiles": _key("object", "Overlays by name: dev and prod differ here.", additionalProperties=profile),
+        "env": _key(["object", "null"], "Environment variables to set before anything is loaded."),
+        "num_processes": _key(["integer", "null"], "Ranks on one machine; default one per GPU.", minimum=1),
+        "keep_every": _key(["integer", "null"], "Keep every so many-th checkpoint for good.", minimum=1),
+        "merge_adapter": _key(["boolean", "null"], "Also leave the adapter merged into its base, below merged/."),
+    }
+
+
+def _object(keys: Schema, required: str) -> Schema:
+    return {"type": "object", "additionalProperties": False, "required": [required], "properties": keys}
 
 
 def _key(type: str | list[str], description: str, **rules: Any) -> Schema:
@@ -400,9 +332,5 @@ def path() -> Path:
     return Path(spotune.core.__file__).with_name("schema.json")
 
 
-def main() -> None:
-    path().write_text(json.dumps(build(), indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    path().write_text(json.dumps(build(), indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,11 +1,4 @@
-"""Watches for weights that are not finite: they end the training, and no checkpoint or result holds them.
-
-The loss and the gradient's norm of every step leave a flag on the device, without a wait. The weights themselves are
-read where it counts: before training, after the first step, when a loss is logged as NaN or infinite, before each
-snapshot, and before the result. That is one pass over the tensors and one wait (benchmarks/finite.py).
-
-Only what is trained decides. A mask of -inf in a buffer and the integers of a quantized base are nobody's fault.
-"""
+"""Stops and saves at a step's end, and keeps weights that are not finite out of checkpoints and results."""
 
 import math
 import shutil
@@ -23,30 +16,38 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import get_model_param_count
 
+from spotune.core import protocol
 from spotune.core.io import failpoint
-from spotune.core.protocol import Control, ControlState, EventLog, Phase, Staged, read_json, staged_path, write_json
-from spotune.sft.arguments import SaveRule
 from spotune.sft.preflight import NotFinite, Stopped
 from spotune.sft.snapshot import Arena, Capture, Writer, capturing, size_of
 
-_NEVER = 2**62  # a step that does not come
+# Weights that are not finite end the training. The loss and the gradient's norm of every step leave a flag on the
+# device, without a wait. The weights themselves are read before training, after the first step, when a loss is logged
+# as NaN or infinite, before each snapshot, and before the result: one pass over the tensors and one wait
+# (benchmarks/finite.py). Only trained weights count: a buffer may hold a mask of -inf, a quantized base holds integers.
+
+_NEVER = 2**62  # a step that never comes
 
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
     """Returns whether no element is NaN or infinite. Ignores integers; waits once for each dtype.
 
-    The smallest and the largest element say it: NaN wins both. Unlike a sum or a norm they cannot overflow.
+    Reads the smallest and the largest element: NaN wins both. Unlike a sum or a norm they cannot overflow.
     """
     ends: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for tensor in _measurable(tensors):
-        ends.setdefault((tensor.device, tensor.dtype), []).extend(_ends(tensor))
+        try:
+            found = torch.aminmax(tensor)
+        except NotImplementedError:  # a quantized state that looks like a tensor of floats
+            found = torch.aminmax(tensor.dequantize())
+        ends.setdefault((tensor.device, tensor.dtype), []).extend(found)
     return all(bool(torch.stack(found).isfinite().all()) for found in ends.values())
 
 
 def _measurable(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """This rank's part of each tensor, as far as it has elements that can be NaN."""
+    """Yields this rank's part of each tensor whose elements can be NaN."""
     for tensor in tensors:
-        local = getattr(tensor, "ds_tensor", tensor)  # DeepSpeed's own word for a rank's part
+        local = getattr(tensor, "ds_tensor", tensor)  # DeepSpeed's name for a rank's part
         local = local.to_local() if isinstance(local, DTensor) else local
         if local.layout != torch.strided or not local.numel():
             continue
@@ -55,15 +56,8 @@ def _measurable(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
             yield local.detach().float() if local.element_size() == 1 else local.detach()
 
 
-def _ends(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    try:
-        return torch.aminmax(tensor)
-    except NotImplementedError:  # a quantized state that looks like a tensor of floats
-        return torch.aminmax(tensor.dequantize())
-
-
 class Finite:
-    """Knows up to which step one rank's weights were finite."""
+    """Records up to which step one rank's weights were finite."""
 
     def __init__(self) -> None:
         self._checked: int | None = None  # the weights were finite after this step
@@ -79,7 +73,7 @@ class Finite:
             self._is_bad = torch.tensor(True)
 
     def end_step(self, step: int, was_skipped: bool) -> None:
-        """Keeps the step's flag. A step that a gradient scaler left out changed no weights."""
+        """Keeps the step's flag. A step that the gradient scaler skipped changed no weights."""
         bad, self._is_bad = self._is_bad, None
         if bad is None or was_skipped:
             return
@@ -87,15 +81,17 @@ class Finite:
         self._since = torch.where(bad & (since == _NEVER), step, since)
 
     def fault(self, trainer: Any, with_optimizer: bool = False) -> str:
-        """Returns what is not finite and since when, empty where all is well. All ranks call it and get the same."""
+        """Returns what is not finite and since when, else "". All ranks call it and get the same answer."""
         step = int(trainer.state.global_step)
         tensors = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
         is_finite = all_finite(tensors)
         since = _NEVER if self._since is None else int(self._since)
-        # A state can only have gone bad in a step whose gradient was: so mostly it need not be read.
+        # Only a step whose gradient was not finite can spoil a state, so the state is rarely read.
         is_suspect = with_optimizer and is_finite and since != _NEVER
         is_state_finite = not is_suspect or all_finite(_optimizer_state(trainer))
-        is_finite, is_state_finite, since = _common(trainer, is_finite, is_state_finite, since)
+        # A fault of one rank is a fault of all, and the earliest step counts.
+        found = _reduced(trainer, (is_finite, is_state_finite, since), torch.distributed.ReduceOp.MIN)
+        is_finite, is_state_finite, since = found
         if is_finite and is_state_finite:
             self._checked, self._since = step, None
             return ""
@@ -116,121 +112,79 @@ def _optimizer_state(trainer: Any) -> Iterator[torch.Tensor]:
         yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
 
-def _common(trainer: Any, is_finite: bool, is_state_finite: bool, since: int) -> tuple[bool, bool, int]:
-    """What all ranks agree on: a fault of one is a fault of all, and the earliest step counts."""
+def _reduced(trainer: Any, values: Iterable[int], operation: Any) -> list[int]:
+    """Returns the values of all ranks, reduced; one all-reduce."""
     if trainer.args.world_size <= 1:
-        return is_finite, is_state_finite, since
-    found = torch.tensor([int(is_finite), int(is_state_finite), since], device=trainer.args.device)
-    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MIN)
-    weights, state, first = found.tolist()
-    return bool(weights), bool(state), int(first)
-
-
-# Checkpoints of one rank: copied at a step boundary, written behind training, handed to the guard.
-#
-# save ─▶ snapshot in memory (training waits) ─▶ files (a thread) ─▶ staged/<step>-<rank>.json (the guard's)
-
-REMEDY = "lower learning_rate, raise warmup_steps, or use bf16 in place of fp16"
+        return list(values)
+    found = torch.tensor([int(value) for value in values], device=trainer.args.device)
+    torch.distributed.all_reduce(found, op=operation)
+    return found.tolist()
 
 
 class Saver:
-    """Saves one checkpoint at a time.
+    """Saves one checkpoint at a time, none with weights that are not finite.
 
-    Args:
-        folder: the exchange folder.
-        events: rank 0's log, None on the others.
-        versions: of the libraries, for the commit.
+        save ─▶ snapshot in memory (training waits) ─▶ files (threads) ─▶ staged/<step>-<rank>.json (for the guard)
 
-    Attributes:
-        finite: keeps weights that are not finite out of checkpoints.
+    ``folder`` is the exchange folder, ``events`` rank 0's log (else None), ``versions`` the libraries', for the commit.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        events: EventLog | None,
-        versions: dict[str, str],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, folder: Path, events: protocol.EventLog | None, versions: dict[str, str]) -> None:
         self.folder, self.events, self.versions = folder, events, versions
         self.saved_step = -1
         self.finite = Finite()
-        self._kept_step = 0  # of the newest checkpoint that is whole
-        self._clock = clock
-        # The commit has a sha256 of each file: a checksum of each tensor in it costs a tenth of a save, for nothing.
+        self.kept_step = 0  # the step of the newest whole checkpoint
+        # The commit has each file's sha256. A checksum of each tensor would cost a tenth of a save and add nothing.
         torch.serialization.set_crc32_options(False)
         self._arena = Arena()
-        self._writer = Writer()
-        self._writing: Path | None = None
-        self._group: Any = None
-
-    @property
-    def busy(self) -> bool:
-        """Whether the last checkpoint is still on its way to the disk."""
-        return self._writer.busy
+        self.writer = Writer()
+        self._writing = self._group = None  # the checkpoint's folder, and a process group
 
     def prepare(self, trainer: Any) -> None:
-        """Makes what a save needs, behind training; to be called by all ranks once the optimizer has its state."""
+        """Prepares what a save needs, behind training. All ranks call it once the optimizer has its state."""
         if trainer.is_fsdp_enabled:
-            # Writers of sharded checkpoints talk to each other beside training, so not by its group.
+            # Writers of sharded checkpoints talk to each other beside training, so they need their own group.
             self._group = torch.distributed.new_group(backend="gloo")
         elif trainer.args.process_index == 0 and not trainer.is_deepspeed_enabled:
-            self._arena.warm(size_of(_what_is_saved(trainer)))
-
-    def begin(self, trainer: Any) -> None:
-        """Looks at the weights before the first step: those of the model, or of the restored checkpoint."""
-        self.require_finite(trainer)
-        self._kept_step = trainer.state.global_step
+            model = trainer.model  # an adapter's checkpoint holds only what is trained
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            weights = trained if hasattr(model, "peft_config") else list(model.state_dict().values())
+            self._arena.warm(size_of([*weights, *_optimizer_state(trainer)]))
 
     def require_finite(self, trainer: Any, with_optimizer: bool = False) -> None:
-        """Raises NotFinite on all ranks where any rank's part of what is trained is not finite."""
+        """Raises NotFinite on all ranks if any rank's part of the trained weights is not finite."""
         fault = self.finite.fault(trainer, with_optimizer)
         if not fault:
             return
         self.settle()  # the checkpoint that is being written is of an earlier step, and finite
-        kept = (
-            f"the last finite checkpoint is of step {self._kept_step}" if self._kept_step else "no checkpoint is kept"
-        )
-        raise NotFinite(f"{fault}; {kept} ({REMEDY})")
+        kept = f"the last finite checkpoint is of step {self.kept_step}" if self.kept_step else "no checkpoint is kept"
+        raise NotFinite(f"{fault}; {kept} (lower learning_rate, raise warmup_steps, or use bf16 in place of fp16)")
 
     def save(self, trainer: Any, checkpoint: Path, write: Callable[[], None]) -> None:
         """Copies what ``write`` writes to ``checkpoint``; returns when training may go on.
 
-        Waits for the checkpoint before it, if that is not on the disk yet. Raises NotFinite, and saves nothing, where
-        training cannot go on from here.
+        Waits for the last checkpoint if that is not on the disk yet. Raises NotFinite, and saves nothing, if training
+        cannot go on from here.
         """
-        began = self._clock()
+        began = time.monotonic()
         self.settle()
-        step = trainer.state.global_step
-        self.require_finite(trainer, with_optimizer=step < trainer.state.max_steps)
+        args, state = trainer.args, trainer.state
+        step, rank = state.global_step, args.process_index
+        self.require_finite(trainer, with_optimizer=step < state.max_steps)
         self._arena.reset()
         capture = Capture(self._arena, self._group)
         try:
             with capturing(capture, trainer.processing_class):
                 write()
-            trainer.extra().write(checkpoint, trainer.args.process_index)
+            trainer.extra().write(checkpoint, rank)
         except OSError as fault:
-            if trainer.args.world_size > 1:  # the other ranks may wait for this one by now
+            if args.world_size > 1:  # the other ranks may wait for this one by now
                 raise
             self._give_up(checkpoint, fault)
             return
         self.saved_step, self._writing = step, checkpoint
-        staged = self._staged(trainer, checkpoint)
-        if self.events:
-            self.events.write("save", step=step, stall_s=round(self._clock() - began, 4))
-        failpoint("snapshot")
-        self._writer.submit(capture.pieces, partial(self._hand_over, staged, trainer.args.process_index))
-
-    def settle(self) -> None:
-        """Waits for the checkpoint that is being written; says so when the disk did not take it."""
-        fault = self._writer.settle()
-        if fault is not None and self._writing is not None:
-            self._give_up(self._writing, fault)
-
-    def _staged(self, trainer: Any, checkpoint: Path) -> Staged:
-        args, state = trainer.args, trainer.state
-        return Staged(
-            step=state.global_step,
+        staged = protocol.Staged(
+            step=step,
             checkpoint=str(checkpoint),
             epoch=float(state.epoch or 0.0),
             tokens=int(trainer._total_train_tokens),
@@ -240,19 +194,29 @@ class Saver:
             versions=self.versions,
             global_batch=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
         )
+        if self.events:
+            self.events.write("save", step=step, stall_s=round(time.monotonic() - began, 4))
+        failpoint("snapshot")
+        self.writer.submit(capture.pieces, partial(self._hand_over, staged, rank))
 
-    def _hand_over(self, staged: Staged, rank: int, facts: dict[Path, dict[str, Any]], write_s: float) -> None:
-        """The writer's last act: from now on the guard may take the checkpoint."""
+    def settle(self) -> None:
+        """Waits for the checkpoint that is being written. Logs a fault of the disk."""
+        fault = self.writer.settle()
+        if fault is not None and self._writing is not None:
+            self._give_up(self._writing, fault)
+
+    def _hand_over(self, staged: protocol.Staged, rank: int, facts: dict[Path, dict[str, Any]], write_s: float) -> None:
+        """Stages a written checkpoint: from now on the guard may take it."""
         failpoint("written")
         files = {path.relative_to(staged.checkpoint).as_posix(): fact for path, fact in facts.items()}
         if self.events:
             size = sum(int(fact["size"]) for fact in files.values())
             self.events.write("written", step=staged.step, write_s=round(write_s, 4), bytes=size)
-        write_json(staged_path(self.folder, staged.step, rank), replace(staged, files=files))
-        self._kept_step = staged.step
+        protocol.write_json(protocol.staged_path(self.folder, staged.step, rank), replace(staged, files=files))
+        self.kept_step = staged.step
 
     def _give_up(self, checkpoint: Path, fault: OSError) -> None:
-        """A checkpoint did not come about; training goes on, and the next save tries again."""
+        """Removes a checkpoint that failed. Training goes on, and the next save tries again."""
         shutil.rmtree(checkpoint, ignore_errors=True)
         self.saved_step, self._writing = -1, None
         step = int(checkpoint.name.rpartition("-")[2])
@@ -261,59 +225,38 @@ class Saver:
             self.events.write("unsaved", step=step, message=str(fault))
 
 
-def _what_is_saved(trainer: Any) -> list[torch.Tensor]:
-    """The tensors that make up the size of a checkpoint: of an adapter only what is trained."""
-    model = trainer.model
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    weights = trained if hasattr(model, "peft_config") else list(model.state_dict().values())
-    states = [value for state in trainer.optimizer.state.values() for value in state.values()]
-    return [*weights, *(value for value in states if isinstance(value, torch.Tensor))]
-
-
-# A step's end: the decisions (stop, save), made common to all ranks, and what an exact resume needs.
-
-# What a checkpoint needs beyond Trainer's own files for an exact resume: ``spotune.json``, one per rank.
-#
-# Trainer forgets, on resume: the tokens seen, the losses and metrics gathered since the last log line, and
-# an evaluation that was due when the machine was taken. Floats survive JSON bit for bit.
+# ``spotune.json``, one per rank: what an exact resume needs beside Trainer's own files. On resume, Trainer forgets the
+# tokens seen, the losses and metrics since the last log line, and an evaluation that was due when the machine was
+# preempted. Floats survive JSON bit for bit.
 
 _COMMON = ("evaluation_owed", "epoch", "epoch_steps", "position")  # the same on all ranks, however many there are
 
 
 @dataclass
 class Extra:
-    """The state of one rank beside Trainer's.
+    """The state of one rank beside Trainer's."""
 
-    Attributes:
-        tokens: non-padding tokens trained since step 0, all ranks.
-        evaluation_owed: an evaluation was due at this step and has not run.
-        epoch, epoch_steps: where a stream is: its epoch, and the steps of that epoch so far.
-        position: where the run is in its data, in rows (``Position``); empty in checkpoints of earlier versions.
-        loss_sum: loss since the last log line; ``loss_total``: of all lines before; ``logged_step``: their last step.
-        metrics: TRL's lists of values since the last log line.
-    """
-
-    tokens: int = 0
-    evaluation_owed: bool = False
-    epoch: int = 0
-    epoch_steps: int = 0
-    position: dict[str, Any] = field(default_factory=dict)
-    loss_sum: float = 0.0
-    loss_total: float = 0.0
-    logged_step: int = 0
-    metrics: dict[str, list[float]] = field(default_factory=dict)
+    tokens: int = 0  # non-padding ones trained since step 0, all ranks
+    evaluation_owed: bool = False  # an evaluation was due at this step and has not run
+    epoch: int = 0  # of a stream
+    epoch_steps: int = 0  # of a stream: its steps of that epoch so far
+    position: dict[str, Any] = field(default_factory=dict)  # a ``Position``; empty in earlier versions' checkpoints
+    loss_sum: float = 0.0  # since the last log line
+    loss_total: float = 0.0  # before the last log line
+    logged_step: int = 0  # of the last log line
+    metrics: dict[str, list[float]] = field(default_factory=dict)  # TRL's lists of values since the last log line
 
     def write(self, checkpoint: Path, rank: int) -> None:
-        write_json(checkpoint / file_name(rank), asdict(self))
+        protocol.write_json(checkpoint / file_name(rank), asdict(self))
 
     @classmethod
     def read(cls, checkpoint: Path, rank: int, world_size: int, tokens: int) -> "Extra | None":
-        """What was written; with other ranks only what is common to all, None for a checkpoint made elsewhere."""
-        found: dict[str, Any] | None = read_json(checkpoint / file_name(rank))
-        lead = read_json(checkpoint / file_name(0))
+        """Returns what ``write`` wrote, under another number of ranks what all share; None if spotune wrote nothing."""
+        found: dict[str, Any] | None = protocol.read_json(checkpoint / file_name(rank))
+        lead = protocol.read_json(checkpoint / file_name(0))
         ranks = len(list(checkpoint.glob("spotune*.json")))
         if found is None or ranks != world_size:
-            step = int((read_json(checkpoint / "trainer_state.json") or {}).get("global_step", 0))
+            step = int((protocol.read_json(checkpoint / "trainer_state.json") or {}).get("global_step", 0))
             common = {name: lead[name] for name in _COMMON if name in lead} if lead else {}
             return cls(tokens=tokens, logged_step=step, **common) if tokens or lead else None
         return cls(**found)
@@ -323,67 +266,45 @@ def file_name(rank: int) -> str:
     return "spotune.json" if rank == 0 else f"spotune_{rank}.json"
 
 
-# What happens on a step's end: the decisions (stop, save), made common to all ranks, and the events.
-#
-# Trainer's flags in ``control`` are the means: DefaultFlowCallback has set them as the config says, this
-# callback comes after it and has the last word.
-
-PREDICTED_S = 2.0  # an evaluation says that it has come on, at most so often
-
-
 class EvaluationInterrupted(Exception):
-    """The guard asked to leave while an evaluation ran; it is to be run again after the restore."""
+    """The guard asked to stop while an evaluation ran. The evaluation runs again after the restore."""
 
 
 class Boundary(TrainerCallback):
-    """Keeps the boundaries of one rank's training.
+    """Decides at each step's end whether to stop and whether to save, the same on all ranks.
 
-    Args:
-        rule: when to save.
-        saver: of the same rank.
-        clock: seconds, for ``rule``.
-
-    Attributes:
-        resumed_from: the restored checkpoint, None for a fresh start.
-        restored: this rank's state that came with it.
-        resumed_step, resumed_step_rows: its step, and how many rows a step had according to its commit, 0: not known.
-        where: the config's path, for messages.
+    DefaultFlowCallback sets Trainer's flags in ``control`` as the config says; this callback comes after it.
     """
 
-    def __init__(self, rule: SaveRule, saver: Saver, clock: Callable[[], float] = time.monotonic) -> None:
-        self.rule = rule
+    def __init__(self, job: protocol.WorkerJob, saver: Saver) -> None:
+        self.job = job
         self.saver = saver
-        self.events: EventLog | None = saver.events
-        self.control_file = Control(saver.folder)
+        self.events: protocol.EventLog | None = saver.events
+        self.control_file = protocol.Control(saver.folder)
         self.trainer: Any = None
-        self.resumed_from: Path | None = None
-        self.restored: Extra | None = None
-        self.resumed_step = self.resumed_step_rows = 0
-        self.where = "config"
-        self.leaving = False
-        self.evaluation_owed = False
-        self._clock = clock
-        self._last_save = clock()
-        self._phase: Phase = "load"
-        self._predicted_at = -PREDICTED_S
+        self.resumed_from: Path | None = None  # the restored checkpoint; None for a fresh start
+        self.restored: Extra | None = None  # this rank's state in that checkpoint
+        self.resumed_step = self.resumed_step_rows = 0  # its step, and its commit's rows of a step; 0: unknown
+        self.leaving = self.evaluation_owed = self._is_saving_due = False  # leaving: the guard asked to stop
+        self._last_save = time.monotonic()
+        self._phase: protocol.Phase = "load"
+        self._predicted_at = -math.inf
         self._data_wait_s = 0.0
-        self._is_saving_due = False
         self._first_step = 0
 
-    # -- Trainer's events -------------------------------------------------------------------------------------------
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        model = self.trainer.model
         if self.restored is not None:
             self.trainer.restore_extra(self.restored)
         if self.events:
+            model = self.trainer.model
             trainable, total = (get_model_param_count(model, trainable_only=only) for only in (True, False))
             self.events.write("plan", max_steps=state.max_steps, num_train_epochs=state.num_train_epochs,
                               trainable_parameters=trainable, total_parameters=total)  # fmt: skip
         self._enter("train")
         self._first_step = state.global_step + 1
-        self.saver.begin(self.trainer)
-        self._last_save = self._clock()
+        self.saver.require_finite(self.trainer)
+        self.saver.kept_step = state.global_step
+        self._last_save = time.monotonic()
         if self._common(self.control_file.look()).stop:
             raise Stopped(state.global_step)
         if self.restored is not None and self.restored.evaluation_owed:
@@ -400,83 +321,73 @@ class Boundary(TrainerCallback):
         self.evaluation_owed = False
         self.saver.finite.end_step(state.global_step, self.trainer.accelerator.optimizer_step_was_skipped)
         if state.global_step == self._first_step:
-            self.saver.require_finite(self.trainer)  # a learning rate that is far too high is found here
+            self.saver.require_finite(self.trainer)  # finds a learning rate that is far too high
             self.saver.prepare(self.trainer)
-        self._is_saving_due |= self._is_due(state.global_step, control.should_save)
+        job = self.job
+        by_steps = job.save_steps is not None and state.global_step % job.save_steps == 0
+        by_time = job.save_seconds is not None and time.monotonic() - self._last_save >= job.save_seconds
+        is_due = by_steps or (by_time and args.process_index == 0)  # rank 0's clock counts for all ranks
+        self._is_saving_due |= control.should_save if job.save_as_config else is_due
         if control.should_training_stop or (state.epoch == int(state.epoch) and not self.trainer.is_streaming):
-            control.should_save = False  # the epoch's end follows at once and is this step's boundary
+            control.should_save = False  # the epoch's end follows at once and decides for this step
         else:
             self._decide(state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if control.should_save and self.rule.as_config:
+        if control.should_save and self.job.save_as_config:
             self._is_saving_due = True
         if self.trainer.is_streaming and not control.should_training_stop:
-            control.should_save = False  # batches of a step that goes on in the next epoch may be under way
+            control.should_save = False  # a step that goes on in the next epoch may have used batches already
         else:
             self._decide(state, control)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.events and self._clock() - self._predicted_at >= PREDICTED_S:
-            self._predicted_at = self._clock()
+        if self.events and time.monotonic() - self._predicted_at >= 2.0:  # seconds
+            self._predicted_at = time.monotonic()
             self.events.write("predicted", step=state.global_step)
         if self.trainer.is_in_train and self._common(self.control_file.look()).stop:
             self.leaving = True
             raise EvaluationInterrupted
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        numbers = {name: value for name, value in (logs or {}).items() if _is_number(value)}
+        numbers = {name: value for name, value in (logs or {}).items() if isinstance(value, (int, float))}
+        numbers = {name: value for name, value in numbers.items() if not isinstance(value, bool)}
         if self.events:
             self.events.write("log", **{**numbers, "step": state.global_step, "epoch": state.epoch})
         if "loss" in numbers and not math.isfinite(numbers["loss"]):  # the same on all ranks
             self.trainer._tr_loss.zero_()  # Trainer subtracts the sum from itself: NaN stays NaN
             self.saver.require_finite(self.trainer)
 
-    # -- decisions --------------------------------------------------------------------------------------------------
-
-    def _is_due(self, step: int, as_config: bool) -> bool:
-        if self.rule.as_config:
-            return as_config
-        by_steps = self.rule.steps is not None and step % self.rule.steps == 0
-        by_time = self.rule.seconds is not None and self._clock() - self._last_save >= self.rule.seconds
-        return by_steps or (by_time and self.trainer.args.process_index == 0)  # rank 0's clock, made common below
-
     def _decide(self, state: Any, control: Any) -> None:
         is_last = state.global_step >= state.max_steps
         seen = self.control_file.look()
-        if not self.saver.busy:
+        if not self.saver.writer.busy:
             self.saver.settle()
-        asked = self._common(ControlState(seen.stop, seen.save or self._is_saving_due, busy=self.saver.busy))
+        asked = self._common(
+            protocol.ControlState(seen.stop, seen.save or self._is_saving_due, busy=self.saver.writer.busy)
+        )
         is_new = self.saver.saved_step != state.global_step
-        # One snapshot at a time: a save that is due while the last one is still being written waits for its turn.
+        # One snapshot at a time: a save that is due while the last one is being written waits.
         control.should_save = ((asked.save and not asked.busy) or asked.stop or is_last) and is_new
         self._is_saving_due = asked.save and asked.busy
         if asked.stop:
             self.leaving = True
-            if control.should_evaluate:  # it may outlast the grace: run after the restore instead
+            if control.should_evaluate:  # it may outlast the grace, so it runs after the restore
                 self.evaluation_owed = True
                 control.should_evaluate = False
 
-    def _common(self, asked: ControlState) -> ControlState:
-        """What any rank wants, all do; one all-reduce."""
-        if self.trainer.args.world_size <= 1:
-            return asked
-        flags = torch.tensor([asked.stop, asked.save, asked.busy], dtype=torch.int32, device=self.trainer.args.device)
-        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-        return ControlState(*map(bool, flags.tolist()))
+    def _common(self, asked: protocol.ControlState) -> protocol.ControlState:
+        """Returns what at least one rank asks for, so that all ranks do it."""
+        flags = (asked.stop, asked.save, asked.busy)
+        return protocol.ControlState(*map(bool, _reduced(self.trainer, flags, torch.distributed.ReduceOp.MAX)))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._last_save = self._clock()
+        self._last_save = time.monotonic()
         self.control_file.answered()
 
-    def owe_evaluation(self) -> None:
-        self.evaluation_owed = True
-
-    # -- records ----------------------------------------------------------------------------------------------------
-
     @contextmanager
-    def phase(self, phase: Phase) -> Iterator[None]:
-        """A phase within training; the one before goes on after it."""
+    def phase(self, phase: protocol.Phase) -> Iterator[None]:
+        """Marks a phase within training; afterwards the phase before it goes on."""
         before = self._phase
         self._enter(phase)
         try:
@@ -484,13 +395,13 @@ class Boundary(TrainerCallback):
         finally:
             self._enter(before)
 
-    def _enter(self, phase: Phase) -> None:
+    def _enter(self, phase: protocol.Phase) -> None:
         self._phase = phase
         if self.events:
             self.events.phase(phase)
 
     def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The same batches; the time that training waits for them is added up."""
+        """Yields the same batches and adds up the time that training waits for them."""
         while True:
             began = time.perf_counter()
             try:
@@ -500,7 +411,3 @@ class Boundary(TrainerCallback):
             finally:
                 self._data_wait_s += time.perf_counter() - began
             yield batch
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,7 +1,7 @@
-"""What comes after training: the adapter merged into its base model, the push to the hub, wandb's clean run.
+"""Merges an adapter into its base model, pushes the result to the hub, and rebuilds wandb's run.
 
-``python -m spotune.sft.extras NAME FOLDER`` does one of them, started by the guard (see core/protocol.py): deaf to
-signals like a rank, and dead when the guard is. It always leaves an answer. Only ``wandb`` is a plain program:
+The guard starts ``python -m spotune.sft.extras NAME FOLDER`` for one of them (see core/protocol.py). Like a rank, the
+process ignores signals and dies with the guard. It always leaves an answer. Only ``wandb`` is a plain program:
 FOLDER/run.json -> FOLDER/wandb/offline-run-*.
 """
 
@@ -15,68 +15,57 @@ if __name__ == "__main__":
 
 
 import gc
+import itertools
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from spotune.core import protocol
 from spotune.core.config_keys import is_on, schema
 from spotune.core.config_rules import HUB_NAME
 from spotune.core.errors import SpotuneError, protect_output
-from spotune.core.protocol import (
-    EXTRAS,
-    MERGE,
-    MERGED,
-    NOT_FINITE,
-    OUTPUT,
-    ExtraJob,
-    ExtraResult,
-    answer_path,
-    read_json,
-    write_json,
-)
 from spotune.core.store.faults import chain
-from spotune.sft.preflight import one_line, print_traceback
+from spotune.sft.preflight import one_line
 
-# The adapter merged into its base model: one folder that loads without PEFT.
+# Merging: one folder that loads without PEFT.
 #
-# On the CPU, in the type that training loaded the base in; a base that was quantized for training is loaded in
-# bfloat16, since what 4 or 8 bits hold has no room for an adapter. The base is in memory once. What was written is
-# loaded again and must compute what the adapter does.
+# Runs on the CPU, in the type that training loaded the base in. A base that was quantized for training is loaded in
+# bfloat16, since 4 or 8 bits cannot hold base and adapter. The base is in memory once. The merged model is loaded again
+# and must compute what the adapter computes.
 
-# How far apart logits may be, as a share of their norm. Rounding the sum of base and adapter to the base's type gives,
-# measured on random models of 2 to 28 layers with adapters that change logits by 2 % to 140 %: at most 1.2e-6, 2.6e-3
-# and 2.1e-2. And a tenth of what the adapter itself changes: a trained one of extreme size, 138 %, gave 8.5e-2 in
+# How far apart logits may be, as a share of their norm. Rounding the sum of base and adapter to the base's type gives
+# at most 1.2e-6, 2.6e-3 and 2.1e-2, measured on random models of 2 to 28 layers with adapters that change logits by 2 %
+# to 140 %. Also allowed is a tenth of the adapter's own change: a trained one of extreme size, 138 %, gave 8.5e-2 in
 # bfloat16. An adapter that was not merged is as far away as all that it changes.
 TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
-OF_EFFECT = 0.1
-PROBE_TOKENS = 64
-WANDB = "wandb"
-SHARD = "5GB"
 
-# What belongs to training or to the machine that trained, of model_init_kwargs.
+# The keys of model_init_kwargs that belong to training or to the machine that trained.
 _NOT_FOR_A_MERGE = {"attn_implementation", "device_map", "max_memory", "quantization_config", "tp_plan", "use_cache"}
-# What of the result is the adapter's alone; the rest is the tokenizer's or the processor's.
+# The adapter's own files of the result; the rest belongs to the tokenizer or the processor.
 _ADAPTERS_OWN = ("adapter_*", "README.md", "trainer_state.json", "training_args.bin")
 
 
 def merge(config: Mapping[str, Any], result: Path, target: Path) -> dict[str, str]:
-    """Merges the adapter in ``result`` into the base model that ``config`` names, to ``target``.
+    """Merges the adapter in ``result`` into the base model of ``config``, to ``target``. Returns the facts.
 
-    Raises SpotuneError when what was written does not compute what the adapter does.
+    Raises SpotuneError if the merged model does not compute what the adapter computes.
     """
     import transformers
     from peft import PeftModel
+    from transformers import AutoTokenizer
+    from transformers.trainer_utils import align_special_tokens
     from trl.trainer.utils import create_model_from_path
 
     transformers.utils.logging.disable_progress_bar()
     base = create_model_from_path(str(config["model_name_or_path"]), **base_options(config))
     dtypes = {name: parameter.dtype for name, parameter in base.named_parameters()}
-    known = set(not_finite(base))  # a mask of -inf, say: nothing that merging did
+    known = set(not_finite(base))  # a mask of -inf, for example, which merging did not make
     dtype = str(base.dtype).removeprefix("torch.")
     _match_vocabulary(base, result)
     model = PeftModel.from_pretrained(base, str(result)).eval()
@@ -84,19 +73,21 @@ def merge(config: Mapping[str, Any], result: Path, target: Path) -> dict[str, st
     with model.disable_adapter():
         effect = _distance(probe(model), wanted)
     merged = model.merge_and_unload()
-    for name, parameter in merged.named_parameters():  # what PEFT trained whole is in float32
+    for name, parameter in merged.named_parameters():  # PEFT trains whole tensors in float32
         parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
-    _align_with_tokenizer(merged, result, is_on(config, "trust_remote_code"))
+    # Trainer does the same for a model that is trained whole.
+    tokenizer = AutoTokenizer.from_pretrained(str(result), trust_remote_code=is_on(config, "trust_remote_code"))
+    align_special_tokens(merged, tokenizer)
     shutil.rmtree(target, ignore_errors=True)
-    merged.save_pretrained(target, max_shard_size=SHARD)
-    _copy_rest(result, target)
+    merged.save_pretrained(target, max_shard_size="5GB")
+    shutil.copytree(result, target, ignore=shutil.ignore_patterns(*_ADAPTERS_OWN), dirs_exist_ok=True)
     del base, model, merged
     gc.collect()
     return {"check": check(target, config, wanted, effect, dtype, known)}
 
 
 def base_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """How training loaded the base, as far as that matters here; always on the CPU."""
+    """Returns the options with which training loaded the base, as far as they matter here; always on the CPU."""
     given = config.get("model_init_kwargs") or {}
     given = json.loads(given) if isinstance(given, str) else given
     options = {
@@ -113,7 +104,7 @@ def base_options(config: Mapping[str, Any]) -> dict[str, Any]:
 def check(
     target: Path, config: Mapping[str, Any], wanted: Any, effect: float, dtype: str, known: Collection[str] = ()
 ) -> str:
-    """Loads what was written and compares; returns a line of figures, raises SpotuneError when they are not right.
+    """Loads the merged model and compares its logits; returns a line of figures. Raises SpotuneError.
 
     ``known``: the tensors that are not finite in the base itself.
     """
@@ -124,75 +115,59 @@ def check(
     bad = [name for name in not_finite(model) if name not in known]
     if bad:
         raise SpotuneError(f"merged, {len(bad)} tensors are not finite, the first is {bad[0]}")
-    distance, allowed = _distance(probe(model), wanted), max(TOLERANCE.get(dtype, 5e-2), OF_EFFECT * effect)
+    distance, allowed = _distance(probe(model), wanted), max(TOLERANCE.get(dtype, 5e-2), 0.1 * effect)
     if not distance <= allowed:
         raise SpotuneError(f"merged, its logits are {distance:.1e} away from the adapter's, {allowed:.1e} is allowed")
     return f"{dtype}, logits {distance:.1e} from the adapter's, which is {effect:.1e} from the base"
 
 
 def not_finite(model: Any) -> list[str]:
-    """Returns the names of a model's tensors that hold NaN or infinity."""
     from spotune.sft.boundary import all_finite
 
     return [name for name, tensor in model.state_dict().items() if not all_finite([tensor])]
 
 
 def probe(model: Any) -> Any:
-    """The logits of a fixed row of tokens."""
+    """Returns the logits of a fixed row of 64 tokens."""
     import torch
 
     size = model.get_input_embeddings().weight.shape[0]
-    tokens = (torch.arange(PROBE_TOKENS) * 7919 + 13).remainder(size)[None]
+    tokens = (torch.arange(64) * 7919 + 13).remainder(size)[None]
     with torch.no_grad():
         return model(input_ids=tokens).logits.float()
 
 
 def _distance(found: Any, wanted: Any) -> float:
-    """Of two sets of logits, as a share of the second's norm."""
+    """Returns the distance of two sets of logits, as a share of the second's norm."""
     return float((found - wanted).norm() / wanted.norm())
 
 
 def _match_vocabulary(base: Any, result: Path) -> None:
-    """Where another model's chat template brought tokens, training resized the embeddings; the adapter holds them."""
+    """Resizes the base's embeddings to the adapter's: training resized them if a chat template brought tokens."""
     from safetensors import safe_open
 
     rows = base.get_input_embeddings().weight.shape[0]
     wanted = rows
     for path in result.glob("adapter_*.safetensors"):
         with safe_open(path, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is not a mapping
                 if name.endswith(("embed_tokens.token_adapter.base_layer.weight", "lm_head.modules_to_save.weight")):
                     wanted = tensors.get_slice(name).get_shape()[0]
     if wanted != rows:
         base.resize_token_embeddings(wanted, mean_resizing=False)
 
 
-def _align_with_tokenizer(model: Any, result: Path, trust: bool) -> None:
-    """The model stops where the tokenizer says, as Trainer sees to for a model that is trained whole."""
-    from transformers import AutoTokenizer
-    from transformers.trainer_utils import align_special_tokens
-
-    align_special_tokens(model, AutoTokenizer.from_pretrained(str(result), trust_remote_code=trust))
-
-
-def _copy_rest(result: Path, target: Path) -> None:
-    shutil.copytree(result, target, ignore=shutil.ignore_patterns(*_ADAPTERS_OWN), dirs_exist_ok=True)
-
-
-# The result pushed to the hub, as ``trl sft`` does it at its end: what ``output/`` is, in one commit.
+# Pushing: ``output/`` in one commit, as ``trl sft`` does it at its end.
 #
-# Safe to be cut off anywhere and repeated: files that the hub has already are not sent, and without a change there is
+# A push may be cut off anywhere and repeated: files that the hub has are not sent again, and without a change there is
 # no commit.
 
-REQUEST_S = 60.0  # without it a hub that hangs is waited for for ever
-PATIENCE_S = 300.0
 PAUSES_S = (2.0, 5.0, 15.0, 60.0)  # after the n-th failure in a row; the last one from then on
-REFUSALS = (401, 403)
 TOKEN_REMEDY = "--secret HF_TOKEN, with a token that may write"
 
 
-def hub(request_s: float = REQUEST_S) -> Any:
-    """The hub's client, which gives up on a request that takes too long. Raises SpotuneError when there is no way."""
+def hub(request_s: float = 60.0) -> Any:
+    """Returns the hub's client, with a limit for each request. Raises SpotuneError if offline or without a token."""
     import httpx2
     from huggingface_hub import HfApi, constants, get_token, set_client_factory
 
@@ -205,37 +180,37 @@ def hub(request_s: float = REQUEST_S) -> Any:
 
 
 def push(
-    job: ExtraJob,
+    job: protocol.ExtraJob,
     output: Path,
     api: Any,
-    patience_s: float = PATIENCE_S,
+    patience_s: float = 300.0,
     sleep: Callable[[float], None] = time.sleep,
 ) -> dict[str, str]:
-    """Pushes ``output`` and returns what the mark says of it; tries again while the hub is away, up to a deadline.
-
-    Raises SpotuneError when the hub refuses, or stays away.
-    """
+    """Pushes ``output`` and returns the facts. Retries up to a deadline. Raises SpotuneError if no push succeeds."""
     import httpx2
 
     deadline = time.monotonic() + patience_s
-    pauses = _pauses()
+    pauses = itertools.chain(PAUSES_S, itertools.repeat(PAUSES_S[-1]))
     while True:
         try:
             return _push_once(job, output, api)
         except (OSError, RuntimeError, httpx2.HTTPError) as error:
-            status = _status_of(error)
-            if status in REFUSALS:
+            responses = (getattr(link, "response", None) for link in chain(error))  # of the error or of its causes
+            status = next((int(response.status_code) for response in responses if response is not None), None)
+            if status in (401, 403):
                 raise SpotuneError(f"the hub refuses it, HTTP {status} ({TOKEN_REMEDY})") from error
             if status is not None and 400 <= status < 500 and status not in (408, 409, 412, 429):
                 raise
-            reason, pause_s = _reason_of(error), next(pauses)
+            # The client says of a file's upload only that it failed; the cause is behind that.
+            cause = error.__cause__ if isinstance(error, RuntimeError) else None
+            reason, pause_s = one_line(cause or error), next(pauses)
             if time.monotonic() + pause_s > deadline:
                 raise SpotuneError(f"the hub does not take it: {reason}") from error
             print(f"[spotune] the hub, tried again in {pause_s:.0f} s: {reason}", file=sys.stderr, flush=True)
             sleep(pause_s)
 
 
-def _push_once(job: ExtraJob, output: Path, api: Any) -> dict[str, str]:
+def _push_once(job: protocol.ExtraJob, output: Path, api: Any) -> dict[str, str]:
     config = job.config
     private = is_on(config, "hub_private_repo") if config.get("hub_private_repo") is not None else None
     repo = api.create_repo(repo_name(config, job.run_id), private=private, exist_ok=True)
@@ -253,14 +228,14 @@ def _push_once(job: ExtraJob, output: Path, api: Any) -> dict[str, str]:
 
 
 def repo_name(config: Mapping[str, Any], run_id: str) -> str:
-    """``hub_model_id``, else the name of ``output_dir`` as Trainer has it, else the run's."""
+    """Returns ``hub_model_id``, else the name of ``output_dir`` as Trainer does, else the run's name."""
     named = str(config.get("hub_model_id") or "")
     folder = Path(str(config.get("output_dir") or "")).name
     return named or (folder if HUB_NAME.fullmatch(folder) else run_id)
 
 
 def write_card(trainer: Any, output: Path, config: Mapping[str, Any], run_id: str) -> None:
-    """TRL's model card. PEFT's names a local base model by its path, which the hub refuses."""
+    """Writes TRL's model card. PEFT's card names a local base model by its path, which the hub refuses."""
     trainer.hub_model_id = repo_name(config, run_id)
     dataset = str(config.get("dataset_name") or "")
     is_on_hub = HUB_NAME.fullmatch(dataset) and not Path(dataset).exists()
@@ -269,36 +244,16 @@ def write_card(trainer: Any, output: Path, config: Mapping[str, Any], run_id: st
 
 
 def doubts() -> list[str]:
-    """What will keep a push from working, known before training: a line each."""
+    """Returns a line for what will prevent the push, known before training."""
     from huggingface_hub import constants, get_token
 
     if constants.HF_HUB_OFFLINE:
-        return ["push_to_hub: the hub is offline here (HF_HUB_OFFLINE); the push will be owed"]
-    return [] if get_token() else [f"push_to_hub: there is no token ({TOKEN_REMEDY}); the push will be owed"]
-
-
-def _reason_of(error: BaseException) -> str:
-    """One line; of a file's upload the client says only that it failed, and the cause is behind that."""
-    return one_line(error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error)
-
-
-def _status_of(error: BaseException) -> int | None:
-    """The HTTP status that an error is about, of it or of what caused it; None for a hub that did not answer."""
-    responses = (getattr(link, "response", None) for link in chain(error))
-    return next((int(response.status_code) for response in responses if response is not None), None)
-
-
-def _pauses() -> Iterator[float]:
-    yield from PAUSES_S[:-1]
-    while True:
-        yield PAUSES_S[-1]
-
-
-# ``python -m spotune.sft.extras FOLDER``: FOLDER/run.json -> FOLDER/wandb/offline-run-*, one clean run.
+        return ["push_to_hub: the hub is offline here (HF_HUB_OFFLINE); the push will stay pending"]
+    return [] if get_token() else [f"push_to_hub: there is no token ({TOKEN_REMEDY}); the push will stay pending"]
 
 
 def rebuild_wandb(folder: Path) -> None:
-    """Logs every surviving line once, in order, with Trainer's own names (``train/loss``, ``eval/loss``)."""
+    """Logs every surviving line once, in order, under Trainer's names (``train/loss``, ``eval/loss``)."""
     import wandb
 
     spec = json.loads((folder / "run.json").read_bytes())
@@ -314,52 +269,43 @@ def rebuild_wandb(folder: Path) -> None:
     run.define_metric("*", step_metric="train/global_step", step_sync=True)
     for line in spec["logs"]:
         step, _ = line.pop("step"), line.pop("t", None)
-        named = {_tracker_name(name): float(value) if value in NOT_FINITE else value for name, value in line.items()}
-        run.log({**named, "train/global_step": step})
+        named: dict[str, Any] = {"train/global_step": step}
+        for name, value in line.items():
+            tracked = f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"
+            named[tracked] = float(value) if value in protocol.NOT_FINITE else value
+        run.log(named)
     run.finish()
-
-
-def _tracker_name(name: str) -> str:
-    return f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"
-
-
-# One extra: ``python -m spotune.sft.extras NAME FOLDER``, started by the guard (see core/protocol.py).
-#
-# Deaf to signals like a rank, and dead when the guard is. It always leaves an answer.
 
 
 def main(argv: list[str]) -> None:
     """Does the extra and ends the process; returns only from ``wandb``, which leaves no answer."""
     protect_output()
     name, folder = argv[1], Path(argv[2]).absolute()
-    if name == WANDB:
+    if name == "wandb":
         rebuild_wandb(folder)
         return
     die_with_parent(os.environ)
     answer = run(name, folder)
-    write_json(answer_path(folder, name), answer)
+    protocol.write_json(protocol.answer_path(folder, name), answer)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0 if answer.done else 1)
 
 
-def run(name: str, folder: Path) -> ExtraResult:
-    """Does the extra and says how it ended."""
+def run(name: str, folder: Path) -> protocol.ExtraResult:
+    output = folder / protocol.OUTPUT
     try:
-        job = ExtraJob(**read_json(folder / EXTRAS))
-        return ExtraResult(True, facts=_do(name, job, folder))
+        job = protocol.ExtraJob(**protocol.read_json(folder / protocol.EXTRAS))
+        if name == protocol.MERGE:
+            facts = merge(job.config, output, folder / protocol.MERGED)
+        else:
+            facts = push(job, output, hub())
+        return protocol.ExtraResult(True, facts=facts)
     except SpotuneError as error:
-        return ExtraResult(False, str(error))
-    except BaseException as error:  # the process's edge: whatever it is, the guard must hear of it
-        print_traceback(error)
-        return ExtraResult(False, one_line(error))
-
-
-def _do(name: str, job: ExtraJob, folder: Path) -> dict[str, str]:
-    if name == MERGE:
-        return merge(job.config, folder / OUTPUT, folder / MERGED)
-
-    return push(job, folder / OUTPUT, hub())
+        return protocol.ExtraResult(False, str(error))
+    except BaseException as error:  # the outermost frame: the guard must learn of any fault
+        traceback.print_exception(error)
+        return protocol.ExtraResult(False, one_line(error))
 
 
 if __name__ == "__main__":

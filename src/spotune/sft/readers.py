@@ -1,7 +1,7 @@
-"""Data files -> blocks of rows, in bounded memory: JSON lines, a JSON list, CSV, Parquet and Arrow.
+"""Reads data files as blocks of rows, in bounded memory: JSON lines, a JSON list, CSV, Parquet and Arrow.
 
-Arrow reads a block in one go where it can, with the types that the format gives. Where it cannot, because a row is
-odd or wrong, the same block is read row by row: that way names the row, and keeps what only some rows have.
+Arrow reads a block at once if it can, with the types that the format gives. If a row is odd or wrong, the same block is
+read row by row. That names the row, and keeps what only some rows have.
 """
 
 import csv
@@ -11,9 +11,10 @@ import json
 import sys
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import IO, Any
 
 import pyarrow as pa
@@ -27,59 +28,50 @@ from spotune.sft.rows import OPTIONAL, PLAIN, Chunk, Columns, RowError, chunk_of
 
 BLOCK_BYTES = 4 << 20
 BLOCK_ROWS = 10_000
-CSV_BLOCK_BYTES = 1 << 20  # Arrow holds some thirty of them
 _BOM = b"\xef\xbb\xbf"
 _JSON_REMEDY = "one JSON object per line, or one list of objects"
 
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive rows of a file.
-
-    Attributes:
-        first_row: the number of the first one, from 1.
-        table: the rows as Arrow read them, None where it could not.
-        rows: gives (number, row as Python values) pairs; raises RowError for bytes that are no row.
-        size: bytes of the file that the rows took, about.
-    """
-
-    first_row: int
-    table: pa.Table | pa.RecordBatch | None
-    rows: Callable[[], Iterator[tuple[int, Any]]]
-    size: int = 0
+    first_row: int  # its number in the file, from 1
+    table: pa.Table | pa.RecordBatch | None  # the rows as Arrow read them, None if it could not
+    rows: Callable[[], Iterator[tuple[int, Any]]]  # (number, row) pairs; raises RowError for bytes that are not a row
+    size: int = 0  # the bytes of the rows in the file, about
 
     def chunk(self, columns: Columns) -> Chunk:
-        """The rows as Arrow columns of the format. Raises RowError for the first row that does not fit."""
+        """Returns the rows as Arrow columns of the format. Raises RowError for the first row that does not fit."""
         found = plain_chunk(self.table, columns, self.first_row) if self.table is not None else None
         return found or chunk_of(self.rows(), columns)
 
 
 class Reader:
-    """A data file. Subclasses say how it is read.
+    """Reads a data file. Subclasses define how."""
 
-    Attributes:
-        names: its columns; of JSON those of its first row.
-        has_rows: whether there is any row.
-    """
-
-    names: list[str]
+    names: list[str]  # its columns; for JSON those of its first row
     has_rows: bool
 
-    def blocks(self, columns: Columns) -> Iterator[Block]:
-        """Its rows, in their order. Raises RowError, OSError and pyarrow's errors."""
+    def _tables(self, wanted: list[str]) -> Iterator[Any]:
+        """Yields the rows as Arrow tables of the ``wanted`` columns, of any length."""
         raise NotImplementedError
+
+    def blocks(self, columns: Columns) -> Iterator[Block]:
+        """Yields the rows in their order. Raises RowError, OSError and pyarrow's errors."""
+        number = 1
+        for table in self._tables(self._wanted(columns)):
+            for start in range(0, table.num_rows, BLOCK_ROWS):
+                part = table.slice(start, BLOCK_ROWS)
+                yield Block(number, part, partial(_table_rows, part, number), part.nbytes)
+                number += part.num_rows
+
+    def _wanted(self, columns: Columns) -> list[str]:
+        return [name for name in dict.fromkeys((*columns.names.values(), *OPTIONAL)) if name in self.names]
 
 
 def open_file(file: str, url: str) -> Reader:
-    """Returns the reader of a local file, as its ending says.
+    """Returns the reader for a local file's ending; ``url`` is its origin, for messages.
 
-    Args:
-        file: its path.
-        url: where it came from, for messages.
-
-    Raises:
-        InputError: it is a Git LFS pointer, or is not what its ending says.
-        OSError: it cannot be read.
+    Raises InputError for a Git LFS pointer or a wrong ending, OSError if the file cannot be read.
     """
     kind, compression = kind_of(file) or ("", "")
     if is_lfs_pointer(file):
@@ -89,13 +81,16 @@ def open_file(file: str, url: str) -> Reader:
     if kind == "csv":
         return CsvReader(lambda: open_bytes(file, compression))
     if kind in ("parquet", "arrow"):
-        source = pa.memory_map(file) if not compression else pa.BufferReader(_read_whole(file, compression))
+        if compression:
+            with open_bytes(file, compression) as data:
+                source = pa.BufferReader(data.read())
+        else:
+            source = pa.memory_map(file)
         return ParquetReader(source) if kind == "parquet" else ArrowReader(source)
     raise InputError(url, "is not a data file by its name", remedy="see data: in docs/reference/config.md")
 
 
 def open_bytes(file: str, compression: str) -> IO[bytes]:
-    """Opens a file for reading, decompressed."""
     if compression == "gzip":
         return gzip.open(file, "rb")  # type: ignore[return-value]
     if compression == "zstd":
@@ -104,7 +99,7 @@ def open_bytes(file: str, compression: str) -> IO[bytes]:
 
 
 class _Stream(io.RawIOBase):
-    """A stream of Arrow's or Python's, whose quotes are counted."""
+    """Wraps a stream of Arrow or Python and counts its quotes."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -124,15 +119,10 @@ class _Stream(io.RawIOBase):
         super().close()
 
 
-def _read_whole(file: str, compression: str) -> bytes:
-    with open_bytes(file, compression) as data:
-        return data.read()
-
-
 def spoilt(error: BaseException) -> bool:
-    """Returns whether an error of a reader says that the bytes are not what the file's name says."""
+    """Returns whether a reader's error means that the bytes do not fit the file's name."""
     if isinstance(error, OSError) and error.errno is None:
-        return True  # gzip and Arrow's codecs; a disk's faults have a number
+        return True  # gzip's and Arrow's; a disk's faults have a number
     return isinstance(error, (EOFError, zlib.error, pa.ArrowInvalid, pa.ArrowNotImplementedError, csv.Error))
 
 
@@ -145,10 +135,10 @@ class JsonReader(Reader):
         self.first: Any = None
         number, head = 1, b""
         with open() as data:
-            number, head = next(
-                ((at, line) for at, line in enumerate(data, 1) if line.removeprefix(_BOM).strip()), (1, b"")
-            )
-            head = head.removeprefix(_BOM)
+            for at, line in enumerate(data, 1):
+                if line.removeprefix(_BOM).strip():
+                    number, head = at, line.removeprefix(_BOM)
+                    break
         self.has_rows = bool(head)
         if head.lstrip().startswith(b"["):
             self._list = self._as_list()
@@ -156,13 +146,13 @@ class JsonReader(Reader):
             self.has_rows = bool(self._list)
             self.first = self._list[0] if self._list else None
         elif head:
-            self.first = next(row for _, row in self._parse([head], number))
+            self.first = next(row for _, row in self._parse(head, number))
         if self.has_rows and not isinstance(self.first, Mapping):
             raise RowError(number, "not an object with named columns")
         self.names = list(self.first) if self.has_rows else []
 
     def _as_list(self) -> list[Any] | None:
-        """The rows of a file that is one list; None where its lines are lists themselves."""
+        """Returns the rows of a file that is one list; None if each line is a list."""
         with self._open() as data:
             text = data.read().removeprefix(_BOM)
         try:
@@ -179,17 +169,18 @@ class JsonReader(Reader):
         if self._list is not None:
             for start in range(0, len(self._list), BLOCK_ROWS):
                 rows = self._list[start : start + BLOCK_ROWS]
-                yield Block(start + 1, None, lambda rows=rows, start=start: enumerate(rows, start + 1))  # type: ignore[misc]
+                yield Block(start + 1, None, partial(enumerate, rows, start + 1))
             return
-        schema = self._schema(columns)
+        names = dict.fromkeys(columns.names.values())
+        # The types that the format gives. A prompt or a completion has the first row's type.
+        schema = pa.schema([(name, PLAIN if isinstance(self.first.get(name), list) else pa.string()) for name in names])
         number = 1
         for block in self._lines():
-            rows = lambda block=block, number=number: self._parse(block.split(b"\n"), number)  # type: ignore[misc] # noqa: E731
-            yield Block(number, _read_json(block, schema), rows, len(block))
+            yield Block(number, _read_json(block, schema), partial(self._parse, block, number), len(block))
             number += block.count(b"\n")
 
     def _lines(self) -> Iterator[bytes]:
-        """Whole lines, about BLOCK_BYTES at a time; a longer line comes whole."""
+        """Yields whole lines, about BLOCK_BYTES at a time; a longer line comes whole."""
         with self._open() as data:
             rest = [data.read(len(_BOM)).removeprefix(_BOM)]
             while piece := data.read(BLOCK_BYTES):
@@ -202,8 +193,8 @@ class JsonReader(Reader):
             if last := b"".join(rest):
                 yield last + b"\n"
 
-    def _parse(self, lines: Sequence[bytes], number: int) -> Iterator[tuple[int, Any]]:
-        for at, line in enumerate(lines, number):
+    def _parse(self, block: bytes, number: int) -> Iterator[tuple[int, Any]]:
+        for at, line in enumerate(block.split(b"\n"), number):
             if not line.strip():
                 continue
             try:
@@ -213,16 +204,11 @@ class JsonReader(Reader):
             except (ValueError, RecursionError) as error:
                 raise RowError(at, f"not JSON: {error}", _JSON_REMEDY) from error
 
-    def _schema(self, columns: Columns) -> pa.Schema:
-        """The types that the format gives; a prompt or completion is what the first row's is."""
-        names = dict.fromkeys(columns.names.values())
-        return pa.schema([(name, PLAIN if isinstance(self.first.get(name), list) else pa.string()) for name in names])
-
 
 def _read_json(block: bytes, schema: pa.Schema) -> pa.Table | None:
-    """The lines by Arrow's parser, which wants one object a line and no key twice; None for anything odd.
+    """Returns the lines by Arrow's parser, which needs one object a line and no key twice; None for anything odd.
 
-    Keys that the schema lacks are inferred, so that a message with more keys shows.
+    Infers keys that the schema lacks, so that a message with more keys is found.
     """
     try:
         table = pa.json.read_json(
@@ -232,7 +218,7 @@ def _read_json(block: bytes, schema: pa.Schema) -> pa.Table | None:
         )
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OverflowError):
         return None
-    # Each line begins an object: else a blank line would hide one with two.
+    # Each line must begin an object, else a blank line would hide a line with two.
     lines = block.count(b"\n{") + block.startswith(b"{")
     return table if table.num_rows == lines == block.count(b"\n") else None
 
@@ -249,21 +235,20 @@ class CsvReader(Reader):
             raise RowError(0, f"the header has {twice[0]!r} twice")
 
     def blocks(self, columns: Columns) -> Iterator[Block]:
-        wanted = [name for name in dict.fromkeys((*columns.names.values(), *OPTIONAL)) if name in self.names]
         done = 0
         try:
-            for table in self._tables(wanted):
-                yield Block(done + 1, table, lambda t=table, n=done: _table_rows(t, n + 1), table.nbytes)  # type: ignore[misc]
+            for table in self._tables(self._wanted(columns)):
+                yield Block(done + 1, table, partial(_table_rows, table, done + 1), table.nbytes)
                 done += table.num_rows
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # a cell that is longer than a block, or a fault
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # a cell that is longer than a block, or a wrong row
             yield from self._blocks_by_row(done)
 
     def _tables(self, wanted: list[str]) -> Iterator[pa.RecordBatch]:
         with self._open() as data:
             counted = _Stream(data)
             reader = pa.csv.open_csv(
-                counted,
-                read_options=pa.csv.ReadOptions(use_threads=False, block_size=CSV_BLOCK_BYTES),
+                counted,  # Arrow holds some thirty blocks
+                read_options=pa.csv.ReadOptions(use_threads=False, block_size=1 << 20),
                 parse_options=pa.csv.ParseOptions(newlines_in_values=True),
                 convert_options=pa.csv.ConvertOptions(
                     include_columns=wanted,
@@ -277,11 +262,10 @@ class CsvReader(Reader):
                 deque(records, maxlen=0)
 
     def _blocks_by_row(self, skip: int) -> Iterator[Block]:
-        """The rows after the first ``skip``, by Python's reader."""
+        """Yields the rows after the first ``skip``, by Python's reader."""
         with self._open() as data, closing(self._records(data)) as records:
             next(records, None)
-            rows: list[tuple[int, Any]] = []
-            size = 0
+            rows, size = [], 0
             for number, cells in enumerate(records, 1):
                 if number <= skip:
                     continue
@@ -290,14 +274,14 @@ class CsvReader(Reader):
                 rows.append((number, dict(zip(self.names, cells, strict=True))))
                 size += sum(map(len, cells))
                 if size >= BLOCK_BYTES:
-                    yield Block(rows[0][0], None, lambda rows=rows: iter(rows), size)  # type: ignore[misc]
+                    yield Block(rows[0][0], None, partial(iter, rows), size)
                     rows, size = [], 0
             if rows:
-                yield Block(rows[0][0], None, lambda: iter(rows), size)
+                yield Block(rows[0][0], None, partial(iter, rows), size)
 
     @staticmethod
     def _records(data: IO[bytes]) -> Generator[list[str], None, None]:
-        """The header and the rows, each a list of cells; empty lines are none. Raises RowError."""
+        """Yields the header and the rows, each a list of cells. Skips empty lines. Raises RowError."""
         csv.field_size_limit(sys.maxsize)
         text = io.TextIOWrapper(data, "utf-8-sig", errors="surrogateescape", newline="")
         try:
@@ -307,9 +291,11 @@ class CsvReader(Reader):
                     continue
                 for cell in cells:
                     if not cell.isascii():
-                        _check_utf8(cell, number)
+                        cell.encode()
                 yield cells
                 number += 1
+        except UnicodeEncodeError as error:
+            raise _not_utf8(number, ord(error.object[error.start]) - 0xDC00) from error
         except csv.Error as error:
             what = "a quote is not closed" if "end of data" in str(error) else str(error)
             raise RowError(number, f"not CSV: {what}") from error
@@ -317,37 +303,11 @@ class CsvReader(Reader):
             text.detach()
 
 
-def _check_utf8(cell: str, row: int) -> None:
-    try:
-        cell.encode()
-    except UnicodeEncodeError as error:
-        raise _not_utf8(row, ord(cell[error.start]) - 0xDC00) from error
-
-
 def _not_utf8(row: int, byte: int) -> RowError:
     return RowError(row, f"not UTF-8: it holds the byte {byte:#04x}", "save the file as UTF-8")
 
 
-class TableReader(Reader):
-    """What comes as Arrow tables already."""
-
-    def _tables(self, wanted: list[str]) -> Iterator[Any]:
-        raise NotImplementedError
-
-    def blocks(self, columns: Columns) -> Iterator[Block]:
-        wanted = [name for name in dict.fromkeys((*columns.names.values(), *OPTIONAL)) if name in self.names]
-        number = 1
-        for table in self._tables(wanted):
-            for start in range(0, table.num_rows, BLOCK_ROWS):
-                part = table.slice(start, BLOCK_ROWS)
-                rows = lambda part=part, number=number: _table_rows(part, number)  # type: ignore[misc] # noqa: E731
-                yield Block(number, part, rows, part.nbytes)
-                number += part.num_rows
-
-
-class ParquetReader(TableReader):
-    """A Parquet file."""
-
+class ParquetReader(Reader):
     def __init__(self, source: Any) -> None:
         self._file = pa.parquet.ParquetFile(source)
         self.names = self._file.schema_arrow.names
@@ -361,8 +321,8 @@ class ParquetReader(TableReader):
         yield from self._file.iter_batches(rows, columns=wanted, use_threads=False)
 
 
-class ArrowReader(TableReader):
-    """An Arrow file, also Feather, or a stream as ``datasets`` writes it."""
+class ArrowReader(Reader):
+    """An Arrow file, also Feather, or a stream that ``datasets`` wrote."""
 
     def __init__(self, source: Any) -> None:
         try:
@@ -372,16 +332,14 @@ class ArrowReader(TableReader):
             source.seek(0)
             self._file, self._count = pa.ipc.open_stream(source), None
         self.names = self._file.schema.names
-        self.has_rows = True  # else no block comes
+        self.has_rows = True  # a file without rows has no blocks
 
     def _tables(self, wanted: list[str]) -> Iterator[pa.RecordBatch]:
         batches = (self._file.get_batch(at) for at in range(self._count)) if self._count is not None else self._file
         yield from (batch.select(wanted) for batch in batches)
 
 
-class HubReader(TableReader):
-    """A data set that ``datasets`` has loaded."""
-
+class HubReader(Reader):
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
         self.names = dataset.column_names
@@ -392,7 +350,7 @@ class HubReader(TableReader):
 
 
 def _table_rows(table: Any, number: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number, row) pairs of a table. A key that is null in a struct is one that the row does not have."""
+    """Yields (number, row) pairs of a table. A row does not have a key that is null in a struct."""
     names = table.schema.names
     columns = [table.column(name) for name in names]
     for at in range(table.num_rows):

@@ -1,14 +1,15 @@
-"""What a row holds in each format, and how rows become Arrow columns.
+"""Checks the rows of each format and turns them into Arrow columns.
 
 messages           messages: [{role, content}, ...]; ShareGPT's {from, value} is read as {role, content}
 prompt_completion  prompt and completion: both text, or both lists of messages
 text               text
 
-The format says a column's type, the values never do: text is text, whatever it looks like. Messages whose only keys
-are ``role`` and ``content`` are Arrow structs. Where some have more keys (tool calls, names, reasoning), each message
-is JSON text, which ``datasets`` decodes: a chat template gets the keys that the row has, and no others.
+The format decides a column's type, never the values: text stays text, whatever it looks like. Messages with only the
+keys ``role`` and ``content`` are Arrow structs. If some have more keys (tool calls, names, reasoning), each message is
+JSON text, which ``datasets`` decodes: a chat template gets the keys that the row has, and no others.
 """
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,25 +23,22 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
 }
-OPTIONAL = ("tools", "chat_template_kwargs")  # columns that a chat template gets, for those rows that have them
+OPTIONAL = ("tools", "chat_template_kwargs")  # columns for the chat template, in rows that have them
 REMEDIES = {
     "messages": 'each row {"messages": [{"role": "user", "content": "…"}, …]}',
     "prompt_completion": 'each row {"prompt": "…", "completion": "…"}',
     "text": 'each row {"text": "…"}',
 }
-SHAREGPT = "conversations"
 TEXT, MESSAGES = "text", "a list of {role, content}"  # the kinds of a column, as messages name them
 PLAIN = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 AS_JSON = pa.list_(pa.json_())
+_TRL_NAMES = {"from": "role", "value": "content"}  # as TRL's maybe_convert_to_chatml renames them
 
 
 class RowError(ValueError):
-    """A row does not fit.
+    """A row does not fit. ``row`` is its number in the file, or its line's in JSON lines, from 1.
 
-    Attributes:
-        row: its number in the file, from 1; a line's number in JSON lines.
-        what: what is wrong with it.
-        remedy: what to do; empty: write rows as the format wants them.
+    An empty ``remedy`` means: write rows as the format needs them.
     """
 
     def __init__(self, row: int, what: str, remedy: str = "") -> None:
@@ -50,33 +48,22 @@ class RowError(ValueError):
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a file that are read.
+    """The columns to read of a file."""
 
-    Attributes:
-        format: a key of FORMATS.
-        names: our name -> the file's, of the columns that the format needs.
-    """
-
-    format: str
-    names: Mapping[str, str]
+    format: str  # a key of FORMATS
+    names: Mapping[str, str]  # our name -> the file's name, for the columns that the format needs
 
 
 @dataclass(frozen=True)
 class RowLayout:
-    """The Arrow types of the columns: what a part of the rows needs, or all of them together.
+    """The Arrow types of the columns that some or all rows need."""
 
-    Attributes:
-        kinds: our name -> TEXT or MESSAGES.
-        has_json: some message has other keys than role and content.
-        optional: those of OPTIONAL that some row has.
-    """
-
-    kinds: Mapping[str, str] = field(default_factory=dict)
-    has_json: bool = False
-    optional: frozenset[str] = frozenset()
+    kinds: Mapping[str, str] = field(default_factory=dict)  # our name -> TEXT or MESSAGES
+    has_json: bool = False  # some message has other keys than role and content
+    optional: frozenset[str] = frozenset()  # the columns of OPTIONAL that some row has
 
     def __or__(self, other: "RowLayout") -> "RowLayout":
-        """The layout that holds both; the kinds must be the same where both know them."""
+        """Returns the layout that holds both; columns of both must have the same kind."""
         kinds = {**self.kinds, **other.kinds}
         return RowLayout(kinds, self.has_json or other.has_json, self.optional | other.optional)
 
@@ -85,40 +72,31 @@ class RowLayout:
         needed = [(name, pa.string() if kind == TEXT else messages) for name, kind in self.kinds.items()]
         return pa.schema([*needed, *((name, pa.json_()) for name in OPTIONAL if name in self.optional)])
 
-    def key(self) -> str:
-        return json.dumps([sorted(self.kinds.items()), self.has_json, sorted(self.optional)])
-
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows as Arrow columns under our names, in the narrowest layout that holds them.
-
-    Attributes:
-        first_row: the number of the first one in its file, from 1.
-    """
+    """Rows as Arrow columns under our names, in the narrowest layout that holds them."""
 
     arrays: Mapping[str, pa.Array]
     layout: RowLayout
     rows: int
-    first_row: int
+    first_row: int  # its number in the file, from 1
 
     def batch(self, layout: RowLayout) -> pa.RecordBatch:
-        """The rows in a wider layout."""
         schema = layout.schema()
         return pa.record_batch([self._column(one.name, one.type) for one in schema], schema=schema)
 
     def _column(self, name: str, kind: pa.DataType) -> pa.Array:
         array = self.arrays.get(name)
-        if array is None:  # TRL gives chat_template_kwargs to a call as it is: none are an empty mapping
-            empty = "{}" if name == "chat_template_kwargs" else None
-            return _json_array([empty] * self.rows, pa.json_())
+        if array is None:
+            return _optional_array(name, [None] * self.rows)
         if array.type == kind:
             return array
         return _messages_array([[_dumps(message) for message in talk] for talk in array.to_pylist()])
 
 
 def format_of(names: Iterable[str], columns: Mapping[str, str], text_field: str) -> str | None:
-    """Returns the first format whose columns a file has; ``columns`` maps our names to the file's."""
+    """Returns the first format whose columns a file has, else None; ``columns`` maps our names to the file's."""
     present = set(names)
     for format in FORMATS:
         if all(theirs in present for theirs in columns_of(format, present, columns, text_field).names.values()):
@@ -127,25 +105,24 @@ def format_of(names: Iterable[str], columns: Mapping[str, str], text_field: str)
 
 
 def columns_of(format: str, names: Iterable[str], columns: Mapping[str, str], text_field: str) -> Columns:
-    """Returns the columns to read of a file that has ``names``."""
     needed = (text_field,) if format == "text" else FORMATS[format]
     found = {ours: columns.get("text" if format == "text" else ours, ours) for ours in needed}
-    if format == "messages" and "messages" not in columns and "messages" not in names and SHAREGPT in names:
-        found["messages"] = SHAREGPT
+    if format == "messages" and "messages" not in columns and "messages" not in names and "conversations" in names:
+        found["messages"] = "conversations"  # ShareGPT
     return Columns(format, found)
 
 
 def plain_chunk(table: pa.Table, columns: Columns, first_row: int) -> Chunk | None:
-    """Returns the rows of a table as they are, without a look at each; None where each has to be looked at.
+    """Returns the rows of a table at once; None if each row must be checked alone.
 
-    That is so if a row does not fit, a message has more than role and content, or a type is none that Arrow casts.
+    That is so if a row does not fit, a message has more than role and content, or Arrow cannot cast a type.
     """
     if any(name in table.column_names and table[name].null_count < table.num_rows for name in OPTIONAL):
         return None
     arrays: dict[str, pa.Array] = {}
     kinds: dict[str, str] = {}
     try:
-        table.validate(full=True)  # neither JSON's reader nor Parquet's looks whether text is UTF-8
+        table.validate(full=True)  # the readers of JSON and Parquet do not check that text is UTF-8
         for ours, theirs in columns.names.items():
             column = table[theirs]
             array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
@@ -157,7 +134,8 @@ def plain_chunk(table: pa.Table, columns: Columns, first_row: int) -> Chunk | No
             arrays[ours], kinds[ours] = found, TEXT if found.type == pa.string() else MESSAGES
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, KeyError):
         return None
-    if len(set(kinds.values())) > 1 or not _kinds_fit(columns.format, kinds):
+    expected = {"messages": {MESSAGES}, "text": {TEXT}}.get(columns.format)
+    if len(set(kinds.values())) > 1 or (expected and set(kinds.values()) != expected):
         return None
     return Chunk(arrays, RowLayout(kinds), table.num_rows, first_row)
 
@@ -165,10 +143,6 @@ def plain_chunk(table: pa.Table, columns: Columns, first_row: int) -> Chunk | No
 def _is_text(kind: pa.DataType) -> bool:
     inner = kind.value_type if pa.types.is_dictionary(kind) else kind
     return bool(pa.types.is_string(inner) or pa.types.is_large_string(inner) or pa.types.is_string_view(inner))
-
-
-def _kinds_fit(format: str, kinds: Mapping[str, str]) -> bool:
-    return format == "prompt_completion" or set(kinds.values()) == {MESSAGES if format == "messages" else TEXT}
 
 
 def _plain_text(name: str, array: pa.Array) -> pa.Array | None:
@@ -189,20 +163,14 @@ def _plain_messages(name: str, array: pa.Array) -> pa.Array | None:
     roles, contents = flat.field("role"), flat.field("content")
     if flat.null_count or roles.null_count or contents.null_count:
         return None
-    if name == "prompt" and _has(pc.equal(lengths, 0)):
+    if _has(pc.equal(lengths, 0)):
         return None
-    said = pc.cumulative_sum(pc.utf8_length(contents).cast(pa.int64()))
+    # The messages of a row are all empty if the text up to its end is as long as the text up to its start.
+    lengths_so_far = pc.cumulative_sum(pc.utf8_length(contents).cast(pa.int64()))
     ends = pc.cumulative_sum(lengths.cast(pa.int64()))
-    if _has(pc.equal(lengths, 0)) or _has_silence(said, ends):
-        return None
-    return array
-
-
-def _has_silence(said: pa.Array, ends: pa.Array) -> bool:
-    """Whether the messages of some row are all empty: the text up to its end is the text up to its start."""
-    upto = said.take(pc.subtract(ends, 1))
+    upto = lengths_so_far.take(pc.subtract(ends, 1))
     before = pa.concat_arrays([pa.array([0], pa.int64()), upto[:-1]]) if len(upto) else upto
-    return _has(pc.equal(upto, before))
+    return None if _has(pc.equal(upto, before)) else array
 
 
 def _has(mask: pa.Array) -> bool:
@@ -210,7 +178,7 @@ def _has(mask: pa.Array) -> bool:
 
 
 def chunk_of(rows: Iterable[tuple[int, Any]], columns: Columns) -> Chunk:
-    """Returns (number, row) pairs as a chunk, each row looked at. Raises RowError for the first that does not fit."""
+    """Checks (number, row) pairs and returns them as a chunk. Raises RowError for the first that does not fit."""
     values: dict[str, list[Any]] = {ours: [] for ours in (*columns.names, *OPTIONAL)}
     numbers: list[int] = []
     kinds: dict[str, str] = {}
@@ -239,7 +207,7 @@ def chunk_of(rows: Iterable[tuple[int, Any]], columns: Columns) -> Chunk:
 def _take(
     row: Any, columns: Columns, values: Mapping[str, list[Any]], kinds: dict[str, str], numbers: list[int]
 ) -> None:
-    """Adds a row's values; raises ValueError saying what is wrong with it."""
+    """Adds a row's values. Raises ValueError with what is wrong with the row."""
     if not isinstance(row, Mapping):
         raise ValueError("not an object with named columns")
     taken: dict[str, Any] = {}
@@ -250,8 +218,8 @@ def _take(
         taken[ours] = _value(ours, theirs, value, columns.format)
     found = {ours: TEXT if isinstance(value, str) else MESSAGES for ours, value in taken.items()}
     if len(set(found.values())) > 1:
-        said = " and ".join(f"{columns.names[ours]} is {kind}" for ours, kind in found.items())
-        raise ValueError(f"{said}: both must be text, or both lists of messages")
+        what = " and ".join(f"{columns.names[ours]} is {kind}" for ours, kind in found.items())
+        raise ValueError(f"{what}: both must be text, or both lists of messages")
     for ours, kind in found.items():
         if kinds.setdefault(ours, kind) != kind:
             raise ValueError(f"{columns.names[ours]} is {kind}, but {kinds[ours]} in row {numbers[0]}")
@@ -263,7 +231,8 @@ def _take(
 
 def _value(ours: str, theirs: str, value: Any, format: str) -> Any:
     if format == "messages" and isinstance(value, str):
-        value = _parsed(value)  # a CSV cell, or a column of JSON text
+        parsed = _parsed(value) if value.lstrip().startswith("[") else None  # a CSV cell, or a column of JSON text
+        value = parsed if isinstance(parsed, list) else value
     if isinstance(value, str):
         if format == "messages":
             raise ValueError(f"{theirs} is text, not {MESSAGES}")
@@ -281,41 +250,26 @@ def _value(ours: str, theirs: str, value: Any, format: str) -> Any:
     return talk
 
 
-def _parsed(text: str) -> Any:
-    """The list that a text is JSON of, else the text."""
-    if not text.lstrip().startswith("["):
-        return text
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    return found if isinstance(found, list) else text
-
-
 def _message(name: str, message: Any) -> dict[str, Any]:
-    """A message under TRL's names, without keys that are null: they say no more than keys that are not there."""
+    """Returns a message under TRL's names, without keys that are null: they mean the same as missing keys."""
     if isinstance(message, str):
-        message = _parsed_object(message)
+        message = _parsed(message)
     if not isinstance(message, Mapping):
         raise ValueError(f"{name} is not {MESSAGES}")
     found = {_TRL_NAMES.get(key, key): value for key, value in message.items() if value is not None or key == "content"}
     if not isinstance(found.get("role"), str):
-        raise ValueError(
-            f"a message in {name} has no role" if found.get("role") is None else f"{name} is not {MESSAGES}"
-        )
+        has_role = found.get("role") is not None
+        raise ValueError(f"{name} is not {MESSAGES}" if has_role else f"a message in {name} has no role")
     content = found.get("content")
-    if content is None and not any(found.get(key) for key in _CALLS):
+    if content is None and not (found.get("tool_calls") or found.get("function_call")):  # a call needs no text
         raise ValueError(f"a message in {name} has no content")
     if not isinstance(content, (str, list, type(None))):
         raise ValueError(f"content is {_type_name(content)}, not text")
     return found
 
 
-_TRL_NAMES = {"from": "role", "value": "content"}  # as TRL's maybe_convert_to_chatml renames them
-_CALLS = ("tool_calls", "function_call")  # a message that calls a tool need not say anything
-
-
-def _parsed_object(text: str) -> Any:
+def _parsed(text: str) -> Any:
+    """Returns what a text is the JSON of, else the text."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -323,20 +277,18 @@ def _parsed_object(text: str) -> Any:
 
 
 def _optional(name: str, value: Any) -> Any:
-    """A value of an optional column: JSON text is what it says, as TRL reads ``tools``."""
+    """Returns a value of an optional column; JSON text is parsed, as TRL does with ``tools``."""
     if isinstance(value, str):
-        value = _parsed_object(value) if value.strip() else None
-    if name == "chat_template_kwargs" and value is not None and not isinstance(value, Mapping):
-        raise ValueError(f"{name} is {_type_name(value)}, not a mapping of names to values")
-    if name == "tools" and value is not None and not isinstance(value, list):
-        raise ValueError(f"{name} is {_type_name(value)}, not a list of tools")
+        value = _parsed(value) if value.strip() else None
+    kind, named = (list, "a list of tools") if name == "tools" else (Mapping, "a mapping of names to values")
+    if value is not None and not isinstance(value, kind):
+        raise ValueError(f"{name} is {_type_name(value)}, not {named}")
     return value
 
 
 def _array(name: str, values: list[Any], layout: RowLayout) -> pa.Array:
     if name in OPTIONAL:
-        empty = "{}" if name == "chat_template_kwargs" else None
-        return _json_array([empty if value is None else _dumps(value) for value in values], pa.json_())
+        return _optional_array(name, values)
     if layout.kinds.get(name, TEXT) == TEXT:
         return pa.array(values, pa.string())
     if layout.has_json:
@@ -345,16 +297,16 @@ def _array(name: str, values: list[Any], layout: RowLayout) -> pa.Array:
 
 
 def _messages_array(talks: list[list[str]]) -> pa.Array:
-    """A list of JSON texts a row."""
     flat = pa.array([text for talk in talks for text in talk], pa.string())
-    offsets = [0]
-    for talk in talks:
-        offsets.append(offsets[-1] + len(talk))
+    offsets = [0, *itertools.accumulate(map(len, talks))]
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat.cast(pa.json_()), type=AS_JSON)
 
 
-def _json_array(texts: list[str | None], kind: pa.DataType) -> pa.Array:
-    return pa.array(texts, pa.string()).cast(kind)
+def _optional_array(name: str, values: list[Any]) -> pa.Array:
+    # TRL passes chat_template_kwargs on to a call: none are an empty mapping.
+    empty = "{}" if name == "chat_template_kwargs" else None
+    texts = [empty if value is None else _dumps(value) for value in values]
+    return pa.array(texts, pa.string()).cast(pa.json_())
 
 
 def _dumps(value: Any) -> str:
@@ -362,7 +314,7 @@ def _dumps(value: Any) -> str:
 
 
 def _half_character(numbers: Sequence[int], values: Mapping[str, Sequence[Any]]) -> RowError:
-    """The error for the first row with half of a surrogate pair, which no UTF-8 text can hold."""
+    """Returns the error for the first row with half of a surrogate pair, which UTF-8 text cannot hold."""
     for at, number in enumerate(numbers):
         for column in values.values():
             try:

@@ -1,4 +1,4 @@
-"""Checkpoints without a wait: copied in memory at a step boundary, written to disk by a thread behind training."""
+"""Copies checkpoints in memory at a step's end, and writes them to disk in threads behind training."""
 
 import copy
 import errno
@@ -14,10 +14,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import peft.peft_model
@@ -27,58 +29,50 @@ import torch.distributed.checkpoint as dcp
 import transformers.modeling_utils
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
-# The memory of a snapshot: one block of the host's, whose pages are there before the first save needs them.
-#
-# Memory that is touched for the first time costs several times what the copy itself costs, so the block is kept.
-
 ALIGNMENT = 64  # bytes; what torch and numpy align to
-SPARE = 1 << 20  # bytes beyond what was asked for: small things are saved too
-TOLERATED = 1.1  # beyond this a block that is too small is made anew, which takes time
 
 
 class Arena:
-    """A bump allocator; ``reset`` gives everything back at once. Copies that do not fit get memory of their own."""
+    """The memory of a snapshot: one block of the host's, allocated from start to end; ``reset`` frees all of it.
+
+    The first touch of memory costs several times the copy itself, so the block is kept, and made before the first save.
+    Copies that do not fit get memory of their own.
+    """
 
     def __init__(self) -> None:
         self._memory: torch.Tensor | None = None
-        self._used = 0
-        self._needed = 0
+        self._used = self._needed = 0
         self._warming: threading.Thread | None = None
 
     def warm(self, size: int) -> None:
-        """Makes the block in the background, ``size`` bytes; ready when ``reset`` is called next."""
-        self._warming = threading.Thread(target=self._make, args=(size + SPARE,), name="arena", daemon=True)
+        """Makes the block of ``size`` bytes in the background; ``reset`` waits for it."""
+        size += 1 << 20  # small things are saved too
+        self._warming = threading.Thread(target=self._make, args=(size,), name="arena", daemon=True)
         self._warming.start()
 
     def reset(self) -> None:
-        """Nothing of the last snapshot is needed any more. A block that was much too small grows."""
+        """Frees the last snapshot. A block that was much too small grows."""
         if self._warming is not None:
             self._warming.join()
             self._warming = None
-        if self._memory is None or self._needed > self._memory.numel() * TOLERATED:
+        if self._memory is None or self._needed > self._memory.numel() * 1.1:  # a new block takes time
             self._memory = None
             self._make(self._needed)
         self._used = self._needed = 0
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy on the host with a storage of its own; complete after ``settle``."""
-        size = tensor.numel() * tensor.element_size()
-        begin, self._used = self._used, self._used + -(-size // ALIGNMENT) * ALIGNMENT
-        self._needed += -(-size // ALIGNMENT) * ALIGNMENT
+        """Returns a copy on the host with its own storage; complete when ``capturing`` ends."""
+        size = size_of([tensor])
+        begin, self._used = self._used, self._used + size
+        self._needed += size
         if size == 0 or self._memory is None or self._used > self._memory.numel():
             self._used = begin
             place = torch.empty(tensor.shape, dtype=tensor.dtype)
         else:
             block = self._memory.numpy()
             place = torch.frombuffer(block, dtype=tensor.dtype, count=tensor.numel(), offset=begin).view(tensor.shape)
-        place.copy_(tensor.detach(), non_blocking=True)  # a plain tensor, whatever the subclass of the other
+        place.copy_(tensor.detach(), non_blocking=True)  # a plain tensor, whatever the other's subclass is
         return place
-
-    @staticmethod
-    def settle() -> None:
-        """Waits until all copies from a GPU have arrived."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
 
     def _make(self, size: int) -> None:
         if size == 0:
@@ -93,53 +87,30 @@ class Arena:
 
 
 def size_of(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes that copies of these tensors take in an arena."""
+    """Returns the bytes that copies of these tensors take in an arena."""
     return sum(-(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT for tensor in tensors)
 
 
-# The safetensors format, written from memory without another copy.
-#
-# The library's own writer is neither interruptible by a hash nor able to write past the page cache. The format:
-# https://github.com/huggingface/safetensors#format (8 bytes of length, a JSON header, the tensors' bytes).
+# The safetensors format: https://github.com/huggingface/safetensors#format (8 bytes of length, a JSON header, the
+# tensors' bytes). The library's own writer can neither hash while it writes nor write past the page cache.
 
 _NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
+    **{torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"},
 }
 
 
-class Writable(Protocol):
-    def write(self, data: bytes | memoryview, /) -> int: ...
-
-
-def can_write(tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether all dtypes are ones that this writer knows; the library knows more."""
-    return all(tensor.dtype in _NAMES for tensor in tensors.values())
-
-
-def write_safetensors(file: Writable, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None) -> None:
-    """Writes contiguous host tensors, in the library's order: by size of an element, then by name."""
+def write_safetensors(file: Any, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None) -> None:
+    """Writes contiguous host tensors in the library's order: by an element's size, then by name."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     offset = 0
     for name in names:
         tensor = tensors[name]
         end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
+        shape = list(tensor.shape)
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": shape, "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -149,23 +120,24 @@ def write_safetensors(file: Writable, tensors: Mapping[str, torch.Tensor], metad
             file.write(memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy()))
 
 
-# A file that is hashed while it is written, and that does not go through the page cache where that can be.
-#
-# Gigabytes in the page cache cost a copy, push out what training reads, and come back as a burst of writing in the
-# middle of some later step. A file system that does not do direct I/O gets an ordinary file.
-
 BLOCK = 4 << 20  # bytes; a multiple of any device's sector
 
 
 class HashedFile:
-    """A new file for ``write``; ``facts`` has its size in bytes and its sha256 once it is closed."""
+    """A new file that is hashed while it is written, and that skips the page cache if the file system allows it.
+
+    Gigabytes in the page cache cost a copy, evict what training reads, and are written in a burst during a later step.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._descriptor, self._is_direct = _open(path)
+        flags, direct = os.O_WRONLY | os.O_CREAT | os.O_TRUNC, getattr(os, "O_DIRECT", 0)
+        try:
+            self._descriptor, self._is_direct = os.open(path, flags | direct, 0o666), bool(direct)
+        except OSError:
+            self._descriptor, self._is_direct = os.open(path, flags, 0o666), False
         self._block = mmap.mmap(-1, BLOCK)
-        self._filled = 0
-        self._size = 0
+        self._filled = self._size = 0
         self._digest = hashlib.sha256()
 
     def __enter__(self) -> "HashedFile":
@@ -174,7 +146,11 @@ class HashedFile:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
             if error is None:
-                self._finish()
+                if self._filled:
+                    # Direct writes need whole sectors: the rest of the block is written too and cut off again.
+                    self._flush_block(-(-self._filled // mmap.PAGESIZE) * mmap.PAGESIZE)
+                os.ftruncate(self._descriptor, self._size)
+                os.fsync(self._descriptor)
         finally:
             os.close(self._descriptor)
             self._block.close()
@@ -195,11 +171,11 @@ class HashedFile:
             return len(view)
 
     def flush(self) -> None:
-        """Part of the interface of files; what is buffered is written when the file is closed."""
+        """Does nothing, like a file's method of this name: closing writes the buffer."""
 
     @property
     def facts(self) -> dict[str, Any]:
-        """``{size, sha256}``, as commits name it."""
+        """``{size, sha256}`` as commits have it, once the file is closed."""
         return {"size": self._size, "sha256": self._digest.hexdigest()}
 
     def _flush_block(self, size: int) -> None:
@@ -211,55 +187,31 @@ class HashedFile:
                 except OSError as error:
                     if not self._is_direct or error.errno != errno.EINVAL:
                         raise
-                    self._is_direct = False  # some file systems take the flag and refuse the writes
+                    self._is_direct = False  # some file systems accept the flag and refuse the writes
                     flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
                     fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
         self._filled = 0
 
-    def _finish(self) -> None:
-        if self._filled:
-            # Direct writes come in whole sectors: the rest of the block goes along and is cut off again.
-            self._flush_block(-(-self._filled // mmap.PAGESIZE) * mmap.PAGESIZE)
-        os.ftruncate(self._descriptor, self._size)
-        os.fsync(self._descriptor)
 
+# A capture runs Trainer's own ``_save_checkpoint`` with replacements for ``torch.save``, safetensors' ``save_file``,
+# ``torch.distributed.checkpoint.save`` (FSDP) and the tokenizer's method. So the libraries still decide names, layout,
+# sharding and contents. Small JSON files are written at once.
 
-def _open(path: Path) -> tuple[int, bool]:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-    direct = getattr(os, "O_DIRECT", 0)
-    try:
-        return os.open(path, flags | direct, 0o666), bool(direct)
-    except OSError:
-        return os.open(path, flags, 0o666), False
-
-
-# What Trainer would write, copied instead: its own ``_save_checkpoint`` runs, with stand-ins for a few functions.
-#
-# So names, layout, sharding and what belongs into a checkpoint stay the libraries' business. What is not caught here
-# (small JSON files) is written at once, as ever; what is caught is a list of ``Piece``s for the writer.
-#
-# Caught: ``torch.save``, safetensors' ``save_file``, ``torch.distributed.checkpoint.save`` (FSDP), the tokenizer.
-
-# A job for the writer: writes something into the checkpoint's folder; returns the facts of files that it hashed. Those
-# of one snapshot may run beside each other, in any order.
+# Writes something into the checkpoint's folder; returns the facts of files that it hashed. The pieces of one snapshot
+# may run beside each other, in any order.
 Piece = Callable[[], dict[Path, dict[str, Any]]]
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter, AsyncCollectiveTensor)  # the last is one that was gathered from all ranks
+_PLAIN = (torch.Tensor, torch.nn.Parameter, AsyncCollectiveTensor)  # the last is gathered from all ranks
 _SCALARS = (int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device)
-_torch_save, _save_file, _dcp_save = torch.save, safetensors.torch.save_file, dcp.save  # the real ones
+_torch_save, _save_file, _dcp_save = torch.save, safetensors.torch.save_file, dcp.save  # the originals
 
 
 class _Opaque(Exception):
-    """An object that may change behind our back and that we do not know how to copy."""
+    """An object may change during training, and there is no known way to copy it."""
 
 
 class Capture:
-    """Collects the pieces of one snapshot.
-
-    Args:
-        arena: where tensors are copied to.
-        group: a CPU process group for sharded checkpoints, None where there are none.
-    """
+    """Collects the pieces of one snapshot. ``group`` is a CPU process group for sharded checkpoints, else None."""
 
     def __init__(self, arena: Arena, group: Any = None) -> None:
         self.pieces: list[Piece] = []
@@ -267,7 +219,6 @@ class Capture:
         self._arena, self._group = arena, group
 
     def torch_save(self, obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
-        """Stands in for ``torch.save``."""
         if not isinstance(f, (str, Path)) or args or kwargs:
             _torch_save(obj, f, *args, **kwargs)
             return
@@ -284,30 +235,28 @@ class Capture:
     def save_file(
         self, tensors: Mapping[str, torch.Tensor], filename: Any, metadata: Mapping[str, str] | None = None
     ) -> None:
-        """Stands in for safetensors' ``save_file``."""
         copies = {name: self._arena.copy(tensor) for name, tensor in tensors.items()}
         path, facts = Path(filename), dict(metadata or {})
-        if can_write(copies):
+        if all(tensor.dtype in _NAMES for tensor in copies.values()):  # the library knows more dtypes
             self.pieces.append(lambda: _write(path, lambda file: write_safetensors(file, copies, facts)))
         else:
             self.pieces.append(lambda: _save_file(copies, path, facts) or {})
 
     def dcp_save(self, state_dict: Any, *, storage_writer: Any, planner: Any = None, **_: Any) -> None:
-        """Stands in for ``torch.distributed.checkpoint.save``; all ranks' writers come by here in the same order."""
+        """Replaces ``torch.distributed.checkpoint.save``. All ranks' writers call it in the same order."""
         held = dcp.staging.BlockingAsyncStager().stage(state_dict)
-        if not self._sharded:  # one piece for all of them: ranks meet in each, so that their order counts
+        if not self._sharded:  # one piece for all of them: ranks wait for each other in each, so their order counts
             self.pieces.append(self._write_sharded)
-        self._sharded.append(
-            lambda: _dcp_save(held, storage_writer=storage_writer, planner=planner, process_group=self._group)
-        )
+        options = {"storage_writer": storage_writer, "planner": planner, "process_group": self._group}
+        self._sharded.append(partial(_dcp_save, held, **options))
 
     def _write_sharded(self) -> dict[Path, dict[str, Any]]:
         while self._sharded:
-            self._sharded.pop(0)()  # with it goes what it holds in memory
+            self._sharded.pop(0)()  # which frees its memory
         return {}
 
     def later(self, method: Callable[..., Any]) -> Callable[..., None]:
-        """Stands in for a method that writes files of what does not change in training."""
+        """Replaces a method that writes what does not change in training."""
 
         def record(*args: Any, **kwargs: Any) -> None:
             def write() -> dict[Path, dict[str, Any]]:
@@ -319,7 +268,7 @@ class Capture:
         return record
 
     def _copy(self, value: Any, copies: dict[int, torch.Tensor]) -> Any:
-        """A copy that training cannot change any more; aliases within one object stay aliases."""
+        """Returns a copy that training cannot change; aliases within one object stay aliases."""
         if isinstance(value, torch.Tensor):
             if type(value) not in _PLAIN or value.layout != torch.strided:
                 raise _Opaque
@@ -339,7 +288,7 @@ class Capture:
 
 @contextmanager
 def capturing(capture: Capture, tokenizer: Any) -> Iterator[None]:
-    """While this lasts, what is saved goes to ``capture``."""
+    """Sends what is saved to ``capture``, while this lasts."""
     places = [
         (torch, "save", capture.torch_save),
         (safetensors.torch, "save_file", capture.save_file),
@@ -350,23 +299,11 @@ def capturing(capture: Capture, tokenizer: Any) -> Iterator[None]:
     if tokenizer is not None:
         places.append((tokenizer, "save_pretrained", capture.later(tokenizer.save_pretrained)))
     with ExitStack() as stack:
-        for owner, name, stand_in in places:
-            stack.enter_context(_replaced(owner, name, stand_in))
+        for owner, name, replacement in places:
+            stack.enter_context(mock.patch.object(owner, name, replacement))
         yield
-        Arena.settle()
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, stand_in: Any) -> Iterator[None]:
-    is_own, before = name in vars(owner), getattr(owner, name)
-    setattr(owner, name, stand_in)
-    try:
-        yield
-    finally:
-        if is_own:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)  # the class has it
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # until all copies from a GPU are complete
 
 
 def _write(path: Path, fill: Callable[[HashedFile], Any]) -> dict[Path, dict[str, Any]]:
@@ -375,63 +312,48 @@ def _write(path: Path, fill: Callable[[HashedFile], Any]) -> dict[Path, dict[str
     return {path: file.facts}
 
 
-# The threads that write snapshots to disk: one snapshot at a time, a few files of it, behind training.
-
-# Gets the facts of the files that were hashed, and how long writing took in seconds.
-Then = Callable[[dict[Path, dict[str, Any]], float], None]
-NICENESS = 5  # training's own threads go first where there is a core too few; on leaving there are none
-# Hashing takes a core for as long as the disk is fast. Training's threads wait for the slowest among them at every
-# operator: time that is taken from all cores at once costs it less than the same time taken from one.
-FILES_AT_A_TIME = 2
-
-
 class Writer:
-    """Writes one snapshot; whoever brings the next one waits for it, or looks at ``busy`` first."""
+    """Writes one snapshot at a time, a few files of it at once. Call ``settle``, or check ``busy``, before the next."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
-        self._files = ThreadPoolExecutor(FILES_AT_A_TIME, thread_name_prefix="snapshot-file", initializer=_step_back)
+        self._pool = ThreadPoolExecutor(1, "snapshot")
+        # Two files at a time: on a fast disk, hashing takes a core. Training's threads wait for the slowest one at
+        # every operator: time taken from all cores at once costs it less than the same time taken from one.
+        self._files = ThreadPoolExecutor(2, "snapshot-file", _lower_priority)
         self._job: Future[None] | None = None
 
     @property
     def busy(self) -> bool:
         return self._job is not None and not self._job.done()
 
-    def submit(self, pieces: list[Piece], then: Then) -> None:
-        """Writes the pieces, each a file or more, and lets go of them; then calls ``then``."""
+    def submit(self, pieces: list[Piece], then: Callable[[dict[Path, dict[str, Any]], float], None]) -> None:
+        """Writes the pieces, one or more files each, and frees them; then calls ``then`` with facts and seconds."""
 
         def write() -> None:
             began = time.monotonic()
             facts: dict[Path, dict[str, Any]] = {}
             under_way = [self._files.submit(piece) for piece in pieces]
-            wait(under_way)  # for all, also when one fails: nobody writes into a checkpoint that is given up
+            wait(under_way)  # for all, also if one fails: nothing may write into a removed checkpoint
             for piece in under_way:
                 facts |= piece.result()
-            pieces.clear()  # with them goes what they hold in memory
+            pieces.clear()  # frees their memory
             then(facts, time.monotonic() - began)
 
         self._job = self._pool.submit(write)
 
     def settle(self) -> OSError | None:
-        """Waits for the snapshot under way and says, once, what kept it from the disk; other errors are raised."""
+        """Waits for the snapshot and returns, once, the disk's fault that stopped it. Raises other errors."""
         job, self._job = self._job, None
         error = job.exception() if job else None
-        if error is None:
-            return None
-        if disk_fault := _disk_fault(error):
-            return disk_fault
-        raise error
+        cause = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        if error is not None and cause is None:
+            raise error
+        return cause
 
 
-def _disk_fault(error: BaseException | None) -> OSError | None:
-    """The disk's own word among an error and its causes."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def _step_back() -> None:
-    try:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-    except OSError:  # not a thing that every system allows for a thread
-        return
+def _lower_priority() -> None:
+    # Training's own threads go first if cores are scarce; while a run stops there are none.
+    with suppress(OSError):  # not every system allows it for a thread
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)

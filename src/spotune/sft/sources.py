@@ -1,4 +1,13 @@
-"""The entries of ``data:``: fetched from stores, and read as data sets with the columns of their format."""
+"""Reads the entries of ``data:`` as data sets with the columns of their format, every row checked.
+
+    file ─▶ its sha256 ─▶ is it the run record's? ─▶ rows in Arrow, kept by that sha256 ─▶ Dataset
+
+This machine keeps rows by their content, never by a file's name and time: another file in its place is another content.
+
+``python -m spotune.sft.sources`` checks the rows of local files for ``spotune check``, without torch. It reads a JSON
+object from stdin, ``{"config": …, "config_path": …, "most_bytes": …}``, and prints another:
+``{"rows": number of rows read, "partly": files not read to their end, "error": what does not fit, or ""}``.
+"""
 
 import fcntl
 import hashlib
@@ -13,50 +22,33 @@ from typing import Any
 
 import pyarrow as pa
 
+from spotune.core import fingerprint
 from spotune.core.errors import InputError, SpotuneError, protect_output, shown
-from spotune.core.fingerprint import (
-    changed_while_read,
-    checksum_of,
-    file_facts,
-    file_state,
-    find_files,
-    is_remote,
-    kind_of,
-    local_path,
-    not_as_submitted,
-    open_store,
-    unreachable,
-)
 from spotune.core.protocol import read_json, write_json
 from spotune.core.store.faults import is_machine_fault
 from spotune.sft.readers import HubReader, Reader, open_bytes, open_file, spoilt
 from spotune.sft.row_counts import held_out_count
 from spotune.sft.rows import REMEDIES, Columns, RowError, RowLayout, columns_of, format_of
 
-# Data files of a store, copied once to this machine's cache: a new copy when the store's checksum changes.
-#
-# Copies rather than streams, since a file is read more than once: for its hash, and for its rows. Where a store gives
-# no checksum (a plain web server), a copy is not used again.
+READER = 1  # part of the key of kept rows: another number reads everything again
+ROWS = "rows"  # the folder of kept rows, below the cache
 
 
 def fetch(url: str, cache: Path, where: str, key: str, checksum: str = "") -> str:
-    """Returns the local path of a data file; a local file's is its own.
+    """Returns the local path of a data file. Copies a store's file once, and anew when its checksum changes.
 
-    Args:
-        checksum: the store's, as the run's record has it; empty where it has none.
-
-    Raises:
-        InputError: the file is not there, may not be read, or is not the one with that checksum.
-        StoreError: the store is away.
+    A file is read twice, for its hash and its rows, so it is not streamed. A copy from a store without checksums (a
+    plain web server) is not used again. ``checksum`` is the store's in the run's record, or empty. Raises InputError
+    for a file that is missing, cannot be read, or has another checksum; StoreError if the store is away.
     """
-    if not is_remote(url):
-        return str(local_path(url.removeprefix("file://"), where, key))
+    if not fingerprint.is_remote(url):
+        return str(fingerprint.local_path(url.removeprefix("file://"), where, key))
     try:
-        filesystem, path = open_store(url)
+        filesystem, path = fingerprint.open_store(url)
         facts = filesystem.info(path)
-        found = checksum_of(facts)
+        found = fingerprint.checksum_of(facts)
         if checksum and found != checksum:
-            raise not_as_submitted(url, "checksum in the store")
+            raise fingerprint.not_as_submitted(url, "checksum in the store")
         folder = hashlib.sha256(f"{url}\n{found}\n{facts.get('size')}".encode()).hexdigest()[:24]
         target = cache / "sources" / folder / Path(path.split("?")[0]).name
         if found and target.exists() and target.stat().st_size == facts.get("size", target.stat().st_size):
@@ -64,63 +56,38 @@ def fetch(url: str, cache: Path, where: str, key: str, checksum: str = "") -> st
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f".{os.getpid()}-{target.name}")  # ranks may fetch at the same time
         filesystem.get_file(path, str(part))
-        if found and checksum_of(filesystem.info(path)) != found:
-            raise changed_while_read(url)
+        if found and fingerprint.checksum_of(filesystem.info(path)) != found:
+            raise fingerprint.changed_while_read(url)
         part.replace(target)
     except InputError:
         raise
     except FileNotFoundError as error:
-        if is_machine_fault(error):  # fsspec says so of a web server that is away
-            raise unreachable(url, where, key, error) from error
+        if is_machine_fault(error):  # fsspec raises this also for a web server that is away
+            raise fingerprint.unreachable(url, where, key, error) from error
         raise InputError(where, f"no such file: {url}", key=key) from error
     except (PermissionError, ImportError) as error:
         raise InputError(where, f"cannot read {url}: {error}", key=key) from error
-    except OSError as error:
-        if error.errno is not None:
+    except Exception as error:  # a store's client has errors of any class
+        if isinstance(error, OSError) and error.errno is not None:
             raise  # this machine's disk
-        raise unreachable(url, where, key, error) from error
-    except Exception as error:  # of any class of a store's client
-        raise unreachable(url, where, key, error) from error
+        raise fingerprint.unreachable(url, where, key, error) from error
     return str(target)
-
-
-# The entries of ``data:`` -> data sets with the columns of their format, every row checked.
-#
-#     file ─▶ its sha256 ─▶ is it what the run's record says? ─▶ rows in Arrow, kept by that sha256 ─▶ Dataset
-#
-# Rows are kept on this machine by the content that they were read from, never by a file's name and time: another file
-# in its place is another content.
-
-READER = 1  # part of the key of what is kept: another number reads everything again
-ROWS = "rows"  # the folder for it, below the cache
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """An entry of ``data:``.
-
-    Attributes:
-        key: ``data[0]``, for messages.
-        files: facts of its files in the run's record, in their order: ``{url, size, sha256 | checksum}``.
-    """
-
     entry: Mapping[str, Any]
     config_path: str
-    key: str
+    key: str  # ``data[0]``, for messages
     text_field: str
-    files: Sequence[Mapping[str, Any]] = ()
+    files: Sequence[Mapping[str, Any]] = ()  # of the run's record, in order: ``{url, size, sha256 | checksum}``
 
     @property
     def url(self) -> str:
         return str(self.entry["source"])
 
-    @property
-    def names(self) -> dict[str, str]:
-        """Our column names -> the file's."""
-        return dict(self.entry.get("columns") or {})
-
     def held_out(self, rows: int) -> int:
-        """Returns how many of the file's rows are held out. Raises InputError if none are left to train on."""
+        """Returns how many of ``rows`` are held out. Raises InputError if none are left to train on."""
         split, limit = self.entry.get("split"), self.entry.get("limit")
         rows = min(rows, limit) if limit else rows
         count = held_out_count(rows, split) if split else 0
@@ -134,21 +101,14 @@ class DataSource:
 
 @dataclass(frozen=True)
 class Part:
-    """One file of a source, or the whole of a data set of the hub.
-
-    Attributes:
-        path: of the file on this machine; empty for the hub.
-        digest: names the content.
-        state: of the file before its hash was taken.
-        dataset: of the hub, else None.
-    """
+    """One file of a source, or a whole data set of the hub."""
 
     source: DataSource
     url: str
-    path: str
-    digest: str
-    state: tuple[int, ...] = ()
-    dataset: Any = None
+    path: str  # on this machine; empty for the hub
+    digest: str  # names the content
+    state: tuple[int, ...] = ()  # the file's, before its hash was taken
+    dataset: Any = None  # the hub's, else None
 
     def reader(self) -> Reader:
         return HubReader(self.dataset) if self.dataset is not None else open_file(self.path, self.url)
@@ -156,44 +116,28 @@ class Part:
 
 @dataclass(frozen=True)
 class Read:
-    """A part whose rows have been read and fit.
-
-    Attributes:
-        layout: the narrowest that holds them.
-        first_row: the number of the first one.
-        size: bytes that they took in the file, about.
-        is_whole: False where only the first blocks were looked at.
-    """
+    """A part whose rows were read and fit."""
 
     part: Part
     columns: Columns
-    layout: RowLayout
+    layout: RowLayout  # the narrowest that holds the rows
     rows: int
-    first_row: int
-    size: int = 0
-    is_whole: bool = True
-
-
-class _Wider(Exception):
-    """A block needs a wider layout than the blocks before it were written in."""
-
-    def __init__(self, layout: RowLayout) -> None:
-        super().__init__(layout)
-        self.layout = layout
+    first_row: int  # its number in the file
+    size: int = 0  # the bytes of the rows in the file, about
+    is_whole: bool = True  # False if only the first blocks were read
 
 
 def read_all(source: DataSource, cache: Path) -> list[Read]:
     """Reads the files of a source that have rows, and keeps the rows below ``cache``.
 
-    Raises:
-        InputError: naming file and row, for what does not fit.
-        StoreError, OSError, MemoryError: the store or the machine failed.
+    Raises InputError, naming file and row, for what does not fit; StoreError, OSError and MemoryError for faults of the
+    store or the machine.
     """
     reads = []
     for part in parts_of(source, cache):
         (cache / ROWS).mkdir(parents=True, exist_ok=True)
         with open(cache / ROWS / f"{_key(part)}.lock", "w") as lock:
-            with suppress(OSError):  # a file system without locks: each rank of this machine reads for itself
+            with suppress(OSError):  # a file system without locks: each rank reads for itself
                 fcntl.flock(lock, fcntl.LOCK_EX)
             read = read_part(part, cache)
         reads += [read] if read else []
@@ -203,7 +147,6 @@ def read_all(source: DataSource, cache: Path) -> list[Read]:
 
 
 def dataset_of(reads: list[Read], layout: RowLayout, cache: Path) -> Any:
-    """Returns the data set of a source in a layout that holds all its rows."""
     from datasets import concatenate_datasets
 
     parts = [_dataset(read, layout, cache) for read in reads]
@@ -217,7 +160,13 @@ def one_layout(reads: list[Read]) -> RowLayout:
     layout, first = RowLayout(), reads[0]
     for read in reads:
         if read.columns.format != first.columns.format:
-            raise _formats_differ(first, read)
+            formats = f"{first.columns.format}, {read.columns.format}"
+            if first.part.source == read.part.source:
+                what = f"has the columns of {read.columns.format}, but {first.part.url} those of {first.columns.format}"
+                raise InputError(read.part.url, what, remedy="name one with format:")
+            what = f"the sources have different formats: {formats} ({first.part.url} and {read.part.url})"
+            remedy = "give all of them one format; columns: maps names"
+            raise InputError(first.part.source.config_path, what, key="data", remedy=remedy)
         for name, kind in read.layout.kinds.items():
             if layout.kinds.get(name, kind) != kind:
                 what = f"{name} is {kind}, but {layout.kinds[name]} in {first.part.url} (row {first.first_row})"
@@ -226,18 +175,8 @@ def one_layout(reads: list[Read]) -> RowLayout:
     return layout
 
 
-def _formats_differ(first: Read, other: Read) -> InputError:
-    formats = f"{first.columns.format}, {other.columns.format}"
-    if first.part.source == other.part.source:
-        what = f"has the columns of {other.columns.format}, but {first.part.url} those of {first.columns.format}"
-        return InputError(other.part.url, what, remedy="name one with format:")
-    what = f"the sources have different formats: {formats} ({first.part.url} and {other.part.url})"
-    remedy = "give all of them one format; columns: maps names"
-    return InputError(first.part.source.config_path, what, key="data", remedy=remedy)
-
-
 def twins(parts: list[Part]) -> list[str]:
-    """Returns a line for each file that has the content of another one under another name."""
+    """Returns a line for each file that has the content of another file."""
     lines, seen = [], dict[str, Part]()
     for part in parts:
         first = seen.setdefault(part.digest, part)
@@ -253,27 +192,25 @@ def parts_of(source: DataSource, cache: Path) -> Iterator[Part]:
         yield Part(source, source.url, "", f"hub {dataset._fingerprint}", dataset=dataset)
         return
     key = f"{source.key}.source"
-    urls = find_files(source.url, source.config_path, key).files
+    urls = fingerprint.find_files(source.url, source.config_path, key).files
     if source.files and len(source.files) != len(urls):
         what = f"names {len(urls)} files, but the run was submitted with {len(source.files)}"
         raise InputError(source.url, what, remedy="put them back, or submit a new run")
     for url, recorded in zip(urls, source.files or [{}] * len(urls), strict=True):
         path = fetch(url, cache, source.config_path, key, str(recorded.get("checksum") or ""))
         try:
-            state, facts = file_state(path), file_facts(Path(path))
+            state, facts = fingerprint.file_state(path), fingerprint.file_facts(Path(path))
         except (FileNotFoundError, PermissionError) as error:
             raise InputError(url, f"cannot be read: {error.strerror}") from error
         if recorded.get("sha256") not in (None, facts["sha256"]):
-            raise not_as_submitted(url, "sha256")
+            raise fingerprint.not_as_submitted(url, "sha256")
         yield Part(source, url, path, str(facts["sha256"]), state)
 
 
 def read_part(part: Part, cache: Path | None, most_bytes: int | None = None) -> Read | None:
-    """Reads a part's rows and looks at each; None for a part without rows.
+    """Reads and checks a part's rows; None for a part without rows. Raises InputError.
 
-    Args:
-        cache: where the rows are kept; None keeps nothing.
-        most_bytes: stop after about so many bytes; only without a cache.
+    ``cache`` keeps the rows, if given. Else reading stops after about ``most_bytes``.
     """
     format = ""
     try:
@@ -291,25 +228,26 @@ def read_part(part: Part, cache: Path | None, most_bytes: int | None = None) -> 
         if spoilt(error) and not is_machine_fault(error):
             raise InputError(part.url, f"cannot be read: {error}") from error
         raise
-    if part.state and part.state != file_state(part.path):
-        raise changed_while_read(part.url)
+    if part.state and part.state != fingerprint.file_state(part.path):
+        raise fingerprint.changed_while_read(part.url)
     return read if read.rows else None
 
 
 def _convert(
     part: Part, reader: Reader, columns: Columns, layout: RowLayout, cache: Path | None, most_bytes: int | None = None
 ) -> Read:
-    """Looks at each row of a part; with a cache, writes them in ``layout`` or the wider one that they need."""
+    """Checks each row of a part; with a cache, writes them in ``layout`` or the wider one that they need."""
     while True:
-        try:
-            return _write(part, reader, columns, layout, cache, most_bytes)
-        except _Wider as found:
-            layout = found.layout
+        found = _write(part, reader, columns, layout, cache, most_bytes)
+        if isinstance(found, Read):
+            return found
+        layout = found
 
 
 def _write(
     part: Part, reader: Reader, columns: Columns, layout: RowLayout, cache: Path | None, most_bytes: int | None
-) -> Read:
+) -> Read | RowLayout:
+    """Does so once; returns the layout that a block needs if it is wider than the blocks before it."""
     (rows, size, first_row), kinds = (0, 0, 1), dict(layout.kinds)
     writer = _Writer(cache / ROWS) if cache else None
     try:
@@ -326,14 +264,15 @@ def _write(
             first_row = first_row if rows else chunk.first_row
             wider = layout | chunk.layout
             if rows and writer and wider != layout:
-                raise _Wider(wider)
+                return wider
             layout, rows, size = wider, rows + chunk.rows, size + block.size
             if writer:
                 writer.write(chunk.batch(layout))
         read = Read(part, columns, layout, rows, first_row, size)
         if writer and rows:
             writer.keep(_rows_path(read, layout, writer.folder))
-            _remember(read, writer.folder)
+            facts = {"kinds": dict(layout.kinds), "has_json": layout.has_json, "optional": sorted(layout.optional)}
+            write_json(writer.folder / f"{_key(part)}.json", {**facts, "rows": rows, "first_row": first_row})
         return read
     finally:
         if writer:
@@ -341,7 +280,7 @@ def _write(
 
 
 class _Writer:
-    """Rows on their way to a file, which appears whole."""
+    """Writes rows to a file that appears whole."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -363,7 +302,6 @@ class _Writer:
         os.replace(self._path, path)
 
     def close(self) -> None:
-        """Leaves nothing half written behind."""
         if self._sink is not None:
             self._sink.close()
             self._path.unlink(missing_ok=True)
@@ -374,34 +312,29 @@ def _dataset(read: Read, layout: RowLayout, cache: Path) -> Any:
     import datasets.features.features as codec
     from datasets.table import MemoryMappedTable
 
-    # Its own reader of JSON text refuses integers beyond 64 bits and rounds some numbers.
+    # The library's own JSON reader refuses integers beyond 64 bits and rounds some numbers.
     codec.ujson_loads = json.loads
     path = _rows_path(read, layout, cache / ROWS)
     if not path.exists():
         _convert(read.part, read.part.reader(), read.columns, layout, cache)
-    fingerprint = hashlib.sha256(path.stem.encode()).hexdigest()[:16]
-    return datasets.Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=fingerprint)
+    digest = hashlib.sha256(path.stem.encode()).hexdigest()[:16]
+    return datasets.Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=digest)
 
 
 def _key(part: Part) -> str:
-    """Names what a part holds and how it is read."""
+    """Returns a name for a part's content and for how it is read."""
     entry = {name: part.source.entry.get(name) for name in ("format", "columns")}
-    facts = [READER, part.digest, kind_of(part.path), entry, part.source.text_field]
+    facts = [READER, part.digest, fingerprint.kind_of(part.path), entry, part.source.text_field]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def _rows_path(read: Read, layout: RowLayout, folder: Path) -> Path:
-    return folder / f"{_key(read.part)}-{hashlib.sha256(layout.key().encode()).hexdigest()[:12]}.arrow"
-
-
-def _remember(read: Read, folder: Path) -> None:
-    facts = {"kinds": dict(read.layout.kinds), "has_json": read.layout.has_json}
-    facts |= {"optional": sorted(read.layout.optional), "rows": read.rows, "first_row": read.first_row}
-    write_json(folder / f"{_key(read.part)}.json", facts)
+    named = json.dumps([sorted(layout.kinds.items()), layout.has_json, sorted(layout.optional)])
+    return folder / f"{_key(read.part)}-{hashlib.sha256(named.encode()).hexdigest()[:12]}.arrow"
 
 
 def _recall(part: Part, columns: Columns, cache: Path) -> Read | None:
-    """What was read before of the same content; None where it is not, or no longer, there."""
+    """Returns what was read before of the same content, if it is still there."""
     try:
         facts = read_json(cache / ROWS / f"{_key(part)}.json")
     except ValueError:
@@ -414,16 +347,17 @@ def _recall(part: Part, columns: Columns, cache: Path) -> Read | None:
 
 
 def _columns(part: Part, reader: Reader) -> Columns:
-    """The columns to read. Raises InputError where the file lacks one."""
+    """Returns the columns to read. Raises InputError if the file lacks one."""
     source, present = part.source, ", ".join(map(str, reader.names))
-    for ours, theirs in source.names.items():
+    renamed = source.entry.get("columns") or {}  # our names -> the file's
+    for ours, theirs in renamed.items():
         if theirs not in reader.names:
             raise source.error(f"{part.url} has no column {shown(theirs)}", f"it has {present}", f"columns.{ours}")
-    format = source.entry.get("format") or format_of(reader.names, source.names, source.text_field)
+    format = source.entry.get("format") or format_of(reader.names, renamed, source.text_field)
     if not format:
         remedy = "name them with columns: {prompt: …, completion: …}, {messages: …} or {text: …}"
         raise InputError(part.url, f"its columns ({present}) fit no format", remedy=remedy)
-    columns = columns_of(format, reader.names, source.names, source.text_field)
+    columns = columns_of(format, reader.names, renamed, source.text_field)
     for ours, theirs in columns.names.items():
         if theirs not in reader.names:
             remedy = f"it has {present}; name it with columns: {{{ours}: …}}"
@@ -440,34 +374,25 @@ def _load_hub(source: DataSource) -> Any:
     split = source.entry.get("dataset_split") or "train"
     try:
         return load_dataset(name, name=source.entry.get("dataset_config"), revision=revision or None, split=split)
-    except (DatasetNotFoundError, FileNotFoundError) as error:
+    except (DatasetNotFoundError, FileNotFoundError, ValueError) as error:
         if is_machine_fault(error):
             raise
-        raise source.error(f"cannot find {source.url}: {error}", key="source") from error
-    except ValueError as error:  # an unknown configuration or split; the message lists those that are there
-        if is_machine_fault(error):
-            raise
-        raise source.error(str(error), key="source") from error
-
-
-# ``python -m spotune.sft.sources``: looks at the rows of local data files for ``spotune check``, without torch.
-#
-# Reads a JSON object from stdin, ``{"config": …, "config_path": …, "most_bytes": …}``, and prints another:
-# ``{"rows": how many it read, "partly": files that it did not read to their end, "error": what does not fit, or ""}``.
+        # A ValueError is an unknown configuration or split; its message lists those that exist.
+        is_missing = isinstance(error, (DatasetNotFoundError, FileNotFoundError))
+        what = f"cannot find {source.url}: {error}" if is_missing else str(error)
+        raise source.error(what, key="source") from error
 
 
 def check_rows(config: Mapping[str, Any], config_path: str, most_bytes: int) -> dict[str, Any]:
-    """Reads the rows of local ``data:`` files, about ``most_bytes`` in all. Raises InputError for what does not fit."""
-    reads: list[Read] = []
-    partly: list[str] = []
+    """Reads the rows of local ``data:`` files, about ``most_bytes`` in all. Raises InputError for a bad row."""
+    reads, partly = list[Read](), list[str]()
     text_field = str(config.get("dataset_text_field") or "text")
     for index, entry in enumerate(config.get("data") or []):
         source = DataSource(entry, config_path, f"data[{index}]", text_field)
-        if is_remote(source.url):
+        if fingerprint.is_remote(source.url):
             continue
-        found: list[Read] = []
-        skipped = []
-        for url in find_files(source.url, config_path, f"data[{index}].source").files:
+        found, skipped = list[Read](), list[str]()
+        for url in fingerprint.find_files(source.url, config_path, f"data[{index}].source").files:
             left = most_bytes - sum(read.size for read in [*reads, *found])
             if left <= 0 or _is_large_list(url, left):
                 skipped.append(url)
@@ -487,8 +412,8 @@ def check_rows(config: Mapping[str, Any], config_path: str, most_bytes: int) -> 
 
 
 def _is_large_list(path: str, most_bytes: int) -> bool:
-    """Whether a file is one JSON list, which can only be read whole, and a long one."""
-    kind, compression = kind_of(path) or ("", "")
+    """Returns whether a file is a long JSON list, which can only be read whole."""
+    kind, compression = fingerprint.kind_of(path) or ("", "")
     if kind != "json":
         return False
     with open_bytes(path.removeprefix("file://"), compression) as data:
@@ -497,14 +422,14 @@ def _is_large_list(path: str, most_bytes: int) -> bool:
 
 
 class _WithoutPandas:
-    """Hides pandas from this process: pyarrow imports it where it can, in a third of a second, for nothing here."""
+    """Hides pandas from this process: pyarrow would import it, in a third of a second, for nothing here."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         if name == "pandas":
             raise ModuleNotFoundError(name)
 
 
-def main() -> None:
+if __name__ == "__main__":
     protect_output()
     sys.meta_path.insert(0, _WithoutPandas())
     asked = json.load(sys.stdin)
@@ -513,7 +438,3 @@ def main() -> None:
     except SpotuneError as error:
         found = {"rows": 0, "partly": [], "error": str(error)}
     print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()

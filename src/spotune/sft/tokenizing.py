@@ -1,4 +1,9 @@
-"""Tokenizes data with TRL's own code, and names the row or the template that is at fault."""
+"""Tokenizes data with TRL's own code, reports the loss of rows, and refuses what the model cannot train on.
+
+TRL prepares a data set in one go: tokenize, label, truncate, drop, pack, shuffle. Here it does the first two, the rows
+are counted while they still are the rows of the sources, and then it does the rest. Its maps stay the same in the same
+order, so weights and cached files are those of ``trl sft``.
+"""
 
 import copy
 import json
@@ -11,51 +16,21 @@ from typing import Any
 from spotune.core.errors import InputError
 from spotune.core.protocol import EventLog
 from spotune.core.store.faults import is_machine_fault
+from spotune.sft import row_counts
 from spotune.sft.preflight import one_line
-from spotune.sft.row_counts import (
-    Limits,
-    Origins,
-    RowCount,
-    SourceCount,
-    check_batch,
-    check_padding,
-    check_rows,
-    count_rows,
-    rule_of,
-)
 
-# Which row, and which template, is at fault when a data set cannot be tokenized.
-
-# What a row, a template or a tokenizer can raise beside jinja's own errors.
+# The errors of a row, a template or a tokenizer, beside jinja's own.
 _OF_THE_INPUT = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, StopIteration)
 
 
 @dataclass(frozen=True)
 class Renderer:
-    """How TRL turns a row into tokens.
-
-    Attributes:
-        processor: the tokenizer, or a multimodal model's processor.
-        chat_template: replaces the processor's own, if it is not None.
-        args: the SFTConfig.
-    """
-
-    processor: Any
-    chat_template: str | None
-    args: Any
-
-    @property
-    def tokenizer(self) -> Any:
-        return getattr(self.processor, "tokenizer", self.processor)
-
-    @property
-    def template(self) -> str:
-        """Names the chat template."""
-        path = self.args.chat_template_path
-        return f"the chat template {path}" if path else "the model's chat template"
+    processor: Any  # the tokenizer, or a multimodal model's processor
+    chat_template: str | None  # replaces the processor's own unless it is None
+    args: Any  # the SFTConfig
 
     def first_at_fault(self, dataset: Any) -> int | None:
-        """The first row that cannot be rendered by itself; None where all can. Only the way to an error pays for it."""
+        """Returns the first row that cannot be rendered by itself, else None. Called only after an error."""
         for index, row in enumerate(dataset):
             try:
                 if not self._is_renderable(row):
@@ -69,8 +44,10 @@ class Renderer:
 
         row = maybe_convert_to_chatml(row)
         if not is_conversational(row):
-            texts = [row["prompt"], row["prompt"] + row["completion"]] if "prompt" in row else []
-            texts += [] if "prompt" in row else [row[self.args.dataset_text_field]]
+            if "prompt" in row:
+                texts = [row["prompt"], row["prompt"] + row["completion"]]
+            else:
+                texts = [row[self.args.dataset_text_field]]
             return all(self.processor(text=text) is not None for text in texts)
         tools = row.get("tools")
         tools = json.loads(tools) if isinstance(tools, str) else tools
@@ -81,7 +58,7 @@ class Renderer:
         return self._has_tokens(row["prompt"] + row["completion"], options)
 
     def _has_tokens(self, messages: Any, options: dict[str, Any]) -> bool:
-        """Whether the assistant has one, where only these are trained on. Raises whatever the template does."""
+        """Returns False if the loss needs tokens of the assistant and there are none. Raises the template's errors."""
         if not self.args.assistant_only_loss:
             self.processor.apply_chat_template(messages, tokenize=False, **options)
             return True
@@ -92,8 +69,8 @@ class Renderer:
 
 
 @contextmanager
-def explained(config_path: str, dataset: Any, origins: Origins, renderer: Renderer) -> Iterator[None]:
-    """Turns what TRL's preparation raises into an InputError; a fault of the machine stays what it is."""
+def explained(config_path: str, dataset: Any, origins: row_counts.Origins, renderer: Renderer) -> Iterator[None]:
+    """Turns errors of TRL's preparation into an InputError, but not faults of the machine."""
     try:
         yield
     except InputError:
@@ -110,7 +87,7 @@ def explained(config_path: str, dataset: Any, origins: Origins, renderer: Render
 
 
 def misfit_of(row: Mapping[str, Any], text_field: str) -> str:
-    """What is wrong with the shape of a row that cannot be tokenized; empty where nothing is."""
+    """Returns what is wrong with the shape of a row that cannot be tokenized; else ""."""
     named = [name for name in ("prompt", "completion", "messages", "conversations", text_field) if name in row]
     if not named:
         return f"it has no column {text_field!r}, messages, or prompt and completion, only {', '.join(row)}"
@@ -127,7 +104,9 @@ def misfit_of(row: Mapping[str, Any], text_field: str) -> str:
 def _as_input_error(
     error: Exception, misfit: str, config_path: str, place: tuple[str, str], renderer: Renderer
 ) -> InputError:
-    text, (where, key) = _text_of(error), place
+    text, (where, key) = str(error), place
+    if text.startswith("Caught ") and "in DataLoader worker process" in text:  # torch gives the whole traceback
+        text = text.strip().rpartition("\n")[2].partition(": ")[2]
     if misfit:
         return InputError(where, misfit, key=key)
     if "chat_template" in text and "not set" in text:
@@ -140,22 +119,15 @@ def _as_input_error(
         return InputError(where, what, key=key, remedy=remedy)
     if isinstance(error, StopIteration):
         return InputError(config_path, "there are no rows", key="data")
-    said = one_line(error) if isinstance(error, (LookupError, AttributeError)) or not text else text
+    message = one_line(error) if isinstance(error, (LookupError, AttributeError)) or not text else text
     if _is_template_error(error) or _came_from_a_template(error):
-        return InputError(where, f"{renderer.template} fails: {said}", key=key)
-    return InputError(where, f"cannot be read or tokenized: {said}", key=key)
-
-
-def _text_of(error: BaseException) -> str:
-    """The error's message; of one in a data loader's process torch gives the whole traceback."""
-    text = str(error)
-    if not (text.startswith("Caught ") and "in DataLoader worker process" in text):
-        return text
-    return text.strip().rpartition("\n")[2].partition(": ")[2]
+        path = renderer.args.chat_template_path
+        template = f"the chat template {path}" if path else "the model's chat template"
+        return InputError(where, f"{template} fails: {message}", key=key)
+    return InputError(where, f"cannot be read or tokenized: {message}", key=key)
 
 
 def _came_from_a_template(error: BaseException) -> bool:
-    """Whether the error was raised while jinja rendered."""
     frames = error.__traceback__
     while frames is not None:
         if "jinja2" in frames.tb_frame.f_code.co_filename.replace("\\", "/").split("/"):
@@ -172,59 +144,59 @@ def _lacks_assistant(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "assistant_only_loss" in str(error)
 
 
-# Tokenizes data with TRL's own code, says what that takes away, and refuses what the model cannot train on.
-#
-# TRL prepares a data set in one go: tokenize, label, truncate, drop, pack, shuffle. Here it does the first two, the
-# rows are counted while they still are the rows of the sources, and then it does the rest. Its maps are the same ones
-# in the same order, so that weights and cached files are those of ``trl sft``.
-
 SETS = {"train": "training", "eval": "evaluation"}  # TRL's name -> ours
 
 
 class Preparation:
-    """Prepares the data sets of one trainer.
+    """Prepares the data sets of one trainer. ``origins`` are by TRL's name of the data set, ``train`` or ``eval``.
 
-    Args:
-        origins: by TRL's name of the data set, ``train`` or ``eval``.
-        config_path: for messages.
-        events: rank 0's log, None on the others: they say nothing.
+    ``events`` is rank 0's log, None on the other ranks, which report nothing.
     """
 
-    def __init__(self, origins: Mapping[str, Origins], config_path: str, events: EventLog | None) -> None:
+    def __init__(self, origins: Mapping[str, row_counts.Origins], config_path: str, events: EventLog | None) -> None:
         self._origins, self._config_path, self._events = dict(origins), config_path, events
-        self._counts: dict[str, RowCount] = {}
-        self._limits = Limits(None, None)
+        self._counts: dict[str, row_counts.RowCount] = {}
+        self._limits = row_counts.Limits(None, None)
 
     def prepare(
         self, trl_prepare: Callable[..., Any], dataset: Any, renderer: Renderer, packing: bool, name: str
     ) -> Any:
-        """The data set as ``trl_prepare``, SFTTrainer's own method, makes it. Raises InputError."""
+        """Returns the data set as ``trl_prepare``, SFTTrainer's own method, makes it. Raises InputError."""
         processor, args, origins = renderer.processor, renderer.args, self._origins.get(name)
         if origins is None:  # not one of the config's
             return trl_prepare(dataset, processor, args, packing, None, name)
         if origins.is_streamed:
-            self._report_stream(origins, name)
+            if self._events is not None:
+                unknown = dict.fromkeys(("rows", "dropped", "truncated", "empty"))
+                self._events.write("rows", set=SETS[name], sources=[{"source": origins.names[0], **unknown}])
+                what = "is streamed, so that rows that are dropped or truncated are not counted"
+                print(f"[spotune] {_named(origins.names[0], name)} {what}", file=sys.stderr)
             with explained(self._config_path, dataset, origins, renderer):
                 return trl_prepare(dataset, processor, args, packing, None, name)
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
         with explained(self._config_path, dataset, origins, renderer):
             tokenized = trl_prepare(dataset, processor, whole, False, None, name)
-        self._count(tokenized, renderer.tokenizer, args, packing, name)
+        self._count(tokenized, getattr(processor, "tokenizer", processor), args, packing, name)
         return trl_prepare(tokenized, processor, args, packing, None, name)
 
     def check_model(self, trainer: Any) -> None:
-        """Raises InputError for a token or a length that the trainer's model has no embedding for."""
-        if trainer._skip_prepare_dataset and not trainer._is_vision_dataset:  # the user's own tokens, as they are
-            self._count_as_they_are(trainer)
-        self._limits = Limits.of(trainer.model)
+        """Raises InputError for a token or a length that the model has no embedding for."""
+        if trainer._skip_prepare_dataset and not trainer._is_vision_dataset:  # the user's own tokens, not truncated
+            args = copy.copy(trainer.args)
+            args.max_length = None
+            for name, dataset in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset)):
+                origins = self._origins.get(name)
+                if origins is not None and not origins.is_streamed and "input_ids" in dataset.column_names:
+                    self._count(dataset, trainer._tokenizer, args, False, name)
+        self._limits = row_counts.limits_of(trainer.model)
         for count in self._counts.values():
-            check_rows(self._limits, trainer._tokenizer, count, self._config_path)
-        check_padding(self._limits, trainer, self._config_path)
+            row_counts.check_rows(self._limits, trainer._tokenizer, count, self._config_path)
+        row_counts.check_padding(self._limits, trainer, self._config_path)
 
     @contextmanager
     def reading(self, trainer: Any, name: str) -> Iterator[None]:
-        """Around what reads batches: a stream's rows are tokenized only then. Raises InputError."""
+        """Turns errors while batches are read into an InputError: a stream's rows are tokenized only then."""
         origins = self._origins.get(name)
         if origins is None or not origins.is_streamed:
             yield
@@ -234,15 +206,15 @@ class Preparation:
             yield
 
     def check_streamed(self, trainer: Any, batches: Iterable[Any]) -> None:
-        """Raises InputError for a token or a length of a stream's batches that the model has no embedding for."""
+        """Raises InputError for a token or a length of a stream that the model has no embedding for."""
         origins = self._origins.get("train")
         if origins is not None and origins.is_streamed:
             for batch in batches:
-                check_batch(self._limits, trainer._tokenizer, batch, origins.names[0], self._config_path)
+                row_counts.check_batch(self._limits, trainer._tokenizer, batch, origins.names[0], self._config_path)
 
     @contextmanager
     def settings(self, key: str) -> Iterator[None]:
-        """Turns what a library refuses about the config's ``key`` into an InputError."""
+        """Turns a library's error about the config's ``key`` into an InputError."""
         try:
             yield
         except (ValueError, TypeError, LookupError, ImportError) as error:
@@ -250,78 +222,44 @@ class Preparation:
                 raise
             raise InputError(self._config_path, str(error), key=key) from error
 
-    def wrong_metric(self, args: Any, metrics: Iterable[str]) -> InputError:
-        """The error for a ``metric_for_best_model`` that an evaluation does not have."""
-        known = ", ".join(name for name in metrics if name.startswith("eval_"))
-        what = f"{args.metric_for_best_model!r} is not a metric of this training"
-        return InputError(self._config_path, what, key="metric_for_best_model", remedy=f"one of {known}")
-
     def check_evaluated(self, metrics: Mapping[str, float]) -> None:
-        """Raises InputError where no row was left to evaluate on; only of a stream is that not known before."""
+        """Raises InputError if no row of a stream was left to evaluate on; for other data that is known before."""
         origins = self._origins.get("eval")
         if origins is not None and origins.is_streamed and not any(name.endswith("_loss") for name in metrics):
             what = "no row is left to evaluate on: none has an answer within max_length"
             raise InputError(self._config_path, what, key="max_length", remedy="a greater max_length, or other rows")
 
-    def _count_as_they_are(self, trainer: Any) -> None:
-        args = copy.copy(trainer.args)
-        args.max_length = None
-        for name, dataset in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset)):
-            origins = self._origins.get(name)
-            if origins is not None and not origins.is_streamed and "input_ids" in dataset.column_names:
-                self._count(dataset, trainer._tokenizer, args, False, name)
-
     def _count(self, dataset: Any, tokenizer: Any, args: Any, packing: bool, name: str) -> None:
         special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-        count = count_rows(dataset, self._origins[name], rule_of(args, packing), special)
+        count = row_counts.count_rows(dataset, self._origins[name], row_counts.rule_of(args, packing), special)
         self._counts[name] = count
-        self._report(count, args.max_length, name)
+        if self._events is not None:
+            found = count.by_source()
+            facts = ("source", "rows", "dropped", "truncated", "empty")
+            sources = [{fact: getattr(one, fact) for fact in facts} for one in found]
+            self._events.write("rows", set=SETS[name], max_length=args.max_length, sources=sources)
+            for one in found:
+                if losses := _losses_of(one, args.max_length):
+                    print(f"[spotune] {_named(one.source, name)}: {one.rows} rows, {losses}", file=sys.stderr)
         if not count.used:
             raise self._none_left(count, args, name)
 
-    def _report(self, count: RowCount, max_length: int | None, name: str) -> None:
-        if self._events is None:
-            return
-        found = count.by_source()
-        sources = [
-            {"source": one.source, "rows": one.rows, "dropped": one.dropped, "truncated": one.truncated,
-             "empty": one.empty}
-            for one in found
-        ]  # fmt: skip
-        self._events.write("rows", set=SETS[name], max_length=max_length, sources=sources)
-        for one in found:
-            if losses := losses_of(one, max_length):
-                print(f"[spotune] {_named(one.source, name)}: {one.rows} rows, {losses}", file=sys.stderr)
-
-    def _report_stream(self, origins: Origins, name: str) -> None:
-        if self._events is None:
-            return
-        source = origins.names[0]
-        nothing = {"rows": None, "dropped": None, "truncated": None, "empty": None}
-        self._events.write("rows", set=SETS[name], sources=[{"source": source, **nothing}])
-        what = "is streamed, so that rows that are dropped or truncated are not counted"
-        print(f"[spotune] {_named(source, name)} {what}", file=sys.stderr)
-
-    def _none_left(self, count: RowCount, args: Any, name: str) -> InputError:
+    def _none_left(self, count: row_counts.RowCount, args: Any, name: str) -> InputError:
         found = count.by_source()
         rows, empty, unfit = (sum(getattr(one, part) for one in found) for part in ("rows", "empty", "unfit"))
         which = f"none of the {rows} {SETS[name]} rows of {', '.join(one.source for one in found)}"
         if unfit:
-            most = args.max_length
-            what = f"with {most} tokens {which} has an answer left"
+            what = f"with {args.max_length} tokens {which} has an answer left"
             remedy = "a greater max_length, or shorter prompts"
             return InputError(self._config_path, what, key="max_length", remedy=remedy)
         if empty:
-            remedy = "look at the rows and at the chat template"
-            return InputError(
-                self._config_path, f"{which} has any text once it is tokenized", key="data", remedy=remedy
-            )
+            what, remedy = f"{which} has any text once it is tokenized", "look at the rows and at the chat template"
+            return InputError(self._config_path, what, key="data", remedy=remedy)
         remedy = "rows need an answer to learn from: look at them, completion_only_loss and assistant_only_loss"
         return InputError(self._config_path, f"{which} has a token that is trained on", key="data", remedy=remedy)
 
 
-def losses_of(count: SourceCount, max_length: int | None) -> str:
-    """What is lost of a source, in words; empty where nothing is."""
+def _losses_of(count: row_counts.SourceCount, max_length: int | None) -> str:
     parts = []
     if count.unfit:
         parts.append(f"{count.unfit} dropped (the answer does not fit max_length {max_length})")

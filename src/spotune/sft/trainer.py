@@ -1,4 +1,4 @@
-"""Model, data and trainer as TRL's own script puts them together; a checkpoint resumed, and the result."""
+"""Builds the trainer as TRL's own script does, resumes a checkpoint, and saves the result."""
 
 import json
 import os
@@ -6,13 +6,14 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers.trainer_utils import SaveStrategy, set_seed
-from trl import SFTTrainer
+from trl import SFTTrainer, get_peft_config, get_quantization_config
 
 from spotune.core.config_keys import is_on
 from spotune.core.errors import InputError, SpotuneError
@@ -20,31 +21,28 @@ from spotune.core.protocol import WorkerJob
 from spotune.core.store.faults import is_machine_fault
 from spotune.sft.arguments import Arguments
 from spotune.sft.boundary import Boundary, EvaluationInterrupted, Extra
-from spotune.sft.data import Epochs
+from spotune.sft.checkpoint_files import STATE, refuse_code, refuse_deepspeed_code
+from spotune.sft.data import Epochs, load_data
 from spotune.sft.extras import write_card
 from spotune.sft.preflight import Stopped
 from spotune.sft.tokenizing import Preparation, Renderer
 
-# A restored checkpoint, made ready for Trainer: complete, and with paths of this machine in it.
-
-STATE = "trainer_state.json"
-
 
 def prepare(trainer: Any, restored: dict[str, Any]) -> str | None:
-    """What to give to ``trainer.train``; None for a fresh start."""
+    """Makes a restored checkpoint ready and returns its folder; None for a fresh start. Raises SpotuneError."""
     if not restored.get("checkpoint"):
         return None
     checkpoint = Path(restored["checkpoint"])
     args, boundary = trainer.args, trainer.boundary
     if trainer.is_fsdp_enabled:
-        from spotune.sft.checkpoint_files import refuse_code  # here: torch's sharding is loaded where it is used
-
         refuse_code()
     if trainer.is_deepspeed_enabled:
-        from spotune.sft import checkpoint_files
-
-        checkpoint_files.refuse_deepspeed_code()
-    _check_complete(checkpoint, trainer)
+        refuse_deepspeed_code()
+    is_sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    needed = [STATE] if is_sharded else [STATE, "optimizer.pt", "scheduler.pt"]  # else Trainer silently starts afresh
+    missing = [name for name in needed if not (checkpoint / name).exists()]
+    if missing or not list(checkpoint.glob("rng_state*.pth")):
+        raise SpotuneError(f"{checkpoint.name}: not a whole checkpoint, {', '.join(missing) or 'rng_state'} is missing")
     if args.local_process_index == 0:
         _patch_best(checkpoint, restored.get("best_checkpoint"))
     boundary.resumed_from = checkpoint
@@ -53,24 +51,12 @@ def prepare(trainer: Any, restored: dict[str, Any]) -> str | None:
     boundary.resumed_step_rows = int(restored.get("global_batch") or 0)
     args.eval_on_start = False  # it was done before the first step
     if args.world_size > 1:
-        import torch
-
         torch.distributed.barrier()
     return str(checkpoint)
 
 
-def _check_complete(checkpoint: Path, trainer: Any) -> None:
-    """Trainer takes a missing optimizer or RNG for a wish to start these afresh, without a word."""
-    needed = [STATE]
-    if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
-        needed += ["optimizer.pt", "scheduler.pt"]
-    missing = [name for name in needed if not (checkpoint / name).exists()]
-    if missing or not list(checkpoint.glob("rng_state*.pth")):
-        raise SpotuneError(f"{checkpoint.name}: not a whole checkpoint, {', '.join(missing) or 'rng_state'} is missing")
-
-
 def _patch_best(checkpoint: Path, best_checkpoint: str | None) -> None:
-    """Puts this machine's path of the best checkpoint into the state; by rename, since files may be hard links."""
+    """Writes this machine's path of the best checkpoint into the state; by rename, since files may be hard links."""
     state = json.loads((checkpoint / STATE).read_bytes())
     if state.get("best_global_step") == state.get("global_step"):
         best_checkpoint = str(checkpoint)
@@ -82,18 +68,8 @@ def _patch_best(checkpoint: Path, best_checkpoint: str | None) -> None:
     os.replace(part, checkpoint / STATE)
 
 
-# Model, data and trainer, put together as TRL's own script does it.
-
-_OTHER_WEIGHTS = ("size mismatch", "ignore_mismatched_sizes")  # weights that are not those of the model's config
-
-
 def build_trainer(args: Arguments, job: WorkerJob, boundary: Boundary) -> Any:
-    """The trainer, with the model loaded and the data tokenized. Raises InputError for what TRL refuses."""
-    from trl import get_peft_config, get_quantization_config
-
-    from spotune.sft.data import load_data
-    from spotune.sft.tokenizing import Preparation
-
+    """Loads the model, tokenizes the data and returns the trainer. Raises InputError for what TRL refuses."""
     training = args.training
     model_init_kwargs: dict[str, Any] = {
         "revision": args.model.model_revision,
@@ -106,7 +82,6 @@ def build_trainer(args: Arguments, job: WorkerJob, boundary: Boundary) -> Any:
     origins = {"train": data.train_origins}
     if data.evaluation_origins is not None:
         origins["eval"] = data.evaluation_origins
-    preparation = Preparation(origins, job.config_path, boundary.events)
     try:
         trainer = SpotTrainer(
             model=args.model.model_name_or_path,
@@ -116,48 +91,41 @@ def build_trainer(args: Arguments, job: WorkerJob, boundary: Boundary) -> Any:
             quantization_config=get_quantization_config(args.model),
             peft_config=get_peft_config(args.model),
             boundary=boundary,
-            preparation=preparation,
+            preparation=Preparation(origins, job.config_path, boundary.events),
         )
     except (ValueError, TypeError, RuntimeError, OSError, StopIteration) as error:
         raise _as_input_error(error, job.config_path) from error
     if training.fsdp and not trainer.is_fsdp_enabled:
-        raise InputError(
-            job.config_path, "was asked for, but accelerate would run DDP here", key="fsdp", remedy="FSDP needs GPUs"
-        )
+        what = "accelerate would run DDP on this machine"
+        raise InputError(job.config_path, what, key="fsdp", remedy="FSDP needs GPUs")
     return trainer
 
 
 def _as_input_error(error: Exception, where: str) -> Exception:
-    """An InputError for settings or a model that TRL and transformers refuse; any other fault as it is.
-
-    Data is not looked at here: tokenizing.py has its errors.
-    """
+    """Returns an InputError for settings or a model that TRL refuses, not for data; any other fault as it is."""
     text, key = str(error), "model_name_or_path"
     if is_machine_fault(error):
         return error
     if isinstance(error, StopIteration):
         return InputError(where, "there are no rows", key="data")
-    if isinstance(error, OSError):  # transformers' own, without a number, says what a model's folder or id lacks
+    if isinstance(error, OSError):  # transformers' own has no number and says what a model's folder or id lacks
         is_theirs = error.errno is None or isinstance(error, FileNotFoundError)
         return InputError(where, text, key=key) if is_theirs else error
     if isinstance(error, TypeError):
-        is_setting = "unexpected keyword argument" in text
-        return InputError(where, text, key="model_init_kwargs") if is_setting else error
-    is_of_weights = isinstance(error, RuntimeError) and any(word in text for word in _OTHER_WEIGHTS)
+        return InputError(where, text, key="model_init_kwargs") if "unexpected keyword argument" in text else error
+    # The weights are not those of the model's config.
+    is_of_weights = isinstance(error, RuntimeError) and ("size mismatch" in text or "ignore_mismatched_sizes" in text)
     return InputError(where, text) if isinstance(error, ValueError) or is_of_weights else error
 
 
-# The result of a run: the model, its tokenizer and the training's history, in one folder.
-
-
 def save_result(trainer: Any, output: Path, job: WorkerJob) -> None:
-    """Writes the final model; all ranks take part, since a sharded model has to be gathered.
+    """Writes the model, its tokenizer and the training's history to ``output``.
 
-    Raises NotFinite, and writes nothing, where the model cannot be used.
+    All ranks take part, to gather a sharded model. Raises NotFinite, and writes nothing, for an unusable model.
     """
-    if trainer.is_fsdp_enabled:  # save_model writes nothing, without a word, while the state is sharded
+    if trainer.is_fsdp_enabled:  # save_model silently writes nothing while the state is sharded
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.saver.require_finite(trainer)  # of a run that saves nothing this is the only look
+    trainer.saver.require_finite(trainer)  # the only check of a run that saves nothing
     trainer.accelerator.print("✅ Training completed.")
     trainer.save_model(str(output))
     if trainer.args.process_index == 0:
@@ -165,25 +133,18 @@ def save_result(trainer: Any, output: Path, job: WorkerJob) -> None:
         if is_on(job.config, "push_to_hub"):
             write_card(trainer, output, job.config, job.run_id)
         if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
-            wandb.finish()  # the process ends without unwinding, which would cut off what is still on its way
+            wandb.finish()  # the process ends without unwinding and would cut off what wandb still sends
     if trainer.args.world_size > 1:
-        import torch
-
         torch.distributed.barrier()
 
 
-# TRL's SFTTrainer with step boundaries: where a run can be stopped, saved and resumed bit for bit.
-#
-#     step end ─▶ log ─▶ evaluate ─▶ save ─▶ leave?     (Trainer's order; ``Boundary`` says which of these)
-#
-# The last step of an epoch has its boundary at the epoch's end, since Trainer logs, evaluates and saves
-# there once more: a checkpoint taken before that could not say that it still has to be done.
-
-
 class SpotTrainer(SFTTrainer):
-    """An SFTTrainer whose boundaries are kept by ``boundary``, which is also its callback.
+    """An SFTTrainer that can be stopped, saved and resumed bit for bit at a step's end.
 
-    ``preparation`` counts and checks the rows while they are tokenized.
+        step end ─▶ log ─▶ evaluate ─▶ save ─▶ leave?     (Trainer's order; ``boundary``, a callback, decides)
+
+    An epoch's last step is decided at the epoch's end, since Trainer logs, evaluates and saves there once more: an
+    earlier checkpoint could not record that. ``preparation`` counts and checks the rows while they are tokenized.
     """
 
     def __init__(self, *args: Any, boundary: Boundary, preparation: Preparation, **kwargs: Any) -> None:
@@ -194,7 +155,6 @@ class SpotTrainer(SFTTrainer):
         self.boundary = boundary
         boundary.trainer = self
         self.saver = boundary.saver
-        self.finite = boundary.saver.finite
         self.epochs = Epochs(self)
 
     def _prepare_dataset(
@@ -210,36 +170,35 @@ class SpotTrainer(SFTTrainer):
         return found
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
-        self.finite.note(loss)
+        loss = super().training_step(*args, **kwargs)
+        self.saver.finite.note(loss)
         return loss
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)
-        self.finite.note(norm)
+        self.saver.finite.note(norm)
         return norm
 
     @property
     def is_streaming(self) -> bool:
-        """Whether the data has no length: then only training knows where an epoch ends."""
+        """True for data without a length: only training itself finds the end of an epoch."""
         return isinstance(self.train_dataset, torch.utils.data.IterableDataset)
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
         return self.epochs.plan(super().set_initial_training_values(args, dataloader), dataloader)
 
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
-        """Where to go on: (epoch, batches of it to skip)."""
         return self.epochs.first(super()._init_training_state(*args))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Warns of keys that are missing, but not of a tied one: the weights under its other name are its own."""
+        """Warns of missing keys, but not of a tied key whose weights are there under its other name."""
         missing, tied = set(load_result.missing_keys), getattr(self.model, "all_tied_weights_keys", None) or {}
         other = {**tied, **{source: target for target, source in tied.items()}}
         real = [key for key in load_result.missing_keys if other.get(key, key) in missing]
         super()._issue_warnings_after_load(load_result._replace(missing_keys=real))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Where other ranks made the checkpoint there is nothing to go on from: not that of the first step again."""
+        """Seeds by the step if the checkpoint lacks this rank's state; Trainer would repeat the first step's seed."""
         rank, size = self.args.process_index, self.args.world_size
         if checkpoint and not Path(checkpoint, "rng_state.pth" if size == 1 else f"rng_state_{rank}.pth").exists():
             set_seed(self.args.seed + self.state.global_step)
@@ -256,7 +215,7 @@ class SpotTrainer(SFTTrainer):
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
         except EvaluationInterrupted:
-            self.boundary.owe_evaluation()
+            self.boundary.evaluation_owed = True
             self._save_checkpoint(self.model, trial=None)
         if self.boundary.leaving:
             if self.saver.saved_step != self.state.global_step:
@@ -267,12 +226,12 @@ class SpotTrainer(SFTTrainer):
         with self._known_metric(metrics):
             is_best = super()._determine_best_metric(metrics, trial)
         keeps_best = self.args.load_best_model_at_end or self.args.save_strategy == SaveStrategy.BEST
-        if is_best and keeps_best:  # whatever rule is in force, the best model must be there to load
+        if is_best and keeps_best:  # the best model must be there to load, whenever saves are due
             self.control.should_save = True
         return bool(is_best or self.control.should_save)  # Trainer puts this into should_save for save_strategy best
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluates without moving training's randomness: the DataLoader of an evaluation draws a seed."""
+        """Evaluates and keeps training's random state: the DataLoader of an evaluation draws a seed."""
         with self.boundary.phase("eval"), _unmoved_rng(), self._preparation.reading(self, "eval"):
             self._evaluated = metrics = super().evaluate(*args, **kwargs)
         self._preparation.check_evaluated(metrics)
@@ -280,18 +239,19 @@ class SpotTrainer(SFTTrainer):
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self._known_metric(None):
-            found: dict[str, float] = super()._evaluate(*args, **kwargs)
-            return found
+            return super()._evaluate(*args, **kwargs)
 
     @contextmanager
     def _known_metric(self, metrics: dict[str, float] | None) -> Iterator[None]:
-        """Turns Trainer's KeyError for a metric that there is not into an InputError."""
+        """Turns Trainer's KeyError for an unknown metric into an InputError."""
         try:
             yield
         except KeyError as error:
             if "metric_for_best_model" not in str(error):
                 raise
-            raise self._preparation.wrong_metric(self.args, metrics or self._evaluated) from error
+            known = ", ".join(name for name in metrics or self._evaluated if name.startswith("eval_"))
+            key, what = "metric_for_best_model", f"{self.args.metric_for_best_model!r} is not a metric of this training"
+            raise InputError(self.boundary.job.config_path, what, key=key, remedy=f"one of {known}") from error
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
@@ -299,7 +259,7 @@ class SpotTrainer(SFTTrainer):
             self.saver.save(self, checkpoint, lambda: super(SpotTrainer, self)._save_checkpoint(model, trial))
 
     def _load_best_model(self) -> None:
-        self.saver.settle()  # it may be the one that is being written
+        self.saver.settle()  # the best checkpoint may still be on its way to the disk
         super()._load_best_model()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -311,35 +271,30 @@ class SpotTrainer(SFTTrainer):
             return super().create_scheduler(*args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Restores the states, but not settings: those are the config's, which may have been changed on purpose."""
-        asked = [{name: value for name, value in group.items() if name != "params"} for group in self._groups()]
+        """Restores the states and keeps the config's settings, since a user may have changed them."""
+        asked = [dict(group) for group in self.optimizer.param_groups]
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        for group, settings in zip(self._groups(), asked, strict=True):
-            group.update({name: value for name, value in settings.items() if name != "lr"})
+        groups = self.optimizer.param_groups
+        for group, settings in zip(groups, asked, strict=True):
+            group.update({name: value for name, value in settings.items() if name not in ("params", "lr")})
         scheduler = self.lr_scheduler
         if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-            scheduler.base_lrs = [group["initial_lr"] for group in self._groups()]
-            rates = [
-                base * at(scheduler.last_epoch)
-                for base, at in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-            ]
-            for group, rate in zip(self._groups(), rates, strict=True):
+            scheduler.base_lrs = [group["initial_lr"] for group in groups]
+            factors = [at(scheduler.last_epoch) for at in scheduler.lr_lambdas]
+            rates = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
+            for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
             scheduler._last_lr = rates
 
-    def _groups(self) -> list[dict[str, Any]]:
-        return self.optimizer.param_groups
-
     def extra(self) -> Extra:
-        """This rank's state beside Trainer's own."""
         return Extra(
             tokens=int(self._total_train_tokens),
             evaluation_owed=self.boundary.evaluation_owed,
             epoch=self.epochs.epoch,
             epoch_steps=self.epochs.steps,
-            position=self.epochs.position().as_json(),
+            position=asdict(self.epochs.position()),
             loss_sum=self._tr_loss.item(),
             loss_total=self._total_loss_scalar,
             logged_step=self._globalstep_last_logged,
@@ -347,7 +302,7 @@ class SpotTrainer(SFTTrainer):
         )
 
     def restore_extra(self, extra: Extra) -> None:
-        """The opposite of ``extra``; to be called when training begins."""
+        """Restores what ``extra`` returned, when training begins."""
         self._total_train_tokens = extra.tokens
         self._tr_loss += extra.loss_sum
         self._total_loss_scalar = extra.loss_total
@@ -356,10 +311,10 @@ class SpotTrainer(SFTTrainer):
             self._metrics["train"][name] = list(values)
 
     def evaluate_owed(self) -> None:
-        """Runs the evaluation that the run was stopped before, as if it had not been."""
+        """Runs the evaluation that was due when the run was stopped."""
         metrics = self._evaluate(None, None)
         self._determine_best_metric(metrics=metrics, trial=None)
-        self.control.should_save = False  # the step that it belongs to is the checkpoint that was restored
+        self.control.should_save = False  # the restored checkpoint is of the same step
         if self.state.best_global_step == self.state.global_step and self.boundary.resumed_from:
             self.state.best_model_checkpoint = str(self.boundary.resumed_from)
 

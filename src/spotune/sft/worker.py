@@ -7,50 +7,33 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spotune.core import protocol
 from spotune.core.environment import GUARD_PID
 from spotune.core.errors import InputError, OtherVersions, SpotuneError, protect_output
 from spotune.core.fingerprint import changed_versions, installed_versions
 from spotune.core.io import failpoint
-from spotune.core.protocol import (
-    CONTROL,
-    JOB,
-    OUTPUT,
-    RESTORED,
-    STACKS_SIGNAL,
-    EventLog,
-    Outcome,
-    WorkerJob,
-    answer_candidate,
-    events_path,
-    outcome_path,
-    python_stacks_path,
-    read_json,
-    write_json,
-)
 from spotune.core.revisions import FLAG
-from spotune.sft.preflight import NotFinite, Stopped, outcome_of, print_traceback
+from spotune.sft.preflight import NotFinite, Stopped, check, outcome_of
 
-# A rank's bond to its guard: deaf to the signals of a preemption, and dead when the guard is.
-#
-# Standard library only: this runs before the heavy imports, so that there is no moment when a
-# SIGTERM to the whole process tree could end a rank before the guard has decided.
+# A rank ignores the signals of a preemption, and dies with its guard. This runs before the heavy imports, so that a
+# SIGTERM to the whole process tree never ends a rank before the guard has decided. Standard library only.
 
-PR_SET_PDEATHSIG = 1
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGURG)
 
 
 def ignore_signals() -> None:
-    """Only the guard decides what a signal means; for this process and all that it starts.
+    """Ignores and blocks the signals of a preemption here and in child processes: the guard decides what they mean.
 
-    Ignoring is not enough: torch has DataLoader workers install a handler that ends them on SIGTERM. What is
-    blocked is never delivered, and children inherit that, whatever they install.
+    Ignoring alone is not enough: torch's DataLoader workers install a handler that ends them on SIGTERM. A blocked
+    signal is never delivered, and children inherit the block.
     """
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
@@ -58,10 +41,10 @@ def ignore_signals() -> None:
 
 
 def die_with_parent(environ: Mapping[str, str], period_s: float = 1.0) -> None:
-    """Ends this process when its guard ends, however and whenever that happens; and each that it forks when it ends.
+    """Ends this process when its guard ends for any reason, and each process that it forks when this one ends.
 
-    A DataLoader's worker looks after its parent by itself, but takes whoever that is when it begins for it: of one
-    that is forked while the parent is killed that is process 1, and it would stay for ever.
+    A DataLoader worker also watches its parent, but the one that it finds when it begins. If the parent is killed
+    during the fork, that is process 1, and the worker would stay forever.
     """
     parent = int(environ.get(GUARD_PID) or os.getppid())
     _die_with(parent)
@@ -77,25 +60,18 @@ def die_with_parent(environ: Mapping[str, str], period_s: float = 1.0) -> None:
     def note() -> None:
         forking[:] = [(os.getpid(), threading.current_thread() is threading.main_thread())]
 
-    def bind() -> None:
-        # Linux means the thread that forked: of one that ends before its process does that is no reason to die.
-        process, is_main = forking[0]
-        _die_with(process, is_main)
-
-    os.register_at_fork(before=note, after_in_child=bind)
+    # Linux watches the thread that forked. Only the main thread ends together with its process.
+    os.register_at_fork(before=note, after_in_child=lambda: _die_with(*forking[0]))
 
 
 def _die_with(parent: int, by_signal: bool = True) -> None:
     if by_signal and sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it was gone before it could be asked for
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it ended before this process could ask for the signal
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-# One rank: ``python -m spotune.sft.worker FOLDER``, started by the guard (seam 2, see core/protocol.py).
-#
-# Reads top to bottom: deaf to signals, check, load, wait for the restore, train, save the result. It always
-# leaves an outcome.
+# One rank, top to bottom: check, load, wait for the restore, train, save the result. It always leaves an outcome.
 
 if __name__ == "__main__":
     ignore_signals()  # before anything else is imported
@@ -103,14 +79,11 @@ if __name__ == "__main__":
 
 @dataclass
 class Rank:
-    """What this process works on, and how far it came."""
-
     folder: Path
     rank: int
-    job: WorkerJob
-    events: EventLog | None
-    step: int = 0
-    trainer: Any = field(default=None, repr=False)
+    job: protocol.WorkerJob
+    events: protocol.EventLog | None
+    trainer: Any = None
 
 
 def main(argv: list[str]) -> None:
@@ -121,75 +94,65 @@ def main(argv: list[str]) -> None:
     rank = int(os.environ.get("RANK", "0"))
     write_stacks_when_asked(folder, rank)
     outcome = run(folder, rank)
-    write_json(outcome_path(folder, rank), outcome)
+    protocol.write_json(protocol.outcome_path(folder, rank), outcome)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0 if outcome.how in ("completed", "stopped") else 1)  # unwinding DataLoader workers takes seconds
 
 
 def write_stacks_when_asked(folder: Path, rank: int) -> None:
-    """Has this process write its Python stacks on STACKS_SIGNAL, also while it hangs in a library."""
-    with suppress(OSError):  # a full disk is found by what matters more
-        stacks = os.open(python_stacks_path(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        faulthandler.register(STACKS_SIGNAL, stacks, all_threads=True)  # which keeps it for the process's life
+    """Makes this process write its Python stacks on STACKS_SIGNAL, even while it hangs in a library."""
+    with suppress(OSError):  # other writes report a full disk
+        stacks = os.open(protocol.python_stacks_path(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        faulthandler.register(protocol.STACKS_SIGNAL, stacks, all_threads=True)  # which keeps it for the process's life
 
 
-def run(folder: Path, rank: int) -> Outcome:
-    """Does the whole job and says how it ended."""
+def run(folder: Path, rank: int) -> protocol.Outcome:
     step = 0
     try:
-        events = EventLog(events_path(folder, rank)) if rank == 0 else None
-        this = Rank(folder, rank, WorkerJob(**read_json(folder / JOB)), events)
+        events = protocol.EventLog(protocol.events_path(folder, rank)) if rank == 0 else None
+        this = Rank(folder, rank, protocol.WorkerJob(**protocol.read_json(folder / protocol.JOB)), events)
         try:
             return _run(this)
         finally:
             if this.trainer is not None:
                 step = this.trainer.state.global_step
-                this.trainer.saver.settle()  # a checkpoint in memory outlives what ended the training
-    except BaseException as error:  # the process's edge: whatever it is, the guard must hear of it
+                this.trainer.saver.settle()  # a checkpoint in memory is still good after a fault
+    except BaseException as error:  # the outermost frame: the guard must learn of any fault
         outcome = outcome_of(error, step)
         if outcome.how in ("failed", "retry") and not isinstance(error, NotFinite):
-            print_traceback(error)
+            traceback.print_exception(error)
         return outcome
 
 
-def _run(this: Rank) -> Outcome:
+def _run(this: Rank) -> protocol.Outcome:
     if this.events:
         this.events.phase("load")
-    _set_environment(this.job, os.environ)
-    from spotune.sft.preflight import check
-
+    # Libraries read these when they are imported. What the user set stays.
+    os.environ.update({key: str(value) for key, value in (this.job.config.get("env") or {}).items()})
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    if not os.environ.get("HF_HOME") and this.job.cache:
+        os.environ.setdefault("HF_DATASETS_CACHE", this.job.cache)
+    if not sys.stderr.isatty():  # in a log, bars are endless lines; Trainer's own lines show the progress
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     check(this.job.config, this.job.config_path)
     this.trainer = trainer = _load(this)
-    trainer.boundary.where = this.job.config_path
-    checkpoint = _wait_for_restore(this)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if not trainer.state.global_step:  # Trainer only warns, and would leave the base model as the result
+    trainer.train(resume_from_checkpoint=_wait_for_restore(this))
+    if not trainer.state.global_step:  # Trainer only warns and would leave the base model as the result
         what = "not a single step could be made: the rows do not fill a batch, or none is left of a stream"
         raise InputError(this.job.config_path, what, key="data", remedy="more rows, or a greater max_length")
-    if this.events:
-        this.events.phase("teardown")
     from spotune.sft.trainer import save_result
 
-    save_result(trainer, this.folder / OUTPUT, this.job)
+    if this.events:
+        this.events.phase("teardown")
+    save_result(trainer, this.folder / protocol.OUTPUT, this.job)
     failpoint("result-written")
-    return Outcome("completed", trainer.state.global_step)
-
-
-def _set_environment(job: WorkerJob, environ: Any) -> None:
-    """What libraries read from the environment when they are imported; what the user set stays."""
-    for key, value in (job.config.get("env") or {}).items():
-        environ[key] = str(value)
-    environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    if not environ.get("HF_HOME") and job.cache:
-        environ.setdefault("HF_DATASETS_CACHE", job.cache)
-    if not sys.stderr.isatty():  # in a log, bars are lines without end; Trainer's own lines say how far it is
-        environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-        environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    return protocol.Outcome("completed", trainer.state.global_step)
 
 
 def _load(this: Rank) -> Any:
-    """Everything that does not need the checkpoint: imports, model, tokenized data."""
+    """Loads what does not need the checkpoint: libraries, model, tokenized data. Returns the trainer."""
     import torch
     import transformers
 
@@ -197,7 +160,7 @@ def _load(this: Rank) -> Any:
     from spotune.sft.boundary import Boundary, Saver
     from spotune.sft.trainer import build_trainer
 
-    # PEFT asks by the old name. Users cannot change that.
+    # PEFT uses the old name. Users cannot change that.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
@@ -205,29 +168,29 @@ def _load(this: Rank) -> Any:
         torch.set_num_threads(this.job.threads)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1 and not torch.accelerator.is_available():
-        os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # or each rank would train alone, without a word
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # else each rank silently trains alone
     args = arguments.parse(this.job, this.folder, this.rank)
     if args.training.world_size != world_size:
-        raise SpotuneError(f"{world_size} ranks were started, but Accelerate made {args.training.world_size} of it")
+        raise SpotuneError(f"{world_size} ranks were started, but Accelerate counts {args.training.world_size}")
     if this.rank == 0:
         for line in arguments.notices(this.job.config):
             print(line, file=sys.stderr)
-    boundary = Boundary(arguments.save_rule(this.job), Saver(this.folder, this.events, installed_versions()))
-    return build_trainer(args, this.job, boundary)
+    saver = Saver(this.folder, this.events, installed_versions())
+    return build_trainer(args, this.job, Boundary(this.job, saver))
 
 
 def _wait_for_restore(this: Rank) -> str | None:
-    """The restored checkpoint's folder, None for a fresh start; raises Stopped when the guard says so."""
+    """Returns the restored checkpoint's folder, None for a fresh start. Raises Stopped if the guard asks for it."""
     from spotune.sft.checkpoint_files import fault_of
     from spotune.sft.trainer import prepare
 
-    if this.events and not (this.folder / RESTORED).exists():
+    if this.events and not (this.folder / protocol.RESTORED).exists():
         this.events.phase("restore")
-    while (restored := read_json(this.folder / RESTORED)) is None:
-        if (read_json(this.folder / CONTROL) or {}).get("stop"):
+    while (restored := protocol.read_json(this.folder / protocol.RESTORED)) is None:
+        if (protocol.read_json(this.folder / protocol.CONTROL) or {}).get("stop"):
             raise Stopped(0)
-        if this.rank == 0:  # the others would only find the same
-            answer_candidate(this.folder, fault_of)
+        if this.rank == 0:  # the others would find the same
+            protocol.answer_candidate(this.folder, fault_of)
         time.sleep(0.02)
     if restored.get("error"):
         raise Stopped(0)
@@ -235,11 +198,8 @@ def _wait_for_restore(this: Rank) -> str | None:
     return prepare(this.trainer, restored)
 
 
-def check_versions(job: WorkerJob, restored: Mapping[str, Any], installed: Mapping[str, str]) -> None:
-    """Raises OtherVersions for a checkpoint that was made under versions of libraries that may order rows otherwise.
-
-    Where that is allowed, one line says so.
-    """
+def check_versions(job: protocol.WorkerJob, restored: Mapping[str, Any], installed: Mapping[str, str]) -> None:
+    """Raises OtherVersions if the checkpoint's libraries may order rows in another way; prints a line if allowed."""
     changed = changed_versions(restored.get("versions") or {}, installed)
     if not changed:
         return
@@ -252,7 +212,5 @@ def check_versions(job: WorkerJob, restored: Mapping[str, Any], installed: Mappi
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        raise SystemExit(
-            str(InputError("command line", "needs the exchange folder", remedy="python -m spotune.sft.worker FOLDER"))
-        )
+        raise SystemExit("command line: needs the exchange folder (python -m spotune.sft.worker FOLDER)")
     main(sys.argv)
