@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from spotune.core.errors import InfraError
+from spotune.core.money import Place
 from spotune.launch.skypilot import client
 from spotune.launch.skypilot.client import attempts_in, exit_code, lines_of, said
 from spotune.launch.skypilot.engine import SkyInfra
@@ -114,12 +115,13 @@ def test_a_row_of_cost_report() -> None:
     row = {"name": "run-a-7", "num_nodes": 2, "resources": resources, "usage_intervals": [(100, 160), (170, None)]}
     first, second = usages(row)
     assert (first.cluster, first.started_at, first.ended_at, first.nodes) == ("run-a-7", 100.0, 160.0, 2)
-    assert (first.cloud, first.region, first.zone, first.accelerators) == ("slurm", "lab", "spot", "L4:1")
+    place = first.place
+    assert (place.infra, place.region, place.zone, place.accelerators) == ("slurm", "lab", "spot", "L4:1")
     assert second.ended_at is None
 
 
 def use(began: float, ended: float | None, cluster: str = "run-a-7") -> Usage:
-    return Usage(cluster, began, ended, cloud="slurm", region="lab", zone="spot", accelerators="L4:1")
+    return Usage(cluster, began, ended, Place("slurm", "lab", "spot", accelerators="L4:1", use_spot=False))
 
 
 def test_why_each_machine_went() -> None:
