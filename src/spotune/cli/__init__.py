@@ -295,10 +295,8 @@ class Verbs(Lazy):
             sys.stdout.flush()
         except click.exceptions.Exit as left:
             sys.exit(left.exit_code)
-        except click.UsageError as error:
-            fail(_with_remedy(error), error.exit_code)
         except click.ClickException as error:
-            fail(error.format_message(), error.exit_code)
+            fail(_with_remedy(error), error.exit_code)
         except (click.Abort, KeyboardInterrupt):
             fail("interrupted", 130)
         except SpotuneError as error:
@@ -320,11 +318,11 @@ class Verbs(Lazy):
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def _with_remedy(error: click.UsageError) -> str:
-    """Returns click's message. If it suggests nothing, ``--help`` is added as the remedy."""
-    message = error.format_message()
+def _with_remedy(error: click.ClickException) -> str:
+    """Returns click's message. If it is about usage and suggests nothing, ``--help`` is added as the remedy."""
+    message, context = error.format_message(), getattr(error, "ctx", None)
     has_remedy = "id you mean" in message or "Possible options" in message
-    return message if has_remedy or error.ctx is None else f"{message} ({error.ctx.command_path} --help)"
+    return message if has_remedy or context is None else f"{message} ({context.command_path} --help)"
 
 
 def fail(message: str, code: int) -> NoReturn:

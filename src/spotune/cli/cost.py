@@ -1,7 +1,7 @@
 """``spotune cost``."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -58,7 +58,7 @@ def cost(run: str | None, since: str, by: str | None, clusters: bool, output: st
 
 def _one(run: str, output: str, page: str | None) -> None:
     from spotune.cost.collect import report_run
-    from spotune.cost.export import ATTEMPT_ROW, attempt_rows, focus_rows, indexed_attempts, run_row
+    from spotune.cost.export import ATTEMPT_ROW, FOCUS_COLUMNS, attempt_rows, focus_rows, indexed_attempts, run_row
     from spotune.cost.page import check_target, page_of, write_page
     from spotune.cost.tables import run_text
     from spotune.launch.status import LAST_SEEN
@@ -72,7 +72,8 @@ def _one(run: str, output: str, page: str | None) -> None:
     if target:
         write_page(target, page_of(report))
     if output == "focus":
-        _show_focus(focus_rows(run_row(report), indexed_attempts(report), report["bucket"]))
+        charges = list(focus_rows(run_row(report), indexed_attempts(report), report["bucket"]))
+        show(output, report, charges, FOCUS_COLUMNS)
     else:
         show(output, report, attempt_rows(report), ATTEMPT_ROW, lambda: run_text(report))
 
@@ -95,24 +96,24 @@ def _many(since: str, since_s: float, by: str | None, output: str) -> None:
     import gc
 
     from spotune.cost.dev_clusters import charges_since, paid_since
-    from spotune.cost.export import RUN, By, columns, focus_rows, group, idle_rows
+    from spotune.cost.export import FOCUS_COLUMNS, RUN, By, columns, focus_rows, group, idle_rows
     from spotune.cost.tables import LISTED, groups_text, runs_text
 
     gc.disable()  # a tenth of the time goes to collecting thousands of rows that live until the process ends
     from_at, workspace = time.time() - since_s, open_workspace()
     nothing = f"No runs within {since}."
-    if output == "focus":
-        store = workspace.store()
-        paid = _indexed(workspace, lambda index: charges_since(store, index, from_at, log), asks_clusters=True)
-        totals = dict(paid.runs)
-        of_runs = (row for key, attempt in paid.attempts for row in focus_rows(totals[key], [attempt], key[0]))
-        _show_focus([*of_runs, *idle_rows(paid.idle, store.url)])
-    elif by:
-        store = workspace.store()
-        paid = _indexed(workspace, lambda index: paid_since(store, index, from_at, log), asks_clusters=True)
-        kind: By = by  # type: ignore[assignment]
-        rows = group(kind, paid.runs, paid.attempts, paid.idle)
-        show(output, rows, rows, columns(kind), lambda: groups_text(by, rows) if rows else nothing)
+    if by or output == "focus":
+        store, read = workspace.store(), paid_since if by else charges_since
+        paid = _indexed(workspace, lambda index: read(store, index, from_at, log), asks_clusters=True)
+        if by:
+            kind: By = by  # type: ignore[assignment]
+            rows = group(kind, paid.runs, paid.attempts, paid.idle)
+            show(output, rows, rows, columns(kind), lambda: groups_text(by, rows) if rows else nothing)
+        else:
+            totals = dict(paid.runs)
+            of_runs = (row for key, attempt in paid.attempts for row in focus_rows(totals[key], [attempt], key[0]))
+            rows = [*of_runs, *idle_rows(paid.idle, store.url)]
+            show(output, rows, rows, FOCUS_COLUMNS)
     else:
         wanted = {"names": LISTED} if output == "table" else {}
         rows = [row for _, row in _indexed(workspace, lambda index: index.runs(from_at, **wanted))]
@@ -127,17 +128,13 @@ def _indexed(workspace: "Workspace", take: "Callable[[Index], Any]", asks_cluste
         return all_runs(workspace, take, warn=log, progress=progress, asks_clusters=asks_clusters)
 
 
-def _show_focus(rows: Iterable[dict[str, Any]]) -> None:
-    from spotune.cost.export import FOCUS_COLUMNS, as_csv
-
-    click.echo(as_csv(list(rows), FOCUS_COLUMNS), nl=False)
-
-
-def show(output: str, value: Any, rows: list[dict[str, Any]], columns: Sequence[str], text: Callable[[], str]) -> None:
-    """Prints the value as JSON, the rows with these columns as CSV, or the text."""
+def show(
+    output: str, value: Any, rows: list[dict[str, Any]], columns: Sequence[str], text: Callable[[], str] = str
+) -> None:
+    """Prints the value as JSON, the text as a table, or else the rows with these columns as CSV."""
     from spotune.cost.export import as_csv
 
     if output == "json":
         print_json(value)
     else:
-        click.echo(as_csv(rows, columns) if output == "csv" else text(), nl=output == "table")
+        click.echo(text() if output == "table" else as_csv(rows, columns), nl=output == "table")

@@ -7,32 +7,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from spotune.core.errors import InfraError, InputError, SpotuneError
 from spotune.core.io import LogLines
 
-# SkyPilot's API server.
-
 
 @dataclass(frozen=True)
 class ApiServer:
-    """SkyPilot's API server.
-
-    Attributes:
-        consolidation: whether its job controllers run inside it; None if that is unknown.
-        controllers: how many controllers run; None if that is unknown. They hold ``controllers_mb`` of memory.
-        free_mb, cpus: its machine's free memory, and its CPUs.
-    """
+    """SkyPilot's API server; None is unknown."""
 
     url: str
     version: str
     is_local: bool
-    consolidation: bool | None = None
-    controllers: int | None = None
-    controllers_mb: float = 0.0
-    free_mb: float = 0.0
+    consolidation: bool | None = None  # its job controllers run inside it
+    controllers: int | None = None  # how many run
+    controllers_mb: float = 0.0  # memory that they hold
+    free_mb: float = 0.0  # memory that its machine has left
     cpus: int = 0
 
 
@@ -68,20 +61,17 @@ def server_problems(server: ApiServer) -> list[str]:
 
 MOST = 600  # characters of a message; some list everything that was tried
 MOST_FIX = 240
-_BUSY = "the API server is busy, try again"
-_VERSION = "install the SkyPilot version of the API server"
-_ACCESS = "sky check says what is missing"
-_REACH = "sky api info says whether the server answers"
 # SkyPilot's exception -> what to do about it. The message itself is SkyPilot's.
 _REMEDIES = {
     "ApiServerConnectionError": "sky api start, or sky api login for a team's server",
     "ApiServerAuthenticationError": "sky api login",
-    "APIVersionMismatchError": _VERSION,
-    "APINotSupportedError": _VERSION,
-    "NoCloudAccessError": _ACCESS,
-    "InvalidCloudConfigs": _ACCESS,
-    "InvalidCloudCredentials": _ACCESS,
-    "CloudUserIdentityError": _ACCESS,
+    **dict.fromkeys(
+        ("APIVersionMismatchError", "APINotSupportedError"), "install the SkyPilot version of the API server"
+    ),
+    **dict.fromkeys(
+        ("NoCloudAccessError", "InvalidCloudConfigs", "InvalidCloudCredentials", "CloudUserIdentityError"),
+        "sky check says what is missing",
+    ),
     "CloudError": "see the cloud's console, or sky check",
     "ClusterOwnerIdentityMismatchError": "log in to the cloud account that launched it",
     "ResourcesUnavailableError": "other --gpus, --cpus or --memory, another --infra, or later",
@@ -89,22 +79,22 @@ _REMEDIES = {
     "NotSupportedError": "another --infra, or a task without it",
     "ClusterNotUpError": "spotune dev ls shows its status",
     "ClusterDoesNotExist": "spotune dev ls shows the clusters",
-    "ClusterStatusFetchingError": "sky status --refresh shows its status",
-    "CachedClusterUnavailable": "sky status --refresh shows its status",
-    "PermissionDeniedError": "whoever runs the API server can allow it",
-    "NoWorkspaceAccessError": "whoever runs the API server can allow it",
+    **dict.fromkeys(
+        ("ClusterStatusFetchingError", "CachedClusterUnavailable"), "sky status --refresh shows its status"
+    ),
+    **dict.fromkeys(("PermissionDeniedError", "NoWorkspaceAccessError"), "whoever runs the API server can allow it"),
     "WorkspaceAmbiguousError": "active_workspace: NAME in ~/.sky/config.yaml",
     "StorageError": "sky check says which storage may be used",
     "RequestCancelled": "somebody cancelled the request: try again",
-    "RequestInterruptedError": "the API server was started anew: try again",
-    "ConcurrentWorkerExhaustedError": _BUSY,
-    "ServerTemporarilyUnavailableError": _BUSY,
-    "OperationalError": _BUSY,
-    "ConnectionError": _REACH,
-    "ConnectTimeout": _REACH,
-    "ReadTimeout": _REACH,
-    "SSLError": _REACH,
-    "HTTPError": _REACH,
+    "RequestInterruptedError": "the API server was restarted: try again",
+    **dict.fromkeys(
+        ("ConcurrentWorkerExhaustedError", "ServerTemporarilyUnavailableError", "OperationalError"),
+        "the API server is busy, try again",
+    ),
+    **dict.fromkeys(
+        ("ConnectionError", "ConnectTimeout", "ReadTimeout", "SSLError", "HTTPError"),
+        "sky api info says whether the server answers",
+    ),
 }
 _USERS = ("InvalidSkyPilotConfigError", "InvalidClusterNameError", "UserRequestRejectedByPolicy", "ValueError")
 # Faults of SkyPilot itself; their message says nothing without the name.
@@ -175,22 +165,21 @@ def sdk() -> Any:
     return sky
 
 
+def module(name: str) -> Any:
+    """Returns a module of SkyPilot's, such as ``server.common``."""
+    return import_module(f"{sdk().__name__}.{name}")
+
+
+@translated()
 def ask(request_id: Any) -> Any:
     """Returns the result of a request that a client function made. Raises InfraError or InputError."""
-    with translated():
-        return sdk().get(request_id)
+    return sdk().get(request_id)
 
 
-def watch(request_id: Any, output: Any = None) -> Any:
-    """Like ``ask``; the server's output goes to ``output`` (a text stream; default stdout) meanwhile."""
-    with translated():
-        return sdk().stream_and_get(request_id, output_stream=output)
-
-
+@translated()
 def call(ask_for: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Calls one of the client's functions and returns the result of its request."""
-    with translated():
-        return sdk().get(ask_for(*arguments, **options))
+    return sdk().get(ask_for(*arguments, **options))
 
 
 def task(config: Mapping[str, Any], where: str = "task") -> Any:
@@ -199,34 +188,34 @@ def task(config: Mapping[str, Any], where: str = "task") -> Any:
         return sdk().Task.from_yaml_config(json.loads(json.dumps(config)))  # a copy: SkyPilot changes its argument
 
 
+@translated()
 def launch(job: Any, name: str) -> Any:
     """Submits a task as a managed job; returns the request, whose result is (ids, handle)."""
-    with translated():
-        return sdk().jobs.launch(job, name=name)
+    return sdk().jobs.launch(job, name=name)
 
 
+@translated()
 def end_launches(name: str) -> bool:
     """Cancels the pending requests that submit managed jobs of this name; returns whether there was one.
 
     A request goes on when its client stops waiting. A cancelled one may have put its job into the queue before.
     """
-    with translated():
-        client = sdk()
-        launches = [one for one in client.api_status() if one.name == "sky.jobs.launch"]
-        # Another user's request has no body.
-        pending = [one.request_id for one in launches if (json.loads(one.request_body) or {}).get("name") == name]
-        if pending:
-            client.get(client.api_cancel(pending, silent=True))
+    client = sdk()
+    launches = [one for one in client.api_status() if one.name == "sky.jobs.launch"]
+    # Another user's request has no body.
+    pending = [one.request_id for one in launches if (json.loads(one.request_body) or {}).get("name") == name]
+    if pending:
+        client.get(client.api_cancel(pending, silent=True))
     return bool(pending)
 
 
+@translated()
 def check_feasible(job: Any) -> None:
     """Raises InfraError if no enabled cloud has what the task asks for."""
-    with translated():
-        client = sdk()
-        with client.Dag() as dag:
-            dag.add(job)
-        client.get(client.optimize(dag))
+    client = sdk()
+    with client.Dag() as dag:
+        dag.add(job)
+    client.get(client.optimize(dag))
 
 
 def managed_jobs(fields: Sequence[str], everyone: bool, name: str = "", ids: Sequence[int] = ()) -> list[Any]:
@@ -256,110 +245,87 @@ def cost_rows(names: Sequence[str]) -> list[dict[str, Any]]:
     return list(_post("/cost_report", "CostReportBody", days=3650, cluster_names=list(names)))
 
 
+@translated()
 def _post(path: str, body: str, **fields: Any) -> Any:
     """Returns the result of a request for which the client has no function with these fields."""
-    with translated():
-        client = sdk()
-        from sky.server import common
-        from sky.server.requests import payloads
-
-        content = json.loads(getattr(payloads, body)(**fields).model_dump_json())
-        return client.get(common.get_request_id(common.make_authenticated_request("POST", path, json=content)))
+    common = module("server.common")
+    payload = getattr(module("server.requests.payloads"), body)(**fields)
+    content = json.loads(payload.model_dump_json())
+    return sdk().get(common.get_request_id(common.make_authenticated_request("POST", path, json=content)))
 
 
+@translated()
 def excluded_files(folder: str) -> list[str]:
     """Returns the files and folders of a folder that are not sent, as .gitignore or .skyignore says; relative paths."""
-    with translated():
-        sdk()
-        from sky.data import storage_utils
-
-        return list(storage_utils.get_excluded_files(folder))
+    return list(module("data.storage_utils").get_excluded_files(folder))
 
 
+@translated()
 def enabled_clouds() -> list[str]:
     """Returns the clouds that ``sky check`` enabled, in lower case."""
-    with translated():
-        sdk()
-        from sky.client import sdk as client
-
-    return [str(name).lower() for name in call(client.enabled_clouds)]
+    return [str(name).lower() for name in sdk().get(module("client.sdk").enabled_clouds())]
 
 
+@translated()
 def check_answers() -> None:
     """Raises InfraError if no API server answers; every other request starts one on this machine."""
-    with translated():
-        sdk()
-        from sky.server import common
-
-        status = common.get_api_server_status().status.value
+    status = module("server.common").get_api_server_status().status.value
     if status != "healthy":
         raise InfraError(f"SkyPilot's API server does not answer: {status} (sky api login for a team's server)")
 
 
+@translated()
 def server() -> ApiServer:
     """Returns the API server; most facts are known only of a local one."""
-    with translated():
-        client = sdk()
-        from sky.server import common
-        from sky.utils import common_utils, controller_utils
+    common = module("server.common")
+    common.check_server_healthy()  # as every other request does; api_info alone says less about the failure
+    version, url = str(sdk().api_info().version), common.get_server_url()
+    found = ApiServer(url=masked(url), version=version, is_local=common.is_api_server_local(url))
+    if not found.is_local:
+        return found
 
-        common.check_server_healthy()  # as every other request does; api_info alone says less about the failure
-        version, url = str(client.api_info().version), common.get_server_url()
-        found = ApiServer(url=masked(url), version=version, is_local=common.is_api_server_local(url))
-        if not found.is_local:
-            return found
+    import psutil  # here: for `check` alone
 
-        import psutil  # here: for `check` alone
-
-        count, memory_mb = find_controllers(Path.home())
-        return replace(
-            found,
-            consolidation=controller_utils.is_jobs_consolidation_mode(),
-            controllers=count,
-            controllers_mb=memory_mb,
-            free_mb=psutil.virtual_memory().available / _MB,
-            cpus=common_utils.get_cpu_count(),
-        )
+    count, memory_mb = find_controllers(Path.home())
+    return replace(
+        found,
+        consolidation=module("utils.controller_utils").is_jobs_consolidation_mode(),
+        controllers=count,
+        controllers_mb=memory_mb,
+        free_mb=psutil.virtual_memory().available / _MB,
+        cpus=module("utils.common_utils").get_cpu_count(),
+    )
 
 
+@translated()
 def machine(cluster: str) -> ProvisionedCluster | None:
     """Returns a cluster's record, or None if this machine's SkyPilot has none, as with a remote API server."""
-    with translated():
-        sdk()
-        from sky import global_user_state
-        from sky.server import common
-
-        record = global_user_state.get_cluster_from_name(cluster) if common.is_api_server_local() else None
-        if record is None:
-            return None
-        handle = record["handle"]
-        config = global_user_state.get_cluster_yaml_dict(handle.cluster_yaml)
-        return ProvisionedCluster(
-            name=handle.cluster_name_on_cloud,
-            provider=repr(handle.launched_resources.cloud),
-            config=config["provider"],
-            nodes=handle.launched_nodes,
-            workspace=record["workspace"],
-        )
+    state = module("global_user_state")
+    is_local = module("server.common").is_api_server_local()
+    record = state.get_cluster_from_name(cluster) if is_local else None
+    if record is None:
+        return None
+    handle = record["handle"]
+    return ProvisionedCluster(
+        name=handle.cluster_name_on_cloud,
+        provider=repr(handle.launched_resources.cloud),
+        config=state.get_cluster_yaml_dict(handle.cluster_yaml)["provider"],
+        nodes=handle.launched_nodes,
+        workspace=record["workspace"],
+    )
 
 
+@translated()
 def terminate(machine: ProvisionedCluster) -> None:
     """Terminates all instances of a cluster. SkyPilot notices at its next poll."""
-    with translated():
-        sdk()
-        from sky import provision, skypilot_config
-
-        with skypilot_config.local_active_workspace_ctx(machine.workspace):
-            provision.terminate_instances(machine.provider, machine.name, dict(machine.config))
+    with module("skypilot_config").local_active_workspace_ctx(machine.workspace):
+        module("provision").terminate_instances(machine.provider, machine.name, dict(machine.config))
 
 
+@translated()
 def cloud(name: str) -> Any:
     """Returns SkyPilot's object for a cloud."""
-    with translated():
-        sdk()
-        from sky.utils import registry
-
-        return registry.CLOUD_REGISTRY.from_str(name)
+    return module("utils.registry").CLOUD_REGISTRY.from_str(name)
 
 
 def log_pieces(job_id: int, follow: bool, controller: bool = False) -> Iterator[str | None]:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,7 @@ def write_config(*names: str, everyones: bool = False) -> None:
         InputError: for a name without a cluster, or with one that is not up.
     """
     sky = client.sdk()
-    command = import_module(f"{sky.__name__}.client.cli.command")
+    command = client.module("client.cli.command")
     with client.translated():
         records = client.ask(sky.status(cluster_names=list(names), all_users=everyones, _include_credentials=True))
         proxy = command._get_ws_proxy_command()
@@ -207,7 +206,7 @@ def launch(task: Mapping[str, Any], name: str, idle_minutes: int, down: bool) ->
     sky = client.sdk()
     with client.translated(), redirect_stdout(sys.stderr):
         request = sky.launch(client.task(task), cluster_name=name, idle_minutes_to_autostop=idle_minutes, down=down)
-        job_id, _ = client.watch(request, sys.stderr)
+        job_id, _ = sky.stream_and_get(request, output_stream=sys.stderr)
     if job_id:
         see_setup(name, job_id)
 

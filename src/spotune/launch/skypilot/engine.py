@@ -3,7 +3,8 @@
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from spotune.launch.skypilot import client, jobs, task
 from spotune.launch.skypilot.jobs import FIELDS, POLL_S, Event, ManagedJob, Usage, managed_job
 
 CANCEL_S = 300.0
+_SUBMITTED = ("run_id", "task", "workdir", "user", "infra", "priority")  # fields of Submission that RunEntry keeps
 _TIMEOUT_S = 60.0
 # The cloud's own tools that give the notice of a real interruption.
 _NOTICES = {
@@ -39,8 +41,8 @@ class RunEntry:
 
     Attributes:
         task: as the plan has it; ``task.task_config`` makes SkyPilot's task from it.
-        jobs: the managed jobs that were launched for it, in order: one, and one more for each ``resume``.
-        preemptible: Slurm partitions, ``CLUSTER/PARTITION``, whose jobs may be preempted.
+        jobs: its managed jobs, in order: one, and one more for each ``resume``.
+        preemptible: Slurm partitions, ``CLUSTER/PARTITION``, that count as spot.
         submitting: a further job was requested, and SkyPilot has not confirmed it yet.
         ended: SkyPilot's last status of the run; None while it may still change.
         history: the machines that it got, once all of them are gone.
@@ -65,16 +67,9 @@ class RunEntry:
         """Returns how it ended, or how it was submitted."""
         if self.ended is not None:
             return build(JobStatus, self.ended)
-        return JobStatus(
-            run_id=self.run_id,
-            state="PENDING",
-            priority=self.priority,
-            user=self.user,
-            infra=self.infra,
-            submitted_at=self.submitted_at,
-            reason="not in SkyPilot's queue yet" if self.submitting else "",
-            bucket=self.bucket,
-        )
+        same = {name: getattr(self, name) for name in ("run_id", "priority", "user", "infra", "submitted_at", "bucket")}
+        reason = "not in SkyPilot's queue yet" if self.submitting else ""
+        return JobStatus(state="PENDING", reason=reason, **same)
 
     def intervals(self) -> list[PaidInterval] | None:
         """Returns its machines, or None while they are not all known."""
@@ -84,16 +79,13 @@ class RunEntry:
         """Raises ValueError, naming the field, if this is not a valid entry of that run."""
         if self.run_id != run_id:
             raise ValueError(f"run_id: not {run_id}")
-        try:
-            ended = self.status()
-        except ValueError as error:
-            raise ValueError(f"ended: {error}") from error
-        if ended.run_id != run_id:
+        for name, read in (("ended", self.status), ("history", self.intervals)):
+            try:
+                read()
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        if self.status().run_id != run_id:
             raise ValueError(f"ended: run_id: not {run_id}")
-        try:
-            self.intervals()
-        except ValueError as error:
-            raise ValueError(f"history: {error}") from error
 
 
 class Registry:
@@ -121,24 +113,28 @@ class Registry:
 
     def write(self, entry: RunEntry) -> None:
         """Writes an entry that only its owner can read."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with self._open_folder():
             write_state(self._path(entry.run_id), entry)
-        except OSError as error:
-            raise self._unwritable(error) from error
 
     def create(self, entry: RunEntry) -> None:
         """Writes a new run's entry, one process at a time. Raises AlreadyExists if the run has one."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            path = self.folder / ".lock"
+        path = self.folder / ".lock"
+        with self._open_folder():
             make_room(path)
             with open(path, "w") as lock:
                 take_lock(lock, path)
                 self.check_free(entry.run_id)
                 self.write(entry)
+
+    @contextmanager
+    def _open_folder(self) -> Iterator[None]:
+        """Makes the folder. Raises InputError if it, or a file in it, cannot be written."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            yield
         except OSError as error:
-            raise self._unwritable(error) from error
+            what = f"cannot write {self.folder}: {error.strerror}"
+            raise InputError(environment.HOME, what) from error
 
     def check_free(self, run_id: str) -> None:
         """Raises AlreadyExists for a run that has an entry."""
@@ -160,9 +156,6 @@ class Registry:
         entry = self.entry(run_id)
         if entry and entry.ended and intervals and all(row.ended_at is not None for row in intervals):
             self.write(replace(entry, history=[asdict(row) for row in intervals]))
-
-    def _unwritable(self, error: OSError) -> InputError:
-        return InputError(environment.HOME, f"cannot write {self.folder}: {error.strerror}")
 
     def _path(self, run_id: str) -> Path:
         return self.folder / f"{run_id}.json"
@@ -271,14 +264,9 @@ class SkyInfra:
         task.check_submission(submission)
         self._registry.check_free(submission.run_id)
         entry = RunEntry(
-            run_id=submission.run_id,
-            infra=submission.infra,
+            **{name: getattr(submission, name) for name in _SUBMITTED},
             bucket=str((submission.task.get("envs") or {}).get(environment.BUCKET) or ""),
-            user=submission.user,
-            priority=submission.priority,
             submitted_at=time.time(),
-            workdir=submission.workdir,
-            task=submission.task,
             secrets=sorted(submission.secrets),
             preemptible=self._preemptible(submission.infra),
         )
@@ -291,10 +279,7 @@ class SkyInfra:
         """
         job = client.task(task.task_config(submission, self._slurm.nice))
         entry = replace(entry, submitting=True, ended=None, history=None)
-        if before:
-            self._registry.write(entry)
-        else:
-            self._registry.create(entry)
+        (self._registry.write if before else self._registry.create)(entry)
         request = None
         try:
             request = client.launch(job, submission.run_id)
@@ -337,10 +322,9 @@ class SkyInfra:
         return self._spot[infra]
 
     def check_resumable(self, run_id: str) -> None:
-        entry = self._entry(run_id)
-        check_secrets(run_id, entry.secrets, self._environ)
-        if isinstance(entry.task.get("workdir"), str):
-            check_folder(run_id, entry.workdir)
+        check_secrets(run_id, self._entry(run_id).secrets, self._environ)
+        if folder := self.workdir(run_id):
+            check_folder(run_id, folder)
 
     def workdir(self, run_id: str) -> str:
         entry = self._entry(run_id)
@@ -350,15 +334,8 @@ class SkyInfra:
         """Launches a further managed job of the same name."""
         self.check_resumable(run_id)
         entry = self._entry(run_id)
-        submission = Submission(
-            run_id=run_id,
-            task=entry.task,
-            workdir=entry.workdir,
-            user=entry.user,
-            infra=entry.infra,
-            priority=entry.priority,
-            secrets={name: self._environ[name] for name in entry.secrets},
-        )
+        secrets = {name: self._environ[name] for name in entry.secrets}
+        submission = Submission(**{name: getattr(entry, name) for name in _SUBMITTED}, secrets=secrets)
         self._launch(entry, submission, entry)
 
     def cancel(self, run_id: str) -> None:
@@ -368,25 +345,22 @@ class SkyInfra:
             return
         self._end(entry)
         if not has_further(self._jobs_of(run_id, entry), entry):
-            now = replace(entry.status(), state="CANCELLED", reason="cancelled", ended_at=time.time())
-            self._registry.settle(now)
+            ended = replace(entry.status(), state="CANCELLED", reason="cancelled", ended_at=time.time())
+            self._registry.settle(ended)
 
     def _cancel_active(self, run_id: str) -> None:
-        active = self._active(run_id)
-        if not active:
+        if not (active := self._active(run_id)):
             return
         client.call(client.sdk().jobs.cancel, job_ids=[job.id for job in active])
         deadline = time.time() + CANCEL_S
         while self._active(run_id):
             if time.time() > deadline:
-                raise SubmissionUnknown(
-                    f"{run_id}: being cancelled, for {CANCEL_S:g} s now (sky jobs logs --controller says why)"
-                )
+                what = f"{run_id}: still being cancelled after {CANCEL_S:g} s"
+                raise SubmissionUnknown(f"{what} (sky jobs logs --controller says why)")
             self._sleep(POLL_S)
 
     def preempt(self, run_id: str, notice_s: float, agree: Agree = lambda question: None) -> None:
-        active = self._active(run_id)
-        if not active:
+        if not (active := self._active(run_id)):
             raise InputError(run_id, "has no machine to take away")
         take_machine(active[-1], notice_s, self._environ, agree)
 
@@ -395,8 +369,10 @@ class SkyInfra:
         known = {entry.run_id: entry for entry in self._registry.entries()}
         if run_ids is not None:
             found = [status for run_id in run_ids if (status := self._status(run_id, known.get(run_id)))]
-            if everyone and not self._asks:
-                found += self._foreign(set(run_ids) - known.keys())
+            foreign = set(run_ids) - known.keys()
+            if everyone and foreign and not self._asks:
+                client.check_answers()  # starts no API server
+                found += [one for one in self._statuses({}, True) if one.run_id in foreign]
         elif self._asks or (everyone and known) or any(entry.ended is None for entry in known.values()):
             found = self._statuses(known, everyone)
         else:
@@ -409,13 +385,6 @@ class SkyInfra:
         if (entry or self._asks) and (found := self._jobs_of(run_id, entry)):
             return self._settled(found, entry)
         return entry.status() if entry else None
-
-    def _foreign(self, run_ids: Set[str]) -> list[JobStatus]:
-        """Returns runs that were not submitted from here. It starts no API server to ask about them."""
-        if not run_ids:
-            return []
-        client.check_answers()
-        return [one for one in self._statuses({}, True) if one.run_id in run_ids]
 
     def _statuses(self, known: Mapping[str, RunEntry], everyone: bool) -> list[JobStatus]:
         self._listed = [job for record in client.managed_jobs(FIELDS, everyone) if (job := managed_job(record)).marks]
