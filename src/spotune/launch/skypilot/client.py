@@ -54,11 +54,6 @@ def server_problems(server: ApiServer) -> list[str]:
     return problems
 
 
-# SkyPilot's exceptions as our errors: one line and what to do.
-#
-# The server sends exceptions by name: a builtin, one of SkyPilot's own, or a bare ``Exception`` for any other. So any
-# exception in a call to the client counts as SkyPilot's.
-
 MOST = 600  # characters of a message; some list everything that was tried
 MOST_FIX = 240
 # SkyPilot's exception -> what to do about it. The message itself is SkyPilot's.
@@ -106,14 +101,19 @@ _PASSWORD = re.compile(r"(://[^/\s:@]*):[^/\s]*@")
 
 @contextmanager
 def translated(where: str = "SkyPilot") -> Iterator[None]:
-    """Turns SkyPilot's exceptions into ours: bad input becomes an InputError of ``where``, the rest InfraErrors."""
+    """Turns SkyPilot's exceptions into ours: bad input becomes an InputError of ``where``, the rest InfraErrors.
+
+    The server sends exceptions by name: a builtin, one of SkyPilot's own, or a bare ``Exception`` for any other. So any
+    exception in a call to the client counts as SkyPilot's.
+    """
     try:
         yield
     except (SpotuneError, BrokenPipeError):  # ours; and the reader of our output has left
         raise
     except Exception as error:
         kinds = [kind.__name__ for kind in type(error).__mro__]
-        text, fix = one_line(error)
+        what, *fixes = _FIX.split(masked(" ".join(plain(str(error)).split())), maxsplit=1)
+        text, fix = _cut(what, MOST) or kinds[0], _cut("".join(fixes), MOST_FIX)
         if kinds[0] in _USERS:
             raise InputError(where, text, remedy=fix) from error
         known = next((_REMEDIES[kind] for kind in kinds if kind in _REMEDIES), "")
@@ -124,13 +124,6 @@ def translated(where: str = "SkyPilot") -> Iterator[None]:
         raise InfraError(f"SkyPilot: {text}{f' ({remedy})' if remedy else ''}") from error
 
 
-def one_line(error: BaseException) -> tuple[str, str]:
-    """Returns (message, advice) of a SkyPilot exception, without colours, line breaks and passwords."""
-    what, *fixes = _FIX.split(masked(" ".join(plain(str(error)).split())), maxsplit=1)
-    fix = fixes[0] if fixes else ""
-    return _cut(what, MOST) or type(error).__name__, _cut(fix, MOST_FIX)
-
-
 def masked(text: str) -> str:
     """Returns the text without passwords in URLs, such as a team's server has."""
     return _PASSWORD.sub(r"\1:***@", text)
@@ -139,9 +132,6 @@ def masked(text: str) -> str:
 def _cut(text: str, most: int) -> str:
     text = _HINT.split(text)[0].strip().rstrip(".")
     return text if len(text) <= most else f"{text[:most].rstrip()} …"
-
-
-# Requests to SkyPilot's client. ``import sky`` costs seconds of CPU, so a verb asks only when it must.
 
 
 @dataclass(frozen=True)
@@ -156,7 +146,7 @@ class ProvisionedCluster:
 
 
 def sdk() -> Any:
-    """Returns the module ``sky``. Raises InfraError if it is not installed."""
+    """Returns the module ``sky``; its import costs seconds of CPU. Raises InfraError if it is not installed."""
     try:
         with redirect_stdout(sys.stderr):  # its loggers keep the stream that they find; stdout is for results
             import sky
@@ -341,8 +331,6 @@ def log_pieces(job_id: int, follow: bool, controller: bool = False) -> Iterator[
         yield piece
 
 
-# SkyPilot's output of a job, as the lines that the job printed.
-
 _TAKEN_DOWN = 137  # SkyPilot kills the others when one machine's process fails
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 # (NAME, pid=123) text, and (worker1, rank=1, pid=123, ip=10.0.0.2) text
@@ -417,8 +405,6 @@ def attempts_in(controller: Iterable[str]) -> list[list[str]]:
             found[-1].append(text)
     return found
 
-
-# SkyPilot's job controllers on this machine.
 
 PIDS = ".sky/job_controller_pid"  # a line each, ``PID,STARTED_AT``; also of controllers that have gone
 _SLACK_S = 1.0

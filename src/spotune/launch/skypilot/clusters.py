@@ -21,9 +21,6 @@ from spotune.launch.skypilot import client
 from spotune.launch.skypilot import jobs as skypilot_jobs
 from spotune.launch.skypilot.jobs import infra_text, price_row, usages
 
-GENERATED = ".sky/generated/ssh"
-STATE = ".spotune/watcher.json"
-_MOST_BYTES = 1 << 20  # of the watcher's state
 # Where a cluster can only be taken down: CloudImplementationFeatures.STOP in sky/clouds/*.py (0.14.1).
 _NO_STOP = (
     *("slurm", "kubernetes", "k8s", "ssh", "runpod", "lambda", "verda", "cudo", "fluidstack", "hyperbolic"),
@@ -40,7 +37,7 @@ Warn = Callable[[str], None]
 
 def ssh_command(name: str, *options: str) -> list[str]:
     """Returns the ssh command for a cluster whose configuration is written."""
-    config = Path.home() / GENERATED / name
+    config = Path.home() / ".sky/generated/ssh" / name
     if not config.is_file():
         raise _not_up(name)
     keys = [line.split(None, 1)[1] for line in config.read_text().splitlines() if "IdentityFile" in line]
@@ -53,16 +50,11 @@ def _not_up(name: str) -> InputError:
 
 
 def write_config(*names: str, everyones: bool = False) -> None:
-    """Lets SkyPilot write its ssh configuration of clusters, as ``sky status NAME`` does.
+    """Lets SkyPilot write its ssh configuration of clusters, as ``sky status NAME`` does; ``everyones``: also of other
+    users'. Raises InputError for a name without a cluster that is up.
 
-    It does so every time, also if there is one: an API server that shares this HOME writes its own at each launch,
-    which on Slurm leads to the login node (sky/backends/cloud_vm_ray_backend.py, after provisioning).
-
-    Args:
-        everyones: also other users' clusters.
-
-    Raises:
-        InputError: for a name without a cluster, or with one that is not up.
+    An existing one is overwritten: an API server that shares this HOME writes its own at each launch, which on Slurm
+    leads to the login node (sky/backends/cloud_vm_ray_backend.py, after provisioning).
     """
     sky = client.sdk()
     command = client.module("client.cli.command")
@@ -107,32 +99,22 @@ def attach(argv: Sequence[str]) -> int:
         raise InfraError(f"{argv[0]}: not installed here") from error
 
 
-# What SkyPilot has, launches, runs and takes down.
-
-
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster as SkyPilot lists it.
-
-    Attributes:
-        status: INIT, UP or STOPPED.
-        autostop_minutes: SkyPilot's own idle limit; None: no limit.
-        price_usd_per_hour, spent_usd: SkyPilot's figures; None if it does not know a price.
-        cpus, memory: of each machine as SkyPilot writes it, memory in GB; empty if it does not know.
-    """
+    """A cluster as SkyPilot lists it; a figure that SkyPilot does not know is None or empty."""
 
     name: str
-    status: str
+    status: str  # INIT, UP or STOPPED
     infra: str
     accelerators: dict[str, float]
     nodes: int
     launched_at: float
-    autostop_minutes: int | None
+    autostop_minutes: int | None  # SkyPilot's own idle limit; None: no limit
     to_down: bool
     price_usd_per_hour: float | None = None
     spent_usd: float | None = None
-    cpus: str = ""
-    memory: str = ""
+    cpus: str = ""  # of each machine, as SkyPilot writes it
+    memory: str = ""  # likewise, in GB
 
     @property
     def gpus(self) -> str:
@@ -371,9 +353,6 @@ def booked(
             )
 
 
-# The list of ``dev ls``: clusters and their idle watchers.
-
-
 @dataclass(frozen=True)
 class WatcherState:
     """What a cluster's idle watcher wrote last; times in epoch seconds, ``stops_at`` None while somebody works."""
@@ -386,20 +365,13 @@ class WatcherState:
 
 @dataclass(frozen=True)
 class Listed:
-    """A cluster and its idle watcher.
-
-    Attributes:
-        idle_minutes: how long it may be idle; None: without limit.
-        last_active_at: when somebody worked last; None if that is unknown.
-        stops_at: when it stops if nobody works again; None while somebody works.
-        why: what keeps it up, or since when it is idle.
-    """
+    """A cluster and its idle watcher: a row of ``dev ls``."""
 
     cluster: Cluster
-    idle_minutes: float | None
-    last_active_at: float | None
-    stops_at: float | None
-    why: str
+    idle_minutes: float | None  # how long it may be idle; None: without limit
+    last_active_at: float | None  # when somebody worked last; None if that is unknown
+    stops_at: float | None  # when it stops if nobody works again; None while somebody works
+    why: str  # what keeps it up, or since when it is idle
 
     def as_row(self) -> dict[str, Any]:
         """Returns a row of ``dev ls --format json``."""
@@ -432,7 +404,7 @@ def _listed(cluster: Cluster) -> Listed:
     state = None
     if cluster.status == "UP":
         with suppress(InfraError, InputError, ValueError):  # no watcher, a damaged file, no answer
-            state = read_as(cluster.name, f"head -c {_MOST_BYTES} ~/{STATE}", WatcherState, 30.0)
+            state = read_as(cluster.name, f"head -c {1 << 20} ~/.spotune/watcher.json", WatcherState, 30.0)
     if state:
         return Listed(cluster, state.idle_minutes, state.last_active_at, state.stops_at, state.why)
     is_counted = cluster.status == "UP" and cluster.autostop_minutes is not None

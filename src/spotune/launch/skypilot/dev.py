@@ -60,28 +60,19 @@ def bucket_of(workspace: Workspace) -> dict[str, str]:
     return {environment.BUCKET: workspace.env.bucket} if is_given else {}
 
 
-# ``dev up``.
-
-
 @dataclass(frozen=True)
 class DevOptions:
-    """The options of ``dev up``; None keeps what the cluster has, or takes the default.
-
-    Attributes:
-        infra: as ``place`` returns it; empty: SkyPilot chooses.
-        down: take the idle cluster down instead of stopping it.
-        secrets: with their values.
-    """
+    """The options of ``dev up``; None keeps what the cluster has, or takes the default."""
 
     name: str
-    infra: str = ""
+    infra: str = ""  # as `place` returns it; empty: SkyPilot chooses
     gpus: str | None = None
     cpus: str | None = None
     memory: str | None = None
     idle_minutes: int | None = None
-    down: bool = False
+    down: bool = False  # take the idle cluster down instead of stopping it
     envs: Mapping[str, str] = field(default_factory=dict)
-    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)  # with their values
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -97,19 +88,13 @@ class DevOptions:
 
 @dataclass(frozen=True)
 class Up:
-    """The result of ``dev up``.
-
-    Attributes:
-        is_new: the cluster was not up before.
-        idle_minutes: None if the idle watcher that runs there was kept.
-        notes: lines for the user.
-    """
+    """The result of ``dev up``."""
 
     cluster: Cluster
-    is_new: bool
-    idle_minutes: int | None
+    is_new: bool  # it was not up before
+    idle_minutes: int | None  # None if the idle watcher that runs there was kept
     down: bool
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # lines for the user
 
 
 def up(options: DevOptions, workspace: Workspace) -> Up:
@@ -180,12 +165,10 @@ def _finish_setup(options: DevOptions, jobs: Sequence[ClusterJob], workspace: Wo
 
 def _start_watcher(cluster: Cluster, idle_minutes: int, down: bool, workspace: Workspace) -> bool:
     """Starts an idle watcher, which replaces the earlier one, and sets SkyPilot's autostop to the last minutes.
+    Returns whether the cluster will be taken down, also where stopping is not possible.
 
     On Slurm the watcher ends the allocation itself: SkyPilot's skylet, which does autostop, is missing if another
     cluster's skylet has its port on the same node.
-
-    Returns:
-        Whether the cluster will be taken down, also where stopping is not possible.
     """
     lead = 2 if idle_minutes >= 5 else 1
     envs = {"SPOTUNE_IDLE_MINUTES": str(idle_minutes - lead), "SPOTUNE_AUTOSTOP_MINUTES": str(lead)}
@@ -212,9 +195,6 @@ def _as_job(task: Mapping[str, Any], workspace: Workspace) -> dict[str, Any]:
     rest = {name: value for name, value in task.items() if name != "setup"}
     run = f"{task.get('setup') or ''}\n{task['run']}"
     return {**rest, "resources": dict(_ONE_CPU), "workdir": str(workspace.cwd), "run": run}
-
-
-# ``dev run`` on a cluster.
 
 
 @dataclass(frozen=True)
@@ -261,11 +241,9 @@ RunPlace = tuple[str, str | None, bool]
 
 
 def run_place(cluster: str, infra: str, workspace: Workspace) -> RunPlace | None:
-    """Decides where ``dev run`` runs, from ``--cluster`` and ``--infra``, empty if not given.
+    """Decides where ``dev run`` runs, from ``--cluster`` and ``--infra``, empty if not given; None: this machine.
 
-    Returns:
-        (cluster's name, place to bring it up at, whether ``--infra`` names that place). The place is None if the
-        cluster must be up already. None for this machine.
+    Returns (cluster's name, place to bring it up at or None if it must be up, whether ``--infra`` names that place).
     """
     if not cluster and spell(infra or workspace.settings.infra) == LOCAL:
         return None
@@ -369,9 +347,6 @@ def keep_code(run_id: str, workspace: Workspace) -> list[str]:
     if bucket_of(workspace) and not workspace.store().exists(keys.run):
         code.keep_code(code.read_code(workspace.cwd), workspace.store(), keys.code, written)
     return written
-
-
-# Jupyter on a cluster, through an ssh tunnel.
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from spotune.launch.skypilot.jobs import FIELDS, POLL_S, Event, ManagedJob, Usag
 
 CANCEL_S = 300.0
 _SUBMITTED = ("run_id", "task", "workdir", "user", "infra", "priority")  # fields of Submission that RunEntry keeps
-_TIMEOUT_S = 60.0
 # The cloud's own tools that give the notice of a real interruption.
 _NOTICES = {
     "aws": "AWS FIS (aws:ec2:send-spot-instance-interruptions)",
@@ -37,16 +36,7 @@ _NOTICES = {
 
 @dataclass(frozen=True)
 class RunEntry:
-    """One run, as it was submitted.
-
-    Attributes:
-        task: as the plan has it; ``task.task_config`` makes SkyPilot's task from it.
-        jobs: its managed jobs, in order: one, and one more for each ``resume``.
-        preemptible: Slurm partitions, ``CLUSTER/PARTITION``, that count as spot.
-        submitting: a further job was requested, and SkyPilot has not confirmed it yet.
-        ended: SkyPilot's last status of the run; None while it may still change.
-        history: the machines that it got, once all of them are gone.
-    """
+    """One run, as it was submitted."""
 
     run_id: str
     infra: str
@@ -55,13 +45,13 @@ class RunEntry:
     priority: int
     submitted_at: Time
     workdir: str
-    task: dict[str, Any]
+    task: dict[str, Any]  # as the plan has it; task.task_config makes SkyPilot's task from it
     secrets: list[str] = field(default_factory=list)
-    jobs: list[Count] = field(default_factory=list)
-    preemptible: list[str] = field(default_factory=list)
-    submitting: bool = False
-    ended: dict[str, Any] | None = None
-    history: list[dict[str, Any]] | None = None
+    jobs: list[Count] = field(default_factory=list)  # its managed jobs: one, and one more for each `resume`
+    preemptible: list[str] = field(default_factory=list)  # Slurm's CLUSTER/PARTITION that count as spot
+    submitting: bool = False  # a further job was requested, and SkyPilot has not confirmed it yet
+    ended: dict[str, Any] | None = None  # SkyPilot's last status of the run; None while it may still change
+    history: list[dict[str, Any]] | None = None  # the machines that it got, once all of them are gone
 
     def status(self) -> JobStatus:
         """Returns how it ended, or how it was submitted."""
@@ -189,7 +179,7 @@ def take_machine(job: ManagedJob, notice_s: float, environ: Mapping[str, str], a
     if not name:
         raise InputError(job.run_id, f"is {job.status}: it has no machine to take away")
     if cloud == "slurm":
-        if not task.take(job.region, name, notice_s, environ):
+        if task.on_login(job.region, task.taking(name, notice_s), environ).strip() != "taken":
             raise InputError(job.run_id, f"slurm/{job.region} runs no job {name}: it has no machine to take away")
     elif cloud == "kubernetes":
         _delete_pods(job, notice_s, environ)
@@ -223,7 +213,7 @@ def _delete_pods(job: ManagedJob, notice_s: float, environ: Mapping[str, str]) -
     command += [f"--grace-period={int(notice_s)}", *(["--force"] if notice_s < 1 else [])]
     command += ["--context", job.region] if job.region else []
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, env=environ)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environ)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise InfraError(f"kubectl: {error}") from error
     if done.returncode:
@@ -233,12 +223,9 @@ def _delete_pods(job: ManagedJob, notice_s: float, environ: Mapping[str, str]) -
 
 
 class SkyInfra:
-    """The engine that runs SkyPilot's managed jobs as runs of one SPOTUNE_HOME.
+    """The engine that runs SkyPilot's managed jobs as runs of one SPOTUNE_HOME, ``home``.
 
-    Args:
-        home: SPOTUNE_HOME.
-        environ: has the secrets' values.
-        asks: whether to ask SkyPilot, which takes seconds, about runs that were not submitted from this home.
+    ``asks``: whether to ask SkyPilot, which takes seconds, about runs that were not submitted from this home.
     """
 
     name = "skypilot"
@@ -389,8 +376,11 @@ class SkyInfra:
     def _statuses(self, known: Mapping[str, RunEntry], everyone: bool) -> list[JobStatus]:
         self._listed = [job for record in client.managed_jobs(FIELDS, everyone) if (job := managed_job(record)).marks]
         self._paid = {}
+        runs: dict[tuple[str, str], list[ManagedJob]] = {}  # a run is a name and a bucket
+        for job in self._listed:
+            runs.setdefault((job.run_id, str((job.marks or {}).get("bucket"))), []).append(job)
         listed, left = [], dict(known)
-        for found in jobs.by_run(self._listed):
+        for found in runs.values():
             entry = left.get(found[0].run_id)
             if entry and is_of(found[0], entry):
                 del left[entry.run_id]

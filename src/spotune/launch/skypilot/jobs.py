@@ -24,14 +24,11 @@ FIELDS = (
     "failure_reason", "details", "cloud", "region", "zone", "priority", "user_name", "metadata", "current_cluster_name",
     "cluster_name_on_cloud",
 )  # fmt: skip
-_STATES: dict[str, State] = {
+_STATES: dict[str, State] = {  # any other is RUNNING
     "PENDING": "PENDING",
     "SUBMITTED": "PENDING",
     "STARTING": "STARTING",
-    "RUNNING": "RUNNING",
-    "WINDING_DOWN": "RUNNING",
     "RECOVERING": "RECOVERING",
-    "CANCELLING": "RUNNING",
     "SUCCEEDED": "SUCCEEDED",
     "CANCELLED": "CANCELLED",
 }
@@ -43,7 +40,6 @@ _FAILURES = {
 }
 _BY_INFRA = ("FAILED_NO_RESOURCE", "FAILED_PRECHECKS", "FAILED_CONTROLLER")
 _CODES = re.compile(r"exit codes? \[?(\d+(?:, \d+)*)\]?")
-_SLACK_S = 5.0  # SkyPilot notes a machine's end shortly before or after the event that reports it
 
 
 # Managed jobs as runs. Several jobs of one name, a run and its resumes, are one run.
@@ -51,14 +47,7 @@ _SLACK_S = 5.0  # SkyPilot notes a machine's end shortly before or after the eve
 
 @dataclass(frozen=True)
 class ManagedJob:
-    """One managed job of SkyPilot. Times are epoch seconds.
-
-    Attributes:
-        infra: where it is or was last: slurm/lab/spot.
-        cluster: SkyPilot's name of its cluster, the same in every attempt.
-        cluster_on_cloud: the infrastructure's name of it.
-        marks: what spotune wrote into its metadata; None if the job is not spotune's.
-    """
+    """One managed job of SkyPilot. Times are epoch seconds."""
 
     id: int
     run_id: str
@@ -69,13 +58,13 @@ class ManagedJob:
     recoveries: int = 0
     failure_reason: str = ""
     details: str = ""
-    infra: str = ""
+    infra: str = ""  # where it is or was last: slurm/lab/spot
     region: str = ""
     priority: int | None = None
     user: str = ""
-    cluster: str = ""
-    cluster_on_cloud: str = ""
-    marks: Mapping[str, Any] | None = None
+    cluster: str = ""  # SkyPilot's name of its cluster, the same in every attempt
+    cluster_on_cloud: str = ""  # the infrastructure's name of it
+    marks: Mapping[str, Any] | None = None  # what spotune wrote into its metadata; None if the job is not spotune's
 
     @property
     def is_ended(self) -> bool:
@@ -177,14 +166,6 @@ def exit_code_in(text: str) -> int | None:
     return deciding(int(code) for code in found[1].split(", ")) if found else None
 
 
-def by_run(jobs: Iterable[ManagedJob]) -> list[list[ManagedJob]]:
-    """Groups jobs by run. A run is a name and a bucket: other buckets may use the same name."""
-    found: dict[tuple[str, str], list[ManagedJob]] = {}
-    for job in jobs:
-        found.setdefault((job.run_id, str((job.marks or {}).get("bucket"))), []).append(job)
-    return list(found.values())
-
-
 def _line(text: str) -> str:
     """Returns one line, without the exception's name and without ``To see the details, run: …``."""
     text = re.split(r"\.?\s*To (?:see the (?:details|job error)|fix: )", " ".join(text.split()))[0]
@@ -259,11 +240,9 @@ def intervals(
     events: Mapping[int, Sequence[Event]],
     preemptible: Sequence[str] = (),
 ) -> list[PaidInterval]:
-    """Returns the machines of a run, oldest first.
+    """Returns the machines of a run, oldest first. ``events`` are by the managed job's id.
 
-    Args:
-        events: by the managed job's id.
-        preemptible: Slurm partitions, ``CLUSTER/PARTITION``, that count as spot; Slurm itself has no spot machines.
+    ``preemptible``: Slurm partitions, ``CLUSTER/PARTITION``, that count as spot; Slurm itself has no spot machines.
     """
     rows: list[PaidInterval] = []
     by_cluster: dict[str, list[Usage]] = {}
@@ -277,17 +256,8 @@ def intervals(
             place = usage.place
             if place.infra == "slurm" and f"{place.region}/{place.zone}" in preemptible:
                 place = replace(place, use_spot=True)
-            rows.append(
-                PaidInterval(
-                    run_id=run_id,
-                    started_at=usage.started_at,
-                    ended_at=usage.ended_at,
-                    **vars(place),
-                    nodes=usage.nodes,
-                    end_reason=reason,
-                    exit_code=code,
-                )
-            )
+            facts = {**vars(place), "nodes": usage.nodes, "end_reason": reason, "exit_code": code}
+            rows.append(PaidInterval(run_id, usage.started_at, usage.ended_at, **facts))
     return sorted(rows, key=lambda row: row.started_at)
 
 
@@ -295,7 +265,8 @@ def _end(usage: Usage, following: float | None, job: ManagedJob, events: Sequenc
     """Returns (why a machine ended, the program's exit code), from the first ending event within its time."""
     until = following if following is not None else float("inf")
     for event in sorted(events, key=lambda event: event.at):
-        if not usage.started_at <= event.at < until + _SLACK_S:
+        # SkyPilot notes a machine's end some seconds before or after the event that reports it.
+        if not usage.started_at <= event.at < until + 5:
             continue
         if event.status == "RECOVERING":
             if (code := exit_code_in(event.reason)) is not None:
@@ -314,16 +285,13 @@ def _end(usage: Usage, following: float | None, job: ManagedJob, events: Sequenc
     return "lost", None
 
 
-# The log of a cluster's job.
-
 # Pauses between two tries to read a log, after the tries of SkyPilot's client; they start over once there is news.
 WAITS_S = (2, 5, 15, 60)
-# What `tail_logs` returns for a job that has ended: sky/exceptions.py, JobExitCode.
-_SUCCEEDED, _FAILED, _CANCELLED = 0, 100, 103
+_SUCCEEDED, _FAILED, _CANCELLED = 0, 100, 103  # `tail_logs` of a job that has ended: sky/exceptions.py, JobExitCode
 
 
 def follow(name: str, job_id: int, sleep: Callable[[float], None] = time.sleep, out: TextIO | None = None) -> int:
-    """Prints a job's log until the job ends; returns its script's exit code, 1 if SkyPilot does not report it.
+    """Prints a cluster job's log until the job ends; returns its script's exit code, 1 if that is unknown.
 
     Raises InfraError if the log cannot be read any more, and BrokenPipeError if the reader of our output has left. The
     job goes on.
@@ -335,7 +303,7 @@ def follow(name: str, job_id: int, sleep: Callable[[float], None] = time.sleep, 
             with client.translated():
                 code = client.sdk().tail_logs(name, job_id, follow=True, output_stream=log)
             if code in (_SUCCEEDED, _FAILED, _CANCELLED):
-                return (log.exit_code or 1) if code else 0
+                return (exit_code(log.end) or 1) if code else 0
             trouble = "the log ended before the job did"
         except InfraError as error:
             if isinstance(error.__cause__, BrokenPipeError):
@@ -363,7 +331,7 @@ class JobLog(io.TextIOBase):
         self._out = out
         self._line = ""  # the start of an unfinished line
         self._read = self._passed = 0  # the program's whole lines: since the last rewind, and passed on in all
-        self._end = ""
+        self.end = ""
         self.has_news = False  # since the last rewind
 
     def rewind(self) -> None:
@@ -373,7 +341,7 @@ class JobLog(io.TextIOBase):
         self._line, self._read, self.has_news = "", 0, False
 
     def write(self, text: str) -> int:
-        self._end = (self._end + text)[-4096:]
+        self.end = (self.end + text)[-4096:]
         for piece in text.splitlines(keepends=True):
             is_again = self._read < self._passed
             if not is_again:
@@ -390,12 +358,6 @@ class JobLog(io.TextIOBase):
     def flush(self) -> None:
         self._out.flush()
 
-    @property
-    def exit_code(self) -> int | None:
-        return exit_code(self._end)
-
-
-# The log of a managed job.
 
 POLL_S = 2.0
 

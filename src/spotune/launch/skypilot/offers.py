@@ -26,15 +26,11 @@ PODS = ("kubernetes", "ssh")
 
 @dataclass(frozen=True)
 class Wanted:
-    """A task and the place that was asked for.
-
-    Attributes:
-        use_spot: the flag on the command line; None: no flag, the task decides.
-    """
+    """A task and the place that was asked for."""
 
     task: dict[str, Any]
     infra: str
-    use_spot: bool | None = None
+    use_spot: bool | None = None  # the flag on the command line; None: the task decides
     environ: Mapping[str, str] = field(default_factory=dict)
     slurm: SlurmSettings = field(default_factory=SlurmSettings)
 
@@ -108,13 +104,8 @@ def _on_slurm(wanted: Wanted, at: float) -> Offers:
 def narrowed(infra: str, flagged: bool | None, use_spot: bool, known: Mapping[str, Sequence[Partition]]) -> list[str]:
     """Returns the partitions that a task may run on, ``slurm/CLUSTER/PARTITION``; empty: SkyPilot chooses.
 
-    Args:
-        flagged: ``--use-spot`` or ``--no-use-spot`` on the command line; None: neither.
-        use_spot: what the task wants.
-        known: partitions by cluster.
-
-    Raises:
-        InputError: if no partition is what the flag asks for.
+    ``flagged`` is ``--use-spot`` or ``--no-use-spot`` on the command line, ``use_spot`` what the task wants, ``known``
+    the partitions by cluster. Raises InputError if no partition is what the flag asks for.
     """
     kinds = {f"slurm/{cluster}/{one.name}": one.preemptible for cluster, found in known.items() for one in found}
     flag = "--use-spot" if flagged else "--no-use-spot"
@@ -136,10 +127,6 @@ def _unpriced(infra: str, use_spot: bool, source: str, at: float) -> PriceRow:
     return price_row(Place(cloud_of(infra), region, zone, use_spot=use_spot), 0.0, f"no price in {source}", at)
 
 
-# Prices of every place that a run may land on. A quote is a place and US dollars an hour; an empty zone is each zone of
-# the region.
-
-
 def takes(asked: Place, row: PriceRow) -> bool:
     """Returns whether a task's alternative may land on a row; what is empty in ``asked`` may be anything."""
     pairs = (
@@ -153,7 +140,8 @@ def takes(asked: Place, row: PriceRow) -> bool:
 
 
 def price_rows(quotes: Iterable[tuple[Place, float]], source: str, at: float) -> list[PriceRow]:
-    """Returns the price rows, cheapest first. Zones of one price become one row for their region.
+    """Returns the price rows of places and US dollars an hour, cheapest first. Zones of one price become one row for
+    their region; an empty zone is each zone of the region.
 
     If zones differ in price, the region gets a row too, at its dearest zone's price. It is for zones under other names:
     Amazon's zone names differ between accounts, and only the account's credentials tell them.
@@ -198,12 +186,6 @@ def choose(rows: Sequence[PriceRow], use_spot: bool) -> PriceRow | None:
     return min(rows, key=lambda row: (row.use_spot != use_spot, row.price_usd_per_hour), default=None)
 
 
-# SkyPilot's prices for a task: every machine that fits, in every zone, spot and on demand.
-#
-# They come from SkyPilot's catalog on this machine, with SkyPilot's rules for which machine has which accelerator. The
-# optimizer would name only the cheapest, and only of clouds with credentials.
-
-
 def has_spot(name: str, task: Any) -> bool:
     """Returns whether a cloud has spot machines. True for pods: only their cluster knows."""
     if name in PODS:
@@ -233,9 +215,11 @@ def choices(task: Any) -> list[Place]:
 
 
 def cloud_quotes(name: str, task: Any) -> dict[Place, float]:
-    """Returns a cloud's quotes for each of the task's alternatives.
+    """Returns a cloud's prices of every machine that fits the task, in every zone, spot and on demand.
 
-    An alternative whose prices cannot be read has no quotes: an unknown price does not prevent a launch.
+    They come from SkyPilot's catalog on this machine, with SkyPilot's rules for which machine has which accelerator.
+    The optimizer would name only the cheapest, and only of clouds with credentials. An alternative whose prices cannot
+    be read has none here: an unknown price does not prevent a launch.
     """
     found: dict[Place, float] = {}
     for resources in task.resources:

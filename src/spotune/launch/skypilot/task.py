@@ -21,8 +21,7 @@ from spotune.launch.skypilot.jobs import MARK
 from spotune.launch.task import LISTS, each_of, override
 
 CONFIG = ".slurm/config"
-_TIMEOUT_S = 60.0
-_SPOT = re.compile(r"spot|preempt", re.IGNORECASE)
+_SPOT = re.compile(r"spot|preempt", re.IGNORECASE)  # in a partition's name, where Slurm does not say
 _PLACES = ("infra", "cloud", "region", "zone")
 
 
@@ -37,11 +36,8 @@ def check_sent(
     """Raises InputError for a folder that cannot set up a machine, and for local data or a local model that SkyPilot
     does not send: a machine gets the run's folder without what git ignores. The config goes by the bucket.
 
-    Args:
-        files: the data, as ``fingerprint.data_files`` returns it.
-        where: the config file, as the user named it.
-        folder: the task's ``workdir``. Nothing is checked if that is a git reference.
-        task: paths below its ``file_mounts`` exist on the machine.
+    Nothing is checked if the task's ``workdir`` is a git reference. Paths below its ``file_mounts`` exist on the
+    machine. ``files`` is the data, as ``fingerprint.data_files`` returns it; ``where`` is the config's name.
     """
     if not isinstance(task.get("workdir"), str):
         return
@@ -75,10 +71,7 @@ def _local(config: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) -> Ite
 
 
 def task_config(submission: Submission, nice: int) -> dict[str, Any]:
-    """Returns a submission as ``sky.Task.from_yaml_config`` takes it, with its place, secrets and marks.
-
-    ``nice``: of a job of priority 0 in a Slurm queue.
-    """
+    """Returns SkyPilot's task of a submission. ``nice``: of a job of priority 0 in a Slurm queue."""
     task = {**submission.task, "name": submission.run_id}
     if isinstance(task.get("workdir"), str):  # else none, or a git reference that the machine checks out itself
         task["workdir"] = submission.workdir
@@ -87,7 +80,10 @@ def task_config(submission: Submission, nice: int) -> dict[str, Any]:
         resources = placed(resources, submission.infra)
     task["resources"] = recovered(resources)
     if cloud_of(submission.infra) in ("slurm", ANY):
-        task["config"] = queued(task.get("config") or {}, max(0, nice - submission.priority))
+        config = task.get("config") or {}
+        slurm = config.get("slurm") or {}
+        options = {"nice": max(0, nice - submission.priority), **(slurm.get("sbatch_options") or {})}
+        task["config"] = {**config, "slurm": {**slurm, "sbatch_options": options}}
     task = with_secrets(task, submission.secrets)
     marks = {name: getattr(submission, name) for name in ("user", "infra", "priority")}
     marks["bucket"] = (task.get("envs") or {}).get(BUCKET, "")
@@ -103,12 +99,9 @@ def with_secrets(task: Mapping[str, Any], values: Mapping[str, str]) -> dict[str
 
 
 def placed(resources: Mapping[str, Any], infra: str, partitions: Sequence[str] = ()) -> dict[str, Any]:
-    """Returns ``resources`` at the place that was asked for.
+    """Returns ``resources`` at the place that was asked for, on Slurm at any of ``partitions`` if there are some.
 
     On Slurm ``use_spot`` is removed, since SkyPilot refuses it there: the partition makes a job preemptible.
-
-    Args:
-        partitions: where on Slurm it may run, ``slurm/CLUSTER/PARTITION``; empty: SkyPilot chooses.
     """
     cloud = cloud_of(infra)
     if cloud == ANY:
@@ -137,16 +130,6 @@ def recovered(resources: Mapping[str, Any]) -> dict[str, Any]:
     if errors.PREEMPTED not in codes:
         codes.append(errors.PREEMPTED)
     return {**resources, "job_recovery": {**recovery, "recover_on_exit_codes": codes}}
-
-
-def queued(config: Mapping[str, Any], nice: int) -> dict[str, Any]:
-    """Returns a task's ``config`` with its ``nice`` in Slurm's queue, which SkyPilot's priority does not reach.
-
-    A task's own ``sbatch_options`` win.
-    """
-    slurm = config.get("slurm") or {}
-    options = slurm.get("sbatch_options") or {}
-    return {**config, "slurm": {**slurm, "sbatch_options": {"nice": nice, **options}}}
 
 
 def check_submission(submission: Submission) -> None:
@@ -179,11 +162,6 @@ def clusters(environ: Mapping[str, str]) -> list[str]:
     return [name for name in named if not set(name) & set("*?!")]
 
 
-def is_spot_name(partition: str) -> bool:
-    """Returns whether a partition's name says that it is preemptible; for clusters where Slurm does not say."""
-    return bool(_SPOT.search(partition))
-
-
 def parse_partitions(text: str) -> list[Partition]:
     """Reads the output of ``scontrol --oneliner show partition``.
 
@@ -199,7 +177,7 @@ def parse_partitions(text: str) -> list[Partition]:
     highest = max((tier for _, _, tier in found), default=1)
     is_tiered = any(tier < highest for _, _, tier in found)
     return [
-        Partition(name, (mode != "OFF" and tier < highest) if is_tiered else is_spot_name(name))
+        Partition(name, (mode != "OFF" and tier < highest) if is_tiered else bool(_SPOT.search(name)))
         for name, mode, tier in found
     ]
 
@@ -222,7 +200,7 @@ def partitions_of(infra: str, settings: SlurmSettings, environ: Mapping[str, str
     cluster, partition = (*infra.split("/")[1:], "", "")[:2]
     known = {name: known_partitions(name, settings, environ) for name in ([cluster] if cluster else clusters(environ))}
     if partition and partition not in [one.name for one in known[cluster]]:
-        known[cluster].append(Partition(partition, is_spot_name(partition)))
+        known[cluster].append(Partition(partition, bool(_SPOT.search(partition))))
     return known
 
 
@@ -240,7 +218,7 @@ def on_login(cluster: str, command: str, environ: Mapping[str, str]) -> str:
     ssh = ["ssh", "-F", str(config), "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", cluster, command]
     try:
         done = subprocess.run(
-            ssh, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, stdin=subprocess.DEVNULL, env=environ
+            ssh, capture_output=True, text=True, timeout=60, check=False, stdin=subprocess.DEVNULL, env=environ
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise InfraError(f"slurm/{cluster}: the login node does not answer: {error}") from error
@@ -250,17 +228,11 @@ def on_login(cluster: str, command: str, environ: Mapping[str, str]) -> str:
     return done.stdout
 
 
-def take(cluster: str, name: str, notice_s: float, environ: Mapping[str, str]) -> bool:
-    """Takes the allocation called ``name`` away as Slurm preempts; returns False if there is none.
+def taking(name: str, notice_s: float) -> str:
+    """Returns the login node's command that takes the allocation called ``name`` away; prints ``taken`` or ``none``.
 
     With notice, the steps get SIGURG at once, the signal by which a task on Slurm asks to be warned. A process on the
     login node ends the job when the time is over, without this process or machine.
-    """
-    return on_login(cluster, taking(name, notice_s), environ).strip() == "taken"
-
-
-def taking(name: str, notice_s: float) -> str:
-    """Returns the shell command that takes the allocation away and prints ``taken`` or ``none``.
 
     Without notice it kills the job and releases the allocation at once. If the steps are dead while the allocation
     exists, SkyPilot's poll may find a failed job on a machine that is up, and give the job up for good. Slurm ends any
@@ -298,23 +270,16 @@ def survey_infra(infra: str, settings: SlurmSettings, environ: Mapping[str, str]
     if cloud != ANY and cloud not in clouds:
         problems.append(f"{cloud} is not enabled: sky check {cloud} says what is missing")
     if cloud == "slurm":
-        lines, wrong = _slurm(infra, settings, environ)
-        found["partitions"], problems = lines, [*problems, *wrong]
+        cluster, reached = infra.partition("/")[2].split("/")[0], clusters(environ)
+        found["partitions"] = []
+        for name in [cluster] if cluster else reached:
+            for one in known_partitions(name, settings, environ):
+                found["partitions"].append(f"{name}/{one.name}{' (preemptible)' if one.preemptible else ''}")
+            if name not in reached:
+                problems.append(f"{name} is not in ~/{CONFIG} here: spotune preempt cannot reach it")
+                continue
+            try:
+                on_login(name, "squeue --version", environ)
+            except InfraError as error:
+                problems.append(str(error))
     return {**found, "problems": problems}
-
-
-def _slurm(infra: str, settings: SlurmSettings, environ: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    cluster = infra.split("/")[1] if "/" in infra else ""
-    reached = clusters(environ)
-    lines, problems = [], []
-    for name in [cluster] if cluster else reached:
-        known = known_partitions(name, settings, environ)
-        lines += [f"{name}/{one.name}{' (preemptible)' if one.preemptible else ''}" for one in known]
-        if name not in reached:
-            problems.append(f"{name} is not in ~/{CONFIG} here: spotune preempt cannot reach it")
-            continue
-        try:
-            on_login(name, "squeue --version", environ)
-        except InfraError as error:
-            problems.append(str(error))
-    return lines, problems
