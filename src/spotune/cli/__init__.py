@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from spotune.launch.plan import Plan
     from spotune.launch.settings import Workspace
 
-# What several verbs share: the workspace, options, questions to the user.
-
 
 def log(line: str) -> None:
     """Writes a line to stderr."""
@@ -99,17 +97,12 @@ def agree(question: str, yes: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
-# Tables and texts for the user.
-
-MAX_OFFERS = 10
-
-
 def plan_text(plan: "Plan", now: float) -> str:
     """Returns a plan as SkyPilot shows one: what would run, what it takes from elsewhere, and the priced offers."""
     from spotune.core.io import columns
 
     record = plan.record
-    shown = list(plan.offers[:MAX_OFFERS])
+    shown = list(plan.offers[:10])
     if plan.chosen and plan.chosen not in shown:
         shown[-1:] = [plan.chosen]
     offers = [
@@ -215,9 +208,7 @@ def duration(seconds: float) -> str:
 class Lazy(click.Group):
     """Verbs that are imported when they are called: ``x`` is the click command ``x`` of a module.
 
-    Args:
-        verbs: name -> line of help.
-        modules: name -> module in ``spotune.cli``, if it is not the verb's name.
+    ``verbs`` has a line of help for each, ``modules`` its module in ``spotune.cli`` if that has another name.
     """
 
     def __init__(self, *args: Any, verbs: Mapping[str, str], modules: Mapping[str, str], **kwargs: Any) -> None:
@@ -296,25 +287,23 @@ class Verbs(Lazy):
         except click.exceptions.Exit as left:
             sys.exit(left.exit_code)
         except click.ClickException as error:
-            fail(_with_remedy(error), error.exit_code)
+            fail(error.exit_code, _with_remedy(error))
         except (click.Abort, KeyboardInterrupt):
-            fail("interrupted", 130)
+            fail(130, "interrupted")
         except SpotuneError as error:
-            for line in error.lines[:-1]:
-                click.echo(line, err=True)
-            fail(error.lines[-1], launcher_code(error))
+            fail(launcher_code(error), *error.lines)
         except BrokenPipeError:  # the reader of our output has left
             drop_output()
             sys.exit(1)
         except OSError as error:
             if is_output(error):
                 drop_output()
-                fail(f"cannot write the output: {error.strerror}", 1)
+                fail(1, f"cannot write the output: {error.strerror}")
             from spotune.core.store.faults import is_machine_fault
 
             if not is_machine_fault(error):
                 raise
-            fail(f"{error.filename or 'this machine'}: {error.strerror or error}", errors.INFRA_FAILED)
+            fail(errors.INFRA_FAILED, f"{error.filename or 'this machine'}: {error.strerror or error}")
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -325,9 +314,10 @@ def _with_remedy(error: click.ClickException) -> str:
     return message if has_remedy or context is None else f"{message} ({context.command_path} --help)"
 
 
-def fail(message: str, code: int) -> NoReturn:
-    """Ends the process with one line on stderr."""
-    click.echo(" ".join(message.split()), err=True)
+def fail(code: int, *messages: str) -> NoReturn:
+    """Ends the process with a line on stderr for each message."""
+    for message in messages:
+        log(" ".join(message.split()))
     sys.exit(code)
 
 

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from spotune.cost.index import Index
     from spotune.launch.settings import Workspace
 
-FORMATS = ("table", "json", "csv", "focus")
 BY = ("user", "team", "infra", "gpu", "day", "week", "kind")
 
 
@@ -28,7 +27,7 @@ BY = ("user", "team", "infra", "gpu", "day", "week", "kind")
 @click.option("--by", type=click.Choice(BY), help="Without RUN: sum costs by this; kind is dev or prod.")
 @click.option("--clusters", is_flag=True, help="Without RUN: dev clusters, their users and their idle time.")
 @click.option(
-    "--format", "output", type=click.Choice(FORMATS), default="table", show_default=True,
+    "--format", "output", type=click.Choice(["table", "json", "csv", "focus"]), default="table", show_default=True,
     help="Output format; focus: FOCUS 1.2, a row for each charge.",
 )  # fmt: skip
 @click.option("--html", "page", metavar="FILE", help="Also write RUN's report as one self-contained page.")

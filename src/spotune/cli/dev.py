@@ -85,18 +85,14 @@ def _stops(one: "Listed", now: float) -> str:
 
 @click.command()
 @click.option("--name", default="", metavar="NAME", help="The cluster's name; default one of your own.")
-@click.option(
-    "--infra", default="", metavar="NAME", help="Where; default as in config/spotune.yaml, else the cheapest."
-)
+@click.option("--infra", default="", metavar="NAME", help="Where; default as in config/spotune.yaml or the cheapest.")
 @click.option("--gpus", metavar="L4:1", help="GPUs; default one of the cheap ones in tasks/dev.yaml.")
 @click.option("--cpus", metavar="N[+]", help="CPUs of the machine.")
 @click.option("--memory", metavar="GB[+]", help="Memory of the machine.")
 @click.option(
-    *("-i", "--idle-minutes-to-autostop", "idle_minutes"),
-    type=int,
-    metavar="MINUTES",
+    "-i", "--idle-minutes-to-autostop", "idle_minutes", type=int, metavar="MINUTES",
     help="Stop it after this long without work; default 30.",
-)
+)  # fmt: skip
 @click.option("--down", is_flag=True, help="Take it down, disk and all, instead of stopping it.")
 @click.option("--env", "envs", multiple=True, metavar="K=V", help="Environment of its setup.")
 @secret_option
@@ -108,16 +104,15 @@ def up(name: str, infra: str, envs: tuple[str, ...], secrets: tuple[str, ...], *
     """
     from spotune.cli.train import check_month
     from spotune.launch.plan import secrets_of
-    from spotune.launch.skypilot import clusters
-    from spotune.launch.skypilot import dev as skypilot_dev
+    from spotune.launch.skypilot import clusters, dev
     from spotune.launch.task import env_pairs
 
     workspace = open_workspace()
     default = "any" if workspace.settings.infra == "local" else workspace.settings.infra
     given |= {"envs": env_pairs(envs), "secrets": secrets_of(secrets, workspace.environ)}
-    options = skypilot_dev.DevOptions(chosen(name, workspace), skypilot_dev.place(infra or default), **given)
+    options = dev.DevOptions(chosen(name, workspace), dev.place(infra or default), **given)
     check_month(workspace)
-    done = skypilot_dev.up(options, workspace)
+    done = dev.up(options, workspace)
     cluster = done.cluster
     clusters.book_names(workspace, [cluster.name], log)
     for note in done.notes:
@@ -158,14 +153,14 @@ def run(
     is brought up if it is missing. The code here is synced to it first.
     """
     from spotune.launch.plan import TrainOptions, secrets_of
-    from spotune.launch.skypilot import dev as skypilot_dev
+    from spotune.launch.skypilot import dev
     from spotune.launch.task import Resources, env_pairs
 
     workspace = open_workspace()
     with _ended_by_hangup():
-        if where := skypilot_dev.run_place(cluster, infra, workspace):
+        if where := dev.run_place(cluster, infra, workspace):
             values = secrets_of(secrets, workspace.environ)
-            options = skypilot_dev.DevRunOptions(gpus=gpus, share=share, envs=env_pairs(envs), secrets=values, **given)
+            options = dev.DevRunOptions(gpus=gpus, share=share, envs=env_pairs(envs), secrets=values, **given)
             sys.exit(_on_cluster(config, name, where, options, workspace))
         if share is not None:
             raise InputError("--share", "runs here share a GPU without it", remedy="leave it out")
@@ -176,16 +171,15 @@ def run(
 
 def _on_cluster(config: str, name: str, where: "RunPlace", options: "DevRunOptions", workspace: "Workspace") -> int:
     from spotune.cli.train import check_month
-    from spotune.launch.skypilot import clusters, jobs
-    from spotune.launch.skypilot import dev as skypilot_dev
+    from spotune.launch.skypilot import clusters, dev, jobs
 
-    run_id = skypilot_dev.check_run(config, name, options, workspace)
+    run_id = dev.check_run(config, name, options, workspace)
     check_month(workspace)
-    cluster, is_new = skypilot_dev.run_cluster(where, options, workspace, log)
+    cluster, is_new = dev.run_cluster(where, options, workspace, log)
     if is_new:
         clusters.book_names(workspace, [cluster.name], log)
-    task = skypilot_dev.run_task(config, run_id, cluster, options, workspace)
-    kept = skypilot_dev.keep_code(run_id, workspace)
+    task = dev.run_task(config, run_id, cluster, options, workspace)
+    kept = dev.keep_code(run_id, workspace)
     try:
         job_id = clusters.execute(task, cluster.name)
     except BaseException:
@@ -284,23 +278,22 @@ def notebook(cluster: str, port: int, envs: tuple[str, ...], secrets: tuple[str,
     A second call finds the Jupyter that runs there. Only a kernel that is busy, or was lately, counts as work.
     """
     from spotune.launch.plan import secrets_of
-    from spotune.launch.skypilot import clusters
-    from spotune.launch.skypilot import dev as skypilot_dev
+    from spotune.launch.skypilot import clusters, dev
     from spotune.launch.task import env_pairs
 
     workspace = open_workspace()
     given, pairs = secrets_of(secrets, workspace.environ), env_pairs(envs)
     name = reachable(cluster, workspace)
-    server = skypilot_dev.find(name)
+    server = dev.find(name)
     if server is None:
         log(f"{name}: starting Jupyter; the first start installs it there")
-        server = skypilot_dev.start(name, pairs, given, workspace)
+        server = dev.start(name, pairs, given, workspace)
     elif envs or secrets:
         log(f"{name}: Jupyter runs there already, without this --env or --secret (File > Shut Down ends it)")
     click.echo(f"http://localhost:{port}/lab?token={server.token}")
     log("opening the tunnel, Ctrl-C closes it")
     try:
-        exit_code = clusters.attach(skypilot_dev.tunnel(name, port, server))
+        exit_code = clusters.attach(dev.tunnel(name, port, server))
     except KeyboardInterrupt:
         log("\ntunnel closed, Jupyter goes on while its kernels work")
         return

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spotune.cli import format_option, log, open_workspace
+import spotune.cli as cli
+from spotune.cli import format_option, log, open_workspace, print_json, queue_text
 from spotune.core import errors
+from spotune.core.environment import parse_duration
 from spotune.core.errors import InfraError, InputError
 
 if TYPE_CHECKING:
@@ -20,10 +22,7 @@ if TYPE_CHECKING:
     from spotune.launch.status import Outage
 
 _COLOURS = {"RUNNING": "green", "RECOVERING": "yellow", "FAILED": "red", "CANCELLED": "red"}
-FEWEST = 200  # less work than this is done before a progress bar can be read
 REFRESH_S = 0.5
-MOST_WAITING = 1000  # log lines that were read and are not shown yet
-_END = None
 View = tuple[Callable[[str], None], Callable[["JobStatus"], None]]  # prints a log line; shows the run's state
 
 
@@ -87,7 +86,7 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
         nonlocal bar
         if bar is None:
             err = click.get_text_stream("stderr")
-            if total < FEWEST or not err.isatty():
+            if total < 200 or not err.isatty():  # less is done before a bar can be read
                 return
             bar = click.progressbar(length=total, label=label, file=err)
             bar.render_progress()
@@ -106,7 +105,7 @@ def follow(workspace: "Workspace", run_id: str) -> int:
 
     status = find_run(workspace, run_id)
     engine = workspace.infra(status.infra)
-    lines: Queue[str | BaseException | None] = Queue(MOST_WAITING)
+    lines: Queue[str | BaseException | None] = Queue(1000)  # None ends it
     threading.Thread(target=_pump, args=(engine.logs(run_id, follow=True), lines), daemon=True).start()
     shown_at, outage = 0.0, Outage()
     with (live_view if sys.stdout.isatty() else plain_view)(run_id) as (print_line, show):
@@ -116,7 +115,7 @@ def follow(workspace: "Workspace", run_id: str) -> int:
             except Empty:
                 line = ""
             else:
-                if line is _END:
+                if line is None:
                     break
                 if isinstance(line, InfraError):
                     raise _goes_on(run_id, line)
@@ -192,15 +191,14 @@ def _pump(logs: Iterator[str], lines: Queue[str | BaseException | None]) -> None
     except BaseException as error:
         lines.put(error)
     finally:
-        lines.put(_END)
+        lines.put(None)
 
 
 @click.command()
 @click.option(
-    *("-a", "--all", "everything"),
-    is_flag=True,
+    "-a", "--all", "everything", is_flag=True,
     help="Also runs of others, runs that ended more than a day ago, and runs outside this machine's queues.",
-)
+)  # fmt: skip
 @format_option()
 def queue(everything: bool, output: str) -> None:
     """Show what runs, what waits and what has ended.
@@ -210,7 +208,6 @@ def queue(everything: bool, output: str) -> None:
     answer, a line says so and its runs are missing. While the bucket does not answer, the runs are shown as the queues
     know them.
     """
-    from spotune.cli import print_json, queue_text
     from spotune.launch.status import as_row, list_runs
 
     known: list[JobStatus] = []
@@ -255,7 +252,6 @@ def logs(run: str, following: bool) -> None:
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 def cancel(run: str, yes: bool) -> None:
     """Stop a run and keep its checkpoints. Returns when nothing of it runs any more."""
-    from spotune.cli import agree
     from spotune.launch import submit
     from spotune.launch.engine import ACTIVE
 
@@ -264,7 +260,7 @@ def cancel(run: str, yes: bool) -> None:
     if status.state not in ACTIVE:
         click.echo(f"{run}: {status.state} already")
         return
-    agree(f"Cancel {run} ({status.state})?", yes)
+    cli.agree(f"Cancel {run} ({status.state})?", yes)
     ended = submit.cancel(workspace, run)
     click.echo(f"{run}: {ended.state}. Its checkpoints are kept: spotune resume {run}")
 
@@ -280,8 +276,6 @@ def preempt(run: str, notice: str, no_notice: bool, yes: bool) -> None:
     Slurm and Kubernetes take it with or without a notice. A cloud's instances are terminated without SkyPilot's
     knowledge and without a notice; only the API server's machine can do that.
     """
-    from spotune.cli import agree, can_ask
-    from spotune.core.environment import parse_duration
     from spotune.launch import submit
 
     if bool(notice) == no_notice:
@@ -289,9 +283,9 @@ def preempt(run: str, notice: str, no_notice: bool, yes: bool) -> None:
     notice_s = 0.0 if no_notice else parse_duration(notice, "--notice")
 
     def ask(question: str) -> None:
-        if not yes and not can_ask():
+        if not yes and not cli.can_ask():
             raise InputError("stdin", f"no terminal to confirm on: {question}", remedy="add -y")
-        agree(question, yes)
+        cli.agree(question, yes)
 
     submit.preempt(open_workspace(), run, notice_s, ask)
     click.echo(f"{run}: its machine goes {f'in {notice_s:g} s' if notice_s else 'now'}")

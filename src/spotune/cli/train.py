@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spotune.cli import config_options, format_option, log, open_workspace, secret_option, stall_option
+import spotune.cli as cli
+from spotune.cli import config_options, format_option, log, open_workspace, print_json, secret_option, stall_option
 from spotune.core.errors import InfraError, InputError
 
 if TYPE_CHECKING:
@@ -70,25 +71,24 @@ def agree_to(plan: "Plan", workspace: "Workspace", yes: bool) -> None:
     Without a terminal nobody is asked: a run on this machine starts, since it buys nothing. A run elsewhere, or one
     that another user has revised, is refused without -y.
     """
-    from spotune.cli import agree, can_ask, plan_text
     from spotune.launch.engine import infra_of
     from spotune.launch.submit import existing, with_existing
 
     workspace.infra(plan.infra)  # opens the engine: the disk may be full
     found = existing(plan, workspace)
     plan = with_existing(plan, found)
-    asks = not yes and can_ask()
+    asks = not yes and cli.can_ask()
     if not yes and not asks:
         if plan.unseen:
             what = f"goes on from what {' and '.join(plan.unseen)} revised"
             raise InputError(plan.run_id, what, remedy="look with --dryrun, then add -y")
         if infra_of(plan.infra) != "local":
             raise InputError("stdin", "no terminal to confirm on", remedy="add -y")
-    click.echo(plan_text(plan, time.time()), err=True)
+    click.echo(cli.plan_text(plan, time.time()), err=True)
     question = f"Launch {plan.run_id}. Proceed?"
     if found and found.change:
         question = f"Go on with {plan.run_id}, changed: {found.change.as_followed()}. Proceed?"
-    agree(question, not asks)
+    cli.agree(question, not asks)
 
 
 def submit_plan(plan: "Plan", workspace: "Workspace") -> "Submitted":
@@ -123,7 +123,6 @@ def check(
     Without CONFIG: check this machine and project: settings, bucket, infrastructures and GPUs. Also SkyPilot, if the
     settings name one of its infrastructures.
     """
-    from spotune.cli import print_json
     from spotune.launch.plan import survey_config, survey_machine, survey_place
 
     if not config and (profile or overrides):
@@ -188,7 +187,6 @@ def train(source: str, dryrun: bool, yes: bool, detach: bool, output: str, **giv
     A local run's secrets are kept on this machine, readable by you alone, until the run has ended. Otherwise they go
     to SkyPilot's server and are not kept here.
     """
-    from spotune.cli import plan_text, print_json
     from spotune.cli.runs import follow
     from spotune.launch.plan import as_json
     from spotune.launch.submit import existing, with_existing
@@ -197,7 +195,7 @@ def train(source: str, dryrun: bool, yes: bool, detach: bool, output: str, **giv
     plan = plan_of(given, source, workspace)
     if dryrun:
         plan = with_existing(plan, existing(plan, workspace))
-        print_json(as_json(plan)) if output == "json" else click.echo(plan_text(plan, time.time()))
+        print_json(as_json(plan)) if output == "json" else click.echo(cli.plan_text(plan, time.time()))
         return
     agree_to(plan, workspace, yes or output == "json")
     outcome = submit_plan(plan, workspace).outcome
@@ -264,19 +262,17 @@ def agree_to_resumption(resumption: "Resumption", yes: bool) -> list[str]:
 
     Otherwise returns the lines, to be shown once the run goes on: a refusal stays one line.
     """
-    from spotune.cli import agree, can_ask, fact_lines, origin_text
-
     run, others = resumption.run_id, " and ".join(resumption.unseen)
-    facts = [(origin.kind, origin_text(origin, time.time())) for origin in resumption.takes]
-    if others and not yes and not can_ask():
+    facts = [(origin.kind, cli.origin_text(origin, time.time())) for origin in resumption.takes]
+    if others and not yes and not cli.can_ask():
         changes = "; ".join(text for kind, text in facts if kind == "revision")
         raise InputError(run, f"was revised by {others}: revision {changes}", remedy="add -y to go on with it")
-    shown = fact_lines([("run", run), *facts]).splitlines() if facts else []
+    shown = cli.fact_lines([("run", run), *facts]).splitlines() if facts else []
     if yes or not others:
         return shown
     for line in shown:
         log(line)
-    agree(f"Go on with {run} as {others} revised it. Proceed?", False)
+    cli.agree(f"Go on with {run} as {others} revised it. Proceed?", False)
     return []
 
 

@@ -28,9 +28,7 @@ from spotune.launch.skypilot.task import placed, with_secrets
 from spotune.launch.task import Resources, check_amounts, fill_in, load_task, parse_gpus
 
 DEV, WATCHER, NOTEBOOK = "tasks/dev.yaml", "tasks/watcher.yaml", "tasks/notebook.yaml"
-IDLE_MINUTES = 30  # default of --idle-minutes-to-autostop
 MIN_IDLE_MINUTES = 2
-START_S = 600.0  # Jupyter's start, with its installation
 _NAME = re.compile(r"[a-zA-Z]([-_.a-zA-Z0-9]*[a-zA-Z0-9])?")  # SkyPilot's own (CLUSTER_NAME_VALID_REGEX)
 # A job's place in the cluster's queue. On Slurm a job without CPUs asks for all of them, and the watcher holds one for
 # ever (sky/backends/cloud_vm_ray_backend.py: _get_task_demands_dict). The guard's own step gets all of them anyway.
@@ -100,7 +98,7 @@ class Up:
 def up(options: DevOptions, workspace: Workspace) -> Up:
     """Brings the cluster up, or reuses the one of that name, and starts its idle watcher."""
     found = clusters.own_cluster(options.name)
-    idle, notes = options.idle_minutes or IDLE_MINUTES, []
+    idle, notes = options.idle_minutes or 30, []
     is_new, is_held = found is None or found.status != "UP", False
     if found and not is_new:
         jobs = clusters.list_jobs(options.name)
@@ -379,7 +377,7 @@ def start(name: str, envs: Mapping[str, str], given: Mapping[str, str], workspac
     clusters.find_cluster(name)
     task = notebook_task(SystemRandom().randint(20000, 29999), secrets.token_urlsafe(24), envs, given, workspace)
     job_id = clusters.execute(task, name)
-    end = time.monotonic() + START_S
+    end = time.monotonic() + 600  # the first start installs Jupyter
     while time.monotonic() < end:
         if server := find(name):
             return server
