@@ -85,7 +85,7 @@ def _stops(one: "Listed", now: float) -> str:
 
 @click.command()
 @click.option("--name", default="", metavar="NAME", help="The cluster's name; default one of your own.")
-@click.option("--infra", default="", metavar="NAME", help="Where; default as in config/spotune.yaml or the cheapest.")
+@click.option("--infra", default="", metavar="NAME", help="Where; default: config/spotune.yaml, else the cheapest.")
 @click.option("--gpus", metavar="L4:1", help="GPUs; default one of the cheap ones in tasks/dev.yaml.")
 @click.option("--cpus", metavar="N[+]", help="CPUs of the machine.")
 @click.option("--memory", metavar="GB[+]", help="Memory of the machine.")

@@ -77,7 +77,7 @@ _REMEDIES = {
     **dict.fromkeys(
         ("ClusterStatusFetchingError", "CachedClusterUnavailable"), "sky status --refresh shows its status"
     ),
-    **dict.fromkeys(("PermissionDeniedError", "NoWorkspaceAccessError"), "whoever runs the API server can allow it"),
+    **dict.fromkeys(("PermissionDeniedError", "NoWorkspaceAccessError"), "the API server's admin can allow it"),
     "WorkspaceAmbiguousError": "active_workspace: NAME in ~/.sky/config.yaml",
     "StorageError": "sky check says which storage may be used",
     "RequestCancelled": "somebody cancelled the request: try again",
@@ -331,7 +331,6 @@ def log_pieces(job_id: int, follow: bool, controller: bool = False) -> Iterator[
         yield piece
 
 
-_TAKEN_DOWN = 137  # SkyPilot kills the others when one machine's process fails
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 # (NAME, pid=123) text, and (worker1, rank=1, pid=123, ip=10.0.0.2) text
 _PREFIX = re.compile(r"^\((?P<name>[^()]*?)(?:, rank=(?P<rank>\d+))?, pid=\d+(?:, ip=[^)]*)?\) ?")
@@ -361,21 +360,24 @@ def lines_of(pieces: Iterable[str | None]) -> Iterator[str]:
 def exit_code(log: str) -> int | None:
     """Returns the exit code of a failed job's program, or None if the log does not say it."""
     found = _ANSI_CODES.search(plain(log))
-    return deciding(int(code) for code in found[1].split(",")) if found else None
+    return first_failure(int(code) for code in found[1].split(",")) if found else None
 
 
-def deciding(codes: Iterable[int]) -> int:
-    """Returns, of several machines' exit codes, the first of a machine that failed by itself; 0 if none failed."""
+def first_failure(codes: Iterable[int]) -> int:
+    """Returns, of several machines' exit codes, the first of a machine that failed by itself; 0 if none failed.
+
+    When one machine's process fails, SkyPilot kills the others, which exit with 137.
+    """
     failed = [code for code in codes if code]
-    return next((code for code in failed if code != _TAKEN_DOWN), failed[0] if failed else 0)
+    return next((code for code in failed if code != 137), failed[0] if failed else 0)
 
 
-def begins(line: str) -> bool:
+def starts_log(line: str) -> bool:
     """Returns whether a machine's log begins with this line; one stream may have several machines' logs."""
     return plain(line).startswith("├── Waiting for task resources")
 
 
-def said(line: str) -> str | None:
+def program_line(line: str) -> str | None:
     """Returns a line as the program wrote it, or None for SkyPilot's own lines. Ranks above 0 stay as a prefix."""
     line = plain(line).rstrip("\r")
     found = _PREFIX.match(line)
@@ -401,13 +403,12 @@ def attempts_in(controller: Iterable[str]) -> list[list[str]]:
             is_inside = True
         elif _END.match(bare):
             is_inside = False
-        elif is_inside and (text := said(line)) is not None:
+        elif is_inside and (text := program_line(line)) is not None:
             found[-1].append(text)
     return found
 
 
 PIDS = ".sky/job_controller_pid"  # a line each, ``PID,STARTED_AT``; also of controllers that have gone
-_SLACK_S = 1.0
 _MB = 2**20
 
 
@@ -429,7 +430,7 @@ def _memory_mb(pid: str, started_at: str) -> float | None:
 
     try:
         process = psutil.Process(int(pid))
-        if started_at and abs(process.create_time() - float(started_at)) > _SLACK_S:
+        if started_at and abs(process.create_time() - float(started_at)) > 1:
             return None
         family = [process, *process.children(recursive=True)]
         return sum(one.memory_info().rss for one in family) / _MB

@@ -31,12 +31,11 @@ Row = Mapping[str, Any]  # of SkyPilot's cost_report
 Warn = Callable[[str], None]
 
 
-# Commands on a cluster, over ssh. OpenSSH and SkyPilot's files take ``~`` from the password database, not from $HOME:
-# the configuration and the key are named on the command line, so that any HOME works.
-
-
 def ssh_command(name: str, *options: str) -> list[str]:
-    """Returns the ssh command for a cluster whose configuration is written."""
+    """Returns the ssh command for a cluster whose configuration is written.
+
+    It names the configuration and the key, so that any $HOME works: OpenSSH takes ``~`` from the password database.
+    """
     config = Path.home() / ".sky/generated/ssh" / name
     if not config.is_file():
         raise _not_up(name)
@@ -286,12 +285,11 @@ def take_down(name: str) -> None:
         client.ask(client.sdk().down(name))
 
 
-# What dev clusters cost: SkyPilot's cost report as records in the bucket (core/records.py). No verb fails because of
-# it: an error is one line, and the next verb tries again.
-
-
 def book(workspace: Workspace, rows: Sequence[Row], warn: Warn, clock: Callable[[], float] = time.time) -> None:
-    """Writes the records of the clusters in ``rows``. A cluster's first record fixes its price."""
+    """Writes the records of the clusters in ``rows`` to the bucket. A cluster's first record fixes its price.
+
+    No verb fails because of it: an error is one line, and the next verb tries again.
+    """
     if not rows:
         return
     try:

@@ -210,7 +210,7 @@ class DevRunOptions:
 
     def __post_init__(self) -> None:
         if self.share is not None and not 0 < self.share <= 1:
-            raise InputError("--share", f"{self.share:g} is no share of a GPU", remedy="--share 0.5")
+            raise InputError("--share", f"{self.share:g} is not a share of a GPU", remedy="--share 0.5")
         parse_save_every(self.save_every)
         if self.gpus:
             parse_gpus(self.gpus, "--gpus")

@@ -170,11 +170,11 @@ def of_one_bucket(jobs: Sequence[ManagedJob]) -> list[ManagedJob]:
     return [job for job in jobs if (job.marks or {}).get("bucket") == bucket]
 
 
-# Taking a managed job's machine away, as its infrastructure does. Tried on Slurm; the rest follows the documentation.
-
-
 def take_machine(job: ManagedJob, notice_s: float, environ: Mapping[str, str], agree: Agree) -> None:
-    """Takes a job's machine away. Raises InputError if there is none, or if spotune cannot take it."""
+    """Takes a job's machine away, as its infrastructure does. Tried on Slurm; the rest follows the documentation.
+
+    Raises InputError if there is no machine, or if spotune cannot take it.
+    """
     cloud, name = job.infra.split("/", 1)[0], job.cluster_on_cloud
     if not name:
         raise InputError(job.run_id, f"is {job.status}: it has no machine to take away")
@@ -185,7 +185,7 @@ def take_machine(job: ManagedJob, notice_s: float, environ: Mapping[str, str], a
         _delete_pods(job, notice_s, environ)
     elif notice_s:
         by_hand = f", or {_NOTICES[cloud]} for {name}" if cloud in _NOTICES else ""
-        what = f"{cloud} gives none when it is told to terminate"
+        what = f"{cloud} gives no notice when spotune terminates a machine"
         raise InputError("--notice", what, remedy=f"--no-notice{by_hand}")
     else:
         _terminate(job, agree)

@@ -14,7 +14,7 @@ from spotune.core.money import Place
 from spotune.core.records import PriceRow
 from spotune.launch.engine import JobStatus, PaidInterval, State
 from spotune.launch.skypilot import client
-from spotune.launch.skypilot.client import attempts_in, begins, deciding, exit_code, lines_of, said
+from spotune.launch.skypilot.client import attempts_in, exit_code, first_failure, lines_of, program_line, starts_log
 from spotune.launch.status import Outage
 
 MARK = "spotune"  # key in a task's metadata: the run's user, place, bucket and priority
@@ -40,9 +40,6 @@ _FAILURES = {
 }
 _BY_INFRA = ("FAILED_NO_RESOURCE", "FAILED_PRECHECKS", "FAILED_CONTROLLER")
 _CODES = re.compile(r"exit codes? \[?(\d+(?:, \d+)*)\]?")
-
-
-# Managed jobs as runs. Several jobs of one name, a run and its resumes, are one run.
 
 
 @dataclass(frozen=True)
@@ -113,7 +110,7 @@ def infra_text(cloud: Any, region: Any, zone: Any) -> str:
 
 
 def run_status(jobs: Sequence[ManagedJob], submitted: JobStatus | None = None) -> JobStatus:
-    """Returns the status of the run that these jobs are: the newest decides its state, their attempts add up.
+    """Returns the status of a run from its jobs, one for each resume: the newest decides its state, attempts add up.
 
     ``submitted``: how the run was submitted from here; by default that is read from the jobs' marks.
     """
@@ -163,7 +160,7 @@ def reason_of(job: ManagedJob) -> str:
 
 def exit_code_in(text: str) -> int | None:
     found = _CODES.search(text)
-    return deciding(int(code) for code in found[1].split(", ")) if found else None
+    return first_failure(int(code) for code in found[1].split(", ")) if found else None
 
 
 def _line(text: str) -> str:
@@ -175,12 +172,6 @@ def _line(text: str) -> str:
 
 def _given(value: Any) -> str:
     return "" if value in (None, "-", "") else str(value)
-
-
-# SkyPilot's history of clusters as paid intervals: one for each machine that a managed job got.
-#
-# ``cost_report`` has what was paid, by the cluster's name ``<job>-<id>``. The job's events have why each machine ended,
-# by time. SkyPilot's prices are not used here: it looks them up again each time.
 
 
 @dataclass(frozen=True)
@@ -240,8 +231,10 @@ def intervals(
     events: Mapping[int, Sequence[Event]],
     preemptible: Sequence[str] = (),
 ) -> list[PaidInterval]:
-    """Returns the machines of a run, oldest first. ``events`` are by the managed job's id.
+    """Returns the machines of a run, oldest first.
 
+    ``used`` is from ``cost_report``, where the cluster ``<job>-<id>`` is a job's. ``events``, by the job's id, tell why
+    each machine ended. SkyPilot's prices are not used: it looks them up again each time.
     ``preemptible``: Slurm partitions, ``CLUSTER/PARTITION``, that count as spot; Slurm itself has no spot machines.
     """
     rows: list[PaidInterval] = []
@@ -348,7 +341,7 @@ class JobLog(io.TextIOBase):
                 self._out.write(piece)
             self._line = (self._line + piece)[:MOST_CHARS]  # enough to tell whether the program wrote it
             if piece.endswith("\n"):
-                self._read += said(self._line.rstrip("\n")) is not None
+                self._read += program_line(self._line.rstrip("\n")) is not None
                 self._line = ""
             if not is_again:
                 self.has_news = self.has_news or self._read > self._passed
@@ -382,7 +375,7 @@ def lines(job: ManagedJob, probe: Probe | None, sleep: Callable[[float], None] =
 
 def _last(job: ManagedJob) -> list[str]:
     texts = lines_of(client.log_pieces(job.id, False))
-    return [line for text in texts if (line := said(text)) is not None]
+    return [line for text in texts if (line := program_line(text)) is not None]
 
 
 def _followed(job: ManagedJob, probe: Probe, sleep: Callable[[float], None]) -> Iterator[str]:
@@ -396,9 +389,9 @@ def _followed(job: ManagedJob, probe: Probe, sleep: Callable[[float], None]) -> 
         fresh = 0
         try:
             for text in lines_of(client.log_pieces(job.id, True)):
-                if begins(text) and fresh:
+                if starts_log(text) and fresh:
                     shown, fresh = [], 0
-                if (line := said(text)) is None:
+                if (line := program_line(text)) is None:
                     continue
                 fresh += 1
                 if fresh > len(shown):
