@@ -1,6 +1,7 @@
-"""The command line. A verb's module is imported when the verb is called, its engine even later.
+"""The command line. A verb's module is imported when the verb is called, and its engine even later.
 
-A verb ``x`` is a click command ``x``, in the module that ``MODULES`` names. Only click is imported at the top of these.
+A verb ``x`` is a click command ``x`` in the module that ``MODULES`` names. These modules import only click and the core
+at the top.
 """
 
 import io
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from spotune.core import errors
-from spotune.core.errors import SpotuneError, launcher_code, protect_output
+from spotune.core.errors import InputError, SpotuneError, launcher_code, protect_output
 
 if TYPE_CHECKING:
     from spotune.core.records import PriceRow
@@ -23,10 +24,6 @@ if TYPE_CHECKING:
     from spotune.launch.plan import Plan
     from spotune.launch.settings import Workspace
 
-# What several verbs have in common: options, and the workspace that a verb is run in.
-
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-
 
 def log(line: str) -> None:
     """Writes a line to stderr."""
@@ -34,52 +31,44 @@ def log(line: str) -> None:
 
 
 def open_workspace(waiting: Callable[[str], None] = log) -> "Workspace":
-    """This directory, this environment. The one place where the command line reads them.
+    """Returns the workspace of this directory and environment; nothing else in the command line reads them.
 
-    ``waiting`` is told, in a line, of a bucket that does not answer for some seconds.
+    ``waiting`` gets a line when the bucket does not answer for some seconds.
     """
     from spotune.core.environment import HOME
-    from spotune.core.errors import InputError
     from spotune.launch.settings import Workspace
 
     try:
         cwd = Path.cwd()
     except FileNotFoundError:
-        raise InputError("this folder", "is gone", remedy="cd to one that is there") from None
+        raise InputError("this folder", "is gone", remedy="cd to an existing one") from None
     workspace = Workspace.open(dict(os.environ), cwd, waiting)
     home = workspace.env.home
     there = next(place for place in (home, *home.parents) if os.path.exists(place))
     if not there.is_dir():
-        raise InputError(HOME, f"{there} is a file", remedy="a folder, or one to be made")
+        raise InputError(HOME, f"{there} is a file", remedy="name a folder, existing or not")
     return workspace
 
 
 def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """How a config is overlaid."""
-    for option in (
-        click.option(
-            "--allow-env", multiple=True, metavar="NAME", help="Let CONFIG's env: set NAME, which it may not by itself."
-        ),
-        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the config."),
-        click.option("--profile", default="", metavar="NAME", help="Overlay this profile of the config."),
-    ):
-        command = option(command)
-    return command
+    """Adds the options that overlay a config: ``--profile``, ``--set`` and ``--allow-env``."""
+    allow = "Let CONFIG's env: set NAME, which it may not by itself."
+    command = click.option("--allow-env", multiple=True, metavar="NAME", help=allow)(command)
+    override = "Override a key of the config."
+    command = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help=override)(command)
+    return click.option("--profile", default="", metavar="NAME", help="Overlay this profile of the config.")(command)
 
 
-def secret_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Values that are passed on without being said: their names, as ``secrets``."""
-    help_text = "Pass K on with its value here; not recorded."
-    return click.option("--secret", "secrets", multiple=True, metavar="K", help=help_text)(command)
+secret_option = click.option(
+    "--secret", "secrets", multiple=True, metavar="K", help="Pass K on with its value here; not recorded."
+)
+stall_option = click.option(
+    "--stall-after", default="", metavar="10m",
+    help="End an attempt that makes no step for this long, or for 6 median steps; 0: never. Default 10m.",
+)  # fmt: skip
 
 
-def stall_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """When the watchdog ends an attempt, as ``stall_after``."""
-    help_text = "End an attempt that makes no step for so long, or for 6 median steps; 0: never. Default 10m."
-    return click.option("--stall-after", default="", metavar="10m", help=help_text)(command)
-
-
-def format_option(help_text: str = "Output format.") -> Decorator:
+def format_option(help_text: str = "Output format.") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return click.option(
         "--format", "output", type=click.Choice(["table", "json"]), default="table", show_default=True, help=help_text
     )
@@ -92,35 +81,30 @@ def print_json(value: Any) -> None:
 
 
 def can_ask() -> bool:
-    """Whether somebody sits at a terminal."""
+    """Returns whether stdin is a terminal."""
     return click.get_text_stream("stdin").isatty()
 
 
 def agree(question: str, yes: bool) -> None:
-    """Asks on stderr, yes by default; raises InputError when nobody answers, leaves with 1 on a no."""
+    """Asks on stderr, yes by default. Raises InputError at the end of input; exits with 1 on a no."""
     if yes:
         return
     click.echo(f"{question} [Y/n] ", err=True, nl=False)  # click's own confirm writes a space to stdout
     answer = click.get_text_stream("stdin").readline()
-    if not answer:  # end of input: not a terminal
-        from spotune.core.errors import InputError
-
-        raise InputError("stdin", "nobody to ask", remedy="add -y")
+    if not answer:
+        raise InputError("stdin", "no terminal to confirm on", remedy="add -y")
     if answer.strip().lower() not in ("", "y", "yes"):
         raise click.exceptions.Exit(1)
 
 
-# Tables and words for people.
-
-MAX_OFFERS = 10
-
-
 def plan_text(plan: "Plan", now: float) -> str:
-    """A plan as SkyPilot shows one: what would run, what it takes from elsewhere, and the priced offers."""
+    """Returns a plan as SkyPilot shows one: what would run, what it takes from elsewhere, and the priced offers."""
     from spotune.core.io import columns
 
     record = plan.record
-    shown = shown_offers(plan)
+    shown = list(plan.offers[:10])
+    if plan.chosen and plan.chosen not in shown:
+        shown[-1:] = [plan.chosen]
     offers = [
         [
             place_of(offer),
@@ -154,14 +138,14 @@ def plan_text(plan: "Plan", now: float) -> str:
     return f"{text}\n\n{priced}{more}"
 
 
-def fact_lines(facts: "Iterable[tuple[str, str]]") -> str:
+def fact_lines(facts: Iterable[tuple[str, str]]) -> str:
     from spotune.core.io import plain
 
     return "\n".join(f"{name:<12}{plain(value)}" for name, value in facts)
 
 
 def origin_text(origin: "Origin", now: float) -> str:
-    """``run-b by eva: its config``, ``3 by eva, 2h 5m ago: learning_rate: 0.0001 -> 0.001``."""
+    """Returns ``run-b by eva: its config``, or ``3 by eva, 2h 5m ago: learning_rate: 0.0001 -> 0.001``."""
     name, colon, rest = origin.what.partition(": ")
     if origin.kind not in ("takes from", "goes to", "revision") or not colon:
         return origin.what
@@ -171,7 +155,7 @@ def origin_text(origin: "Origin", now: float) -> str:
 
 
 def budget_text(plan: "Plan") -> str:
-    """``$20.00, 64h 31m at $0.31 an hour``: how far it goes where the run would start."""
+    """Returns ``$20.00, 64h 31m at $0.31 an hour``: how long the budget lasts at the chosen place."""
     from spotune.core.money import usd
 
     budget_usd = plan.record.budget_usd or 0.0
@@ -181,20 +165,14 @@ def budget_text(plan: "Plan") -> str:
     return f"{usd(budget_usd)}{lasts}"
 
 
-def shown_offers(plan: "Plan") -> "list[PriceRow]":
-    """The cheapest ones, and the one that would be taken."""
-    shown = list(plan.offers[:MAX_OFFERS])
-    return shown if plan.chosen is None or plan.chosen in shown else [*shown[:-1], plan.chosen]
-
-
 def place_of(offer: "PriceRow") -> str:
-    """``aws/us-east-1/us-east-1a``, as far as the row says."""
+    """Returns ``aws/us-east-1/us-east-1a``, or as much of it as the row has."""
     places = [place for place in (offer.region, offer.zone) if place not in ("", "*")]
     return offer.infra if offer.infra == "local" else "/".join([offer.infra, *places])
 
 
 def queue_text(runs: "Sequence[JobStatus]", now: float, reason_width: int | None = None) -> str:
-    """The queue for people; reasons are cut to a width where lines would wrap."""
+    """Returns the queue as a table; reasons are cut to ``reason_width`` characters."""
     from spotune.core.io import columns, cut, plain
 
     header = ["RUN", "STATE", "PRIO", "SUBMITTED", "RUNS FOR", "ATTEMPT", "STEP", "INFRA", "USER", "REASON"]
@@ -206,7 +184,7 @@ def queue_text(runs: "Sequence[JobStatus]", now: float, reason_width: int | None
             f"{duration(now - run.submitted_at)} ago",
             duration((run.ended_at or now) - run.started_at) if run.started_at else "-",
             str(run.attempt or "-"),
-            progress(run),
+            "-" if run.step is None else f"{run.step}/{run.max_steps}" if run.max_steps else str(run.step),
             run.infra,
             run.user,
             run.reason if reason_width is None else cut(plain(run.reason), reason_width),
@@ -216,14 +194,8 @@ def queue_text(runs: "Sequence[JobStatus]", now: float, reason_width: int | None
     return columns(header, rows)
 
 
-def progress(run: "JobStatus") -> str:
-    if run.step is None:
-        return "-"
-    return f"{run.step}/{run.max_steps}" if run.max_steps else str(run.step)
-
-
 def duration(seconds: float) -> str:
-    """``45s``, ``12m 3s``, ``5h 2m``, ``3d 4h``: the two largest units."""
+    """Returns ``45s``, ``12m 3s``, ``5h 2m`` or ``3d 4h``: the two largest units."""
     left = max(0, int(seconds))
     parts: list[str] = []
     for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
@@ -233,26 +205,15 @@ def duration(seconds: float) -> str:
     return " ".join(parts[:2])
 
 
-# Groups of verbs: each is imported when it is called.
-
-
 class Lazy(click.Group):
-    """The verb ``x`` is the click command ``x`` of a module. Listing verbs imports none of them.
+    """Verbs that are imported when they are called: ``x`` is the click command ``x`` of a module.
 
-    Args:
-        verbs: their names, and a line of help for each.
-        modules: of each verb, relative to ``spotune.cli``; default the module of the verb's name.
+    ``verbs`` has a line of help for each, ``modules`` its module in ``spotune.cli`` if that has another name.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        verbs: Mapping[str, str] | None = None,
-        modules: Mapping[str, str] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, verbs: Mapping[str, str], modules: Mapping[str, str], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.verbs, self.modules = verbs or {}, modules or {}
+        self.verbs, self.modules = verbs, modules
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.verbs)
@@ -280,38 +241,22 @@ class Lazy(click.Group):
             formatter.write_dl(list(self.verbs.items()))
 
 
-# stdin, stdout and stderr as every verb may take them: there, and able to write any text.
-#
-# What is asked for goes to stdout, and a verb that cannot write it fails. What goes to stderr never decides a result.
-
-
-def open_streams() -> None:
-    """A stream that was closed is /dev/null; what the encoding of stdout lacks is written as ``?``, in its width."""
-    protect_output(("stderr",))
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-
-
 def is_output(error: OSError) -> bool:
-    """Whether it was raised where output is written; stdout or stderr have no name that an error could tell."""
+    """Returns whether the error comes from a write to stdout, whose name it does not hold."""
     step = error.__traceback__
     while step and step.tb_next:
         step = step.tb_next
     return step is not None and step.tb_frame.f_globals["__name__"] in ("click.utils", "rich.console", "spotune.cli")
 
 
-def let_go() -> None:
-    """What stdout has not taken is not tried again at exit."""
+def drop_output() -> None:
+    """Discards what stdout has not written yet, so that Python does not try again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-# The command line: one verb, one file. A verb's module is imported when it is called, its engine even later.
-#
-# A verb ``x`` is the click command ``x`` in ``spotune/cli/x.py``. Only click is imported at the top of these files.
-
 VERBS = {
     "check": "Check CONFIG, its data and its model, or this machine, without running anything.",
-    "dev": "Work interactively: here, or on a cluster that goes when nobody works on it.",
+    "dev": "Work interactively: here, or on a cluster that stops when nobody works on it.",
     "train": "Submit CONFIG as a job that survives the loss of its machine, and follow it.",
     "queue": "Show what runs, what waits and what has ended.",
     "logs": "Print a run's log.",
@@ -324,54 +269,55 @@ MODULES = {
     **dict.fromkeys(("check", "train", "resume"), "train"),
     **dict.fromkeys(("queue", "logs", "cancel", "preempt"), "runs"),
 }
-INTERRUPTED = 130
 
 
 class Verbs(Lazy):
-    """Every error is one line on stderr and an exit code; several faults of one config are a line each."""
+    """Turns every error into one line on stderr and an exit code; several faults of a config are a line each.
+
+    A verb that cannot write its result to stdout fails. A failed write to stderr changes nothing.
+    """
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        open_streams()
+        protect_output(("stderr",))  # opens /dev/null for closed streams
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # writes ? for a letter that the encoding lacks
         try:
             code = super().main(*args, **{"prog_name": "spotune", **kwargs, "standalone_mode": False})
             sys.stdout.flush()
         except click.exceptions.Exit as left:
             sys.exit(left.exit_code)
-        except click.UsageError as error:
-            fail(_with_remedy(error), error.exit_code)
         except click.ClickException as error:
-            fail(error.format_message(), error.exit_code)
+            fail(error.exit_code, _with_remedy(error))
         except (click.Abort, KeyboardInterrupt):
-            fail("interrupted", INTERRUPTED)
+            fail(130, "interrupted")
         except SpotuneError as error:
-            for line in error.lines[:-1]:
-                click.echo(line, err=True)
-            fail(error.lines[-1], launcher_code(error))
+            fail(launcher_code(error), *error.lines)
         except BrokenPipeError:  # the reader of our output has left
-            let_go()
+            drop_output()
             sys.exit(1)
         except OSError as error:
             if is_output(error):
-                let_go()
-                fail(f"cannot write the output: {error.strerror}", 1)
+                drop_output()
+                fail(1, f"cannot write the output: {error.strerror}")
             from spotune.core.store.faults import is_machine_fault
 
             if not is_machine_fault(error):
                 raise
-            fail(f"{error.filename or 'this machine'}: {error.strerror or error}", errors.INFRA_FAILED)
+            fail(errors.INFRA_FAILED, f"{error.filename or 'this machine'}: {error.strerror or error}")
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def _with_remedy(error: click.UsageError) -> str:
-    """What click says, and where it offers nothing itself, where to look."""
-    said = error.format_message()
-    has_one = "id you mean" in said or "Possible options" in said
-    return said if has_one or error.ctx is None else f"{said} ({error.ctx.command_path} --help)"
+def _with_remedy(error: click.ClickException) -> str:
+    """Returns click's message. If it is about usage and suggests nothing, ``--help`` is added as the remedy."""
+    message, context = error.format_message(), getattr(error, "ctx", None)
+    has_remedy = "id you mean" in message or "Possible options" in message
+    return message if has_remedy or context is None else f"{message} ({context.command_path} --help)"
 
 
-def fail(message: str, code: int) -> NoReturn:
-    """Ends the process with one line on stderr."""
-    click.echo(" ".join(message.split()), err=True)
+def fail(code: int, *messages: str) -> NoReturn:
+    """Ends the process with a line on stderr for each message."""
+    for message in messages:
+        log(" ".join(message.split()))
     sys.exit(code)
 
 

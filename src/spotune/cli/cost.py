@@ -1,18 +1,20 @@
 """``spotune cost``."""
 
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from spotune.cli import log, open_workspace
-from spotune.cli.runs import ProgressBar
+from spotune.cli import log, open_workspace, print_json
+from spotune.cli.runs import progress_bar
+from spotune.core.environment import parse_duration
+from spotune.core.errors import InputError
 
 if TYPE_CHECKING:
     from spotune.cost.index import Index
     from spotune.launch.settings import Workspace
 
-FORMATS = ("table", "json", "csv", "focus")
 BY = ("user", "team", "infra", "gpu", "day", "week", "kind")
 
 
@@ -20,13 +22,13 @@ BY = ("user", "team", "infra", "gpu", "day", "week", "kind")
 @click.argument("run", required=False)
 @click.option(
     "--since", default="30d", metavar="DURATION", show_default=True,
-    help="Without RUN: submitted within; with --by, --clusters and focus: paid for within.",
+    help="Without RUN: runs submitted within this time; with --by, --clusters and focus: what was paid within it.",
 )  # fmt: skip
-@click.option("--by", type=click.Choice(BY), help="Without RUN: chargeback, summed by this; kind is dev or prod.")
-@click.option("--clusters", is_flag=True, help="Without RUN: dev clusters, who used them and what was idle.")
+@click.option("--by", type=click.Choice(BY), help="Without RUN: sum costs by this; kind is dev or prod.")
+@click.option("--clusters", is_flag=True, help="Without RUN: dev clusters, their users and their idle time.")
 @click.option(
-    "--format", "output", type=click.Choice(FORMATS), default="table", show_default=True,
-    help="Output format; focus: FOCUS 1.2, a row a charge.",
+    "--format", "output", type=click.Choice(["table", "json", "csv", "focus"]), default="table", show_default=True,
+    help="Output format; focus: FOCUS 1.2, a row for each charge.",
 )  # fmt: skip
 @click.option("--html", "page", metavar="FILE", help="Also write RUN's report as one self-contained page.")
 def cost(run: str | None, since: str, by: str | None, clusters: bool, output: str, page: str | None) -> None:
@@ -34,18 +36,15 @@ def cost(run: str | None, since: str, by: str | None, clusters: bool, output: st
 
     Of RUN: its attempts, the phases of every paid second, and what the same work would have cost on demand.
     Without RUN: one line for every run, or with --by for every user, team, infrastructure, GPU, day or week (UTC).
-    With --clusters: what each dev cluster cost that was paid for within --since, split among its runs, the rest idle.
+    With --clusters: the cost of each dev cluster that was paid for within --since, split among its runs and idle time.
     """
-    from spotune.core.environment import parse_duration
-    from spotune.core.errors import InputError
-
     if page is not None and run is None:
         raise InputError("--html", "shows one run", remedy="spotune cost RUN --html FILE")
     if by and (run is not None or output == "focus"):
-        what = "RUN is not summed" if run is not None else "FOCUS has a row a charge"
+        what = "cannot sum one RUN" if run is not None else "cannot sum FOCUS rows: each is one charge"
         raise InputError("--by", what, remedy="spotune cost --by team")
     if clusters and (run is not None or by or output == "focus"):
-        what = "lists all clusters" if run is not None else "is a table of its own"
+        what = "lists all clusters, not one RUN" if run is not None else "is a table of its own"
         raise InputError("--clusters", what, remedy="spotune cost --clusters")
     since_s = parse_duration(since, "--since")
     if run is not None:
@@ -58,7 +57,7 @@ def cost(run: str | None, since: str, by: str | None, clusters: bool, output: st
 
 def _one(run: str, output: str, page: str | None) -> None:
     from spotune.cost.collect import report_run
-    from spotune.cost.export import ATTEMPT_ROW, attempt_rows, focus_rows, indexed_attempts, run_row
+    from spotune.cost.export import ATTEMPT_ROW, FOCUS_COLUMNS, attempt_rows, focus_rows, indexed_attempts, run_row
     from spotune.cost.page import check_target, page_of, write_page
     from spotune.cost.tables import run_text
     from spotune.launch.status import LAST_SEEN
@@ -72,56 +71,48 @@ def _one(run: str, output: str, page: str | None) -> None:
     if target:
         write_page(target, page_of(report))
     if output == "focus":
-        _show_focus(focus_rows(run_row(report), indexed_attempts(report), report["bucket"]))
+        charges = list(focus_rows(run_row(report), indexed_attempts(report), report["bucket"]))
+        show(output, report, charges, FOCUS_COLUMNS)
     else:
         show(output, report, attempt_rows(report), ATTEMPT_ROW, lambda: run_text(report))
 
 
 def _clusters(since: str, since_s: float, output: str) -> None:
-    import time
-
     from spotune.cost.dev_clusters import CLUSTER_COLUMNS, cluster_rows, flat_rows, splits_of
     from spotune.cost.tables import clusters_text
 
+    def take(index: "Index") -> Any:
+        return cluster_rows(splits_of(store, index, now - since_s, log), index.runs(0.0))
+
     now, workspace = time.time(), open_workspace()
     store = workspace.store()
-    rows = _indexed(
-        workspace,
-        lambda index: cluster_rows(splits_of(store, index, now - since_s, log), index.runs(0.0)),
-        asks_clusters=True,
-    )
+    rows = _indexed(workspace, take, asks_clusters=True)
     nothing = f"No dev clusters within {since}."
     show(output, rows, flat_rows(rows), CLUSTER_COLUMNS, lambda: clusters_text(rows, now) if rows else nothing)
 
 
 def _many(since: str, since_s: float, by: str | None, output: str) -> None:
     import gc
-    import time
 
-    from spotune.cost.export import RUN
+    from spotune.cost.dev_clusters import charges_since, paid_since
+    from spotune.cost.export import FOCUS_COLUMNS, RUN, By, columns, focus_rows, group, idle_rows
     from spotune.cost.tables import LISTED, groups_text, runs_text
 
-    gc.disable()  # thousands of rows, gone with the process: to look for cycles in them takes a tenth of it
+    gc.disable()  # a tenth of the time goes to collecting thousands of rows that live until the process ends
     from_at, workspace = time.time() - since_s, open_workspace()
     nothing = f"No runs within {since}."
-    if output == "focus":
-        from spotune.cost.dev_clusters import charges_since
-        from spotune.cost.export import focus_rows, idle_rows
-
-        store = workspace.store()
-        paid = _indexed(workspace, lambda index: charges_since(store, index, from_at, log), asks_clusters=True)
-        totals = dict(paid.runs)
-        of_runs = (row for key, attempt in paid.attempts for row in focus_rows(totals[key], [attempt], key[0]))
-        _show_focus([*of_runs, *idle_rows(paid.idle, store.url)])
-    elif by:
-        from spotune.cost.dev_clusters import paid_since
-        from spotune.cost.export import By, columns, group
-
-        store = workspace.store()
-        paid = _indexed(workspace, lambda index: paid_since(store, index, from_at, log), asks_clusters=True)
-        kind: By = by  # type: ignore[assignment]
-        rows = group(kind, paid.runs, paid.attempts, paid.idle)
-        show(output, rows, rows, columns(kind), lambda: groups_text(by, rows) if rows else nothing)
+    if by or output == "focus":
+        store, read = workspace.store(), paid_since if by else charges_since
+        paid = _indexed(workspace, lambda index: read(store, index, from_at, log), asks_clusters=True)
+        if by:
+            kind: By = by  # type: ignore[assignment]
+            rows = group(kind, paid.runs, paid.attempts, paid.idle)
+            show(output, rows, rows, columns(kind), lambda: groups_text(by, rows) if rows else nothing)
+        else:
+            totals = dict(paid.runs)
+            of_runs = (row for key, attempt in paid.attempts for row in focus_rows(totals[key], [attempt], key[0]))
+            rows = [*of_runs, *idle_rows(paid.idle, store.url)]
+            show(output, rows, rows, FOCUS_COLUMNS)
     else:
         wanted = {"names": LISTED} if output == "table" else {}
         rows = [row for _, row in _indexed(workspace, lambda index: index.runs(from_at, **wanted))]
@@ -129,25 +120,20 @@ def _many(since: str, since_s: float, by: str | None, output: str) -> None:
 
 
 def _indexed(workspace: "Workspace", take: "Callable[[Index], Any]", asks_clusters: bool = False) -> Any:
-    """What is taken from the index, once it is up to date; a long refresh has a bar, where somebody looks."""
+    """Returns what ``take`` reads from the index, once it is up to date. A long refresh shows a progress bar."""
     from spotune.cost.collect import all_runs
 
-    with ProgressBar("reading runs") as progress:
+    with progress_bar("reading runs") as progress:
         return all_runs(workspace, take, warn=log, progress=progress, asks_clusters=asks_clusters)
 
 
-def _show_focus(rows: Iterable[dict[str, Any]]) -> None:
-    from spotune.cost.export import FOCUS_COLUMNS, as_csv
-
-    click.echo(as_csv(list(rows), FOCUS_COLUMNS), nl=False)
-
-
-def show(output: str, value: Any, rows: list[dict[str, Any]], columns: Sequence[str], text: Callable[[], str]) -> None:
-    """Prints one of three: data, rows with these columns, or text."""
-    from spotune.cli import print_json
+def show(
+    output: str, value: Any, rows: list[dict[str, Any]], columns: Sequence[str], text: Callable[[], str] = str
+) -> None:
+    """Prints the value as JSON, the text as a table, or else the rows with these columns as CSV."""
     from spotune.cost.export import as_csv
 
     if output == "json":
         print_json(value)
     else:
-        click.echo(as_csv(rows, columns) if output == "csv" else text(), nl=output == "table")
+        click.echo(text() if output == "table" else as_csv(rows, columns), nl=output == "table")

@@ -1,4 +1,4 @@
-"""The live line below a log on a terminal: state, steps, loss, attempt."""
+"""``spotune queue``, ``logs``, ``cancel`` and ``preempt``; and how a verb follows a run and shows progress."""
 
 import sys
 import threading
@@ -6,13 +6,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from queue import Empty, Queue
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from spotune.cli import format_option, open_workspace
+import spotune.cli as cli
+from spotune.cli import format_option, log, open_workspace, print_json, queue_text
 from spotune.core import errors
-from spotune.core.errors import InfraError
+from spotune.core.environment import parse_duration
+from spotune.core.errors import InfraError, InputError
 
 if TYPE_CHECKING:
     from spotune.launch.engine import Infra, JobStatus
@@ -20,30 +22,28 @@ if TYPE_CHECKING:
     from spotune.launch.status import Outage
 
 _COLOURS = {"RUNNING": "green", "RECOVERING": "yellow", "FAILED": "red", "CANCELLED": "red"}
+REFRESH_S = 0.5
+View = tuple[Callable[[str], None], Callable[["JobStatus"], None]]  # prints a log line; shows the run's state
 
 
 @contextmanager
-def live_view(run_id: str) -> "Iterator[tuple[Callable[[str], None], Callable[[JobStatus], None]]]":
-    """Yields how to print a log line above the live line, and how to renew the live line."""
+def live_view(run_id: str) -> Iterator[View]:
+    """Shows log lines above a live line with the run's state, steps, loss and attempt; for a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = ("{task.fields[state]}", "{task.fields[steps]}", "{task.fields[more]}")
     console = Console(highlight=False, markup=False)
     with Progress(
         TextColumn(f"[bold]{run_id}"),
-        TextColumn(columns[0]),
+        TextColumn("{task.fields[state]}"),
         BarColumn(bar_width=24),
-        TextColumn(columns[1]),
-        TextColumn(columns[2]),
+        TextColumn("{task.fields[steps]}"),
+        TextColumn("{task.fields[more]}"),
         TimeElapsedColumn(),
         console=console,
         transient=True,
     ) as bar:
         task = bar.add_task(run_id, total=None, state="", steps="", more="")
-
-        def log(line: str) -> None:
-            console.print(line, soft_wrap=True)
 
         def show(status: "JobStatus") -> None:
             colour = _COLOURS.get(status.state, "cyan")
@@ -57,85 +57,85 @@ def live_view(run_id: str) -> "Iterator[tuple[Callable[[str], None], Callable[[J
                 more=f"{loss}attempt {max(1, status.attempt)}",
             )
 
-        yield log, show
+        yield lambda line: console.print(line, soft_wrap=True), show
 
 
-# Following a run: its log as it is written, its state as it changes, and the exit code that it comes to.
+@contextmanager
+def plain_view(run_id: str) -> Iterator[View]:
+    """Prints log lines to stdout, and each change of the run's state to stderr."""
+    last = ("", "")
 
-# A progress bar on stderr for long work, where somebody looks.
+    def show(status: "JobStatus") -> None:
+        nonlocal last
+        if last != (status.state, status.reason):
+            last = (status.state, status.reason)
+            log(f"{run_id}: {status.state}{f': {status.reason}' if status.reason else ''}")
 
-FEWEST = 200  # below, it is done before a bar can be read
+    yield click.echo, show
 
 
-class ProgressBar:
-    """Called with what is done and what there is to do; where that is little, or nobody looks, nothing is drawn."""
+@contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields a function to call with the work done and the work in all. It draws a bar on stderr.
 
-    def __init__(self, label: str) -> None:
-        self._label = label
-        self._bar: Any = None
+    It draws nothing for little work, or where stderr is not a terminal.
+    """
+    bar: Any = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __call__(self, done: int, total: int) -> None:
-        if self._bar is None:
+    def update(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
             err = click.get_text_stream("stderr")
-            if total < FEWEST or not err.isatty():
+            if total < 200 or not err.isatty():  # less is done before a bar can be read
                 return
-            self._bar = click.progressbar(length=total, label=self._label, file=err)
-            self._bar.render_progress()
-        self._bar.update(done - self._bar.pos)
+            bar = click.progressbar(length=total, label=label, file=err)
+            bar.render_progress()
+        bar.update(done - bar.pos)
 
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.render_finish()
-
-
-REFRESH_S = 0.5
-MOST_WAITING = 1000  # lines that were read and not shown yet
-_END = None
-Show = Callable[["JobStatus"], None]
-Say = Callable[[str], None]
+    try:
+        yield update
+    finally:
+        if bar is not None:
+            bar.render_finish()
 
 
 def follow(workspace: "Workspace", run_id: str) -> int:
-    """Streams until the run has ended; returns the exit code of ``train``. Ctrl-C is the caller's."""
+    """Prints a run's log until the run has ended; returns the exit code of ``train``. The caller handles Ctrl-C."""
     from spotune.launch.status import Outage, find_run
 
     status = find_run(workspace, run_id)
     engine = workspace.infra(status.infra)
-    lines: Queue[str | BaseException | None] = Queue(MOST_WAITING)
-    logs = engine.logs(run_id, follow=True)
-    threading.Thread(target=_pump, args=(logs, lines), daemon=True).start()
+    lines: Queue[str | BaseException | None] = Queue(1000)  # None ends it
+    threading.Thread(target=_pump, args=(engine.logs(run_id, follow=True), lines), daemon=True).start()
     shown_at, outage = 0.0, Outage()
-    with _view(run_id) as (log, show):
+    with (live_view if sys.stdout.isatty() else plain_view)(run_id) as (print_line, show):
         while True:
             try:
                 line = lines.get(timeout=REFRESH_S)
             except Empty:
                 line = ""
             else:
-                if line is _END:
+                if line is None:
                     break
                 if isinstance(line, InfraError):
                     raise _goes_on(run_id, line)
                 if isinstance(line, BaseException):
                     raise line
-                log(settled(line))
+                print_line(settled(line))
             if time.monotonic() - shown_at >= max(REFRESH_S, engine.refresh_s):
-                if now := _asked(lambda: seen(workspace, engine, run_id), run_id, outage):
+                if now := _asked(lambda: _seen(workspace, engine, run_id), run_id, outage):
                     show(now)
                 shown_at = time.monotonic()
     while not (ended := _asked(lambda: find_run(workspace, run_id), run_id, outage)):
         time.sleep(REFRESH_S)
     step = f" at step {ended.step}" if ended.step is not None else ""
     reason = f": {ended.reason}" if ended.reason else ""
-    click.echo(f"{run_id}: {ended.state}{step}, {ended.attempt} attempt(s){reason}", err=True)
+    log(f"{run_id}: {ended.state}{step}, {ended.attempt} attempt(s){reason}")
     return exit_code_of(ended)
 
 
-def seen(workspace: "Workspace", engine: "Infra", run_id: str) -> "JobStatus":
-    """How the run stands while it is followed; an engine that does not see its steps is helped by the bucket."""
+def _seen(workspace: "Workspace", engine: "Infra", run_id: str) -> "JobStatus":
+    """Returns the run's status. For an engine that does not see the run's steps, the bucket supplies them."""
     from spotune.launch.status import certify_if_reachable
 
     status = engine.jobs([run_id])[0]
@@ -143,13 +143,16 @@ def seen(workspace: "Workspace", engine: "Infra", run_id: str) -> "JobStatus":
 
 
 def _asked(ask: Callable[[], "JobStatus"], run_id: str, outage: "Outage") -> "JobStatus | None":
-    """What it answers, None while it does not; raises InfraError once that lasts. Of the first time it is said."""
+    """Returns the answer, or None while the engine is unreachable; logs the first failure.
+
+    Raises InfraError once the outage lasts too long.
+    """
     try:
         status = ask()
     except InfraError as error:
         try:
             if outage.bear(error):
-                click.echo(f"{run_id}: goes on unseen, {error}", err=True)
+                log(f"engine unreachable, still following {run_id}: {error}")
         except InfraError as last:
             raise _goes_on(run_id, last) from last
         return None
@@ -162,12 +165,12 @@ def _goes_on(run_id: str, error: InfraError) -> InfraError:
 
 
 def settled(line: str) -> str:
-    """What a terminal would show in the end of a line that was rewritten, as progress bars do."""
+    """Returns the last version of a line that was rewritten, as progress bars do."""
     return line.rstrip("\r").rpartition("\r")[2]
 
 
 def exit_code_of(status: "JobStatus") -> int:
-    """What an attached ``train`` exits with."""
+    """Returns the exit code of an attached ``train``."""
     match status.state:
         case "FAILED" if status.by_infra:
             return errors.INFRA_FAILED
@@ -181,59 +184,30 @@ def exit_code_of(status: "JobStatus") -> int:
 
 
 def _pump(logs: Iterator[str], lines: Queue[str | BaseException | None]) -> None:
-    """Moves lines to where the main thread can wait for them; an error, whatever it is, travels the same way."""
+    """Moves log lines into the queue that the main thread reads. An error of any kind travels the same way."""
     try:
         for line in logs:
             lines.put(line)
     except BaseException as error:
         lines.put(error)
     finally:
-        lines.put(_END)
-
-
-@contextmanager
-def _view(run_id: str) -> Iterator[tuple[Say, Show]]:
-    """How lines and states are shown: a live line below the log on a terminal, plain lines elsewhere."""
-    if sys.stdout.isatty():
-        with live_view(run_id) as view:
-            yield view
-        return
-    last: list[tuple[str, str]] = []
-
-    def show(status: "JobStatus") -> None:
-        if last != [(status.state, status.reason)]:
-            last[:] = [(status.state, status.reason)]
-            click.echo(f"{run_id}: {status.state}{f': {status.reason}' if status.reason else ''}", err=True)
-
-    yield click.echo, show
-
-
-# ``spotune queue``, ``logs``, ``cancel`` and ``preempt``.
-
-# ``spotune queue``.
+        lines.put(None)
 
 
 @click.command()
 @click.option(
-    "-a",
-    "--all",
-    "everything",
-    is_flag=True,
-    help="Also those of others, those that ended more than a day ago or elsewhere.",
-)
+    "-a", "--all", "everything", is_flag=True,
+    help="Also runs of others, runs that ended more than a day ago, and runs outside this machine's queues.",
+)  # fmt: skip
 @format_option()
 def queue(everything: bool, output: str) -> None:
     """Show what runs, what waits and what has ended.
 
-    In the order that they would run: highest priority first, then order of submission; this machine's runs, then
+    In the order in which they would run: highest priority first, then order of submission; this machine's runs, then
     SkyPilot's. Without -a: your runs that have not ended, and those that ended within a day. While SkyPilot does not
-    answer, that is said and its runs are missing. While the bucket does not answer, the runs are shown as the queues
+    answer, a line says so and its runs are missing. While the bucket does not answer, the runs are shown as the queues
     know them.
     """
-    import time
-
-    from spotune.cli import log, print_json, queue_text
-    from spotune.launch.engine import JobStatus
     from spotune.launch.status import as_row, list_runs
 
     known: list[JobStatus] = []
@@ -251,13 +225,14 @@ def queue(everything: bool, output: str) -> None:
         click.echo(queue_text(runs, time.time(), width) if runs else "No runs. Start one: spotune train CONFIG")
 
 
-# ``spotune logs``.
-
-
 @click.command()
 @click.argument("run")
 @click.option(
-    "-f", "--follow", "following", is_flag=True, help="Go on until the run has ended. Ctrl-C leaves it running."
+    "-f",
+    "--follow",
+    "following",
+    is_flag=True,
+    help="Follow the log until the run has ended. Ctrl-C leaves it running.",
 )
 def logs(run: str, following: bool) -> None:
     """Print a run's log, that of all its attempts."""
@@ -272,15 +247,11 @@ def logs(run: str, following: bool) -> None:
         click.echo(settled(line))
 
 
-# ``spotune cancel``.
-
-
 @click.command()
 @click.argument("run")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 def cancel(run: str, yes: bool) -> None:
     """Stop a run and keep its checkpoints. Returns when nothing of it runs any more."""
-    from spotune.cli import agree
     from spotune.launch import submit
     from spotune.launch.engine import ACTIVE
 
@@ -289,12 +260,9 @@ def cancel(run: str, yes: bool) -> None:
     if status.state not in ACTIVE:
         click.echo(f"{run}: {status.state} already")
         return
-    agree(f"Cancel {run} ({status.state})?", yes)
+    cli.agree(f"Cancel {run} ({status.state})?", yes)
     ended = submit.cancel(workspace, run)
     click.echo(f"{run}: {ended.state}. Its checkpoints are kept: spotune resume {run}")
-
-
-# ``spotune preempt``.
 
 
 @click.command()
@@ -305,12 +273,9 @@ def cancel(run: str, yes: bool) -> None:
 def preempt(run: str, notice: str, no_notice: bool, yes: bool) -> None:
     """Take a run's machine away, as a cloud does. The run recovers by itself.
 
-    Slurm and Kubernetes take it with or without a notice. A cloud's instances are terminated behind SkyPilot's back,
-    which only the machine of the API server can do, and which comes without a notice.
+    Slurm and Kubernetes take it with or without a notice. A cloud's instances are terminated without SkyPilot's
+    knowledge and without a notice; only the API server's machine can do that.
     """
-    from spotune.cli import agree, can_ask
-    from spotune.core.environment import parse_duration
-    from spotune.core.errors import InputError
     from spotune.launch import submit
 
     if bool(notice) == no_notice:
@@ -318,9 +283,9 @@ def preempt(run: str, notice: str, no_notice: bool, yes: bool) -> None:
     notice_s = 0.0 if no_notice else parse_duration(notice, "--notice")
 
     def ask(question: str) -> None:
-        if not yes and not can_ask():
-            raise InputError("stdin", f"nobody to ask: {question}", remedy="add -y")
-        agree(question, yes)
+        if not yes and not cli.can_ask():
+            raise InputError("stdin", f"no terminal to confirm on: {question}", remedy="add -y")
+        cli.agree(question, yes)
 
     submit.preempt(open_workspace(), run, notice_s, ask)
     click.echo(f"{run}: its machine goes {f'in {notice_s:g} s' if notice_s else 'now'}")

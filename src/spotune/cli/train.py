@@ -1,13 +1,15 @@
 """``spotune check``, ``train`` and ``resume``: from a config to a run under way."""
 
 import sys
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from spotune.cli import config_options, format_option, log, open_workspace, secret_option, stall_option
-from spotune.core.errors import InputError
+import spotune.cli as cli
+from spotune.cli import config_options, format_option, log, open_workspace, print_json, secret_option, stall_option
+from spotune.core.errors import InfraError, InputError
 
 if TYPE_CHECKING:
     from spotune.cost.collect import Month
@@ -15,14 +17,11 @@ if TYPE_CHECKING:
     from spotune.launch.settings import Workspace
     from spotune.launch.submit import Resumption, Submitted
 
-# From options to a run under way: what ``train``, ``resume`` and ``dev`` share.
-
-AGREE = "look with --dryrun, then add -y"
 _RESOURCES = ("gpus", "num_nodes", "use_spot", "priority", "cpus", "memory")
 
 
 def plan_of(given: Mapping[str, Any], source: str, workspace: "Workspace") -> "Plan":
-    """The plan of ``train``'s options; with ``source`` that of a run to promote."""
+    """Returns the plan of ``train``'s options; with ``source`` the plan that promotes that run."""
     from spotune.launch.plan import TrainOptions, promote
     from spotune.launch.task import Resources
 
@@ -36,7 +35,6 @@ def plan_of(given: Mapping[str, Any], source: str, workspace: "Workspace") -> "P
 
 
 def plan_new(options: "TrainOptions", workspace: "Workspace") -> "Plan":
-    import time
     from random import SystemRandom
 
     from spotune.launch.plan import make_plan
@@ -45,18 +43,16 @@ def plan_new(options: "TrainOptions", workspace: "Workspace") -> "Plan":
 
 
 def month_of(workspace: "Workspace", run_id: str, user: str, team: str) -> "Month":
-    """What the month's budgets have left for a run, or with an empty ``run_id`` for whatever that user pays."""
-    import time
-
-    from spotune.cli.runs import ProgressBar
+    """Returns what the month's budgets have left for a run; with an empty ``run_id``, for anything the user pays."""
+    from spotune.cli.runs import progress_bar
     from spotune.cost.collect import read_month
 
-    with ProgressBar("reading what the month has cost") as progress:
+    with progress_bar("reading what the month has cost") as progress:
         return read_month(workspace, run_id, user, team, time.time(), log, progress)
 
 
 def check_month(workspace: "Workspace") -> None:
-    """Raises InputError where whoever is here has nothing left to spend in this month."""
+    """Raises InputError if this user or team has nothing left to spend this month."""
     month_of(workspace, "", workspace.env.user, workspace.settings.team).wall_usd(None)
 
 
@@ -70,97 +66,82 @@ def _within_month(plan: "Plan", workspace: "Workspace") -> "Plan":
 
 
 def agree_to(plan: "Plan", workspace: "Workspace", yes: bool) -> None:
-    """Shows the plan on stderr, where it is in nobody's way, and asks unless told not to.
+    """Shows the plan on stderr and asks for agreement, unless ``yes``. Refuses bad input before it shows anything.
 
-    What would be refused is refused before anything is shown. On this machine nothing is bought, so that without a
-    terminal nobody is asked; elsewhere that needs -y. So does what another user has revised.
+    Without a terminal nobody is asked: a run on this machine starts, since it buys nothing. A run elsewhere, or one
+    that another user has revised, is refused without -y.
     """
-    import time
-
-    from spotune.cli import agree, can_ask, plan_text
     from spotune.launch.engine import infra_of
     from spotune.launch.submit import existing, with_existing
 
-    workspace.infra(plan.infra)  # opens it: there may be no room for its files
+    workspace.infra(plan.infra)  # opens the engine: the disk may be full
     found = existing(plan, workspace)
     plan = with_existing(plan, found)
-    asks = not yes and can_ask()
-    if plan.unseen and not yes and not asks:
-        raise InputError(plan.run_id, f"goes on from what {' and '.join(plan.unseen)} revised", remedy=AGREE)
-    if not yes and not asks and infra_of(plan.infra) != "local":
-        raise InputError("stdin", "nobody to ask", remedy="add -y")
-    click.echo(plan_text(plan, time.time()), err=True)
+    asks = not yes and cli.can_ask()
+    if not yes and not asks:
+        if plan.unseen:
+            what = f"goes on from what {' and '.join(plan.unseen)} revised"
+            raise InputError(plan.run_id, what, remedy="look with --dryrun, then add -y")
+        if infra_of(plan.infra) != "local":
+            raise InputError("stdin", "no terminal to confirm on", remedy="add -y")
+    click.echo(cli.plan_text(plan, time.time()), err=True)
     question = f"Launch {plan.run_id}. Proceed?"
     if found and found.change:
         question = f"Go on with {plan.run_id}, changed: {found.change.as_followed()}. Proceed?"
-    agree(question, not asks)
+    cli.agree(question, not asks)
 
 
 def submit_plan(plan: "Plan", workspace: "Workspace") -> "Submitted":
-    """Submits, and says so when the run is there already."""
+    """Submits a plan. Logs what happened if the run existed already."""
     from spotune.launch.submit import submit
 
     done = submit(plan, workspace)
-    if said := {
+    message = {
         "succeeded": "SUCCEEDED already, nothing to do",
         "active": "submitted already",
         "resumed": f"PENDING, and goes on with a change: {done.change.as_followed()}",
         "cleared": f"may go on with a change: {done.change.as_followed()}. Start it again as before, with"
         f" SPOTUNE_RUN_ID={plan.run_id}",
-    }.get(done.outcome):
-        click.echo(f"{plan.run_id}: {said}", err=True)
+    }.get(done.outcome)
+    if message:
+        log(f"{plan.run_id}: {message}")
     return done
-
-
-# ``spotune check``.
 
 
 @click.command()
 @click.argument("config", required=False)
 @config_options
-@click.option("--infra", default="", metavar="NAME", help="Also ask SkyPilot how NAME stands: takes seconds.")
+@click.option("--infra", default="", metavar="NAME", help="Also ask SkyPilot about NAME; takes seconds.")
 @format_option()
 def check(
-    config: str | None,
-    profile: str,
-    overrides: tuple[str, ...],
-    allow_env: tuple[str, ...],
-    infra: str,
-    output: str,
+    config: str | None, profile: str, overrides: tuple[str, ...], allow_env: tuple[str, ...], infra: str, output: str
 ) -> None:
-    """Check CONFIG, its data and its model as far as that goes without running anything.
+    """Check CONFIG, its data and its model without running anything.
 
     Prints one line on stderr for each fault of CONFIG and its profiles, and exits with 2.
 
-    Without CONFIG: this machine and project: settings, bucket, infrastructures, GPUs, and how SkyPilot stands where
-    the settings name an infrastructure of its.
+    Without CONFIG: check this machine and project: settings, bucket, infrastructures and GPUs. Also SkyPilot, if the
+    settings name one of its infrastructures.
     """
-    from spotune.cli import print_json
-    from spotune.core.errors import InfraError
-    from spotune.launch.plan import survey_config, survey_machine
+    from spotune.launch.plan import survey_config, survey_machine, survey_place
 
     if not config and (profile or overrides):
-        raise click.UsageError("--profile and --set are of a CONFIG, and there is none.")
+        raise click.UsageError("--profile and --set need a CONFIG.")
     workspace, silent = open_workspace(), None
     found = survey_config(config, profile, overrides, workspace, allow_env) if config else survey_machine(workspace)
     if infra or not config:
-        from spotune.launch.plan import survey_place
-
         try:
             found |= survey_place(workspace, infra)
-        except InfraError as error:  # what was found without it is shown all the same
+        except InfraError as error:  # raised below: the other facts are shown all the same
             silent = error
-    print_json(found) if output == "json" else click.echo(_text(found))
+    if output == "json":
+        print_json(found)
+    else:
+        for name, value in found.items():
+            text = ", ".join(map(str, value)) if isinstance(value, list) else value
+            click.echo(f"{name:<16}{'-' if text in ('', None) else text}")
     if silent:
         raise silent
-
-
-def _text(found: Mapping[str, Any]) -> str:
-    values = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in found.items()}
-    return "\n".join(f"{name:<16}{'-' if value in ('', None) else value}" for name, value in values.items())
-
-
-# ``spotune train``.
 
 
 @click.command()
@@ -179,9 +160,9 @@ def _text(found: Mapping[str, Any]) -> str:
 @click.option("--priority", type=int, metavar="N", help="-1000 to 1000, higher first.")
 @click.option("--name", default="", metavar="ID", help="Run id; default from the config's name.")
 @click.option("--from", "source", default="", metavar="RUN", help="Promote RUN: its config, data and code, unchanged.")
-@click.option("--save-every", default="", metavar="50|5m", help="Save every so many steps, or so often.")
+@click.option("--save-every", default="", metavar="50|5m", help="Save interval: steps, or a time.")
 @stall_option
-@click.option("--budget", metavar="USD", help="Pause, with a checkpoint, once the run has cost so much.")
+@click.option("--budget", metavar="USD", help="Pause, with a checkpoint, once the run has cost this much.")
 @click.option("--preemptions", default="", metavar="FILE", help="Planned preemptions, JSONL (local only).")
 @click.option("--env", "envs", multiple=True, metavar="K=V", help="Environment of the run.")
 @secret_option
@@ -193,19 +174,19 @@ def _text(found: Mapping[str, Any]) -> str:
 def train(source: str, dryrun: bool, yes: bool, detach: bool, output: str, **given: Any) -> None:
     """Submit CONFIG as a job that survives the loss of its machine, and follow it.
 
-    With --name of a run that stands still and a CONFIG that has changed, that run goes on with it: freely where only
-    the training length, logging, saving or evaluation changed, else with --allow-config-change.
+    If --name is a run that has ended or is paused, that run goes on with CONFIG as it is now. The training length,
+    logging, saving and evaluation may change; other changes need --allow-config-change.
 
     Uses the config's profile `prod` if it has one. Shows the plan, with all that it takes from elsewhere, and asks, as
-    `sky` does. Where nobody can be asked it needs -y, unless it runs on this machine and nobody else has revised what
-    it goes on from. Ctrl-C and a reader that leaves (`| head`) stop following, the run goes on. Exit codes: 0 finished
-    and certified, 1 failed, 2 bad input, 3 infrastructure failed, 75 ended by a fault that another machine may not
-    have, 76 paused. A secret's value is kept on this machine alone, readable by you alone, until the run has ended;
-    elsewhere it is handed to SkyPilot's server and not kept.
-    """
-    import time
+    `sky` does. Without a terminal it needs -y, unless the run is on this machine and no other user has revised what it
+    goes on from. Ctrl-C, or a reader that leaves (`| head`), stops following; the run goes on.
 
-    from spotune.cli import plan_text, print_json
+    Exit codes: 0 finished and certified, 1 failed, 2 bad input, 3 infrastructure failed, 75 ended by a fault that
+    another machine may not have, 76 paused.
+
+    A local run's secrets are kept on this machine, readable by you alone, until the run has ended. Otherwise they go
+    to SkyPilot's server and are not kept here.
+    """
     from spotune.cli.runs import follow
     from spotune.launch.plan import as_json
     from spotune.launch.submit import existing, with_existing
@@ -214,7 +195,7 @@ def train(source: str, dryrun: bool, yes: bool, detach: bool, output: str, **giv
     plan = plan_of(given, source, workspace)
     if dryrun:
         plan = with_existing(plan, existing(plan, workspace))
-        print_json(as_json(plan)) if output == "json" else click.echo(plan_text(plan, time.time()))
+        print_json(as_json(plan)) if output == "json" else click.echo(cli.plan_text(plan, time.time()))
         return
     agree_to(plan, workspace, yes or output == "json")
     outcome = submit_plan(plan, workspace).outcome
@@ -227,22 +208,17 @@ def train(source: str, dryrun: bool, yes: bool, detach: bool, output: str, **giv
             sys.exit(follow(workspace, plan.run_id))
         except KeyboardInterrupt:
             ways = f"follow it: spotune logs -f {plan.run_id}; stop it: spotune cancel {plan.run_id}"
-            click.echo(f"\n{plan.run_id} goes on ({ways})", err=True)
+            log(f"\n{plan.run_id} goes on ({ways})")
             sys.exit(130)
-        except OSError:  # whoever read our output has left, or it has no room
-            click.echo(f"{plan.run_id} goes on (follow it: spotune logs -f {plan.run_id})", err=True)
+        except OSError:  # the reader of our output has left, or the disk is full
+            log(f"{plan.run_id} goes on (follow it: spotune logs -f {plan.run_id})")
             raise
-
-
-# ``spotune resume``.
 
 
 @click.command()
 @click.argument("run")
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Go on with this key of its config changed."
-)
-@click.option("--budget", metavar="USD", help="Pause once it has cost so much in all, from its start on.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change this key of its config.")
+@click.option("--budget", metavar="USD", help="Pause once it has cost this much in all, from its start.")
 @stall_option
 @click.option("--allow-config-change", is_flag=True, help="Also with another config, data, model or libraries.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
@@ -251,12 +227,12 @@ def resume(
 ) -> None:
     """Go on with a run that failed, was cancelled or is paused, from its newest checkpoint.
 
-    Its training length, logging, saving and evaluation may be --set freely. The rest needs --allow-config-change; so do
-    data or a model that were edited, and a run that failed because libraries changed. A run that no queue of this
-    machine has, since it was started by hand or by a bare `sky`, may go on from then on: start it again where it was.
+    --set changes its training length, logging, saving and evaluation freely. Other keys need --allow-config-change; so
+    do data or a model that were edited, and a run that failed because libraries changed. A run that was started by
+    hand, or by a bare `sky`, is in no queue of this machine: it is cleared to go on, and you start it again yourself.
 
     Shows what the run takes from elsewhere: overrides, env:, remote code, models and data of others, the revision in
-    force. Asks where another user has revised the run; where nobody can be asked that needs -y.
+    force. Asks if another user has revised the run; without a terminal that needs -y.
     """
     from spotune.core.environment import parse_stall_after
     from spotune.core.money import parse_usd
@@ -271,10 +247,10 @@ def resume(
     later: list[str] = []
     resumed = submit.resume(workspace, run, edit, lambda resumption: later.extend(agree_to_resumption(resumption, yes)))
     for line in later:
-        click.echo(line, err=True)
+        log(line)
     changed = f", changed: {resumed.change.as_followed()}" if resumed.change else ""
     if resumed.code:
-        click.echo(f"{run}: its code is not what it was submitted with: {resumed.code}", err=True)
+        log(f"{run}: its code is not what it was submitted with: {resumed.code}")
     if resumed.is_queued:
         click.echo(f"{run}: PENDING{changed}. Follow it: spotune logs -f {run}")
     else:
@@ -282,35 +258,29 @@ def resume(
 
 
 def agree_to_resumption(resumption: "Resumption", yes: bool) -> list[str]:
-    """Asks where another user has revised the run, and shows before that what it takes from elsewhere.
+    """Shows what a run takes from elsewhere and asks, if another user has revised the run.
 
-    Returns these lines where nobody is asked: they are shown once the run goes on, so that a refusal stays one line.
+    Otherwise returns the lines, to be shown once the run goes on: a refusal stays one line.
     """
-    import time
-
-    from spotune.cli import agree, can_ask, fact_lines, origin_text
-    from spotune.core.errors import InputError
-
     run, others = resumption.run_id, " and ".join(resumption.unseen)
-    facts = [(origin.kind, origin_text(origin, time.time())) for origin in resumption.takes]
-    if others and not yes and not can_ask():
+    facts = [(origin.kind, cli.origin_text(origin, time.time())) for origin in resumption.takes]
+    if others and not yes and not cli.can_ask():
         changes = "; ".join(text for kind, text in facts if kind == "revision")
         raise InputError(run, f"was revised by {others}: revision {changes}", remedy="add -y to go on with it")
-    shown = fact_lines([("run", run), *facts]).splitlines() if facts else []
+    shown = cli.fact_lines([("run", run), *facts]).splitlines() if facts else []
     if yes or not others:
         return shown
     for line in shown:
-        click.echo(line, err=True)
-    agree(f"Go on with {run} as {others} revised it. Proceed?", False)
+        log(line)
+    cli.agree(f"Go on with {run} as {others} revised it. Proceed?", False)
     return []
 
 
 def check_budget(workspace: "Workspace", run: str, budget_usd: float | None) -> tuple[float | None, str]:
-    """Refuses what would pause again at once, or what the month's budgets cannot pay for.
+    """Refuses a run that would pause again at once, or that the month's budgets cannot pay for.
 
-    Returns the wall that these leave to a run without a budget of its own, US dollars in all, and whose they are.
+    Returns (limit that the month's budgets set for a run without its own budget, US dollars in all; budget's owner).
     """
-    from spotune.core.errors import InputError
     from spotune.core.keys import Keys
     from spotune.core.revisions import record_in_force
     from spotune.cost.collect import check_wall, report_run

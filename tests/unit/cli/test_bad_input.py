@@ -77,8 +77,8 @@ COMMAND_LINES = {
     "preempt without a choice": (["preempt", "x"], "--notice 30s or --no-notice"),
     "bad notice": (["preempt", "x", "--notice", "soon"], "--notice: 'soon' is not a duration"),
     "unknown format": (["queue", "--format", "xml"], "'xml' is not one of"),
-    "check of a profile of nothing": (["check", "--profile", "x"], "--profile and --set are of a CONFIG"),
-    "check of a change of nothing": (["check", "--set", "a"], "--profile and --set are of a CONFIG"),
+    "check of a profile of nothing": (["check", "--profile", "x"], "--profile and --set need a CONFIG"),
+    "check of a change of nothing": (["check", "--set", "a"], "--profile and --set need a CONFIG"),
     "check of nothing": (["check", "nothing.yaml"], "nothing.yaml: no such file"),
     "dev run of nothing": (["dev", "run", "nothing.yaml"], "nothing.yaml: no such file"),
 }
@@ -236,7 +236,7 @@ def test_files(project: Project, name: str, text: str, says: str) -> None:
 def test_a_home_that_is_a_file(project: Project, monkeypatch: pytest.MonkeyPatch, verb: list[str]) -> None:
     for below in ("", "/below/it"):
         monkeypatch.setenv("SPOTUNE_HOME", f"{project.folder}/run.yaml{below}")
-        assert_one_line(project, verb, f"SPOTUNE_HOME: {project.folder}/run.yaml is a file (a folder")
+        assert_one_line(project, verb, f"SPOTUNE_HOME: {project.folder}/run.yaml is a file (name a folder")
 
 
 PREEMPTIONS = {

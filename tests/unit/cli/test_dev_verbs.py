@@ -49,7 +49,7 @@ def test_help_is_light(verb: str) -> None:
         (["up", "--gpus", "L4:x"], "--gpus: 'L4:x' is no accelerator (L4:1)"),
         (["up", "--cpus", "abc"], "--cpus: 'abc' is not an amount (4, or 4+)"),
         (["up", "--memory", "-1"], "--memory: '-1' is not an amount"),
-        (["up", "--name", "../x"], "--name: '../x' is no name of a cluster"),
+        (["up", "--name", "../x"], "--name: '../x' is not a valid cluster name"),
         (["nothing"], "No such command 'nothing'"),
     ],
 )

@@ -262,7 +262,10 @@ def test_what_was_bought_is_not_terminated_unasked(project: Project) -> None:
     FakeSky.bought.append("the instance of cluster run-a-7-x on aws/us-east-1")
     refused = project.run("preempt", "run-a", "--no-notice", input="y\n")  # a pipe is no terminal
     assert (refused.exit_code, refused.stdout) == (2, "")
-    assert "nobody to ask: Terminate the instance of cluster run-a-7-x on aws/us-east-1? (add -y)" in refused.stderr
+    assert (
+        "no terminal to confirm on: Terminate the instance of cluster run-a-7-x on aws/us-east-1? (add -y)"
+        in refused.stderr
+    )
     assert ("preempt", "run-a", 0.0) not in FakeSky.calls
     assert project.run("preempt", "run-a", "--no-notice", "-y").exit_code == 0
     assert ("preempt", "run-a", 0.0) in FakeSky.calls
@@ -291,7 +294,7 @@ def test_a_follower_bears_a_server_that_does_not_answer_for_a_while(
     monkeypatch.setattr(FakeSky, "jobs", jobs)
     result = project.run("train", "run.yaml", "--name", "run-a", "--infra", "aws", "-y")
     assert result.exit_code == 1  # it ended, without a certificate
-    assert result.stderr.count("goes on unseen, SkyPilot: the server does not answer") == 1
+    assert result.stderr.count("engine unreachable, still following run-a: SkyPilot: the server does not answer") == 1
 
 
 def test_a_follower_gives_up_after_a_while_and_says_that_the_run_goes_on(

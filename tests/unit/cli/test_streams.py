@@ -11,7 +11,7 @@ import spotune
 from tests.unit.project import Project
 
 VERB = f"{sys.executable} -c 'from spotune.cli import main; main()'"
-NOBODY = "[Y/n] stdin: nobody to ask (add -y)\n"
+NOBODY = "[Y/n] stdin: no terminal to confirm on (add -y)\n"
 
 
 @pytest.fixture

@@ -1,15 +1,10 @@
-"""SkyPilot's managed jobs behind the same interface as ``local``. Nothing here but engine.py imports ``sky``.
+"""SkyPilot's managed jobs behind the same interface as ``local``. Only client.py imports ``sky``.
 
-infra.py     what the verbs call
-engine.py    the one door to SkyPilot: its client, its errors as one line
-registry.py  what this SPOTUNE_HOME handed to SkyPilot, and how it ended: answers without asking
-task.py      a submission as SkyPilot's task
-jobs.py      managed jobs as runs; pure
-history.py   rows of what was paid as intervals; pure
-booking.py   what dev clusters were paid for, into the bucket
-logs.py      what SkyPilot prints as the lines that the job printed; pure
-offers.py    where a task could run and what that costs; prices.py is its pure part, catalog.py reads SkyPilot's prices
-slurm.py     what Slurm does and SkyPilot does not: partitions, signals, over the login node
-preempt.py   taking a machine away, as its infrastructure does
-survey.py    ``check --infra``; server.py is its pure part
+engine.py    the engine that the verbs call, and its record of the runs that this SPOTUNE_HOME submitted
+client.py    requests to SkyPilot, its errors as ours, its output as the job's lines
+jobs.py      managed jobs as runs, costs as paid intervals, logs
+task.py      a submission as SkyPilot's task; Slurm's partitions and signals over the login node; ``check --infra``
+offers.py    where a task could run, and what that costs
+clusters.py  dev clusters: ssh, requests to SkyPilot, their costs in the bucket
+dev.py       what ``spotune dev`` does on them
 """

@@ -7,111 +7,92 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from spotune.core.errors import InfraError, InputError, SpotuneError
 from spotune.core.io import LogLines
 
-# SkyPilot's API server, and what of it makes a report inexact or a launch slow: pure.
-
-CONTROLLER_CPU_S = 8  # to start one
-
 
 @dataclass(frozen=True)
 class ApiServer:
-    """The API server; ``consolidation`` and ``controllers`` are None where it cannot be told from here.
-
-    Attributes:
-        consolidation: its job controllers run inside it, not on a machine of their own.
-        controllers: how many of them run, and ``controllers_mb``: the memory that they hold.
-        free_mb: memory that its machine has left, and its ``cpus``.
-    """
+    """SkyPilot's API server; None is unknown."""
 
     url: str
     version: str
     is_local: bool
-    consolidation: bool | None = None
-    controllers: int | None = None
-    controllers_mb: float = 0.0
-    free_mb: float = 0.0
+    consolidation: bool | None = None  # its job controllers run inside it
+    controllers: int | None = None  # how many run
+    controllers_mb: float = 0.0  # memory that they hold
+    free_mb: float = 0.0  # memory that its machine has left
     cpus: int = 0
 
 
 def server_problems(server: ApiServer) -> list[str]:
-    """What of the server makes cost inexact or launches slow."""
+    """Returns what makes costs inexact or launches slow, a line each."""
     problems = []
     if server.consolidation is False:
         problems.append(
-            "consolidation mode is off: SkyPilot's history of machines is on the controller's and spotune cost has only"
-            " what the machines said themselves (jobs: {controller: {consolidation_mode: true}} in ~/.sky/config.yaml)"
+            "consolidation mode is off: SkyPilot's history of machines is on the controller, and spotune cost has only"
+            " the machines' own records (jobs: {controller: {consolidation_mode: true}} in ~/.sky/config.yaml)"
         )
     if server.consolidation is None:
         problems.append(
-            "whether consolidation mode is on cannot be told from here: cost is exact only where it is (who runs the"
+            "whether consolidation mode is on cannot be told from here, and costs are exact only if it is (on the"
             " server: jobs: {controller: {consolidation_mode: true}} in its config)"
         )
     many = server.controllers or 0
     if many and server.controllers_mb > server.free_mb:
         problems.append(
             f"{many} job controllers hold {server.controllers_mb:.0f} MB of memory and {server.free_mb:.0f} MB are left"
-            " (SkyPilot starts one for each 0.8 GB that it takes for its own: give its server a limit of memory)"
+            " (SkyPilot starts one for each 0.8 GB that it counts as its own: limit the server's memory)"
         )
     if many and server.cpus and many > 2 * server.cpus:
-        seconds = many * CONTROLLER_CPU_S / server.cpus
+        seconds = many * 8 / server.cpus  # starting one takes 8 CPU seconds
         problems.append(f"{many} job controllers on {server.cpus} CPUs: {seconds:.0f} s each time the server starts")
     return problems
 
 
-# What SkyPilot's client raises, as our errors of one line with what to do about it.
-#
-# Its server sends exceptions by name: a builtin, one of SkyPilot's own, or a bare ``Exception`` for any other. So every
-# exception in a call to the client is taken for SkyPilot's.
-
-MOST = 600  # characters of what went wrong; some list all that was tried
+MOST = 600  # characters of a message; some list everything that was tried
 MOST_FIX = 240
-_BUSY = "the API server is busy, try again"
-_VERSION = "install the SkyPilot version of the API server"
-_ACCESS = "sky check says what is missing"
-_REACH = "sky api info says whether the server answers"
-_ACCOUNT = "log in to the cloud's account that it was launched with"
 # SkyPilot's exception -> what to do about it. The message itself is SkyPilot's.
 _REMEDIES = {
     "ApiServerConnectionError": "sky api start, or sky api login for a team's server",
     "ApiServerAuthenticationError": "sky api login",
-    "APIVersionMismatchError": _VERSION,
-    "APINotSupportedError": _VERSION,
-    "NoCloudAccessError": _ACCESS,
-    "InvalidCloudConfigs": _ACCESS,
-    "InvalidCloudCredentials": _ACCESS,
-    "CloudUserIdentityError": _ACCESS,
-    "CloudError": "the cloud's own word: its console, or sky check",
-    "ClusterOwnerIdentityMismatchError": _ACCOUNT,
+    **dict.fromkeys(
+        ("APIVersionMismatchError", "APINotSupportedError"), "install the SkyPilot version of the API server"
+    ),
+    **dict.fromkeys(
+        ("NoCloudAccessError", "InvalidCloudConfigs", "InvalidCloudCredentials", "CloudUserIdentityError"),
+        "sky check says what is missing",
+    ),
+    "CloudError": "see the cloud's console, or sky check",
+    "ClusterOwnerIdentityMismatchError": "log in to the cloud account that launched it",
     "ResourcesUnavailableError": "other --gpus, --cpus or --memory, another --infra, or later",
     "KubeAPIUnreachableError": "kubectl get pods says whether the context answers",
     "NotSupportedError": "another --infra, or a task without it",
-    "ClusterNotUpError": "spotune dev ls says how it stands",
-    "ClusterDoesNotExist": "spotune dev ls says which there are",
-    "ClusterStatusFetchingError": "sky status --refresh says how it stands",
-    "CachedClusterUnavailable": "sky status --refresh says how it stands",
-    "PermissionDeniedError": "whoever runs the API server can allow it",
-    "NoWorkspaceAccessError": "whoever runs the API server can allow it",
+    "ClusterNotUpError": "spotune dev ls shows its status",
+    "ClusterDoesNotExist": "spotune dev ls shows the clusters",
+    **dict.fromkeys(
+        ("ClusterStatusFetchingError", "CachedClusterUnavailable"), "sky status --refresh shows its status"
+    ),
+    **dict.fromkeys(("PermissionDeniedError", "NoWorkspaceAccessError"), "the API server's admin can allow it"),
     "WorkspaceAmbiguousError": "active_workspace: NAME in ~/.sky/config.yaml",
     "StorageError": "sky check says which storage may be used",
     "RequestCancelled": "somebody cancelled the request: try again",
-    "RequestInterruptedError": "the API server was started anew: try again",
-    "ConcurrentWorkerExhaustedError": _BUSY,
-    "ServerTemporarilyUnavailableError": _BUSY,
-    "OperationalError": _BUSY,
-    "ConnectionError": _REACH,
-    "ConnectTimeout": _REACH,
-    "ReadTimeout": _REACH,
-    "SSLError": _REACH,
-    "HTTPError": _REACH,
+    "RequestInterruptedError": "the API server was restarted: try again",
+    **dict.fromkeys(
+        ("ConcurrentWorkerExhaustedError", "ServerTemporarilyUnavailableError", "OperationalError"),
+        "the API server is busy, try again",
+    ),
+    **dict.fromkeys(
+        ("ConnectionError", "ConnectTimeout", "ReadTimeout", "SSLError", "HTTPError"),
+        "sky api info says whether the server answers",
+    ),
 }
-_FAULT = "a fault of SkyPilot's: sky api status -a names the request, sky api logs ID shows it"
 _USERS = ("InvalidSkyPilotConfigError", "InvalidClusterNameError", "UserRequestRejectedByPolicy", "ValueError")
-# What tells nothing without its name, and is nothing that a user did.
+# Faults of SkyPilot itself; their message says nothing without the name.
 _FAULTS = ("AssertionError", "AttributeError", "Exception", "IndexError", "KeyError", "NameError", "TypeError")
 _FIX = re.compile(r"\s*\bTo fix(?: this)?[:,]\s*")
 _HINT = re.compile(r"\s*\b(?:Hint: |To see the details, run: )")
@@ -120,55 +101,42 @@ _PASSWORD = re.compile(r"(://[^/\s:@]*):[^/\s]*@")
 
 @contextmanager
 def translated(where: str = "SkyPilot") -> Iterator[None]:
-    """Turns SkyPilot's exceptions into ours: bad input names ``where`` it was given, all else is an InfraError."""
+    """Turns SkyPilot's exceptions into ours: bad input becomes an InputError of ``where``, the rest InfraErrors.
+
+    The server sends exceptions by name: a builtin, one of SkyPilot's own, or a bare ``Exception`` for any other. So any
+    exception in a call to the client counts as SkyPilot's.
+    """
     try:
         yield
-    except (SpotuneError, BrokenPipeError):  # ours; and whoever read what we printed has left
+    except (SpotuneError, BrokenPipeError):  # ours; and the reader of our output has left
         raise
     except Exception as error:
-        name = type(error).__name__
-        text, fix = one_line(error)
-        if name in _USERS:
+        kinds = [kind.__name__ for kind in type(error).__mro__]
+        what, *fixes = _FIX.split(masked(" ".join(plain(str(error)).split())), maxsplit=1)
+        text, fix = _cut(what, MOST) or kinds[0], _cut("".join(fixes), MOST_FIX)
+        if kinds[0] in _USERS:
             raise InputError(where, text, remedy=fix) from error
-        if name in _FAULTS:
-            text = text if name == "Exception" else f"{name}: {text}"
-        remedy = "; ".join(part for part in (_remedy(error), fix) if part)
+        known = next((_REMEDIES[kind] for kind in kinds if kind in _REMEDIES), "")
+        if kinds[0] in _FAULTS:
+            text = text if kinds[0] == "Exception" else f"{kinds[0]}: {text}"
+            known = known or "a fault of SkyPilot's: sky api status -a names the request, sky api logs ID shows it"
+        remedy = "; ".join(part for part in (known, fix) if part)
         raise InfraError(f"SkyPilot: {text}{f' ({remedy})' if remedy else ''}") from error
 
 
-def one_line(error: BaseException) -> tuple[str, str]:
-    """(what an exception of SkyPilot's says, what it advises), without colours, line breaks and passwords."""
-    text = masked(" ".join(plain(str(error)).split()))
-    what, *fixes = _FIX.split(text, maxsplit=1)
-    fix = _HINT.split(fixes[0])[0] if fixes else ""
-    what = _HINT.split(what)[0]
-    return _cut(what, MOST) or type(error).__name__, _cut(fix, MOST_FIX)
-
-
 def masked(text: str) -> str:
-    """Without the passwords that URLs in it hold: a team's server is logged in to by one."""
+    """Returns the text without passwords in URLs, such as a team's server has."""
     return _PASSWORD.sub(r"\1:***@", text)
 
 
-def _remedy(error: BaseException) -> str:
-    kinds = [kind.__name__ for kind in type(error).__mro__]
-    found = next((_REMEDIES[kind] for kind in kinds if kind in _REMEDIES), "")
-    return found or (_FAULT if kinds[0] in _FAULTS else "")
-
-
 def _cut(text: str, most: int) -> str:
-    text = text.strip().rstrip(".")
+    text = _HINT.split(text)[0].strip().rstrip(".")
     return text if len(text) <= most else f"{text[:most].rstrip()} …"
-
-
-# The one door to SkyPilot: its client is imported here and nowhere else, and its errors end here (``refusals.py``).
-#
-# ``import sky`` costs seconds of CPU, so no verb comes here before it knows that SkyPilot has something to say.
 
 
 @dataclass(frozen=True)
 class ProvisionedCluster:
-    """What SkyPilot's provisioner needs of a cluster: its name there, ``provider`` and its settings ``config``."""
+    """What SkyPilot's provisioner needs to know of a cluster: its name there, ``provider`` and its ``config``."""
 
     name: str
     provider: str
@@ -178,204 +146,180 @@ class ProvisionedCluster:
 
 
 def sdk() -> Any:
-    """The module ``sky``; raises InfraError where it is not installed."""
+    """Returns the module ``sky``; its import costs seconds of CPU. Raises InfraError if it is not installed."""
     try:
-        with redirect_stdout(sys.stderr):  # its loggers keep the stream that they find; ours is for results
+        with redirect_stdout(sys.stderr):  # its loggers keep the stream that they find; stdout is for results
             import sky
     except ImportError as error:
         raise InfraError(f"SkyPilot cannot be imported: {error} (make setup)") from error
     return sky
 
 
+def module(name: str) -> Any:
+    """Returns a module of SkyPilot's, such as ``server.common``."""
+    return import_module(f"{sdk().__name__}.{name}")
+
+
+@translated()
 def ask(request_id: Any) -> Any:
-    """The result of a request; every call of SkyPilot's client returns one. Raises InfraError or InputError."""
-    with translated():
-        return sdk().get(request_id)
+    """Returns the result of a request that a client function made. Raises InfraError or InputError."""
+    return sdk().get(request_id)
 
 
-def watch(request_id: Any, output: Any = None) -> Any:
-    """As ``ask``, while what the server says of the request goes to ``output`` (a text stream; default stdout)."""
-    with translated():
-        return sdk().stream_and_get(request_id, output_stream=output)
-
-
-# What SkyPilot is asked, each in SkyPilot's own values.
-
-
+@translated()
 def call(ask_for: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """The result of one of the client's functions."""
-    with translated():
-        return sdk().get(ask_for(*arguments, **options))
+    """Calls one of the client's functions and returns the result of its request."""
+    return sdk().get(ask_for(*arguments, **options))
 
 
 def task(config: Mapping[str, Any], where: str = "task") -> Any:
-    """A ``sky.Task``; raises InputError naming ``where`` when SkyPilot cannot use it."""
+    """Returns a ``sky.Task``. Raises InputError, naming ``where``, if SkyPilot cannot use it."""
     with translated(where):
-        return sdk().Task.from_yaml_config(json.loads(json.dumps(config)))  # a copy: SkyPilot changes what it is given
+        return sdk().Task.from_yaml_config(json.loads(json.dumps(config)))  # a copy: SkyPilot changes its argument
 
 
+@translated()
 def launch(job: Any, name: str) -> Any:
     """Submits a task as a managed job; returns the request, whose result is (ids, handle)."""
-    with translated():
-        return sdk().jobs.launch(job, name=name)
+    return sdk().jobs.launch(job, name=name)
 
 
+@translated()
 def end_launches(name: str) -> bool:
-    """Ends the requests under way that submit managed jobs of this name; returns whether there was one.
+    """Cancels the pending requests that submit managed jobs of this name; returns whether there was one.
 
-    To stop waiting for a request does not stop it. One that is told to end may have got its job into the queue before.
+    A request goes on when its client stops waiting. A cancelled one may have put its job into the queue before.
     """
-    with translated():
-        client = sdk()
-        under_way = [
-            one.request_id for one in client.api_status() if one.name == _LAUNCH and _body(one)["name"] == name
-        ]
-        if under_way:
-            client.get(client.api_cancel(under_way, silent=True))
-    return bool(under_way)
+    client = sdk()
+    launches = [one for one in client.api_status() if one.name == "sky.jobs.launch"]
+    # Another user's request has no body.
+    pending = [one.request_id for one in launches if (json.loads(one.request_body) or {}).get("name") == name]
+    if pending:
+        client.get(client.api_cancel(pending, silent=True))
+    return bool(pending)
 
 
-def _body(request: Any) -> dict[str, Any]:
-    """What a request was given; of somebody else's nothing is told."""
-    return {"name": None, **(json.loads(request.request_body) or {})}
-
-
+@translated()
 def check_feasible(job: Any) -> None:
-    """Raises InfraError when no enabled cloud has what the task asks for."""
-    with translated():
-        client = sdk()
-        with client.Dag() as dag:
-            dag.add(job)
-        client.get(client.optimize(dag))
+    """Raises InfraError if no enabled cloud has what the task asks for."""
+    client = sdk()
+    with client.Dag() as dag:
+        dag.add(job)
+    client.get(client.optimize(dag))
 
 
 def managed_jobs(fields: Sequence[str], everyone: bool, name: str = "", ids: Sequence[int] = ()) -> list[Any]:
-    """ManagedJobRecords: all, those whose name holds ``name``, or those with these ids."""
-    options = {"name_match": name or None, "job_ids": list(ids) or None}
-    found = call(
-        sdk().jobs.queue_v2, refresh=False, all_users=everyone or bool(name or ids), fields=list(fields), **options
-    )
-    return list(found[0])
+    """Returns ManagedJobRecords: all, those whose name holds ``name``, or those with these ids."""
+    all_users = everyone or bool(name or ids)
+    options = {"all_users": all_users, "fields": list(fields), "name_match": name or None, "job_ids": list(ids) or None}
+    return list(call(sdk().jobs.queue_v2, refresh=False, **options)[0])
 
 
 def events(job_id: int) -> list[tuple[float, str, str]]:
-    """(epoch seconds, status, reason) of a managed job's changes, oldest first."""
-    rows = _post("/jobs/events", "GetJobEventsBody", job_id=job_id, limit=None)
-    return sorted((_epoch(row["timestamp"]), _status(row["new_status"]), row.get("reason") or "") for row in rows)
+    """Returns (epoch seconds, status, reason) of a managed job's changes, oldest first."""
+    found = []
+    for row in _post("/jobs/events", "GetJobEventsBody", job_id=job_id, limit=None):
+        status = str(getattr(row["new_status"], "value", row["new_status"]))
+        found.append((_epoch(row["timestamp"]), status, row.get("reason") or ""))
+    return sorted(found)
+
+
+def _epoch(value: Any) -> float:
+    if isinstance(value, (int, float)):
+        return float(value)
+    return (value if isinstance(value, datetime) else datetime.fromisoformat(str(value))).timestamp()
 
 
 def cost_rows(names: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of ``cost_report`` for clusters of these names, however old."""
-    return list(_post("/cost_report", "CostReportBody", days=_EVER_DAYS, cluster_names=list(names)))
+    """Returns the rows of ``cost_report`` for clusters of these names, however old."""
+    return list(_post("/cost_report", "CostReportBody", days=3650, cluster_names=list(names)))
 
 
+@translated()
 def _post(path: str, body: str, **fields: Any) -> Any:
-    """The result of a request that the client has no function for, or none with these fields."""
-    with translated():
-        client = sdk()
-        from sky.server import common
-        from sky.server.requests import payloads
-
-        content = json.loads(getattr(payloads, body)(**fields).model_dump_json())
-        return client.get(common.get_request_id(common.make_authenticated_request("POST", path, json=content)))
+    """Returns the result of a request for which the client has no function with these fields."""
+    common = module("server.common")
+    payload = getattr(module("server.requests.payloads"), body)(**fields)
+    content = json.loads(payload.model_dump_json())
+    return sdk().get(common.get_request_id(common.make_authenticated_request("POST", path, json=content)))
 
 
+@translated()
 def excluded_files(folder: str) -> list[str]:
-    """What of a folder is not sent, files and folders relative to it: as git ignores, or as .skyignore says."""
-    with translated():
-        sdk()
-        from sky.data import storage_utils
-
-        return list(storage_utils.get_excluded_files(folder))
+    """Returns the files and folders of a folder that are not sent, as .gitignore or .skyignore says; relative paths."""
+    return list(module("data.storage_utils").get_excluded_files(folder))
 
 
+@translated()
 def enabled_clouds() -> list[str]:
-    """As ``sky check`` left them, in our spelling."""
-    with translated():
-        sdk()
-        from sky.client import sdk as client
-
-    return [str(name).lower() for name in call(client.enabled_clouds)]
+    """Returns the clouds that ``sky check`` enabled, in lower case."""
+    return [str(name).lower() for name in sdk().get(module("client.sdk").enabled_clouds())]
 
 
+@translated()
 def check_answers() -> None:
-    """Raises InfraError where no API server answers; every other question starts one on this machine."""
-    with translated():
-        sdk()
-        from sky.server import common
-
-        status = common.get_api_server_status().status.value
+    """Raises InfraError if no API server answers; every other request starts one on this machine."""
+    status = module("server.common").get_api_server_status().status.value
     if status != "healthy":
-        raise InfraError(f"no API server of SkyPilot's answers: {status} (sky api login for a team's server)")
+        raise InfraError(f"SkyPilot's API server does not answer: {status} (sky api login for a team's server)")
 
 
+@translated()
 def server() -> ApiServer:
-    """The API server, and what can be told of it from here: of a local one, that is on this machine, most."""
-    with translated():
-        client = sdk()
-        from sky.server import common
-        from sky.utils import common_utils, controller_utils
+    """Returns the API server; most facts are known only of a local one."""
+    common = module("server.common")
+    common.check_server_healthy()  # as every other request does; api_info alone says less about the failure
+    version, url = str(sdk().api_info().version), common.get_server_url()
+    found = ApiServer(url=masked(url), version=version, is_local=common.is_api_server_local(url))
+    if not found.is_local:
+        return found
 
-        common.check_server_healthy()  # as every other request does; api_info alone says less of one that is away
-        health = client.api_info()
-        url = common.get_server_url()
-        found = ApiServer(url=masked(url), version=str(health.version), is_local=common.is_api_server_local(url))
-        if not found.is_local:
-            return found
+    import psutil  # here: for `check` alone
 
-        running = find_controllers(Path.home())
-        return replace(
-            found,
-            consolidation=controller_utils.is_jobs_consolidation_mode(),
-            controllers=running.count,
-            controllers_mb=running.memory_mb,
-            free_mb=free_memory_mb(),
-            cpus=common_utils.get_cpu_count(),
-        )
+    count, memory_mb = find_controllers(Path.home())
+    return replace(
+        found,
+        consolidation=module("utils.controller_utils").is_jobs_consolidation_mode(),
+        controllers=count,
+        controllers_mb=memory_mb,
+        free_mb=psutil.virtual_memory().available / _MB,
+        cpus=module("utils.common_utils").get_cpu_count(),
+    )
 
 
+@translated()
 def machine(cluster: str) -> ProvisionedCluster | None:
-    """The record of a cluster, None where this machine's SkyPilot has none: the API server is elsewhere, say."""
-    with translated():
-        sdk()
-        from sky import global_user_state
-        from sky.server import common
-
-        record = global_user_state.get_cluster_from_name(cluster) if common.is_api_server_local() else None
-        if record is None:
-            return None
-        handle = record["handle"]
-        config = global_user_state.get_cluster_yaml_dict(handle.cluster_yaml)
-        return ProvisionedCluster(
-            name=handle.cluster_name_on_cloud,
-            provider=repr(handle.launched_resources.cloud),
-            config=config["provider"],
-            nodes=handle.launched_nodes,
-            workspace=record["workspace"],
-        )
+    """Returns a cluster's record, or None if this machine's SkyPilot has none, as with a remote API server."""
+    state = module("global_user_state")
+    is_local = module("server.common").is_api_server_local()
+    record = state.get_cluster_from_name(cluster) if is_local else None
+    if record is None:
+        return None
+    handle = record["handle"]
+    return ProvisionedCluster(
+        name=handle.cluster_name_on_cloud,
+        provider=repr(handle.launched_resources.cloud),
+        config=state.get_cluster_yaml_dict(handle.cluster_yaml)["provider"],
+        nodes=handle.launched_nodes,
+        workspace=record["workspace"],
+    )
 
 
+@translated()
 def terminate(machine: ProvisionedCluster) -> None:
-    """Terminates all instances of a cluster; SkyPilot finds out when it next looks."""
-    with translated():
-        sdk()
-        from sky import provision, skypilot_config
-
-        with skypilot_config.local_active_workspace_ctx(machine.workspace):
-            provision.terminate_instances(machine.provider, machine.name, dict(machine.config))
+    """Terminates all instances of a cluster. SkyPilot notices at its next poll."""
+    with module("skypilot_config").local_active_workspace_ctx(machine.workspace):
+        module("provision").terminate_instances(machine.provider, machine.name, dict(machine.config))
 
 
+@translated()
 def cloud(name: str) -> Any:
-    """SkyPilot's object for a cloud."""
-    with translated():
-        sdk()
-        from sky.utils import registry
-
-        return registry.CLOUD_REGISTRY.from_str(name)
+    """Returns SkyPilot's object for a cloud."""
+    return module("utils.registry").CLOUD_REGISTRY.from_str(name)
 
 
 def log_pieces(job_id: int, follow: bool, controller: bool = False) -> Iterator[str | None]:
-    """Text of a managed job's log, or of its controller's, as it comes."""
+    """Yields the text of a managed job's log, or of its controller's log, as it comes."""
     with translated():
         pieces = sdk().jobs.tail_logs(job_id=job_id, follow=follow, controller=controller, preload_content=False)
     while True:
@@ -387,23 +331,6 @@ def log_pieces(job_id: int, follow: bool, controller: bool = False) -> Iterator[
         yield piece
 
 
-_EVER_DAYS = 3650
-_LAUNCH = "sky.jobs.launch"  # as the API server names the request
-
-
-def _epoch(value: Any) -> float:
-    if isinstance(value, (int, float)):
-        return float(value)
-    return (value if isinstance(value, datetime) else datetime.fromisoformat(str(value))).timestamp()
-
-
-def _status(value: Any) -> str:
-    return str(getattr(value, "value", value))
-
-
-# What SkyPilot prints of a job, as the lines that the job printed.
-
-_TAKEN_DOWN = 137  # SkyPilot kills the others when one machine's process fails
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 # (NAME, pid=123) text, and (worker1, rank=1, pid=123, ip=10.0.0.2) text
 _PREFIX = re.compile(r"^\((?P<name>[^()]*?)(?:, rank=(?P<rank>\d+))?, pid=\d+(?:, ip=[^)]*)?\) ?")
@@ -411,19 +338,19 @@ _OF_SKYPILOT = re.compile(
     r"^(?:[├└]── |↳|✓ |✗ |⚙︎|[⠀-⣿]|Hint: |(?:Managed )?[Jj]ob finished|Waiting for task |<sky-payload|"
     r"The job cluster is preempted|Start streaming logs|ERROR: Job \d+ failed with return code)"
 )
-# What follows a last line that the program did not end, on that line.
+# SkyPilot's text after a last line that the program did not end.
 _GLUED = re.compile(r"[✓✗] Job finished \(status: [A-Z_]+\)\.$")
 _ANSI_CODES = re.compile(r"^ERROR: Job \d+ failed with return code list: *\[([\d, ]+)\]", re.MULTILINE)
 _BEGIN, _END = re.compile(r"^== Logs of the user job \(ID: \d+\) ==$"), re.compile(r"^== End of logs \(ID: \d+\) ==$")
 
 
 def plain(text: str) -> str:
-    """Without SkyPilot's colours."""
+    """Returns the text without SkyPilot's colours."""
     return _COLOUR.sub("", text)
 
 
 def lines_of(pieces: Iterable[str | None]) -> Iterator[str]:
-    """Whole lines from a stream of text; a last one that was never ended too. None is SkyPilot's spinner moving."""
+    """Yields whole lines from a stream of text, also an unfinished last one. SkyPilot's spinner sends None."""
     lines = LogLines()
     for piece in pieces:
         yield from lines.add(piece or "")
@@ -431,24 +358,27 @@ def lines_of(pieces: Iterable[str | None]) -> Iterator[str]:
 
 
 def exit_code(log: str) -> int | None:
-    """What the program of a failed job ended with, None where the log does not say it."""
+    """Returns the exit code of a failed job's program, or None if the log does not say it."""
     found = _ANSI_CODES.search(plain(log))
-    return deciding(int(code) for code in found[1].split(",")) if found else None
+    return first_failure(int(code) for code in found[1].split(",")) if found else None
 
 
-def deciding(codes: Iterable[int]) -> int:
-    """Of several machines' exit codes the first of one that failed by itself; 0 when none failed."""
+def first_failure(codes: Iterable[int]) -> int:
+    """Returns, of several machines' exit codes, the first of a machine that failed by itself; 0 if none failed.
+
+    When one machine's process fails, SkyPilot kills the others, which exit with 137.
+    """
     failed = [code for code in codes if code]
-    return next((code for code in failed if code != _TAKEN_DOWN), failed[0] if failed else 0)
+    return next((code for code in failed if code != 137), failed[0] if failed else 0)
 
 
-def begins(line: str) -> bool:
-    """Whether a log begins here: of a further machine, where one stream goes on to it."""
+def starts_log(line: str) -> bool:
+    """Returns whether a machine's log begins with this line; one stream may have several machines' logs."""
     return plain(line).startswith("├── Waiting for task resources")
 
 
-def said(line: str) -> str | None:
-    """A line as the program wrote it, None where SkyPilot itself speaks. Of several machines the rank is kept."""
+def program_line(line: str) -> str | None:
+    """Returns a line as the program wrote it, or None for SkyPilot's own lines. Ranks above 0 stay as a prefix."""
     line = plain(line).rstrip("\r")
     found = _PREFIX.match(line)
     if not found:
@@ -459,48 +389,40 @@ def said(line: str) -> str | None:
 
 
 def attempts_in(controller: Iterable[str]) -> list[list[str]]:
-    """What the program printed in each attempt that ended by itself, from the controller's log.
+    """Returns what the program printed in each attempt that ended by itself, from the controller's log.
 
-    SkyPilot keeps a job's log of its last machine only, but its controller copies what it reads before it lets a
-    machine go. Of a machine that vanished there was nothing left to read.
+    SkyPilot keeps the job's log of its last machine only, but its controller copies the log before it releases a
+    machine. A machine that vanished left nothing to copy.
     """
     found: list[list[str]] = []
-    inside = False
+    is_inside = False
     for line in controller:
         bare = plain(line).strip()
         if _BEGIN.match(bare):
             found.append([])
-            inside = True
+            is_inside = True
         elif _END.match(bare):
-            inside = False
-        elif inside and (text := said(line)) is not None:
+            is_inside = False
+        elif is_inside and (text := program_line(line)) is not None:
             found[-1].append(text)
     return found
 
 
-# SkyPilot's job controllers on this machine: as it wrote them down, and as they are.
-
-PIDS = ".sky/job_controller_pid"  # a line each, ``PID,STARTED_AT``; those that have gone stay in it
-_SLACK_S = 1.0
+PIDS = ".sky/job_controller_pid"  # a line each, ``PID,STARTED_AT``; also of controllers that have gone
 _MB = 2**20
 
 
-@dataclass(frozen=True)
-class Controllers:
-    """How many run, and what memory they and their children hold."""
+def find_controllers(home: Path) -> tuple[int, float]:
+    """Returns how many controllers run, and the memory that they and their children hold, in MB.
 
-    count: int
-    memory_mb: float
-
-
-def find_controllers(home: Path) -> Controllers:
-    """Those below ``~``; a process that has got the number of one that has gone is none."""
+    A process that reuses the number of a former controller does not count.
+    """
     try:
         lines = (home / PIDS).read_text().split()
     except OSError:
-        return Controllers(0, 0.0)
+        return 0, 0.0
     held = [mb for line in lines if (mb := _memory_mb(*line.partition(",")[::2])) is not None]
-    return Controllers(len(held), sum(held))
+    return len(held), sum(held)
 
 
 def _memory_mb(pid: str, started_at: str) -> float | None:
@@ -508,16 +430,9 @@ def _memory_mb(pid: str, started_at: str) -> float | None:
 
     try:
         process = psutil.Process(int(pid))
-        if started_at and abs(process.create_time() - float(started_at)) > _SLACK_S:
+        if started_at and abs(process.create_time() - float(started_at)) > 1:
             return None
         family = [process, *process.children(recursive=True)]
         return sum(one.memory_info().rss for one in family) / _MB
     except (ValueError, psutil.Error):
         return None
-
-
-def free_memory_mb() -> float:
-    """What this machine has left for further processes."""
-    import psutil  # here: for `check` alone
-
-    return psutil.virtual_memory().available / _MB

@@ -1,8 +1,4 @@
-"""The way onto a cluster: SkyPilot's ssh configuration, used so that it works with any HOME.
-
-OpenSSH takes ``~`` from the password database and not from $HOME, and so do the files that SkyPilot writes: the file
-and the key are named on the command line.
-"""
+"""Dev clusters: their ssh configuration, what SkyPilot does with them, what they cost, and the list of them."""
 
 import json
 import re
@@ -13,53 +9,54 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from spotune.core.errors import InfraError, InputError, SpotuneError
 from spotune.core.keys import Amount, Kind, Time, build
 from spotune.core.money import HOUR_S
-from spotune.core.records import ClusterRecord, PriceRow, read_clusters
+from spotune.core.records import ClusterRecord, read_clusters
 from spotune.launch.settings import Workspace
-from spotune.launch.skypilot import client, clusters
+from spotune.launch.skypilot import client
 from spotune.launch.skypilot import jobs as skypilot_jobs
-from spotune.launch.skypilot.jobs import Usage, usages
+from spotune.launch.skypilot.jobs import infra_text, price_row, usages
 
-GENERATED = ".sky/generated/ssh"
-STATE = ".spotune/watcher.json"
-_MOST_BYTES = 1 << 20  # of what a cluster says
+# Where a cluster can only be taken down: CloudImplementationFeatures.STOP in sky/clouds/*.py (0.14.1).
+_NO_STOP = (
+    *("slurm", "kubernetes", "k8s", "ssh", "runpod", "lambda", "verda", "cudo", "fluidstack", "hyperbolic"),
+    *("primeintellect", "shadeform", "yotta"),
+)
 
-
-@dataclass(frozen=True)
-class WatcherState:
-    """What a cluster's idle watcher wrote last; times in epoch seconds, ``stops_at`` None while somebody works."""
-
-    idle_minutes: Amount
-    last_active_at: Time
-    why: str
-    stops_at: Time | None = None
+Row = Mapping[str, Any]  # of SkyPilot's cost_report
+Warn = Callable[[str], None]
 
 
 def ssh_command(name: str, *options: str) -> list[str]:
-    """The ssh command for a cluster whose configuration is written."""
-    config = Path.home() / GENERATED / name
+    """Returns the ssh command for a cluster whose configuration is written.
+
+    It names the configuration and the key, so that any $HOME works: OpenSSH takes ``~`` from the password database.
+    """
+    config = Path.home() / ".sky/generated/ssh" / name
     if not config.is_file():
-        raise InputError(name, "no such cluster, or not up", remedy=f"spotune dev up --name {name}")
+        raise _not_up(name)
     keys = [line.split(None, 1)[1] for line in config.read_text().splitlines() if "IdentityFile" in line]
     identity = ["-i", str(Path(keys[0].strip('"')).expanduser())] if keys else []
     return ["ssh", "-F", str(config), *identity, "-o", "LogLevel=ERROR", *options, name]
 
 
-def write_config(*names: str, everyones: bool = False) -> None:
-    """Lets SkyPilot write its ssh configuration of clusters, as ``sky status NAME`` does; raises InputError where
-    there is none of a name, or not up. ``everyones``: other users' too, which nobody comes to without naming them.
+def _not_up(name: str) -> InputError:
+    return InputError(name, "no such cluster, or not up", remedy=f"spotune dev up --name {name}")
 
-    Every time, also where there is one: an API server that shares this HOME writes its own at each launch, which on
-    Slurm leads to the login node (sky/backends/cloud_vm_ray_backend.py, after provisioning).
+
+def write_config(*names: str, everyones: bool = False) -> None:
+    """Lets SkyPilot write its ssh configuration of clusters, as ``sky status NAME`` does; ``everyones``: also of other
+    users'. Raises InputError for a name without a cluster that is up.
+
+    An existing one is overwritten: an API server that shares this HOME writes its own at each launch, which on Slurm
+    leads to the login node (sky/backends/cloud_vm_ray_backend.py, after provisioning).
     """
     sky = client.sdk()
-    command = import_module(f"{sky.__name__}.client.cli.command")
+    command = client.module("client.cli.command")
     with client.translated():
         records = client.ask(sky.status(cluster_names=list(names), all_users=everyones, _include_credentials=True))
         proxy = command._get_ws_proxy_command()
@@ -69,32 +66,23 @@ def write_config(*names: str, everyones: bool = False) -> None:
     up = {record.name for record in records if record.status.value == "UP"}
     for name in names:
         if name not in up:
-            raise InputError(name, "no such cluster, or not up", remedy=f"spotune dev up --name {name}")
+            raise _not_up(name)
 
 
 def read(name: str, command: str, timeout_s: float = 60.0) -> str:
-    """What a command prints on a cluster; raises InfraError when it cannot be asked or fails."""
+    """Returns what a command prints on a cluster. Raises InfraError if it fails or does not answer."""
     argv = [*ssh_command(name, "-o", "BatchMode=yes"), command]
     try:
         done = subprocess.run(argv, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired as error:
         raise InfraError(f"{name}: no answer within {timeout_s:.0f} s (sky status -r {name})") from error
     if done.returncode:
-        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        raise InfraError(f"{name}: {said}")
+        raise InfraError(f"{name}: {' '.join(done.stderr.split()) or f'exit code {done.returncode}'}")
     return done.stdout
 
 
-def watcher_state(name: str) -> WatcherState | None:
-    """The state of the cluster's idle watcher. None where there is none, where it is damaged or cannot be asked for."""
-    try:
-        return read_as(name, f"head -c {_MOST_BYTES} ~/{STATE}", WatcherState, 30.0)
-    except (InfraError, InputError, ValueError):
-        return None
-
-
 def read_as(name: str, command: str, kind: type[Kind], timeout_s: float = 60.0) -> Kind:
-    """A dataclass from the JSON that a command prints on a cluster; raises ValueError where it is no such JSON."""
+    """Returns a dataclass from the JSON that a command prints on a cluster. Raises ValueError for any other output."""
     text = read(name, command, timeout_s)
     try:
         return build(kind, json.loads(text))
@@ -110,39 +98,22 @@ def attach(argv: Sequence[str]) -> int:
         raise InfraError(f"{argv[0]}: not installed here") from error
 
 
-# Dev clusters: brought up, listed, booked, and taken away again.
-
-# Dev clusters: what SkyPilot has, brings up, runs something on, and takes away again.
-
-# Where a cluster can only be taken down: CloudImplementationFeatures.STOP in sky/clouds/*.py (0.14.1).
-_NO_STOP = (
-    *("slurm", "kubernetes", "k8s", "ssh", "runpod", "lambda", "verda", "cudo", "fluidstack", "hyperbolic"),
-    *("primeintellect", "shadeform", "yotta"),
-)
-
-
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster as SkyPilot lists it.
-
-    Attributes:
-        status: INIT, UP or STOPPED; ``autostop_minutes`` of SkyPilot's own idle count, None where there is none.
-        price_usd_per_hour, spent_usd: as SkyPilot counts them, None where it does not know a price.
-        cpus, memory: of each machine as SkyPilot says it, memory in GB; empty where it does not.
-    """
+    """A cluster as SkyPilot lists it; a figure that SkyPilot does not know is None or empty."""
 
     name: str
-    status: str
+    status: str  # INIT, UP or STOPPED
     infra: str
     accelerators: dict[str, float]
     nodes: int
     launched_at: float
-    autostop_minutes: int | None
+    autostop_minutes: int | None  # SkyPilot's own idle limit; None: no limit
     to_down: bool
     price_usd_per_hour: float | None = None
     spent_usd: float | None = None
-    cpus: str = ""
-    memory: str = ""
+    cpus: str = ""  # of each machine, as SkyPilot writes it
+    memory: str = ""  # likewise, in GB
 
     @property
     def gpus(self) -> str:
@@ -154,31 +125,41 @@ class Cluster:
 
 
 def default_name(user: str) -> str:
-    """The dev cluster of a user who names none."""
+    """Returns the name of a user's own dev cluster."""
     slug = re.sub(r"[^a-z0-9]+", "-", user.lower()).strip("-")
     return f"dev-{slug}"[:30].rstrip("-")
 
 
 def list_clusters(names: list[str] | None = None) -> list[Cluster]:
-    """This user's clusters, not those of managed jobs; with ``names`` those of them that are there.
+    """Returns this user's clusters, without those of managed jobs; with ``names``, the existing ones of these names.
 
-    Those with autostop are looked after where they run, since they may be gone by themselves.
+    SkyPilot asks the cloud about clusters with autostop, since they may have stopped by themselves.
     """
     sky = client.sdk()
     records = client.call(sky.status, cluster_names=names, refresh=sky.StatusRefreshMode.AUTO)
     return [_cluster(record) for record in records if not record.is_managed]
 
 
-def with_prices(clusters: list[Cluster], rows: Sequence[Mapping[str, Any]]) -> list[Cluster]:
-    """The same clusters with what they cost: rows of SkyPilot's own report, at today's price."""
-    by_name = {row["name"]: row for row in rows if row.get("status") is not None}
-    return [_priced(cluster, by_name.get(cluster.name, {})) for cluster in clusters]
+def _cluster(record: Any) -> Cluster:
+    resources = getattr(record.handle, "launched_resources", None)
+    return Cluster(
+        name=record.name,
+        status=record.status.value,
+        infra=infra_text(record.cloud, record.region, getattr(resources, "zone", None)),
+        accelerators=dict(getattr(resources, "accelerators", None) or {}),
+        nodes=record.nodes,
+        launched_at=float(record.launched_at),
+        autostop_minutes=record.autostop if record.autostop >= 0 else None,
+        to_down=record.to_down,
+        cpus=str(record.cpus or ""),
+        memory=str(record.memory or ""),
+    )
 
 
 def own_cluster(name: str) -> Cluster | None:
-    """This user's cluster of that name, None where there is none; raises InputError for another's.
+    """Returns this user's cluster of that name, or None. Raises InputError for another user's.
 
-    SkyPilot itself would launch onto another's, and overwrite what is synced there. Who is whom its server knows.
+    SkyPilot would launch onto another user's cluster, and overwrite what is synced there.
     """
     if mine := list_clusters([name]):
         return mine[0]
@@ -189,12 +170,12 @@ def own_cluster(name: str) -> Cluster | None:
 
 
 def find_cluster(name: str) -> Cluster:
-    """Raises InputError for one that is not there, not up, or another's."""
+    """Returns this user's cluster. Raises InputError if it is missing, not up, or another user's."""
     return check_up(own_cluster(name), name)
 
 
 def check_up(cluster: Cluster | None, name: str) -> Cluster:
-    """Raises InputError for one that is not there or not up."""
+    """Returns the cluster. Raises InputError if it is missing or not up."""
     if cluster and cluster.status == "UP":
         return cluster
     what = f"is {cluster.status}, not UP" if cluster else "no such cluster"
@@ -202,27 +183,26 @@ def check_up(cluster: Cluster | None, name: str) -> Cluster:
 
 
 def launch(task: Mapping[str, Any], name: str, idle_minutes: int, down: bool) -> None:
-    """Brings a cluster up, or starts a stopped one; what SkyPilot says of it goes to stderr."""
+    """Brings a cluster up, or starts a stopped one. SkyPilot's output goes to stderr."""
     sky = client.sdk()
     with client.translated(), redirect_stdout(sys.stderr):
         request = sky.launch(client.task(task), cluster_name=name, idle_minutes_to_autostop=idle_minutes, down=down)
-        job_id, _ = client.watch(request, sys.stderr)
+        job_id, _ = sky.stream_and_get(request, output_stream=sys.stderr)
     if job_id:
         see_setup(name, job_id)
 
 
 def see_setup(name: str, job_id: int) -> None:
-    """Shows a setup until it is done; raises InfraError when it fails."""
+    """Shows a setup's log until it is done. Raises InfraError if the setup fails."""
     if skypilot_jobs.follow(name, job_id, out=sys.stderr):
-        raise InfraError(
-            f"{name}: its setup failed (spotune dev up again once it is mended, or spotune dev down {name})"
-        )
+        remedy = f"mend it, then spotune dev up again, or spotune dev down {name}"
+        raise InfraError(f"{name}: its setup failed ({remedy})")
 
 
 def execute(task: Mapping[str, Any], name: str) -> int:
-    """Puts a job into the cluster's queue, its working directory synced; returns its number.
+    """Syncs the working directory and puts a job into the cluster's queue; returns the job's number.
 
-    Ctrl-C meanwhile calls the request off, which may have come as far as the queue already.
+    Ctrl-C cancels the request; the job may be in the queue all the same.
     """
     sky = client.sdk()
     with client.translated(), redirect_stdout(sys.stderr):
@@ -241,15 +221,15 @@ def cancel(name: str, job_id: int) -> None:
 
 
 def withdraw(name: str, job: str) -> None:
-    """Cancels the newest job of that name, where handing it in was stopped but came as far as the cluster's queue."""
-    with suppress(InfraError, InputError):  # what stopped it is what is reported
+    """Cancels the newest active job of that name, whose submission was interrupted."""
+    with suppress(InfraError, InputError):  # the caller reports the interruption
         if active := [one for one in list_jobs(name) if one.name == job and one.is_active]:
             cancel(name, active[-1].id)
 
 
 @dataclass(frozen=True)
 class ClusterJob:
-    """A job in a cluster's queue; ``status`` in SkyPilot's words."""
+    """A job in a cluster's queue; ``status`` is SkyPilot's."""
 
     id: int
     name: str
@@ -261,19 +241,15 @@ class ClusterJob:
 
 
 def list_jobs(name: str) -> list[ClusterJob]:
-    """This user's jobs of a cluster since it was launched, oldest first."""
+    """Returns this user's jobs of a cluster since its launch, oldest first."""
     records = client.call(client.sdk().queue, name)
     jobs = [ClusterJob(int(record.job_id), str(record.job_name), record.status.value) for record in records]
     return sorted(jobs, key=lambda job: job.id)
 
 
-def running_jobs(name: str) -> list[str]:
-    """Names of the jobs in a cluster's queue that are not over."""
-    return [job.name for job in list_jobs(name) if job.is_active]
-
-
 def set_autostop(name: str, minutes: int, down: bool) -> bool:
-    """Returns whether the cluster will be taken down: as asked, or since this machine, a spot one say, cannot stop."""
+    """Sets SkyPilot's autostop. Returns whether the cluster will be taken down: as asked, or because this machine (a
+    spot one, say) cannot stop."""
     sky = client.sdk()
     try:
         client.call(sky.autostop, name, minutes, down=down)
@@ -285,21 +261,6 @@ def set_autostop(name: str, minutes: int, down: bool) -> bool:
     return down
 
 
-def stop(name: str) -> None:
-    """Raises InputError where clusters can only be taken down."""
-    check_can_stop(find_cluster(name).infra, f"spotune dev down {name}", name)
-    with client.translated(name):
-        client.ask(client.sdk().stop(name))
-
-
-def take_down(name: str) -> None:
-    """Raises InputError for a cluster that is not there."""
-    if not list_clusters([name]):
-        raise InputError(name, "no such cluster", remedy="spotune dev ls")
-    with client.translated(name):
-        client.ask(client.sdk().down(name))
-
-
 def can_stop(infra: str) -> bool:
     return infra.split("/", 1)[0].lower() not in _NO_STOP
 
@@ -309,43 +270,26 @@ def check_can_stop(infra: str, remedy: str, where: str) -> None:
         raise InputError(where, f"{infra} cannot stop a cluster, only take it down", remedy=remedy)
 
 
-def _cluster(record: Any) -> Cluster:
-    resources = getattr(record.handle, "launched_resources", None)
-    places = [str(place) for place in (record.cloud, record.region, getattr(resources, "zone", None)) if place]
-    return Cluster(
-        name=record.name,
-        status=record.status.value,
-        infra="/".join([places[0].lower(), *places[1:]]) if places else "",
-        accelerators=dict(getattr(resources, "accelerators", None) or {}),
-        nodes=record.nodes,
-        launched_at=float(record.launched_at),
-        autostop_minutes=record.autostop if record.autostop >= 0 else None,
-        to_down=record.to_down,
-        cpus=str(record.cpus or ""),
-        memory=str(record.memory or ""),
-    )
+def stop(name: str) -> None:
+    """Stops a cluster. Raises InputError if its infrastructure can only take clusters down."""
+    check_can_stop(find_cluster(name).infra, f"spotune dev down {name}", name)
+    with client.translated(name):
+        client.ask(client.sdk().stop(name))
 
 
-def _priced(cluster: Cluster, row: Mapping[str, Any]) -> Cluster:
-    cost, duration = row.get("total_cost"), row.get("duration")
-    if cost is None or not duration:
-        return cluster
-    price = cost * 3600 / duration if cluster.status == "UP" else 0.0
-    return replace(cluster, price_usd_per_hour=price, spent_usd=cost)
-
-
-# What dev clusters were paid for, from SkyPilot's report into the bucket: ``core/records.py``.
-#
-# No verb fails because of it: what could not be booked is one line, and the next verb books it.
-
-SOURCE = "SkyPilot's cost report"
-
-Row = Mapping[str, Any]  # of cost_report
-Warn = Callable[[str], None]
+def take_down(name: str) -> None:
+    """Takes a cluster down. Raises InputError if there is none of that name."""
+    if not list_clusters([name]):
+        raise InputError(name, "no such cluster", remedy="spotune dev ls")
+    with client.translated(name):
+        client.ask(client.sdk().down(name))
 
 
 def book(workspace: Workspace, rows: Sequence[Row], warn: Warn, clock: Callable[[], float] = time.time) -> None:
-    """Writes the records of the clusters in ``rows``; one whose first record this is gets its price now, for good."""
+    """Writes the records of the clusters in ``rows`` to the bucket. A cluster's first record fixes its price.
+
+    No verb fails because of it: an error is one line, and the next verb tries again.
+    """
     if not rows:
         return
     try:
@@ -354,21 +298,21 @@ def book(workspace: Workspace, rows: Sequence[Row], warn: Warn, clock: Callable[
         for record in booked(rows, known, workspace.env.user, workspace.settings.team, clock()):
             store.write(record.key, record.to_bytes())
     except SpotuneError as error:
-        warn(f"what the cluster costs is not booked: {error}")
+        warn(f"the cluster's cost is not booked: {error}")
 
 
 def book_names(workspace: Workspace, names: Sequence[str], warn: Warn) -> None:
-    """Asks SkyPilot what was paid for clusters of these names, and books it."""
+    """Asks SkyPilot for the cost of clusters of these names, and books it."""
     try:
         rows = client.cost_rows(names)
     except SpotuneError as error:
-        warn(f"what {', '.join(names)} cost is not booked: {error}")
-        return
-    book(workspace, rows, warn)
+        warn(f"the cost of {', '.join(names)} is not booked: {error}")
+    else:
+        book(workspace, rows, warn)
 
 
 def book_open(workspace: Workspace, warn: Warn) -> None:
-    """Books those that were still paid for when they were last booked; without any SkyPilot is not asked."""
+    """Books the clusters that were still paid for at their last booking. Without any, it does not ask SkyPilot."""
     if names := sorted({record.name for record in read_clusters(workspace.store()) if record.is_up}):
         book_names(workspace, names, warn)
 
@@ -376,99 +320,91 @@ def book_open(workspace: Workspace, warn: Warn) -> None:
 def booked(
     rows: Sequence[Row], known: Sequence[ClusterRecord], owner: str, team: str, now: float
 ) -> Iterator[ClusterRecord]:
-    """The records as they are now. Of a name only the newest cluster is taken in anew: it is the one at hand."""
+    """Yields the records that are new or have changed. Of several unknown clusters of a name, it takes the newest."""
     by_hash = {record.cluster_hash: record for record in known}
     newest: set[str] = set()
-    for row in sorted(rows, key=_launched_at, reverse=True):
-        name, used = str(row["name"]), usages(row)
+    for row in sorted(rows, key=lambda row: max((one.started_at for one in usages(row)), default=0.0), reverse=True):
+        used = usages(row)
+        name, cluster_hash = str(row["name"]), str(row["cluster_hash"])
         is_newest = name not in newest
         newest.add(name)
         spans: list[list[float | None]] = [[usage.started_at, usage.ended_at] for usage in used]
-        if record := by_hash.get(str(row["cluster_hash"])):
+        if record := by_hash.get(cluster_hash):
             if spans and (record.is_up or spans != record.spans):
                 yield replace(record, spans=spans, updated_at=now)
         elif is_newest and used and row.get("duration"):
+            place, nodes = used[0].place, used[0].nodes
+            usd_per_hour = (row.get("total_cost") or 0.0) / float(row["duration"]) * HOUR_S / nodes
+            price = price_row(place, round(usd_per_hour, 6), "SkyPilot's cost report", now)
             yield ClusterRecord(
                 name=name,
-                cluster_hash=str(row["cluster_hash"]),
+                cluster_hash=cluster_hash,
                 launched_at=used[0].started_at,
                 owner=owner,
                 team=team,
-                infra="/".join(part for part in (used[0].cloud, used[0].region, used[0].zone) if part),
-                accelerators=used[0].accelerators,
-                nodes=used[0].nodes,
-                price=_price(row, used[0], now),
+                infra=infra_text(place.infra, place.region, place.zone),
+                accelerators=place.accelerators,
+                nodes=nodes,
+                price=vars(price) if usd_per_hour > 0 else {},
                 spans=spans,
                 updated_at=now,
             )
 
 
-def _price(row: Row, used: Usage, now: float) -> dict[str, Any]:
-    """The row of one node at SkyPilot's price of now; empty where it knows none."""
-    usd_per_hour = (row.get("total_cost") or 0.0) / float(row["duration"]) * HOUR_S / used.nodes
-    if not usd_per_hour > 0:
-        return {}
-    return vars(
-        PriceRow(
-            infra=used.cloud,
-            region=used.region or "*",
-            zone=used.zone or "*",
-            instance_type=used.instance_type,
-            accelerators=used.accelerators,
-            use_spot=used.use_spot,
-            price_usd_per_hour=round(usd_per_hour, 6),
-            source=SOURCE,
-            at=now,
-        )
-    )
+@dataclass(frozen=True)
+class WatcherState:
+    """What a cluster's idle watcher wrote last; times in epoch seconds, ``stops_at`` None while somebody works."""
 
-
-def _launched_at(row: Row) -> float:
-    return max((usage.started_at for usage in usages(row)), default=0.0)
-
-
-# Dev clusters with what their idle watchers say.
+    idle_minutes: Amount
+    last_active_at: Time
+    why: str
+    stops_at: Time | None = None
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A cluster and its idle watcher.
-
-    Attributes:
-        idle_minutes: how long it may be without work, None for ever.
-        last_active_at: when somebody worked last, None when nobody knows.
-        stops_at: when it stops if nobody works any more, None while somebody does.
-        why: what holds it, or since when nothing does.
-    """
+    """A cluster and its idle watcher: a row of ``dev ls``."""
 
     cluster: Cluster
-    idle_minutes: float | None
-    last_active_at: float | None
-    stops_at: float | None
-    why: str
+    idle_minutes: float | None  # how long it may be idle; None: without limit
+    last_active_at: float | None  # when somebody worked last; None if that is unknown
+    stops_at: float | None  # when it stops if nobody works again; None while somebody works
+    why: str  # what keeps it up, or since when it is idle
 
     def as_row(self) -> dict[str, Any]:
-        """A row of ``dev ls --format json``."""
-        rest = {name: value for name, value in vars(self).items() if name != "cluster"}
-        return {**asdict(self.cluster), **rest}
+        """Returns a row of ``dev ls --format json``."""
+        rest = asdict(self)
+        return {**rest.pop("cluster"), **rest}
 
 
 def list_dev(workspace: Workspace, warn: Warn) -> list[Listed]:
-    """This user's clusters, each asked for its idle watcher's word; what they were paid for is booked on the way."""
-    found = clusters.list_clusters()
+    """Returns this user's clusters with their idle watchers' states, and books what they cost."""
+    found = list_clusters()
     rows = client.cost_rows([cluster.name for cluster in found]) if found else []
     book(workspace, rows, warn)
-    found = clusters.with_prices(found, rows)
     if up := [cluster.name for cluster in found if cluster.status == "UP"]:
         write_config(*up)
+    by_name = {row["name"]: row for row in rows if row.get("status") is not None}
     with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(_listed, found))
+        return list(pool.map(lambda cluster: _listed(_priced(cluster, by_name.get(cluster.name, {}))), found))
+
+
+def _priced(cluster: Cluster, row: Row) -> Cluster:
+    """Returns the cluster with its cost from SkyPilot's report, at today's price."""
+    cost, duration = row.get("total_cost"), row.get("duration")
+    if cost is None or not duration:
+        return cluster
+    price = cost * HOUR_S / duration if cluster.status == "UP" else 0.0
+    return replace(cluster, price_usd_per_hour=price, spent_usd=cost)
 
 
 def _listed(cluster: Cluster) -> Listed:
-    state = watcher_state(cluster.name) if cluster.status == "UP" else None
-    if state is None:
-        known = cluster.autostop_minutes is not None
-        why = "no idle watcher: SkyPilot counts jobs and ssh terminals" if cluster.status == "UP" and known else ""
-        return Listed(cluster, cluster.autostop_minutes, None, None, why)
-    return Listed(cluster, state.idle_minutes, state.last_active_at, state.stops_at, state.why)
+    state = None
+    if cluster.status == "UP":
+        with suppress(InfraError, InputError, ValueError):  # no watcher, a damaged file, no answer
+            state = read_as(cluster.name, f"head -c {1 << 20} ~/.spotune/watcher.json", WatcherState, 30.0)
+    if state:
+        return Listed(cluster, state.idle_minutes, state.last_active_at, state.stops_at, state.why)
+    is_counted = cluster.status == "UP" and cluster.autostop_minutes is not None
+    why = "no idle watcher: SkyPilot counts jobs and ssh terminals" if is_counted else ""
+    return Listed(cluster, cluster.autostop_minutes, None, None, why)

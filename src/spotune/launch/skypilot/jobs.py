@@ -1,4 +1,4 @@
-"""SkyPilot's managed jobs and their logs."""
+"""SkyPilot's managed jobs as runs, its history of clusters as paid intervals, and its jobs' logs."""
 
 import io
 import re
@@ -10,30 +10,25 @@ from typing import Any, TextIO
 
 from spotune.core.errors import InfraError
 from spotune.core.io import MOST_CHARS
+from spotune.core.money import Place
+from spotune.core.records import PriceRow
 from spotune.launch.engine import JobStatus, PaidInterval, State
 from spotune.launch.skypilot import client
-from spotune.launch.skypilot.client import attempts_in, begins, deciding, exit_code, lines_of, said
+from spotune.launch.skypilot.client import attempts_in, exit_code, first_failure, lines_of, program_line, starts_log
 from spotune.launch.status import Outage
 
-# SkyPilot's managed jobs as runs, and its history of clusters as paid intervals. Pure.
-
-# SkyPilot's managed jobs as runs: pure. Several jobs of one name, a run and its resumes, are one run.
-
-MARK = "spotune"  # in a task's metadata: whose run it is, and where it keeps its state
-# What is asked of each job: SkyPilot's default leaves out the half of it, all of it holds whole task files.
+MARK = "spotune"  # key in a task's metadata: the run's user, place, bucket and priority
+# The fields to ask of each job: SkyPilot's default lacks half of them, and all fields would hold whole task files.
 FIELDS = (
     "job_id", "task_id", "job_name", "status", "schedule_state", "submitted_at", "start_at", "end_at", "recovery_count",
     "failure_reason", "details", "cloud", "region", "zone", "priority", "user_name", "metadata", "current_cluster_name",
     "cluster_name_on_cloud",
 )  # fmt: skip
-_STATES: dict[str, State] = {
+_STATES: dict[str, State] = {  # any other is RUNNING
     "PENDING": "PENDING",
     "SUBMITTED": "PENDING",
     "STARTING": "STARTING",
-    "RUNNING": "RUNNING",
-    "WINDING_DOWN": "RUNNING",
     "RECOVERING": "RECOVERING",
-    "CANCELLING": "RUNNING",
     "SUCCEEDED": "SUCCEEDED",
     "CANCELLED": "CANCELLED",
 }
@@ -45,12 +40,11 @@ _FAILURES = {
 }
 _BY_INFRA = ("FAILED_NO_RESOURCE", "FAILED_PRECHECKS", "FAILED_CONTROLLER")
 _CODES = re.compile(r"exit codes? \[?(\d+(?:, \d+)*)\]?")
-_ENDED = ("SUCCEEDED", "CANCELLED")
 
 
 @dataclass(frozen=True)
 class ManagedJob:
-    """One managed job of SkyPilot, as far as we look at it. Times are epoch seconds."""
+    """One managed job of SkyPilot. Times are epoch seconds."""
 
     id: int
     run_id: str
@@ -65,33 +59,30 @@ class ManagedJob:
     region: str = ""
     priority: int | None = None
     user: str = ""
-    cluster: str = ""  # as SkyPilot calls it; the same in every attempt
-    cluster_on_cloud: str = ""  # as the infrastructure calls it
-    marks: Mapping[str, Any] | None = None  # what we wrote into its metadata; None: not one of ours
+    cluster: str = ""  # SkyPilot's name of its cluster, the same in every attempt
+    cluster_on_cloud: str = ""  # the infrastructure's name of it
+    marks: Mapping[str, Any] | None = None  # what spotune wrote into its metadata; None if the job is not spotune's
 
     @property
     def is_ended(self) -> bool:
-        return self.status in _ENDED or self.status.startswith("FAILED")
+        return self.status.startswith(("SUCCEEDED", "CANCELLED", "FAILED"))
 
     @property
     def attempts(self) -> int:
-        """Machines it was given so far."""
+        """The number of machines that it got so far."""
         began = self.start_at is not None or self.status in ("STARTING", "RUNNING", "RECOVERING", "WINDING_DOWN")
         return self.recoveries + 1 if began or self.recoveries else 0
 
     @property
     def exit_code(self) -> int | None:
-        """Of the program, as SkyPilot tells it: of several machines the one that failed by itself."""
-        if self.status == "SUCCEEDED":
-            return 0
-        return exit_code_in(self.failure_reason)
+        """The program's exit code as SkyPilot reports it; of several machines, the one that failed by itself."""
+        return 0 if self.status == "SUCCEEDED" else exit_code_in(self.failure_reason)
 
 
 def managed_job(record: Any) -> ManagedJob:
-    """From a ManagedJobRecord."""
-    places = [_given(getattr(record, name, None)) for name in ("cloud", "region", "zone")]
-    metadata = record.metadata if isinstance(record.metadata, Mapping) else {}
-    marks = metadata.get(MARK)
+    """Reads SkyPilot's ManagedJobRecord."""
+    marks = record.metadata.get(MARK) if isinstance(record.metadata, Mapping) else None
+    cloud, region, zone = (getattr(record, name, None) for name in ("cloud", "region", "zone"))
     return ManagedJob(
         id=record.job_id,
         run_id=record.job_name or "",
@@ -102,8 +93,8 @@ def managed_job(record: Any) -> ManagedJob:
         recoveries=record.recovery_count or 0,
         failure_reason=record.failure_reason or "",
         details=record.details or "",
-        infra="/".join([places[0].lower(), *places[1:]]).rstrip("/") if places[0] else "",
-        region=places[1],
+        infra=infra_text(cloud, region, zone),
+        region=_given(region),
         priority=record.priority,
         user=record.user_name or "",
         cluster=record.current_cluster_name or f"{record.job_name}-{record.job_id}",
@@ -112,23 +103,35 @@ def managed_job(record: Any) -> ManagedJob:
     )
 
 
-def run_status(jobs: Sequence[ManagedJob], known: JobStatus | None = None) -> JobStatus:
-    """The run that these jobs are: the newest decides its state, their attempts add up.
+def infra_text(cloud: Any, region: Any, zone: Any) -> str:
+    """Returns ``slurm/lab/spot`` from SkyPilot's names; a missing name is None, ``-`` or empty."""
+    places = [_given(cloud).lower(), _given(region), _given(zone)]
+    return "/".join(place for place in places if place) if places[0] else ""
 
-    ``known``: how it was submitted from here; else as the jobs' own marks say.
+
+def run_status(jobs: Sequence[ManagedJob], submitted: JobStatus | None = None) -> JobStatus:
+    """Returns the status of a run from its jobs, one for each resume: the newest decides its state, attempts add up.
+
+    ``submitted``: how the run was submitted from here; by default that is read from the jobs' marks.
     """
     ordered = sorted(jobs, key=lambda job: job.id)
-    first, newest = ordered[0], ordered[-1]
+    newest = ordered[-1]
     marks = newest.marks or {}
     attempts = sum(job.attempts for job in ordered)
-    asked = known.priority if known else marks.get("priority")
-    return JobStatus(
+    before = submitted or JobStatus(
         run_id=newest.run_id,
-        state=state_of(newest),
-        priority=newest.priority if newest.priority is not None else int(asked or 0),
-        user=known.user if known else str(marks.get("user") or newest.user),
-        infra=newest.infra or (known.infra if known else str(marks.get("infra") or "")),
-        submitted_at=known.submitted_at if known else first.submitted_at,
+        state="PENDING",
+        priority=int(marks.get("priority") or 0),
+        user=str(marks.get("user") or newest.user),
+        infra=str(marks.get("infra") or ""),
+        submitted_at=ordered[0].submitted_at,
+        bucket=str(marks.get("bucket") or ""),
+    )
+    return replace(
+        before,
+        state="FAILED" if newest.status.startswith("FAILED") else _STATES.get(newest.status, "RUNNING"),
+        priority=before.priority if newest.priority is None else newest.priority,
+        infra=newest.infra or before.infra,
         started_at=min((job.start_at for job in ordered if job.start_at), default=None),
         ended_at=newest.end_at if newest.is_ended else None,
         attempt=attempts,
@@ -136,16 +139,11 @@ def run_status(jobs: Sequence[ManagedJob], known: JobStatus | None = None) -> Jo
         reason=reason_of(newest),
         exit_code=newest.exit_code,
         by_infra=newest.status in _BY_INFRA,
-        bucket=known.bucket if known else str(marks.get("bucket") or ""),
     )
 
 
-def state_of(job: ManagedJob) -> State:
-    return "FAILED" if job.status.startswith("FAILED") else _STATES.get(job.status, "RUNNING")
-
-
 def reason_of(job: ManagedJob) -> str:
-    """Why it stands as it does, in one line without SkyPilot's advice to look elsewhere."""
+    """Returns the reason of a job's status in one line, without SkyPilot's advice to look elsewhere."""
     if job.status == "CANCELLING":
         return "being cancelled"
     if job.status == "CANCELLED":
@@ -155,27 +153,18 @@ def reason_of(job: ManagedJob) -> str:
     if not job.status.startswith("FAILED"):
         return ""
     prefix = _FAILURES.get(job.status, "")
-    code = job.exit_code
-    if code is not None:
-        return f"{prefix if job.status == 'FAILED_SETUP' else ''}exited with code {code}"
+    if job.exit_code is not None:
+        return f"{prefix if job.status == 'FAILED_SETUP' else ''}exited with code {job.exit_code}"
     return f"{prefix}{_line(job.failure_reason)}"
 
 
 def exit_code_in(text: str) -> int | None:
     found = _CODES.search(text)
-    return deciding(int(code) for code in found[1].split(", ")) if found else None
-
-
-def by_run(jobs: Iterable[ManagedJob]) -> list[list[ManagedJob]]:
-    """The jobs of each run together: a name means one run in one bucket, others may use it in theirs."""
-    found: dict[tuple[str, str], list[ManagedJob]] = {}
-    for job in jobs:
-        found.setdefault((job.run_id, str((job.marks or {}).get("bucket"))), []).append(job)
-    return list(found.values())
+    return first_failure(int(code) for code in found[1].split(", ")) if found else None
 
 
 def _line(text: str) -> str:
-    """One line, without the name of the exception and without ``To see the details, run: …``."""
+    """Returns one line, without the exception's name and without ``To see the details, run: …``."""
     text = re.split(r"\.?\s*To (?:see the (?:details|job error)|fix: )", " ".join(text.split()))[0]
     text = re.sub(r"^\[sky\.exceptions\.\w+\] ", "", text)
     return text.removeprefix("Recovering: ").removeprefix("Failure: ")
@@ -185,17 +174,9 @@ def _given(value: Any) -> str:
     return "" if value in (None, "-", "") else str(value)
 
 
-# SkyPilot's history of clusters as paid intervals: pure. One row a machine that a managed job was given.
-#
-# What was paid is in ``cost_report``, by the cluster's name ``<job>-<id>``; why each machine went is in the job's
-# events, by time. Prices are never taken from here: SkyPilot looks them up anew each time it is asked.
-
-_SLACK_S = 5.0  # a machine's end is noted before or after the event that tells of it
-
-
 @dataclass(frozen=True)
 class Event:
-    """A change of a managed job's status, as SkyPilot keeps it."""
+    """A change of a managed job's status; ``at`` in epoch seconds."""
 
     at: float
     status: str
@@ -204,41 +185,39 @@ class Event:
 
 @dataclass(frozen=True)
 class Usage:
-    """From when to when a cluster was paid for, epoch seconds; ``ended_at`` None: still."""
+    """A time in which a cluster was paid for, epoch seconds; ``ended_at`` None: it still is."""
 
     cluster: str
     started_at: float
     ended_at: float | None
+    place: Place
     nodes: int = 1
-    cloud: str = ""
-    region: str = ""
-    zone: str = ""
-    instance_type: str = ""
-    accelerators: str = ""
-    use_spot: bool = False
 
 
 def usages(row: Mapping[str, Any]) -> list[Usage]:
-    """From a row of ``cost_report``."""
+    """Reads a row of ``cost_report``."""
     resources = row.get("resources")
-    found = Usage(
-        cluster=str(row.get("name") or ""),
-        started_at=0.0,
-        ended_at=None,
-        nodes=int(row.get("num_nodes") or 1),
-        cloud=str(getattr(resources, "cloud", None) or row.get("cloud") or "").lower(),
+    place = Place(
+        infra=str(getattr(resources, "cloud", None) or row.get("cloud") or "").lower(),
         region=str(getattr(resources, "region", None) or row.get("region") or ""),
         zone=str(getattr(resources, "zone", None) or ""),
         instance_type=str(getattr(resources, "instance_type", None) or ""),
         accelerators=accelerators_of(getattr(resources, "accelerators", None)),
         use_spot=bool(getattr(resources, "use_spot", False)),
     )
+    name, nodes = str(row.get("name") or ""), int(row.get("num_nodes") or 1)
     spans = row.get("usage_intervals") or []
-    return [replace(found, started_at=float(began), ended_at=_time(ended)) for began, ended in spans]
+    return [Usage(name, float(began), None if end is None else float(end), place, nodes) for began, end in spans]
+
+
+def price_row(place: Place, usd_per_hour: float, source: str, at: float) -> PriceRow:
+    """Returns a place's price, US dollars an hour of one node. A missing region or zone becomes ``*``."""
+    facts = {**vars(place), "region": place.region or "*", "zone": place.zone or "*"}
+    return PriceRow(**facts, price_usd_per_hour=usd_per_hour, source=source, at=at)
 
 
 def accelerators_of(found: Any) -> str:
-    """``{"L4": 1}`` -> ``L4:1``; empty for none."""
+    """Returns ``L4:1`` for ``{"L4": 1}``; empty for no accelerators."""
     if not isinstance(found, Mapping) or not found:
         return ""
     name, count = next(iter(found.items()))
@@ -252,11 +231,11 @@ def intervals(
     events: Mapping[int, Sequence[Event]],
     preemptible: Sequence[str] = (),
 ) -> list[PaidInterval]:
-    """The machines of a run, oldest first.
+    """Returns the machines of a run, oldest first.
 
-    Args:
-        events: by managed job.
-        preemptible: Slurm partitions, ``CLUSTER/PARTITION``, that count as spot: Slurm itself knows no such thing.
+    ``used`` is from ``cost_report``, where the cluster ``<job>-<id>`` is a job's. ``events``, by the job's id, tell why
+    each machine ended. SkyPilot's prices are not used: it looks them up again each time.
+    ``preemptible``: Slurm partitions, ``CLUSTER/PARTITION``, that count as spot; Slurm itself has no spot machines.
     """
     rows: list[PaidInterval] = []
     by_cluster: dict[str, list[Usage]] = {}
@@ -267,34 +246,25 @@ def intervals(
         for index, usage in enumerate(spans):
             following = spans[index + 1].started_at if index + 1 < len(spans) else None
             reason, code = _end(usage, following, job, events.get(job.id, ()))
-            partition = f"{usage.region}/{usage.zone}"
-            rows.append(
-                PaidInterval(
-                    run_id=run_id,
-                    started_at=usage.started_at,
-                    ended_at=usage.ended_at,
-                    infra=usage.cloud,
-                    region=usage.region,
-                    zone=usage.zone,
-                    instance_type=usage.instance_type,
-                    accelerators=usage.accelerators,
-                    use_spot=usage.use_spot or (usage.cloud == "slurm" and partition in preemptible),
-                    nodes=usage.nodes,
-                    end_reason=reason,
-                    exit_code=code,
-                )
-            )
+            place = usage.place
+            if place.infra == "slurm" and f"{place.region}/{place.zone}" in preemptible:
+                place = replace(place, use_spot=True)
+            facts = {**vars(place), "nodes": usage.nodes, "end_reason": reason, "exit_code": code}
+            rows.append(PaidInterval(run_id, usage.started_at, usage.ended_at, **facts))
     return sorted(rows, key=lambda row: row.started_at)
 
 
 def _end(usage: Usage, following: float | None, job: ManagedJob, events: Sequence[Event]) -> tuple[str, int | None]:
-    """(why the machine went, exit code of the program): what the first end within its time says."""
+    """Returns (why a machine ended, the program's exit code), from the first ending event within its time."""
     until = following if following is not None else float("inf")
     for event in sorted(events, key=lambda event: event.at):
-        if not usage.started_at <= event.at < until + _SLACK_S:
+        # SkyPilot notes a machine's end some seconds before or after the event that reports it.
+        if not usage.started_at <= event.at < until + 5:
             continue
         if event.status == "RECOVERING":
-            return _of_recovery(event.reason)
+            if (code := exit_code_in(event.reason)) is not None:
+                return "exited", code
+            return ("preempted" if re.search(r"preempt", event.reason, re.IGNORECASE) else "lost"), None
         if event.status == "SUCCEEDED":
             return "exited", 0
         if event.status in ("CANCELLED", "CANCELLING"):
@@ -308,33 +278,16 @@ def _end(usage: Usage, following: float | None, job: ManagedJob, events: Sequenc
     return "lost", None
 
 
-def _of_recovery(reason: str) -> tuple[str, int | None]:
-    code = exit_code_in(reason)
-    if code is not None:
-        return "exited", code
-    return ("preempted" if re.search(r"preempt", reason, re.IGNORECASE) else "lost"), None
-
-
-def _time(value: Any) -> float | None:
-    return None if value is None else float(value)
-
-
-# Logs of SkyPilot's jobs: followed to their end, and found again after a lost connection.
-
-# The log of a cluster's job as it is written, through losses of the connection.
-
-# Between two tries to see a log again, after SkyPilot's client has tried by itself; anew when there was something new.
+# Pauses between two tries to read a log, after the tries of SkyPilot's client; they start over once there is news.
 WAITS_S = (2, 5, 15, 60)
-# What `tail_logs` returns of a job that has ended: sky/exceptions.py, JobExitCode.
-_SUCCEEDED, _FAILED, _CANCELLED = 0, 100, 103
-_GONE = ("ClusterDoesNotExist", "ClusterNotUpError")
+_SUCCEEDED, _FAILED, _CANCELLED = 0, 100, 103  # `tail_logs` of a job that has ended: sky/exceptions.py, JobExitCode
 
 
 def follow(name: str, job_id: int, sleep: Callable[[float], None] = time.sleep, out: TextIO | None = None) -> int:
-    """Prints a job's log until it ends; returns its script's exit code, 1 where SkyPilot does not tell it.
+    """Prints a cluster job's log until the job ends; returns its script's exit code, 1 if that is unknown.
 
-    Raises InfraError when the log is not to be had any more, and BrokenPipeError when nobody reads it here; the job
-    goes on.
+    Raises InfraError if the log cannot be read any more, and BrokenPipeError if the reader of our output has left. The
+    job goes on.
     """
     log = JobLog(out or sys.stdout)
     waits = list(WAITS_S)
@@ -343,12 +296,12 @@ def follow(name: str, job_id: int, sleep: Callable[[float], None] = time.sleep, 
             with client.translated():
                 code = client.sdk().tail_logs(name, job_id, follow=True, output_stream=log)
             if code in (_SUCCEEDED, _FAILED, _CANCELLED):
-                return (log.exit_code or 1) if code else 0
+                return (exit_code(log.end) or 1) if code else 0
             trouble = "the log ended before the job did"
         except InfraError as error:
             if isinstance(error.__cause__, BrokenPipeError):
-                raise error.__cause__ from None  # whoever read this log has left, and not the cluster
-            if type(error.__cause__).__name__ in _GONE:
+                raise error.__cause__ from None  # the reader of our output has left; the cluster is there
+            if type(error.__cause__).__name__ in ("ClusterDoesNotExist", "ClusterNotUpError"):
                 raise
             trouble = str(error)
         waits = list(WAITS_S) if log.has_news else waits
@@ -356,63 +309,60 @@ def follow(name: str, job_id: int, sleep: Callable[[float], None] = time.sleep, 
             ways = f"sky logs {name} {job_id}; sky cancel {name} {job_id}"
             raise InfraError(f"{name}: job {job_id} may go on, but cannot be seen from here: {trouble} ({ways})")
         wait_s = waits.pop(0)
-        print(f"{name}: {trouble}; looking again in {wait_s} s", file=sys.stderr)
+        print(f"{name}: {trouble}; reading the log again in {wait_s} s", file=sys.stderr)
         sleep(wait_s)
         log.rewind()
 
 
 class JobLog(io.TextIOBase):
-    """Passes a log on, once, however often it is told from its start; and keeps what it says of the job's end, since
-    SkyPilot's client hands out no exit code of a job.
+    """Passes each line of a log on once, however often the log starts over.
+
+    It keeps the log's end, which alone has the job's exit code: SkyPilot's client does not return it.
     """
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
-        self._line = ""  # what has come of a line that has not ended
-        self._told = self._passed = 0  # whole lines of the program: since the last rewind, and in all
-        self._end = ""
+        self._line = ""  # the start of an unfinished line
+        self._read = self._passed = 0  # the program's whole lines: since the last rewind, and passed on in all
+        self.end = ""
         self.has_news = False  # since the last rewind
 
     def rewind(self) -> None:
-        """What was passed on comes again."""
-        if self._line and self._told >= self._passed:
+        """Expects the log from its start again."""
+        if self._line and self._read >= self._passed:
             self._out.write("\n")
-        self._line, self._told, self.has_news = "", 0, False
+        self._line, self._read, self.has_news = "", 0, False
 
     def write(self, text: str) -> int:
-        self._end = (self._end + text)[-4096:]
+        self.end = (self.end + text)[-4096:]
         for piece in text.splitlines(keepends=True):
-            is_again = self._told < self._passed
+            is_again = self._read < self._passed
             if not is_again:
                 self._out.write(piece)
-            self._line = (self._line + piece)[:MOST_CHARS]  # enough to tell whose it is
+            self._line = (self._line + piece)[:MOST_CHARS]  # enough to tell whether the program wrote it
             if piece.endswith("\n"):
-                self._told += said(self._line.rstrip("\n")) is not None
+                self._read += program_line(self._line.rstrip("\n")) is not None
                 self._line = ""
             if not is_again:
-                self.has_news = self.has_news or self._told > self._passed
-                self._passed = max(self._passed, self._told)
+                self.has_news = self.has_news or self._read > self._passed
+                self._passed = max(self._passed, self._read)
         return len(text)
 
     def flush(self) -> None:
         self._out.flush()
 
-    @property
-    def exit_code(self) -> int | None:
-        return exit_code(self._end)
-
-
-# The log of a managed job as its program wrote it: all attempts, and on to its end.
 
 POLL_S = 2.0
 
-Look = Callable[[ManagedJob], ManagedJob | None]  # how the job stands now, None where it is gone
+Probe = Callable[[ManagedJob], ManagedJob | None]  # returns the job as it is now, None if it is gone
 
 
-def lines(job: ManagedJob, look: Look | None, sleep: Callable[[float], None] = time.sleep) -> Iterator[str]:
-    """Of one managed job, its earlier attempts first; with ``look`` it ends when the job does."""
-    earlier = _earlier(job) if job.recoveries else []
-    if job.is_ended or look is None:
+def lines(job: ManagedJob, probe: Probe | None, sleep: Callable[[float], None] = time.sleep) -> Iterator[str]:
+    """Yields a managed job's log as its program wrote it, earlier attempts first; with ``probe`` until the job ends."""
+    earlier: list[list[str]] = []
+    if job.recoveries:
+        earlier = attempts_in(lines_of(client.log_pieces(job.id, False, controller=True)))
+    if job.is_ended or probe is None:
         last = _last(job)
         for attempt in earlier[:-1] if earlier and earlier[-1] == last else earlier:
             yield from attempt
@@ -420,39 +370,35 @@ def lines(job: ManagedJob, look: Look | None, sleep: Callable[[float], None] = t
         return
     for attempt in earlier[: job.recoveries]:
         yield from attempt
-    yield from _followed(job, look, sleep)
-
-
-def _earlier(job: ManagedJob) -> list[list[str]]:
-    return attempts_in(lines_of(client.log_pieces(job.id, False, controller=True)))
+    yield from _followed(job, probe, sleep)
 
 
 def _last(job: ManagedJob) -> list[str]:
     texts = lines_of(client.log_pieces(job.id, False))
-    return [line for text in texts if (line := said(text)) is not None]
+    return [line for text in texts if (line := program_line(text)) is not None]
 
 
-def _followed(job: ManagedJob, look: Look, sleep: Callable[[float], None]) -> Iterator[str]:
-    """SkyPilot ends its stream early now and then, at a recovery say; this one ends with the job.
+def _followed(job: ManagedJob, probe: Probe, sleep: Callable[[float], None]) -> Iterator[str]:
+    """Yields lines until the job ends. SkyPilot's own stream may end earlier, for example at a recovery.
 
-    Nor is it the end when the server does not answer for a while.
+    A server that does not answer for a while does not end it either.
     """
-    shown: list[str] = []  # of the machine that it is on
+    shown: list[str] = []  # lines of the present machine
     outage = Outage()
     while True:
         fresh = 0
         try:
             for text in lines_of(client.log_pieces(job.id, True)):
-                if begins(text) and fresh:
+                if starts_log(text) and fresh:
                     shown, fresh = [], 0
-                if (line := said(text)) is None:
+                if (line := program_line(text)) is None:
                     continue
                 fresh += 1
                 if fresh > len(shown):
                     shown.append(line)
                     yield line
-            now = look(job) or replace(job, status="CANCELLED")
-            last = _last(now) if now.is_ended else []  # it may have ended before the stream came to it
+            now = probe(job) or replace(job, status="CANCELLED")
+            last = _last(now) if now.is_ended else []  # the stream may lack its last lines
         except InfraError as error:
             outage.bear(error)
             sleep(POLL_S)

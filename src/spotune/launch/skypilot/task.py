@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,9 @@ from spotune.launch.skypilot.client import server_problems
 from spotune.launch.skypilot.jobs import MARK
 from spotune.launch.task import LISTS, each_of, override
 
-# A submission as the task that SkyPilot gets, and which local files its machines get.
-
-# What a machine of SkyPilot's gets of this one's files: the folder of the run, but for what git ignores.
-
-_IGNORED = "is ignored by git, so that SkyPilot does not send it"
+CONFIG = ".slurm/config"
+_SPOT = re.compile(r"spot|preempt", re.IGNORECASE)  # in a partition's name, where Slurm does not say
+_PLACES = ("infra", "cloud", "region", "zone")
 
 
 def check_sent(
@@ -34,14 +33,11 @@ def check_sent(
     task: Mapping[str, Any],
     infra: str,
 ) -> None:
-    """Raises InputError for a folder that no machine could be set up from, and for data or a model that lies here and
-    would not be there. The config goes by the bucket.
+    """Raises InputError for a folder that cannot set up a machine, and for local data or a local model that SkyPilot
+    does not send: a machine gets the run's folder without what git ignores. The config goes by the bucket.
 
-    Args:
-        files: the data, as ``fingerprint.data_files`` has it.
-        where: the config file, as it was named.
-        folder: what is sent, where the task's ``workdir`` is a folder; into a git reference nobody looks.
-        task: what its ``file_mounts`` bring is there.
+    Nothing is checked if the task's ``workdir`` is a git reference. Paths below its ``file_mounts`` exist on the
+    machine. ``files`` is the data, as ``fingerprint.data_files`` returns it; ``where`` is the config's name.
     """
     if not isinstance(task.get("workdir"), str):
         return
@@ -50,21 +46,22 @@ def check_sent(
     excluded = client.excluded_files(str(folder))
     for key, path in _local(config, files):
         if path.is_absolute():
-            # A cluster's nodes share file systems with where their users log in, as a rule.
+            # As a rule, a Slurm cluster's nodes share file systems with its login nodes.
             if cloud_of(infra) == "slurm" or any(path.is_relative_to(mount) for mount in mounts):
                 continue
             what = f"{path} is a path of this machine"
             raise InputError(where, what, key=key, remedy=f"a path below {folder}, relative to it, or a bucket's URL")
         sent = inside(folder / path, folder)
         if sent is None:
-            what = f"{path} is not below {folder}, which is what a machine gets"
+            what = f"{path} is not below {folder}, and a machine gets only that folder"
             raise InputError(where, what, key=key, remedy="copy it there, or a bucket's URL")
         if any(sent.is_relative_to(one) for one in excluded):
-            raise InputError(where, f"{path} {_IGNORED}", key=key, remedy="a .skyignore of your own, or a bucket's URL")
+            what = f"{path} is ignored by git, so that SkyPilot does not send it"
+            raise InputError(where, what, key=key, remedy="a .skyignore of your own, or a bucket's URL")
 
 
 def _local(config: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Path]]:
-    """(key, path) of what the run reads from a disk, as the config names it."""
+    """Yields (key, path) of what the run reads from a disk, as the config names it."""
     for key in ("model_name_or_path", "chat_template_path"):
         if config.get(key) and (path := Path(str(config[key])).expanduser()).exists():
             yield key, path
@@ -73,46 +70,38 @@ def _local(config: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) -> Ite
             yield "data", Path(name)
 
 
-# A submission as the task that SkyPilot gets: its own YAML as data, with the place, the secrets and our mark.
-
-_PLACES = ("infra", "cloud", "region", "zone")
-
-
 def task_config(submission: Submission, nice: int) -> dict[str, Any]:
-    """What ``sky.Task.from_yaml_config`` takes; ``nice`` is that of a job of priority 0 in a Slurm queue."""
+    """Returns SkyPilot's task of a submission. ``nice``: of a job of priority 0 in a Slurm queue."""
     task = {**submission.task, "name": submission.run_id}
     if isinstance(task.get("workdir"), str):  # else none, or a git reference that the machine checks out itself
         task["workdir"] = submission.workdir
-    resources = task.get("resources") or {}  # as the plan has placed them
-    task["resources"] = recovered(resources if is_placed(resources) else placed(resources, submission.infra))
+    resources = task.get("resources") or {}
+    if not any(one.get(name) for one in each_of(resources) for name in _PLACES):  # the plan has not placed it
+        resources = placed(resources, submission.infra)
+    task["resources"] = recovered(resources)
     if cloud_of(submission.infra) in ("slurm", ANY):
-        task["config"] = queued(task.get("config") or {}, max(0, nice - submission.priority))
+        config = task.get("config") or {}
+        slurm = config.get("slurm") or {}
+        options = {"nice": max(0, nice - submission.priority), **(slurm.get("sbatch_options") or {})}
+        task["config"] = {**config, "slurm": {**slurm, "sbatch_options": options}}
     task = with_secrets(task, submission.secrets)
-    envs = task.get("envs") or {}
-    marks = {
-        "user": submission.user,
-        "infra": submission.infra,
-        "bucket": envs.get(BUCKET, ""),
-        "priority": submission.priority,
-    }
+    marks = {name: getattr(submission, name) for name in ("user", "infra", "priority")}
+    marks["bucket"] = (task.get("envs") or {}).get(BUCKET, "")
     task["_metadata"] = {**(task.get("_metadata") or {}), MARK: marks}
     return task
 
 
 def with_secrets(task: Mapping[str, Any], values: Mapping[str, str]) -> dict[str, Any]:
-    """The task with these beside its own ``secrets``; one that has no value is SkyPilot's to refuse."""
+    """Returns the task with these secrets added to its own. SkyPilot refuses a secret without a value."""
     both = {**(task.get("secrets") or {}), **values}
     rest = {name: value for name, value in task.items() if name != "secrets"}
     return {**rest, "secrets": both} if both else rest
 
 
 def placed(resources: Mapping[str, Any], infra: str, partitions: Sequence[str] = ()) -> dict[str, Any]:
-    """``resources`` at the place that was asked for.
+    """Returns ``resources`` at the place that was asked for, on Slurm at any of ``partitions`` if there are some.
 
-    Slurm has no spot machines, and SkyPilot refuses the word: there the partition is what makes a job preemptible.
-
-    Args:
-        partitions: where on Slurm it may run, ``slurm/CLUSTER/PARTITION``; empty: wherever SkyPilot likes.
+    On Slurm ``use_spot`` is removed, since SkyPilot refuses it there: the partition makes a job preemptible.
     """
     cloud = cloud_of(infra)
     if cloud == ANY:
@@ -127,10 +116,13 @@ def placed(resources: Mapping[str, Any], infra: str, partitions: Sequence[str] =
 
 
 def recovered(resources: Mapping[str, Any]) -> dict[str, Any]:
-    """``resources`` of a job that is given another machine when it exits with 75, whatever else its task says."""
+    """Returns ``resources`` with exit code 75 added to the codes that get a job another machine."""
     for name in LISTS:
         if isinstance(resources.get(name), list):
-            resources = {**resources, name: [_recovered_if_said(one) for one in resources[name]]}
+            listed = [
+                recovered(one) if isinstance(one, Mapping) and "job_recovery" in one else one for one in resources[name]
+            ]
+            resources = {**resources, name: listed}
     given = resources.get("job_recovery") or {}
     recovery = dict(given) if isinstance(given, Mapping) else {"strategy": given}
     codes = recovery.get("recover_on_exit_codes") or []
@@ -140,50 +132,28 @@ def recovered(resources: Mapping[str, Any]) -> dict[str, Any]:
     return {**resources, "job_recovery": {**recovery, "recover_on_exit_codes": codes}}
 
 
-def queued(config: Mapping[str, Any], nice: int) -> dict[str, Any]:
-    """A task's ``config`` with its place in Slurm's queue, unless it has one: SkyPilot's priority ends before it."""
-    slurm = config.get("slurm") or {}
-    options = slurm.get("sbatch_options") or {}
-    return {**config, "slurm": {**slurm, "sbatch_options": {"nice": nice, **options}}}
-
-
-def is_placed(resources: Mapping[str, Any]) -> bool:
-    return any(one.get(name) for one in each_of(resources) for name in _PLACES)
-
-
-def _recovered_if_said(one: Any) -> Any:
-    return recovered(one) if isinstance(one, Mapping) and "job_recovery" in one else one
-
-
 def check_submission(submission: Submission) -> None:
-    """Raises InputError for what only this machine can do."""
+    """Raises InputError for a submission that only the local engine can run."""
     if submission.interactive:
         raise InputError("--infra", f"{submission.infra}: a dev run is interactive", remedy="spotune dev")
     if submission.preemptions:
         raise InputError("--preemptions", f"{submission.infra} takes machines away by itself", remedy="--infra local")
 
 
-# Slurm clusters over their login node, and how SkyPilot itself stands.
-
-# What SkyPilot does not do on a Slurm cluster and Slurm does: partitions and signals, over the login node.
-#
-# As SkyPilot does: ssh with the hosts of ``~/.slurm/config``.
-
-CONFIG = ".slurm/config"
-_TIMEOUT_S = 60.0
-_SPOT = re.compile(r"spot|preempt", re.IGNORECASE)
+# Slurm's partitions and signals, which SkyPilot does not offer: over the login node, by ssh with the hosts of
+# ``~/.slurm/config``, as SkyPilot does it.
 
 
 @dataclass(frozen=True)
 class Partition:
-    """``preemptible``: its jobs are thrown out for those of others."""
+    """A Slurm partition; ``preemptible``: other partitions' jobs preempt its jobs."""
 
     name: str
     preemptible: bool
 
 
 def clusters(environ: Mapping[str, str]) -> list[str]:
-    """The clusters whose login node is known here."""
+    """Returns the clusters whose login node is known here."""
     try:
         hosts = (_home(environ) / CONFIG).read_text()
     except OSError:
@@ -192,21 +162,11 @@ def clusters(environ: Mapping[str, str]) -> list[str]:
     return [name for name in named if not set(name) & set("*?!")]
 
 
-def is_spot_name(partition: str) -> bool:
-    """Where Slurm does not tell, the partition's name does."""
-    return bool(_SPOT.search(partition))
-
-
-def partitions(cluster: str, environ: Mapping[str, str]) -> list[Partition]:
-    """As Slurm says; raises InfraError when the login node does not answer."""
-    return parse_partitions(on_login(cluster, "scontrol --oneliner show partition", environ))
-
-
 def parse_partitions(text: str) -> list[Partition]:
-    """From ``scontrol --oneliner show partition``.
+    """Reads the output of ``scontrol --oneliner show partition``.
 
-    Preemptible: it says how its jobs are thrown out, and another partition is above it. Where no partition is above
-    another (preemption by QOS, or none), a partition's name has to tell.
+    A partition is preemptible if it has a PreemptMode and another partition has a higher PriorityTier. If all have the
+    same tier (preemption by QOS, or none), the partition's name decides.
     """
     found = []
     for line in text.splitlines():
@@ -217,19 +177,17 @@ def parse_partitions(text: str) -> list[Partition]:
     highest = max((tier for _, _, tier in found), default=1)
     is_tiered = any(tier < highest for _, _, tier in found)
     return [
-        Partition(name, (mode != "OFF" and tier < highest) if is_tiered else is_spot_name(name))
+        Partition(name, (mode != "OFF" and tier < highest) if is_tiered else bool(_SPOT.search(name)))
         for name, mode, tier in found
     ]
 
 
 def known_partitions(cluster: str, settings: SlurmSettings, environ: Mapping[str, str]) -> list[Partition]:
-    """The cluster's partitions: as Slurm says where its login node can be asked, corrected by the settings."""
+    """Returns the cluster's partitions: Slurm's own list if its login node answers, corrected by the settings."""
     found: list[Partition] = []
     if cluster in clusters(environ):
-        try:
-            found = partitions(cluster, environ)
-        except InfraError:
-            found = []  # SkyPilot's server may reach it from where it is
+        with suppress(InfraError):  # SkyPilot's server may reach it all the same
+            found = parse_partitions(on_login(cluster, "scontrol --oneliner show partition", environ))
     if settings.preemptible is None:
         return found
     ours = [name.partition("/")[2] for name in settings.preemptible if name.partition("/")[0] == cluster]
@@ -238,16 +196,16 @@ def known_partitions(cluster: str, settings: SlurmSettings, environ: Mapping[str
 
 
 def partitions_of(infra: str, settings: SlurmSettings, environ: Mapping[str, str]) -> dict[str, list[Partition]]:
-    """What ``slurm[/CLUSTER[/PARTITION]]`` may mean, by cluster; a partition that is named is among them."""
+    """Returns the partitions in ``slurm[/CLUSTER[/PARTITION]]`` by cluster, always with the named one."""
     cluster, partition = (*infra.split("/")[1:], "", "")[:2]
     known = {name: known_partitions(name, settings, environ) for name in ([cluster] if cluster else clusters(environ))}
     if partition and partition not in [one.name for one in known[cluster]]:
-        known[cluster].append(Partition(partition, is_spot_name(partition)))
+        known[cluster].append(Partition(partition, bool(_SPOT.search(partition))))
     return known
 
 
 def preemptible_partitions(infra: str, settings: SlurmSettings, environ: Mapping[str, str]) -> list[str]:
-    """Partitions that ``infra`` may land on and that count as spot, ``CLUSTER/PARTITION``; none but on Slurm."""
+    """Returns the partitions in ``infra`` that count as spot, ``CLUSTER/PARTITION``; none outside Slurm."""
     if cloud_of(infra) != "slurm":
         return []
     known = partitions_of(infra, settings, environ)
@@ -255,12 +213,12 @@ def preemptible_partitions(infra: str, settings: SlurmSettings, environ: Mapping
 
 
 def on_login(cluster: str, command: str, environ: Mapping[str, str]) -> str:
-    """The output of a command on the login node; raises InfraError with what it said when it fails."""
+    """Returns the output of a command on the login node. Raises InfraError, with its stderr, if it fails."""
     config = _home(environ) / CONFIG
     ssh = ["ssh", "-F", str(config), "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", cluster, command]
     try:
         done = subprocess.run(
-            ssh, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, stdin=subprocess.DEVNULL, env=environ
+            ssh, capture_output=True, text=True, timeout=60, check=False, stdin=subprocess.DEVNULL, env=environ
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise InfraError(f"slurm/{cluster}: the login node does not answer: {error}") from error
@@ -270,22 +228,16 @@ def on_login(cluster: str, command: str, environ: Mapping[str, str]) -> str:
     return done.stdout
 
 
-def take(cluster: str, name: str, notice_s: float, environ: Mapping[str, str]) -> bool:
-    """Takes the allocation called ``name`` away as Slurm preempts; returns False where there is none.
-
-    With notice SIGURG goes to the steps at once, which is how a task on Slurm asks to be warned. A process on the login
-    node ends the job when the time is over: it needs neither this process nor this machine any more.
-    """
-    return on_login(cluster, taking(name, notice_s), environ).strip() == "taken"
-
-
 def taking(name: str, notice_s: float) -> str:
-    """The shell command that does it; prints ``taken`` or ``none``.
+    """Returns the login node's command that takes the allocation called ``name`` away; prints ``taken`` or ``none``.
 
-    Without notice the job is killed and given back at once: the longer its steps are dead while the allocation is still
-    there, the likelier SkyPilot's poll finds a job that failed on a machine that is up, and gives it up for good. Slurm
-    begins the end of any job with a SIGTERM, so that a step may hear of it seconds before; killing the steps one by one
-    avoids that, but was measured to end a job FAILED.
+    With notice, the steps get SIGURG at once, the signal by which a task on Slurm asks to be warned. A process on the
+    login node ends the job when the time is over, without this process or machine.
+
+    Without notice it kills the job and releases the allocation at once. If the steps are dead while the allocation
+    exists, SkyPilot's poll may find a failed job on a machine that is up, and give the job up for good. Slurm ends any
+    job with a SIGTERM first, so that a step may hear of it seconds before. Killing the steps one by one avoids that,
+    but was measured to end a job FAILED.
     """
     jobs = f"jobs=$(echo $(squeue --me --noheader --name={shlex.quote(name)} --states=RUNNING --format=%A)) || exit"
     jobs += '; [ -n "$jobs" ] || { echo none; exit; }'
@@ -299,11 +251,11 @@ def _home(environ: Mapping[str, str]) -> Path:
     return Path(environ.get("HOME") or "~").expanduser()
 
 
-# ``spotune check --infra NAME``: how SkyPilot stands, and what of it would make a report inexact or a launch slow.
-
-
 def survey_infra(infra: str, settings: SlurmSettings, environ: Mapping[str, str]) -> dict[str, Any]:
-    """Facts, and ``problems`` with what to do about each. Raises InfraError when the API server does not answer."""
+    """Returns facts about SkyPilot for ``check --infra NAME``; ``problems`` make costs inexact or launches slow.
+
+    Raises InfraError if the API server does not answer.
+    """
     cloud = cloud_of(infra)
     server = client.server()
     clouds = client.enabled_clouds()
@@ -318,23 +270,16 @@ def survey_infra(infra: str, settings: SlurmSettings, environ: Mapping[str, str]
     if cloud != ANY and cloud not in clouds:
         problems.append(f"{cloud} is not enabled: sky check {cloud} says what is missing")
     if cloud == "slurm":
-        lines, wrong = _slurm(infra, settings, environ)
-        found["partitions"], problems = lines, [*problems, *wrong]
+        cluster, reached = infra.partition("/")[2].split("/")[0], clusters(environ)
+        found["partitions"] = []
+        for name in [cluster] if cluster else reached:
+            for one in known_partitions(name, settings, environ):
+                found["partitions"].append(f"{name}/{one.name}{' (preemptible)' if one.preemptible else ''}")
+            if name not in reached:
+                problems.append(f"{name} is not in ~/{CONFIG} here: spotune preempt cannot reach it")
+                continue
+            try:
+                on_login(name, "squeue --version", environ)
+            except InfraError as error:
+                problems.append(str(error))
     return {**found, "problems": problems}
-
-
-def _slurm(infra: str, settings: SlurmSettings, environ: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    cluster = infra.split("/")[1] if "/" in infra else ""
-    reached = clusters(environ)
-    lines, problems = [], []
-    for name in [cluster] if cluster else reached:
-        known = known_partitions(name, settings, environ)
-        lines += [f"{name}/{one.name}{' (preemptible)' if one.preemptible else ''}" for one in known]
-        if name not in reached:
-            problems.append(f"{name} is not in ~/{CONFIG} here: spotune preempt cannot reach it")
-            continue
-        try:
-            on_login(name, "squeue --version", environ)
-        except InfraError as error:
-            problems.append(str(error))
-    return lines, problems

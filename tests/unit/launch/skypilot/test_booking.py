@@ -74,7 +74,7 @@ def test_what_cannot_be_booked_is_one_line(workspace: Workspace, monkeypatch: py
 
     monkeypatch.setattr(client, "cost_rows", silent)
     book_names(workspace, ["dev-ana"], warnings.append)
-    assert warnings == ["what dev-ana cost is not booked: SkyPilot: no answer"]
+    assert warnings == ["the cost of dev-ana is not booked: SkyPilot: no answer"]
     book_open(workspace, fail)  # nobody is asked where nothing is open
     book(workspace, [row((1000, None))], fail, lambda: 2000.0)
     book_open(workspace, warnings.append)

@@ -68,7 +68,7 @@ def test_a_notebook_asks_the_queue_for_no_gpu(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 1.5, -1.0, float("nan")])
 def test_what_is_no_share(share: float) -> None:
-    with pytest.raises(InputError, match="no share of a GPU"):
+    with pytest.raises(InputError, match="not a share of a GPU"):
         dev.DevRunOptions(share=share)
 
 

@@ -111,7 +111,7 @@ def test_a_setup_under_way_is_waited_for(sky: FakeSky, there: Workspace) -> None
 
 def test_a_setup_that_fails_says_what_to_do(sky: FakeSky, there: Workspace) -> None:
     sky.tells = [lambda _: 100]
-    with pytest.raises(InfraError, match="dev: its setup failed .spotune dev up again once it is mended"):
+    with pytest.raises(InfraError, match="dev: its setup failed .mend it, then spotune dev up again"):
         up(DevOptions("dev"), there)
 
 

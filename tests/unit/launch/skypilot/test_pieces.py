@@ -20,8 +20,6 @@ from spotune.launch.skypilot import task as skypilot_task
 from spotune.launch.skypilot.client import PIDS, ApiServer, find_controllers, server_problems
 from spotune.launch.skypilot.engine import Registry, RunEntry, SkyInfra
 from spotune.launch.skypilot.offers import (
-    Choice,
-    Quote,
     choose,
     first_tried,
     narrowed,
@@ -59,8 +57,8 @@ def test_a_place_that_is_none(name: str, says: str) -> None:
         infra_of(name)
 
 
-def quote(zone: str, usd: float, use_spot: bool = True, **changes: Any) -> Quote:
-    return replace(Quote("aws", "us-east-1", zone, "g6.xlarge", "L4:1", use_spot, usd), **changes)
+def quote(zone: str, usd: float, use_spot: bool = True, **changes: Any) -> tuple[Place, float]:
+    return replace(Place("aws", "us-east-1", zone, "g6.xlarge", "L4:1", use_spot), **changes), usd
 
 
 def test_zones_of_one_price_are_one_row() -> None:
@@ -91,7 +89,7 @@ def test_zones_of_one_price_are_one_row() -> None:
 
 
 def test_slurm_has_a_row_for_each_partition() -> None:
-    quotes = [quote(zone, usd, zone == "spot", cloud="slurm") for zone, usd in (("spot", 0.0), ("ondemand", 0.0))]
+    quotes = [quote(zone, usd, zone == "spot", infra="slurm") for zone, usd in (("spot", 0.0), ("ondemand", 0.0))]
     rows = price_rows(quotes, "slurm.pricing", 0.0)
     assert [(row.zone, row.use_spot) for row in rows] == [("ondemand", False), ("spot", True)]
     assert rows[0].source == "no price in slurm.pricing"
@@ -193,12 +191,14 @@ def test_pods_without_spot_nodes_are_taken_as_they_are(monkeypatch: pytest.Monke
 
 def test_what_is_tried_first() -> None:
     rows = price_rows([quote("a", 0.4), quote("b", 0.8, use_spot=False, accelerators="T4:1")], "catalog", 0.0)
-    spot, other = Choice("L4:1", True, "aws", "us-east-1"), Choice("T4:1", False)
+    spot = Place("aws", "us-east-1", accelerators="L4:1", use_spot=True)
+    other = Place("", accelerators="T4:1", use_spot=False)
     for choices, is_ordered, usd in (([other, spot], False, 0.4), ([other, spot], True, 0.8), ([other], False, 0.8)):
         found = first_tried(rows, choices, is_ordered)
         assert found
         assert found.price_usd_per_hour == usd
-    assert first_tried(rows, [Choice("L4:1", False), Choice("L4:1", True, "gcp")], False) is None
+    none_fits = [replace(spot, infra="", region="", use_spot=False), replace(spot, infra="gcp", region="")]
+    assert first_tried(rows, none_fits, False) is None
 
 
 def test_a_submission_as_a_task() -> None:
@@ -329,16 +329,16 @@ def test_what_is_wrong_with_a_server() -> None:
 
 
 def test_controllers_that_are_gone_are_none(tmp_path: Path) -> None:
-    assert find_controllers(tmp_path).count == 0
+    assert find_controllers(tmp_path) == (0, 0.0)
     pids = tmp_path / PIDS
     pids.parent.mkdir()
     me = psutil.Process()
     gone = subprocess.Popen(["true"])
     ended(gone)
     pids.write_text(f"{gone.pid},5.0\n{me.pid},{me.create_time()}\n{me.pid},5.0\n{me.pid}\nnonsense\n")
-    found = find_controllers(tmp_path)
-    assert found.count == 2  # the one with its time, the one without
-    assert found.memory_mb > 10
+    count, memory_mb = find_controllers(tmp_path)
+    assert count == 2  # the one with its time, the one without
+    assert memory_mb > 10
 
 
 def test_a_bucket_of_files_needs_shared_storage(tmp_path: Path) -> None:
@@ -387,7 +387,8 @@ from dataclasses import astuple
 from spotune.launch.skypilot import client
 from spotune.launch.skypilot.offers import cloud_quotes
 task = client.task({"run": "x", "resources": {"accelerators": {"L4": 1, "A10G": 1}, "use_spot": True}})
-print(json.dumps([astuple(quote) for name in ("aws", "gcp") for quote in cloud_quotes(name, task)]))
+quotes = [quote for name in ("aws", "gcp") for quote in cloud_quotes(name, task).items()]
+print(json.dumps([(astuple(place), usd) for place, usd in quotes]))
 """
 
 
@@ -398,7 +399,7 @@ def test_prices_of_every_place_from_skypilots_catalog(tmp_path: Path, sky_says: 
         path = tmp_path / ".sky/catalogs/v8" / name / "vms.csv"
         path.parent.mkdir(parents=True)
         path.write_text("\n".join(lines) + "\n")
-    rows = price_rows([Quote(*row) for row in sky_says.json(tmp_path, ASK)], "catalog", 0.0)
+    rows = price_rows([(Place(*place), usd) for place, usd in sky_says.json(tmp_path, ASK)], "catalog", 0.0)
     found = {(row.infra, row.zone, row.accelerators, row.use_spot): row.price_usd_per_hour for row in rows}
     assert found == {
         ("gcp", "*", "L4:1", True): 0.27,

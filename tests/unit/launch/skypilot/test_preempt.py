@@ -47,9 +47,13 @@ def test_a_clouds_instances_go_once_it_is_agreed(terminated: list[ProvisionedClu
         (
             JOB,
             30,
-            "--notice: aws gives none .*--no-notice, or AWS FIS .*-interruptions.* for run-a-7-x",
+            "--notice: aws gives no notice .*--no-notice, or AWS FIS .*-interruptions.* for run-a-7-x",
         ),
-        (replace(JOB, infra="lambda/x"), 30, r"lambda gives none when it is told to terminate \(--no-notice\)"),
+        (
+            replace(JOB, infra="lambda/x"),
+            30,
+            r"lambda gives no notice when spotune terminates a machine \(--no-notice\)",
+        ),
         (replace(JOB, cluster="run-a-8"), 0, r"not in this machine's records .*the API server's machine"),
         (replace(JOB, cluster_on_cloud="run-a-7-y"), 0, "not in this machine's records"),  # the next one already
     ],

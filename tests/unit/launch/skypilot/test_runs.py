@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from spotune.core.errors import InfraError
+from spotune.core.money import Place
 from spotune.launch.skypilot import client
-from spotune.launch.skypilot.client import attempts_in, exit_code, lines_of, said
+from spotune.launch.skypilot.client import attempts_in, exit_code, lines_of, program_line
 from spotune.launch.skypilot.engine import SkyInfra
 from spotune.launch.skypilot.jobs import (
     Event,
@@ -114,12 +115,13 @@ def test_a_row_of_cost_report() -> None:
     row = {"name": "run-a-7", "num_nodes": 2, "resources": resources, "usage_intervals": [(100, 160), (170, None)]}
     first, second = usages(row)
     assert (first.cluster, first.started_at, first.ended_at, first.nodes) == ("run-a-7", 100.0, 160.0, 2)
-    assert (first.cloud, first.region, first.zone, first.accelerators) == ("slurm", "lab", "spot", "L4:1")
+    place = first.place
+    assert (place.infra, place.region, place.zone, place.accelerators) == ("slurm", "lab", "spot", "L4:1")
     assert second.ended_at is None
 
 
 def use(began: float, ended: float | None, cluster: str = "run-a-7") -> Usage:
-    return Usage(cluster, began, ended, cloud="slurm", region="lab", zone="spot", accelerators="L4:1")
+    return Usage(cluster, began, ended, Place("slurm", "lab", "spot", accelerators="L4:1", use_spot=False))
 
 
 def test_why_each_machine_went() -> None:
@@ -148,14 +150,16 @@ def test_machines_without_events() -> None:
 
 def test_lines_come_as_the_program_wrote_them() -> None:
     assert list(lines_of(["a\nb", None, "c\n", "d"])) == ["a", "bc", "d"]
-    assert said("\x1b[36m(run-a, pid=12)\x1b[0m told (to) go") == "told (to) go"
-    assert said("(worker1, rank=1, pid=12, ip=127.0.0.3) hello") == "[1] hello"
-    assert said("(head, rank=0, pid=12) hello") == "hello"
-    assert said("(run-a, pid=12)") == ""
-    assert said("├── Waiting for task resources on 1 node.") is None
-    assert said("✓ Job finished (status: SUCCEEDED).") is None
-    assert said("(run-a, pid=12) never ended\x1b[32m✓ Job finished (status: SUCCEEDED).\x1b[0m") == "never ended"
-    assert said("a line of nobody's") == "a line of nobody's"
+    assert program_line("\x1b[36m(run-a, pid=12)\x1b[0m told (to) go") == "told (to) go"
+    assert program_line("(worker1, rank=1, pid=12, ip=127.0.0.3) hello") == "[1] hello"
+    assert program_line("(head, rank=0, pid=12) hello") == "hello"
+    assert program_line("(run-a, pid=12)") == ""
+    assert program_line("├── Waiting for task resources on 1 node.") is None
+    assert program_line("✓ Job finished (status: SUCCEEDED).") is None
+    assert (
+        program_line("(run-a, pid=12) never ended\x1b[32m✓ Job finished (status: SUCCEEDED).\x1b[0m") == "never ended"
+    )
+    assert program_line("a line of nobody's") == "a line of nobody's"
 
 
 def test_a_failed_jobs_exit_code() -> None:
