@@ -21,7 +21,7 @@ from spotune.launch.secret_files import MAX_SCAN_BYTES, secret_content, secret_n
 MAX_PATCH_BYTES = 10 << 20
 MAX_FILE_BYTES = 1 << 20
 MAX_NAMES = 1000
-# A file that git does not know is code, and new in the patch, if it has such a suffix. Others are data, logs, notebooks.
+# A file that git does not know is code, and new in the patch, if it has one of these suffixes; others are data, logs.
 SUFFIXES = (".py", ".pyi", ".sh", ".yaml", ".yml", ".toml", ".cfg", ".ini", ".jinja", ".j2")
 # Git's own defaults: the patch is the same, and applies, whatever the user's git settings are.
 _DIFF = (

@@ -80,7 +80,7 @@ def test_skypilots_list_of_secrets(tmp_path: Path) -> None:
     task.write_text("run: x\nsecrets: ['secrets:HF_TOKEN', 'secrets:team.KEY']\n")
     assert load_task(tmp_path)[1]["secrets"] == {"secrets:HF_TOKEN": None, "secrets:team.KEY": None}
     task.write_text("run: x\nsecrets: [HF_TOKEN]\n")
-    with pytest.raises(InputError, match=r"secrets: 'HF_TOKEN' names no secret \(- secrets:NAME"):
+    with pytest.raises(InputError, match=r"secrets: 'HF_TOKEN' does not name a secret \(- secrets:NAME"):
         load_task(tmp_path)
 
 
