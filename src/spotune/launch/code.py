@@ -248,7 +248,6 @@ def _refusal(folder: Path) -> str:
 
 
 def _message(error: OSError | subprocess.SubprocessError) -> str:
-    """Returns git's error message in one line."""
     written = getattr(error, "stderr", None) or str(error).encode()
     return " ".join(written.decode(errors="replace").split())
 

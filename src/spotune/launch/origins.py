@@ -98,7 +98,6 @@ def unseen_by(user: str, history: Sequence[RunRecord]) -> list[str]:
 
 
 def _last_of(user: str, history: Sequence[RunRecord]) -> int:
-    """Returns the index of the last record that ``user`` wrote, or -1."""
     return max((index for index, record in enumerate(history) if _author(record) == user), default=-1)
 
 

@@ -220,7 +220,6 @@ class Workspace:
         return self._stores[url]
 
     def infra(self, name: str = LOCAL) -> Infra:
-        """Returns the engine for ``--infra NAME``."""
         return self._engine(infra_of(name))
 
     def engines(self) -> list[Infra]:

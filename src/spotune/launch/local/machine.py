@@ -28,7 +28,6 @@ _CREATED_TOLERANCE_S = 2.0  # create times shift a little when the clock is corr
 
 
 def boot_id() -> str:
-    """Returns a text that changes with every boot."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -44,7 +43,6 @@ class Identity:
 
     @classmethod
     def of(cls, pid: int) -> "Identity":
-        """Raises ProcessLookupError if there is no such process."""
         try:
             return cls(pid, psutil.Process(pid).create_time())
         except _GONE as error:
@@ -266,7 +264,6 @@ HEARTBEAT_S = 1.0
 
 
 def main(arguments: list[str]) -> None:
-    """Runs the job of ``machine.json`` in the given folder."""
     protect_output()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGURG):
         signal.signal(number, _ignore)  # a function: SIG_IGN would be inherited by the job

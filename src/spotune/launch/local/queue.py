@@ -11,18 +11,8 @@ from typing import Any, TypeVar
 from spotune.core.errors import AlreadyExists, InfraError
 from spotune.core.io import Log, log_line
 from spotune.launch.engine import ACTIVE, Submission
-from spotune.launch.local.database import (
-    AttemptRow,
-    JobRow,
-    VerbRequest,
-    Verdict,
-    connect,
-    describe,
-    is_passing,
-    job_file,
-    keep_job,
-    prepare,
-)
+from spotune.launch.local import database
+from spotune.launch.local.database import AttemptRow, JobRow, VerbRequest, Verdict
 
 Value = TypeVar("Value")
 _ACTIVE = "(" + ", ".join(f"'{state}'" for state in ACTIVE) + ")"
@@ -41,13 +31,13 @@ class Queue:
     @contextmanager
     def _opened(self) -> Iterator[sqlite3.Connection]:
         try:
-            with closing(connect(self._path)) as connection:
+            with closing(database.connect(self._path)) as connection:
                 yield connection
         except sqlite3.IntegrityError:
             raise
         except sqlite3.Error as error:
-            remedy = "" if is_passing(error) else " (any verb makes it anew: spotune queue)"
-            raise InfraError(f"{describe(self._path, error)}{remedy}") from error
+            remedy = "" if database.is_passing(error) else " (any verb makes it anew: spotune queue)"
+            raise InfraError(f"{database.describe(self._path, error)}{remedy}") from error
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -62,7 +52,6 @@ class Queue:
             connection.execute("COMMIT")
 
     def _write(self, sql: str, *values: Any) -> int:
-        """Executes one statement in a transaction; returns the number of rows that it changed."""
         with self._transaction() as connection:
             return connection.execute(sql, values).rowcount
 
@@ -75,13 +64,13 @@ class Queue:
 
         Raises NewerState for a queue of a newer spotune.
         """
-        prepare(self._path, log)
+        database.prepare(self._path, log)
 
     def _keep(self, run_id: str) -> None:
         """Writes the copy of a job's row. A failure is only logged: the copy is read only if ``queue.db`` is lost."""
         try:
             for row in self._rows("SELECT * FROM jobs WHERE run_id = ?", run_id):
-                keep_job(self._root, row)
+                database.keep_job(self._root, row)
         except (OSError, InfraError) as error:
             log_line(f"{run_id}: its copy of the queue's row is not written: {error}")
 
@@ -121,7 +110,7 @@ class Queue:
             if left is None:
                 forget()
                 with suppress(OSError):
-                    job_file(self._root, run_id).unlink()
+                    database.job_file(self._root, run_id).unlink()
             return left is None or left["submitted_at"] != at
 
     def requeue(self, run_id: str) -> None:
@@ -135,7 +124,6 @@ class Queue:
         self._keep(run_id)
 
     def ask(self, run_id: str, kind: str, notice_s: float = 0.0) -> int:
-        """Adds a request to the supervisor; returns its id."""
         with self._transaction() as connection:
             return _ask(connection, run_id, kind, notice_s)
 
@@ -214,7 +202,6 @@ class Queue:
         return True
 
     def update_attempt(self, attempt: AttemptRow, **changes: Any) -> None:
-        """Sets columns of one machine's row."""
         sql = f"UPDATE attempts SET {', '.join(f'{name} = ?' for name in changes)} WHERE run_id = ? AND attempt = ?"
         self._write(sql, *changes.values(), attempt.run_id, attempt.attempt)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -54,19 +55,15 @@ def probe(bucket: str, run_id: str) -> BucketProbe:
         store = Store(bucket)
         if store.exists(keys.completed):
             return BucketProbe(completed=True)
-        failed, cancelled, paused = (read_mark(store, key) for key in (keys.failed, keys.cancelled, keys.paused))
+        marks = {name: read_mark(store, getattr(keys, name)) for name in ("failed", "cancelled", "paused")}
         stalled = _has_stalled(store, keys.progress)
         commits = [found for key in store.keys(keys.commits) if (found := commit_of(key))]
     except SpotuneError as error:
         return BucketProbe(error=str(error))
-    return BucketProbe(
-        failed=failed.reason if failed else None,
-        failed_code=failed.exit_code if failed else 1,
-        cancelled=cancelled.reason if cancelled else None,
-        paused=paused.reason if paused else None,
-        commit=keys.commit(*max(commits)) if commits else "",
-        stalled=stalled,
-    )
+    reasons: dict[str, Any] = {name: mark.reason for name, mark in marks.items() if mark}
+    failed_code = marks["failed"].exit_code if marks["failed"] else 1
+    commit = keys.commit(*max(commits)) if commits else ""
+    return BucketProbe(**reasons, failed_code=failed_code, commit=commit, stalled=stalled)
 
 
 def cancelled_because(bucket: str, run_id: str) -> str | None:
@@ -90,7 +87,6 @@ def _has_stalled(store: Store, key: str) -> bool:
 
 
 def main(arguments: list[str]) -> None:
-    """Probes a bucket for the supervisor: ``BUCKET RUN OUTPUT``."""
     protect_output()
     bucket, run_id, output = arguments
     try:
