@@ -218,12 +218,12 @@ def _here(
     from spotune.cli.train import plan_new, submit_plan
     from spotune.core.errors import SubmissionUnknown
     from spotune.launch.plan import TrainOptions
+    from spotune.launch.status import Run
     from spotune.launch.task import Resources
 
     options = TrainOptions(
         config_path=config,
         profile=profile,
-        default_profile="dev",
         overrides=overrides,
         infra="local",
         resources=Resources(gpus=gpus, use_spot=False),
@@ -238,7 +238,7 @@ def _here(
         raise (error.__cause__ or error) from None
     try:
         click.echo(f"{plan.run_id}: {plan.bucket}/runs/{plan.run_id}", err=True)
-        return follow(workspace, plan.run_id)
+        return follow(Run.find(workspace, plan.run_id))
     except BaseException:
         _stop(plan.run_id, workspace)
         raise
@@ -246,8 +246,9 @@ def _here(
 
 def _stop(run_id: str, workspace: "Workspace") -> None:
     from spotune.launch import submit
+    from spotune.launch.status import Run
 
-    submit.cancel(workspace, run_id)
+    submit.cancel(Run.find_queued(workspace, run_id))
     click.echo(f"{run_id}: stopped", err=True)
 
 

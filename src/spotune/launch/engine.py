@@ -141,10 +141,7 @@ def check_folder(run_id: str, folder: str) -> None:
 
 
 LOCAL, SKYPILOT = "local", "skypilot"
-BACKENDS = {
-    LOCAL: "spotune.launch.local.engine:LocalInfra",
-    SKYPILOT: "spotune.launch.skypilot.engine:SkyInfra",
-}
+BACKENDS = {LOCAL: "spotune.launch.local.engine:LocalInfra", SKYPILOT: "spotune.launch.skypilot.engine:SkyInfra"}
 ANY = "any"  # SkyPilot chooses among the clouds that are enabled
 # The clouds of the pinned SkyPilot. A test compares them with SkyPilot's own list, which takes seconds to import.
 CLOUDS = (

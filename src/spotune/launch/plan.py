@@ -4,10 +4,10 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from random import Random, SystemRandom
+from random import SystemRandom
 from typing import Any
 
 from spotune import __version__
@@ -21,24 +21,14 @@ from spotune.core.fingerprint import MODEL_KEYS, data_files, data_sha256, model_
 from spotune.core.keys import RUNS, Keys, check_run_id, new_run_id
 from spotune.core.money import parse_usd
 from spotune.core.records import PriceRow, RunRecord, fingerprint
-from spotune.core.revisions import record_history
+from spotune.launch import task as tasks
 from spotune.launch.code import Code, check_used, differs, sent_code
 from spotune.launch.engine import LOCAL, Submission, infra_of, spell
 from spotune.launch.local.layout import Gpu, find_gpus
 from spotune.launch.origins import Origin, from_run, goes_to, origins_of, revision_of, unseen_by
-from spotune.launch.settings import Settings, Workspace
-from spotune.launch.status import find_run
-from spotune.launch.task import (
-    Demand,
-    Resources,
-    demand_of,
-    env_pairs,
-    fill_in,
-    find_trainer,
-    load_task,
-    read_preemptions,
-    trainer_of,
-)
+from spotune.launch.settings import Price, Settings, Workspace
+from spotune.launch.status import Run
+from spotune.launch.task import Demand, Resources
 
 WATCHER = "src/spotune/idle.py"  # runs with the machine's own Python, before any setup
 SCRIPT = "tasks/setup.sh"  # of the shipped tasks' setup: make setup-train, and what machines lack for it
@@ -128,24 +118,19 @@ def local_prices(settings: Settings, gpus: Sequence[Gpu], demand: Demand, at: fl
     """
     count = max(1, demand.gpus) if gpus else 1
     kind = gpus[0].name if gpus else "cpu"
-    price = settings.local.prices.get(kind)
-    source = "local price table" if price else f"no price for {kind} in the local price table"
-    rows = []
-    for use_spot in (True, False):
-        each = (price.spot if use_spot else price.on_demand) if price else 0.0
-        rows.append(
-            PriceRow(
-                infra="local",
-                region="local",
-                instance_type="local",
-                accelerators=f"{kind}:{count}" if gpus else "",
-                use_spot=use_spot,
-                price_usd_per_hour=round(each * count, 6),
-                source=source,
-                at=at,
-            )
-        )
-    return rows
+    price = settings.local.prices.get(kind, Price(0.0, 0.0))
+    is_known = kind in settings.local.prices
+    row = PriceRow(
+        infra="local",
+        region="local",
+        instance_type="local",
+        accelerators=f"{kind}:{count}" if gpus else "",
+        use_spot=True,
+        price_usd_per_hour=round(price.spot * count, 6),
+        source="local price table" if is_known else f"no price for {kind} in the local price table",
+        at=at,
+    )
+    return [row, replace(row, use_spot=False, price_usd_per_hour=round(price.on_demand * count, 6))]
 
 
 PRIORITIES = (-1000, 1000)
@@ -154,11 +139,10 @@ BUDGET_FLAG = "--budget"
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """The options of the command line."""
+    """The options of the command line. ``kind``, ``prod`` or ``dev``, is also the default profile."""
 
     config_path: str
     profile: str = ""
-    default_profile: str = "prod"
     overrides: tuple[str, ...] = ()
     name: str = ""
     infra: str = ""
@@ -203,39 +187,27 @@ class Plan:
         return self.record.run_id
 
 
-def make_plan(options: TrainOptions, workspace: Workspace, clock: Callable[[], float], rng: Random) -> Plan:
+def make_plan(options: TrainOptions, workspace: Workspace) -> Plan:
     """Reads and checks everything that a run depends on. Raises InputError for the first fault."""
-    infra = spell(options.infra or workspace.settings.infra)
-    backend = infra_of(infra)
+    infra, path = spell(options.infra or workspace.settings.infra), options.config_path
     workspace.check_bucket_reaches(infra)
-    run_id = check_run_id(options.name) if options.name else new_run_id(Path(options.config_path).stem, rng)
-    parse_save_every(options.save_every)
-    parse_stall_after(options.stall_after)
-    budget_usd = None if options.budget is None else parse_usd(options.budget, BUDGET_FLAG)
-    if options.preemptions and backend != LOCAL:
-        raise InputError("--preemptions", f"{infra} takes machines away by itself", remedy="--infra local")
-    config = load_config(
-        options.config_path, options.profile, options.overrides, options.default_profile, options.allow_env
-    )
-    check_local_files(config, options.config_path)
+    run_id = check_run_id(options.name) if options.name else new_run_id(Path(path).stem, SystemRandom())
+    budget_usd = _check_options(options, infra)
+    config = load_config(path, options.profile, options.overrides, options.kind, options.allow_env)
+    check_local_files(config, path)
     allowed_env = allowed_in(config, options.allow_env)
-    training = Training.read(config, options.config_path, workspace.env.cache)
-    task_path, task = load_task(workspace.cwd)
-    task = fill_in(task, _environment(options, workspace, run_id, allowed_env), options.resources, run_id)
-    demand = _check_demand(demand_of(task, task_path), options, infra, task_path)
+    training = Training.read(config, path, workspace.env.cache)
+    task_path, task = tasks.load_task(workspace.cwd)
+    task = tasks.fill_in(task, _environment(options, workspace, run_id, allowed_env), options.resources, run_id)
+    demand = _check_demand(tasks.demand_of(task, task_path), options, infra, task_path)
     secrets = secrets_of(options.secrets, workspace.environ)
-    now = clock()
-    if backend == LOCAL:
-        trainer_of(task, workspace.environ, workspace.cwd)
-    else:
-        from spotune.launch.skypilot.task import check_sent
-
-        check_sent(config, training.data_files, options.config_path, workspace.cwd, task, infra)
+    _check_machine(task, training, path, workspace, infra)
+    now = time.time()
     offered = _offers(task, options, infra, demand, workspace, now)
     if budget_usd is not None:
         check_priced(offered.chosen)
     code = sent_code(task, workspace.cwd)
-    check_used(code, config, options.config_path, training.data_files, task, task_path, workspace.cwd)
+    check_used(code, config, path, training.data_files, task, task_path, workspace.cwd)
     record = RunRecord(
         **vars(training),
         **{name: getattr(options, name) for name in ("kind", "config_path", "profile", "save_every", "stall_after")},
@@ -259,15 +231,15 @@ def make_plan(options: TrainOptions, workspace: Workspace, clock: Callable[[], f
         task=offered.task,
         workdir=str(workspace.cwd),
         secrets=secrets,
-        preemptions=read_preemptions(Path(options.preemptions)) if options.preemptions else (),
+        preemptions=tasks.read_preemptions(Path(options.preemptions)) if options.preemptions else (),
         interactive=options.kind == "dev",
     )
     return Plan(
-        record=record,
-        submission=submission,
-        bucket=workspace.env.bucket,
-        infra=infra,
-        task_path=task_path,
+        record,
+        submission,
+        workspace.env.bucket,
+        infra,
+        task_path,
         offers=offered.rows,
         chosen=offered.chosen,
         notes=(*offered.notes, *code.notes()),
@@ -275,6 +247,26 @@ def make_plan(options: TrainOptions, workspace: Workspace, clock: Callable[[], f
         allow_config_change=options.allow_config_change,
         takes=tuple(origins_of(record, workspace.cwd)),
     )
+
+
+def _check_options(options: TrainOptions, infra: str) -> float | None:
+    """Returns the budget, US dollars. Raises InputError for options that cannot be read."""
+    parse_save_every(options.save_every)
+    parse_stall_after(options.stall_after)
+    budget_usd = None if options.budget is None else parse_usd(options.budget, BUDGET_FLAG)
+    if options.preemptions and infra != LOCAL:
+        raise InputError("--preemptions", f"{infra} takes machines away by itself", remedy="--infra local")
+    return budget_usd
+
+
+def _check_machine(task: dict[str, Any], training: Training, path: str, workspace: Workspace, infra: str) -> None:
+    """Raises InputError if the task cannot run on this machine, or a machine elsewhere would lack files."""
+    if infra == LOCAL:
+        tasks.trainer_of(task, workspace.environ, workspace.cwd)
+    else:
+        from spotune.launch.skypilot.task import check_sent
+
+        check_sent(training.config, training.data_files, path, workspace.cwd, task, infra)
 
 
 def check_priced(chosen: PriceRow) -> None:
@@ -286,7 +278,6 @@ def check_priced(chosen: PriceRow) -> None:
 def _offers(
     task: dict[str, Any], options: TrainOptions, infra: str, demand: Demand, workspace: Workspace, now: float
 ) -> Offers:
-    """Returns where the task may run, and at what price."""
     if infra != LOCAL:
         from spotune.launch.skypilot.offers import Wanted, make_offers
 
@@ -317,10 +308,10 @@ def _environment(options: TrainOptions, workspace: Workspace, run_id: str, allow
         environment.BUCKET: workspace.env.bucket,
         environment.RUN_ID: run_id,
         environment.CONFIG: options.config_path,
-        environment.PROFILE: options.profile or options.default_profile,
+        environment.PROFILE: options.profile or options.kind,
         **({environment.ALLOW_ENV: " ".join(allowed_env)} if allowed_env else {}),
     }
-    return {**env_pairs(options.envs), **ours}
+    return {**tasks.env_pairs(options.envs), **ours}
 
 
 def secrets_of(names: Iterable[str], environ: Mapping[str, str]) -> dict[str, str]:
@@ -365,12 +356,11 @@ def promote(source: str, options: TrainOptions, workspace: Workspace) -> Plan:
     Raises InputError if the config, data, model or code is not what ``source`` ran with: what was tried is what goes to
     production. The new command line's overrides come on top.
     """
-    history = record_history(workspace.store(find_run(workspace, source).bucket), Keys(source))
+    history = Run.find(workspace, source).history
     if not history:
         raise InputError(source, "has no run.json in its bucket")
     record = history[-1]
-    default = "dev" if record.kind == "dev" else "prod"
-    then = load_config(record.config_path, record.profile, record.overrides, default, record.allowed_env)
+    then = load_config(record.config_path, record.profile, record.overrides, record.kind, record.allowed_env)
     if fingerprint(then) not in (record.config_sha256, fingerprint(recorded(record.config))):
         raise InputError(source, f"{record.config_path} has changed since", remedy="submit the config itself")
     options = replace(
@@ -380,7 +370,7 @@ def promote(source: str, options: TrainOptions, workspace: Workspace) -> Plan:
         save_every=options.save_every or record.save_every,
         stall_after=options.stall_after or record.stall_after,
     )
-    plan = make_plan(options, workspace, time.time, SystemRandom())
+    plan = make_plan(options, workspace)
     if [_content(file) for file in plan.record.data_files] != [_content(file) for file in record.data_files]:
         raise InputError(source, "its data has changed since", remedy="submit the config itself")
     is_same_model = all(plan.record.config.get(key) == record.config.get(key) for key in MODEL_KEYS)
@@ -432,7 +422,7 @@ def check_rows(
     if not config.get("data"):
         return {"rows_read": 0, "rows_not_read": ["only rows of data: are read here"]}
     try:
-        python = find_trainer(environ, folder)
+        python = tasks.find_trainer(environ, folder)
     except InputError as error:
         return {"rows_read": 0, "rows_not_read": [str(error)]}
     asked = json.dumps({"config": config, "config_path": path, "most_bytes": most_bytes}, default=str)
@@ -455,7 +445,15 @@ def survey_config(
 ) -> dict[str, Any]:
     """Returns facts about a config that is valid in all of its profiles. Raises InputError for all of its faults."""
     profiles = list(profiles_of(read_config(path), path))
-    config = _load_all(path, profile, profiles, overrides, allow_env)
+    errors: list[InputError] = []
+    configs: list[dict[str, Any]] = []
+    for name, given, default in ((profile, overrides, "prod"), *((name, (), "") for name in profiles)):
+        try:
+            configs.append(load_config(path, name, given, default, allow_env))
+        except InputError as error:
+            errors.append(error)
+    raise_all(errors)
+    config = configs[0]
     check_local_files(config, path)
     training = Training.read(config, path, workspace.env.cache)
     rows = check_rows(config, path, workspace.environ, workspace.cwd)
@@ -467,34 +465,17 @@ def survey_config(
         "data_files": [file["url"] for file in training.data_files],
         **rows,
         "notices": notices(config.get("data"), path),
-        "data_sha256": training.data_sha256,
-        "model_sha256": training.model_sha256,
-        "config_sha256": training.config_sha256,
+        **{name: getattr(training, name) for name in ("data_sha256", "model_sha256", "config_sha256")},
     }
-
-
-def _load_all(
-    path: str, profile: str, profiles: Iterable[str], overrides: Iterable[str], allow_env: Collection[str]
-) -> dict[str, Any]:
-    """Returns the config in the chosen profile. Raises InputError for the faults of all profiles."""
-    errors: list[InputError] = []
-    configs: list[dict[str, Any]] = []
-    for name, given, default in ((profile, overrides, "prod"), *((name, (), "") for name in profiles)):
-        try:
-            configs.append(load_config(path, name, given, default, allow_env))
-        except InputError as error:
-            errors.append(error)
-    raise_all(errors)
-    return configs[0]
 
 
 def survey_machine(workspace: Workspace) -> dict[str, Any]:
     """Returns facts about this machine and project. Raises SpotuneError if the bucket cannot be reached."""
     gpus = find_gpus(workspace.environ)
-    task_path, _ = load_task(workspace.cwd)
+    task_path, _ = tasks.load_task(workspace.cwd)
     runs = workspace.store().folders(RUNS)
     try:
-        trainer = find_trainer(workspace.environ, workspace.cwd)
+        trainer = tasks.find_trainer(workspace.environ, workspace.cwd)
     except InputError as error:
         trainer = f"missing: {error}"
     return {

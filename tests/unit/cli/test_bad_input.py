@@ -133,7 +133,11 @@ FILES = {
     "settings: nice": ("config/spotune.yaml", "slurm: {nice: -1}\n", "slurm.nice: -1 is not a number from 0 on"),
     "settings: month": ("config/spotune.yaml", "budgets: {users: {ana: x}}\n", "budgets.users.ana: 'x' is not dollars"),
     "own settings": ("home/config.yaml", "bucket: here\n", "home/config.yaml: bucket: 'here' is not a bucket"),
-    "own settings: infra": ("home/config.yaml", "infra: nope\n", "home/config.yaml: infra: 'nope' is no infra"),
+    "own settings: infra": (
+        "home/config.yaml",
+        "infra: nope\n",
+        "home/config.yaml: infra: 'nope' is not a known infra",
+    ),
     "own settings: a list": (
         "home/config.yaml",
         "- a\n",
