@@ -98,9 +98,7 @@ def load_settings(cwd: Path, home: Path) -> Settings:
     settings: dict[str, Any] = {}
     files: list[str] = []
     for path in (shipped_file("config/spotune.yaml", cwd), home / "config.yaml"):
-        if path is not None and os.path.lexists(
-            path
-        ):  # a folder or a broken link is an error: it may be meant as budgets
+        if path is not None and os.path.lexists(path):  # a broken link is an error: it may be meant as budgets
             raw = read_yaml(path, remedy="infra: local", may_be_empty=True)
             settings = _overlay(settings, _check(raw, path))
             files.append(str(path))
@@ -120,7 +118,7 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(raw: dict[str, Any], path: Path) -> dict[str, Any]:
-    _known(raw, ("infra", "bucket", "team", "local", "slurm", "budgets"), path, "")
+    _section(raw, path, "", ("infra", "bucket", "team", "local", "slurm", "budgets"))
     for name in ("infra", "bucket", "team"):
         if not isinstance(raw.get(name, ""), str):
             raise InputError(path, f"{shown(raw[name])} is not text", key=name)
@@ -128,16 +126,14 @@ def _check(raw: dict[str, Any], path: Path) -> dict[str, Any]:
         check_bucket(raw["bucket"], f"{path}: bucket")
     if "infra" in raw:
         infra_of(raw["infra"], f"{path}: infra")
-    local = _mapping(raw.get("local"), path, "local")
-    _known(local, ("slots", "prices"), path, "local.")
+    local = _section(raw.get("local"), path, "local", ("slots", "prices"))
     slots = local.get("slots", 1)
     if isinstance(slots, bool) or not isinstance(slots, int) or not 1 <= slots <= 1024:
         raise InputError(path, f"{shown(slots)} is not a number of jobs", key="local.slots", remedy="1 to 1024")
-    prices = _mapping(local.get("prices"), path, "local.prices")
+    prices = _section(local.get("prices"), path, "local.prices")
     for name, price in prices.items():
         key, kinds = f"local.prices.{name}", ("on_demand", "spot")
-        amounts = _mapping(price, path, key)
-        _known(amounts, kinds, path, f"{key}.")
+        amounts = _section(price, path, key, kinds)
         for kind in kinds:
             if not is_amount(amounts.get(kind), MOST_USD_PER_HOUR):
                 what = f"{shown(amounts.get(kind))} is not dollars an hour"
@@ -147,12 +143,13 @@ def _check(raw: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _check_slurm(raw: dict[str, Any], path: Path) -> dict[str, Any]:
-    slurm = _mapping(raw.get("slurm"), path, "slurm")
-    _known(slurm, ("shared", "preemptible", "nice"), path, "slurm.")
+    slurm = _section(raw.get("slurm"), path, "slurm", ("shared", "preemptible", "nice"))
     nice = slurm.get("nice", 0)
     if isinstance(nice, bool) or not isinstance(nice, int) or nice < 0:
         raise InputError(path, f"{shown(nice)} is not a number from 0 on", key="slurm.nice", remedy="nice: 1000")
-    for name, values in ((name, slurm[name]) for name in ("shared", "preemptible") if name in slurm):
+    for name, values in slurm.items():
+        if name == "nice":
+            continue
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
             raise InputError(path, f"{shown(values)} is not a list of texts", key=f"slurm.{name}")
     if relative := next((folder for folder in slurm.get("shared", ()) if not Path(folder).is_absolute()), None):
@@ -161,11 +158,10 @@ def _check_slurm(raw: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _budgets(raw: dict[str, Any], path: Path) -> dict[str, dict[str, MonthlyBudget]]:
-    given = _mapping(raw.get("budgets"), path, "budgets")
-    _known(given, ("users", "teams"), path, "budgets.")
+    given = _section(raw.get("budgets"), path, "budgets", ("users", "teams"))
     budgets: dict[str, dict[str, MonthlyBudget]] = {"users": {}, "teams": {}}
     for kind, found in budgets.items():
-        for name, amount in _mapping(given.get(kind), path, f"budgets.{kind}").items():
+        for name, amount in _section(given.get(kind), path, f"budgets.{kind}").items():
             key = f"budgets.{kind}.{name}"
             if not is_amount(amount, 1e12):
                 raise InputError(path, f"{shown(amount)} is not dollars a month", key=key, remedy=f"{name}: 200")
@@ -173,18 +169,16 @@ def _budgets(raw: dict[str, Any], path: Path) -> dict[str, dict[str, MonthlyBudg
     return budgets
 
 
-def _mapping(value: Any, path: Path, key: str) -> dict[str, Any]:
+def _section(value: Any, path: Path, key: str, known: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Returns a copy of a mapping. Raises InputError if it is none, or has another key than the known ones."""
     if value is not None and not isinstance(value, dict):
         raise InputError(path, "must be a mapping", key=key, remedy="NAME: VALUE")
-    return dict(value or {})
-
-
-def _known(given: Mapping[str, Any], known: tuple[str, ...], path: Path, prefix: str) -> None:
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
+    for name in value or ():
+        if known and name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
             remedy = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
-            raise InputError(path, "unknown key", key=f"{prefix}{key}", remedy=remedy)
+            raise InputError(path, "unknown key", key=f"{key}.{name}" if key else str(name), remedy=remedy)
+    return dict(value or {})
 
 
 @dataclass(frozen=True)

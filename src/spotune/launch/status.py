@@ -24,10 +24,7 @@ from spotune.launch.settings import Workspace
 
 PATIENCE_S = 300.0
 SILENT, ELSEWHERE = "no sign of life, and not in this machine's queue", "runs outside this machine's queue"
-LOST = "no sign of life, and neither in this machine's queue nor in SkyPilot's"
 LAST_SEEN = "as last seen: "
-RECENT_S = 86400.0
-HEARTBEAT_S = 120.0  # progress.json is rewritten at most every 15 s
 _COLUMNS = "run_id state priority submitted_at started_at ended_at attempt recoveries step max_steps infra user reason"
 
 Warn = Callable[[str], None]
@@ -142,7 +139,7 @@ def list_runs(
     """
     now = time.time()
     jobs = [job for engine in workspace.engines() for job in jobs_of(engine, everything, warn)]
-    shown = [job for job in jobs if everything or job.state in ACTIVE or (job.ended_at or 0.0) >= now - RECENT_S]
+    shown = [job for job in jobs if everything or job.state in ACTIVE or (job.ended_at or 0.0) >= now - 86400]
     known(shown)
 
     def read(run_id: str) -> JobStatus | None:
@@ -193,18 +190,18 @@ def heard_of(workspace: Workspace, rows: list[JobStatus]) -> list[JobStatus]:
     try:
         jobs = workspace.infra(ANY).jobs([row.run_id for row in unsure], everyone=True)
     except InfraError as error:
-        heard = {row.run_id: _as_last_seen(row, str(error)) for row in unsure}
+        states: dict[bool, State] = {True: "RUNNING", False: "PENDING"}  # with and without an attempt
+        heard = {
+            row.run_id: replace(row, state=states[row.attempt > 0], reason=f"{LAST_SEEN}{error}")
+            for row in unsure
+            if row.state not in ACTIVE
+        }
     else:
         store = workspace.store()
-        heard = {row.run_id: replace(row, reason=LOST) for row in unsure if row.reason.startswith(SILENT)}
+        lost = "no sign of life, and neither in this machine's queue nor in SkyPilot's"
+        heard = {row.run_id: replace(row, reason=lost) for row in unsure if row.reason.startswith(SILENT)}
         heard |= {job.run_id: certify_if_reachable(job, store) for job in jobs if job.bucket == store.url}
     return [heard.get(row.run_id, row) for row in rows]
-
-
-def _as_last_seen(row: JobStatus, why: str) -> JobStatus:
-    if row.state in ACTIVE:
-        return row
-    return replace(row, state="RUNNING" if row.attempt else "PENDING", reason=f"{LAST_SEEN}{why}")
 
 
 def jobs_of(engine: Infra, everyone: bool, warn: Warn | None) -> list[JobStatus]:
@@ -283,7 +280,7 @@ def read_run(store: Store, run_id: str, now: float) -> JobStatus | None:
     for state, key in ends.items():
         if ended := _with_mark(status, store, state, key):
             return ended
-    if seen and now - seen.at < HEARTBEAT_S:
+    if seen and now - seen.at < 120:  # progress.json is rewritten at most every 15 s
         return replace(status, state="RUNNING", reason=ELSEWHERE)
     return replace(status, state="FAILED", reason=f"{SILENT}{why}")
 

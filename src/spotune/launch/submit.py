@@ -130,8 +130,9 @@ def resume(run: Run, edit: Edit | None = None, agree: Callable[[Resumption], Non
     A run that was started by hand or by a bare ``sky`` only loses its marks, and has to be started again where it was.
     ``agree`` is called before anything is written; it raises to refuse.
     """
-    state = run.status.state
-    if state not in RESUMABLE and not _stands_still(run):
+    state, marks = run.status.state, (run.keys.paused, run.keys.failed)
+    # An active run with a mark has paused or failed for good: every further attempt ends at once.
+    if state not in RESUMABLE and not (state in ACTIVE and any(read_mark(run.store, key) for key in marks)):
         remedy = "it is finished" if state == "SUCCEEDED" else f"spotune logs -f {run.run_id}"
         raise InputError(run.run_id, f"is {state}: only {', '.join(RESUMABLE)} can be resumed", remedy=remedy)
     change, revision = _revise(run, edit) if edit else (Change(), None)
@@ -151,12 +152,6 @@ def _resumption(run: Run, change: Change, revision: RunRecord | None) -> Resumpt
     taken += [*revision_of(user, run.history), *goes_to(user, run.history, record)]
     taken += origins_of(record, run.workspace.cwd)
     return Resumption(run.run_id, change, tuple(taken), tuple(unseen_by(user, run.history)))
-
-
-def _stands_still(run: Run) -> bool:
-    """Returns whether an active run has paused or failed for good: every further attempt ends at once."""
-    marks = (run.keys.paused, run.keys.failed)
-    return run.status.state in ACTIVE and any(read_mark(run.store, key) for key in marks)
 
 
 def _go_on(run: Run, revision: RunRecord | None) -> "Outcome":

@@ -193,65 +193,36 @@ class Verdict:
 
 VERSION = 1  # ``PRAGMA user_version``; 0: from before the file had a version
 BUSY_S = 30.0
-LEAST_BYTES = 64 << 10  # of free disk: SQLite cannot open a queue with less
 # A column that an older file lacks is added, with its default or an empty value.
 TABLES = {
     "jobs": (
-        "id INTEGER PRIMARY KEY AUTOINCREMENT",
-        "run_id TEXT UNIQUE NOT NULL",
-        "position INTEGER NOT NULL DEFAULT 0",
-        "priority INTEGER NOT NULL DEFAULT 0",
-        "state TEXT NOT NULL DEFAULT 'FAILED'",
-        "user TEXT NOT NULL DEFAULT ''",
-        "bucket TEXT NOT NULL DEFAULT ''",
-        "submission TEXT NOT NULL DEFAULT '{}'",
-        "interactive INTEGER NOT NULL DEFAULT 0",
-        "submitted_at REAL NOT NULL DEFAULT 0",
-        "started_at REAL",
-        "ended_at REAL",
-        "attempt INTEGER NOT NULL DEFAULT 0",
-        "reason TEXT NOT NULL DEFAULT ''",
-        "exit_code INTEGER",
-        "not_before REAL NOT NULL DEFAULT 0",
-        "restarts INTEGER NOT NULL DEFAULT 0",
-        "faults INTEGER NOT NULL DEFAULT 0",
-        "last_commit TEXT NOT NULL DEFAULT ''",
-        "fired TEXT NOT NULL DEFAULT '[]'",
-        "cancelling INTEGER NOT NULL DEFAULT 0",
+        *("id INTEGER PRIMARY KEY AUTOINCREMENT", "run_id TEXT UNIQUE NOT NULL"),
+        *("position INTEGER NOT NULL DEFAULT 0", "priority INTEGER NOT NULL DEFAULT 0"),
+        *("state TEXT NOT NULL DEFAULT 'FAILED'", "user TEXT NOT NULL DEFAULT ''"),
+        *("bucket TEXT NOT NULL DEFAULT ''", "submission TEXT NOT NULL DEFAULT '{}'"),
+        *("interactive INTEGER NOT NULL DEFAULT 0", "submitted_at REAL NOT NULL DEFAULT 0"),
+        *("started_at REAL", "ended_at REAL", "attempt INTEGER NOT NULL DEFAULT 0"),
+        *("reason TEXT NOT NULL DEFAULT ''", "exit_code INTEGER"),
+        *("not_before REAL NOT NULL DEFAULT 0", "restarts INTEGER NOT NULL DEFAULT 0"),
+        *("faults INTEGER NOT NULL DEFAULT 0", "last_commit TEXT NOT NULL DEFAULT ''"),
+        *("fired TEXT NOT NULL DEFAULT '[]'", "cancelling INTEGER NOT NULL DEFAULT 0"),
     ),
     "attempts": (
-        "run_id TEXT NOT NULL",
-        "attempt INTEGER NOT NULL",
-        "marker TEXT NOT NULL DEFAULT ''",
-        "slots TEXT NOT NULL DEFAULT '[]'",
-        "pid INTEGER",
-        "created REAL",
-        "boot TEXT NOT NULL DEFAULT ''",
-        "accelerators TEXT NOT NULL DEFAULT ''",
-        "use_spot INTEGER NOT NULL DEFAULT 0",
-        "started_at REAL NOT NULL DEFAULT 0",
-        "running_at REAL",
-        "ended_at REAL",
-        "setup_s REAL NOT NULL DEFAULT 0",
-        "exit_code INTEGER",
-        "phase TEXT NOT NULL DEFAULT 'run'",
-        "end_reason TEXT NOT NULL DEFAULT ''",
-        "taking TEXT NOT NULL DEFAULT ''",
-        "kill_at REAL",
-        "settled INTEGER NOT NULL DEFAULT 0",
+        *("run_id TEXT NOT NULL", "attempt INTEGER NOT NULL", "marker TEXT NOT NULL DEFAULT ''"),
+        *("slots TEXT NOT NULL DEFAULT '[]'", "pid INTEGER", "created REAL"),
+        *("boot TEXT NOT NULL DEFAULT ''", "accelerators TEXT NOT NULL DEFAULT ''"),
+        *("use_spot INTEGER NOT NULL DEFAULT 0", "started_at REAL NOT NULL DEFAULT 0"),
+        *("running_at REAL", "ended_at REAL", "setup_s REAL NOT NULL DEFAULT 0", "exit_code INTEGER"),
+        *("phase TEXT NOT NULL DEFAULT 'run'", "end_reason TEXT NOT NULL DEFAULT ''"),
+        *("taking TEXT NOT NULL DEFAULT ''", "kill_at REAL", "settled INTEGER NOT NULL DEFAULT 0"),
         "PRIMARY KEY (run_id, attempt)",
     ),
     "requests": (
-        "id INTEGER PRIMARY KEY AUTOINCREMENT",
-        "run_id TEXT NOT NULL",
-        "kind TEXT NOT NULL",
-        "notice_s REAL NOT NULL DEFAULT 0",
-        "made_at REAL NOT NULL DEFAULT 0",
-        "done_at REAL",
+        *("id INTEGER PRIMARY KEY AUTOINCREMENT", "run_id TEXT NOT NULL", "kind TEXT NOT NULL"),
+        *("notice_s REAL NOT NULL DEFAULT 0", "made_at REAL NOT NULL DEFAULT 0", "done_at REAL"),
     ),
     "facts": ("name TEXT PRIMARY KEY", "value TEXT NOT NULL"),
 }
-_KEYS = ("PRIMARY", "UNIQUE")  # no such column can be added
 # Faults that pass and say nothing about the file: a lock, a full or failing disk, no permission.
 _PASSING = {
     *(sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_NOMEM),
@@ -293,7 +264,7 @@ def describe(path: Path, error: Exception) -> str:
     """Returns what is wrong with the queue in one line. SQLite itself calls a full disk ``disk I/O error``."""
     with suppress(OSError):
         found = os.statvfs(path.parent)
-        if is_passing(error) and found.f_bavail * found.f_frsize < LEAST_BYTES:
+        if is_passing(error) and found.f_bavail * found.f_frsize < 64 << 10:  # SQLite needs about so much
             return f"{path}: {error}: the disk is full"
     return f"{path}: {error}"
 
@@ -367,7 +338,8 @@ def _complete(connection: sqlite3.Connection, table: str) -> Iterator[str]:
         name = column.split()[0]
         if name in (*known, "PRIMARY"):
             continue
-        if any(key in column for key in _KEYS) or ("NOT NULL" in column and "DEFAULT" not in column):
+        is_key = "PRIMARY" in column or "UNIQUE" in column  # SQLite cannot add such a column
+        if is_key or ("NOT NULL" in column and "DEFAULT" not in column):
             raise Damaged(f"table {table} has no {name}")
         connection.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
         yield f"{table}.{name}"

@@ -24,7 +24,6 @@ from spotune.launch.local.database import AttemptRow, JobRow
 from spotune.launch.local.layout import MARKER, AttemptFiles, Exit, LocalFolders, Running, home_error
 
 _GONE = (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied)
-_CREATED_TOLERANCE_S = 2.0  # create times shift a little when the clock is corrected
 
 
 def boot_id() -> str:
@@ -57,7 +56,7 @@ class Identity:
             return None
 
     def is_of(self, process: psutil.Process) -> bool:
-        return abs(process.create_time() - self.created) < _CREATED_TOLERANCE_S
+        return abs(process.create_time() - self.created) < 2.0  # it shifts a little when the clock is corrected
 
     @property
     def alive(self) -> bool:
@@ -127,8 +126,7 @@ def is_live(process: psutil.Process) -> bool:
 # A machine's environment, as SkyPilot makes it, and its start.
 
 REGION = "local"
-_NOT_INHERITED = ("SKYPILOT_", "SPOTUNE_", "SLURM_")  # they describe the submitter's own run or machine
-_INHERITED = (environment.NUM_PROCESSES, "SPOTUNE_USER")
+_FOREIGN = ("SKYPILOT_", "SPOTUNE_", "SLURM_")  # these variables describe the submitter's own run or machine
 
 
 def zone_of(attempt: AttemptRow) -> str:
@@ -143,7 +141,8 @@ def keep_environment(path: Path, environ: Mapping[str, str], secrets: Mapping[st
     ``python``: the trainer's Python, which the job gets as ``SPOTUNE_PYTHON``.
     Raises InputError if it cannot be written, InfraError if the disk fails.
     """
-    kept = {name: value for name, value in environ.items() if name in _INHERITED or not name.startswith(_NOT_INHERITED)}
+    ours = (environment.NUM_PROCESSES, "SPOTUNE_USER")
+    kept = {name: value for name, value in environ.items() if name in ours or not name.startswith(_FOREIGN)}
     if python:
         kept[environment.PYTHON] = python
     with _writing(path):
