@@ -323,7 +323,7 @@ def check_budget(run: "Run", budget_usd: float | None) -> tuple[float | None, st
         return None, ""
     if budget_usd is None and record.budget_usd is None and workspace.settings.budgets == BudgetSettings():
         return None, ""
-    report = report_run(workspace, run.run_id)
+    report = report_run(workspace, run.run_id)  # reads the run anew, with all that it cost
     check_wall(report, budget_usd)
     month = month_of(workspace, run.run_id, report["user"], report["team"])
     wall_usd = month.wall_usd(report["budget_usd"] if budget_usd is None else budget_usd)

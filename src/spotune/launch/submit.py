@@ -124,7 +124,7 @@ def cancel(run: Run) -> JobStatus:
     return ended
 
 
-def resume(run: Run, edit: Edit | None = None, agree: Callable[[Resumption], None] | None = None) -> "Submitted":
+def resume(run: Run, edit: Edit, agree: Callable[[Resumption], None]) -> "Submitted":
     """Lets a run that FAILED, was CANCELLED or is PAUSED go on, as edited.
 
     A run that was started by hand or by a bare ``sky`` only loses its marks, and has to be started again where it was.
@@ -135,12 +135,11 @@ def resume(run: Run, edit: Edit | None = None, agree: Callable[[Resumption], Non
     if state not in RESUMABLE and not (state in ACTIVE and any(read_mark(run.store, key) for key in marks)):
         remedy = "it is finished" if state == "SUCCEEDED" else f"spotune logs -f {run.run_id}"
         raise InputError(run.run_id, f"is {state}: only {', '.join(RESUMABLE)} can be resumed", remedy=remedy)
-    change, revision = _revise(run, edit) if edit else (Change(), None)
-    if agree:
-        agree(_resumption(run, change, revision))
-        now = revisions.record_in_force(run.store, run.keys)  # a fresh read: another user may have revised it meanwhile
-        if now and run.record and now.revision != run.record.revision:
-            raise InputError(run.run_id, "was changed by somebody else just now", remedy="try again")
+    change, revision = _revise(run, edit)
+    agree(_resumption(run, change, revision))
+    now = revisions.record_in_force(run.store, run.keys)  # a fresh read: another user may have revised it meanwhile
+    if now and run.record and now.revision != run.record.revision:
+        raise InputError(run.run_id, "was changed by somebody else just now", remedy="try again")
     return Submitted(_go_on(run, revision), change, _keep_other_code(run))
 
 
@@ -163,9 +162,9 @@ def _go_on(run: Run, revision: RunRecord | None) -> "Outcome":
         run.engine.check_resumable(run.run_id)
         if run.status.state in ACTIVE:
             run.engine.cancel(run.run_id)
-    if revision:  # before the marks go: from then on an attempt may start
-        revisions.write_revision(run.store, run.keys, revision)
     store, keys = run.store, run.keys
+    if revision:  # before the marks go: from then on an attempt may start
+        revisions.write_revision(store, keys, revision)
     store.delete([keys.failed, keys.cancelled, keys.paused])
     if run.engine:
         run.engine.resume(run.run_id)
