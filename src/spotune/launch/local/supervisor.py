@@ -92,7 +92,7 @@ class Supervisor:
             if attempt and attempt.ended_at is None:
                 self._watcher.take_away(attempt, "cancelled", CANCEL_GRACE_S)
             elif attempt is None:
-                self._end(job, Verdict("CANCELLED", "cancelled"))
+                self._set_state(job, Verdict("CANCELLED", "cancelled"))
         elif request.kind == "preempt" and attempt and attempt.ended_at is None and attempt.taking != "cancelled":
             self._watcher.take_away(attempt, "preempted", request.notice_s)
         self._queue.finish_request(request.id)
@@ -151,10 +151,10 @@ class Supervisor:
 
     def _start(self, job: JobRow, slots: list[int], gpus: list[Gpu]) -> None:
         if not job.task:
-            self._end(job, Verdict("FAILED", job.reason, BAD_INPUT))
+            self._set_state(job, Verdict("FAILED", job.reason, BAD_INPUT))
             return
         if why := cancelled_because(job.bucket, job.run_id):  # the verb died before it told the queue
-            self._end(job, Verdict("CANCELLED", why))
+            self._set_state(job, Verdict("CANCELLED", why))
             return
         attempt = AttemptRow(
             run_id=job.run_id,
@@ -184,17 +184,18 @@ class Supervisor:
         if is_machine_fault(error) or isinstance(error, InfraError):
             why = f"cannot start: {getattr(error, 'strerror', None) or error}"
             verdict = Verdict("RECOVERING", why, delay_s=DISK_S, restarts=job.restarts, faults=job.faults)
-            self._queue.settle(job.run_id, verdict, job.last_commit, self._clock())
-            self._log_for(job.run_id, f"{why}, is tried again")
+            self._set_state(job, verdict, forget=False)
         elif isinstance(error, Damaged):
             kept = self._layout.environment(job.run_id)
-            self._end(job, Verdict("FAILED", f"{kept}: {error} (spotune resume {job.run_id})", FAILED), forget=False)
+            self._set_state(
+                job, Verdict("FAILED", f"{kept}: {error} (spotune resume {job.run_id})", FAILED), forget=False
+            )
             set_aside(kept, str(error), self._log)  # last: without the file a job would start without its secrets
         else:
             why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-            self._end(job, Verdict("FAILED", f"cannot start in {job.workdir}: {why}", FAILED))
+            self._set_state(job, Verdict("FAILED", f"cannot start in {job.workdir}: {why}", FAILED))
 
-    def _end(self, job: JobRow, verdict: Verdict, forget: bool = True) -> None:
+    def _set_state(self, job: JobRow, verdict: Verdict, forget: bool = True) -> None:
         self._queue.settle(job.run_id, verdict, job.last_commit, self._clock())
         self._log_for(job.run_id, f"{verdict.state} {verdict.reason}")
         if forget:
