@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from spotune.core.clusters import ClusterRecord
+
 from spotune.core.protocol import Pushed
 from spotune.core.records import AttemptRecord, Bill, Certificate, Commit, Mark, Progress, Record, RunRecord
 

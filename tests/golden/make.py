@@ -24,14 +24,14 @@ from typing import Any
 
 import pytest
 import yaml
+from spotune.launch.local.processes import boot_id
+from spotune.launch.skypilot.registry import Entry, Registry
 
 from spotune.core.keys import Keys
 from spotune.core.records import Mark
 from spotune.launch.engine import JobStatus, PaidInterval
-from spotune.launch.local.processes import boot_id
 from spotune.launch.settings import Workspace
 from spotune.launch.skypilot.clusters import book
-from spotune.launch.skypilot.registry import Entry, Registry
 from tests import guard_with_clock, guard_with_watchdog_clock
 from tests.golden import worker
 from tests.golden.kinds import kind_of, read_record

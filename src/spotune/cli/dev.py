@@ -165,7 +165,7 @@ def run(
         if share is not None:
             raise InputError("--share", "runs here share a GPU without it", remedy="leave it out")
         resources = Resources(gpus=gpus, use_spot=False)
-        given |= {"name": name, "envs": envs, "secrets": secrets, "default_profile": "dev", "kind": "dev"}
+        given |= {"name": name, "envs": envs, "secrets": secrets, "kind": "dev"}
         sys.exit(_here(TrainOptions(config_path=config, infra="local", resources=resources, **given), workspace))
 
 
@@ -198,6 +198,7 @@ def _on_cluster(config: str, name: str, where: "RunPlace", options: "DevRunOptio
 def _here(options: "TrainOptions", workspace: "Workspace") -> int:
     from spotune.cli.runs import follow
     from spotune.cli.train import plan_new, submit_plan
+    from spotune.launch.status import Run
 
     plan = plan_new(options, workspace)
     try:
@@ -207,7 +208,7 @@ def _here(options: "TrainOptions", workspace: "Workspace") -> int:
         raise (error.__cause__ or error) from None
     try:
         log(f"{plan.run_id}: {plan.bucket}/runs/{plan.run_id}")
-        return follow(workspace, plan.run_id)
+        return follow(Run.find(workspace, plan.run_id))
     except BaseException:
         _stop(plan.run_id, workspace)
         raise
@@ -215,8 +216,9 @@ def _here(options: "TrainOptions", workspace: "Workspace") -> int:
 
 def _stop(run_id: str, workspace: "Workspace") -> None:
     from spotune.launch import submit
+    from spotune.launch.status import Run
 
-    submit.cancel(workspace, run_id)
+    submit.cancel(Run.find_queued(workspace, run_id))
     log(f"{run_id}: stopped")
 
 

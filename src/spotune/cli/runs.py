@@ -18,8 +18,7 @@ from spotune.core.errors import InfraError, InputError
 
 if TYPE_CHECKING:
     from spotune.launch.engine import Infra, JobStatus
-    from spotune.launch.settings import Workspace
-    from spotune.launch.status import Outage
+    from spotune.launch.status import Outage, Run
 
 _COLOURS = {"RUNNING": "green", "RECOVERING": "yellow", "FAILED": "red", "CANCELLED": "red"}
 REFRESH_S = 0.5
@@ -99,12 +98,11 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
             bar.render_finish()
 
 
-def follow(workspace: "Workspace", run_id: str) -> int:
+def follow(run: "Run") -> int:
     """Prints a run's log until the run has ended; returns the exit code of ``train``. The caller handles Ctrl-C."""
-    from spotune.launch.status import Outage, find_run
+    from spotune.launch.status import Outage
 
-    status = find_run(workspace, run_id)
-    engine = workspace.infra(status.infra)
+    run_id, engine = run.run_id, run.engine or run.workspace.infra(run.status.infra)
     lines: Queue[str | BaseException | None] = Queue(1000)  # None ends it
     threading.Thread(target=_pump, args=(engine.logs(run_id, follow=True), lines), daemon=True).start()
     shown_at, outage = 0.0, Outage()
@@ -123,10 +121,10 @@ def follow(workspace: "Workspace", run_id: str) -> int:
                     raise line
                 print_line(settled(line))
             if time.monotonic() - shown_at >= max(REFRESH_S, engine.refresh_s):
-                if now := _asked(lambda: _seen(workspace, engine, run_id), run_id, outage):
+                if now := _asked(lambda: _seen(run, engine), run_id, outage):
                     show(now)
                 shown_at = time.monotonic()
-    while not (ended := _asked(lambda: find_run(workspace, run_id), run_id, outage)):
+    while not (ended := _asked(lambda: run.refresh().status, run_id, outage)):
         time.sleep(REFRESH_S)
     step = f" at step {ended.step}" if ended.step is not None else ""
     reason = f": {ended.reason}" if ended.reason else ""
@@ -134,12 +132,12 @@ def follow(workspace: "Workspace", run_id: str) -> int:
     return exit_code_of(ended)
 
 
-def _seen(workspace: "Workspace", engine: "Infra", run_id: str) -> "JobStatus":
+def _seen(run: "Run", engine: "Infra") -> "JobStatus":
     """Returns the run's status. For an engine that does not see the run's steps, the bucket supplies them."""
     from spotune.launch.status import certify_if_reachable
 
-    status = engine.jobs([run_id])[0]
-    return status if engine.name == "local" else certify_if_reachable(status, workspace.store(status.bucket))
+    status = engine.jobs([run.run_id])[0]
+    return status if engine.name == "local" else certify_if_reachable(status, run.store)
 
 
 def _asked(ask: Callable[[], "JobStatus"], run_id: str, outage: "Outage") -> "JobStatus | None":
@@ -236,15 +234,14 @@ def queue(everything: bool, output: str) -> None:
 )
 def logs(run: str, following: bool) -> None:
     """Print a run's log, that of all its attempts."""
-    from spotune.launch.submit import engine_run
+    from spotune.launch.status import Run
 
-    workspace = open_workspace()
-    status = engine_run(workspace, run)
+    found = Run.find_queued(open_workspace(), run)
     if following:
-        follow(workspace, run)
-        return
-    for line in workspace.infra(status.infra).logs(run, follow=False):
-        click.echo(settled(line))
+        follow(found)
+    elif found.engine:
+        for line in found.engine.logs(run, follow=False):
+            click.echo(settled(line))
 
 
 @click.command()
@@ -254,14 +251,14 @@ def cancel(run: str, yes: bool) -> None:
     """Stop a run and keep its checkpoints. Returns when nothing of it runs any more."""
     from spotune.launch import submit
     from spotune.launch.engine import ACTIVE
+    from spotune.launch.status import Run
 
-    workspace = open_workspace()
-    status = submit.engine_run(workspace, run)
-    if status.state not in ACTIVE:
-        click.echo(f"{run}: {status.state} already")
+    found = Run.find_queued(open_workspace(), run)
+    if found.status.state not in ACTIVE:
+        click.echo(f"{run}: {found.status.state} already")
         return
-    cli.agree(f"Cancel {run} ({status.state})?", yes)
-    ended = submit.cancel(workspace, run)
+    cli.agree(f"Cancel {run} ({found.status.state})?", yes)
+    ended = submit.cancel(found if yes else found.refresh())  # while the user read, the run may have ended
     click.echo(f"{run}: {ended.state}. Its checkpoints are kept: spotune resume {run}")
 
 
@@ -277,6 +274,7 @@ def preempt(run: str, notice: str, no_notice: bool, yes: bool) -> None:
     knowledge and without a notice; only the API server's machine can do that.
     """
     from spotune.launch import submit
+    from spotune.launch.status import Run
 
     if bool(notice) == no_notice:
         raise click.UsageError("Give either --notice 30s or --no-notice.")
@@ -287,5 +285,5 @@ def preempt(run: str, notice: str, no_notice: bool, yes: bool) -> None:
             raise InputError("stdin", f"no terminal to confirm on: {question}", remedy="add -y")
         cli.agree(question, yes)
 
-    submit.preempt(open_workspace(), run, notice_s, ask)
+    submit.preempt(Run.find_queued(open_workspace(), run), notice_s, ask)
     click.echo(f"{run}: its machine goes {f'in {notice_s:g} s' if notice_s else 'now'}")

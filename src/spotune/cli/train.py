@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from spotune.cost.collect import Month
     from spotune.launch.plan import Plan, TrainOptions
     from spotune.launch.settings import Workspace
+    from spotune.launch.status import Run
     from spotune.launch.submit import Resumption, Submitted
 
 _RESOURCES = ("gpus", "num_nodes", "use_spot", "priority", "cpus", "memory")
@@ -35,11 +36,9 @@ def plan_of(given: Mapping[str, Any], source: str, workspace: "Workspace") -> "P
 
 
 def plan_new(options: "TrainOptions", workspace: "Workspace") -> "Plan":
-    from random import SystemRandom
-
     from spotune.launch.plan import make_plan
 
-    return _within_month(make_plan(options, workspace, time.time, SystemRandom()), workspace)
+    return _within_month(make_plan(options, workspace), workspace)
 
 
 def month_of(workspace: "Workspace", run_id: str, user: str, team: str) -> "Month":
@@ -189,6 +188,7 @@ def train(source: str, dryrun: bool, yes: bool, detach: bool, output: str, **giv
     """
     from spotune.cli.runs import follow
     from spotune.launch.plan import as_json
+    from spotune.launch.status import Run
     from spotune.launch.submit import existing, with_existing
 
     workspace = open_workspace()
@@ -205,7 +205,7 @@ def train(source: str, dryrun: bool, yes: bool, detach: bool, output: str, **giv
         click.echo(plan.run_id)
     elif outcome not in ("succeeded", "cleared"):
         try:
-            sys.exit(follow(workspace, plan.run_id))
+            sys.exit(follow(Run.find(workspace, plan.run_id)))
         except KeyboardInterrupt:
             ways = f"follow it: spotune logs -f {plan.run_id}; stop it: spotune cancel {plan.run_id}"
             log(f"\n{plan.run_id} goes on ({ways})")
@@ -237,21 +237,23 @@ def resume(
     from spotune.core.environment import parse_stall_after
     from spotune.core.money import parse_usd
     from spotune.launch import submit
+    from spotune.launch.status import Run
     from spotune.launch.submit import Edit
 
     workspace = open_workspace()
     parse_stall_after(stall_after)
     budget_usd = None if budget is None else parse_usd(budget, "--budget")
-    month_usd, owner = check_budget(workspace, run, budget_usd)
+    found = Run.find(workspace, run)
+    month_usd, owner = check_budget(found, budget_usd)
     edit = Edit(overrides, allow_config_change, budget_usd, month_usd, owner, stall_after)
     later: list[str] = []
-    resumed = submit.resume(workspace, run, edit, lambda resumption: later.extend(agree_to_resumption(resumption, yes)))
+    resumed = submit.resume(found, edit, lambda resumption: later.extend(agree_to_resumption(resumption, yes)))
     for line in later:
         log(line)
     changed = f", changed: {resumed.change.as_followed()}" if resumed.change else ""
     if resumed.code:
         log(f"{run}: its code is not what it was submitted with: {resumed.code}")
-    if resumed.is_queued:
+    if resumed.outcome == "resumed":
         click.echo(f"{run}: PENDING{changed}. Follow it: spotune logs -f {run}")
     else:
         click.echo(f"{run}: may go on{changed}. Start it again as before, with SPOTUNE_RUN_ID={run}")
@@ -276,27 +278,24 @@ def agree_to_resumption(resumption: "Resumption", yes: bool) -> list[str]:
     return []
 
 
-def check_budget(workspace: "Workspace", run: str, budget_usd: float | None) -> tuple[float | None, str]:
+def check_budget(run: "Run", budget_usd: float | None) -> tuple[float | None, str]:
     """Refuses a run that would pause again at once, or that the month's budgets cannot pay for.
 
     Returns (limit that the month's budgets set for a run without its own budget, US dollars in all; budget's owner).
     """
-    from spotune.core.keys import Keys
-    from spotune.core.revisions import record_in_force
     from spotune.cost.collect import check_wall, report_run
     from spotune.launch.settings import BudgetSettings
-    from spotune.launch.status import find_run
 
-    record = record_in_force(workspace.store(find_run(workspace, run).bucket), Keys(run))
+    workspace, record = run.workspace, run.record
     is_priced = record is not None and any(row.price_usd_per_hour > 0 for row in record.price_rows())
     if budget_usd is not None and not is_priced:
-        raise InputError("--budget", f"cannot be kept: no price was frozen for {run}", remedy="leave it out")
+        raise InputError("--budget", f"cannot be kept: no price was frozen for {run.run_id}", remedy="leave it out")
     if record is None or not is_priced:
         return None, ""
     if budget_usd is None and record.budget_usd is None and workspace.settings.budgets == BudgetSettings():
         return None, ""
-    report = report_run(workspace, run)
+    report = report_run(workspace, run.run_id)  # reads the run anew, with all that it cost
     check_wall(report, budget_usd)
-    month = month_of(workspace, run, report["user"], report["team"])
+    month = month_of(workspace, run.run_id, report["user"], report["team"])
     wall_usd = month.wall_usd(report["budget_usd"] if budget_usd is None else budget_usd)
     return wall_usd, month.tightest.budget.owner if month.tightest else ""

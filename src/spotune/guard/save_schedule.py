@@ -123,7 +123,7 @@ def alpha(prior: Prior, spells_s: Sequence[float]) -> float:
 
 
 def interval_s(inputs: Inputs) -> float:
-    """Returns the seconds between two saves: Young's interval with a heavy tail's hazard (docs/explanation/checkpoints.md).
+    """Returns the seconds between two saves: Young's interval with a heavy tail (docs/explanation/checkpoints.md).
 
         interval = sqrt(2 * cost * (X0 + age) / alpha), within [max(upload, 30 s), 30 min]
 

@@ -1,4 +1,4 @@
-"""What an engine is: the one interface behind ``local`` and ``skypilot``, with the same contract tests."""
+"""The interface of an engine, which ``local`` and ``skypilot`` share with their tests; and the names of ``--infra``."""
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,20 +10,21 @@ from typing import Any, Literal, Protocol
 from spotune.core.errors import InputError, shown
 from spotune.core.keys import Amount, Count, Ranks, Time
 
-# What an infrastructure is: the one interface behind ``local`` and ``skypilot``, with the same contract tests.
-
 State = Literal["PENDING", "STARTING", "RUNNING", "RECOVERING", "PAUSED", "SUCCEEDED", "FAILED", "CANCELLED"]
 ACTIVE: tuple[State, ...] = ("PENDING", "STARTING", "RUNNING", "RECOVERING")
 
-Agree = Callable[[str], None]  # puts a question to whoever sits there
+Agree = Callable[[str], None]  # asks the user a question; raises if the answer is no
 
 
 @dataclass(frozen=True)
 class JobStatus:
-    """What the engine itself says of a job; whether a run SUCCEEDED is for the certificate to say.
+    """What the engine says of a job. Only the certificate says whether a run SUCCEEDED.
 
-    ``attempt`` counts the machines that the engine gave it so far, ``recoveries`` is one less, never below 0.
-    ``step`` and ``max_steps`` are what the engine saw last, where it sees more than the bucket; else None.
+    Attributes:
+        attempt: machines that the job got so far; ``recoveries`` is one less, never below 0.
+        by_infra: FAILED without a fault of the run: it got no machine, or the engine itself failed.
+        step, max_steps: None unless the engine sees them before the bucket does.
+        bucket: where the run keeps its state; the verb's own bucket may be another one.
     """
 
     run_id: str
@@ -38,22 +39,22 @@ class JobStatus:
     recoveries: Count = 0
     reason: str = ""
     exit_code: int | None = None
-    by_infra: bool = False  # FAILED without a fault of the run: no machine could be had, or the engine itself failed
+    by_infra: bool = False
     step: int | None = None
     max_steps: int | None = None
     loss: float | None = None
     phase: str = ""
-    bucket: str = ""  # where the run keeps its state; it need not be the one of the verb that asks
+    bucket: str = ""
 
 
 @dataclass(frozen=True)
 class PaidInterval:
-    """One machine that the engine gave a run: a row of its history, the truth about what was paid.
+    """One machine that the engine gave a run: what was paid for.
 
     Attributes:
-        started_at, ended_at: epoch seconds; ``ended_at`` None while it is still paid for.
-        setup_s: how long ``setup:`` ran at its start, seconds.
-        end_reason: what the engine knows: preempted, exited, cancelled, lost, or empty while it runs.
+        started_at, ended_at: epoch seconds; ``ended_at`` is None while the machine is paid for.
+        setup_s: how long ``setup:`` ran, seconds.
+        end_reason: as the engine knows it: preempted, exited, cancelled, lost, or empty while the machine runs.
         nodes: machines held in this interval.
     """
 
@@ -74,13 +75,13 @@ class PaidInterval:
 
 @dataclass(frozen=True)
 class Submission:
-    """A plan that was agreed to: everything an engine needs to run it."""
+    """A plan that the user agreed to: everything that an engine needs to run it."""
 
     run_id: str
     task: dict[str, Any]  # a SkyPilot task YAML as data, envs filled in
     workdir: str
     user: str
-    infra: str = "local"  # where it is to run, as in --infra
+    infra: str = "local"  # as in --infra
     priority: int = 0
     secrets: dict[str, str] = field(default_factory=dict)
     preemptions: tuple[dict[str, float], ...] = ()
@@ -88,77 +89,71 @@ class Submission:
 
 
 class Infra(Protocol):
-    """An engine that runs managed jobs. Every verb raises InfraError (one line) when the engine fails."""
+    """An engine that runs managed jobs. Every method raises InfraError (one line) if the engine fails."""
 
     name: str
-    refresh_s: float  # how often its state is worth asking for while somebody watches
+    refresh_s: float  # how often to read a job's state while somebody follows it
 
     def submit(self, submission: Submission) -> None: ...
 
     def check_resumable(self, run_id: str) -> None:
-        """Raises InputError when ``resume`` would; nothing is changed."""
+        """Raises InputError if ``resume`` would. Changes nothing."""
 
     def workdir(self, run_id: str) -> str:
-        """The folder here whose code a run gets when it is resumed; empty where that is a git reference."""
+        """Returns the local folder whose code a resumed run gets; empty if its code is a git reference."""
 
     def resume(self, run_id: str) -> None:
-        """Puts a run that has ended back into the queue, at its old priority."""
+        """Puts an ended run back into the queue, at its old priority."""
 
     def cancel(self, run_id: str) -> None:
-        """Returns once nothing of the run is running any more; no error when it has ended already."""
+        """Stops a run and returns when none of its processes runs any more. An ended run is no error."""
 
     def preempt(self, run_id: str, notice_s: float, agree: Agree = lambda question: None) -> None:
-        """Takes the run's machine away as this infrastructure does, after ``notice_s`` of warning (0: none).
+        """Takes the run's machine away as this infrastructure does, ``notice_s`` after a warning (0: no warning).
 
-        ``agree`` is asked where that means to terminate what was bought, and raises where it may not be done.
+        Calls ``agree`` before it terminates a cloud's instance.
         """
 
     def jobs(self, run_ids: list[str] | None = None, everyone: bool = False) -> list[JobStatus]:
-        """All known jobs (or those named), ordered as they would run: priority, then order of submission.
+        """Returns all known jobs, or the named ones, as they would run: by priority, then order of submission.
 
-        ``everyone``: also those of other users, where the engine serves several; among those named, too, what was not
-        submitted from here.
+        ``everyone``: also jobs of other users, and named jobs that were not submitted from here.
         """
 
     def logs(self, run_id: str, follow: bool) -> Iterator[str]:
-        """Lines of all attempts; with ``follow`` it ends when the job does."""
+        """Yields the log lines of all attempts; with ``follow`` until the job ends."""
 
     def history(self, run_id: str) -> list[PaidInterval]:
-        """Every machine the run was given, oldest first."""
+        """Returns every machine that the run got, oldest first."""
 
 
 def check_secrets(run_id: str, names: Iterable[str], environ: Mapping[str, str]) -> None:
-    """Raises InputError for a run's secret that is not set here: no engine keeps the values of one that has ended."""
+    """Raises InputError if a run's secret is not set here: no engine keeps the secrets of an ended run."""
     missing = [name for name in names if name not in environ]
     if missing:
         raise InputError(run_id, f"secret {missing[0]} is not set here", remedy=f"export {missing[0]}=… first")
 
 
 def check_folder(run_id: str, folder: str) -> None:
-    """Raises InputError for a run whose folder is not there any more: its code is there and nowhere else."""
+    """Raises InputError if the folder with the run's code is gone."""
     if not Path(folder).is_dir():
         raise InputError(run_id, f"its folder {folder} is gone", remedy=f"spotune train --from {run_id}")
 
 
 LOCAL, SKYPILOT = "local", "skypilot"
-BACKENDS = {
-    LOCAL: "spotune.launch.local.engine:LocalInfra",
-    SKYPILOT: "spotune.launch.skypilot.engine:SkyInfra",
-}
+BACKENDS = {LOCAL: "spotune.launch.local.engine:LocalInfra", SKYPILOT: "spotune.launch.skypilot.engine:SkyInfra"}
 ANY = "any"  # SkyPilot chooses among the clouds that are enabled
-# The clouds of the pinned SkyPilot, and what its --infra calls them too. Held to SkyPilot's own list by a test: asking
-# it would cost seconds.
+# The clouds of the pinned SkyPilot. A test compares them with SkyPilot's own list, which takes seconds to import.
 CLOUDS = (
     "aws", "azure", "cudo", "do", "fluidstack", "gcp", "hyperbolic", "ibm", "kubernetes", "lambda", "mithril", "nebius",
     "oci", "paperspace", "primeintellect", "runpod", "scp", "seeweb", "shadeform", "slurm", "ssh", "vast", "verda",
     "vsphere", "yotta",
 )  # fmt: skip
 _ALIASES = {"k8s": "kubernetes"}
-_DEPTH = 3  # CLOUD/REGION/ZONE; a Kubernetes context may hold slashes
 
 
 def infra_of(name: str, where: object = "--infra") -> str:
-    """The backend that serves ``--infra NAME``; raises InputError, naming the nearest known one, for any other."""
+    """Returns the backend for ``--infra NAME``. Raises InputError, with the nearest known name, for an unknown one."""
     if name == LOCAL:
         return LOCAL
     if cloud_of(name, where) == ANY and name != ANY:
@@ -167,28 +162,28 @@ def infra_of(name: str, where: object = "--infra") -> str:
 
 
 def spell(name: str) -> str:
-    """``--infra NAME`` with its cloud as SkyPilot spells it; raises InputError for no infrastructure."""
+    """Returns ``--infra NAME`` with the cloud as SkyPilot spells it. Raises InputError for an unknown one."""
     return name if infra_of(name) == LOCAL else "/".join([cloud_of(name), *name.split("/")[1:]])
 
 
 def cloud_of(name: str, where: object = "--infra") -> str:
-    """The cloud in ``CLOUD[/REGION[/ZONE]]`` as SkyPilot spells it, or ``any``; raises InputError for no such thing."""
+    """Returns the cloud of ``CLOUD[/REGION[/ZONE]]`` as SkyPilot spells it, or ``any``. Raises InputError."""
     first, *places = name.lower().split("/")
     cloud = _ALIASES.get(first, first)
     if cloud not in (*CLOUDS, ANY):
         known = (LOCAL, ANY, *CLOUDS)
         near = difflib.get_close_matches(first, [*known, *_ALIASES], n=1)
         remedy = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
-        raise InputError(where, f"{shown(name)} is no infrastructure", remedy=remedy)
-    if "" in places or (len(places) >= _DEPTH and cloud not in ("kubernetes", "ssh")):
+        raise InputError(where, f"{shown(name)} is not a known infrastructure", remedy=remedy)
+    if "" in places or (len(places) > 2 and cloud not in ("kubernetes", "ssh")):  # a context may contain slashes
         shape = {"slurm": "slurm/CLUSTER/PARTITION", "kubernetes": "kubernetes/CONTEXT"}
         remedy = shape.get(cloud, f"{cloud}/REGION/ZONE")
-        raise InputError(where, f"{shown(name)} is no place", remedy=remedy)
+        raise InputError(where, f"{shown(name)} is not a valid place", remedy=remedy)
     return cloud
 
 
 def is_infra(name: str) -> bool:
-    """Whether a backend serves it: not so for runs that were started by hand, or by a later version."""
+    """Returns whether a backend serves it. None does for a run that was started by hand, or by a later version."""
     try:
         return infra_of(name) in BACKENDS
     except InputError:
@@ -196,7 +191,7 @@ def is_infra(name: str) -> bool:
 
 
 def open_backend(backend: str, **options: Any) -> Infra:
-    """Opens a backend by name; it is imported only now, so that no verb pays for another's engine."""
+    """Opens a backend by name. Imports it only now, so that no verb waits for the import of another engine."""
     module, _, attribute = BACKENDS[backend].partition(":")
     opened: Infra = getattr(import_module(module), attribute)(**options)
     return opened

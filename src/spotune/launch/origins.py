@@ -1,4 +1,4 @@
-"""Lists what a run takes from elsewhere, so that a plan shows all that its user agrees to."""
+"""Lists what a run takes from elsewhere, so that a plan shows everything that its user agrees to."""
 
 import os
 import pwd
@@ -17,8 +17,7 @@ from spotune.core.revisions import compare, shown_leaves
 from spotune.launch.secret_files import secret_content
 
 HIDDEN = "(hidden)"
-MONTH = "what the month's budget leaves to it"
-_KERNEL = re.compile(r"[^/:|]+/[^/:|]+(?:[@:].*)?")  # of the hub, as transformers tells it from ``sdpa``
+_KERNEL = re.compile(r"[^/:|]+/[^/:|]+(?:[@:].*)?")  # of the hub; transformers tells it from ``sdpa`` likewise
 _OF_A_RUN = re.compile(r"(.*)/runs/([a-z][a-z0-9-]+)/")
 
 
@@ -28,7 +27,8 @@ class Origin:
 
     Attributes:
         kind: ``override``, ``env``, ``remote code``, ``takes from``, ``goes to`` or ``revision``.
-        by: whose it is, if that is known; ``at``: since when, epoch seconds, 0 for unknown.
+        by: its owner, if known.
+        at: since when, epoch seconds; 0 if unknown.
     """
 
     kind: str
@@ -38,38 +38,41 @@ class Origin:
 
 
 def origins_of(record: RunRecord, cwd: Path) -> list[Origin]:
-    """What a record takes from elsewhere: overrides, ``env:``, remote code, and models and data of somebody else.
+    """Returns a record's overrides, ``env:``, remote code, and models and data of other users.
 
-    ``cwd``: what relative paths start from.
+    ``cwd``: the base of relative paths.
     """
     found = [Origin("override", pair) for pair in _pairs(parse_overrides(record.overrides))]
-    found += _env(record)
+    env = record.config.get("env")
+    for name, value in env.items() if isinstance(env, Mapping) else ():
+        why = why_refused(str(name))
+        note = f" ({FLAG}: it {why})" if why else ""
+        found += [Origin("env", pair.removeprefix("env.") + note) for pair in _pairs({"env": {name: value}})]
     if is_on(record.config, "trust_remote_code"):
         model = record.config.get("model_name_or_path")
-        found.append(
-            Origin("remote code", f"trust_remote_code: Python files that come with {model} run on the machine")
-        )
+        what = f"trust_remote_code: Python files that come with {model} run on the machine"
+        found.append(Origin("remote code", what))
     return [*found, *_kernels(record), *_models(record, cwd), *_data(record, cwd), *_settings(record, cwd)]
 
 
 def revision_of(user: str, history: Sequence[RunRecord]) -> list[Origin]:
-    """The revisions since the last record that ``user`` wrote: by whom, since when, and what they changed in all.
+    """Returns the revisions since the last record that ``user`` wrote: their authors, time and total change.
 
-    Where that is the one in force, or there is none of theirs: the revision in force, and all of them. Empty for a run
-    as it was submitted.
+    If ``user`` wrote the newest record, returns that revision; if none, all of them. Empty for a run without revisions.
     """
     if len(history) < 2:
         return []
     first = min(max(_last_of(user, history), 0) + 1, len(history) - 1)
     before, later, last = history[first - 1], history[first:], history[-1]
     number = f"{last.revision}" if len(later) == 1 else f"{later[0].revision} to {last.revision}"
-    what = str(compare(before, last)) or (MONTH if len(later) == 1 else "nothing in all")
+    nothing = "what the month's budget leaves to it" if len(later) == 1 else "nothing in all"
+    what = str(compare(before, last)) or nothing
     by = " and ".join(dict.fromkeys(_author(record) or "somebody" for record in later))
     return [Origin("revision", f"{number}: {what}", by, last.revised_at)]
 
 
 def goes_to(user: str, history: Sequence[RunRecord], record: RunRecord) -> list[Origin]:
-    """Where the result is sent, as far as ``record`` has it from the run's history and ``user`` never asked for it."""
+    """Returns where the result is sent, if ``record`` has that from its history and ``user`` did not ask for it."""
     last = _last_of(user, history)
     asked = history[last].config if last >= 0 else {}
     found = []
@@ -89,13 +92,12 @@ def from_run(record: RunRecord, what: str) -> Origin:
 
 
 def unseen_by(user: str, history: Sequence[RunRecord]) -> list[str]:
-    """Who has revised the run since ``user`` submitted or revised it; names, each once."""
+    """Returns the users who revised the run since ``user`` submitted or revised it, each once."""
     after = [record.revised_by for record in history[_last_of(user, history) + 1 :] if record.revision]
     return list(dict.fromkeys(author or "somebody" for author in after))
 
 
 def _last_of(user: str, history: Sequence[RunRecord]) -> int:
-    """Which record of them ``user`` wrote last, -1 for none."""
     return max((index for index, record in enumerate(history) if _author(record) == user), default=-1)
 
 
@@ -104,33 +106,29 @@ def _author(record: RunRecord) -> str:
 
 
 def owner_of(path: Path) -> str:
-    """Whose a path is, if it is not this user's: by its owner, or by the home that it lies in; else empty."""
+    """Returns the other user who owns a path, or whose home contains it; empty if it is this user's."""
     real = Path(os.path.realpath(path.expanduser()))
     try:
         owner = real.stat().st_uid
     except OSError:
         return ""
     if owner != os.geteuid():
-        return _name_of(owner)
+        try:
+            return pwd.getpwuid(owner).pw_name
+        except KeyError:
+            return f"user {owner}"
     own = os.path.realpath(Path.home())
     home = next((home for home in _homes() if real.is_relative_to(home) and home != own), "")
     return Path(home).name if home and not real.is_relative_to(own) else ""
 
 
 def _homes() -> Iterator[str]:
-    """The homes of people; those of services (``/bin``, ``/var/…``) are nobody's."""
+    """Yields the homes of people, not those of services (``/bin``, ``/var/…``)."""
     return (os.path.realpath(user.pw_dir) for user in pwd.getpwall() if user.pw_uid >= 1000 and user.pw_dir != "/")
 
 
-def _name_of(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return f"user {uid}"
-
-
 def _pairs(given: Mapping[str, Any]) -> list[str]:
-    """``key=value`` for each value of a mapping, those inside it too; what looks secret is hidden."""
+    """Returns ``key=value`` for each value of a mapping, also nested ones. Hides what looks secret."""
     pairs = [pair for key, value in given.items() for pair in shown_leaves(key, value).items()]
     return [f"{key}={_hidden(text)}" for key, text in pairs]
 
@@ -139,19 +137,8 @@ def _hidden(text: str) -> str:
     return HIDDEN if secret_content(text.encode()) else text
 
 
-def _env(record: RunRecord) -> list[Origin]:
-    env = record.config.get("env")
-    if not isinstance(env, Mapping):
-        return []
-    return [
-        Origin("env", pair.removeprefix("env.") + (f" ({FLAG}: it {why})" if (why := why_refused(str(name))) else ""))
-        for name, value in env.items()
-        for pair in _pairs({"env": {name: value}})
-    ]
-
-
 def _kernels(record: RunRecord) -> Iterator[Origin]:
-    """Kernels of the hub: code that the model's layers are replaced by."""
+    """Yields kernels of the hub: code that replaces the model's layers."""
     given = mapping_of(record.config.get("model_init_kwargs"))
     named = [("attn_implementation", record.config.get("attn_implementation"))]
     named += [(f"model_init_kwargs.{key}", given.get(key)) for key in ("attn_implementation", "experts_implementation")]
@@ -180,7 +167,7 @@ def _models(record: RunRecord, cwd: Path) -> Iterator[Origin]:
 
 
 def _inner_revisions(key: str, given: Mapping[str, Any]) -> Iterator[Origin]:
-    """Another revision than ``model_revision``, of the model, its code or its adapter."""
+    """Yields other revisions than ``model_revision``: of the model, its code or its adapter."""
     for name, value in given.items():
         if name in ("revision", "code_revision") and value:
             yield Origin("takes from", f"{key}.{name}={value}: model")
@@ -189,34 +176,28 @@ def _inner_revisions(key: str, given: Mapping[str, Any]) -> Iterator[Origin]:
 
 
 def _data(record: RunRecord, cwd: Path) -> Iterator[Origin]:
-    """One for each source that is remote, and one for each source with files of another user."""
-    seen: set[tuple[str, str]] = set()
+    """Yields each remote source, and each source with files of another user, once."""
+    found: dict[Origin, None] = {}
     for file in record.data_files:
         source, url = str(file.get("source")), str(file.get("url")).removeprefix("file://")
-        is_remote = "://" in url or not os.path.exists(cwd / url)
-        places = [_remote(source)] if is_remote else list(_local(cwd / url, source, "data", record.user))
-        for origin in places:
-            if (origin.what, origin.by) not in seen:
-                seen.add((origin.what, origin.by))
-                yield origin
+        if "://" in url or not os.path.exists(cwd / url):
+            name = source.removeprefix("hf://")
+            owner = name.partition("/")[0] if "://" not in name and "/" in name else ""
+            found[Origin("takes from", f"{_hidden(source)}: data", owner)] = None
+        else:
+            found |= dict.fromkeys(_local(cwd / url, source, "data", record.user))
+    yield from found
 
 
 def _settings(record: RunRecord, cwd: Path) -> Iterator[Origin]:
-    """The files that a key of the config may name instead of holding a mapping."""
+    """Yields the files of other users that a key of the config names instead of a mapping."""
     for key in SETTINGS:
         if isinstance(named := record.config.get(key), str) and named and not named.lstrip().startswith("{"):
             yield from _local(cwd / os.path.expanduser(named), named, key, record.user)
 
 
-def _remote(source: str) -> Origin:
-    name = source.removeprefix("hf://")
-    return Origin(
-        "takes from", f"{_hidden(source)}: data", name.partition("/")[0] if "://" not in name and "/" in name else ""
-    )
-
-
 def _local(path: Path, named: str, what: str, user: str) -> Iterator[Origin]:
-    """A path of somebody else, or of another user's run. Raises InputError where that run's record cannot be read."""
+    """Yields a path of another user, or of another user's run. Raises InfraError if that run's record is unreadable."""
     if not os.path.exists(path):
         return
     if owner := next(filter(None, map(owner_of, (path, *_inside(path)))), ""):
@@ -224,7 +205,7 @@ def _local(path: Path, named: str, what: str, user: str) -> Iterator[Origin]:
     if found := _OF_A_RUN.match(os.path.realpath(path)):
         record = Path(found[1], "runs", found[2], "run.json")
         if not os.access(record, os.R_OK):
-            return  # none, or not for this user's eyes
+            return  # there is none, or this user may not read it
         try:
             run = read_user_json(record)
         except OSError as error:
@@ -235,7 +216,7 @@ def _local(path: Path, named: str, what: str, user: str) -> Iterator[Origin]:
 
 
 def _inside(path: Path) -> list[Path]:
-    """What a folder has; nothing for a file, and for a folder that this user may not list."""
+    """Returns a folder's entries; empty for a file, and for a folder that this user may not list."""
     try:
         return sorted(path.iterdir())
     except OSError:

@@ -1,13 +1,13 @@
-"""What would run, at which price, and what ``spotune check`` finds."""
+"""Makes the plan of a run without doing anything, so that it can be shown; and the facts of ``spotune check``."""
 
 import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from random import Random, SystemRandom
+from random import SystemRandom
 from typing import Any
 
 from spotune import __version__
@@ -21,42 +21,26 @@ from spotune.core.fingerprint import MODEL_KEYS, data_files, data_sha256, model_
 from spotune.core.keys import RUNS, Keys, check_run_id, new_run_id
 from spotune.core.money import parse_usd
 from spotune.core.records import PriceRow, RunRecord, fingerprint
-from spotune.core.revisions import record_history
+from spotune.launch import task as tasks
 from spotune.launch.code import Code, check_used, differs, sent_code
 from spotune.launch.engine import LOCAL, Submission, infra_of, spell
 from spotune.launch.local.layout import Gpu, find_gpus
 from spotune.launch.origins import Origin, from_run, goes_to, origins_of, revision_of, unseen_by
-from spotune.launch.settings import Settings, Workspace
-from spotune.launch.status import find_run
-from spotune.launch.task import (
-    Demand,
-    Resources,
-    demand_of,
-    env_pairs,
-    fill_in,
-    find_trainer,
-    load_task,
-    read_preemptions,
-    trainer_of,
-)
+from spotune.launch.settings import Price, Settings, Workspace
+from spotune.launch.status import Run
+from spotune.launch.task import Demand, Resources
 
-# What would run, where and at what price: made without doing anything, so that it can be shown.
-
-# Whether a folder is one that machines can work in: what is synced to them is what they set up from.
-
-PYTHON = "SPOTUNE_PYTHON"  # an environment that is there already, so that nothing is set up
 WATCHER = "src/spotune/idle.py"  # runs with the machine's own Python, before any setup
 SCRIPT = "tasks/setup.sh"  # of the shipped tasks' setup: make setup-train, and what machines lack for it
 _SETUP = (SCRIPT, "Makefile", "pyproject.toml", "requirements-trainer.lock", "src/spotune")
 
 
 def check_project(folder: Path, task: Mapping[str, Any], *more: str) -> None:
-    """Raises InputError where ``folder`` lacks what a machine that gets it needs: ``more``, and for a task that sets
-    its environment up with ``SCRIPT`` what that takes.
+    """Raises InputError if ``folder`` lacks a file that a machine needs: of ``more``, or for a setup by ``SCRIPT``.
 
-    Tasks are found beside the package too, so that nothing else would fail before the machine is paid for.
+    Nothing else fails before a machine is paid for, since the tasks are also found beside the package.
     """
-    is_set_up = bool((task.get("envs") or {}).get(PYTHON)) or SCRIPT not in (task.get("setup") or "")
+    is_set_up = bool((task.get("envs") or {}).get(environment.PYTHON)) or SCRIPT not in (task.get("setup") or "")
     missing = [name for name in (*(() if is_set_up else _SETUP), *more) if not (folder / name).exists()]
     if missing:
         what = f"is what the machine would get, and has no {', '.join(missing)}"
@@ -64,52 +48,59 @@ def check_project(folder: Path, task: Mapping[str, Any], *more: str) -> None:
 
 
 def inside(path: Path, folder: Path) -> Path | None:
-    """``path`` relative to ``folder``, links followed; None where it is elsewhere."""
+    """Returns ``path`` relative to ``folder``, links followed, or None if it is elsewhere."""
     path, folder = path.resolve(), folder.resolve()
     return path.relative_to(folder) if path.is_relative_to(folder) else None
 
 
-# What can be told about a config's model and folders before anything runs; the machine checks the rest.
-
-_MODEL_FILES = ("config.json", "adapter_config.json")
-
-
 def check_model(config: Mapping[str, Any], where: object) -> str:
-    """``local`` or ``hub``: where the model comes from. Raises InputError for a folder that is not one."""
-    name = str(config["model_name_or_path"])
+    """Returns where the model comes from, ``local`` or ``hub``. Raises InputError if it can be neither."""
+    name, key = str(config["model_name_or_path"]), "model_name_or_path"
     try:
         path = Path(name).expanduser()
     except RuntimeError as error:  # ~name of nobody
-        raise InputError(where, f"{name}: {error}", key="model_name_or_path") from error
+        raise InputError(where, f"{name}: {error}", key=key) from error
     if os.path.isdir(path):
-        if not any(os.path.isfile(path / file) for file in _MODEL_FILES):
-            raise InputError(where, f"{name} holds no model", key="model_name_or_path", remedy="it needs a config.json")
+        if not any(os.path.isfile(path / file) for file in ("config.json", "adapter_config.json")):
+            raise InputError(where, f"{name} holds no model", key=key, remedy="it needs a config.json")
         return "local"
     if os.path.lexists(path):
-        what = "is a file" if os.path.isfile(path) else "is no folder"
-        raise InputError(where, f"{name} {what}", key="model_name_or_path", remedy="a hub id or a folder")
+        what = "is a file" if os.path.isfile(path) else "is not a folder"
+        raise InputError(where, f"{name} {what}", key=key, remedy="a hub id or a folder")
     if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
-        raise InputError(where, f"no such folder {name}", key="model_name_or_path", remedy="a hub id or a local folder")
+        raise InputError(where, f"no such folder {name}", key=key, remedy="a hub id or a local folder")
     if not HUB_ID.fullmatch(name):
-        raise InputError(
-            where, f"{shown(name)} is no name on the hub", key="model_name_or_path", remedy="a hub id or a folder"
-        )
+        raise InputError(where, f"{shown(name)} is not a valid hub name", key=key, remedy="a hub id or a folder")
     return "hub"
 
 
-# What machines cost, as rows that are frozen in ``run.json``; here those of this machine.
+@dataclass(frozen=True)
+class Training:
+    """What a run trains: its config, data and model, each with its hash. The fields are those of ``RunRecord``."""
 
-CPU = "cpu"
+    config: dict[str, Any]
+    config_sha256: str
+    data_files: list[dict[str, Any]]
+    data_sha256: str
+    model_files: list[dict[str, Any]]
+    model_sha256: str
+
+    @classmethod
+    def read(cls, config: dict[str, Any], where: object, cache: Path) -> "Training":
+        """Checks the model's name and reads the data's and the model's files. Raises InputError."""
+        check_model(config, where)
+        data, model = data_files(config, where), model_files(config, where, cache)
+        return cls(config, fingerprint(config), data, data_sha256(config, data), model, model_sha256(model))
 
 
 @dataclass(frozen=True)
 class Offers:
-    """The task at its place, and the prices of all places that it may land on.
+    """The task at its place, and the prices of all places where it may run.
 
     Attributes:
-        rows: the cheapest first; also those of places that it may not be launched on, to compare with.
-        chosen: what SkyPilot tries first, as far as prices tell.
-        notes: what is to be said beside the prices.
+        rows: the cheapest first; also of places where it may not run, for comparison. They are frozen in ``run.json``.
+        chosen: what SkyPilot tries first, judging by the prices.
+        notes: the plan's remarks on the prices.
         kinds: whether it may get spot machines (True), others (False), or either; empty: the kind of ``chosen``.
     """
 
@@ -119,43 +110,28 @@ class Offers:
     notes: tuple[str, ...] = ()
     kinds: frozenset[bool] = frozenset()
 
-    @property
-    def may_be_spot(self) -> bool:
-        return True in (self.kinds or {self.chosen.use_spot})
-
-    @property
-    def may_be_either(self) -> bool:
-        return len(self.kinds) > 1
-
 
 def local_prices(settings: Settings, gpus: Sequence[Gpu], demand: Demand, at: float) -> list[PriceRow]:
-    """Spot and on-demand price of what a job gets on this machine, from the local price table.
+    """Returns the spot and on-demand price of a job on this machine, from the local price table.
 
-    A task that asks for GPUs runs on the CPU of a machine that has none, and is priced as that.
+    On a machine without GPUs a task that asks for some runs on the CPU, at the CPU's price.
     """
     count = max(1, demand.gpus) if gpus else 1
-    kind = gpus[0].name if gpus else CPU
-    price = settings.local.prices.get(kind)
-    source = "local price table" if price else f"no price for {kind} in the local price table"
-    rows = []
-    for use_spot in (True, False):
-        each = (price.spot if use_spot else price.on_demand) if price else 0.0
-        rows.append(
-            PriceRow(
-                infra="local",
-                region="local",
-                instance_type="local",
-                accelerators=f"{kind}:{count}" if gpus else "",
-                use_spot=use_spot,
-                price_usd_per_hour=round(each * count, 6),
-                source=source,
-                at=at,
-            )
-        )
-    return rows
+    kind = gpus[0].name if gpus else "cpu"
+    price = settings.local.prices.get(kind, Price(0.0, 0.0))
+    is_known = kind in settings.local.prices
+    row = PriceRow(
+        infra="local",
+        region="local",
+        instance_type="local",
+        accelerators=f"{kind}:{count}" if gpus else "",
+        use_spot=True,
+        price_usd_per_hour=round(price.spot * count, 6),
+        source="local price table" if is_known else f"no price for {kind} in the local price table",
+        at=at,
+    )
+    return [row, replace(row, use_spot=False, price_usd_per_hour=round(price.on_demand * count, 6))]
 
-
-# What would run, where and at what price: made from a wish without doing anything, so that it can be shown.
 
 PRIORITIES = (-1000, 1000)
 BUDGET_FLAG = "--budget"
@@ -163,11 +139,10 @@ BUDGET_FLAG = "--budget"
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What the command line asks for."""
+    """The options of the command line. ``kind``, ``prod`` or ``dev``, is also the default profile."""
 
     config_path: str
     profile: str = ""
-    default_profile: str = "prod"
     overrides: tuple[str, ...] = ()
     name: str = ""
     infra: str = ""
@@ -185,11 +160,13 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a submission needs; ``offers`` are the candidates, cheapest first, ``chosen`` among them.
+    """Everything that a submission needs.
 
-    ``notes``: what is said of them.
-    ``takes``: what it takes from elsewhere. ``unseen``: who has revised that since this user last saw it.
-    ``allow_config_change``: a run of that id may go on with another config, data or model than it began with.
+    Attributes:
+        offers, chosen, notes: as in ``Offers``; ``notes`` also has the code's.
+        allow_config_change: a run of that id may go on with another config, data or model.
+        takes: what the run takes from elsewhere.
+        unseen: the users who have revised that since this user last saw it.
     """
 
     record: RunRecord
@@ -210,74 +187,59 @@ class Plan:
         return self.record.run_id
 
 
-def make_plan(options: TrainOptions, workspace: Workspace, clock: Callable[[], float], rng: Random) -> Plan:
-    """Reads and checks everything that a run depends on. Raises InputError, the first thing that is wrong."""
-    infra = spell(options.infra or workspace.settings.infra)
-    backend = infra_of(infra)
+def make_plan(options: TrainOptions, workspace: Workspace) -> Plan:
+    """Reads and checks everything that a run depends on. Raises InputError for the first fault."""
+    infra, path = spell(options.infra or workspace.settings.infra), options.config_path
     workspace.check_bucket_reaches(infra)
-    run_id = check_run_id(options.name) if options.name else new_run_id(Path(options.config_path).stem, rng)
-    parse_save_every(options.save_every)
-    parse_stall_after(options.stall_after)
-    budget_usd = None if options.budget is None else parse_usd(options.budget, BUDGET_FLAG)
-    if options.preemptions and backend != LOCAL:
-        raise InputError("--preemptions", f"{infra} takes machines away by itself", remedy="--infra local")
-    config = load_config(
-        options.config_path, options.profile, options.overrides, options.default_profile, options.allow_env
-    )
-    check_local_files(config, options.config_path)
+    run_id = check_run_id(options.name) if options.name else new_run_id(Path(path).stem, SystemRandom())
+    budget_usd = _check_options(options, infra)
+    config = load_config(path, options.profile, options.overrides, options.kind, options.allow_env)
+    check_local_files(config, path)
     allowed_env = allowed_in(config, options.allow_env)
-    check_model(config, options.config_path)
-    files = data_files(config, options.config_path)
-    model = model_files(config, options.config_path, workspace.env.cache)
-    task_path, task = load_task(workspace.cwd)
-    task = fill_in(task, _environment(options, workspace, run_id, allowed_env), options.resources, run_id)
-    demand = _check_demand(demand_of(task, task_path), options, infra, task_path)
+    training = Training.read(config, path, workspace.env.cache)
+    task_path, task = tasks.load_task(workspace.cwd)
+    task = tasks.fill_in(task, _environment(options, workspace, run_id, allowed_env), options.resources, run_id)
+    demand = _check_demand(tasks.demand_of(task, task_path), options, infra, task_path)
     secrets = secrets_of(options.secrets, workspace.environ)
-    now = clock()
-    if backend == LOCAL:
-        trainer_of(task, workspace.environ, workspace.cwd)
-    else:
-        from spotune.launch.skypilot.task import check_sent
-
-        check_sent(config, files, options.config_path, workspace.cwd, task, infra)
+    _check_machine(task, training, path, workspace, infra)
+    now = time.time()
     offered = _offers(task, options, infra, demand, workspace, now)
     if budget_usd is not None:
         check_priced(offered.chosen)
     code = sent_code(task, workspace.cwd)
-    check_used(code, config, options.config_path, files, task, task_path, workspace.cwd)
+    check_used(code, config, path, training.data_files, task, task_path, workspace.cwd)
     record = RunRecord(
+        **vars(training),
+        **{name: getattr(options, name) for name in ("kind", "config_path", "profile", "save_every", "stall_after")},
         run_id=run_id,
         created_at=now,
         user=workspace.env.user,
         team=workspace.settings.team,
-        kind=options.kind,
-        config_path=options.config_path,
-        profile=options.profile,
         overrides=list(options.overrides),
-        config=config,
-        config_sha256=fingerprint(config),
-        data_sha256=data_sha256(config, files),
-        data_files=files,
-        model_sha256=model_sha256(model),
-        model_files=model,
         infra=infra,
-        use_spot=offered.may_be_spot,
-        may_be_on_demand=offered.may_be_either,
+        use_spot=True in (offered.kinds or {offered.chosen.use_spot}),
+        may_be_on_demand=len(offered.kinds) > 1,
         priority=demand.priority,
-        save_every=options.save_every,
-        stall_after=options.stall_after,
         budget_usd=budget_usd,
         prices=[vars(offer) for offer in offered.rows],
         code=code.facts(),
         versions={"spotune": __version__},
         allowed_env=allowed_env,
     )
+    submission = Submission(
+        **{name: getattr(record, name) for name in ("run_id", "user", "infra", "priority")},
+        task=offered.task,
+        workdir=str(workspace.cwd),
+        secrets=secrets,
+        preemptions=tasks.read_preemptions(Path(options.preemptions)) if options.preemptions else (),
+        interactive=options.kind == "dev",
+    )
     return Plan(
-        record=record,
-        submission=_submission(record, options, workspace, offered.task, secrets),
-        bucket=workspace.env.bucket,
-        infra=infra,
-        task_path=task_path,
+        record,
+        submission,
+        workspace.env.bucket,
+        infra,
+        task_path,
         offers=offered.rows,
         chosen=offered.chosen,
         notes=(*offered.notes, *code.notes()),
@@ -287,32 +249,35 @@ def make_plan(options: TrainOptions, workspace: Workspace, clock: Callable[[], f
     )
 
 
+def _check_options(options: TrainOptions, infra: str) -> float | None:
+    """Returns the budget, US dollars. Raises InputError for options that cannot be read."""
+    parse_save_every(options.save_every)
+    parse_stall_after(options.stall_after)
+    budget_usd = None if options.budget is None else parse_usd(options.budget, BUDGET_FLAG)
+    if options.preemptions and infra != LOCAL:
+        raise InputError("--preemptions", f"{infra} takes machines away by itself", remedy="--infra local")
+    return budget_usd
+
+
+def _check_machine(task: dict[str, Any], training: Training, path: str, workspace: Workspace, infra: str) -> None:
+    """Raises InputError if the task cannot run on this machine, or a machine elsewhere would lack files."""
+    if infra == LOCAL:
+        tasks.trainer_of(task, workspace.environ, workspace.cwd)
+    else:
+        from spotune.launch.skypilot.task import check_sent
+
+        check_sent(training.config, training.data_files, path, workspace.cwd, task, infra)
+
+
 def check_priced(chosen: PriceRow) -> None:
-    """Raises InputError where no price says what a machine costs, so that nothing could be counted."""
+    """Raises InputError if a machine has no price, so that no budget can be kept."""
     if not chosen.price_usd_per_hour:
         raise InputError(BUDGET_FLAG, f"cannot be kept: {chosen.source}", remedy="leave it out, or give that price")
-
-
-def _submission(
-    record: RunRecord, options: TrainOptions, workspace: Workspace, task: dict[str, Any], secrets: dict[str, str]
-) -> Submission:
-    return Submission(
-        run_id=record.run_id,
-        task=task,
-        workdir=str(workspace.cwd),
-        user=record.user,
-        infra=record.infra,
-        priority=record.priority,
-        secrets=secrets,
-        preemptions=read_preemptions(Path(options.preemptions)) if options.preemptions else (),
-        interactive=options.kind == "dev",
-    )
 
 
 def _offers(
     task: dict[str, Any], options: TrainOptions, infra: str, demand: Demand, workspace: Workspace, now: float
 ) -> Offers:
-    """Where it could run, and at what price."""
     if infra != LOCAL:
         from spotune.launch.skypilot.offers import Wanted, make_offers
 
@@ -320,7 +285,7 @@ def _offers(
         return make_offers(place, now)
     gpus = find_gpus(workspace.environ)
     if options.resources.gpus and not gpus:
-        raise InputError("--gpus", f"{options.resources.gpus} on a machine without a GPU", remedy="leave it out")
+        raise InputError("--gpus", f"{options.resources.gpus}, but this machine has no GPU", remedy="leave it out")
     rows = sorted(local_prices(workspace.settings, gpus, demand, now), key=lambda row: row.price_usd_per_hour)
     return Offers(task, rows, next(row for row in rows if row.use_spot == demand.use_spot))
 
@@ -338,19 +303,19 @@ def _check_demand(demand: Demand, options: TrainOptions, infra: str, task_path: 
 
 
 def _environment(options: TrainOptions, workspace: Workspace, run_id: str, allowed_env: list[str]) -> dict[str, str]:
-    """What the task's ``envs`` get: seam 1, and what ``--env`` adds."""
+    """Returns what the task's ``envs`` get: the launcher-guard protocol, and what ``--env`` adds."""
     ours = {
         environment.BUCKET: workspace.env.bucket,
         environment.RUN_ID: run_id,
         environment.CONFIG: options.config_path,
-        environment.PROFILE: options.profile or options.default_profile,
+        environment.PROFILE: options.profile or options.kind,
         **({environment.ALLOW_ENV: " ".join(allowed_env)} if allowed_env else {}),
     }
-    return {**env_pairs(options.envs), **ours}
+    return {**tasks.env_pairs(options.envs), **ours}
 
 
 def secrets_of(names: Iterable[str], environ: Mapping[str, str]) -> dict[str, str]:
-    """``--secret NAME`` as a mapping, the values from here; raises InputError for one that has none."""
+    """Returns the values of ``--secret NAME`` from the environment. Raises InputError if one is not set."""
     names = tuple(names)
     for name in names:
         if "=" in name:
@@ -361,21 +326,17 @@ def secrets_of(names: Iterable[str], environ: Mapping[str, str]) -> dict[str, st
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """The plan as data, for ``--dryrun --format json``; secrets are names."""
+    """Returns the plan as data, for ``--dryrun --format json``. Secrets are only names."""
+    recorded_keys = ("priority", "budget_usd", "config", "config_sha256", "data_sha256", "model_sha256")
     return {
         "run_id": plan.run_id,
         "infra": plan.infra,
         "bucket": plan.bucket,
-        "priority": plan.record.priority,
-        "budget_usd": plan.record.budget_usd,
+        **{name: getattr(plan.record, name) for name in recorded_keys},
         "task": plan.submission.task,
         "workdir": plan.submission.workdir,
         "secrets": sorted(plan.submission.secrets),
         "preemptions": list(plan.submission.preemptions),
-        "config": plan.record.config,
-        "config_sha256": plan.record.config_sha256,
-        "data_sha256": plan.record.data_sha256,
-        "model_sha256": plan.record.model_sha256,
         "offers": [vars(offer) for offer in plan.offers],
         "chosen": plan.chosen and vars(plan.chosen),
         "code": {
@@ -389,26 +350,27 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-# ``train --from RUN``: the run that was tried, as a production job, with nothing changed underneath.
-
-
 def promote(source: str, options: TrainOptions, workspace: Workspace) -> Plan:
-    """The plan of a new run from ``source``'s config file and overrides, under the profile that ``options`` says.
+    """Plans ``train --from RUN``: a new run from the config file and overrides of ``source``, in another profile.
 
-    Raises InputError when the config, the data, the model or the code is not what ``source`` ran with: what was tried
-    is what goes to production. Overrides of the new command line come on top.
+    Raises InputError if the config, data, model or code is not what ``source`` ran with: what was tried is what goes to
+    production. The new command line's overrides come on top.
     """
-    history = _history(source, workspace)
+    history = Run.find(workspace, source).history
+    if not history:
+        raise InputError(source, "has no run.json in its bucket")
     record = history[-1]
-    default = _default_profile(record)
-    then = load_config(record.config_path, record.profile, record.overrides, default, record.allowed_env)
+    then = load_config(record.config_path, record.profile, record.overrides, record.kind, record.allowed_env)
     if fingerprint(then) not in (record.config_sha256, fingerprint(recorded(record.config))):
         raise InputError(source, f"{record.config_path} has changed since", remedy="submit the config itself")
-    overrides = (*record.overrides, *options.overrides)
-    options = replace(options, config_path=record.config_path, overrides=overrides)
-    save_every, stall_after = options.save_every or record.save_every, options.stall_after or record.stall_after
-    options = replace(options, save_every=save_every, stall_after=stall_after)
-    plan = make_plan(options, workspace, time.time, SystemRandom())
+    options = replace(
+        options,
+        config_path=record.config_path,
+        overrides=(*record.overrides, *options.overrides),
+        save_every=options.save_every or record.save_every,
+        stall_after=options.stall_after or record.stall_after,
+    )
+    plan = make_plan(options, workspace)
     if [_content(file) for file in plan.record.data_files] != [_content(file) for file in record.data_files]:
         raise InputError(source, "its data has changed since", remedy="submit the config itself")
     is_same_model = all(plan.record.config.get(key) == record.config.get(key) for key in MODEL_KEYS)
@@ -428,64 +390,46 @@ def promote(source: str, options: TrainOptions, workspace: Workspace) -> Plan:
     return replace(plan, takes=(*taken, *plan.takes), unseen=unseen)
 
 
-def _history(run_id: str, workspace: Workspace) -> list[RunRecord]:
-    status = find_run(workspace, run_id)
-    history = record_history(workspace.store(status.bucket), Keys(run_id))
-    if not history:
-        raise InputError(run_id, "has no run.json in its bucket")
-    return history
-
-
-def _default_profile(record: RunRecord) -> str:
-    return "dev" if record.kind == "dev" else "prod"
-
-
 def _content(file: dict[str, object]) -> tuple[object, ...]:
     return tuple(file.get(name) for name in ("source", "size", "sha256", "checksum"))
 
 
-# What ``spotune check`` says: of a config and its rows, or of this machine and project.
-
-# Looks at the rows of a config's local data files, by the trainer's Python: the launcher's reads no Parquet.
-
-MOST_BYTES = 16 << 20  # keeps ``check`` within a second
-_ASKED = "spotune.sft.sources"
+# The facts of ``spotune check``: about a config and its rows, or about this machine and project.
 
 
 class RowsRefused(InputError):
-    """A row does not fit; the message is the trainer's own."""
+    """A row does not fit. The message is the trainer's own."""
 
     def __init__(self, message: str) -> None:
         SpotuneError.__init__(self, message)
 
 
 def check_rows(
-    config: Mapping[str, Any], path: str, environ: Mapping[str, str], folder: Path, most_bytes: int = MOST_BYTES
+    config: Mapping[str, Any], path: str, environ: Mapping[str, str], folder: Path, most_bytes: int = 16 << 20
 ) -> dict[str, Any]:
-    """Returns ``{rows_read: number, rows_not_read: [file or reason, …]}``.
+    """Reads rows of a config's local data files, by the trainer's Python, since the launcher's cannot read Parquet.
+
+    Returns ``{rows_read: number, rows_not_read: [file or reason, …]}``. Raises InputError if a row, or all of a
+    source's rows together, do not fit.
 
     Args:
-        config: a resolved one.
+        config: the resolved config.
         path: its file, for messages.
-        environ: of the shell.
-        folder: the project's.
-        most_bytes: about how much is read.
-
-    Raises:
-        InputError: a row, or all of a source's rows together, do not fit.
+        environ: the shell's environment.
+        folder: the project's folder.
+        most_bytes: about how much to read; the default takes less than a second.
     """
     if not config.get("data"):
         return {"rows_read": 0, "rows_not_read": ["only rows of data: are read here"]}
     try:
-        python = find_trainer(environ, folder)
+        python = tasks.find_trainer(environ, folder)
     except InputError as error:
         return {"rows_read": 0, "rows_not_read": [str(error)]}
     asked = json.dumps({"config": config, "config_path": path, "most_bytes": most_bytes}, default=str)
     source = str(Path(__file__).resolve().parents[2])
     child = {**environ, "PYTHONPATH": os.pathsep.join([source, *filter(None, [environ.get("PYTHONPATH", "")])])}
-    ended = subprocess.run(
-        [python, "-m", _ASKED], input=asked, env=child, cwd=folder, capture_output=True, text=True, check=False
-    )
+    command = [python, "-m", "spotune.sft.sources"]
+    ended = subprocess.run(command, input=asked, env=child, cwd=folder, capture_output=True, text=True, check=False)
     try:
         found = json.loads(ended.stdout)
     except ValueError:
@@ -496,57 +440,44 @@ def check_rows(
     return {"rows_read": found["rows"], "rows_not_read": found["partly"]}
 
 
-# What ``spotune check`` says: of a config, or of this machine and project.
-
-
 def survey_config(
     path: str, profile: str, overrides: Iterable[str], workspace: Workspace, allow_env: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Facts about a config that is in order, all of its profiles included; raises InputError for all of its faults."""
+    """Returns facts about a config that is valid in all of its profiles. Raises InputError for all of its faults."""
     profiles = list(profiles_of(read_config(path), path))
-    config = _load_all(path, profile, profiles, overrides, allow_env)
+    errors: list[InputError] = []
+    configs: list[dict[str, Any]] = []
+    for name, given, default in ((profile, overrides, "prod"), *((name, (), "") for name in profiles)):
+        try:
+            configs.append(load_config(path, name, given, default, allow_env))
+        except InputError as error:
+            errors.append(error)
+    raise_all(errors)
+    config = configs[0]
     check_local_files(config, path)
-    origin = check_model(config, path)
-    files = data_files(config, path)
+    training = Training.read(config, path, workspace.env.cache)
     rows = check_rows(config, path, workspace.environ, workspace.cwd)
     return {
         "config": path,
         "profiles": profiles,
         "profile": profile or ("prod" if "prod" in profiles else ""),
-        "model": f"{config['model_name_or_path']} ({origin})",
-        "data_files": [file["url"] for file in files],
+        "model": f"{config['model_name_or_path']} ({check_model(config, path)})",
+        "data_files": [file["url"] for file in training.data_files],
         **rows,
         "notices": notices(config.get("data"), path),
-        "data_sha256": data_sha256(config, files),
-        "model_sha256": model_sha256(model_files(config, path, workspace.env.cache)),
-        "config_sha256": fingerprint(config),
+        **{name: getattr(training, name) for name in ("data_sha256", "model_sha256", "config_sha256")},
     }
 
 
-def _load_all(
-    path: str, profile: str, profiles: Iterable[str], overrides: Iterable[str], allow_env: Collection[str]
-) -> dict[str, Any]:
-    """The config under the chosen profile, once it is in order under each of them."""
-    errors: list[InputError] = []
-    config: dict[str, Any] = {}
-    try:
-        config = load_config(path, profile, overrides, "prod", allow_env)
-    except InputError as error:
-        errors.append(error)
-    for name in profiles:
-        try:
-            load_config(path, name, allowed_env=allow_env)
-        except InputError as error:
-            errors.append(error)
-    raise_all(errors)
-    return config
-
-
 def survey_machine(workspace: Workspace) -> dict[str, Any]:
-    """Facts about this machine and project; raises SpotuneError when the bucket cannot be reached."""
+    """Returns facts about this machine and project. Raises SpotuneError if the bucket cannot be reached."""
     gpus = find_gpus(workspace.environ)
-    task_path, _ = load_task(workspace.cwd)
+    task_path, _ = tasks.load_task(workspace.cwd)
     runs = workspace.store().folders(RUNS)
+    try:
+        trainer = tasks.find_trainer(workspace.environ, workspace.cwd)
+    except InputError as error:
+        trainer = f"missing: {error}"
     return {
         "settings": list(workspace.settings.files),
         "home": str(workspace.env.home),
@@ -556,22 +487,14 @@ def survey_machine(workspace: Workspace) -> dict[str, Any]:
         "infra": workspace.settings.infra,
         "gpus": [gpu.name for gpu in gpus],
         "slots": workspace.settings.local.slots or len(gpus) or 1,
-        "trainer": _trainer(workspace),
+        "trainer": trainer,
     }
 
 
-def _trainer(workspace: Workspace) -> str:
-    """The trainer's Python, or why there is none."""
-    try:
-        return find_trainer(workspace.environ, workspace.cwd)
-    except InputError as error:
-        return f"missing: {error}"
-
-
 def survey_place(workspace: Workspace, infra: str = "") -> dict[str, Any]:
-    """Facts about ``--infra NAME``, or else of what the settings name; nothing more of this machine.
+    """Returns facts about ``--infra NAME``, or else about the infrastructure that the settings name.
 
-    Raises InfraError where the API server of one that was asked for does not answer; else that is one of the problems.
+    If SkyPilot's API server does not answer, raises InfraError for a named one; else that is one of the problems.
     """
     place = infra or workspace.settings.infra
     if infra_of(place) == LOCAL:

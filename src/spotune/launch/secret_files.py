@@ -1,7 +1,7 @@
-"""Tells which files hold secrets: by their name, and by what is in them. Pure: takes paths and bytes.
+"""Finds files with secrets, by their name and by their content. Pure: takes paths and bytes.
 
-A shared bucket gets the code of a run in clear. What looks like a secret stays here, so a doubt decides against the
-file; placeholders (``hf_xxxx``, ``changeme``, ``${TOKEN}``) and ordinary code do not count.
+A run's code goes to a shared bucket unencrypted, so that a file is left out even if it only looks like a secret.
+Placeholders (``hf_xxxx``, ``changeme``, ``${TOKEN}``) and ordinary code do not count.
 """
 
 import base64
@@ -64,7 +64,7 @@ _TOKENS = tuple(
     }.items()
 )
 _URL = re.compile(rb"://[^\s/:@'\"<>{}$]{0,100}:([^\s/@'\"<>{}$]{3,200})@[\w.-]")
-# Names are looked for in lower case, and what follows a name is matched where the name ends: that is fast.
+# For speed a name is searched in lower case, and its value is matched only where the name ends.
 _NAME = re.compile(
     rb"(?:(?:api|access|secret|private|auth|encryption|signing|master|license|account|client|deploy|storage|openai|anthropic"
     rb"|wandb|hf)[_-]?key|passw(?:or)?d|passphrase|pwd|secret|token|credentials?)(?:_?(?:value|base64|b64|\d))?"
@@ -111,7 +111,7 @@ _WORDS_ONLY = re.compile(rb"^[A-Za-z]+(?:[-_./:][A-Za-z]+|[-_./:]\d+)*$")
 
 
 def secret_name(path: str) -> bool:
-    """Returns whether a file of that name holds secrets as a rule. ``path``: relative, with slashes."""
+    """Returns whether a file of that name usually holds secrets. ``path``: relative, with slashes."""
     pure = PurePosixPath(path)
     name = pure.name.lower()
     if any(fnmatchcase(name, pattern) for pattern in _NOT_SECRET):
@@ -121,7 +121,8 @@ def secret_name(path: str) -> bool:
         return True
     if any(fnmatchcase(name, pattern) for pattern in _NAMES) and not is_code:
         return True
-    words = _words(pure.name.partition(".")[0] or pure.name.lstrip(".").partition(".")[0])
+    stem = pure.name.partition(".")[0] or pure.name.lstrip(".").partition(".")[0]
+    words = [word.lower() for word in re.findall(r"[A-Za-z][a-z]*|[A-Z]+(?![a-z])", stem)]
     pairs = set(pairwise(words))
     has_pair = any((one, two) in pairs or (one, two + "s") in pairs for one, two in _PAIRS)
     if is_code:  # secrets.py, prod_credentials.py, api_keys.py; not test_secret_rotation.py, keys.py
@@ -130,15 +131,16 @@ def secret_name(path: str) -> bool:
 
 
 def secret_content(data: bytes, path: str = "") -> tuple[int, str] | None:
-    """Returns the line (from 1) and what it looks like, for the first secret in a file; None where there is none.
+    """Returns the line (from 1) and the kind of the first secret in a file, or None.
 
-    ``path``: whose suffix says whether a text without quotes is a value.
+    The suffix of ``path`` decides whether a text without quotes is a value.
     """
     data = data[:MAX_SCAN_BYTES].replace(b"\0", b"")  # UTF-16 as well
     data = data.replace(b'\\"', b' "')  # code as JSON has it in a notebook
     found = []
-    for what, pattern in _TOKENS:
-        found += [(match.start(), what) for match in pattern.finditer(data) if _is_real(match[0])]
+    for what, pattern in _TOKENS:  # not ``hf_xxxxxxxx`` and the like: a prefix and one repeated character
+        matches = (match for match in pattern.finditer(data) if not set(match[0][-16:]) <= set(b"xX*.0-_"))
+        found += [(match.start(), what) for match in matches]
     found += [(match.start(), "a password in a URL") for match in _URL.finditer(data) if _is_password(match[1])]
     found += _assigned(data, PurePosixPath(path).suffix.lower() in _CODE)
     found += _sent(data)
@@ -149,7 +151,7 @@ def secret_content(data: bytes, path: str = "") -> tuple[int, str] | None:
 
 
 def _assigned(data: bytes, is_code: bool) -> Iterator[tuple[int, str]]:
-    """Values with a name beside them that says what they are. ``is_code``: only text in quotes is a value."""
+    """Yields values that a name beside them calls a secret. ``is_code``: only text in quotes is a value."""
     lower = data.lower()
     for name in _NAME.finditer(lower):
         is_password = bool(_PASSWORD.search(name[0]))
@@ -186,7 +188,7 @@ def _value(match: re.Match[bytes], is_code: bool) -> bytes:
 
 
 def _sent(data: bytes) -> Iterator[tuple[int, str]]:
-    """What a request or a command sends to sign in."""
+    """Yields the credentials that a request or a command sends."""
     for match in _HEADER.finditer(data):
         if is_random(match[1] or match[2]):
             yield match.start(), "a token or key"
@@ -203,7 +205,7 @@ def _sent(data: bytes) -> Iterator[tuple[int, str]]:
 
 
 def is_random(value: bytes) -> bool:
-    """Returns whether a value looks drawn by chance: long, letters and digits mixed, many different characters."""
+    """Returns whether a value looks random: long, with letters and digits mixed, and many different characters."""
     is_plain = _PLACEHOLDER.match(value) or _WORDS_ONLY.match(value) or re.search(rb"[()\[\]{}<>|\\$\s]", value)
     if len(value) < 16 or is_plain:
         return False
@@ -223,16 +225,6 @@ def _is_password(value: bytes) -> bool:
 
 
 def _is_mixed(value: bytes) -> bool:
-    """Returns whether a value is a password even where its name alone does not say so: letters, and digits or signs."""
+    """Returns whether a value looks like a password by itself: letters, and digits or signs."""
     has_letters = re.search(rb"[A-Za-z]", value) and re.search(rb"[0-9!@#%^&*?~+]", value)
     return bool(has_letters) and not re.search(rb"\s", value) and not _WORDS_ONLY.match(value) and _is_password(value)
-
-
-def _is_real(token: bytes) -> bool:
-    """Returns False for ``hf_xxxxxxxx`` and its like: after the prefix one character again and again."""
-    tail = token[-16:]
-    return not set(tail) <= set(b"xX*.0-_")
-
-
-def _words(stem: str) -> list[str]:
-    return [word.lower() for word in re.findall(r"[A-Za-z][a-z]*|[A-Z]+(?![a-z])", stem)]

@@ -1,4 +1,4 @@
-"""Settings of a project and of a person, and the workspace that a verb runs in."""
+"""The settings, ``config/spotune.yaml`` overlaid by ``$SPOTUNE_HOME/config.yaml``, and the workspace of a verb."""
 
 import difflib
 import os
@@ -15,14 +15,7 @@ from spotune.core.errors import InputError, shown
 from spotune.core.keys import MOST_USD_PER_HOUR, clock_fault
 from spotune.core.store import FOR_VERBS, Store
 from spotune.launch.engine import BACKENDS, LOCAL, SKYPILOT, Infra, cloud_of, infra_of, open_backend
-from spotune.launch.task import shipped_file
-
-# Settings of a project and of a person: ``config/spotune.yaml``, overlaid by ``$SPOTUNE_HOME/config.yaml``.
-
-PROJECT = "config/spotune.yaml"
-PERSONAL = "config.yaml"
-_MOST_USD = 1e12
-_MOST_SLOTS = 1024
+from spotune.launch.task import is_amount, shipped_file
 
 
 @dataclass(frozen=True)
@@ -35,7 +28,7 @@ class Price:
 
 @dataclass(frozen=True)
 class LocalSettings:
-    """This machine as an infrastructure; ``prices`` by GPU name, and ``cpu`` for the whole machine without one."""
+    """This machine as an infrastructure. ``prices``: by GPU name; ``cpu`` for a whole machine without GPUs."""
 
     slots: int | None = None
     prices: dict[str, Price] = field(default_factory=dict)
@@ -43,14 +36,13 @@ class LocalSettings:
 
 @dataclass(frozen=True)
 class SlurmSettings:
-    """What SkyPilot does not say of Slurm clusters.
+    """What SkyPilot does not know about Slurm clusters.
 
     Attributes:
-        shared: folders that all machines of a cluster, and this one, see under the same path.
-        preemptible: partitions, ``CLUSTER/PARTITION``, whose jobs may be thrown out for others. None: Slurm is asked.
-        nice: of a job of priority 0; what a job's priority is above it makes its ``sbatch --nice`` smaller, down to 0.
-            Slurm lets no user raise a job above others', only lower one: this is what is given up to be raised from.
-            The highest priority there is, so that every two of them differ.
+        shared: folders that all machines of a cluster, and this one, have under the same path.
+        preemptible: partitions, ``CLUSTER/PARTITION``, whose jobs may be preempted. None: Slurm is asked.
+        nice: ``sbatch --nice`` of a job of priority 0. A higher priority lowers it, down to 0, since Slurm lets a user
+            only lower a job's rank. The default is the highest priority, so that any two priorities differ.
     """
 
     shared: tuple[str, ...] = ()
@@ -60,9 +52,9 @@ class SlurmSettings:
 
 @dataclass(frozen=True)
 class MonthlyBudget:
-    """What a user or a team may spend in a month of the calendar, UTC.
+    """What a user or a team may spend in a calendar month, UTC.
 
-    ``owner``: ``user alice``. ``key``, ``file``: where that is said, for errors.
+    ``owner``: ``user alice``. ``key``, ``file``: where it is set, for errors.
     """
 
     owner: str
@@ -73,13 +65,13 @@ class MonthlyBudget:
 
 @dataclass(frozen=True)
 class BudgetSettings:
-    """Monthly budgets by name; ``*`` is that of each one who is not named."""
+    """Monthly budgets by name; ``*`` is the budget of each one who is not named."""
 
     users: dict[str, MonthlyBudget] = field(default_factory=dict)
     teams: dict[str, MonthlyBudget] = field(default_factory=dict)
 
     def of(self, user: str, team: str) -> list[MonthlyBudget]:
-        """Those that what this user spends for this team comes out of."""
+        """Returns the budgets that pay for what this user spends for this team."""
         found = []
         for kind, name, budgets in (("user", user, self.users), ("team", team, self.teams)):
             budget = budgets.get(name) or budgets.get("*")
@@ -90,7 +82,7 @@ class BudgetSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """What holds for every run of a project unless the command line says otherwise."""
+    """Defaults for every run of a project; the command line overrides them."""
 
     infra: str = "local"
     bucket: str = ""
@@ -102,11 +94,11 @@ class Settings:
 
 
 def load_settings(cwd: Path, home: Path) -> Settings:
-    """Reads both files where they exist; raises InputError naming file and key."""
+    """Reads both files if they exist. Raises InputError with the file and the key."""
     settings: dict[str, Any] = {}
     files: list[str] = []
-    for path in (shipped_file(PROJECT, cwd), home / PERSONAL):
-        if path is not None and os.path.lexists(path):  # a folder or a broken link is an error: budgets may be meant
+    for path in (shipped_file("config/spotune.yaml", cwd), home / "config.yaml"):
+        if path is not None and os.path.lexists(path):  # a broken link is an error: it may be meant as budgets
             raw = read_yaml(path, remedy="infra: local", may_be_empty=True)
             settings = _overlay(settings, _check(raw, path))
             files.append(str(path))
@@ -126,7 +118,7 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(raw: dict[str, Any], path: Path) -> dict[str, Any]:
-    _known(raw, ("infra", "bucket", "team", "local", "slurm", "budgets"), path, "")
+    _section(raw, path, "", ("infra", "bucket", "team", "local", "slurm", "budgets"))
     for name in ("infra", "bucket", "team"):
         if not isinstance(raw.get(name, ""), str):
             raise InputError(path, f"{shown(raw[name])} is not text", key=name)
@@ -134,27 +126,30 @@ def _check(raw: dict[str, Any], path: Path) -> dict[str, Any]:
         check_bucket(raw["bucket"], f"{path}: bucket")
     if "infra" in raw:
         infra_of(raw["infra"], f"{path}: infra")
-    local = _mapping(raw.get("local"), path, "local")
-    _known(local, ("slots", "prices"), path, "local.")
+    local = _section(raw.get("local"), path, "local", ("slots", "prices"))
     slots = local.get("slots", 1)
-    if isinstance(slots, bool) or not isinstance(slots, int) or not 1 <= slots <= _MOST_SLOTS:
-        raise InputError(
-            path, f"{shown(slots)} is not a number of jobs", key="local.slots", remedy=f"1 to {_MOST_SLOTS}"
-        )
-    prices = _mapping(local.get("prices"), path, "local.prices")
+    if isinstance(slots, bool) or not isinstance(slots, int) or not 1 <= slots <= 1024:
+        raise InputError(path, f"{shown(slots)} is not a number of jobs", key="local.slots", remedy="1 to 1024")
+    prices = _section(local.get("prices"), path, "local.prices")
     for name, price in prices.items():
-        _check_price(_mapping(price, path, f"local.prices.{name}"), path, f"local.prices.{name}")
+        key, kinds = f"local.prices.{name}", ("on_demand", "spot")
+        amounts = _section(price, path, key, kinds)
+        for kind in kinds:
+            if not is_amount(amounts.get(kind), MOST_USD_PER_HOUR):
+                what = f"{shown(amounts.get(kind))} is not dollars an hour"
+                raise InputError(path, what, key=f"{key}.{kind}")
     sections = {"local": {**local, "prices": prices}, "slurm": _check_slurm(raw, path), "budgets": _budgets(raw, path)}
     return {**raw, **sections}
 
 
 def _check_slurm(raw: dict[str, Any], path: Path) -> dict[str, Any]:
-    slurm = _mapping(raw.get("slurm"), path, "slurm")
-    _known(slurm, ("shared", "preemptible", "nice"), path, "slurm.")
+    slurm = _section(raw.get("slurm"), path, "slurm", ("shared", "preemptible", "nice"))
     nice = slurm.get("nice", 0)
     if isinstance(nice, bool) or not isinstance(nice, int) or nice < 0:
         raise InputError(path, f"{shown(nice)} is not a number from 0 on", key="slurm.nice", remedy="nice: 1000")
-    for name, values in ((name, slurm[name]) for name in ("shared", "preemptible") if name in slurm):
+    for name, values in slurm.items():
+        if name == "nice":
+            continue
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
             raise InputError(path, f"{shown(values)} is not a list of texts", key=f"slurm.{name}")
     if relative := next((folder for folder in slurm.get("shared", ()) if not Path(folder).is_absolute()), None):
@@ -163,51 +158,35 @@ def _check_slurm(raw: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _budgets(raw: dict[str, Any], path: Path) -> dict[str, dict[str, MonthlyBudget]]:
-    given = _mapping(raw.get("budgets"), path, "budgets")
-    _known(given, ("users", "teams"), path, "budgets.")
+    given = _section(raw.get("budgets"), path, "budgets", ("users", "teams"))
     budgets: dict[str, dict[str, MonthlyBudget]] = {"users": {}, "teams": {}}
     for kind, found in budgets.items():
-        for name, amount in _mapping(given.get(kind), path, f"budgets.{kind}").items():
+        for name, amount in _section(given.get(kind), path, f"budgets.{kind}").items():
             key = f"budgets.{kind}.{name}"
-            if not _is_amount(amount):
+            if not is_amount(amount, 1e12):
                 raise InputError(path, f"{shown(amount)} is not dollars a month", key=key, remedy=f"{name}: 200")
             found[str(name)] = MonthlyBudget("", float(amount), key, str(path))
     return budgets
 
 
-def _is_amount(value: Any, most: float = _MOST_USD) -> bool:
-    """Whether it is a number of dollars, 0 or more."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= most
-
-
-def _check_price(price: dict[str, Any], path: Path, key: str) -> None:
-    _known(price, ("on_demand", "spot"), path, f"{key}.")
-    for kind in ("on_demand", "spot"):
-        amount = price.get(kind)
-        if not _is_amount(amount, MOST_USD_PER_HOUR):
-            raise InputError(path, f"{shown(amount)} is not dollars an hour", key=f"{key}.{kind}")
-
-
-def _mapping(value: Any, path: Path, key: str) -> dict[str, Any]:
+def _section(value: Any, path: Path, key: str, known: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Returns a copy of a mapping. Raises InputError if it is none, or has another key than the known ones."""
     if value is not None and not isinstance(value, dict):
         raise InputError(path, "must be a mapping", key=key, remedy="NAME: VALUE")
-    return dict(value or {})
-
-
-def _known(given: Mapping[str, Any], known: tuple[str, ...], path: Path, prefix: str) -> None:
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
+    for name in value or ():
+        if known and name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
             remedy = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
-            raise InputError(path, "unknown key", key=f"{prefix}{key}", remedy=remedy)
-
-
-# Where a verb is run: directory, environment, settings, and from these the bucket and the infrastructure.
+            raise InputError(path, "unknown key", key=f"{key}.{name}" if key else str(name), remedy=remedy)
+    return dict(value or {})
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """Read once at the start of a verb; what it opens, it opens once. ``waiting``: told of a bucket that is silent."""
+    """A verb's directory, environment and settings, read once; opens each bucket and engine once.
+
+    ``waiting`` gets a line when a bucket does not answer.
+    """
 
     cwd: Path
     environ: Mapping[str, str]
@@ -219,7 +198,7 @@ class Workspace:
 
     @classmethod
     def open(cls, environ: Mapping[str, str], cwd: Path, waiting: Callable[[str], None] | None = None) -> "Workspace":
-        """Raises InputError for an environment or settings that cannot be, and for a clock that is not set."""
+        """Raises InputError for an invalid environment, invalid settings, or a clock that is not set."""
         if fault := clock_fault(time.time()):
             raise InputError("this machine", fault, remedy="set it: timedatectl set-time")
         env = RunEnvironment.read(environ)
@@ -235,11 +214,10 @@ class Workspace:
         return self._stores[url]
 
     def infra(self, name: str = LOCAL) -> Infra:
-        """The engine that serves ``--infra NAME``."""
         return self._engine(infra_of(name))
 
     def engines(self) -> list[Infra]:
-        """All engines there are; one that has nothing to say costs nothing."""
+        """Returns all engines. One that has no jobs costs nothing."""
         return [self._engine(backend) for backend in BACKENDS]
 
     def _engine(self, backend: str) -> Infra:
@@ -253,7 +231,7 @@ class Workspace:
         return self._infras[backend]
 
     def check_bucket_reaches(self, infra: str) -> None:
-        """Raises InputError when machines of ``infra`` would not see the bucket."""
+        """Raises InputError if machines of ``infra`` cannot see the bucket."""
         bucket = self.env.bucket
         if infra_of(infra) == LOCAL or not bucket.startswith("file://"):
             return

@@ -1,4 +1,4 @@
-"""A task: SkyPilot's YAML as data, found, read, checked and filled in, with the Python that trains."""
+"""A task, SkyPilot's YAML as data: finds, reads, checks and fills it in. Also finds the Python that trains."""
 
 import json
 import os
@@ -21,41 +21,32 @@ from spotune.core.fingerprint import read_user_file
 # docs/explanation/technology.md.
 
 DEFAULT = Path(".venv-train/bin/python")
-REMEDY = f"make setup-train, or {environment.PYTHON}=PYTHON"
 
 
 def find_trainer(environ: Mapping[str, str], folder: Path) -> str:
-    """Returns the path of the trainer's Python.
+    """Returns the path of the trainer's Python; the launcher's own has neither torch nor TRL.
 
-    In this order: ``SPOTUNE_PYTHON``; ``.venv-train`` of the project; ``.venv-train`` of spotune's own checkout; this
-    Python, if TRL is installed beside the launcher.
-
-    Args:
-        environ: the environment of the shell that submits.
-        folder: the project's folder, from which a relative ``SPOTUNE_PYTHON`` counts.
-
-    Raises:
-        InputError: there is none, or ``SPOTUNE_PYTHON`` is not a program.
+    In this order: ``SPOTUNE_PYTHON`` of ``environ``, relative to ``folder``; ``.venv-train`` of the project's
+    ``folder``; ``.venv-train`` of spotune's own checkout; this Python, if TRL is installed beside the launcher.
+    Raises InputError if there is none, or if ``SPOTUNE_PYTHON`` is not a program.
     """
     if given := environment.setting(environ, environment.PYTHON):
         return _program(given, environ, folder)
     checkout = Path(spotune.__file__).parents[2]
     for place in (folder / DEFAULT, checkout / DEFAULT):
         if _is_program(place):
-            return str(place.absolute())  # not resolved: the link is what makes it this environment's Python
+            return str(place.absolute())  # not resolved: the link makes it this environment's Python
     if find_spec("trl"):
         return sys.executable
-    raise InputError(environment.PYTHON, f"no Python that trains: {folder / DEFAULT} is missing", remedy=REMEDY)
+    remedy = f"make setup-train, or {environment.PYTHON}=PYTHON"
+    raise InputError(environment.PYTHON, f"no Python that trains: {folder / DEFAULT} is missing", remedy=remedy)
 
 
 def trainer_of(task: Mapping[str, Any], environ: Mapping[str, str], folder: Path) -> str:
-    """Returns the trainer's Python for a task on this machine; empty where the task neither needs one nor finds one.
+    """Returns the trainer's Python for a task on this machine; empty if there is none and the task needs none.
 
-    A task needs it if its ``setup`` or ``run`` names ``SPOTUNE_PYTHON``. Any other task starts its own interpreter. The
-    task's ``envs`` come before the shell's environment.
-
-    Raises:
-        InputError: the task needs one, and there is none.
+    A task needs it if its ``setup`` or ``run`` names ``SPOTUNE_PYTHON``; any other task starts its own interpreter. The
+    task's ``envs`` override the shell's environment. Raises InputError if the task needs one and there is none.
     """
     given = (task.get("envs") or {}).get(environment.PYTHON)
     try:
@@ -67,7 +58,7 @@ def trainer_of(task: Mapping[str, Any], environ: Mapping[str, str], folder: Path
 
 
 def _program(given: str, environ: Mapping[str, str], folder: Path) -> str:
-    """Raises InputError for a ``SPOTUNE_PYTHON`` that cannot be started."""
+    """Returns the path of ``SPOTUNE_PYTHON``. Raises InputError if it cannot be started."""
     if "/" in given:
         found = str(folder / given) if _is_program(folder / given) else None
     else:
@@ -82,15 +73,11 @@ def _is_program(path: Path) -> bool:
     return path.is_file() and os.access(path, os.X_OK)
 
 
-# Planned preemptions: ``--preemptions FILE``, one JSON object a line; and which of them is due.
-
-_KEYS = ("after_s", "at_step", "notice_s")
-_MOST_AMOUNT = 1e9
 _EXAMPLE = '{"after_s": 20, "notice_s": 0} or {"at_step": 40, "notice_s": 30}'
 
 
 def read_preemptions(path: Path) -> tuple[dict[str, float], ...]:
-    """The file's lines in order; raises InputError naming the line that is wrong."""
+    """Reads ``--preemptions FILE``, one JSON object a line. Raises InputError with the line that is wrong."""
     lines = read_user_file(path).splitlines()
     return tuple(_parse(line, path, f"line {number}") for number, line in enumerate(lines, 1) if line.strip())
 
@@ -103,36 +90,32 @@ def _parse(line: str, path: Path, row: str) -> dict[str, float]:
     if not isinstance(planned, dict) or ("after_s" in planned) == ("at_step" in planned):
         raise InputError(path, "needs either after_s or at_step", key=row, remedy=_EXAMPLE)
     for key, value in planned.items():
-        if key not in _KEYS:
+        if key not in ("after_s", "at_step", "notice_s"):
             raise InputError(path, f"unknown key {shown(key)}", key=row, remedy=_EXAMPLE)
-        if not _is_amount(value):
+        if not is_amount(value, 1e9):
             raise InputError(path, f"{key} {shown(value)} is not a number from 0", key=row, remedy=_EXAMPLE)
     return {key: float(value) for key, value in planned.items()}
 
 
-def _is_amount(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= _MOST_AMOUNT
+def is_amount(value: Any, most: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= most
 
 
 def due(planned: Sequence[Mapping[str, float]], fired: Sequence[int], elapsed_s: float, step: int | None) -> int | None:
-    """The index of the first one whose time has come and that has not fired, else None."""
+    """Returns the index of the first planned preemption that is due and has not fired, or None."""
     for index, preemption in enumerate(planned):
-        if index in fired:
-            continue
-        if elapsed_s >= preemption.get("after_s", float("inf")):
-            return index
-        if step is not None and step >= preemption.get("at_step", float("inf")):
+        is_late = elapsed_s >= preemption.get("after_s", float("inf"))
+        is_there = step is not None and step >= preemption.get("at_step", float("inf"))
+        if index not in fired and (is_late or is_there):
             return index
     return None
 
 
-# What a task may run on instead: SkyPilot's ``any_of`` and ``ordered``, whose entries' words win over those above.
-
-LISTS = ("any_of", "ordered")
+LISTS = ("any_of", "ordered")  # a task's alternatives; an entry overrides the keys above the list
 
 
 def each_of(resources: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every alternative as a whole, as listed; the resources themselves where there is none."""
+    """Returns every alternative as complete resources, in order; the resources themselves if there is none."""
     common = {name: value for name, value in resources.items() if name not in LISTS}
     listed = [one for name in LISTS for one in resources.get(name) or [] if isinstance(one, Mapping)]
     return [{**common, **one} for one in listed] or [common]
@@ -143,43 +126,40 @@ def may_be_spot(resources: Mapping[str, Any]) -> bool:
 
 
 def override(resources: Mapping[str, Any], changes: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:
-    """``resources`` with ``changes`` and not the keys of ``without``, whichever alternative is taken.
+    """Returns ``resources`` with ``changes`` and without the keys ``without``, in every alternative.
 
-    Alternatives that differ in nothing any more are one.
+    Alternatives that become equal are merged. What is not a mapping stays, for SkyPilot to refuse.
     """
+    drop = {*changes, *without}
     wanted = {**{name: value for name, value in resources.items() if name not in without}, **changes}
     for name in LISTS:
         if isinstance(wanted.get(name), list):
-            left = [_stripped(one, [*changes, *without]) for one in wanted.pop(name)]
+            left = [
+                {key: value for key, value in one.items() if key not in drop} if isinstance(one, Mapping) else one
+                for one in wanted.pop(name)
+            ]
             distinct = [one for index, one in enumerate(left) if one not in left[:index]]
             if distinct not in ([], [{}]):
                 wanted[name] = distinct
     return wanted
 
 
-def _stripped(one: Any, names: Sequence[str]) -> Any:
-    """What is no mapping stays, for SkyPilot to refuse."""
-    return {name: value for name, value in one.items() if name not in names} if isinstance(one, Mapping) else one
-
-
-# A task is a plain SkyPilot YAML, as data: found, read, checked as far as we rely on it, and filled in.
-
 TRAIN = "tasks/train.yaml"
 _MOST = 10**9  # of any count
-_CPUS = re.compile(r"(?=.*[1-9])[0-9]{0,9}(\.[0-9]{1,9})?\+?")  # as SkyPilot takes them
+_CPUS = re.compile(r"(?=.*[1-9])[0-9]{0,9}(\.[0-9]{1,9})?\+?")  # SkyPilot's syntax, as below
 _GPUS = re.compile(r"([A-Za-z][A-Za-z0-9-]*)(?::(?!0+$)([0-9]{1,6}))?")
 _MEMORY = re.compile(r"[0-9]{0,9}(?<=[0-9])(\.[0-9]{1,9})?([kmgtp]?b)?[+x]?", re.IGNORECASE)  # 0: Slurm's own
 _RESERVED = (
     *(environment.RUN_ID, environment.CONFIG, environment.PROFILE, environment.HOME, environment.STATUS_FILE),
     environment.BUCKET,
-    environment.ALLOW_ENV,  # by --allow-env: the plan shows it
-    environment.ALLOW_CONFIG_CHANGE,  # its command line is in the record alone: CONFIG would be read without it
+    environment.ALLOW_ENV,  # set by --allow-env, so that the plan shows it
+    environment.ALLOW_CONFIG_CHANGE,  # set by its flag only, since the record has the flag
 )
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What the command line changes in a task's ``resources``, in each alternative; None leaves what it says."""
+    """What the command line changes in each alternative of a task's ``resources``. None: no change."""
 
     gpus: str | None = None
     num_nodes: int | None = None
@@ -191,10 +171,10 @@ class Resources:
 
 @dataclass(frozen=True)
 class Demand:
-    """What a job asks of an infrastructure, read from its task.
+    """What a job asks of an infrastructure, by its task.
 
     Attributes:
-        gpu: name of the first accelerator, empty for none; ``gpus`` of them on each node.
+        gpu: name of the first accelerator, empty for none; ``gpus``: how many of them on each node.
         use_spot: whether any alternative is a spot machine.
         max_restarts: ``max_restarts_on_errors``.
         recover_codes: ``recover_on_exit_codes``.
@@ -210,19 +190,17 @@ class Demand:
 
 
 def shipped_file(name: str, cwd: Path) -> Path | None:
-    """A file of the project: here, else in spotune's own checkout, else as installed with the package.
+    """Finds a file of the project: in ``cwd``, in spotune's own checkout, or as installed with the package.
 
-    What is here and is no file (a FIFO, a broken link) is found too, for its reader to refuse: it may be meant.
+    Also finds a FIFO or a broken link, for its reader to refuse.
     """
-    import spotune
-
     package = Path(spotune.__file__).parent
     places = (cwd / name, package.parents[1] / name, package / "shipped" / name)
     return next((place for place in places if os.path.lexists(place)), None)
 
 
 def load_task(cwd: Path, name: str = TRAIN) -> tuple[Path, dict[str, Any]]:
-    """Where the task YAML is, and what it says; raises InputError when it cannot be used."""
+    """Returns the path and the content of the task's YAML. Raises InputError if it cannot be used."""
     path = shipped_file(name, cwd)
     if path is None:
         raise InputError(name, "no such file", remedy="run from a checkout of the project")
@@ -231,7 +209,11 @@ def load_task(cwd: Path, name: str = TRAIN) -> tuple[Path, dict[str, Any]]:
         raise InputError(path, "a task needs commands", key="run", remedy="run: exec python -m spotune.sft …")
     if not isinstance(task.get("setup") or "", str):
         raise InputError(path, "must be text", key="setup")
-    task = _secrets_as_mapping(task, path)
+    if isinstance(given := task.get("secrets"), list):  # SkyPilot's list of ``secrets:NAME``: values are added later
+        if bad := [name for name in given if not (isinstance(name, str) and name.startswith("secrets:"))]:
+            what = f"{shown(bad[0])} does not name a secret"
+            raise InputError(path, what, key="secrets", remedy="- secrets:NAME, or NAME: null")
+        task = {**task, "secrets": dict.fromkeys(given)}
     for section in ("envs", "resources", "secrets", "config"):
         if not isinstance(task.get(section) or {}, dict):
             raise InputError(path, "must be a mapping", key=section)
@@ -239,34 +221,22 @@ def load_task(cwd: Path, name: str = TRAIN) -> tuple[Path, dict[str, Any]]:
         listed = (task.get("resources") or {}).get(name) or []
         if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
             raise InputError(path, "must be a list of resources", key=f"resources.{name}", remedy="- {infra: aws}")
-    refuse_dates({key: value for key, value in task.items() if key != "envs"}, path)  # those go as text
+    refuse_dates({key: value for key, value in task.items() if key != "envs"}, path)  # envs become text
     demand_of(task, path)
     return path, task
 
 
-def _secrets_as_mapping(task: dict[str, Any], path: Path) -> dict[str, Any]:
-    """SkyPilot's list of ``secrets:NAME`` in its other spelling, so that values from here can be added."""
-    given = task.get("secrets")
-    if not isinstance(given, list):
-        return task
-    for name in given:
-        if not (isinstance(name, str) and name.startswith("secrets:")):
-            raise InputError(
-                path, f"{shown(name)} names no secret", key="secrets", remedy="- secrets:NAME, or NAME: null"
-            )
-    return {**task, "secrets": dict.fromkeys(given)}
-
-
 def fill_in(task: Mapping[str, Any], envs: Mapping[str, str], resources: Resources, run_id: str) -> dict[str, Any]:
-    """A copy of the task with its name, environment and resources as this run wants them."""
-    filled = {**task, "name": run_id, "envs": {**_texts(task.get("envs")), **envs}}
-    said = {name: getattr(resources, name) for name in ("use_spot", "priority", "cpus", "memory")}
+    """Returns a copy of the task with the run's name, environment and resources. Raises InputError."""
+    texts = {str(name): "" if value is None else str(value) for name, value in (task.get("envs") or {}).items()}
+    filled = {**task, "name": run_id, "envs": {**texts, **envs}}
+    given = {name: getattr(resources, name) for name in ("use_spot", "priority", "cpus", "memory")}
     if resources.gpus is not None:
         parse_gpus(resources.gpus, "--gpus")
-        said["accelerators"] = resources.gpus
+        given["accelerators"] = resources.gpus
     check_amounts(resources.cpus, resources.memory)
-    changes = {name: value for name, value in said.items() if value is not None}
-    machine = ("instance_type",) if resources.gpus is not None else ()  # that of other GPUs
+    changes = {name: value for name, value in given.items() if value is not None}
+    machine = ("instance_type",) if resources.gpus is not None else ()  # the task's has other GPUs
     if wanted := override(task.get("resources") or {}, changes, without=machine):
         filled["resources"] = wanted
     if resources.num_nodes is not None:
@@ -275,7 +245,7 @@ def fill_in(task: Mapping[str, Any], envs: Mapping[str, str], resources: Resourc
 
 
 def check_amounts(cpus: str | None, memory: str | None) -> None:
-    """Raises InputError for CPUs or a memory that SkyPilot would not read; None is not asked for."""
+    """Raises InputError for CPUs or memory that SkyPilot cannot read. None: not given."""
     for flag, text, spelling, remedy in (
         ("--cpus", cpus, _CPUS, "4, or 4+"),
         ("--memory", memory, _MEMORY, "16, 16+ or 16GB"),
@@ -285,7 +255,7 @@ def check_amounts(cpus: str | None, memory: str | None) -> None:
 
 
 def env_pairs(pairs: Iterable[str]) -> dict[str, str]:
-    """``--env K=V`` as a mapping; raises InputError, also for a name that spotune gives itself."""
+    """Returns ``--env K=V`` as a mapping. Raises InputError, also for a name that spotune sets."""
     given: dict[str, str] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
@@ -299,10 +269,10 @@ def env_pairs(pairs: Iterable[str]) -> dict[str, str]:
 
 
 def demand_of(task: Mapping[str, Any], where: object = "task") -> Demand:
-    """What the task asks for; raises InputError naming what cannot be read."""
+    """Returns what the task asks for. Raises InputError for a value that cannot be read."""
     wanted = task.get("resources") or {}
     resources = each_of(wanted)[0]
-    recovery = resources.get("job_recovery") or {}
+    recovery = resources.get("job_recovery")
     recovery = recovery if isinstance(recovery, dict) else {}
     gpu, gpus = _first_accelerator(resources.get("accelerators"), where)
     codes = recovery.get("recover_on_exit_codes", [])
@@ -320,7 +290,7 @@ def demand_of(task: Mapping[str, Any], where: object = "task") -> Demand:
 
 
 def _whole(value: Any, default: int, where: object, key: str) -> int:
-    """A number of a task, also one in quotes; raises InputError naming the key for what is none."""
+    """Returns a whole number of a task, also one in quotes. Raises InputError with the key."""
     if value is None:
         return default
     try:
@@ -333,15 +303,15 @@ def _whole(value: Any, default: int, where: object, key: str) -> int:
 
 
 def parse_gpus(text: str, where: object) -> tuple[str, int]:
-    """``L4:1`` or ``L4`` -> (name, count). Raises InputError."""
+    """Returns name and count of ``L4:1`` or ``L4``. Raises InputError."""
     found = _GPUS.fullmatch(text.strip())
     if not found:
-        raise InputError(where, f"{shown(text)} is no accelerator", remedy="L4:1")
+        raise InputError(where, f"{shown(text)} is not an accelerator", remedy="L4:1")
     return found[1], int(found[2] or 1)
 
 
 def _first_accelerator(wanted: Any, where: object) -> tuple[str, int]:
-    """The first of SkyPilot's spellings: ``L4:1``, ``{L4: 1, A10G: 1}``, ``[L4:1, A10G:1]``."""
+    """Returns name and count of the first of ``L4:1``, ``{L4: 1, A10G: 1}`` or ``[L4:1, A10G:1]``."""
     if not wanted:
         return "", 0
     if isinstance(wanted, dict):
@@ -350,7 +320,3 @@ def _first_accelerator(wanted: Any, where: object) -> tuple[str, int]:
         return parse_gpus(f"{name}:{count}", f"{where}: resources.accelerators")
     first = wanted[0] if isinstance(wanted, list) else wanted
     return parse_gpus(str(first), f"{where}: resources.accelerators")
-
-
-def _texts(envs: Any) -> dict[str, str]:
-    return {str(name): "" if value is None else str(value) for name, value in (envs or {}).items()}

@@ -37,11 +37,11 @@ COMMAND_LINES = {
     "no name on the hub": ([*TRAIN, "--set", "hub_model_id=a/b/c"], "hub_model_id: 'a/b/c' is no name on the hub"),
     "bad name": ([*TRAIN, "--name", "Not_An_Id"], "--name: 'Not_An_Id' is not a run id"),
     "name too long": ([*TRAIN, "--name", "a" * 26], "--name:"),
-    "unknown infra": ([*TRAIN, "--infra", "moon"], "--infra: 'moon' is no infrastructure"),
+    "unknown infra": ([*TRAIN, "--infra", "moon"], "--infra: 'moon' is not a known infrastructure"),
     "an infra that does not see the bucket": ([*TRAIN, "--infra", "aws"], "SPOTUNE_BUCKET: machines of aws cannot see"),
-    "bad --gpus": ([*TRAIN, "--gpus", "4x"], "--gpus: '4x' is no accelerator (L4:1)"),
+    "bad --gpus": ([*TRAIN, "--gpus", "4x"], "--gpus: '4x' is not an accelerator (L4:1)"),
     "--gpus without end": ([*TRAIN, "--gpus", f"L4:{'9' * 5000}"], "--gpus: 'L4:999"),
-    "--gpus of none": ([*TRAIN, "--gpus", "L4:00"], "--gpus: 'L4:00' is no accelerator (L4:1)"),
+    "--gpus of none": ([*TRAIN, "--gpus", "L4:00"], "--gpus: 'L4:00' is not an accelerator (L4:1)"),
     "priority out of range": ([*TRAIN, "--priority", "1001"], "--priority: 1001 is out of range"),
     "priority not a number": ([*TRAIN, "--priority", "high"], "--priority"),
     "two machines": ([*TRAIN, "--num-nodes", "2"], "--num-nodes: local is one machine"),
@@ -133,7 +133,11 @@ FILES = {
     "settings: nice": ("config/spotune.yaml", "slurm: {nice: -1}\n", "slurm.nice: -1 is not a number from 0 on"),
     "settings: month": ("config/spotune.yaml", "budgets: {users: {ana: x}}\n", "budgets.users.ana: 'x' is not dollars"),
     "own settings": ("home/config.yaml", "bucket: here\n", "home/config.yaml: bucket: 'here' is not a bucket"),
-    "own settings: infra": ("home/config.yaml", "infra: nope\n", "home/config.yaml: infra: 'nope' is no infra"),
+    "own settings: infra": (
+        "home/config.yaml",
+        "infra: nope\n",
+        "home/config.yaml: infra: 'nope' is not a known infra",
+    ),
     "own settings: a list": (
         "home/config.yaml",
         "- a\n",
@@ -204,8 +208,8 @@ FILES = {
         f"task: {text}": ("tasks/train.yaml", f"run: x\n{text}\n", f"tasks/train.yaml: {says}")
         for text, says in (
             ("resources: {accelerators: {L4: x}}", "resources.accelerators.L4: 'x' is not a whole number"),
-            ("resources: {accelerators: 'L4:00'}", "resources.accelerators: 'L4:00' is no accelerator (L4:1)"),
-            ("resources: {accelerators: {L4: 0}}", "resources.accelerators: 'L4:0' is no accelerator (L4:1)"),
+            ("resources: {accelerators: 'L4:00'}", "resources.accelerators: 'L4:00' is not an accelerator (L4:1)"),
+            ("resources: {accelerators: {L4: 0}}", "resources.accelerators: 'L4:0' is not an accelerator (L4:1)"),
             ("resources: {accelerators: {L4: [1]}}", "resources.accelerators.L4: [1] is not"),
             ("resources: {accelerators: {L4: .inf}}", "resources.accelerators.L4: inf is not"),
             ("resources: {any_of: 5}", "resources.any_of: must be a list"),
@@ -263,7 +267,7 @@ def test_a_model_that_is_here_and_no_folder_is_not_of_the_hub(project: Project) 
     (project.folder / "loop").symlink_to("loop")
     for name in ("pipe.jsonl", "loop"):
         arguments = [*TRAIN, "--set", f"model_name_or_path={name}"]
-        assert_one_line(project, arguments, f"model_name_or_path: {name} is no folder (a hub id or a folder)")
+        assert_one_line(project, arguments, f"model_name_or_path: {name} is not a folder (a hub id or a folder)")
 
 
 def test_a_disk_that_fails_is_the_machines(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,7 +118,7 @@ def test_one_that_is_not_there_is_brought_up(
     ("words", "says"),
     [
         (["--infra", "slurm/lab", "--gpus", "L4:1", "--share", "0.5"], "--share: Slurm hands out whole GPUs"),
-        (["--infra", "awss"], "--infra: 'awss' is no infrastructure (did you mean aws?)"),
+        (["--infra", "awss"], "--infra: 'awss' is not a known infrastructure (did you mean aws?)"),
         (["--infra", "any"], "SPOTUNE_BUCKET: machines of any cannot see file:///nowhere"),
     ],
 )

@@ -28,7 +28,7 @@ def test_help_is_light(verb: str) -> None:
     ("argv", "line"),
     [
         (["up", "-i", "1"], "--idle-minutes-to-autostop: 1 is too short"),
-        (["up", "--infra", "awss"], "--infra: 'awss' is no infrastructure (did you mean aws?)"),
+        (["up", "--infra", "awss"], "--infra: 'awss' is not a known infrastructure (did you mean aws?)"),
         (["up", "--infra", "local"], "--infra: local is this machine"),
         (["up", "--secret", "NOT_SET_HERE"], "--secret: NOT_SET_HERE is not set here (export NOT_SET_HERE=… first)"),
         (["run", "config/runs/demo.yaml", "-c", "dev", "--secret", "K=V"], "--secret: takes a name, not a value"),
@@ -38,7 +38,7 @@ def test_help_is_light(verb: str) -> None:
         (["run", "config/runs/demo.yaml", "--share", "0.5"], "--share: runs here share a GPU without it"),
         (["run", "config/runs/demo.yaml", "-c", "dev", "--name", "X"], "--name: 'X' is not a run id"),
         (["run", "config/runs/demo.yaml", "-c", "dev", "--save-every", "abc"], "--save-every: 'abc' is neither steps"),
-        (["run", "config/runs/demo.yaml", "-c", "dev", "--gpus", "L4:y"], "--gpus: 'L4:y' is no accelerator"),
+        (["run", "config/runs/demo.yaml", "-c", "dev", "--gpus", "L4:y"], "--gpus: 'L4:y' is not an accelerator"),
         (
             ["run", "config/runs/demo.yaml", "-c", "dev", "--set", "model_name_or_path=./nope"],
             "config/runs/demo.yaml: model_name_or_path: no such folder ./nope",
@@ -46,7 +46,7 @@ def test_help_is_light(verb: str) -> None:
         (["notebook", "--port", "0"], "Invalid value for '--port'"),
         (["notebook", "--port", "99999999"], "Invalid value for '--port'"),
         (["notebook", "--env", "x"], "--env: 'x' is not NAME=value"),
-        (["up", "--gpus", "L4:x"], "--gpus: 'L4:x' is no accelerator (L4:1)"),
+        (["up", "--gpus", "L4:x"], "--gpus: 'L4:x' is not an accelerator (L4:1)"),
         (["up", "--cpus", "abc"], "--cpus: 'abc' is not an amount (4, or 4+)"),
         (["up", "--memory", "-1"], "--memory: '-1' is not an amount"),
         (["up", "--name", "../x"], "--name: '../x' is not a valid cluster name"),

@@ -37,7 +37,7 @@ from spotune.guard.extras import surviving_logs
 from spotune.guard.finish import fetch_result
 from spotune.guard.journal import Node
 from spotune.guard.restore import is_second_fault, last_event, newest_commit, restore
-from spotune.launch.local.watch import look
+from spotune.launch.local.watch import probe
 from tests.commands import cli_runner
 from tests.hostile import changed, values
 from tests.unit.guard.attempts import make_context
@@ -132,7 +132,7 @@ def parts_of_the_guard(store: Store, folder: Path) -> dict[str, Callable[[], obj
 
     return {
         "verdict": lambda: standing_verdict(store, KEYS),
-        "look": lambda: look(store.url, "run-a"),
+        "probe": lambda: probe(store.url, "run-a"),
         "claim": lambda: claim_attempt(store, KEYS, Node.read({})),
         "spells": lambda: earlier_uptimes(store, KEYS, 1),
         "last event": lambda: last_event(store, KEYS, 1),

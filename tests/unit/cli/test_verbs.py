@@ -195,7 +195,9 @@ def test_a_run_of_a_dev_cluster_is_promoted(project: Project, monkeypatch: pytes
     assert promoted.stdout == "run-b\n", promoted.stderr
     project.write("helper.py", "x = 2\n")
     changed = project.run("train", "--from", "run-a", "-y", "-d")
-    line = f"run-a: its code has changed since: its uncommitted changes are others ({project.store.url}/{kept[1]} has"
+    line = (
+        f"run-a: its code has changed since: its uncommitted changes are different ({project.store.url}/{kept[1]} has"
+    )
     assert changed.stderr.startswith(line)
 
 
@@ -208,7 +210,7 @@ def test_a_resume_says_and_keeps_what_code_it_goes_on_with(project: Project) -> 
     project.write("helper.py", "x = 2\n")
     resumed = project.run("resume", "run-a")
     assert resumed.exit_code == 0
-    line = "run-a: its code is not what it was submitted with: its uncommitted changes are others\n"
+    line = "run-a: its code is not what it was submitted with: its uncommitted changes are different\n"
     assert resumed.stderr == line
     (kept,) = [key for key in project.store.keys("runs/run-a/code") if key.count("/") == 4 and "patch" in key]
     assert b"+x = 2" in (project.store.read(kept) or b"")

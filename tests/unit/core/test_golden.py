@@ -24,12 +24,16 @@ from shutil import copytree
 from typing import Any
 
 import pytest
+from spotune.core.clusters import ClusterRecord, read_clusters
+from spotune.launch.local.probe import Look
+from spotune.launch.local.rows import Attempt
+from spotune.launch.skypilot.registry import Entry, Registry
+from spotune.sft.control import Control, Wish
 
 import spotune
 from spotune.cli import main
 from spotune.core import keys as keys_module
 from spotune.core import protocol
-from spotune.core.clusters import ClusterRecord, read_clusters
 from spotune.core.io import load_as, write_state
 from spotune.core.keys import Keys, attempt_of, checkpoint_of, cluster_key, commit_of, revision_of
 from spotune.core.money import usd
@@ -44,11 +48,7 @@ from spotune.launch.local import database
 from spotune.launch.local.engine import only_one
 from spotune.launch.local.layout import AttemptFiles, Exit, Layout, Running
 from spotune.launch.local.machine import load_kept
-from spotune.launch.local.probe import Look
 from spotune.launch.local.queue import Queue
-from spotune.launch.local.rows import Attempt
-from spotune.launch.skypilot.registry import Entry, Registry
-from spotune.sft.control import Control, Wish
 from tests.commands import cli_runner
 from tests.golden.kinds import EVENTS, kind_of, read_record
 

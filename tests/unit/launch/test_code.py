@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_new_code_is_in_the_patch_and_data_is_named(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    assert not read_code(folder).dirty
+    assert not read_code(folder).facts()["dirty"]
     (folder / "train.py").write_text("x = 2\n")
     (folder / "new [a]*.py").write_text("y = 1\n")
     (folder / "notes.ipynb").write_text("{}")

@@ -21,7 +21,7 @@ from spotune.launch.local import layout as local_layout
 from spotune.launch.local.layout import LocalFolders
 from spotune.launch.local.machine import Identity, boot_id, keep_environment, kept_environment, members
 from spotune.launch.local.queue import Queue
-from spotune.launch.local.watch import look
+from spotune.launch.local.watch import probe
 from spotune.launch.plan import local_prices
 from spotune.launch.settings import load_settings
 from spotune.launch.skypilot.engine import Registry, RunEntry
@@ -80,7 +80,7 @@ def test_skypilots_list_of_secrets(tmp_path: Path) -> None:
     task.write_text("run: x\nsecrets: ['secrets:HF_TOKEN', 'secrets:team.KEY']\n")
     assert load_task(tmp_path)[1]["secrets"] == {"secrets:HF_TOKEN": None, "secrets:team.KEY": None}
     task.write_text("run: x\nsecrets: [HF_TOKEN]\n")
-    with pytest.raises(InputError, match=r"secrets: 'HF_TOKEN' names no secret \(- secrets:NAME"):
+    with pytest.raises(InputError, match=r"secrets: 'HF_TOKEN' does not name a secret \(- secrets:NAME"):
         load_task(tmp_path)
 
 
@@ -159,15 +159,15 @@ def test_due_preemptions() -> None:
     assert due(planned, [0, 1], 99.0, 99) is None
 
 
-def test_look(tmp_path: Path) -> None:
+def test_probe(tmp_path: Path) -> None:
     store, keys = Store(f"file://{tmp_path}/bucket"), Keys("run-a")
-    assert look(store.url, "run-a", clock=lambda: 1.0).commit == ""
+    assert probe(store.url, "run-a").commit == ""
     for attempt, step in ((1, 50), (2, 10)):
         store.create(
             keys.commit(attempt, step), Commit(run_id="run-a", step=step, attempt=attempt, files={}).to_bytes()
         )
     store.create(keys.failed, TerminalMarker(run_id="run-a", attempt=1, at=0.0, reason="why", exit_code=2).to_bytes())
-    seen = look(store.url, "run-a")
+    seen = probe(store.url, "run-a")
     assert (seen.commit, seen.failed, seen.failed_code, seen.completed) == (keys.commit(2, 10), "why", 2, False)
     for progress, expected in (
         (b"{", False),
@@ -175,9 +175,9 @@ def test_look(tmp_path: Path) -> None:
         (Progress(run_id="run-a", attempt=2, phase="stalled").to_bytes(), True),
     ):
         store.write(keys.progress, progress)
-        assert look(store.url, "run-a").stalled is expected
+        assert probe(store.url, "run-a").stalled is expected
     store.create(keys.completed, b"{}")
-    assert look(store.url, "run-a").completed
+    assert probe(store.url, "run-a").completed
 
 
 def test_the_kept_environment_is_private_and_without_another_runs_names(tmp_path: Path) -> None:

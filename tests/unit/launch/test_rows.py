@@ -13,7 +13,7 @@ from spotune.launch.local.engine import LocalInfra
 from spotune.launch.local.layout import LocalFolders
 from spotune.launch.local.queue import Queue
 from spotune.launch.local.supervisor import Supervisor
-from spotune.launch.local.watch import look
+from spotune.launch.local.watch import probe
 
 
 def test_a_job_that_is_marked_as_cancelled_gets_no_machine(tmp_path: Path) -> None:
@@ -28,7 +28,7 @@ def test_a_job_that_is_marked_as_cancelled_gets_no_machine(tmp_path: Path) -> No
     job = queue.job("run-a")
     assert job
     assert (job.state, job.reason, queue.attempts("run-a")) == ("CANCELLED", "cancelled by ada", [])
-    assert look(store.url, "run-a").cancelled == "cancelled by ada"
+    assert probe(store.url, "run-a").cancelled == "cancelled by ada"
 
 
 @pytest.mark.parametrize("submission", ["{bad", "[]", "{}", '{"task": {}, "colour": 1}'])

@@ -10,7 +10,7 @@ from spotune.launch.engine import Submission
 from spotune.launch.local.database import AttemptRow, JobRow, Verdict
 from spotune.launch.local.layout import LocalFolders
 from spotune.launch.local.queue import Queue
-from spotune.launch.local.watch import CANCEL_TIMEOUT_S, LOOK_TIMEOUT_S, Settler
+from spotune.launch.local.watch import CANCEL_TIMEOUT_S, PROBE_TIMEOUT_S, Settler
 
 T = 1000.0
 ATTEMPT = AttemptRow(run_id="run-a", attempt=1, marker="m", boot="b", started_at=1.0)
@@ -63,9 +63,9 @@ def test_a_cancelled_job_does_not_wait_for_its_bucket(silent: Silent) -> None:
 def test_a_helper_that_hangs_is_ended_and_the_bucket_asked_again(silent: Silent) -> None:
     silent.settle(T)
     first = silent.settler._helpers["m"][0]
-    assert silent.settle(T + LOOK_TIMEOUT_S) is None
+    assert silent.settle(T + PROBE_TIMEOUT_S) is None
     assert first.poll() is None
-    assert silent.settle(T + LOOK_TIMEOUT_S + 1) is None
+    assert silent.settle(T + PROBE_TIMEOUT_S + 1) is None
     assert first.poll() is not None
     assert silent.settler._helpers["m"][0] is not first
     assert silent.job.state == "STARTING"

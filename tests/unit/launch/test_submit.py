@@ -10,7 +10,8 @@ import pytest
 
 from spotune.core.errors import InfraError
 from spotune.core.keys import Keys
-from spotune.launch.engine import Submission
+from spotune.core.store import Store
+from spotune.launch.engine import JobStatus, Submission
 from tests.filesystems import file_system, fill
 from tests.unit.fake_infra import FakeInfra
 from tests.unit.project import Project
@@ -120,3 +121,34 @@ def test_a_full_bucket_gets_nothing_of_a_refused_run(project: Project, tmp_path:
             assert "No space left" in result.stderr.splitlines()[-1]
             assert not project.infra.states
     assert codes == {0, 3}
+
+
+@pytest.mark.parametrize(
+    ("verb", "state", "finds", "records"),
+    [
+        (("resume", "run-a", "-y"), "FAILED", 1, 2),  # one fresh record after the user's answer
+        (("cancel", "run-a", "-y"), "RUNNING", 2, 0),  # one fresh status after the end
+        (("logs", "run-a"), "RUNNING", 1, 0),
+        (("preempt", "run-a", "--no-notice", "-y"), "RUNNING", 1, 0),
+    ],
+)
+def test_a_verb_finds_its_run_and_reads_its_record_once(
+    project: Project, monkeypatch: pytest.MonkeyPatch, verb: tuple[str, ...], state: str, finds: int, records: int
+) -> None:
+    project.submit()
+    project.infra.turn("run-a", state=state, attempt=1)
+    jobs, read, calls = FakeInfra.jobs, Store.read, list[str]()
+
+    def counted_jobs(infra: FakeInfra, run_ids: list[str] | None = None, everyone: bool = False) -> list[JobStatus]:
+        calls.append("find")
+        return jobs(infra, run_ids, everyone)
+
+    def counted_read(store: Store, key: str) -> bytes | None:
+        calls.extend(["record"] if key == KEYS.run else [])
+        return read(store, key)
+
+    monkeypatch.setattr(FakeInfra, "jobs", counted_jobs)
+    monkeypatch.setattr(Store, "read", counted_read)
+    result = project.run(*verb)
+    assert result.exit_code == 0, result.stderr
+    assert (calls.count("find"), calls.count("record")) == (finds, records)

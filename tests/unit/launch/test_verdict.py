@@ -89,9 +89,9 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize(("ending", "seen", "patience", "state", "reason"), RULES.values(), ids=RULES)
-def test_rules(ending: Ending, seen: BucketProbe, patience: RestartLimits, state: str, reason: str) -> None:
-    verdict = decide(ending, seen, patience)
+@pytest.mark.parametrize(("ending", "seen", "limits", "state", "reason"), RULES.values(), ids=RULES)
+def test_rules(ending: Ending, seen: BucketProbe, limits: RestartLimits, state: str, reason: str) -> None:
+    verdict = decide(ending, seen, limits)
     assert verdict.state == state
     assert reason in verdict.reason
     assert bool(reason) == bool(verdict.reason)
@@ -102,13 +102,13 @@ def test_back_off() -> None:
 
 
 def test_faults_without_progress_are_slowed_down_and_progress_forgives() -> None:
-    patience, delays = RestartLimits(), []
+    limits, delays = RestartLimits(), []
     for _ in range(4):
-        verdict = decide(Ending(137), NOTHING, patience)
+        verdict = decide(Ending(137), NOTHING, limits)
         delays.append(verdict.delay_s)
-        patience = RestartLimits(faults=verdict.faults)
+        limits = RestartLimits(faults=verdict.faults)
     assert delays == [0, 1, 2, 4]
-    assert decide(Ending(137), BucketProbe(commit="runs/a/commits/1"), patience).delay_s == 0
+    assert decide(Ending(137), BucketProbe(commit="runs/a/commits/1"), limits).delay_s == 0
 
 
 def test_75_is_at_once_but_not_for_ever() -> None:

@@ -159,9 +159,7 @@ def test_what_nobody_takes_up_is_taken_back(tmp_path: Path, monkeypatch: pytest.
     silent.queue.add(SUBMISSION, "file:///b")
     silent.queue.start(MACHINE)
     ask = silent.infra.cancel if kind == "cancel" else partial(silent.infra.preempt, notice_s=0.0)
-    with pytest.raises(
-        InfraError, match="^run-a: the supervisor does not answer, so that nothing was done, see "
-    ) as told:
+    with pytest.raises(InfraError, match="^run-a: the supervisor does not answer, nothing was done; see ") as told:
         ask("run-a")
     assert not isinstance(told.value, SubmissionUnknown)
     assert silent.queue.requests() == []

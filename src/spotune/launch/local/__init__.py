@@ -1,14 +1,10 @@
-"""One machine's small stand-in for SkyPilot's managed jobs: everything can be tried without a cloud.
+"""The local engine, a small stand-in for SkyPilot's managed jobs: everything can be tried without a cloud.
 
-infra.py       what the verbs call: writes to the queue, starts the supervisor, waits
-queue.py       the queue: one SQLite file, jobs and the machines that they were given
-daemon.py      one supervisor at a time, started on demand, gone when idle
-supervisor.py  the loop: requests, planned preemptions, watching, settling, starting
-watch.py       one machine: is it alive, has its time come, what did it leave behind
-settle.py      what follows when a machine is gone; verdict.py decides it, purely
-machine.py     the environment and the files of a machine, and its start
-node.py        the machine itself: a tiny process that runs `setup` and `run`
-look.py        what the bucket says of a run: certificate, marks, newest commit
-processes.py   who belongs to a machine, across sessions and reboots
-gpus.py        what GPUs there are
+engine.py      LocalInfra, which the verbs call: writes to the queue, starts the supervisor, waits
+queue.py       the queue: jobs, their machines, and requests of verbs, in one SQLite file
+database.py    the queue's rows, its file, and the second copy of each row
+supervisor.py  the loop: requests, planned preemptions, watching, settling, starting. One at a time, gone when idle
+watch.py       one machine: whether it lives, what it left behind, what the bucket says, and the job's next state
+machine.py     the machine itself, a process that runs `setup` and `run`; its environment, start and processes
+layout.py      the GPUs of this computer, and the paths below `$SPOTUNE_HOME/local`
 """

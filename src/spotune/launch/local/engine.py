@@ -1,4 +1,4 @@
-"""LocalInfra, the engine of this machine, and the supervisor's process that it starts."""
+"""LocalInfra, the engine of this computer, and the process of the supervisor that it starts."""
 
 import codecs
 import fcntl
@@ -19,19 +19,17 @@ from spotune.core.protocol import as_number
 from spotune.launch.engine import Agree, JobStatus, PaidInterval, Submission, check_folder, check_secrets
 from spotune.launch.local.database import JobRow
 from spotune.launch.local.layout import MARKER, Gpu, LocalFolders, find_gpus
-from spotune.launch.local.machine import REGION, check_kept, keep_environment
+from spotune.launch.local.machine import REGION, check_kept, keep_environment, zone_of
 from spotune.launch.local.queue import Queue
 from spotune.launch.task import demand_of, trainer_of
 
-# One supervisor at a time, started by the verb that needs it.
-
-# Put in the background by a shell, so that it is nobody's child: no zombie is left in a verb that lives long.
+# A shell starts the supervisor in the background, so that it is not a verb's child: no zombie stays in a long verb.
 _BACKGROUND = 'exec </dev/null >>"$0" 2>&1; "$@" &'
 
 
 @contextmanager
 def only_one(layout: LocalFolders) -> Iterator[bool]:
-    """Holds the supervisor's lock; yields whether it was free. The kernel frees it when the holder dies."""
+    """Takes the supervisor's lock; yields whether it was free. The kernel frees it when the holder dies."""
     descriptor = os.open(layout.lock, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         try:
@@ -47,7 +45,7 @@ def only_one(layout: LocalFolders) -> Iterator[bool]:
 
 
 def is_running(layout: LocalFolders) -> bool:
-    """Whether somebody holds the lock. A shared lock is tried, so that two who ask do not mislead each other."""
+    """Returns whether a supervisor holds the lock. Tries a shared one: two callers do not mislead each other."""
     try:
         descriptor = os.open(layout.lock, os.O_RDONLY)
     except FileNotFoundError:
@@ -62,38 +60,36 @@ def is_running(layout: LocalFolders) -> bool:
 
 
 def start(layout: LocalFolders, environ: Mapping[str, str]) -> None:
-    """Starts a supervisor; one too many leaves at once. Call it after the queue was written: an idle one that is
-    about to leave looks at the queue again once it has let go of the lock. Raises InfraError where none can be."""
+    """Starts a supervisor; a second one ends at once. Raises InfraError if none can be started.
+
+    Call it after writing the queue: an idle supervisor reads the queue once more after it has released the lock.
+    """
     command = [sys.executable, "-P", "-m", "spotune.launch.local.supervisor", str(layout.home)]
     shell = ["sh", "-c", _BACKGROUND, str(layout.supervisor_log), *command]
-    # A verb that is called by a job must not make the supervisor a part of that job's machine.
+    # If a job calls the verb, the supervisor must not become a part of that job's machine.
     own = {name: value for name, value in environ.items() if name != MARKER}
     try:
         subprocess.run(
             shell, cwd=layout.root, env=own, start_new_session=True, stderr=subprocess.PIPE, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        raise InfraError(f"the supervisor cannot be started: {' '.join(said.split())}") from error
+        why = getattr(error, "stderr", None) or str(error)
+        raise InfraError(f"the supervisor cannot be started: {' '.join(why.split())}") from error
 
-
-# What the verbs call: LocalInfra writes to the queue, sees to it that a supervisor runs, and waits where it must.
 
 POLL_S = 0.1
 START_S = 2.0
-TAKE_UP_S = 30.0  # a supervisor that starts on a busy machine
+TAKE_UP_S = 30.0  # for a supervisor that starts on a busy computer
 CANCEL_S = 60.0
-MOST_LOG_BYTES = 256 << 20  # of a log at once: what nobody reads to its end
-ENDS = "end it: spotune cancel"
+# Fields that a row of the queue and a status, or a paid interval, have in common.
+_STATUS = "run_id state priority user submitted_at started_at ended_at attempt reason exit_code bucket".split()
+_PAID = "run_id started_at ended_at accelerators use_spot setup_s end_reason exit_code".split()
 
 
 class LocalInfra:
-    """Managed jobs on this machine, in the queue of one SPOTUNE_HOME.
+    """Managed jobs on this computer, in the queue of one SPOTUNE_HOME.
 
-    Args:
-        home: SPOTUNE_HOME.
-        environ: the environment that jobs inherit.
-        slots: jobs at a time; default one per GPU, one on CPU.
+    ``environ``: the environment that jobs inherit. ``slots``: jobs at a time; default one per GPU, one on CPU.
     """
 
     name = "local"
@@ -115,7 +111,7 @@ class LocalInfra:
         self._queue.create()
 
     def submit(self, submission: Submission) -> None:
-        """Puts the job into the queue and returns; nothing of it is left behind when it is refused."""
+        """Puts the job into the queue and returns. A refused job leaves nothing behind."""
         demand = demand_of(submission.task)
         if demand.num_nodes > 1:
             raise InputError("--num-nodes", f"local is one machine, not {demand.num_nodes}", remedy="--num-nodes 1")
@@ -127,10 +123,12 @@ class LocalInfra:
         python = trainer_of(submission.task, self._environ, Path(submission.workdir))
         self._note_machine(slots, gpus)
         bucket = submission.task.get("envs", {}).get(environment.BUCKET) or f"file://{self.layout.home}/bucket"
-        kept, now, is_added = self.layout.environment(submission.run_id), self._clock(), False
+        now, is_added = self._clock(), False
+        kept = self.layout.environment(submission.run_id)
         try:
-            keep = partial(keep_environment, kept, self._environ, submission.secrets, python)
-            self._queue.add(submission, bucket, keep, now)
+            self._queue.add(
+                submission, bucket, partial(keep_environment, kept, self._environ, submission.secrets, python), now
+            )
             is_added = True
             self._wake()
         except BaseException as error:
@@ -143,27 +141,24 @@ class LocalInfra:
         self._queue.note("gpus", [vars(gpu) for gpu in gpus])
 
     def _take_back(self, run_id: str, added_at: float, why: BaseException) -> None:
-        """Raises Unsettled for a job that has begun, or that nobody can tell of."""
+        """Removes the job. Raises SubmissionUnknown if it has started, or if the queue cannot tell."""
 
         def forget() -> None:
             with suppress(OSError):
                 self.layout.environment(run_id).unlink()
 
+        what, remedy = f"{str(why) or 'interrupted'}; {run_id}", f"(end it: spotune cancel {run_id})"
         try:
             is_gone = self._queue.withdraw(run_id, added_at, forget)
         except BaseException as error:
-            raise SubmissionUnknown(
-                f"{str(why) or 'interrupted'}; {run_id} may be in the queue ({ENDS} {run_id})"
-            ) from error
+            raise SubmissionUnknown(f"{what} may be in the queue {remedy}") from error
         if not is_gone:
-            raise SubmissionUnknown(
-                f"{str(why) or 'interrupted'}; {run_id} has begun and goes on ({ENDS} {run_id})"
-            ) from why
+            raise SubmissionUnknown(f"{what} has begun and goes on {remedy}") from why
 
     def check_resumable(self, run_id: str) -> None:
         job = self._job(run_id)
         check_secrets(run_id, job.secrets, self._environ)
-        if job.task:  # else nobody knows its folder, and when it is started it says why
+        if job.task:  # else its row is damaged: the start fails and gives the reason
             check_folder(run_id, job.workdir)
             trainer_of(job.task, self._environ, Path(job.workdir))
         check_kept(self.layout.environment(run_id))
@@ -194,19 +189,19 @@ class LocalInfra:
 
     def preempt(self, run_id: str, notice_s: float, agree: Agree = lambda question: None) -> None:
         job = self._job(run_id)
-        if not any(attempt.ended_at is None for attempt in self._queue.attempts(run_id)):
+        if all(attempt.ended_at is not None for attempt in self._queue.attempts(run_id)):
             raise InputError(run_id, f"is {job.state}: it has no machine to take away")
         self._ask(run_id, "preempt", notice_s)
 
     def _ask(self, run_id: str, kind: str, notice_s: float = 0.0) -> None:
-        """Leaves a request and waits until the supervisor has taken it up. One that it does not is taken back."""
+        """Adds a request and waits until the supervisor has taken it up. Otherwise removes it and raises InfraError."""
         request = self._queue.ask(run_id, kind, notice_s)
         deadline = self._clock() + TAKE_UP_S
         self._wake()
         while not self._queue.is_done(request):
             if self._clock() > deadline and (self._queue.take_back(request) or not self._queue.is_done(request)):
-                what = f"{run_id}: the supervisor does not answer, so that nothing was done"
-                raise InfraError(f"{what}, see {self.layout.supervisor_log}")
+                what = f"{run_id}: the supervisor does not answer, nothing was done"
+                raise InfraError(f"{what}; see {self.layout.supervisor_log}")
             self._sleep(POLL_S)
             self._wake()
 
@@ -219,27 +214,17 @@ class LocalInfra:
     def _status(self, job: JobRow) -> JobStatus:
         seen = self._guard_status(job)
         return JobStatus(
-            run_id=job.run_id,
-            state=job.state,
-            priority=job.priority,
-            user=job.user,
+            **{name: getattr(job, name) for name in _STATUS},
             infra=self.name,
-            submitted_at=job.submitted_at,
-            started_at=job.started_at,
-            ended_at=job.ended_at,
-            attempt=job.attempt,
             recoveries=max(0, job.attempt - 1),
-            reason=job.reason,
-            exit_code=job.exit_code,
             step=seen.get("step"),
             max_steps=seen.get("max_steps"),
             loss=as_number(seen.get("loss")),
             phase=seen.get("phase") or "",
-            bucket=job.bucket,
         )
 
     def _guard_status(self, job: JobRow) -> dict[str, Any]:
-        """What the guard said last; that of the machine before while a new one has not said anything."""
+        """Returns what the guard reported last; from the previous machine until the new one has reported."""
         seen: dict[str, Any] = {}
         for attempt in range(job.attempt, 0, -1):
             status = self.layout.attempt(job.run_id, attempt).read_status()
@@ -252,7 +237,7 @@ class LocalInfra:
         self._job(run_id)
         tail = _Tail(self.layout.log(run_id))
         while True:
-            # Asked before reading: when it has ended by now, all that it wrote is there.
+            # The state is read before the log: if the job has ended by now, its log is complete.
             is_active = follow and self._job(run_id).is_active
             if is_active:
                 self._wake()
@@ -265,27 +250,20 @@ class LocalInfra:
     def history(self, run_id: str) -> list[PaidInterval]:
         return [
             PaidInterval(
-                run_id=run_id,
-                started_at=attempt.started_at,
-                ended_at=attempt.ended_at,
+                **{name: getattr(attempt, name) for name in _PAID},
                 infra=self.name,
                 region=REGION,
-                zone=f"local-{attempt.slots[0]}" if attempt.slots else "local-dev",
+                zone=zone_of(attempt),
                 instance_type="local",
-                accelerators=attempt.accelerators,
-                use_spot=attempt.use_spot,
-                setup_s=attempt.setup_s,
-                end_reason=attempt.end_reason,
-                exit_code=attempt.exit_code,
             )
             for attempt in self._queue.attempts(run_id)
-            if attempt.is_dated  # of another its claim and events tell
+            if attempt.is_dated  # the claim and the events have the times of any other attempt
         ]
 
     def _wake(self) -> None:
-        """Sees to it that a supervisor runs; one that was started a moment ago is given time to say so."""
+        """Starts a supervisor if none runs. One that was started a moment ago gets time to take the lock."""
         if self._clock() - self._woken_at > START_S and not is_running(self.layout):
-            if self._queue.fact("slots") is None:  # a queue that was made anew does not know its machine
+            if self._queue.fact("slots") is None:  # the queue was made anew
                 gpus = find_gpus(self._environ)
                 self._note_machine(self._slots or len(gpus) or 1, gpus)
             start(self.layout, self._environ)
@@ -299,11 +277,10 @@ class LocalInfra:
 
 
 class _Tail:
-    """A growing text file: what it has that was not read yet, as whole lines; of very much, a word and the end."""
+    """Reads the new lines of a growing text file. Of more than ``most_bytes`` at once it reads only the end."""
 
-    def __init__(self, path: Path, most_bytes: int = MOST_LOG_BYTES) -> None:
-        self._path, self._position, self._lines = path, 0, LogLines()
-        self._most_bytes = most_bytes
+    def __init__(self, path: Path, most_bytes: int = 256 << 20) -> None:
+        self._path, self._most_bytes, self._position, self._lines = path, most_bytes, 0, LogLines()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may come in two pieces
 
     def lines(self) -> Iterator[str]:
@@ -320,5 +297,5 @@ class _Tail:
                 yield from self._lines.add(self._decoder.decode(piece))
 
     def last(self) -> Iterator[str]:
-        """A last line that was never ended."""
+        """Yields a last line that has no newline."""
         yield from self._lines.last()

@@ -1,4 +1,4 @@
-"""This machine: its GPUs, and where the local engine keeps what."""
+"""The GPUs of this computer, and the files of the local engine below ``$SPOTUNE_HOME/local``."""
 
 import re
 import shutil
@@ -10,25 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from spotune.core import environment
-from spotune.core.errors import InfraError, InputError
+from spotune.core.errors import InfraError, InputError, SpotuneError
 from spotune.core.io import Damaged, load_object, make_folder_room
 from spotune.core.keys import Time, is_whole
 from spotune.core.protocol import as_number
 from spotune.core.store.faults import is_machine_fault
 
-# What GPUs this machine has, without importing torch.
-
 
 @dataclass(frozen=True)
 class Gpu:
-    """``device`` is what CUDA_VISIBLE_DEVICES takes; ``name`` as SkyPilot spells it, e.g. ``L4``."""
+    """``device``: as in CUDA_VISIBLE_DEVICES. ``name``: as SkyPilot spells it, e.g. ``L4``."""
 
     device: str
     name: str
 
 
 def find_gpus(environ: Mapping[str, str]) -> list[Gpu]:
-    """The GPUs that nvidia-smi lists, of those that CUDA_VISIBLE_DEVICES leaves; empty without a driver."""
+    """Returns the GPUs that nvidia-smi lists and CUDA_VISIBLE_DEVICES allows; empty without a driver."""
     command = shutil.which("nvidia-smi", path=environ.get("PATH"))
     if not command:
         return []
@@ -65,14 +63,12 @@ def _sky_name(name: str, memory_mib: str) -> str:
     return f"{model}-80GB" if large else model
 
 
-# Where the local infrastructure keeps what, below ``$SPOTUNE_HOME/local``.
-
 MARKER = "SPOTUNE_MACHINE"  # in the environment of everything that a machine runs
 
 
 @dataclass(frozen=True)
 class Running:
-    """``running.json``: the machine is set up, and the job's program runs."""
+    """``running.json``: the machine is set up and the job's program runs."""
 
     at: Time
     setup_s: float
@@ -88,27 +84,14 @@ class Exit:
     ended_at: Time
 
 
-@dataclass(frozen=True)
 class LocalFolders:
     """Paths below one SPOTUNE_HOME."""
 
-    home: Path
-
-    @property
-    def root(self) -> Path:
-        return self.home / "local"
-
-    @property
-    def database(self) -> Path:
-        return self.root / "queue.db"
-
-    @property
-    def lock(self) -> Path:
-        return self.root / "supervisor.lock"
-
-    @property
-    def supervisor_log(self) -> Path:
-        return self.root / "supervisor.log"
+    def __init__(self, home: Path) -> None:
+        self.home, self.root = home, home / "local"
+        self.database = self.root / "queue.db"
+        self.lock = self.root / "supervisor.lock"
+        self.supervisor_log = self.root / "supervisor.log"
 
     def job(self, run_id: str) -> Path:
         return self.root / "jobs" / run_id
@@ -124,57 +107,57 @@ class LocalFolders:
         return AttemptFiles(self.job(run_id) / f"{attempt:04d}")
 
     def make(self) -> None:
-        """Creates the folder, for its owner only: the queue holds what people train on."""
+        """Creates the folder with mode 0700, since the queue holds what people train on."""
         try:
             if self.home.is_dir():
                 make_folder_room(self.root)
             self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
-            if is_machine_fault(error):
-                raise InfraError(f"{environment.HOME}: cannot make {self.root}: {error.strerror}") from error
-            raise InputError(environment.HOME, f"cannot make {self.root}: {error.strerror}") from error
+            raise home_error(error, f"cannot make {self.root}") from error
 
 
-@dataclass(frozen=True)
+def home_error(error: OSError, what: str) -> SpotuneError:
+    """Returns InfraError if the disk fails, else InputError: the home is not a place to write to."""
+    if is_machine_fault(error):
+        return InfraError(f"{environment.HOME}: {what}: {error.strerror}")
+    return InputError(environment.HOME, f"{what}: {error.strerror}")
+
+
 class AttemptFiles:
-    """What a machine writes for the supervisor; each file appears whole, by rename."""
+    """The files of one machine in its folder. Each file appears whole, by rename.
 
-    folder: Path
+    Attributes:
+        attempt: the attempt's row of the queue, as it began.
+        machine: what the machine runs.
+        status: what the guard reported last.
+        probe: what the bucket said of the run after the machine's end.
+    """
 
-    @property
-    def attempt(self) -> Path:
-        """The attempt's row of the queue, as it began."""
-        return self.folder / "attempt.json"
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.attempt = folder / "attempt.json"
+        self.machine = folder / "machine.json"
+        self.heartbeat = folder / "heartbeat"
+        self.running = folder / "running.json"
+        self.exit = folder / "exit.json"
+        self.status = folder / "status.json"
+        self.probe = folder / "look.json"
 
-    @property
-    def machine(self) -> Path:
-        return self.folder / "machine.json"
-
-    @property
-    def heartbeat(self) -> Path:
-        return self.folder / "heartbeat"
-
-    @property
-    def running(self) -> Path:
-        return self.folder / "running.json"
-
-    @property
-    def exit(self) -> Path:
-        return self.folder / "exit.json"
-
-    @property
-    def status(self) -> Path:
-        return self.folder / "status.json"
+    def last_heartbeat(self) -> float:
+        """Returns when the machine was last alive, epoch seconds; 0 if there is no such file."""
+        with suppress(OSError):
+            return self.heartbeat.stat().st_mtime
+        return 0.0
 
     def read_status(self) -> dict[str, Any]:
-        """What the guard said last; a value that is not what the guard writes is missing: a task may write it too."""
+        """Returns what the guard reported last. A wrong value is left out: a task may write the file too."""
         status: dict[str, Any] = {}
         with suppress(Damaged, InfraError):
             status = load_object(self.status) or {}
-        steps = {name: status[name] for name in ("step", "max_steps") if is_whole(status.get(name))}
-        loss = {"loss": status["loss"]} if as_number(status.get("loss")) is not None else {}
-        return steps | loss | ({"phase": status["phase"]} if isinstance(status.get("phase"), str) else {})
-
-    @property
-    def look(self) -> Path:
-        return self.folder / "look.json"
+        is_sound = {
+            "step": is_whole(status.get("step")),
+            "max_steps": is_whole(status.get("max_steps")),
+            "loss": as_number(status.get("loss")) is not None,
+            "phase": isinstance(status.get("phase"), str),
+        }
+        return {name: status[name] for name, sound in is_sound.items() if sound}

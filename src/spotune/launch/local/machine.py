@@ -1,4 +1,4 @@
-"""The machines of this computer: how one is started, what runs on it, how it is ended."""
+"""A machine of the local engine: its processes, its environment, its start, and the program that runs on it."""
 
 import json
 import os
@@ -18,20 +18,15 @@ from typing import Any
 import psutil
 
 from spotune.core import environment
-from spotune.core.errors import InfraError, InputError, protect_output
+from spotune.core.errors import protect_output
 from spotune.core.io import Damaged, load_object, make_room, write_state
-from spotune.core.store.faults import is_machine_fault
 from spotune.launch.local.database import AttemptRow, JobRow
-from spotune.launch.local.layout import MARKER, AttemptFiles, Exit, LocalFolders, Running
-
-# Which processes belong to a machine, told apart from those that got a recycled pid, and how to signal them.
+from spotune.launch.local.layout import MARKER, AttemptFiles, Exit, LocalFolders, Running, home_error
 
 _GONE = (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied)
-_CREATED_TOLERANCE_S = 2.0  # create times shift a little when the clock is corrected
 
 
 def boot_id() -> str:
-    """What changes with every boot."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -40,27 +35,28 @@ def boot_id() -> str:
 
 @dataclass(frozen=True)
 class Identity:
-    """A process that can be found again: its pid alone may have been recycled."""
+    """A process that can be found again: a pid alone may be recycled."""
 
     pid: int
     created: float
 
     @classmethod
     def of(cls, pid: int) -> "Identity":
-        """Raises ProcessLookupError when there is no such process."""
         try:
             return cls(pid, psutil.Process(pid).create_time())
         except _GONE as error:
             raise ProcessLookupError(pid) from error
 
     def process(self) -> psutil.Process | None:
-        """The live process, None when it is gone, a zombie, or another one with the same pid."""
+        """Returns the live process, or None if it is gone, a zombie, or another one with the same pid."""
         try:
             process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.created) < _CREATED_TOLERANCE_S
-            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+            return process if self.is_of(process) and process.status() != psutil.STATUS_ZOMBIE else None
         except _GONE:
             return None
+
+    def is_of(self, process: psutil.Process) -> bool:
+        return abs(process.create_time() - self.created) < 2.0  # it shifts a little when the clock is corrected
 
     @property
     def alive(self) -> bool:
@@ -68,12 +64,13 @@ class Identity:
 
 
 def members(node: Identity | None, marker: str) -> list[psutil.Process]:
-    """Every live process of a machine: of the node's session, below the node, or with its marker."""
+    """Returns every live process of a machine: of the node's session, below the node, or with its marker."""
     session = node.pid if node and _session_is_ours(node) else 0
     found: dict[int, psutil.Process] = {}
-    leader = node.process() if node else None
-    if leader:
-        found = {process.pid: process for process in [leader, *_below(leader)]}
+    if node and (leader := node.process()):
+        found[leader.pid] = leader
+        with suppress(*_GONE):
+            found |= {process.pid: process for process in leader.children(recursive=True)}
     for process in psutil.process_iter():
         if process.pid not in found and _belongs(process, session, marker):
             found[process.pid] = process
@@ -81,7 +78,7 @@ def members(node: Identity | None, marker: str) -> list[psutil.Process]:
 
 
 def find_node(marker: str) -> Identity | None:
-    """The node with this marker: the one process of the machine that leads its session."""
+    """Returns the node with this marker: the one process of the machine that leads its session."""
     for process in psutil.process_iter():
         if _belongs(process, 0, marker) and _session_of(process.pid) == process.pid:
             return Identity.of(process.pid)
@@ -90,25 +87,16 @@ def find_node(marker: str) -> Identity | None:
 
 def send(processes: Iterable[psutil.Process], number: signal.Signals) -> None:
     for process in processes:
-        try:
+        with suppress(*_GONE):
             process.send_signal(number)
-        except _GONE:
-            continue
 
 
 def _session_is_ours(node: Identity) -> bool:
-    """A session keeps its number while it has members, unless the pid now leads somebody else's."""
+    """Returns False if the pid now leads another session. A session keeps its number while it has members."""
     try:
-        return abs(psutil.Process(node.pid).create_time() - node.created) < _CREATED_TOLERANCE_S
+        return node.is_of(psutil.Process(node.pid))
     except _GONE:
         return True
-
-
-def _below(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return process.children(recursive=True)
-    except _GONE:
-        return []
 
 
 def _belongs(process: psutil.Process, session: int, marker: str) -> bool:
@@ -128,32 +116,33 @@ def _session_of(pid: int) -> int:
 
 
 def is_live(process: psutil.Process) -> bool:
-    """A zombie is not: its parent may take its time."""
-    """A zombie is not: its parent may take its time."""
+    """Returns whether a process runs. A zombie does not: its parent may take its time to reap it."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except _GONE:
         return False
 
 
-# A machine for one attempt: its environment as SkyPilot makes it, its files, and its start.
+# A machine's environment, as SkyPilot makes it, and its start.
 
 REGION = "local"
-# Those of the submitter's own run or machine would be wrong on this one.
-_NOT_INHERITED = ("SKYPILOT_", "SPOTUNE_", "SLURM_")
-_INHERITED = (environment.NUM_PROCESSES, "SPOTUNE_USER")
+_FOREIGN = ("SKYPILOT_", "SPOTUNE_", "SLURM_")  # these variables describe the submitter's own run or machine
+
+
+def zone_of(attempt: AttemptRow) -> str:
+    return f"local-{attempt.slots[0]}" if attempt.slots else "local-dev"
 
 
 def keep_environment(path: Path, environ: Mapping[str, str], secrets: Mapping[str, str], python: str = "") -> None:
-    """Keeps what a job gets from its submitter's shell, for its owner's eyes only, until the job ends.
+    """Writes what a job gets from its submitter's shell to a file that only its owner can read.
 
-    ``python``: the trainer's Python, which the job finds as ``SPOTUNE_PYTHON``.
-
-    Like any local process, a local job sees the environment of the shell that started it. It has to outlive
-    the supervisor, so it is on disk (0600); the queue's database and the bucket never see it.
-    Raises InputError where it cannot be written, InfraError where the disk fails.
+    Like any local process, a local job sees the environment of the shell that started it. The file (0600) outlives the
+    supervisor and is removed when the job ends; neither the queue's database nor the bucket has its content.
+    ``python``: the trainer's Python, which the job gets as ``SPOTUNE_PYTHON``.
+    Raises InputError if it cannot be written, InfraError if the disk fails.
     """
-    kept = {name: value for name, value in environ.items() if name in _INHERITED or not name.startswith(_NOT_INHERITED)}
+    ours = (environment.NUM_PROCESSES, "SPOTUNE_USER")
+    kept = {name: value for name, value in environ.items() if name in ours or not name.startswith(_FOREIGN)}
     if python:
         kept[environment.PYTHON] = python
     with _writing(path):
@@ -161,7 +150,7 @@ def keep_environment(path: Path, environ: Mapping[str, str], secrets: Mapping[st
 
 
 def check_kept(path: Path) -> None:
-    """Raises InputError where no environment can be kept."""
+    """Raises InputError if no environment can be written there."""
     with _writing(path), TemporaryFile(dir=path.parent):
         pass
 
@@ -172,13 +161,11 @@ def _writing(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         yield
     except OSError as error:
-        if is_machine_fault(error):
-            raise InfraError(f"{environment.HOME}: cannot write {path}: {error.strerror}") from error
-        raise InputError(environment.HOME, f"cannot write {path}: {error.strerror}") from error
+        raise home_error(error, f"cannot write {path}") from error
 
 
 def kept_environment(layout: LocalFolders, run_id: str) -> dict[str, str]:
-    """What ``keep_environment`` kept, secrets included; empty when it is gone or damaged."""
+    """Returns what ``keep_environment`` wrote, secrets included; empty if it is gone or damaged."""
     try:
         kept = load_kept(layout.environment(run_id))
     except Damaged:
@@ -187,7 +174,7 @@ def kept_environment(layout: LocalFolders, run_id: str) -> dict[str, str]:
 
 
 def load_kept(path: Path) -> dict[str, dict[str, str]]:
-    """``environ`` and ``secrets``, empty where nothing is kept. Raises Damaged: without them no job may start."""
+    """Returns ``environ`` and ``secrets``, empty if there is no file. Raises Damaged: no job may start without them."""
     kept = load_object(path) or {}
     found = {name: kept.get(name, {}) for name in ("environ", "secrets")}
     if any(texts(values) != values for values in found.values()):
@@ -196,7 +183,7 @@ def load_kept(path: Path) -> dict[str, dict[str, str]]:
 
 
 def texts(values: Any) -> dict[str, str]:
-    """Those of a mapping that an environment can hold."""
+    """Returns the entries of a mapping that an environment can hold."""
     given = values if isinstance(values, dict) else {}
     return {
         name: value
@@ -208,13 +195,10 @@ def texts(values: Any) -> dict[str, str]:
 def machine_environment(
     layout: LocalFolders, job: JobRow, attempt: AttemptRow, devices: Sequence[str]
 ) -> dict[str, str]:
-    """Everything that a program on this machine sees: SkyPilot's names as on a real managed job."""
-    files = layout.attempt(job.run_id, attempt.attempt)
-    cluster = f"{job.run_id}-{job.id}"
+    """Returns the environment of the machine's programs, with SkyPilot's names as in a real managed job."""
     submitted = time.strftime("%Y-%m-%d-%H-%M-%S", time.gmtime(job.submitted_at))
     task_id = f"sky-managed-{submitted}-{int(job.submitted_at * 1e6) % 1_000_000:06d}_{job.run_id}_{job.id}-0"
-    zone = f"local-{attempt.slots[0]}" if attempt.slots else "local-dev"
-    place = {"cluster_name": cluster, "cloud": "local", "region": REGION, "zone": zone}
+    place = {"cluster_name": f"{job.run_id}-{job.id}", "cloud": "local", "region": REGION, "zone": zone_of(attempt)}
     gpus = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
     kept = load_kept(layout.environment(job.run_id))
     return {
@@ -228,7 +212,7 @@ def machine_environment(
         environment.HOME: str(layout.home),
         environment.BUCKET: job.bucket,
         environment.RUN_ID: job.run_id,
-        environment.STATUS_FILE: str(files.status),
+        environment.STATUS_FILE: str(layout.attempt(job.run_id, attempt.attempt).status),
         MARKER: attempt.marker,
         "SKYPILOT_TASK_ID": task_id,
         "SKYPILOT_TASK_IDS": task_id,
@@ -248,7 +232,7 @@ def machine_environment(
 def start_machine(
     layout: LocalFolders, job: JobRow, attempt: AttemptRow, devices: Sequence[str]
 ) -> subprocess.Popen[bytes]:
-    """Starts the node in a session of its own; its output goes to the job's log."""
+    """Starts the node in its own session; its output goes to the job's log."""
     files = layout.attempt(job.run_id, attempt.attempt)
     make_room(files.machine)
     files.folder.mkdir(parents=True, exist_ok=True)
@@ -256,7 +240,7 @@ def start_machine(
     setup, run = job.task.get("setup") or "", job.task["run"]
     wanted = sha256(f"{job.workdir}\n{setup}".encode()).hexdigest()[:16]
     marker = layout.job(job.run_id) / f"setup-{wanted}"
-    write_state(files.attempt, attempt)  # first: by its marker a machine is found again
+    write_state(files.attempt, attempt)  # first: its marker is how a machine is found again
     write_state(files.machine, {"setup": setup, "run": run, "setup_marker": str(marker)})
     with open(layout.log(job.run_id), "ab") as log:
         log.write(f"[spotune] attempt {attempt.attempt}\n".encode())
@@ -272,22 +256,19 @@ def start_machine(
         )
 
 
-# The machine: a tiny process in a session of its own that runs a job's ``setup`` and ``run``.
-#
-# It outlives the supervisor. It ignores what a notice sends to everything on the machine; when it is
-# killed, the machine is gone.
+# The node: a small process in its own session that runs a job's ``setup`` and ``run``. It outlives the supervisor. It
+# ignores the signals that a notice sends to every process of the machine; when it is killed, the machine is gone.
 
 HEARTBEAT_S = 1.0
 
 
 def main(arguments: list[str]) -> None:
-    """Runs the job that ``machine.json`` in the given folder describes."""
     protect_output()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGURG):
         signal.signal(number, _ignore)  # a function: SIG_IGN would be inherited by the job
     files = AttemptFiles(Path(arguments[0]))
     if not (job := _job(files.machine)):
-        return  # without a word of its end, the machine counts as lost
+        return  # without exit.json the machine counts as lost
     files.heartbeat.touch()
     threading.Thread(target=_beat, args=(files.heartbeat,), daemon=True).start()
     began = time.time()
@@ -301,7 +282,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _job(path: Path) -> dict[str, Any]:
-    """The job, empty where the file is damaged: the supervisor writes another for the next machine."""
+    """Returns the job, empty if the file is damaged: the supervisor writes another one for the next machine."""
     why = "it is missing"
     try:
         job = load_object(path) or {}
@@ -314,7 +295,7 @@ def _job(path: Path) -> dict[str, Any]:
 
 
 def _ignore(*_: Any) -> None:
-    """What happens to the machine's processes is for the job to say."""
+    """Ignores a signal: the job decides what its processes do about it."""
 
 
 def _beat(path: Path) -> None:
@@ -325,18 +306,17 @@ def _beat(path: Path) -> None:
 
 
 def _setup(job: dict[str, Any]) -> int:
-    """Runs ``setup`` unless it has succeeded before for this job, text and folder."""
+    """Runs ``setup`` unless it has succeeded before for this job, text and folder. Returns its exit code."""
     done = Path(job["setup_marker"])
     if not job["setup"].strip() or done.exists():
         return 0
-    code = _bash(job["setup"])
-    if code == 0:
+    if not (code := _bash(job["setup"])):
         done.touch()
     return code
 
 
 def _bash(script: str) -> int:
-    """The exit code of a script's last command, as a shell spells it: 128 + n for a signal."""
+    """Returns the exit code of a script's last command as a shell gives it: 128 + n for a signal."""
     try:
         code = subprocess.run(["bash", "-c", script], stdin=subprocess.DEVNULL, check=False).returncode
     except OSError as error:

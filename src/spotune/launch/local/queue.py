@@ -1,109 +1,90 @@
-"""The durable queue: one SQLite file (WAL). Verbs add jobs and requests; the supervisor does the rest."""
+"""The durable queue, one SQLite file (WAL): verbs add jobs and requests, the supervisor writes the rest."""
 
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from spotune.core.errors import AlreadyExists, InfraError
 from spotune.core.io import Log, log_line
 from spotune.launch.engine import ACTIVE, Submission
-from spotune.launch.local.database import (
-    AttemptRow,
-    JobRow,
-    VerbRequest,
-    Verdict,
-    connect,
-    describe,
-    is_passing,
-    job_file,
-    keep_all,
-    keep_job,
-    only_one_prepares,
-    prepare,
-    restore_jobs,
-)
+from spotune.launch.local import database
+from spotune.launch.local.database import AttemptRow, JobRow, VerbRequest, Verdict
 
 Value = TypeVar("Value")
 _ACTIVE = "(" + ", ".join(f"'{state}'" for state in ACTIVE) + ")"
 _NEXT_POSITION = "(SELECT COALESCE(MAX(position), 0) + 1 FROM jobs)"
 
 
-def _failed(path: Path, error: sqlite3.Error) -> InfraError:
-    """A full disk or a lock is a matter of now; any other error says that the file is damaged."""
-    return InfraError(describe(path, error) + ("" if is_passing(error) else " (any verb makes it anew: spotune queue)"))
-
-
 class Queue:
-    """Every method opens what it needs and leaves nothing open: verbs and the supervisor share the file."""
+    """The queue. Every method opens the file and closes it again, since verbs and the supervisor share it.
+
+    Every method raises InfraError if the file cannot be used.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path, self._root = path, path.parent
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _opened(self) -> Iterator[sqlite3.Connection]:
         try:
-            with closing(connect(self._path)) as connection:
-                connection.execute("BEGIN IMMEDIATE")
-                try:
-                    yield connection
-                except BaseException:
-                    with suppress(sqlite3.Error):  # a full disk has rolled it back already
-                        connection.execute("ROLLBACK")
-                    raise
-                connection.execute("COMMIT")
+            with closing(database.connect(self._path)) as connection:
+                yield connection
         except sqlite3.IntegrityError:
             raise
         except sqlite3.Error as error:
-            raise _failed(self._path, error) from error
+            remedy = "" if database.is_passing(error) else " (any verb makes it anew: spotune queue)"
+            raise InfraError(f"{database.describe(self._path, error)}{remedy}") from error
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._opened() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+            except BaseException:
+                with suppress(sqlite3.Error):  # a full disk has rolled it back already
+                    connection.execute("ROLLBACK")
+                raise
+            connection.execute("COMMIT")
+
+    def _write(self, sql: str, *values: Any) -> int:
+        with self._transaction() as connection:
+            return connection.execute(sql, values).rowcount
+
+    def _rows(self, sql: str, *values: Any) -> list[dict[str, Any]]:
+        with self._opened() as connection:
+            return [dict(row) for row in connection.execute(sql, values)]
 
     def create(self, log: Log = log_line) -> None:
-        """Makes the queue where there is none, migrates an older one, and makes a damaged one anew, each in a line.
+        """Creates the queue, migrates an older one, or makes a damaged one anew; logs a line for each.
 
-        Raises NewerState for one of a newer spotune.
+        Raises NewerState for a queue of a newer spotune.
         """
-        with only_one_prepares(self._path):
-            prepare(self._path, partial(self._fill, log), log)
-            self._path.chmod(0o600)
-
-    def _fill(self, log: Log, connection: sqlite3.Connection, version: int | None) -> None:
-        if version is None:
-            restore_jobs(self._root, connection, log)
-        elif version < 1:
-            keep_all(self._root, connection, log)
+        database.prepare(self._path, log)
 
     def _keep(self, run_id: str) -> None:
-        """Writes the job's row a second time. Without it the queue goes on: it is only read if ``queue.db`` is lost."""
+        """Writes the copy of a job's row. A failure is only logged: the copy is read only if ``queue.db`` is lost."""
         try:
             for row in self._rows("SELECT * FROM jobs WHERE run_id = ?", run_id):
-                keep_job(self._root, row)
+                database.keep_job(self._root, row)
         except (OSError, InfraError) as error:
             log_line(f"{run_id}: its copy of the queue's row is not written: {error}")
-
-    def _rows(self, sql: str, *values: Any) -> list[sqlite3.Row]:
-        try:
-            with closing(connect(self._path)) as connection:
-                return connection.execute(sql, values).fetchall()
-        except sqlite3.Error as error:
-            raise _failed(self._path, error) from error
 
     # What the verbs write.
 
     def add(
         self, submission: Submission, bucket: str, before: Callable[[], None] = lambda: None, at: float | None = None
     ) -> None:
-        """A new job at the end of its priority, submitted ``at`` (now); raises Taken for a run id that it has.
+        """Adds a job at the end of its priority, submitted ``at`` (now). Raises AlreadyExists for a known run id.
 
-        ``before`` is called before anybody can see the job, and not for one that is refused.
+        ``before`` is called before anybody can see the job, and not if the job is refused.
         """
-        stored: dict[str, Any] = {"task": submission.task, "workdir": submission.workdir}
-        stored["secrets"] = sorted(submission.secrets)
-        stored["preemptions"] = list(submission.preemptions)
-        text = json.dumps(stored)
+        stored = {name: getattr(submission, name) for name in ("task", "workdir", "preemptions")}
+        text = json.dumps({**stored, "secrets": sorted(submission.secrets)})
         try:
             with self._transaction() as connection:
                 connection.execute(
@@ -119,9 +100,9 @@ class Queue:
             raise AlreadyExists("--name", what, remedy="another --name") from error
 
     def withdraw(self, run_id: str, at: float, forget: Callable[[], None]) -> bool:
-        """Takes out what ``add`` has added ``at`` that time, unless it has had a machine; returns whether it is gone.
+        """Removes the job that ``add`` added ``at`` that time, unless it got a machine. Returns whether it is gone.
 
-        ``forget`` is called where the queue has no job of that name, before anybody can add one.
+        ``forget`` is called if the queue has no job of that name, before anybody can add one.
         """
         with self._transaction() as connection:
             connection.execute("DELETE FROM jobs WHERE run_id = ? AND submitted_at = ? AND attempt = 0", (run_id, at))
@@ -129,40 +110,35 @@ class Queue:
             if left is None:
                 forget()
                 with suppress(OSError):
-                    job_file(self._root, run_id).unlink()
+                    database.job_file(self._root, run_id).unlink()
             return left is None or left["submitted_at"] != at
 
     def requeue(self, run_id: str) -> None:
-        """An ended job goes to the end of its priority, with everything it may ask for restored."""
-        with self._transaction() as connection:
-            connection.execute(
-                f"UPDATE jobs SET state = 'PENDING', position = {_NEXT_POSITION}, ended_at = NULL, reason = '',"
-                " exit_code = NULL, not_before = 0, restarts = 0, faults = 0, cancelling = 0"
-                f" WHERE run_id = ? AND state NOT IN {_ACTIVE}",
-                (run_id,),
-            )
+        """Puts an ended job at the end of its priority, with all of its restarts again."""
+        self._write(
+            f"UPDATE jobs SET state = 'PENDING', position = {_NEXT_POSITION}, ended_at = NULL, reason = '',"
+            " exit_code = NULL, not_before = 0, restarts = 0, faults = 0, cancelling = 0"
+            f" WHERE run_id = ? AND state NOT IN {_ACTIVE}",
+            run_id,
+        )
         self._keep(run_id)
 
     def ask(self, run_id: str, kind: str, notice_s: float = 0.0) -> int:
-        """A request to the supervisor; returns its id."""
         with self._transaction() as connection:
             return _ask(connection, run_id, kind, notice_s)
 
     def take_back(self, request: int) -> bool:
-        """Removes a request that was not taken up; returns False for one that was."""
-        with self._transaction() as connection:
-            return bool(
-                connection.execute("DELETE FROM requests WHERE id = ? AND done_at IS NULL", (request,)).rowcount
-            )
+        """Removes a request; returns False if the supervisor has taken it up."""
+        return bool(self._write("DELETE FROM requests WHERE id = ? AND done_at IS NULL", request))
 
     def note(self, name: str, value: Any) -> None:
-        with self._transaction() as connection:
-            connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
+        """Writes a fact about this computer: its ``slots`` or its ``gpus``."""
+        self._write("INSERT OR REPLACE INTO facts VALUES (?, ?)", name, json.dumps(value))
 
     # What everybody reads.
 
     def fact(self, name: str, default: Any = None) -> Any:
-        """A fact of this machine; ``default`` where there is none that can be read."""
+        """Returns a fact about this computer, or ``default`` if there is none that can be read."""
         try:
             return json.loads(self._rows("SELECT value FROM facts WHERE name = ?", name)[0]["value"])
         except (IndexError, ValueError, TypeError, RecursionError):
@@ -173,11 +149,11 @@ class Queue:
         return JobRow.from_row(rows[0]) if rows else None
 
     def jobs(self) -> list[JobRow]:
-        """All jobs: highest priority first, then order of submission. A row without a run id is passed over."""
+        """Returns all jobs: highest priority first, then order of submission. Skips rows without a run id."""
         return _values(JobRow.from_row, self._rows("SELECT * FROM jobs ORDER BY priority DESC, position"))
 
     def active(self) -> list[JobRow]:
-        """Jobs that have not ended, in the order that they would run."""
+        """Returns the jobs that have not ended, in the order that they would run."""
         sql = f"SELECT * FROM jobs WHERE state IN {_ACTIVE} ORDER BY priority DESC, position"
         return _values(JobRow.from_row, self._rows(sql))
 
@@ -186,12 +162,11 @@ class Queue:
         return _values(AttemptRow.from_row, self._rows(sql, run_id))
 
     def unsettled(self) -> list[AttemptRow]:
-        """Machines whose job does not know yet what became of them: running or just ended."""
+        """Returns the machines that run, or have ended and are not yet accounted for in their job's state."""
         return _values(AttemptRow.from_row, self._rows("SELECT * FROM attempts WHERE settled = 0 ORDER BY started_at"))
 
     def requests(self) -> list[VerbRequest]:
-        rows = self._rows("SELECT * FROM requests WHERE done_at IS NULL ORDER BY id")
-        return [VerbRequest.from_row(row) for row in rows]
+        return list(map(VerbRequest.from_row, self._rows("SELECT * FROM requests WHERE done_at IS NULL ORDER BY id")))
 
     def is_done(self, request: int) -> bool:
         return bool(self._rows("SELECT 1 FROM requests WHERE id = ? AND done_at IS NOT NULL", request))
@@ -199,18 +174,17 @@ class Queue:
     # What the supervisor writes.
 
     def finish_request(self, request: int) -> None:
-        with self._transaction() as connection:
-            connection.execute("UPDATE requests SET done_at = ? WHERE id = ?", (time.time(), request))
+        self._write("UPDATE requests SET done_at = ? WHERE id = ?", time.time(), request)
 
     def fire(self, run_id: str, fired: list[int], notice_s: float) -> None:
-        """A planned preemption becomes a request, once."""
+        """Makes a planned preemption a request, once. ``fired``: the indices of all that have fired."""
         with self._transaction() as connection:
             connection.execute("UPDATE jobs SET fired = ? WHERE run_id = ?", (json.dumps(fired), run_id))
             _ask(connection, run_id, "preempt", notice_s)
         self._keep(run_id)
 
     def start(self, attempt: AttemptRow) -> bool:
-        """A job gets a machine; returns False for one that was withdrawn meanwhile."""
+        """Gives a job a machine; returns False if the job was withdrawn meanwhile."""
         with self._transaction() as connection:
             found = connection.execute(
                 "UPDATE jobs SET attempt = ?, state = CASE WHEN state = 'PENDING' THEN 'STARTING' ELSE state END"
@@ -228,14 +202,11 @@ class Queue:
         return True
 
     def update_attempt(self, attempt: AttemptRow, **changes: Any) -> None:
-        """Sets columns of one machine's row."""
-        names = ", ".join(f"{name} = ?" for name in changes)
-        with self._transaction() as connection:
-            values = (*changes.values(), attempt.run_id, attempt.attempt)
-            connection.execute(f"UPDATE attempts SET {names} WHERE run_id = ? AND attempt = ?", values)
+        sql = f"UPDATE attempts SET {', '.join(f'{name} = ?' for name in changes)} WHERE run_id = ? AND attempt = ?"
+        self._write(sql, *changes.values(), attempt.run_id, attempt.attempt)
 
     def run_began(self, attempt: AttemptRow, at: float, setup_s: float) -> None:
-        """The machine is set up: the job's own program runs from now on."""
+        """Notes that the machine is set up and the job's own program runs."""
         with self._transaction() as connection:
             connection.execute(
                 "UPDATE attempts SET running_at = ?, setup_s = ? WHERE run_id = ? AND attempt = ?",
@@ -248,18 +219,16 @@ class Queue:
             )
 
     def explain(self, job: JobRow, reason: str) -> None:
-        """Says why a job does not move, for those who look at the queue."""
+        """Notes why a job waits, for ``spotune queue``."""
         if job.reason != reason:
-            with self._transaction() as connection:
-                connection.execute("UPDATE jobs SET reason = ? WHERE run_id = ?", (reason, job.run_id))
+            self._write("UPDATE jobs SET reason = ? WHERE run_id = ?", reason, job.run_id)
 
     def mark_cancelling(self, run_id: str) -> None:
-        with self._transaction() as connection:
-            connection.execute("UPDATE jobs SET cancelling = 1 WHERE run_id = ?", (run_id,))
+        self._write("UPDATE jobs SET cancelling = 1 WHERE run_id = ?", run_id)
         self._keep(run_id)
 
     def settle(self, run_id: str, verdict: Verdict, commit: str, at: float) -> None:
-        """The job takes its next state, and all of its machines are accounted for, in one step."""
+        """Sets a job's next state and accounts for all of its machines, in one step."""
         ended = None if verdict.state in ACTIVE else at
         with self._transaction() as connection:
             connection.execute("UPDATE attempts SET settled = 1 WHERE run_id = ?", (run_id,))
@@ -272,7 +241,7 @@ class Queue:
         self._keep(run_id)
 
 
-def _values(kind: Callable[[sqlite3.Row], Value | None], rows: Sequence[sqlite3.Row]) -> list[Value]:
+def _values(kind: Callable[[dict[str, Any]], Value | None], rows: list[dict[str, Any]]) -> list[Value]:
     return [value for row in rows if (value := kind(row)) is not None]
 
 

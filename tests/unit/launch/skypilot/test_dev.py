@@ -89,7 +89,7 @@ def test_a_share_is_of_one_gpu_or_of_whole_ones(gpus: str, share: float, asked: 
     [
         ("L4:3", r"0.5 of L4:3 is 1.5 GPUs.*\(--gpus L4:1 --share 0.5, or --gpus L4:2\)"),
         ("", "there is no GPU to share"),
-        ("L4:0.5", "'L4:0.5' is no accelerator"),
+        ("L4:0.5", "'L4:0.5' is not an accelerator"),
     ],
 )
 def test_a_share_that_is_not_to_be_had(gpus: str, says: str) -> None:
