@@ -52,7 +52,7 @@ def test_who_starts_the_machine_may_allow_a_name(script: FakeScript) -> None:
     [
         ({"SPOTUNE_BUCKET": "file:///x"}, "env.SPOTUNE_BUCKET: is for spotune to set"),
         (["LD_PRELOAD=x"], "env: ['LD_PRELOAD=x'] is not a mapping"),
-        ({"A=B": "x"}, "env.A=B: is no name of the environment"),
+        ({"A=B": "x"}, "env.A=B: is not the name of an environment variable"),
     ],
 )
 def test_a_forged_env_is_one_line(script: FakeScript, env: Any, says: str) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from spotune.core.config_keys import check_keys
-from spotune.core.errors import InputError
+from spotune.core.config_keys import key_faults
+from spotune.core.errors import InputError, refuse
 from spotune.sft.arguments import build, path
 
 
@@ -51,18 +51,18 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("config", ACCEPTED, ids=lambda config: next(iter(config)))
 def test_accepts(config: dict[str, Any]) -> None:
-    check_keys(config, "c.yaml")
+    refuse("c.yaml", key_faults(config))
 
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_refuses(message: str) -> None:
     with pytest.raises(InputError) as raised:
-        check_keys(REFUSED[message], "c.yaml")
+        refuse("c.yaml", key_faults(REFUSED[message]))
     assert str(raised.value).startswith(f"c.yaml: {message.split(' 3 is not')[0]}")
 
 
 def test_a_check_reads_the_schema_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_keys(ACCEPTED[0], "c.yaml")
+    refuse("c.yaml", key_faults(ACCEPTED[0]))
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: pytest.fail("read again"))
     monkeypatch.setattr(Path, "read_bytes", lambda *_, **__: pytest.fail("read again"))
-    check_keys(ACCEPTED[0], "c.yaml")
+    refuse("c.yaml", key_faults(ACCEPTED[0]))

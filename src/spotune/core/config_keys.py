@@ -1,8 +1,9 @@
-"""The keys of a config, each value's type and limits, and which names its ``env:`` may set."""
+"""The keys of a config: the type and the limits of each value, names that ``env:`` may set, and keys of other tools."""
 
 import difflib
 import json
 import math
+import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
@@ -11,20 +12,26 @@ from typing import Any, NamedTuple
 
 from spotune.core.errors import refuse, shown
 
-# One value of a config, and which names its ``env:`` may set.
-
 # One value of a config, read as TRL's parser reads it from YAML.
 #
-# TRL gives YAML's own numbers, booleans and lists to its dataclasses as they are, and turns text into the key's type:
+# TRL gives YAML's own numbers, booleans and lists to its dataclasses as they are, and converts text to the key's type:
 # ``int``, ``float``, or one of ten words for yes and no. YAML 1.1 decides what is text: ``1e1`` and ``1e-4`` are,
-# ``yes`` and ``off`` are not, ``y`` and ``t`` are. What TRL takes without a look and trips over later is refused here.
+# ``yes`` and ``off`` are not, ``y`` and ``t`` are. What TRL accepts unchecked and fails on later is refused here.
 
-_YES = ("yes", "true", "t", "y", "1")
-_NO = ("no", "false", "f", "n", "0")
-_NOTHING = ("none", "null")  # text that TRL reads as null, for a number that may be left open
-_WORDS = {
-    **{"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"},
-    **{"array": "a list", "object": "a mapping"},
+_BOOLS = {
+    **dict.fromkeys(("yes", "true", "t", "y", "1"), True),
+    **dict.fromkeys(("no", "false", "f", "n", "0"), False),
+}
+_KINDS: dict[str, tuple[type, str]] = {
+    **{"integer": (int, "a whole number"), "number": (float, "a number"), "boolean": (bool, "true or false")},
+    **{"string": (str, "text"), "array": (list, "a list"), "object": (dict, "a mapping")},
+}
+# limit in the schema -> (when a number is beyond it, what the number is then, words before the limit)
+_LIMITS: dict[str, tuple[Callable[[float, float], bool], str, str]] = {
+    "minimum": (operator.lt, "too small", "at least"),
+    "exclusiveMinimum": (operator.le, "too small", "above"),
+    "maximum": (operator.gt, "too large", "at most"),
+    "exclusiveMaximum": (operator.ge, "too large", "below"),
 }
 
 
@@ -37,7 +44,7 @@ class ConfigFault(NamedTuple):
 
 
 def value_faults(key: str, value: Any, rule: Mapping[str, Any]) -> Iterator[ConfigFault]:
-    """Compares a value with its rule in the schema: kind, choices, limits, and what lies inside it."""
+    """Compares a value with its rule in the schema: kind, choices, limits, and the values inside it."""
     kinds = kinds_of(rule)
     read = read_value(value, rule)
     if read is None:
@@ -53,7 +60,10 @@ def value_faults(key: str, value: Any, rule: Mapping[str, Any]) -> Iterator[Conf
         named = one_of(str(choice) for choice in choices if choice)
         yield ConfigFault(key, f"{shown(value)} is not known", f"did you mean {near[0]}?" if near else named)
         return
-    yield from _limit_faults(key, value, read, rule)
+    number = number_of(read)
+    for name, (is_beyond, what, words) in _LIMITS.items():
+        if number is not None and name in rule and is_beyond(number, rule[name]):
+            yield ConfigFault(key, f"{shown(value)} is {what}", f"{words} {rule[name]}")
     if isinstance(read, list) and "items" in rule and rule["items"].get("type") != "object":
         for index, inner in enumerate(read):
             yield from value_faults(f"{key}[{index}]", inner, rule["items"])
@@ -64,7 +74,7 @@ def value_faults(key: str, value: Any, rule: Mapping[str, Any]) -> Iterator[Conf
 
 
 def read_value(value: Any, rule: Mapping[str, Any]) -> Any:
-    """The value as the kind that the rule names; where it is of none of them, as it is."""
+    """Returns the value converted to a kind that the rule names; a value that fits none of them stays as it is."""
     kinds = kinds_of(rule)
     if "boolean" in kinds and (isinstance(value, (bool, int)) or "string" not in kinds):
         answer = bool_of(value)
@@ -79,9 +89,9 @@ def read_value(value: Any, rule: Mapping[str, Any]) -> Any:
 
 
 def _read_number(value: Any, kinds: set[str]) -> Any:
-    """A number from a number or from text; text that is none stays text."""
+    """Returns a number from a number or from text; other text stays text. TRL reads "none" and "null" as null."""
     if isinstance(value, str) and "string" not in kinds:
-        if "null" in kinds and value.lower() in _NOTHING:
+        if "null" in kinds and value.lower() in ("none", "null"):
             return None
         try:
             return int(value) if "number" not in kinds else float(value)
@@ -93,15 +103,21 @@ def _read_number(value: Any, kinds: set[str]) -> Any:
 
 
 def bool_of(value: Any) -> bool | None:
-    """Yes or no in one of TRL's words, or as 1 and 0; None for anything else."""
+    """Returns the boolean that one of TRL's words, or 1 or 0, stands for; None for anything else."""
     if isinstance(value, str):
-        word = value.lower()
-        return True if word in _YES else False if word in _NO else None
+        return _BOOLS.get(value.lower())
     return bool(value) if isinstance(value, (bool, int)) and value in (0, 1) else None
 
 
+def is_on(config: Mapping[str, Any], key: str) -> bool:
+    """Returns whether a boolean key is true; YAML reads some booleans as text."""
+    value = config.get(key)
+    answer = bool_of(value)
+    return bool(value) if answer is None else answer
+
+
 def number_of(value: Any) -> float | None:
-    """A number, also one that YAML 1.1 reads as text, infinite beyond a float; None for anything else."""
+    """Returns a number, also from text as YAML 1.1 leaves it, infinite beyond a float; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
@@ -113,7 +129,7 @@ def number_of(value: Any) -> float | None:
 
 
 def mapping_of(value: Any) -> dict[str, Any]:
-    """A mapping that may be written as JSON; empty for anything else."""
+    """Returns a mapping, also from its JSON text; empty for anything else."""
     if isinstance(value, str) and value.startswith("{"):
         try:
             value = json.loads(value)
@@ -123,54 +139,28 @@ def mapping_of(value: Any) -> dict[str, Any]:
 
 
 def kinds_of(rule: Mapping[str, Any]) -> set[str]:
-    """The JSON types that a rule names; empty where it takes anything."""
+    """Returns the JSON types that a rule names; empty if it accepts any."""
     kinds = rule.get("type") or ()
     return {kinds} if isinstance(kinds, str) else set(kinds)
 
 
 def one_of(names: Iterable[str]) -> str:
-    """A remedy that lists what is known; empty for nothing."""
+    """Returns a remedy that lists the known names; empty if there are none."""
     listed = ", ".join(names)
     return f"one of {listed}" if listed else ""
 
 
-def _limit_faults(key: str, value: Any, read: Any, rule: Mapping[str, Any]) -> Iterator[ConfigFault]:
-    number = number_of(read)
-    if number is None:
-        return
-    low, above = rule.get("minimum"), rule.get("exclusiveMinimum")
-    high, below = rule.get("maximum"), rule.get("exclusiveMaximum")
-    if (low is not None and number < low) or (above is not None and number <= above):
-        yield ConfigFault(
-            key, f"{shown(value)} is too small", f"at least {low}" if low is not None else f"above {above}"
-        )
-    if (high is not None and number > high) or (below is not None and number >= below):
-        yield ConfigFault(
-            key, f"{shown(value)} is too large", f"at most {high}" if high is not None else f"below {below}"
-        )
-
-
 def _is_kind(value: Any, kind: str) -> bool:
-    match kind:
-        case "boolean":
-            return isinstance(value, bool)
-        case "integer":
-            return isinstance(value, int) and not isinstance(value, bool)
-        case "number":
-            number = None if isinstance(value, str) else number_of(value)
-            return number is not None and math.isfinite(number)
-        case "string":
-            return isinstance(value, str)
-        case "array":
-            return isinstance(value, list)
-        case "object":
-            return isinstance(value, dict)
-    return False
+    if kind == "number":
+        number = None if isinstance(value, str) else number_of(value)
+        return number is not None and math.isfinite(number)
+    is_type = kind in _KINDS and isinstance(value, _KINDS[kind][0])
+    return is_type and (kind == "boolean" or not isinstance(value, bool))
 
 
 def _remedy(key: str, value: Any, rule: Mapping[str, Any], kinds: set[str]) -> str:
-    """What the user meant, where that can be told."""
-    if isinstance(value, bool) and kinds & {"string"}:
+    """Returns what the user probably meant; empty if that is not clear."""
+    if isinstance(value, bool) and "string" in kinds:
         meant = "no" if value is False and "no" in rule.get("enum", ("no",)) else "yes"  # YAML 1.1 reads a bare no
         return f'write it in quotes: "{meant}"' if meant in rule.get("enum", (meant,)) else ""
     number = number_of(value)
@@ -182,7 +172,7 @@ def _remedy(key: str, value: Any, rule: Mapping[str, Any], kinds: set[str]) -> s
 
 
 def _instead_of_null(key: str, rule: Mapping[str, Any]) -> str:
-    """What to write where null is not taken: the word for nothing, or the default by leaving the key out."""
+    """Returns the remedy for a key that does not accept null: the word "none", or no key, for the default."""
     default = rule.get("default")
     if default == "none":
         return f"write {key}: none"
@@ -190,77 +180,49 @@ def _instead_of_null(key: str, rule: Mapping[str, Any]) -> str:
 
 
 def _spell(kinds: set[str]) -> str:
-    return " or ".join(word for kind, word in _WORDS.items() if kind in kinds) or "anything but null"
+    return " or ".join(words for kind, (_, words) in _KINDS.items() if kind in kinds) or "anything but null"
 
 
-# Which names a config's ``env:`` may set. The launcher and the guard apply the same rule.
+# Names that a config's ``env:`` may set. The launcher and the guard apply the same rule.
 #
-# A config is often somebody else's file, and a record in the bucket somebody else's writing. A name that decides which
-# code runs, or where a token is sent, is refused unless the user allows it by name with ``--allow-env``.
+# Somebody else may have written the config or the record in the bucket. A name that decides which code runs, or where
+# a token is sent, is refused unless the user allows it by name with ``--allow-env``.
 
 FLAG = "--allow-env"
-OWN = ("SPOTUNE_*", "SKYPILOT_*")  # never, with no flag
-
-# None of these names code or a host, though a pattern below has them.
+# These names decide neither code nor a host, although a pattern below matches them.
 HARMLESS = frozenset(
     "PYTHONDONTWRITEBYTECODE PYTHONFAULTHANDLER PYTHONHASHSEED PYTHONIOENCODING PYTHONNOUSERSITE PYTHONSAFEPATH"
     " PYTHONTRACEMALLOC PYTHONUNBUFFERED PYTHONUTF8 ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_NVME_PATH"
     " ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH".split()
 )
-# reason -> patterns of names, upper case. Families first: a library that nobody has thought of names its plugin alike.
-REFUSED: dict[str, tuple[str, ...]] = {
-    "decides what the loader loads": (
-        *("LD_*", "DYLD_*", "GLIBC_TUNABLES", "GCONV_PATH", "GETCONF_DIR", "LOCPATH", "NLSPATH", "MALLOC_TRACE"),
-        *("*_PRELOAD", "*LIBRARY_PATH", "*_PROVIDER_PATH", "*_INJECTION*_PATH", "*_MODULE*_PATH", "*_TOOL*_PATH"),
-        *(
-            "LIBRARY_PATH",
-            "SASL_PATH",
-            "HSA_TOOLS_LIB",
-            "NIS_PATH",
-            "*PLUGIN*",
-            "*_MODULE_DIR*",
-            "*_LIB",
-            "*_LIBS",
-            "*_LIBRARY",
-        ),
-        *("*_LIBRARIES", "*_LIBDIR", "*_LIB*_DIR", "*_SO", "*_DLL", "OMP_TOOL*", "NCCL_CONF_FILE", "OPENSSL_*"),
-        *("LIBPATH", "SHLIB_PATH", "OCL_ICD_*", "VK_*", "KRB5_*", "OMPI_*", "OPAL_*", "PMIX_*", "PRTE_*", "NVSHMEM_*"),
-        *("RDMAV_DRIVERS", "IBV_DRIVERS", "HADOOP_*", "ODBC*", "TVM_*", "DEEPSPEED_*_LIB*", "UCX_*MODULE*", "INTEL_*"),
-    ),
-    "decides which programs and modules run": (
-        *("PYTHON*", "PATH", "HOME", "USER", "LOGNAME", "SHELL", "BASH*", "ENV", "IFS", "CDPATH", "PS4", "ZDOTDIR"),
-        *("PROMPT_COMMAND", "SHELLOPTS", "PERL*", "RUBY*", "GEM_*", "NODE_*", "LUA_*", "JAVA_*", "_JAVA_*", "JDK_*"),
-        *("CLASSPATH", "VIRTUAL_ENV", "CONDA_*", "PIP_*", "UV_*", "GIT_*", "SSH_*", "BROWSER", "EDITOR", "VISUAL"),
-        *("PAGER", "MANPAGER", "LESSOPEN", "LESSCLOSE", "XDG_*", "*_EXECUTABLE", "*_COMMAND", "*_CMD"),
-        *("COVERAGE_*", "PYDEVD*", "DEBUGPY*", "IPYTHON*", "JUPYTER*", "MPLBACKEND", "MPLCONFIGDIR", "MATPLOTLIBRC"),
-        *("HF_MODULES_CACHE", "*TRUST_REMOTE_CODE", "*_CODE_EVAL", "TRANSFORMERS_TEST_*"),
-        *("TORCH_HOME", "TORCH_HUB*", "TORCH_PYTHON_NATIVE_*", "SM_FRAMEWORK_*", "OTEL_*", "*NO_WEIGHTS_ONLY*"),
-        *("WANDB__EXECUTABLE", "WANDB_DOCKER"),
-    ),
-    "decides which compiler or compiled code runs": (
-        *("*_INCLUDE_PATH", "COMPILER_PATH", "CUDA_PATH", "ROCM_PATH", "CUDA_CACHE_PATH"),
-        *("CC", "CXX", "CPP", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CPATH", "*_COMPILER", "CUDACXX"),
-        *("GCC_EXEC_PREFIX", "CUDA_HOME", "CUDA_ROOT", "ROCM_HOME", "NVCC_*", "ONEAPI_ROOT", "CUDNN_*", "HALIDE_*"),
-        *("TRITON_*PATH*", "TRITON_*CACHE*", "TRITON_*DIR", "TRITON_*HOME", "TRITON_*OVERRIDE*", "TRITON_*BACKEND*"),
-        *("TRITON_*HOST*", "TRITON_*REDIS*", "TRITON_*HOOK*", "TORCHINDUCTOR_*DIR", "TORCHINDUCTOR_*REDIS*"),
-        *("TORCHINDUCTOR_CXX", "TORCHINDUCTOR_CPP_MARCH", "TORCH_EXTENSIONS_DIR", "PYTORCH_NVCC", "CMAKE_*"),
-        *("LOCAL_KERNELS", "KERNELS_*", "USE_HUB_KERNELS", "NUMBA_CACHE_*", "QUACK_CACHE_*", "TILELANG_*"),
-        *("CUDAHOSTCXX", "FLASHINFER_*", "CUPY_*", "CUTE_DSL_*", "DS_BUILD_*"),
-    ),
-    "decides where traffic and tokens go": (
-        *("*_PROXY", "*_PROXIES", "SSL_*", "SSLKEYLOGFILE", "*_CA_BUNDLE", "*_CA_CERTS", "*_CA_CERT"),
-        *("*_ENDPOINT", "*_ENDPOINTS", "*_ENDPOINT_*", "*_URL", "*_URLS", "*_URL_*", "*_URI", "*_HOST", "*_HOSTS"),
-        *("*_ADDR", "*_ADDRESS", "*_SERVER", "*_GATEWAY", "*_CONNECTION_STRING", "NCCL_COMM_ID", "HUGGINGFACE_CO_*"),
-        *("HOSTALIASES", "LOCALDOMAIN", "RES_OPTIONS", "RESOLV_HOST_CONF", "*_METADATA_*", "GCE_METADATA*"),
-        *("FSSPEC_*", "*_UNIVERSE_DOMAIN", "HF_OIDC_*", "HF_DEVICE_CODE_*", "TRACKIO_S*", "CLEARML_CONFIG_*"),
-        *("*_DSN", "COMET_CONFIG*", "WANDB_IDENTITY_*"),
-    ),
-    "decides whose credentials are used": (
-        *("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_PROFILE", "AWS_WEB_IDENTITY_*", "AWS_CONTAINER_*"),
-        *("AWS_ROLE_*", "BOTO_*", "GOOGLE_APPLICATION_*", "GOOGLE_AUTH_*"),
-        *("CLOUDSDK_*", "AZURE_CONFIG_DIR", "AZURE_CLIENT_*", "AZURE_STORAGE_*", "KUBECONFIG", "DOCKER_CONFIG"),
-        *("NETRC", "CURL_HOME", "HF_HOME", "HF_TOKEN_PATH", "WANDB_CONFIG_DIR"),
-    ),
+# reason -> patterns of names, upper case. Whole families, since a library unknown to us names its plugins alike.
+_PATTERNS = {
+    "decides what the loader loads": "LD_* DYLD_* GLIBC_TUNABLES GCONV_PATH GETCONF_DIR LOCPATH NLSPATH MALLOC_TRACE"
+    " *_PRELOAD *LIBRARY_PATH *_PROVIDER_PATH *_INJECTION*_PATH *_MODULE*_PATH *_TOOL*_PATH LIBRARY_PATH SASL_PATH"
+    " HSA_TOOLS_LIB NIS_PATH *PLUGIN* *_MODULE_DIR* *_LIB *_LIBS *_LIBRARY *_LIBRARIES *_LIBDIR *_LIB*_DIR *_SO *_DLL"
+    " OMP_TOOL* NCCL_CONF_FILE OPENSSL_* LIBPATH SHLIB_PATH OCL_ICD_* VK_* KRB5_* OMPI_* OPAL_* PMIX_* PRTE_*"
+    " NVSHMEM_* RDMAV_DRIVERS IBV_DRIVERS HADOOP_* ODBC* TVM_* DEEPSPEED_*_LIB* UCX_*MODULE* INTEL_*",
+    "decides which programs and modules run": "PYTHON* PATH HOME USER LOGNAME SHELL BASH* ENV IFS CDPATH PS4 ZDOTDIR"
+    " PROMPT_COMMAND SHELLOPTS PERL* RUBY* GEM_* NODE_* LUA_* JAVA_* _JAVA_* JDK_* CLASSPATH VIRTUAL_ENV CONDA_* PIP_*"
+    " UV_* GIT_* SSH_* BROWSER EDITOR VISUAL PAGER MANPAGER LESSOPEN LESSCLOSE XDG_* *_EXECUTABLE *_COMMAND *_CMD"
+    " COVERAGE_* PYDEVD* DEBUGPY* IPYTHON* JUPYTER* MPLBACKEND MPLCONFIGDIR MATPLOTLIBRC HF_MODULES_CACHE"
+    " *TRUST_REMOTE_CODE *_CODE_EVAL TRANSFORMERS_TEST_* TORCH_HOME TORCH_HUB* TORCH_PYTHON_NATIVE_* SM_FRAMEWORK_*"
+    " OTEL_* *NO_WEIGHTS_ONLY* WANDB__EXECUTABLE WANDB_DOCKER",
+    "decides which compiler or compiled code runs": "*_INCLUDE_PATH COMPILER_PATH CUDA_PATH ROCM_PATH CUDA_CACHE_PATH"
+    " CC CXX CPP CFLAGS CXXFLAGS CPPFLAGS LDFLAGS CPATH *_COMPILER CUDACXX GCC_EXEC_PREFIX CUDA_HOME CUDA_ROOT"
+    " ROCM_HOME NVCC_* ONEAPI_ROOT CUDNN_* HALIDE_* TRITON_*PATH* TRITON_*CACHE* TRITON_*DIR TRITON_*HOME"
+    " TRITON_*OVERRIDE* TRITON_*BACKEND* TRITON_*HOST* TRITON_*REDIS* TRITON_*HOOK* TORCHINDUCTOR_*DIR"
+    " TORCHINDUCTOR_*REDIS* TORCHINDUCTOR_CXX TORCHINDUCTOR_CPP_MARCH TORCH_EXTENSIONS_DIR PYTORCH_NVCC CMAKE_*"
+    " LOCAL_KERNELS KERNELS_* USE_HUB_KERNELS NUMBA_CACHE_* QUACK_CACHE_* TILELANG_* CUDAHOSTCXX FLASHINFER_* CUPY_*"
+    " CUTE_DSL_* DS_BUILD_*",
+    "decides where traffic and tokens go": "*_PROXY *_PROXIES SSL_* SSLKEYLOGFILE *_CA_BUNDLE *_CA_CERTS *_CA_CERT"
+    " *_ENDPOINT *_ENDPOINTS *_ENDPOINT_* *_URL *_URLS *_URL_* *_URI *_HOST *_HOSTS *_ADDR *_ADDRESS *_SERVER"
+    " *_GATEWAY *_CONNECTION_STRING NCCL_COMM_ID HUGGINGFACE_CO_* HOSTALIASES LOCALDOMAIN RES_OPTIONS RESOLV_HOST_CONF"
+    " *_METADATA_* GCE_METADATA* FSSPEC_* *_UNIVERSE_DOMAIN HF_OIDC_* HF_DEVICE_CODE_* TRACKIO_S* CLEARML_CONFIG_*"
+    " *_DSN COMET_CONFIG* WANDB_IDENTITY_*",
+    "decides whose credentials are used": "AWS_CONFIG_FILE AWS_SHARED_CREDENTIALS_FILE AWS_PROFILE AWS_WEB_IDENTITY_*"
+    " AWS_CONTAINER_* AWS_ROLE_* BOTO_* GOOGLE_APPLICATION_* GOOGLE_AUTH_* CLOUDSDK_* AZURE_CONFIG_DIR AZURE_CLIENT_*"
+    " AZURE_STORAGE_* KUBECONFIG DOCKER_CONFIG NETRC CURL_HOME HF_HOME HF_TOKEN_PATH WANDB_CONFIG_DIR",
 }
 
 
@@ -269,7 +231,7 @@ def why_refused(name: str) -> str:
     upper = name.upper()
     if upper in HARMLESS:
         return ""
-    return next((why for why, patterns in REFUSED.items() if matches(upper, patterns)), "")
+    return next((why for why, patterns in _PATTERNS.items() if _matches(upper, patterns)), "")
 
 
 def env_faults(env: Any, allowed: Collection[str] = ()) -> Iterator[ConfigFault]:
@@ -280,8 +242,8 @@ def env_faults(env: Any, allowed: Collection[str] = ()) -> Iterator[ConfigFault]
     for name, value in env.items():
         key = f"env.{name}"
         if not isinstance(name, str) or not name.isidentifier():
-            yield ConfigFault(key, "is no name of the environment", "env: {NCCL_DEBUG: INFO}")
-        elif is_own(name):
+            yield ConfigFault(key, "is not the name of an environment variable", "env: {NCCL_DEBUG: INFO}")
+        elif _matches(name.upper(), "SPOTUNE_* SKYPILOT_*"):
             yield ConfigFault(key, "is for spotune to set", "leave it out")
         elif name not in allowed and (why := why_refused(name)):
             yield ConfigFault(key, why, f"leave it out, or allow it: {FLAG} {name}")
@@ -290,7 +252,7 @@ def env_faults(env: Any, allowed: Collection[str] = ()) -> Iterator[ConfigFault]
 
 
 def check_env(config: Mapping[str, Any], where: object, allowed: Collection[str]) -> None:
-    """Raises InputError for a name that a record's config sets and nobody allowed on this machine."""
+    """Raises InputError for a name that a record's config sets and that is not allowed on this machine."""
     refuse(where, env_faults(config.get("env") or {}, allowed))
 
 
@@ -300,29 +262,17 @@ def allowed_in(config: Mapping[str, Any], allowed: Collection[str]) -> list[str]
     return sorted(name for name in set(allowed) if isinstance(env, Mapping) and name in env and why_refused(name))
 
 
-def is_own(name: str) -> bool:
-    """Returns whether spotune or SkyPilot sets the name: no flag lets a config do it."""
-    return matches(name.upper(), OWN)
+def _matches(name: str, patterns: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns.split())
 
 
-def matches(name: str, patterns: Collection[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def allowed_names(text: str) -> tuple[str, ...]:
-    """Reads ``SPOTUNE_ALLOW_ENV``: names with blanks or commas between them."""
-    return tuple(text.replace(",", " ").split())
-
-
-# The keys of a config: known or not, and what to write instead of those of other versions and tools.
-
-# Keys that other versions and other tools have, and what to write instead.
+# Keys of other versions and other tools, and what to write instead.
 #
-# From the public SFT recipes of alignment-handbook, open-r1 and TRL, what transformers 4.40 to 5 and TRL 0.8 to 1
-# renamed or removed, and the names that Axolotl, LLaMA-Factory, Unsloth and plain scripts give to the same thing.
-# A test holds every new name to the schema.
+# They come from the public SFT recipes of alignment-handbook, open-r1 and TRL, from what transformers 4.40 to 5 and
+# TRL 0.8 to 1 renamed or removed, and from Axolotl, LLaMA-Factory, Unsloth and plain scripts. A test holds every new
+# name to the schema.
 
-# What has another name, and takes the same value.
+# new name -> old names that take the same value
 _RENAMED = {
     "dtype": "torch_dtype bnb_4bit_compute_dtype compute_dtype model_dtype",
     "max_length": "max_seq_length max_seq_len max_sequence_length model_max_length sequence_len seq_length block_size"
@@ -381,58 +331,72 @@ _RENAMED = {
     "resume_from_checkpoint": "resume_from",
     "seed": "random_seed",
 }
-_NEW_NAMES = {old: new for new, olds in _RENAMED.items() for old in olds.split()}
 
-# What becomes another key with a value of its own: old key -> (new key, the new value from the old one).
-_REWRITTEN: dict[str, tuple[str, Callable[[Any], Any]]] = {
+
+def _mixture(mixture: Any) -> list[dict[str, Any]]:
+    """Converts the handbook's and open-r1's mixture, ``{datasets: [{id, …}]}`` or ``{id: share}``, to ``datasets``."""
+    if not isinstance(mixture, dict):
+        return []
+    entries = mixture.get("datasets")
+    if not isinstance(entries, list):
+        return [{"path": name} for name in mixture]
+    names = {"id": "path", "config": "name", "split": "split", "columns": "columns"}
+    return [
+        {new: entry[old] for old, new in names.items() if entry.get(old) is not None}
+        for entry in entries
+        if isinstance(entry, dict)
+    ]
+
+
+def _within(key: str, name: str) -> tuple[str, Callable[[Any], Any]]:
+    """Returns the new key and value of an old key that became ``name`` in the mapping ``key``."""
+    return key, lambda value: {name: value}
+
+
+def _source(value: Any) -> list[dict[str, Any]]:
+    return [{"source": file} for file in (value if isinstance(value, list) else [value])]
+
+
+_WANDB = ("project", "entity", "run_group", "watch", "log_model")
+# old key -> (new key, function from the old value to the new one)
+REPLACED: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    **{old: (new, lambda value: value) for new, olds in _RENAMED.items() for old in olds.split()},
     "group_by_length": ("train_sampling_strategy", lambda on: "group_by_length" if on else "random"),
     "include_inputs_for_metrics": ("include_for_metrics", lambda on: ["inputs"] if on else []),
     "adafactor": ("optim", lambda on: "adafactor" if on else "adamw_torch_fused"),
-    "use_flash_attention_2": ("attn_implementation", lambda on: "flash_attention_2" if on else "sdpa"),
-    "use_flash_attn": ("attn_implementation", lambda on: "flash_attention_2" if on else "sdpa"),
-    "use_flash_attention": ("attn_implementation", lambda on: "flash_attention_2" if on else "sdpa"),
-    "flash_attention": ("attn_implementation", lambda on: "flash_attention_2" if on else "sdpa"),
+    **dict.fromkeys(
+        "use_flash_attention_2 use_flash_attn use_flash_attention flash_attention".split(),
+        ("attn_implementation", lambda on: "flash_attention_2" if on else "sdpa"),
+    ),
     "flash_attn": (
         "attn_implementation",
         lambda on: "sdpa" if on in (False, "sdpa", "disabled") else "flash_attention_2",
     ),
-    "gradient_checkpointing_use_reentrant": ("gradient_checkpointing_kwargs", lambda on: {"use_reentrant": on}),
-    "use_reentrant": ("gradient_checkpointing_kwargs", lambda on: {"use_reentrant": on}),
-    "fsdp_min_num_params": ("fsdp_config", lambda count: {"min_num_params": count}),
-    "fsdp_transformer_layer_cls_to_wrap": ("fsdp_config", lambda name: {"transformer_layer_cls_to_wrap": name}),
-    "dispatch_batches": ("accelerator_config", lambda on: {"dispatch_batches": on}),
-    "split_batches": ("accelerator_config", lambda on: {"split_batches": on}),
-    "train_on_inputs": ("completion_only_loss", lambda on: not on),
-    "train_on_prompt": ("completion_only_loss", lambda on: not on),
+    "gradient_checkpointing_use_reentrant": _within("gradient_checkpointing_kwargs", "use_reentrant"),
+    "use_reentrant": _within("gradient_checkpointing_kwargs", "use_reentrant"),
+    "fsdp_min_num_params": _within("fsdp_config", "min_num_params"),
+    "fsdp_transformer_layer_cls_to_wrap": _within("fsdp_config", "transformer_layer_cls_to_wrap"),
+    **{name: _within("accelerator_config", name) for name in ("dispatch_batches", "split_batches")},
+    **{name: _within("model_init_kwargs", name) for name in ("use_kernels", "rope_scaling", "device_map")},
+    **{f"wandb_{name}": _within("env", f"WANDB_{name.upper()}") for name in _WANDB},
+    "logging_dir": _within("env", "TENSORBOARD_LOGGING_DIR"),
+    **dict.fromkeys(("train_on_inputs", "train_on_prompt"), ("completion_only_loss", operator.not_)),
     "train_on_responses_only": ("assistant_only_loss", lambda on: on),
-    "use_kernels": ("model_init_kwargs", lambda on: {"use_kernels": on}),
-    "rope_scaling": ("model_init_kwargs", lambda how: {"rope_scaling": how}),
-    "device_map": ("model_init_kwargs", lambda how: {"device_map": how}),
-    "wandb_project": ("env", lambda name: {"WANDB_PROJECT": name}),
-    "wandb_entity": ("env", lambda name: {"WANDB_ENTITY": name}),
-    "wandb_run_group": ("env", lambda name: {"WANDB_RUN_GROUP": name}),
-    "wandb_watch": ("env", lambda name: {"WANDB_WATCH": name}),
-    "wandb_log_model": ("env", lambda name: {"WANDB_LOG_MODEL": name}),
-    "logging_dir": ("env", lambda folder: {"TENSORBOARD_LOGGING_DIR": folder}),
-    "adapter": ("use_peft", lambda kind: kind in ("lora", "qlora")),
-    "finetuning_type": ("use_peft", lambda kind: kind in ("lora", "qlora")),
+    **dict.fromkeys(("adapter", "finetuning_type"), ("use_peft", lambda kind: kind in ("lora", "qlora"))),
     "lora_target_linear": ("lora_target_modules", lambda on: "all-linear" if on else None),
     "dataset": ("data", lambda name: [{"source": f"hf://{name}"}]),
-    "train_file": ("data", lambda file: [{"source": file}]),
-    "train_files": ("data", lambda files: [{"source": file} for file in _listed(files)]),
-    "data_files": ("data", lambda files: [{"source": file} for file in _listed(files)]),
-    "data_path": ("data", lambda file: [{"source": file}]),
-    "dataset_path": ("data", lambda file: [{"source": file}]),
-    "train_dataset": ("data", lambda name: [{"source": name}]),
-    "dataset_mixture": ("datasets", lambda mixture: _mixture(mixture)),
-    "dataset_mixer": ("datasets", lambda mixture: _mixture(mixture)),
+    **dict.fromkeys(
+        "train_file train_files data_files data_path dataset_path train_dataset".split(), ("data", _source)
+    ),
+    **dict.fromkeys(("dataset_mixture", "dataset_mixer"), ("datasets", _mixture)),
 }
 
-# What is to be left out, and why.
+# why a key is to be left out -> keys
 _LEAVE_OUT = {
-    "every run keeps its checkpoints in the bucket, and overwrites none": "overwrite_output_dir",
+    "put the template into a file and write chat_template_path: chat_template.jinja": "chat_template",
+    "every run keeps its checkpoints in the bucket and overwrites none": "overwrite_output_dir",
     "weights are always written as safetensors": "save_safetensors",
-    "bf16 and fp16 say it all": "half_precision_backend fp16_backend fp16_opt_level use_amp apex",
+    "bf16 and fp16 decide the precision": "half_precision_backend fp16_backend fp16_opt_level use_amp apex",
     "the tokenizer is the model's": "tokenizer_name tokenizer_name_or_path tokenizer_revision tokenizer tokenizer_type"
     " use_fast_tokenizer tokenizer_use_fast",
     "give --secret HF_TOKEN": "push_to_hub_token use_auth_token hf_token token",
@@ -441,19 +405,18 @@ _LEAVE_OUT = {
     "packing needs max_length alone now": "num_of_sequences chars_per_token infinite",
     "the data set is prepared in batches of TRL's choice": "dataset_batch_size preprocessing_batch_size",
     "put it into datasets: [{path: …, name: …, split: …}]": "dataset_splits dataset_configs dataset_mixture_splits",
-    "a system message belongs into the rows, or into the chat template": "auto_insert_empty_system_msg"
+    "write the system message into the rows, or into the chat template": "auto_insert_empty_system_msg"
     " system_prompt default_system",
     "write completion_only_loss: true or assistant_only_loss: true": "instruction_template response_template"
     " roles_to_train train_on_eos",
-    "transformers has no such setting any more": "jit_mode_eval use_ipex past_index mp_parameters tpu_num_cores"
-    " tpu_metrics_debug ray_scope use_mps_device use_legacy_prediction_loop include_tokens_per_second"
-    "",
+    "transformers has removed this setting": "jit_mode_eval use_ipex past_index mp_parameters tpu_num_cores"
+    " tpu_metrics_debug ray_scope use_mps_device use_legacy_prediction_loop include_tokens_per_second",
     "write fsdp: true": "sharded_ddp fairscale",
     "write bf16: true, or fp16: true": "mixed_precision precision",
     "write load_in_4bit: true, or load_in_8bit: true": "quantization_bit bits",
-    "it is of generation, and training generates nothing": "predict_with_generate generation_max_length"
+    "it is for generation, and training generates nothing": "predict_with_generate generation_max_length"
     " generation_num_beams generation_config sortish_sampler num_completions_to_print num_return_sequences",
-    "it is of preference or reward training, and spotune runs TRL's SFT alone": "beta max_prompt_length"
+    "it is for preference or reward training, and spotune runs only TRL's SFT": "beta max_prompt_length"
     " max_completion_length max_target_length num_generations reward_funcs reward_weights reward_model_path use_vllm"
     " vllm_mode vllm_gpu_memory_utilization vllm_server_host desirable_weight undesirable_weight"
     " precompute_ref_log_probs ref_model model_adapter_name ref_adapter_name sync_ref_model"
@@ -469,86 +432,45 @@ _LEAVE_OUT = {
     " group_by_length_column xformers_attention s2_attention trl",
     "it is an option of spotune train": "num_nodes gpus infra budget use_spot save_every stall_after",
 }
-_REASONS = {old: reason for reason, olds in _LEAVE_OUT.items() for old in olds.split()}
+LEFT_OUT = {old: reason for reason, olds in _LEAVE_OUT.items() for old in olds.split()}
 
 
 def advice(key: str, value: Any) -> tuple[str, Any, str] | None:
-    """(new key, its value, why) for a key that is known from elsewhere; the new key is empty for one to leave out."""
-    if key == "chat_template":
-        return ("", None, "put the template into a file and write chat_template_path: chat_template.jinja")
-    if reason := _REASONS.get(key):
-        return ("", None, reason if reason.startswith(("write", "put")) else f"leave it out: {reason}")
-    if value is None and new_name(key):
-        return ("", None, f"leave it out: its new name is {new_name(key)}")
-    if key in _NEW_NAMES:
-        return (_NEW_NAMES[key], value, "renamed")
-    if key in _REWRITTEN:
-        name, convert = _REWRITTEN[key]
-        return (name, convert(value), f"renamed{_left_over(key, value)}")
-    return None
-
-
-def new_name(key: str) -> str:
-    """Today's name of an old key; empty for one that is not known, or has no successor."""
-    return _NEW_NAMES.get(key) or (_REWRITTEN[key][0] if key in _REWRITTEN else "")
-
-
-def old_names() -> Iterable[str]:
-    """All keys that ``advice`` knows."""
-    return ["chat_template", *_NEW_NAMES, *_REWRITTEN, *_REASONS]
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+    """Returns (new key, its value, why) for an old key, with "" as the new key of one to leave out; None if unknown."""
+    if reason := LEFT_OUT.get(key):
+        return "", None, reason if reason.startswith(("write", "put")) else f"leave it out: {reason}"
+    if key not in REPLACED:
+        return None
+    name, convert = REPLACED[key]
+    if value is None:
+        return "", None, f"leave it out: its new name is {name}"
+    return name, convert(value), f"renamed{_left_over(key, value)}"
 
 
 def _left_over(key: str, value: Any) -> str:
-    """What of a mixture goes elsewhere."""
+    """Returns which parts of a mixture other keys take."""
     if not key.startswith("dataset_mix") or not isinstance(value, dict):
         return ""
     entries = value.get("datasets")
     shares = [entry.get("weight") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
-    shares = shares or list(value.values())
     found = "; test_split_size goes beside it" if value.get("test_split_size") else ""
-    if any(isinstance(share, float) and share != 1 for share in shares):
+    if any(isinstance(share, float) and share != 1 for share in shares or value.values()):
         found += "; for a part of a data set give data with limit"
     return found
 
 
-def _mixture(mixture: Any) -> list[dict[str, Any]]:
-    """A mixture of the handbook's or open-r1's, ``{datasets: [{id, …}]}`` or ``{id: share}``, as TRL's ``datasets``."""
-    if not isinstance(mixture, dict):
-        return []
-    entries = mixture.get("datasets")
-    if not isinstance(entries, list):
-        return [{"path": name} for name in mixture]
-    names = {"id": "path", "config": "name", "split": "split", "columns": "columns"}
-    return [
-        {new: entry[old] for old, new in names.items() if entry.get(old) is not None}
-        for entry in entries
-        if isinstance(entry, dict)
-    ]
-
-
-# The keys of a config: known or not, of the right kind or not, as ``schema.json`` says.
-
-_OWN = ("data_limit", "num_processes", "keep_every")  # numbers that no library reads
+# The keys of a config, checked against ``schema.json``: whether each is known and its value is of the right kind.
 
 
 @cache
 def schema() -> dict[str, Any]:
-    """The JSON schema of a config, as editors use it too."""
+    """Returns the JSON schema of a config, which editors use too."""
     found: dict[str, Any] = json.loads(resources.files("spotune.core").joinpath("schema.json").read_bytes())
     return found
 
 
-def check_keys(config: Mapping[str, Any], where: object) -> None:
-    """Raises InputError for all unknown keys and all values of the wrong kind."""
-    refuse(where, key_faults(config))
-
-
 def key_faults(config: Mapping[str, Any]) -> Iterator[ConfigFault]:
-    """Unknown keys, with what to write instead, and values of the wrong kind."""
+    """Yields unknown keys, with what to write instead, and values of the wrong kind."""
     known = schema()["properties"]
     for key, value in config.items():
         if key not in known:
@@ -557,54 +479,51 @@ def key_faults(config: Mapping[str, Any]) -> Iterator[ConfigFault]:
         faults = list(value_faults(key, value, known[key]))
         yield from faults
         if key == "datasets" and isinstance(value, list) and not faults:
-            yield from _dataset_faults(value, known[key]["items"])
+            yield from _dataset_faults(value, known[key]["items"]["properties"])
 
 
 def settled(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with each value as the kind that TRL reads from it: ``"1e-4"`` is 0.0001, ``y`` is true."""
+    """Returns the config with each value as TRL reads it: ``"1e-4"`` is 0.0001, ``y`` is true."""
     known = schema()["properties"]
     return {key: read_value(value, known[key]) if key in known else value for key, value in config.items()}
 
 
 def recorded(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config for the record: as it is written, but for values that readers other than TRL could not take.
+    """Returns the config for the record: as written, except for values that only TRL can read.
 
-    Spotune's own keys are numbers, ``none`` for an open number is null, and the number of a text key is text.
+    Spotune's own keys become numbers, ``none`` for an optional number becomes null, and a number given for a text key
+    becomes text.
     """
+    own = ("data_limit", "num_processes", "keep_every")  # numbers that no library reads
     read = settled(config)
     return {
-        key: read[key] if key in _OWN or read[key] is None or isinstance(read[key], (str, list)) else value
+        key: read[key] if key in own or read[key] is None or isinstance(read[key], (str, list)) else value
         for key, value in config.items()
     }
 
 
 def _instead(key: str, value: Any, config: Mapping[str, Any]) -> str:
-    """The remedy for an unknown key."""
+    """Returns the remedy for an unknown key, with the user's own value if the new key accepts it."""
     known = schema()["properties"]
     old = advice(key, value)
-    if old:
-        return _of_old_key(old, config)
-    if isinstance(value, dict) and any(inner in known for inner in value):
-        return f"keys are flat: write {', '.join(map(str, value))} without {key}"
-    near = difflib.get_close_matches(key, known, n=1)
-    return f"did you mean {near[0]}?" if near else "see docs/reference/config.md"
-
-
-def _of_old_key(old: tuple[str, Any, str], config: Mapping[str, Any]) -> str:
-    """What to write for an old key, with the user's own value where the new key takes it."""
-    name, value, text = old
+    if old is None:
+        if isinstance(value, dict) and any(inner in known for inner in value):
+            return f"keys are flat: write {', '.join(map(str, value))} without {key}"
+        near = difflib.get_close_matches(key, known, n=1)
+        return f"did you mean {near[0]}?" if near else "see docs/reference/config.md"
+    name, new_value, text = old
     if not name:
         return text
-    if name in config and isinstance(value, dict):
-        return f"put {', '.join(map(str, value))} into {name}"
+    if name in config and isinstance(new_value, dict):
+        return f"put {', '.join(map(str, new_value))} into {name}"
     if config.get(name):
         return f"leave it out, since {name} is given"
-    is_taken = not list(key_faults({name: value}))
-    return f"{text}; write {name}: {_as_yaml(value) if is_taken else '…'}"
+    is_accepted = not list(key_faults({name: new_value}))
+    return f"{text}; write {name}: {_as_yaml(new_value) if is_accepted else '…'}"
 
 
 def _as_yaml(value: Any) -> str:
-    """A value as it is written in one line of YAML."""
+    """Writes a value as one line of YAML."""
     import yaml
 
     if isinstance(value, list) and len(value) > 1 and all(isinstance(entry, dict) for entry in value):
@@ -613,21 +532,14 @@ def _as_yaml(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
-def _dataset_faults(entries: list[Any], rule: Mapping[str, Any]) -> Iterator[ConfigFault]:
+def _dataset_faults(entries: list[Any], known: Mapping[str, Any]) -> Iterator[ConfigFault]:
     for index, entry in enumerate(entries):
         row = f"datasets[{index}]"
         if not isinstance(entry, dict) or not entry.get("path"):
             yield ConfigFault(row, "needs a path", "{path: json, data_files: rows.jsonl}")
             continue
         for key, value in entry.items():
-            if key not in rule["properties"]:
-                yield ConfigFault(f"{row}.{key}", "unknown key", one_of(rule["properties"]))
+            if key not in known:
+                yield ConfigFault(f"{row}.{key}", "unknown key", one_of(known))
             else:
-                yield from value_faults(f"{row}.{key}", value, rule["properties"][key])
-
-
-def is_on(config: Mapping[str, Any], key: str) -> bool:
-    """Whether a true-or-false key is true; YAML gives some as text."""
-    value = config.get(key)
-    answer = bool_of(value)
-    return bool(value) if answer is None else answer
+                yield from value_faults(f"{row}.{key}", value, known[key])

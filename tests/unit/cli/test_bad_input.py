@@ -175,7 +175,7 @@ FILES = {
     "no name of the environment": (
         "run.yaml",
         "model_name_or_path: a/b\ndata: [{source: data.jsonl}]\nenv: {'A B': x}\n",
-        "env.A B: is no name of the environment",
+        "env.A B: is not the name of an environment variable",
     ),
     "a weight without end": (
         "run.yaml",
