@@ -7,7 +7,7 @@ answers from a file and writes down each call. What a verb asks again and again 
 once. Nothing of spotune is patched: only the command line, environment variables and files are used, so that the same
 script runs on any version.
 
-    .venv/bin/python benchmarks/requests.py [--src DIR] [--keys] [--where]
+    .venv/bin/python benchmarks/lookups.py [--src DIR] [--keys] [--where]
 """
 
 import argparse
