@@ -3,10 +3,18 @@
 import re
 from typing import Any
 
-from spotune.core.clusters import ClusterRecord
-
 from spotune.core.protocol import Pushed
-from spotune.core.records import AttemptRecord, Bill, Certificate, Commit, Mark, Progress, Record, RunRecord
+from spotune.core.records import (
+    AttemptRecord,
+    Bill,
+    Certificate,
+    ClusterRecord,
+    Commit,
+    Progress,
+    Record,
+    RunRecord,
+    TerminalMarker,
+)
 
 RUN = r"runs/[^/]+"
 RECORDS: list[tuple[str, type[Record]]] = [
@@ -19,7 +27,7 @@ RECORDS: list[tuple[str, type[Record]]] = [
     (rf"{RUN}/commits/[0-9]+-[0-9]+\.json", Commit),
     (rf"{RUN}/(output|merged)/completed\.json", Certificate),
     (rf"{RUN}/pushed\.json", Pushed),
-    (rf"{RUN}/(failed|paused|cancelled)\.json", Mark),
+    (rf"{RUN}/(failed|paused|cancelled)\.json", TerminalMarker),
     (r"clusters/[^/]+\.json", ClusterRecord),
 ]
 EVENTS = rf"{RUN}/attempts/[0-9]+/events-[0-9]+-[0-9]+\.jsonl"

@@ -24,14 +24,14 @@ from typing import Any
 
 import pytest
 import yaml
-from spotune.launch.local.processes import boot_id
-from spotune.launch.skypilot.registry import Entry, Registry
 
 from spotune.core.keys import Keys
-from spotune.core.records import Mark
+from spotune.core.records import TerminalMarker
 from spotune.launch.engine import JobStatus, PaidInterval
+from spotune.launch.local.machine import boot_id
 from spotune.launch.settings import Workspace
 from spotune.launch.skypilot.clusters import book
+from spotune.launch.skypilot.engine import Registry, RunEntry
 from tests import guard_with_clock, guard_with_watchdog_clock
 from tests.golden import worker
 from tests.golden.kinds import kind_of, read_record
@@ -247,7 +247,7 @@ def hand_to_skypilot(project: GoldenProject) -> None:
     """What is kept of a run that was handed to SkyPilot, and has ended."""
     began = 1_767_225_600.0
     registry = Registry(project.home)
-    entry = Entry(
+    entry = RunEntry(
         run_id="elsewhere",
         infra="slurm/lab/spot",
         bucket="s3://team/spotune",
@@ -260,7 +260,7 @@ def hand_to_skypilot(project: GoldenProject) -> None:
         preemptible=["lab/spot"],
     )
     registry.create(entry)
-    registry.write(Entry(**{**asdict(entry), "jobs": [11]}))
+    registry.write(RunEntry(**{**asdict(entry), "jobs": [11]}))
     status = JobStatus(
         run_id="elsewhere",
         state="SUCCEEDED",
@@ -358,7 +358,7 @@ def expect(bucket: Path) -> dict[str, Any]:
     for path in sorted(path for path in bucket.rglob("*") if path.is_file()):
         key = path.relative_to(bucket).as_posix()
         if kind := kind_of(key):
-            name = path.name if kind is Mark else "revision" if "/revisions/" in key else ""
+            name = path.name if kind is TerminalMarker else "revision" if "/revisions/" in key else ""
             expected[kind, name] = key, asdict(read_record(key, path.read_bytes()))
     return {key: values for key, values in expected.values() if not key.endswith("/run.json")}
 
