@@ -194,7 +194,7 @@ def test_every_function_that_makes_or_reads_a_key_is_held_to_the_golden_names() 
         and one.__module__ == keys_module.__name__
         and not one.__name__.startswith("_")
         and (one.__name__.endswith(("_key", "_of")) or one is keys_module.attempt_number)
-        and one is not keys_module.number_of
+        and one not in (keys_module.number_of, keys_module.is_key)
     }
     assert makes == {cluster_key, revision_of, attempt_of, keys_module.attempt_number, commit_of, checkpoint_of}
     there = files_below(NEWEST / "bucket")
