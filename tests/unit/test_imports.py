@@ -117,3 +117,24 @@ def test_no_light_process_loads_anything_heavy(code: str) -> None:
     loaded = loaded_by(code)
     assert "spotune" in loaded
     assert not loaded & HEAVY
+
+
+def test_a_name_means_one_class() -> None:
+    found: dict[str, list[str]] = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(path.relative_to(SOURCE).as_posix())
+    assert {name: paths for name, paths in found.items() if len(paths) > 1} == {}
+
+
+def test_functions_are_short_and_the_files_few() -> None:
+    paths = sorted(SOURCE.rglob("*.py"))
+    assert len(paths) <= 95
+    long = [
+        f"{path.relative_to(SOURCE)}:{node.lineno} {node.name}"
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= 60
+    ]
+    assert not long

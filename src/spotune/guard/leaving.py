@@ -123,7 +123,8 @@ def departure(infra: str, source: str, managed: bool, left_s: float) -> tuple[bo
     SkyPilot recovers a job that failed with 75 on a machine that is still there, and a job whose machine is gone. In
     between it cannot read the exit code, and the job ends FAILED for good: a job that stays until its machine is gone
     is never seen there. A job that leaves at once stops paying, and its next machine is sought earlier. Measurements
-    and sources: docs/checkpoints.md. ``managed``: the engine recovers this job, not so on a dev cluster and by hand.
+    and sources: docs/explanation/checkpoints.md. ``managed``: the engine recovers this job, not so on a dev cluster
+    and by hand.
     """
     if is_person(source):
         return False, "asked to at the keyboard"

@@ -1,6 +1,7 @@
 """Decides whether an attempt has stalled. Pure: gets events and samples; ``SeenTime`` counts the time.
 
-docs/checkpoints.md has each phase's limit and other signs of life: bytes moved and, while ranks load, CPU time.
+docs/explanation/checkpoints.md has each phase's limit and other signs of life: bytes moved and, while ranks load, CPU
+time.
 The floor is ``--stall-after``. While a rank is stopped (state T), CPU time and bytes of others do not count.
 """
 
