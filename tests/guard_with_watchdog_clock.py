@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from spotune.core.store import faults
-from spotune.guard import attempt, stalls, watchdog
+from spotune.guard import attempt, stalls
 from spotune.guard.main import main
-from spotune.guard.watchdog import Watchdog
+from spotune.guard.stalls import Watchdog
 
 
 def clock(file: Path) -> float:
@@ -61,5 +61,5 @@ if __name__ == "__main__":
     attempt.Watchdog = partial(Watchdog, clock=moved, boot=moved)  # type: ignore[assignment, misc]
     folder, call = Path(sys.argv[1]).parent, faults.Calls.call
     faults.Calls.call = lambda self, verb, key: hang(folder, call, self, verb, key)  # type: ignore[method-assign]
-    attempt.HANGING_S = watchdog.HUNG_END_S = 1.0
+    attempt.HANGING_S = stalls.HUNG_END_S = 1.0
     sys.exit(main(sys.argv[3:]))

@@ -28,8 +28,7 @@ from spotune.guard.ranks import PEER_GRACE_S, Ranks, free_port, upload_stacks, w
 from spotune.guard.restore import FAULTS, is_second_fault, newest_commit
 from spotune.guard.restore_thread import Ready, RestoreThread
 from spotune.guard.save_schedule import SPOT, STEADY, ControlFile, Inputs, SaveCost, SaveScheduler
-from spotune.guard.stalls import Stall, sample_every_s
-from spotune.guard.watchdog import Watchdog
+from spotune.guard.stalls import Stall, Watchdog, sample_every_s
 
 FENCE_S = 15.0
 GREET_S = 20.0  # bad input is found by then; its one line must stand alone

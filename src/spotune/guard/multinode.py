@@ -27,7 +27,7 @@ from spotune.core.keys import RECORD_MOST_BYTES, Amount, Count, Files, Ranks, St
 from spotune.core.protocol import Outcome, WorkerJob
 from spotune.guard.journal import Node, log
 from spotune.guard.leaving import Notices
-from spotune.guard.stalls import Work
+from spotune.guard.ranks import Work
 
 HELLO_S = 10.0
 HELLO_MOST_BYTES = 4096

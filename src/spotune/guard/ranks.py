@@ -23,7 +23,6 @@ from spotune.core.keys import Keys
 from spotune.core.protocol import STACKS_SIGNAL, Outcome, python_stacks_path, stacks_path
 from spotune.core.store import Store
 from spotune.guard.journal import Clock, Node, log
-from spotune.guard.stalls import Work
 
 PROC = Path("/proc")
 PEER_GRACE_S = 20.0  # after one rank failed, the others may hang in a collective: so long they may end by themselves
@@ -60,6 +59,15 @@ def read_stat(folder: Path) -> ProcessStat | None:
 
 def processes_in(groups: Collection[int], proc: Path = PROC) -> list[ProcessStat]:
     return [stat for folder in _numbered(proc) if (stat := read_stat(folder)) and stat.group in groups]
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of processes so far: CPU seconds, bytes read and written; ``stopped``: one is in state T."""
+
+    cpu_s: float = 0.0
+    moved_bytes: float = 0.0
+    stopped: bool = False
 
 
 def work_of(groups: Collection[int], proc: Path = PROC) -> Work | None:

@@ -37,7 +37,7 @@ from spotune.guard.extras import surviving_logs
 from spotune.guard.finish import fetch_result
 from spotune.guard.journal import Node
 from spotune.guard.restore import is_second_fault, last_event, newest_commit, restore
-from spotune.launch.local.watch import probe
+from spotune.launch.local.programs import probe
 from tests.commands import cli_runner
 from tests.hostile import changed, values
 from tests.unit.guard.attempts import make_context

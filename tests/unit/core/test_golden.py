@@ -56,8 +56,8 @@ from spotune.launch.local.database import AttemptRow
 from spotune.launch.local.engine import only_one
 from spotune.launch.local.layout import AttemptFiles, Exit, LocalFolders, Running
 from spotune.launch.local.machine import load_kept
+from spotune.launch.local.programs import BucketProbe
 from spotune.launch.local.queue import Queue
-from spotune.launch.local.watch import BucketProbe
 from spotune.launch.skypilot.engine import Registry, RunEntry
 from tests.commands import cli_runner
 from tests.golden.kinds import EVENTS, kind_of, read_record

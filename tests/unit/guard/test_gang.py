@@ -12,7 +12,7 @@ from spotune.core.protocol import Outcome
 from spotune.guard.journal import Node
 from spotune.guard.leaving import Notices
 from spotune.guard.multinode import Leader, Line, join
-from spotune.guard.stalls import Work
+from spotune.guard.ranks import Work
 from tests.waiting import LIMIT_S, until
 
 FACTS = {"size": 1, "sha256": "0" * 64}

@@ -6,16 +6,8 @@ from typing import Any
 import pytest
 
 from spotune.core.store import Call
-from spotune.guard.stalls import (
-    BYTES_PER_S,
-    LONGEST_TICK_S,
-    Sample,
-    SeenTime,
-    Stall,
-    Stalls,
-    Work,
-    sample_every_s,
-)
+from spotune.guard.ranks import Work
+from spotune.guard.stalls import BYTES_PER_S, LONGEST_TICK_S, Sample, SeenTime, Stall, Stalls, sample_every_s
 from tests.clocks import Clock
 
 FLOOR_S, PATIENCE_S = 600.0, 1800.0

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from spotune.core.store import Store
-from spotune.guard import ranks, watchdog
+from spotune.guard import ranks, stalls
 from spotune.guard.journal import Journal
 from spotune.guard.multinode import Leader
+from spotune.guard.ranks import Work
 from spotune.guard.save_schedule import SaveCost
-from spotune.guard.stalls import LONGEST_TICK_S, Work
-from spotune.guard.watchdog import END_S, EXIT_S, Watchdog
+from spotune.guard.stalls import END_S, EXIT_S, LONGEST_TICK_S, Watchdog
 from tests.clocks import Clock
 from tests.unit.guard.attempts import KEYS, RUN, make_context
 from tests.waiting import LIMIT_S, until
@@ -104,7 +104,7 @@ def test_a_step_while_stacks_are_recorded_undoes_the_stall(
         stacks.write_text("stacks")
         return [stacks]
 
-    monkeypatch.setattr(watchdog, "collect_stacks", collect)
+    monkeypatch.setattr(stalls, "collect_stacks", collect)
     scene.pass_s(65)
     assert "a sign of life has come meanwhile: the attempt goes on" in capsys.readouterr().err
     assert scene.dog.stall is None
@@ -119,7 +119,7 @@ def test_ranks_that_end_by_themselves_meanwhile_have_not_stalled(
     make: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scene = make()
-    monkeypatch.setattr(watchdog, "collect_stacks", lambda folder, pids: scene.dog.stop(has_stalled=False) or [])
+    monkeypatch.setattr(stalls, "collect_stacks", lambda folder, pids: scene.dog.stop(has_stalled=False) or [])
     scene.pass_s(70)
     assert scene.dog.stall is None
     assert not [one for one in scene.events if one["event"] == "stall"]
@@ -139,7 +139,7 @@ def test_an_attempt_that_ended_otherwise_is_not_ended_again(
 def test_a_call_to_the_bucket_that_hangs_after_the_ranks_have_ended_ends_the_process(
     make: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch, local_store: Store
 ) -> None:
-    monkeypatch.setattr(watchdog, "TICK_S", 0.001)
+    monkeypatch.setattr(stalls, "TICK_S", 0.001)
     scene = make()
     scene.dog.start({})
     scene.dog.stop(has_stalled=False)
@@ -161,8 +161,8 @@ def test_a_call_to_the_bucket_that_hangs_after_the_ranks_have_ended_ends_the_pro
 def test_a_stalled_upload_is_not_waited_for_as_long_as_the_bucket_may_be_away(
     make: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watchdog, "HUNG_END_S", 0.001)
-    monkeypatch.setattr(watchdog, "TICK_S", 0.001)
+    monkeypatch.setattr(stalls, "HUNG_END_S", 0.001)
+    monkeypatch.setattr(stalls, "TICK_S", 0.001)
     scene = make(patience_s=1e6)
     scene.dog._stalls._patience_s = 60.0
     scene.dog._uploading = lambda: 3
@@ -214,7 +214,7 @@ def test_where_it_is_off_nothing_is_started(make: Callable[..., Scene]) -> None:
 
 def stalled(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """Has the watchdog's own thread notice a stall."""
-    monkeypatch.setattr(watchdog, "TICK_S", 0.001)
+    monkeypatch.setattr(stalls, "TICK_S", 0.001)
     scene.pass_s(60)
     scene.clock.advance(TICK_S)
     scene.dog.start({})

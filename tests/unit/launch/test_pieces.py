@@ -20,8 +20,8 @@ from spotune.launch.engine import Submission
 from spotune.launch.local import layout as local_layout
 from spotune.launch.local.layout import LocalFolders
 from spotune.launch.local.machine import Identity, boot_id, keep_environment, kept_environment, members
+from spotune.launch.local.programs import probe
 from spotune.launch.local.queue import Queue
-from spotune.launch.local.watch import probe
 from spotune.launch.plan import local_prices
 from spotune.launch.settings import load_settings
 from spotune.launch.skypilot.engine import Registry, RunEntry

@@ -11,9 +11,9 @@ from spotune.core.store import Store
 from spotune.launch.engine import Submission
 from spotune.launch.local.engine import LocalInfra
 from spotune.launch.local.layout import LocalFolders
+from spotune.launch.local.programs import probe
 from spotune.launch.local.queue import Queue
 from spotune.launch.local.supervisor import Supervisor
-from spotune.launch.local.watch import probe
 
 
 def test_a_job_that_is_marked_as_cancelled_gets_no_machine(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from spotune.launch.local.watch import BucketProbe, Ending, RestartLimits, backoff_s, decide
+from spotune.launch.local.programs import BucketProbe
+from spotune.launch.local.watch import Ending, RestartLimits, backoff_s, decide
 
 CERTIFIED = BucketProbe(completed=True)
 FAILED = BucketProbe(failed="bad data", failed_code=2)

@@ -1,11 +1,10 @@
-"""A machine of the local engine: its processes, its environment, its start, and the program that runs on it."""
+"""A machine of the local engine: its processes, its environment and its start."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,10 +17,10 @@ from typing import Any
 import psutil
 
 from spotune.core import environment
-from spotune.core.errors import protect_output
 from spotune.core.io import Damaged, load_object, make_room, write_state
 from spotune.launch.local.database import AttemptRow, JobRow
-from spotune.launch.local.layout import MARKER, AttemptFiles, Exit, LocalFolders, Running, home_error
+from spotune.launch.local.layout import MARKER, LocalFolders, home_error
+from spotune.launch.local.programs import NODE
 
 _GONE = (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied)
 
@@ -246,7 +245,7 @@ def start_machine(
         log.write(f"[spotune] attempt {attempt.attempt}\n".encode())
         log.flush()
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "spotune.launch.local.machine", str(files.folder)],
+            [sys.executable, "-P", "-m", "spotune.launch.local.programs", NODE, str(files.folder)],
             cwd=job.workdir,
             env=machine_environment(layout, job, attempt, devices),
             stdin=subprocess.DEVNULL,
@@ -254,76 +253,3 @@ def start_machine(
             stderr=log,
             start_new_session=True,
         )
-
-
-# The node: a small process in its own session that runs a job's ``setup`` and ``run``. It outlives the supervisor. It
-# ignores the signals that a notice sends to every process of the machine; when it is killed, the machine is gone.
-
-HEARTBEAT_S = 1.0
-
-
-def main(arguments: list[str]) -> None:
-    protect_output()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGURG):
-        signal.signal(number, _ignore)  # a function: SIG_IGN would be inherited by the job
-    files = AttemptFiles(Path(arguments[0]))
-    if not (job := _job(files.machine)):
-        return  # without exit.json the machine counts as lost
-    files.heartbeat.touch()
-    threading.Thread(target=_beat, args=(files.heartbeat,), daemon=True).start()
-    began = time.time()
-    code, phase = _setup(job), "setup"
-    setup_s = time.time() - began
-    if code == 0:
-        write_state(files.running, Running(at=time.time(), setup_s=setup_s))
-        code, phase = _bash(job["run"]), "run"
-    ended = time.time()
-    write_state(files.exit, Exit(exit_code=code, phase=phase, setup_s=setup_s, ended_at=ended))
-
-
-def _job(path: Path) -> dict[str, Any]:
-    """Returns the job, empty if the file is damaged: the supervisor writes another one for the next machine."""
-    why = "it is missing"
-    try:
-        job = load_object(path) or {}
-    except Damaged as error:
-        job, why = {}, str(error)
-    if all(isinstance(job.get(name), str) for name in ("setup", "run", "setup_marker")):
-        return job
-    print(f"[spotune] {path}: {why}", flush=True)
-    return {}
-
-
-def _ignore(*_: Any) -> None:
-    """Ignores a signal: the job decides what its processes do about it."""
-
-
-def _beat(path: Path) -> None:
-    while True:
-        time.sleep(HEARTBEAT_S)
-        with suppress(OSError):
-            os.utime(path)
-
-
-def _setup(job: dict[str, Any]) -> int:
-    """Runs ``setup`` unless it has succeeded before for this job, text and folder. Returns its exit code."""
-    done = Path(job["setup_marker"])
-    if not job["setup"].strip() or done.exists():
-        return 0
-    if not (code := _bash(job["setup"])):
-        done.touch()
-    return code
-
-
-def _bash(script: str) -> int:
-    """Returns the exit code of a script's last command as a shell gives it: 128 + n for a signal."""
-    try:
-        code = subprocess.run(["bash", "-c", script], stdin=subprocess.DEVNULL, check=False).returncode
-    except OSError as error:
-        print(f"bash: {error}", file=sys.stderr, flush=True)
-        return 127
-    return code if code >= 0 else 128 - code
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

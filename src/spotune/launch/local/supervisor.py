@@ -19,8 +19,9 @@ from spotune.launch.local import engine, machine
 from spotune.launch.local.database import AttemptRow, JobRow, NewerState, VerbRequest, Verdict
 from spotune.launch.local.layout import Gpu, LocalFolders
 from spotune.launch.local.machine import start_machine
+from spotune.launch.local.programs import cancelled_because
 from spotune.launch.local.queue import Queue
-from spotune.launch.local.watch import MachineWatcher, Settler, cancelled_because
+from spotune.launch.local.watch import MachineWatcher, Settler
 from spotune.launch.task import due
 
 POLL_S = 0.2

@@ -7,93 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from spotune.core import errors
-from spotune.core.errors import BadRecord, SpotuneError, protect_output
-from spotune.core.io import log_line, make_room, read_as, write_state
-from spotune.core.keys import Keys, commit_of
-from spotune.core.records import Progress, read_mark
-from spotune.core.store import Store
+from spotune.core.io import make_room, read_as, write_state
 from spotune.launch.local import machine
 from spotune.launch.local.database import AttemptRow, JobRow, Verdict
 from spotune.launch.local.layout import AttemptFiles, Exit, LocalFolders, Running
 from spotune.launch.local.machine import kept_environment, texts
+from spotune.launch.local.programs import PROBE, BucketProbe, probe
 from spotune.launch.local.queue import Queue
-
-# The supervisor never waits for a remote bucket, and it may lack that bucket's credentials, since another shell started
-# it. So it probes such a bucket by ``python -m spotune.launch.local.watch``, in the job's environment.
-
-
-@dataclass(frozen=True)
-class BucketProbe:
-    """What the bucket says of a run: certificate, marks and newest commit.
-
-    Attributes:
-        failed, cancelled, paused: the marks' reasons; None if there is no such mark.
-        commit: the newest commit's key.
-        stalled: the watchdog ended the last attempt that wrote its progress.
-        error: why the bucket did not answer.
-    """
-
-    completed: bool = False
-    failed: str | None = None
-    failed_code: int = 1
-    cancelled: str | None = None
-    paused: str | None = None
-    commit: str = ""
-    stalled: bool = False
-    error: str = ""
-
-
-def probe(bucket: str, run_id: str) -> BucketProbe:
-    """Reads the bucket. If it does not answer, the result has only ``error``."""
-    keys = Keys(run_id)
-    try:
-        store = Store(bucket)
-        if store.exists(keys.completed):
-            return BucketProbe(completed=True)
-        marks = {name: read_mark(store, getattr(keys, name)) for name in ("failed", "cancelled", "paused")}
-        stalled = _has_stalled(store, keys.progress)
-        commits = [found for key in store.keys(keys.commits) if (found := commit_of(key))]
-    except SpotuneError as error:
-        return BucketProbe(error=str(error))
-    reasons: dict[str, Any] = {name: mark.reason for name, mark in marks.items() if mark}
-    failed_code = marks["failed"].exit_code if marks["failed"] else 1
-    commit = keys.commit(*max(commits)) if commits else ""
-    return BucketProbe(**reasons, failed_code=failed_code, commit=commit, stalled=stalled)
-
-
-def cancelled_because(bucket: str, run_id: str) -> str | None:
-    """Returns why a run is cancelled, or None. Asks only a bucket on this computer: the supervisor never waits."""
-    if not bucket.startswith("file://"):
-        return None
-    try:
-        mark = read_mark(Store(bucket), Keys(run_id).cancelled)
-    except SpotuneError:
-        return None
-    return mark.reason if mark else None
-
-
-def _has_stalled(store: Store, key: str) -> bool:
-    """Returns whether ``progress.json`` says so: after an attempt its phase is the reason. False if unreadable."""
-    try:
-        data = store.read(key)
-        return data is not None and Progress.from_bytes(data, key).phase == "stalled"
-    except BadRecord:
-        return False
-
-
-def main(arguments: list[str]) -> None:
-    protect_output()
-    bucket, run_id, output = arguments
-    try:
-        write_state(Path(output), probe(bucket, run_id))
-    except (OSError, SpotuneError) as error:  # the supervisor asks again
-        log_line(f"{run_id}: {error}")
-
 
 # Decides a job's next state after one of its machines ended. Pure; uses SkyPilot's states.
 
@@ -322,7 +246,16 @@ class Settler:
     def _start_helper(self, job: JobRow, attempt: AttemptRow, output: Path) -> None:
         """Starts a process that probes the bucket in the job's environment."""
         make_room(output)
-        command = [sys.executable, "-P", "-m", "spotune.launch.local.watch", job.bucket, job.run_id, str(output)]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "spotune.launch.local.programs",
+            PROBE,
+            job.bucket,
+            job.run_id,
+            str(output),
+        ]
         environ = kept_environment(self._layout, job.run_id) | texts(job.task.get("envs"))
         helper = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL)
         self._helpers[attempt.marker] = (helper, self._clock())
@@ -341,7 +274,3 @@ class Settler:
             write_state(output, BucketProbe(error=f"it has not answered for {limit_s:g} s"))
         del self._helpers[attempt.marker]
         return False
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
