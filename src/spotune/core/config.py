@@ -169,8 +169,6 @@ def _documents(text: str) -> Iterator[dict[str, Any]]:
         return
 
 
-# One YAML file -> one flat, checked config: TRL's own keys, plus ``data``, ``data_limit``, ``profiles``.
-#
 # Used by the launcher at submission and by the guard of a run that was started by hand. Keys, types and rules are the
 # pinned TRL's, so that what the machine would refuse costs milliseconds. All that is wrong is reported at once.
 

@@ -10,8 +10,6 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from spotune.core.errors import InputError, shown
 
-# Which texts may be keys, and names of files in a record.
-
 # Which texts may be keys, and names of files in a record: relative, plain, and short enough for every store.
 
 NAME_BYTES = 255  # of one part of a key: what a file system takes

@@ -1,4 +1,12 @@
-"""The bucket: a few verbs that mean the same on file://, s3:// and gs://, and that hold out against its faults."""
+"""The bucket: a few verbs that mean the same on file://, s3:// and gs://, and that hold out against its faults.
+
+This module has Store: the verbs, and what their faults are called.
+
+local.py    file://: hard links, atomic renames, fsync; and the local file of a download, hashed while it is written
+objects.py  s3:// and gs://: whole objects from ranges and parts, create-only, verified; requests are tried again there
+clouds.py   the single requests of S3 and GCS
+faults.py   how long a verb holds out, the calls under way, and which of the clients' exceptions pass
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,8 +18,6 @@ from spotune.core.errors import BadRecord, InputError, Misplaced, StoreError, sh
 from spotune.core.keys import RECORD_MOST_BYTES, is_key
 from spotune.core.store.faults import FOR_VERBS, Call, Calls, Denied, GaveUp, LocalFault, RetryPolicy, words_of
 from spotune.core.store.local import Disk
-
-# Store: the verbs, and what their faults are called.
 
 NEED_A_BUCKET = ("create", "write", "upload", "list")  # where nothing is found, it is the bucket that is missing
 DEFAULT = RetryPolicy()
@@ -178,17 +184,5 @@ def _open(url: str, patience: RetryPolicy, waiting: Callable[[str], None] | None
 
     return Objects(S3(patience) if scheme == "s3" else Gcs(patience), root, patience, waiting)
 
-
-# The bucket: a few verbs that mean the same on file://, s3:// and gs://, and that hold out against its faults.
-#
-# bucket.py     Store: the verbs, and what their faults are called
-# calls.py      the calls under way
-# patience.py   how long a verb holds out
-# disk.py       file://: hard links, atomic renames, fsync
-# objects.py    s3:// and gs://: whole objects from ranges and parts, create-only, verified
-# s3.py gcs.py  the single requests of each
-# download.py   the local file of a download, hashed while it is written
-# connection.py an event loop on a thread of its own; requests are tried again there
-# faults.py     which of the clients' exceptions pass, and which do not
 
 __all__ = ["FOR_VERBS", "Call", "RetryPolicy", "Store"]

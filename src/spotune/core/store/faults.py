@@ -14,8 +14,6 @@ from random import Random
 
 from spotune.core.errors import SpotuneError, StoreError
 
-# How long the bucket's verbs hold out.
-
 
 @dataclass(frozen=True)
 class RetryPolicy:

@@ -186,10 +186,6 @@ def _close(folders: list[int]) -> None:
         os.close(folders.pop())
 
 
-# file://: a folder, also one that many machines mount. And the local file of a download.
-#
-# Whole files only, each made beside its place and renamed.
-
 # The local file of a download: hashed while it is written, and under another name until it is whole.
 
 
@@ -256,7 +252,7 @@ class Download:
 
 # file://: a folder, also one that many machines mount. Whole files only, each made beside its place and renamed.
 #
-# Below the root nothing but folders and regular files counts (``beneath.py``).
+# Below the root nothing but folders and regular files counts (``open_folders``).
 
 T = TypeVar("T")
 PART = ".part-"
